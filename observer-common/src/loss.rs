@@ -1,0 +1,31 @@
+//! What the programs could not keep, by cause: nothing is dropped without being counted here.
+
+/// Index into the `LOSSES` map.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// A forked child of a target found no room in `TARGETS`.
+    TargetsFull,
+    /// A thread that waits for events found no room in `REACTORS`.
+    ReactorsFull,
+    /// A listener found no room in `LISTENERS`.
+    ListenersFull,
+    /// A queued connection found no room in `QUEUED`: its wait will be unknown.
+    QueuedFull,
+    /// A thread that entered accept found no room in `ACCEPTING`: its accept cannot be attributed.
+    AcceptingFull,
+    /// A connection was accepted by a call whose entry nobody saw: its listener is unknown.
+    AcceptUnattributed,
+}
+
+impl Loss {
+    /// Every cause, in index order, with the name used in metrics and reports.
+    pub const ALL: [(Self, &'static str); 6] = [
+        (Self::TargetsFull, "targets_full"),
+        (Self::ReactorsFull, "reactors_full"),
+        (Self::ListenersFull, "listeners_full"),
+        (Self::QueuedFull, "queued_full"),
+        (Self::AcceptingFull, "accepting_full"),
+        (Self::AcceptUnattributed, "accept_unattributed"),
+    ];
+}

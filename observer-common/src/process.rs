@@ -1,0 +1,12 @@
+//! Which processes are targets: `TARGETS` maps a process id (as the initial pid namespace has it) to this.
+
+/// A process under observation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Process that forked it while observed, or 0 for one selected by the user.
+    pub parent: u32,
+    /// 1 when its last thread has exited.
+    pub exited: u32,
+}
+crate::shared!(Target, 8);

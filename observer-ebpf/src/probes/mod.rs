@@ -1,0 +1,5 @@
+//! One file a probe: its maps and its programs, under the name it has on the user side too.
+
+mod accept;
+mod process;
+mod reactor;

@@ -1,0 +1,56 @@
+//! *process*: keeps the set of targets true while they fork and exit.
+
+use aya_ebpf::{
+    bindings::BPF_NOEXIST,
+    macros::{btf_tracepoint, map},
+    maps::HashMap,
+    programs::BtfTracePointContext,
+};
+use aya_log_ebpf::warn;
+use observer_common::{loss::Loss, process::Target};
+
+use super::{accept, reactor};
+use crate::{emit::lost, kernel::Task};
+
+/// Processes under observation, by id in the initial pid namespace.
+#[map]
+static TARGETS: HashMap<u32, Target> = HashMap::with_max_entries(4096, 0);
+
+/// Whether children of targets become targets; set by the loader.
+// SAFETY: a name of our own, for the loader to find.
+#[unsafe(no_mangle)]
+static FOLLOW: u8 = 1;
+
+/// Whether a process is under observation.
+#[inline(always)]
+pub(super) fn is_target(tgid: u32) -> bool {
+    TARGETS.get_ptr(tgid).is_some()
+}
+
+#[btf_tracepoint(function = "sched_process_fork")]
+fn process_fork(ctx: BtfTracePointContext) -> u32 {
+    let (parent, child) = (Task::argument(&ctx, 0).tgid(), Task::argument(&ctx, 1).tgid());
+    // SAFETY: a static that only the loader writes, before any program runs.
+    let follow = unsafe { core::ptr::read_volatile(&raw const FOLLOW) } != 0;
+    if parent != child && follow && is_target(parent) {
+        let target = Target { parent, exited: 0 };
+        if TARGETS.insert(child, target, u64::from(BPF_NOEXIST)).is_err() {
+            lost(Loss::TargetsFull);
+            warn!(&ctx, "no room to follow process {}, forked by {}", child, parent);
+        }
+    }
+    0
+}
+
+#[btf_tracepoint(function = "sched_process_exit")]
+fn process_exit(ctx: BtfTracePointContext) -> u32 {
+    let task = Task::argument(&ctx, 0);
+    let Some(target) = TARGETS.get_ptr_mut(task.tgid()) else { return 0 };
+    reactor::thread_exited(task.tid());
+    accept::thread_exited(task.tid());
+    if task.live_threads() == 0 {
+        // SAFETY: a live map value; only the last thread of a process gets here.
+        unsafe { (*target).exited = 1 };
+    }
+    0
+}

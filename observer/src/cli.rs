@@ -1,0 +1,132 @@
+//! The command line: what can be asked for, and its help, which serves as the manual. Parsing only.
+
+use std::{net::SocketAddr, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// What a command line asks for.
+#[derive(Debug, Parser)]
+#[command(
+    name = "observer",
+    version,
+    about = "Is my server late, and whose fault is it?",
+    long_about = "Observer looks at event-loop servers from outside, without changing or restarting them. It tells how many \
+connections wait to be accepted and for how long, and how long each event loop runs between two waits and why: on a CPU, \
+waiting for one, or blocked.",
+    after_help = "Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.",
+    after_long_help = EXAMPLES,
+    subcommand_negates_reqs = true,
+    args_conflicts_with_subcommands = true
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) observe: Option<Observe>,
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  sudo observer --pid $(pidof -s nginx) --duration 30s     look for 30 seconds, then print a report
+  sudo observer --pid 4242                                 look until Ctrl-C; scrape http://127.0.0.1:9464/metrics meanwhile
+  sudo observer --pid 4242 --duration 10s --format json    a report for programs
+  sudo observer demo                                       watch a server with known misbehaviour
+
+Words:
+  slice     the time between the return of a wait for events and the next wait of the same thread: nothing else on
+            that event loop can run meanwhile
+  wake-up   the delay between an event making the loop runnable and the loop running
+  depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait
+
+Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.";
+
+/// Anything but the main job.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show what this kernel and these rights allow; exit with 1 if the main job cannot run
+    Check,
+    /// List the probes: what each tells, what it hooks, what it costs
+    Probes,
+    /// Observe a small server with known misbehaviour, made for this
+    Demo(Demo),
+    /// The server that `demo` observes
+    #[command(hide = true)]
+    DemoServer,
+}
+
+/// The main job.
+#[derive(Args, Debug)]
+pub(crate) struct Observe {
+    /// Process to observe, with all its threads and children; can be given more than once
+    #[arg(long = "pid", value_name = "PID", required = true)]
+    pub(crate) pids: Vec<u32>,
+    /// Leave out the children of the given processes
+    #[arg(long)]
+    pub(crate) no_follow: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// The demonstration.
+#[derive(Args, Debug)]
+pub(crate) struct Demo {
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// How long to look, and where figures go.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Output {
+    /// Print the report and stop after this time, such as 30s or 5m; without it, at Ctrl-C or when all targets are gone
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) duration: Option<Duration>,
+    /// Form of the report
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+    /// Address of the Prometheus endpoint (path /metrics)
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9464")]
+    pub(crate) listen: SocketAddr,
+    /// No Prometheus endpoint
+    #[arg(long, conflicts_with = "listen")]
+    pub(crate) no_listen: bool,
+    /// Tell more about what observer does, the eBPF programs' own diagnostics included, on standard error
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+}
+
+/// Form of the report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    Text,
+    /// For programs: one object, schema observer.report/1, seconds as floats
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_declaration_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn pids_can_be_repeated() {
+        let cli = Cli::try_parse_from(["observer", "--pid", "1", "--pid", "2", "--duration", "30s"]).unwrap();
+        let observe = cli.observe.unwrap();
+        assert_eq!(observe.pids, [1, 2]);
+        assert_eq!(observe.output.duration, Some(Duration::from_secs(30)));
+        assert_eq!(observe.output.listen.to_string(), "127.0.0.1:9464");
+    }
+
+    #[test]
+    fn nothing_to_observe_is_wrong_usage() {
+        assert!(Cli::try_parse_from(["observer"]).is_err());
+        assert!(Cli::try_parse_from(["observer", "--pid", "nginx"]).is_err());
+        assert!(Cli::try_parse_from(["observer", "--pid", "1", "--duration", "soon"]).is_err());
+    }
+}

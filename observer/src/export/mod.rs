@@ -1,0 +1,5 @@
+//! Brings snapshots out: to Prometheus, to people, to programs.
+
+pub(crate) mod json;
+pub(crate) mod prometheus;
+pub(crate) mod text;

@@ -1,0 +1,198 @@
+//! The report for people. The first lines answer: is it late, and whose fault is it?
+
+use std::io::Write;
+
+use anyhow::Result;
+
+use crate::model::{
+    histogram::Histogram,
+    snapshot::{Listener, Reactor, Snapshot, Target},
+};
+
+/// From here on people notice: the design's default threshold of a stall, in seconds.
+const LATE: f64 = 0.050;
+
+/// Writes the report.
+pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
+    let own = &snapshot.own;
+    writeln!(
+        out,
+        "observer {} on Linux {}, {} observed from {}",
+        own.version,
+        own.kernel,
+        span(snapshot.duration_seconds),
+        snapshot.started
+    )?;
+    writeln!(out)?;
+    let findings: Vec<String> = snapshot.targets.iter().flat_map(findings).collect();
+    if findings.is_empty() {
+        writeln!(out, "Not late: no event loop was away for {} or more, no connection waited that long.", span(LATE))?;
+    }
+    for finding in &findings {
+        writeln!(out, "LATE: {finding}")?;
+    }
+    for target in &snapshot.targets {
+        write_target(target, out)?;
+    }
+    for lost in own.lost.iter().filter(|lost| lost.count > 0) {
+        writeln!(out, "\nNot everything could be kept: {} ({} times)", lost.cause, lost.count)?;
+    }
+    for hook in &own.not_attached {
+        writeln!(out, "\nNot hooked: {} ({})", hook.hook, hook.reason)?;
+    }
+    Ok(())
+}
+
+/// What is late about a target, one sentence each.
+fn findings(target: &Target) -> Vec<String> {
+    let who = format!("{} ({})", target.comm, target.pid);
+    let reactors = target.reactors.iter().filter(|r| longest(r) >= LATE).map(|r| {
+        format!(
+            "event loop {} of {who} was away for up to {}; its busy time went {}",
+            reactor_name(r),
+            span(longest(r)),
+            main_cause(r)
+        )
+    });
+    let waits = target.listeners.iter().filter(|l| l.wait.max() >= LATE).map(|l| {
+        format!("connections to {} of {who} waited up to {} to be accepted", l.name(), span(l.wait.max()))
+    });
+    let stuck = target.listeners.iter().filter(|l| l.depth > 0 && l.accepts == 0 && !l.closed).map(|l| {
+        format!("{} of {who} has {} connections waiting and has accepted none", l.name(), l.depth)
+    });
+    reactors.chain(waits).chain(stuck).collect()
+}
+
+fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
+    let gone = if target.exited { ", exited" } else { "" };
+    writeln!(out, "\n{}, process {}{gone}  {}", target.comm, target.pid, target.exe)?;
+    if target.is_silent() {
+        writeln!(out, "  no event loop and no TCP listener seen")?;
+    }
+    for reactor in &target.reactors {
+        write_reactor(reactor, out)?;
+    }
+    for listener in &target.listeners {
+        write_listener(listener, out)?;
+    }
+    Ok(())
+}
+
+fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
+    let gone = if reactor.exited { ", exited" } else { "" };
+    writeln!(out, "  event loop {}{gone}", reactor_name(reactor))?;
+    writeln!(out, "    slices      {}{}", reactor.slices, quantiles(&reactor.slice))?;
+    if let Some(age) = reactor.current_slice_seconds.filter(|&age| age >= LATE) {
+        writeln!(out, "                and one that has gone on for {}", span(age))?;
+    }
+    if let Some(utilization) = reactor.utilization {
+        let parts = shares(reactor);
+        let parts: Vec<_> = parts.iter().map(|(what, share)| format!("{what} {}", percent(*share))).collect();
+        writeln!(out, "    busy        {} of the time: {}", percent(utilization), parts.join(", "))?;
+    }
+    writeln!(out, "    waits       {}, {} events", reactor.waits, reactor.events)?;
+    if reactor.wakeup.count() > 0 {
+        writeln!(out, "    wake-ups    {}{}", reactor.wakeup.count(), quantiles(&reactor.wakeup))?;
+    }
+    Ok(())
+}
+
+fn write_listener(listener: &Listener, out: &mut impl Write) -> Result<()> {
+    let gone = if listener.closed { ", closed" } else { "" };
+    writeln!(out, "  listener {}{gone}", listener.name())?;
+    let full = if listener.limit > 0 && listener.depth >= listener.limit { " (FULL)" } else { "" };
+    writeln!(
+        out,
+        "    queue       {} of {} now{full}, {} at most",
+        listener.depth, listener.limit, listener.peak
+    )?;
+    writeln!(out, "    connections {} arrived, {} accepted", listener.arrivals, listener.accepts)?;
+    if listener.wait.count() > 0 {
+        writeln!(out, "    waits       {}{}", listener.wait.count(), quantiles(&listener.wait))?;
+    }
+    if listener.accepts_unknown_wait > 0 {
+        writeln!(out, "                and {} of unknown length", listener.accepts_unknown_wait)?;
+    }
+    Ok(())
+}
+
+fn reactor_name(reactor: &Reactor) -> String {
+    if reactor.name.is_empty() {
+        format!("in thread {}", reactor.tid)
+    } else {
+        format!("{} (thread {})", reactor.name, reactor.tid)
+    }
+}
+
+fn longest(reactor: &Reactor) -> f64 {
+    reactor.slice.max().max(reactor.current_slice_seconds.unwrap_or(0.0))
+}
+
+/// Shares of busy time, in the order in which they are shown.
+fn shares(reactor: &Reactor) -> [(&'static str, f64); 3] {
+    let split = &reactor.split_seconds;
+    let total = (split.cpu + split.runqueue + split.blocked.unknown).max(f64::MIN_POSITIVE);
+    [
+        ("on a CPU", split.cpu / total),
+        ("waiting for a CPU", split.runqueue / total),
+        ("blocked", split.blocked.unknown / total),
+    ]
+}
+
+/// The parts of busy time that matter, largest first.
+fn main_cause(reactor: &Reactor) -> String {
+    let mut parts = shares(reactor);
+    parts.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let parts: Vec<_> = parts
+        .iter()
+        .filter(|(_, share)| *share >= 0.1)
+        .map(|(what, share)| format!("{} {what}", percent(*share)))
+        .collect();
+    parts.join(", ")
+}
+
+/// `: p50 1.2 ms, p99 80 ms, longest 121 ms`; empty if there is nothing to tell.
+fn quantiles(histogram: &Histogram) -> String {
+    match (histogram.quantile(0.5), histogram.quantile(0.99)) {
+        (Some(p50), Some(p99)) => {
+            format!(": p50 {}, p99 {}, longest {}", span(p50), span(p99), span(histogram.max()))
+        }
+        _ => String::new(),
+    }
+}
+
+fn percent(ratio: f64) -> String {
+    format!("{:.1} %", ratio * 100.0)
+}
+
+/// A duration with three significant digits in the unit that suits it.
+fn span(seconds: f64) -> String {
+    let (value, unit) = match seconds {
+        s if s >= 1.0 => (s, "s"),
+        s if s >= 1e-3 => (s * 1e3, "ms"),
+        s => (s * 1e6, "us"),
+    };
+    let decimals = if value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.decimals$} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_short_and_have_a_unit() {
+        assert_eq!(span(0.0), "0.00 us");
+        assert_eq!(span(0.000_001_5), "1.50 us");
+        assert_eq!(span(0.012_34), "12.3 ms");
+        assert_eq!(span(0.120_4), "120 ms");
+        assert_eq!(span(15.02), "15.0 s");
+        assert_eq!(span(900.0), "900 s");
+    }
+}

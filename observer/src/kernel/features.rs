@@ -1,0 +1,90 @@
+//! The kernel features observer stands on: for each its minimum, how it is probed, and what lacks without it.
+//! A feature is what the running kernel shows, never what its version number promises.
+
+use aya::{maps::MapType, sys};
+
+use super::{layout, tracefs};
+
+/// Something a kernel has or has not.
+pub(crate) struct Feature {
+    /// What it is called in the field.
+    pub(crate) name: &'static str,
+    /// First kernel release that has it.
+    pub(crate) since: &'static str,
+    /// Whether the main job needs it.
+    pub(crate) required: bool,
+    /// What it is for, or what goes unseen without it.
+    pub(crate) purpose: &'static str,
+    probe: fn() -> Result<(), String>,
+}
+
+impl Feature {
+    /// Looks at the running kernel. An error says why not.
+    pub(crate) fn probe(&self) -> Result<(), String> {
+        (self.probe)()
+    }
+}
+
+/// All of them, in the order in which a lack matters.
+pub(crate) const FEATURES: &[Feature] = &[
+    Feature {
+        name: "BTF of the kernel",
+        since: "5.2",
+        required: true,
+        purpose: "offsets of kernel fields",
+        probe: || match std::fs::metadata(layout::VMLINUX) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(format!("no {}: the kernel was built without CONFIG_DEBUG_INFO_BTF", layout::VMLINUX)),
+        },
+    },
+    Feature {
+        name: "tracefs",
+        since: "4.1",
+        required: true,
+        purpose: "offsets of tracepoint fields, ids to attach by",
+        probe: || tracefs::ensure_mounted().map_err(|e| format!("{e:#}")),
+    },
+    Feature {
+        name: "system call tracepoints",
+        since: "3.5",
+        required: true,
+        purpose: "waits for events, accept calls",
+        probe: || event("syscalls/sys_enter_accept4", "the kernel was built without CONFIG_FTRACE_SYSCALLS"),
+    },
+    Feature {
+        name: "sock:inet_sock_set_state",
+        since: "4.16",
+        required: true,
+        purpose: "when a connection began to wait",
+        probe: || event("sock/inet_sock_set_state", "this kernel has no such tracepoint"),
+    },
+    Feature {
+        name: "BTF tracepoints",
+        since: "5.5",
+        required: true,
+        purpose: "scheduler, socket and process events, with fields where the programs look",
+        probe: || layout::of_running_kernel().map(drop).map_err(|e| format!("{e:#}")),
+    },
+    Feature {
+        name: "epoll_pwait2",
+        since: "5.11",
+        required: false,
+        purpose: "reactors that wait through it; nothing is missed without it",
+        probe: || event("syscalls/sys_enter_epoll_pwait2", "this kernel has no such call"),
+    },
+    Feature {
+        name: "ring buffer",
+        since: "5.8",
+        required: true,
+        purpose: "diagnostics of the programs themselves (-v)",
+        probe: || match sys::is_map_supported(MapType::RingBuf) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("this kernel has no such map".into()),
+            Err(e) => Err(e.to_string()),
+        },
+    },
+];
+
+fn event(name: &str, lack: &str) -> Result<(), String> {
+    if tracefs::has(name) { Ok(()) } else { Err(lack.into()) }
+}

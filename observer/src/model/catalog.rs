@@ -1,0 +1,258 @@
+//! Every metric there is: name, meaning, unit, labels and where in a snapshot it stands. All exporters and the
+//! reference page read this one table.
+
+use super::{
+    histogram::Histogram,
+    snapshot::{Listener, Reactor, Snapshot, Target},
+};
+
+/// What kind of figure a family holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Durations in seconds.
+    Histogram,
+}
+
+/// One figure of a family.
+pub(crate) enum Value<'a> {
+    /// A counter's or a gauge's.
+    Number(f64),
+    /// A histogram's.
+    Histogram(&'a Histogram),
+}
+
+/// Takes the figures of a family one by one: label values in the order of the family's labels, and the figure.
+pub(crate) type Sink<'s> = dyn FnMut(Vec<String>, Value<'_>) + 's;
+
+/// One metric.
+pub(crate) struct Family {
+    /// Its name in Prometheus' form, unit included.
+    pub(crate) name: &'static str,
+    /// What it tells, in one line.
+    pub(crate) help: &'static str,
+    /// What kind it is.
+    pub(crate) kind: Kind,
+    /// Names of its labels.
+    pub(crate) labels: &'static [&'static str],
+    /// Finds its figures in a snapshot.
+    pub(crate) collect: fn(&Snapshot, &mut Sink<'_>),
+}
+
+const LISTENER: &[&str] = &["pid", "comm", "listener"];
+const REACTOR: &[&str] = &["pid", "comm", "tid", "reactor"];
+
+/// All families, in the order of the reference page.
+pub(crate) const CATALOG: &[Family] = &[
+    Family {
+        name: "observer_accept_queue_depth",
+        help: "Connections that wait to be accepted.",
+        kind: Kind::Gauge,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Number(l.depth.into())),
+    },
+    Family {
+        name: "observer_accept_queue_limit",
+        help: "Most connections that may wait to be accepted.",
+        kind: Kind::Gauge,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Number(l.limit.into())),
+    },
+    Family {
+        name: "observer_accept_queue_peak",
+        help: "Most connections seen to wait to be accepted.",
+        kind: Kind::Gauge,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Number(l.peak.into())),
+    },
+    Family {
+        name: "observer_accept_queue_arrivals_total",
+        help: "Connections that joined the accept queue.",
+        kind: Kind::Counter,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| count(l.arrivals)),
+    },
+    Family {
+        name: "observer_accept_queue_accepts_total",
+        help: "Connections accepted.",
+        kind: Kind::Counter,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| count(l.accepts)),
+    },
+    Family {
+        name: "observer_accept_queue_accepts_unknown_wait_total",
+        help: "Accepted connections that were queued before observer looked; not in the wait histogram.",
+        kind: Kind::Counter,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| count(l.accepts_unknown_wait)),
+    },
+    Family {
+        name: "observer_accept_queue_wait_seconds",
+        help: "Time between the end of the handshake and the return of accept.",
+        kind: Kind::Histogram,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Histogram(&l.wait)),
+    },
+    Family {
+        name: "observer_reactor_slice_seconds",
+        help: "Time between the return of a wait for events and the next wait: how long nothing else could run.",
+        kind: Kind::Histogram,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.slice)),
+    },
+    Family {
+        name: "observer_reactor_wakeup_seconds",
+        help: "Time between being made runnable and running, after a wait for events.",
+        kind: Kind::Histogram,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.wakeup)),
+    },
+    Family {
+        name: "observer_reactor_wait_seconds_total",
+        help: "Time spent waiting for events.",
+        kind: Kind::Counter,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| Value::Number(r.wait_seconds)),
+    },
+    Family {
+        name: "observer_reactor_busy_seconds_total",
+        help: "Time spent between waits, by what the thread was doing.",
+        kind: Kind::Counter,
+        labels: &["pid", "comm", "tid", "reactor", "state"],
+        collect: |s, sink| {
+            for (target, reactor) in live_reactors(s) {
+                let split = &reactor.split_seconds;
+                for (state, seconds) in
+                    [("cpu", split.cpu), ("runqueue", split.runqueue), ("blocked", split.blocked.unknown)]
+                {
+                    let mut labels = reactor_labels(target, reactor);
+                    labels.push(state.into());
+                    sink(labels, Value::Number(seconds));
+                }
+            }
+        },
+    },
+    Family {
+        name: "observer_reactor_waits_total",
+        help: "Waits for events.",
+        kind: Kind::Counter,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| count(r.waits)),
+    },
+    Family {
+        name: "observer_reactor_events_total",
+        help: "Events that waits returned.",
+        kind: Kind::Counter,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| count(r.events)),
+    },
+    Family {
+        name: "observer_reactor_utilization_ratio",
+        help: "Busy time as a share of busy and waiting time, since observer attached.",
+        kind: Kind::Gauge,
+        labels: REACTOR,
+        collect: |s, sink| {
+            for (target, reactor) in live_reactors(s) {
+                if let Some(utilization) = reactor.utilization {
+                    sink(reactor_labels(target, reactor), Value::Number(utilization));
+                }
+            }
+        },
+    },
+    Family {
+        name: "observer_target_info",
+        help: "A process under observation; always 1.",
+        kind: Kind::Gauge,
+        labels: &["pid", "comm", "exe"],
+        collect: |s, sink| {
+            for target in live(s) {
+                let mut labels = target_labels(target);
+                labels.push(target.exe.clone());
+                sink(labels, Value::Number(1.0));
+            }
+        },
+    },
+    Family {
+        name: "observer_build_info",
+        help: "Version of observer and release of the kernel it runs on; always 1.",
+        kind: Kind::Gauge,
+        labels: &["version", "kernel"],
+        collect: |s, sink| sink(vec![s.own.version.into(), s.own.kernel.clone()], Value::Number(1.0)),
+    },
+    Family {
+        name: "observer_self_lost_total",
+        help: "What the programs in the kernel could not keep, by cause.",
+        kind: Kind::Counter,
+        labels: &["cause"],
+        collect: |s, sink| {
+            for lost in &s.own.lost {
+                sink(vec![lost.cause.into()], count(lost.count));
+            }
+        },
+    },
+    Family {
+        name: "observer_self_not_attached",
+        help: "Hooks that the running kernel lacks; always 1.",
+        kind: Kind::Gauge,
+        labels: &["hook", "reason"],
+        collect: |s, sink| {
+            for hook in &s.own.not_attached {
+                sink(vec![hook.hook.clone(), hook.reason.clone()], Value::Number(1.0));
+            }
+        },
+    },
+    Family {
+        name: "observer_self_targets",
+        help: "Processes under observation.",
+        kind: Kind::Gauge,
+        labels: &[],
+        collect: |s, sink| {
+            let targets = u32::try_from(live(s).count()).unwrap_or(u32::MAX);
+            sink(Vec::new(), Value::Number(targets.into()));
+        },
+    },
+];
+
+#[expect(clippy::cast_precision_loss, reason = "exporters take floats; exact up to 2^53")]
+fn count(n: u64) -> Value<'static> {
+    Value::Number(n as f64)
+}
+
+/// A series dies with its process.
+fn live(snapshot: &Snapshot) -> impl Iterator<Item = &Target> {
+    snapshot.targets.iter().filter(|target| !target.exited)
+}
+
+fn live_reactors(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Reactor)> {
+    live(snapshot)
+        .flat_map(|target| target.reactors.iter().filter(|reactor| !reactor.exited).map(move |r| (target, r)))
+}
+
+fn target_labels(target: &Target) -> Vec<String> {
+    vec![target.pid.to_string(), target.comm.clone()]
+}
+
+fn reactor_labels(target: &Target, reactor: &Reactor) -> Vec<String> {
+    let mut labels = target_labels(target);
+    labels.extend([reactor.tid.to_string(), reactor.name.clone()]);
+    labels
+}
+
+fn reactors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'r> fn(&'r Reactor) -> Value<'r>) {
+    for (target, reactor) in live_reactors(snapshot) {
+        sink(reactor_labels(target, reactor), figure(reactor));
+    }
+}
+
+fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'l> fn(&'l Listener) -> Value<'l>) {
+    for target in live(snapshot) {
+        for listener in target.listeners.iter().filter(|listener| !listener.closed) {
+            let mut labels = target_labels(target);
+            labels.push(listener.name());
+            sink(labels, figure(listener));
+        }
+    }
+}

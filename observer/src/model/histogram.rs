@@ -1,0 +1,176 @@
+//! Durations in seconds as people and exporters read them: counts at bounds, quantiles, true sums.
+
+use observer_common::histogram::{self as kernel, BUCKETS, Bucket};
+use serde::{Serialize, Serializer, ser::SerializeStruct as _};
+
+const NANOSECONDS: f64 = 1e9;
+
+/// A histogram of durations.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Histogram {
+    buckets: Vec<Bucket>,
+    min_ns: u64,
+    max_ns: u64,
+}
+
+impl Histogram {
+    /// Number of durations.
+    pub(crate) fn count(&self) -> u64 {
+        self.buckets.iter().map(|b| b.count).sum()
+    }
+
+    /// Their sum in seconds.
+    pub(crate) fn sum(&self) -> f64 {
+        seconds(self.buckets.iter().map(|b| b.sum_ns).sum())
+    }
+
+    /// The shortest, in seconds; 0 if there is none.
+    pub(crate) fn min(&self) -> f64 {
+        seconds(self.min_ns)
+    }
+
+    /// The longest, in seconds; 0 if there is none.
+    pub(crate) fn max(&self) -> f64 {
+        seconds(self.max_ns)
+    }
+
+    /// The duration that a share `q` of all does not exceed, in seconds, exact to its bucket (12.5 %) and
+    /// interpolated inside; `None` if there is no duration.
+    pub(crate) fn quantile(&self, q: f64) -> Option<f64> {
+        let rank = q * float(self.count());
+        let mut below = 0;
+        for (index, bucket) in self.buckets.iter().enumerate().filter(|(_, b)| b.count > 0) {
+            if float(below + bucket.count) >= rank {
+                let lower = index.checked_sub(1).and_then(kernel::upper_bound).unwrap_or(0).max(self.min_ns);
+                let upper = kernel::upper_bound(index).unwrap_or(self.max_ns).min(self.max_ns).max(lower);
+                let inside = ((rank - float(below)) / float(bucket.count)).clamp(0.0, 1.0);
+                return Some((float(lower) + inside * float(upper - lower)) / NANOSECONDS);
+            }
+            below += bucket.count;
+        }
+        None
+    }
+
+    /// Upper bound in seconds and how many durations do not exceed it, for every bucket but the last, which has none.
+    pub(crate) fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
+        self.buckets.iter().enumerate().scan(0, |below, (index, bucket)| {
+            *below += bucket.count;
+            kernel::upper_bound(index).map(|bound| (seconds(bound), *below))
+        })
+    }
+
+    /// The same at the powers of two alone: the stable set of bounds that is scraped.
+    pub(crate) fn cumulative_by_octave(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
+        self.cumulative()
+            .enumerate()
+            .filter(|(index, _)| kernel::upper_bound(*index).is_some_and(u64::is_power_of_two))
+            .map(|(_, bound)| bound)
+    }
+}
+
+impl From<&kernel::Histogram> for Histogram {
+    fn from(raw: &kernel::Histogram) -> Self {
+        Self { buckets: raw.buckets.to_vec(), min_ns: raw.min_ns, max_ns: raw.max_ns }
+    }
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self { buckets: vec![Bucket::default(); BUCKETS], min_ns: 0, max_ns: 0 }
+    }
+}
+
+/// The report's `H`: buckets that hold nothing are left out.
+impl Serialize for Histogram {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut below = 0;
+        let held: Vec<_> = self
+            .cumulative()
+            .filter(|&(_, count)| std::mem::replace(&mut below, count) != count)
+            .collect();
+        let mut h = serializer.serialize_struct("H", 9)?;
+        h.serialize_field("count", &self.count())?;
+        h.serialize_field("sum", &self.sum())?;
+        h.serialize_field("min", &self.min())?;
+        h.serialize_field("max", &self.max())?;
+        for (name, q) in [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p999", 0.999)] {
+            h.serialize_field(name, &self.quantile(q))?;
+        }
+        h.serialize_field("buckets", &held)?;
+        h.end()
+    }
+}
+
+/// Nanoseconds as seconds.
+pub(crate) fn seconds(ns: u64) -> f64 {
+    float(ns) / NANOSECONDS
+}
+
+#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53 ns, which is 104 days")]
+fn float(n: u64) -> f64 {
+    n as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MILLISECOND: u64 = 1_000_000;
+
+    fn of(durations: &[u64]) -> Histogram {
+        let mut raw = kernel::Histogram::EMPTY;
+        for &ns in durations {
+            let bucket = &mut raw.buckets[kernel::bucket_of(ns)];
+            bucket.count += 1;
+            bucket.sum_ns += ns;
+            raw.max_ns = raw.max_ns.max(ns);
+            raw.min_ns = if raw.min_ns == 0 { ns } else { raw.min_ns.min(ns) };
+        }
+        Histogram::from(&raw)
+    }
+
+    #[test]
+    fn sums_are_true_and_quantiles_within_a_bucket() {
+        let durations: Vec<u64> = (1..=1000).map(|n| n * MILLISECOND).collect();
+        let h = of(&durations);
+        assert_eq!(h.count(), 1000);
+        assert!((h.sum() - 500.5).abs() < 1e-9);
+        for (q, exact) in [(0.5, 0.5), (0.9, 0.9), (0.99, 0.99), (1.0, 1.0)] {
+            let estimate = h.quantile(q).unwrap();
+            assert!((estimate / exact - 1.0).abs() <= 0.125, "p{q}: {estimate} for {exact}");
+        }
+    }
+
+    #[test]
+    fn a_single_duration_is_every_quantile() {
+        let h = of(&[100 * MILLISECOND]);
+        for q in [0.0, 0.5, 0.99, 1.0] {
+            assert!((h.quantile(q).unwrap() - 0.1).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn nothing_has_no_quantiles() {
+        let h = of(&[]);
+        assert_eq!(h.quantile(0.5), None);
+        assert_eq!(serde_json::to_value(&h).unwrap()["p50"], serde_json::Value::Null);
+    }
+
+    #[test]
+    fn the_last_bucket_counts_only_towards_the_total() {
+        let h = of(&[MILLISECOND, 100_000 * MILLISECOND]);
+        assert_eq!(h.cumulative().last().unwrap().1, 1);
+        assert_eq!(h.count(), 2);
+        assert!((h.quantile(1.0).unwrap() - 100.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn octaves_are_a_subset_of_all_bounds() {
+        let h = of(&[3_000, 5_000, 80 * MILLISECOND]);
+        let all: Vec<_> = h.cumulative().collect();
+        let octaves: Vec<_> = h.cumulative_by_octave().collect();
+        assert_eq!(octaves.len(), 27);
+        assert!(octaves.iter().all(|bound| all.contains(bound)));
+        assert_eq!(octaves.last().unwrap().1, 3);
+    }
+}

@@ -1,0 +1,5 @@
+//! What was measured, in seconds and connections: knows neither where figures come from nor where they go.
+
+pub(crate) mod catalog;
+pub(crate) mod histogram;
+pub(crate) mod snapshot;

@@ -1,0 +1,165 @@
+//! Everything known at one moment. Serialized as it stands, it is the JSON report `observer.report/1`.
+
+use serde::Serialize;
+
+use super::histogram::Histogram;
+
+/// Name and version of the report's shape.
+pub(crate) const SCHEMA: &str = "observer.report/1";
+
+/// One moment of one observation.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Snapshot {
+    /// [`SCHEMA`].
+    pub(crate) schema: &'static str,
+    /// Wall time at which the programs were attached, RFC 3339.
+    pub(crate) started: String,
+    /// Since the programs were attached.
+    pub(crate) duration_seconds: f64,
+    /// By process id.
+    pub(crate) targets: Vec<Target>,
+    /// About observer itself.
+    #[serde(rename = "self")]
+    pub(crate) own: Own,
+}
+
+/// A process under observation.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Target {
+    /// Process id.
+    pub(crate) pid: u32,
+    /// Name of its main thread.
+    pub(crate) comm: String,
+    /// Path of its executable.
+    pub(crate) exe: String,
+    /// Whether it is gone.
+    pub(crate) exited: bool,
+    /// What it listens on. A listener that several targets share is listed once, with the lowest process id.
+    pub(crate) listeners: Vec<Listener>,
+    /// Its threads that wait for events.
+    pub(crate) reactors: Vec<Reactor>,
+}
+
+/// A listening socket and its accept queue.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Listener {
+    /// `tcp`.
+    pub(crate) protocol: &'static str,
+    /// `0.0.0.0:8080`, `[::]:443`.
+    pub(crate) address: String,
+    /// Number among listeners of the same target and address (an SO_REUSEPORT group), from 1; `None` if it is alone.
+    pub(crate) member: Option<usize>,
+    /// Most connections that may wait.
+    pub(crate) limit: u32,
+    /// Connections that wait now.
+    pub(crate) depth: u32,
+    /// Most connections seen to wait.
+    pub(crate) peak: u32,
+    /// Connections that joined the queue while observed.
+    pub(crate) arrivals: u64,
+    /// Connections accepted while observed.
+    pub(crate) accepts: u64,
+    /// Of those, the ones that were queued before observer looked: their wait is unknown and not in `wait`.
+    pub(crate) accepts_unknown_wait: u64,
+    /// Handshake done -> accept returned, in seconds.
+    pub(crate) wait: Histogram,
+    /// Whether it no longer listens.
+    pub(crate) closed: bool,
+}
+
+/// A thread that waits for events.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Reactor {
+    /// Thread id.
+    pub(crate) tid: u32,
+    /// Its name.
+    pub(crate) name: String,
+    /// Finished slices: stretches between the return of one wait and the next wait.
+    pub(crate) slices: u64,
+    /// Finished waits.
+    pub(crate) waits: u64,
+    /// Events those waits returned.
+    pub(crate) events: u64,
+    /// Time spent waiting, the wait in progress included.
+    pub(crate) wait_seconds: f64,
+    /// Time spent in slices, the slice in progress included.
+    pub(crate) busy_seconds: f64,
+    /// Busy time as a share of busy and waiting time; `None` while there is neither.
+    pub(crate) utilization: Option<f64>,
+    /// Age of the slice in progress; `None` while it waits.
+    pub(crate) current_slice_seconds: Option<f64>,
+    /// Lengths of finished slices, in seconds.
+    pub(crate) slice: Histogram,
+    /// Made runnable -> running after a wait, in seconds.
+    pub(crate) wakeup: Histogram,
+    /// Where busy time went.
+    pub(crate) split_seconds: Split,
+    /// Whether the thread is gone.
+    pub(crate) exited: bool,
+}
+
+/// Where a reactor's busy time went, in seconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Split {
+    /// On a CPU.
+    pub(crate) cpu: f64,
+    /// Runnable, waiting for a CPU.
+    pub(crate) runqueue: f64,
+    /// Blocked.
+    pub(crate) blocked: Blocked,
+}
+
+/// Blocked time by what it blocked in, in seconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Blocked {
+    /// Cause not determined.
+    pub(crate) unknown: f64,
+}
+
+/// About observer itself.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Own {
+    /// Version of observer.
+    pub(crate) version: &'static str,
+    /// Release of the running kernel.
+    pub(crate) kernel: String,
+    /// What the programs could not keep, by cause.
+    pub(crate) lost: Vec<Lost>,
+    /// Hooks that are not attached, each with its reason.
+    pub(crate) not_attached: Vec<NotAttached>,
+}
+
+/// Something the programs could not keep.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Lost {
+    /// Why, as `observer_self_lost_total` has it.
+    pub(crate) cause: &'static str,
+    /// How often.
+    pub(crate) count: u64,
+}
+
+/// A hook that the running kernel lacks.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct NotAttached {
+    /// The tracepoint.
+    pub(crate) hook: String,
+    /// Why not.
+    pub(crate) reason: String,
+}
+
+impl Listener {
+    /// What people and labels call it: its address, and its number where several share that.
+    pub(crate) fn name(&self) -> String {
+        match self.member {
+            Some(member) => format!("{}#{member}", self.address),
+            None => self.address.clone(),
+        }
+    }
+}
+
+impl Target {
+    /// Whether there is anything to tell about it.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.listeners.is_empty() && self.reactors.is_empty()
+    }
+}

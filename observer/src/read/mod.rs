@@ -1,0 +1,3 @@
+//! Takes raw figures out of the kernel.
+
+pub(crate) mod maps;

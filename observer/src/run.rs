@@ -1,0 +1,161 @@
+//! The main job from preflight to report: checks what must hold, observes until it is time, prints.
+
+use std::{
+    future::pending,
+    io::stdout,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use aya_log::EbpfLogger;
+use log::LevelFilter;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::TcpListener,
+    select,
+    signal::unix::{SignalKind, signal},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+
+use crate::{
+    cli::{Format, Observe, Output},
+    export::{json, prometheus, text},
+    failure::Failure,
+    kernel::{features::FEATURES, preflight::REQUIREMENTS},
+    observation::{Observation, Selection},
+    target::process::ensure_observable,
+};
+
+/// How often targets, listeners and finished threads are looked after.
+const HOUSEKEEPING: Duration = Duration::from_millis(250);
+
+/// Observes what the command line asks for.
+pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
+    let selection = Selection { pids: observe.pids.iter().copied().collect(), follow: !observe.no_follow };
+    run(&selection, &observe.output)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Observes until the time is up, a signal comes or all targets are gone; then prints the report.
+pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
+    let own_level = if output.verbose { LevelFilter::Debug } else { LevelFilter::Warn };
+    env_logger::Builder::new()
+        .filter_level(LevelFilter::Warn)
+        // Ours and, by the name of their crate, the programs'.
+        .filter_module("observer", own_level)
+        .format_timestamp(None)
+        .init();
+    preflight(selection)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        // First of all, because a busy port is the likeliest failure and the cheapest to find.
+        let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
+        let mut observation = Observation::start(selection, output.verbose)?;
+        if output.verbose {
+            show_diagnostics(&mut observation)?;
+        }
+        announce(&observation, output, endpoint.as_ref());
+        let observation = Arc::new(Mutex::new(observation));
+        if let Some(endpoint) = endpoint {
+            tokio::spawn(prometheus::serve(endpoint, Arc::clone(&observation)));
+        }
+        until_over(&observation, output.duration).await?;
+        let snapshot = observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
+        match output.format {
+            Format::Text => text::write(&snapshot, &mut stdout().lock()),
+            Format::Json => json::write(&snapshot, &mut stdout().lock()),
+        }
+    })
+}
+
+/// Finds out what would fail later, and says what to do about it. Runs before any thread is started.
+fn preflight(selection: &Selection) -> Result<()> {
+    // Whoever asks for a process that is not there wants to hear that first.
+    for &pid in &selection.pids {
+        ensure_observable(pid)?;
+    }
+    let missing: Vec<_> = REQUIREMENTS.iter().filter(|requirement| !requirement.is_met()).collect();
+    if let Some(first) = missing.first() {
+        let names: Vec<_> = missing.iter().map(|requirement| requirement.name).collect();
+        return Err(Failure::new(format!("missing rights: {}", names.join(", ")), first.cure).into());
+    }
+    for feature in FEATURES.iter().filter(|feature| feature.required) {
+        if let Err(reason) = feature.probe() {
+            let what = format!("this kernel lacks {}: {reason}", feature.name);
+            let cure = format!("use a kernel that has it (Linux {} or newer); see `observer check`", feature.since);
+            return Err(Failure::new(what, cure).into());
+        }
+    }
+    Ok(())
+}
+
+async fn listen(output: &Output) -> Result<TcpListener> {
+    let address = output.listen;
+    TcpListener::bind(address).await.map_err(|error| {
+        let what = format!("cannot listen on {address}: {error}");
+        Failure::new(what, "choose another address with --listen ADDR, or none with --no-listen").into()
+    })
+}
+
+/// Passes on what the programs themselves have to say.
+fn show_diagnostics(observation: &mut Observation) -> Result<()> {
+    let logger = EbpfLogger::init(observation.programs()).context("cannot read the programs' diagnostics")?;
+    // SAFETY: the logger owns its ring's descriptor and never closes it before it is dropped itself.
+    let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
+        .map_err(|error| error.into_parts().1)?;
+    tokio::spawn(async move {
+        while let Ok(mut guard) = logger.readable_mut().await {
+            guard.get_inner_mut().flush();
+            guard.clear_ready();
+        }
+    });
+    Ok(())
+}
+
+/// Tells a person at a terminal that something is going on, and how it ends.
+fn announce(observation: &Observation, output: &Output, endpoint: Option<&TcpListener>) {
+    let names: Vec<_> = observation.live().map(|p| format!("{} ({})", p.comm, p.pid)).collect();
+    let shown = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
+    let more = names.len().saturating_sub(4);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    eprintln!("observing {shown}{more}");
+    if let Some(address) = endpoint.and_then(|endpoint| endpoint.local_addr().ok()) {
+        eprintln!("figures at http://{address}/metrics");
+    }
+    match output.duration {
+        Some(duration) => eprintln!("report in {}, or at Ctrl-C", humantime::format_duration(duration)),
+        None => eprintln!("report at Ctrl-C"),
+    }
+}
+
+/// Returns when the time is up, a signal has come or all targets are gone.
+async fn until_over(observation: &Mutex<Observation>, duration: Option<Duration>) -> Result<()> {
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    let end = duration.and_then(|duration| Instant::now().checked_add(duration));
+    let time_is_up = async {
+        match end {
+            Some(end) => sleep_until(end).await,
+            None => pending().await,
+        }
+    };
+    tokio::pin!(time_is_up);
+    let mut housekeeping = interval(HOUSEKEEPING);
+    housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        select! {
+            () = &mut time_is_up => return Ok(()),
+            _ = interrupted.recv() => return Ok(()),
+            _ = terminated.recv() => return Ok(()),
+            _ = housekeeping.tick() => {
+                let mut observation = observation.lock().unwrap_or_else(PoisonError::into_inner);
+                observation.refresh()?;
+                if observation.is_over() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Who a process is, whether it can be a target, and which processes descend from it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use procfs::{
+    ProcError,
+    process::{FDTarget, Process as Proc, StatFlags, all_processes},
+};
+
+use crate::failure::Failure;
+
+/// What people call a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Process {
+    /// Process id.
+    pub(crate) pid: u32,
+    /// Its main thread's name, at most 15 bytes.
+    pub(crate) comm: String,
+    /// Path of its executable; empty if it was gone before anybody could look.
+    pub(crate) exe: String,
+}
+
+impl Process {
+    /// Reads a process's identity; one that is gone already keeps its id alone.
+    pub(crate) fn of(pid: u32) -> Self {
+        let proc = open(pid).ok();
+        Self {
+            pid,
+            comm: proc.as_ref().and_then(|p| p.stat().ok()).map_or_else(|| "?".into(), |stat| stat.comm),
+            exe: proc.and_then(|p| p.exe().ok()).map(|exe| exe.display().to_string()).unwrap_or_default(),
+        }
+    }
+}
+
+/// Makes sure a process can be observed. An error says why not and what to do.
+pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
+    let gone =
+        || Failure::new(format!("no process has the id {pid}"), "find the right one, for example with `pgrep -a NAME`");
+    let proc = open(pid).map_err(|_| gone())?;
+    let (Ok(stat), Ok(status)) = (proc.stat(), proc.status()) else { return Err(gone()) };
+    let is_kernel_thread = stat.flags().is_ok_and(|flags| flags.contains(StatFlags::PF_KTHREAD));
+    if is_kernel_thread {
+        return Err(Failure::new(
+            format!("process {pid} ({}) is a kernel thread", stat.comm),
+            "choose a process that runs a program: a kernel thread has no sockets and no event loop of its own",
+        ));
+    }
+    if stat.state == 'Z' || stat.state == 'X' {
+        return Err(Failure::new(
+            format!("process {pid} ({}) has exited and only waits for its parent", stat.comm),
+            "choose one that still runs",
+        ));
+    }
+    let process = u32::try_from(status.tgid).unwrap_or(pid);
+    if process != pid {
+        return Err(Failure::new(
+            format!("{pid} is a thread of process {process} ({})", stat.comm),
+            format!("use --pid {process}; all its threads are observed"),
+        ));
+    }
+    Ok(())
+}
+
+/// Every process that descends from the given ones, as `/proc` shows it now; without the given ones.
+pub(crate) fn descendants(of: &BTreeSet<u32>) -> BTreeSet<u32> {
+    let mut children = BTreeMap::<u32, Vec<u32>>::new();
+    for stat in all_processes().into_iter().flatten().filter_map(|proc| proc.ok()?.stat().ok()) {
+        if let (Ok(pid), Ok(parent)) = (u32::try_from(stat.pid), u32::try_from(stat.ppid)) {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    let mut found = BTreeSet::new();
+    let mut pending: Vec<u32> = of.iter().copied().collect();
+    while let Some(parent) = pending.pop() {
+        for &child in children.get(&parent).into_iter().flatten() {
+            if !of.contains(&child) && found.insert(child) {
+                pending.push(child);
+            }
+        }
+    }
+    found
+}
+
+/// Inode numbers of the sockets a process has open. Empty if it is gone or may not be looked at.
+pub(crate) fn socket_inodes(pid: u32) -> BTreeSet<u64> {
+    let descriptors = open(pid).and_then(|proc| proc.fd()).into_iter().flatten().flatten();
+    descriptors
+        .filter_map(|fd| match fd.target {
+            FDTarget::Socket(inode) => Some(inode),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Inode number of the socket behind a descriptor; `None` if that is not a socket.
+pub(crate) fn socket_inode(pid: u32, fd: u32) -> Option<u64> {
+    let fd = i32::try_from(fd).ok()?;
+    match open(pid).ok()?.fd_from_fd(fd).ok()?.target {
+        FDTarget::Socket(inode) => Some(inode),
+        _ => None,
+    }
+}
+
+/// Name of a thread; empty if it is gone.
+pub(crate) fn thread_name(pid: u32, tid: u32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default().trim_end().into()
+}
+
+fn open(pid: u32) -> Result<Proc, ProcError> {
+    Proc::new(i32::try_from(pid).map_err(|_| ProcError::NotFound(None))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_can_be_observed_and_is_itself() {
+        let me = std::process::id();
+        ensure_observable(me).unwrap();
+        assert_eq!(Process::of(me).exe, std::env::current_exe().unwrap().display().to_string());
+    }
+
+    #[test]
+    fn a_pid_out_of_range_is_nobody() {
+        assert!(ensure_observable(u32::MAX).unwrap_err().to_string().contains("no process"));
+    }
+
+    #[test]
+    fn a_grandchild_is_a_descendant() {
+        let mut child = std::process::Command::new("sh").args(["-c", "sleep 30 & wait"]).spawn().unwrap();
+        let me = BTreeSet::from([std::process::id()]);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let found = loop {
+            let found = descendants(&me);
+            if found.len() >= 2 || std::time::Instant::now() > deadline {
+                break found;
+            }
+        };
+        assert!(found.contains(&child.id()));
+        let grandchildren = descendants(&BTreeSet::from([child.id()]));
+        assert_eq!(grandchildren.len(), 1);
+        for pid in grandchildren {
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL).unwrap();
+        }
+        child.wait().unwrap();
+    }
+}

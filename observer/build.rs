@@ -12,8 +12,9 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed={}", root.join("observer-common/src").display());
 
     let record = fs::read_to_string(record).unwrap_or_default();
-    let recorded =
-        |key: &str| record.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).filter(|v| !v.is_empty());
+    let recorded = |key: &str| {
+        record.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).filter(|v| !v.is_empty())
+    };
     if recorded("bootstrap") == Some("1") {
         set_env("RUSTC_BOOTSTRAP", "1".into());
     }

@@ -66,8 +66,7 @@ crate::shared!(Histogram, 16 * BUCKETS + 16);
 
 impl Histogram {
     /// One without any duration.
-    pub const EMPTY: Self =
-        Self { buckets: [Bucket { count: 0, sum_ns: 0 }; BUCKETS], min_ns: 0, max_ns: 0 };
+    pub const EMPTY: Self = Self { buckets: [Bucket { count: 0, sum_ns: 0 }; BUCKETS], min_ns: 0, max_ns: 0 };
 }
 
 #[cfg(test)]

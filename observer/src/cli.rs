@@ -20,7 +20,7 @@ waiting for one, or blocked.",
 )]
 pub(crate) struct Cli {
     #[command(flatten)]
-    pub(crate) observe: Option<Observe>,
+    pub(crate) observe: Observe,
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
 }
@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn pids_can_be_repeated() {
         let cli = Cli::try_parse_from(["observer", "--pid", "1", "--pid", "2", "--duration", "30s"]).unwrap();
-        let observe = cli.observe.unwrap();
+        let observe = cli.observe;
         assert_eq!(observe.pids, [1, 2]);
         assert_eq!(observe.output.duration, Some(Duration::from_secs(30)));
         assert_eq!(observe.output.listen.to_string(), "127.0.0.1:9464");

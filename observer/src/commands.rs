@@ -30,7 +30,10 @@ pub(crate) fn check() -> ExitCode {
             Err(reason) => {
                 can_run &= !feature.required;
                 let verdict = if feature.required { "NO " } else { "no " };
-                println!("{verdict}  {:<28} {} (since Linux {})", feature.name, feature.purpose, feature.since);
+                println!(
+                    "{verdict}  {:<28} {} (since Linux {})",
+                    feature.name, feature.purpose, feature.since
+                );
                 println!("     {:<28} reason: {reason}", "");
             }
         }

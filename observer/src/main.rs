@@ -19,7 +19,7 @@ mod target;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
+use clap::Parser as _;
 
 use cli::{Cli, Command};
 
@@ -35,14 +35,11 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode> {
-    match (cli.command, cli.observe) {
-        (Some(Command::Check), _) => Ok(commands::check()),
-        (Some(Command::Probes), _) => commands::probes(),
-        (Some(Command::Demo(demo)), _) => demo::run(demo.output),
-        (Some(Command::DemoServer), _) => demo::server::run(),
-        (None, Some(observe)) => run::observe(&observe),
-        (None, None) => {
-            Cli::command().error(ErrorKind::MissingRequiredArgument, "nothing to observe: give --pid PID").exit()
-        }
+    match cli.command {
+        None => run::observe(&cli.observe),
+        Some(Command::Check) => Ok(commands::check()),
+        Some(Command::Probes) => commands::probes(),
+        Some(Command::Demo(demo)) => demo::run(demo.output),
+        Some(Command::DemoServer) => demo::server::run(),
     }
 }

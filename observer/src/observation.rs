@@ -18,7 +18,7 @@ use crate::{
     kernel::{clock, layout},
     model::{
         histogram::seconds,
-        snapshot::{Listener, Lost, NotAttached, Own, Reactor, SCHEMA, Snapshot, Target},
+        snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
     },
     probes::{
         self,
@@ -35,10 +35,9 @@ use crate::{
 
 static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
 
-/// Finished reactors kept for the report, beyond which the oldest are forgotten.
-const FINISHED_REACTORS: usize = 1024;
-/// Exited processes and closed listeners kept for the report, likewise.
-const ENDED: usize = 4096;
+/// Exited processes, exited threads and closed listeners kept for the report, of each kind so many; beyond that
+/// the oldest are forgotten.
+const ENDED: usize = 1024;
 
 /// What to observe.
 #[derive(Clone, Debug)]
@@ -55,7 +54,7 @@ pub(crate) struct Observation {
     maps: Maps,
     sock_diag: SockDiag,
     attached_ns: u64,
-    not_attached: Vec<NotAttached>,
+    missing: Vec<Missing>,
     /// Release of the running kernel.
     kernel: String,
     live: BTreeMap<u32, Process>,
@@ -85,14 +84,18 @@ impl Observation {
         for &pid in &selection.pids {
             insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
         }
-        let not_attached = probes::attach(&mut ebpf)?;
+        let missing = probes::attach(&mut ebpf)?;
         let mut observation = Self {
             ebpf,
             maps,
             sock_diag: SockDiag::default(),
             attached_ns: clock::monotonic_ns(),
-            not_attached,
-            kernel: uname().context("cannot ask for the kernel's release")?.release().to_string_lossy().into(),
+            missing,
+            kernel: uname()
+                .context("cannot ask for the kernel's release")?
+                .release()
+                .to_string_lossy()
+                .into(),
             live: BTreeMap::new(),
             exited: BTreeMap::new(),
             listeners: BTreeMap::new(),
@@ -130,7 +133,8 @@ impl Observation {
                 break;
             }
             for &child in &children {
-                insert_new(&mut self.maps.targets, child, RawTarget::default()).context("cannot add a target")?;
+                insert_new(&mut self.maps.targets, child, RawTarget::default())
+                    .context("cannot add a target")?;
             }
             targets.extend(children);
         }
@@ -143,6 +147,8 @@ impl Observation {
                     }
                     Call::Accept { fd } => {
                         if let Some(inode) = process::socket_inode(pid, fd) {
+                            insert_new(&mut self.maps.listeners, inode, RawListener::EMPTY)
+                                .context("cannot add a listener")?;
                             insert_new(&mut self.maps.accepting, tid, inode).context("cannot add a call")?;
                         }
                     }
@@ -190,7 +196,7 @@ impl Observation {
                 self.names.entry(tid).or_insert_with(|| process::thread_name(raw.tgid, tid));
             }
         }
-        let surplus = self.finished.len().saturating_sub(FINISHED_REACTORS);
+        let surplus = self.finished.len().saturating_sub(ENDED);
         self.finished.drain(..surplus);
     }
 
@@ -198,8 +204,9 @@ impl Observation {
     /// so that is asked only when there is a new target or a new listener.
     fn refresh_listeners(&mut self, new_target: bool) {
         let first_time = self.listeners.is_empty() && self.strangers.is_empty();
-        let listening = self.listening();
-        let accepted_from: HashSet<u64> = entries(&self.maps.listeners).into_iter().map(|(inode, _)| inode).collect();
+        let Some(listening) = self.listening() else { return };
+        let accepted_from: HashSet<u64> =
+            entries(&self.maps.listeners).into_iter().map(|(inode, _)| inode).collect();
         let is_new = |l: &Listening| {
             !self.listeners.contains_key(&l.inode)
                 && (!self.strangers.contains(&l.inode) || accepted_from.contains(&l.inode))
@@ -207,39 +214,59 @@ impl Observation {
         if new_target || listening.values().any(is_new) {
             self.find_owners(&listening, first_time);
         }
-        for (inode, known) in &mut self.listeners {
-            match listening.get(inode) {
-                Some(now) => {
-                    known.depth = now.depth;
-                    known.limit = now.limit;
-                    known.peak = known.peak.max(now.depth);
-                }
-                None => known.closed = true,
+        for (inode, known) in self.listeners.iter_mut().filter(|(_, known)| known.closed.is_none()) {
+            if let Some(now) = listening.get(inode) {
+                known.depth = now.depth;
+                known.limit = now.limit;
+                known.peak = known.peak.max(now.depth);
+            } else {
+                let last = self.maps.listeners.get(inode, 0).unwrap_or(RawListener::EMPTY);
+                known.closed = Some(Box::new(last));
+                let _never_accepted_from = self.maps.listeners.remove(inode);
             }
         }
         self.strangers.retain(|inode| listening.contains_key(inode));
-        while self.listeners.len() > ENDED {
-            let Some(oldest) = self.listeners.iter().find(|(_, l)| l.closed).map(|(&inode, _)| inode) else { break };
-            self.listeners.remove(&oldest);
-            let _absent = self.maps.listeners.remove(&oldest);
+        let closed: Vec<u64> = self
+            .listeners
+            .iter()
+            .filter(|(_, known)| known.closed.is_some())
+            .map(|(&inode, _)| inode)
+            .collect();
+        for inode in &closed[..closed.len().saturating_sub(ENDED)] {
+            self.listeners.remove(inode);
         }
     }
 
-    /// Listeners in every network namespace of a target, by inode number.
-    fn listening(&mut self) -> HashMap<u64, Listening> {
+    /// Listeners in every network namespace of a target, by inode number; `None` if a namespace does not answer,
+    /// for then nobody knows which listeners are gone.
+    fn listening(&mut self) -> Option<HashMap<u64, Listening>> {
         let mut found = HashMap::new();
         let mut asked = HashSet::new();
-        for &pid in self.live.keys() {
+        for pid in self.live.keys().copied().collect::<Vec<_>>() {
             let namespace = std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap_or_default();
             if !asked.insert(namespace) {
                 continue;
             }
             match self.sock_diag.listening(pid) {
                 Ok(listening) => found.extend(listening.into_iter().map(|l| (l.inode, l))),
-                Err(error) => log::warn!("listeners of process {pid} are unknown: {error:#}"),
+                // Its last process may just have exited.
+                Err(_) if process::ensure_observable(pid).is_err() => return None,
+                Err(error) => {
+                    self.note_missing(format!("listeners of process {pid}"), format!("{error:#}"));
+                    return None;
+                }
             }
         }
-        found
+        Some(found)
+    }
+
+    /// Remembers that something goes unseen, and says so once.
+    fn note_missing(&mut self, source: String, reason: String) {
+        let missing = Missing { source, reason };
+        if self.missing.len() < ENDED && !self.missing.contains(&missing) {
+            log::warn!("not seen here: {} ({})", missing.source, missing.reason);
+            self.missing.push(missing);
+        }
     }
 
     /// Sorts listeners into the targets' and strangers'. One that several targets share goes to the lowest id: a
@@ -256,7 +283,7 @@ impl Observation {
                     depth: socket.depth,
                     peak: socket.depth,
                     limit: socket.limit,
-                    closed: false,
+                    closed: None,
                 });
                 let port = PortKey { netns: socket.netns, port: socket.address.port().into() };
                 if let Err(error) = self.maps.ports.insert(port, 1, 0) {
@@ -282,7 +309,8 @@ impl Observation {
         }
         let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
         for (inode, known) in &self.listeners {
-            let raw = self.maps.listeners.get(inode, 0).unwrap_or(RawListener::EMPTY);
+            let live = || self.maps.listeners.get(inode, 0).unwrap_or(RawListener::EMPTY);
+            let raw = known.closed.as_deref().copied().unwrap_or_else(live);
             listeners.entry(known.owner).or_default().push(accept::decode(known, &raw));
         }
         let processes = self.exited.values().map(|p| (p, true)).chain(self.live.values().map(|p| (p, false)));
@@ -315,7 +343,7 @@ impl Observation {
             version: env!("CARGO_PKG_VERSION"),
             kernel: self.kernel.clone(),
             lost,
-            not_attached: self.not_attached.clone(),
+            missing: self.missing.clone(),
         })
     }
 }

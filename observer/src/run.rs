@@ -84,7 +84,8 @@ fn preflight(selection: &Selection) -> Result<()> {
     for feature in FEATURES.iter().filter(|feature| feature.required) {
         if let Err(reason) = feature.probe() {
             let what = format!("this kernel lacks {}: {reason}", feature.name);
-            let cure = format!("use a kernel that has it (Linux {} or newer); see `observer check`", feature.since);
+            let cure =
+                format!("use a kernel that has it (Linux {} or newer); see `observer check`", feature.since);
             return Err(Failure::new(what, cure).into());
         }
     }

@@ -15,8 +15,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::sys::{
-    prctl,
     epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+    prctl,
     signal::{SigHandler, Signal, signal},
 };
 

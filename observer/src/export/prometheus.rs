@@ -42,8 +42,11 @@ async fn metrics(State(observation): State<Shared>) -> Response {
 }
 
 fn encode(snapshot: &Snapshot) -> Result<String> {
-    let families: Vec<_> =
-        CATALOG.iter().map(|family| collect(family, snapshot)).filter(|f| !f.get_metric().is_empty()).collect();
+    let families: Vec<_> = CATALOG
+        .iter()
+        .map(|family| collect(family, snapshot))
+        .filter(|f| !f.get_metric().is_empty())
+        .collect();
     let mut text = Vec::new();
     TextEncoder::new().encode(&families, &mut text)?;
     Ok(String::from_utf8(text)?)

@@ -26,7 +26,11 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     writeln!(out)?;
     let findings: Vec<String> = snapshot.targets.iter().flat_map(findings).collect();
     if findings.is_empty() {
-        writeln!(out, "Not late: no event loop was away for {} or more, no connection waited that long.", span(LATE))?;
+        writeln!(
+            out,
+            "Not late: no event loop was away for {} or more, no connection waited that long.",
+            span(LATE)
+        )?;
     }
     for finding in &findings {
         writeln!(out, "LATE: {finding}")?;
@@ -37,8 +41,8 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     for lost in own.lost.iter().filter(|lost| lost.count > 0) {
         writeln!(out, "\nNot everything could be kept: {} ({} times)", lost.cause, lost.count)?;
     }
-    for hook in &own.not_attached {
-        writeln!(out, "\nNot hooked: {} ({})", hook.hook, hook.reason)?;
+    for missing in &own.missing {
+        writeln!(out, "\nNot seen here: {} ({})", missing.source, missing.reason)?;
     }
     Ok(())
 }
@@ -57,9 +61,10 @@ fn findings(target: &Target) -> Vec<String> {
     let waits = target.listeners.iter().filter(|l| l.wait.max() >= LATE).map(|l| {
         format!("connections to {} of {who} waited up to {} to be accepted", l.name(), span(l.wait.max()))
     });
-    let stuck = target.listeners.iter().filter(|l| l.depth > 0 && l.accepts == 0 && !l.closed).map(|l| {
-        format!("{} of {who} has {} connections waiting and has accepted none", l.name(), l.depth)
-    });
+    let stuck =
+        target.listeners.iter().filter(|l| l.depth > 0 && l.accepts == 0 && !l.closed).map(|l| {
+            format!("{} of {who} has {} connections waiting and has accepted none", l.name(), l.depth)
+        });
     reactors.chain(waits).chain(stuck).collect()
 }
 

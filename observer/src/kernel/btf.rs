@@ -64,7 +64,10 @@ struct Member {
 impl<'a> Btf<'a> {
     /// Parses the contents of `/sys/kernel/btf/vmlinux`. Fails on anything that is not such a file.
     pub(crate) fn parse(data: &'a [u8]) -> Result<Self> {
-        ensure!(data.len() >= HEADER && data[..2] == MAGIC.to_ne_bytes(), "not BTF of this machine's byte order");
+        ensure!(
+            data.len() >= HEADER && data[..2] == MAGIC.to_ne_bytes(),
+            "not BTF of this machine's byte order"
+        );
         let header = word(data, 4)? as usize;
         let section = |at: usize| -> Result<&'a [u8]> {
             let (offset, length) = (word(data, at)? as usize, word(data, at + 4)? as usize);
@@ -94,7 +97,8 @@ impl<'a> Btf<'a> {
     /// Offset in bytes of a member, given as a path: `__sk_common.skc_num`. Anonymous structures and unions
     /// on the way need no naming. `None` if this kernel has no such structure or member.
     pub(crate) fn offset(&self, structure: &str, path: &str) -> Option<u32> {
-        let mut at = self.types.iter().position(|t| t.kind() == STRUCT && self.is_named(t.name, structure))?;
+        let mut at =
+            self.types.iter().position(|t| t.kind() == STRUCT && self.is_named(t.name, structure))?;
         let mut bits = 0;
         for name in path.split('.') {
             let member = self.member(at, name)?;

@@ -39,7 +39,8 @@ fn members(btf: &Btf) -> Result<KernelLayout> {
 /// Whether `sched_switch` passes the previous state: (data, preempt, prev, next[, prev_state]).
 /// Early 5.18 had it in front of `prev`; such a kernel is refused rather than misread.
 fn switch_has_state(btf: &Btf) -> Result<bool> {
-    let arguments = btf.tracepoint_arguments("sched_switch").context("this kernel's BTF has no sched_switch")?;
+    let arguments =
+        btf.tracepoint_arguments("sched_switch").context("this kernel's BTF has no sched_switch")?;
     match arguments[..] {
         [true, false, true, true] => Ok(false),
         [true, false, true, true, false] => Ok(true),

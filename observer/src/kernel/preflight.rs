@@ -50,7 +50,8 @@ pub(crate) const REQUIREMENTS: &[Requirement] = &[
         purpose: "tell processes by the same ids as the kernel",
         cure: "run observer on the host, or its container with the host's pid namespace (hostPID, --pid=host)",
         met: || {
-            std::fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL_PID_NAMESPACE)
+            std::fs::metadata("/proc/self/ns/pid")
+                .is_ok_and(|namespace| namespace.ino() == INITIAL_PID_NAMESPACE)
         },
     },
 ];

@@ -194,13 +194,13 @@ pub(crate) const CATALOG: &[Family] = &[
         },
     },
     Family {
-        name: "observer_self_not_attached",
-        help: "Hooks that the running kernel lacks; always 1.",
+        name: "observer_self_missing",
+        help: "Sources of figures that are not to be had here; always 1.",
         kind: Kind::Gauge,
-        labels: &["hook", "reason"],
+        labels: &["source", "reason"],
         collect: |s, sink| {
-            for hook in &s.own.not_attached {
-                sink(vec![hook.hook.clone(), hook.reason.clone()], Value::Number(1.0));
+            for missing in &s.own.missing {
+                sink(vec![missing.source.clone(), missing.reason.clone()], Value::Number(1.0));
             }
         },
     },

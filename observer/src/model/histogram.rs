@@ -84,10 +84,8 @@ impl Default for Histogram {
 impl Serialize for Histogram {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut below = 0;
-        let held: Vec<_> = self
-            .cumulative()
-            .filter(|&(_, count)| std::mem::replace(&mut below, count) != count)
-            .collect();
+        let held: Vec<_> =
+            self.cumulative().filter(|&(_, count)| std::mem::replace(&mut below, count) != count).collect();
         let mut h = serializer.serialize_struct("H", 9)?;
         h.serialize_field("count", &self.count())?;
         h.serialize_field("sum", &self.sum())?;

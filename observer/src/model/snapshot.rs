@@ -125,8 +125,8 @@ pub(crate) struct Own {
     pub(crate) kernel: String,
     /// What the programs could not keep, by cause.
     pub(crate) lost: Vec<Lost>,
-    /// Hooks that are not attached, each with its reason.
-    pub(crate) not_attached: Vec<NotAttached>,
+    /// What goes unseen here, each with its reason.
+    pub(crate) missing: Vec<Missing>,
 }
 
 /// Something the programs could not keep.
@@ -138,11 +138,11 @@ pub(crate) struct Lost {
     pub(crate) count: u64,
 }
 
-/// A hook that the running kernel lacks.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct NotAttached {
-    /// The tracepoint.
-    pub(crate) hook: String,
+/// A tracepoint or another source of figures that is not to be had here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Missing {
+    /// What it is called.
+    pub(crate) source: String,
     /// Why not.
     pub(crate) reason: String,
 }

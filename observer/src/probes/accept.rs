@@ -38,8 +38,8 @@ pub(crate) struct Known {
     pub(crate) peak: u32,
     /// Most connections that may wait.
     pub(crate) limit: u32,
-    /// Whether it no longer listens.
-    pub(crate) closed: bool,
+    /// Its last figures, if it no longer listens.
+    pub(crate) closed: Option<Box<Raw>>,
 }
 
 /// A listener's figures. Whatever joined the queue has either been accepted or still waits, so arrivals
@@ -56,6 +56,6 @@ pub(crate) fn decode(known: &Known, raw: &Raw) -> Listener {
         accepts: raw.accepts,
         accepts_unknown_wait: raw.accepts_without_arrival,
         wait: Histogram::from(&raw.wait),
-        closed: known.closed,
+        closed: known.closed.is_some(),
     }
 }

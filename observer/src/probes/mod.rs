@@ -7,7 +7,7 @@ use aya::{
     programs::{BtfTracePoint, TracePoint},
 };
 
-use crate::{kernel::tracefs, model::snapshot::NotAttached};
+use crate::{kernel::tracefs, model::snapshot::Missing};
 
 pub(crate) mod accept;
 pub(crate) mod process;
@@ -48,7 +48,7 @@ pub(crate) const PROBES: &[Probe] = &[process::PROBE, accept::PROBE, reactor::PR
 
 /// Loads and attaches every probe's programs. Tells which optional tracepoints the running kernel lacks.
 /// What is attached stays so until `ebpf` is dropped.
-pub(crate) fn attach(ebpf: &mut Ebpf) -> Result<Vec<NotAttached>> {
+pub(crate) fn attach(ebpf: &mut Ebpf) -> Result<Vec<Missing>> {
     let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
     let mut missing = Vec::new();
     for hook in PROBES.iter().flat_map(|probe| probe.hooks) {
@@ -67,7 +67,7 @@ pub(crate) fn attach(ebpf: &mut Ebpf) -> Result<Vec<NotAttached>> {
                     let event = format!("{category}/{name}");
                     if n > 0 && !tracefs::has(&event) {
                         let reason = "this kernel has no such tracepoint".into();
-                        missing.push(NotAttached { hook: event, reason });
+                        missing.push(Missing { source: event, reason });
                         continue;
                     }
                     program.attach(category, name).with_context(|| format!("cannot attach to {event}"))?;

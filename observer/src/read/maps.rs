@@ -64,7 +64,9 @@ pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
     value: V,
 ) -> Result<(), MapError> {
     match map.insert(key, value, NO_EXIST) {
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(nix::libc::EEXIST) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(nix::libc::EEXIST) => {
+            Ok(())
+        }
         other => other,
     }
 }

@@ -44,7 +44,8 @@ mod tests {
 
     #[test]
     fn calls_are_told_by_number() {
-        let epoll = format!("{} 0x5 0x7ffd 0x400 0xffffffffffffffff 0x0 0x8 0x7ffd 0x7f\n", libc::SYS_epoll_pwait);
+        let epoll =
+            format!("{} 0x5 0x7ffd 0x400 0xffffffffffffffff 0x0 0x8 0x7ffd 0x7f\n", libc::SYS_epoll_pwait);
         assert_eq!(parse(&epoll), Some(Call::Wait));
         let accept = format!("{} 0x1f 0x0 0x0 0x80000 0x0 0x0 0x7ffd 0x7f\n", libc::SYS_accept4);
         assert_eq!(parse(&accept), Some(Call::Accept { fd: 31 }));

@@ -61,7 +61,8 @@ fn open_in(namespace: File) -> Result<Socket> {
     thread::spawn(move || -> Result<Socket> {
         let own = File::open("/proc/thread-self/ns/net")?;
         if own.metadata()?.ino() != namespace.metadata()?.ino() {
-            setns(namespace, CloneFlags::CLONE_NEWNET).context("cannot enter the target's network namespace")?;
+            setns(namespace, CloneFlags::CLONE_NEWNET)
+                .context("cannot enter the target's network namespace")?;
         }
         let mut socket = Socket::new(NETLINK_SOCK_DIAG).context("cannot open a sock_diag socket")?;
         socket.bind_auto()?;

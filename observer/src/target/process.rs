@@ -34,8 +34,12 @@ impl Process {
 
 /// Makes sure a process can be observed. An error says why not and what to do.
 pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
-    let gone =
-        || Failure::new(format!("no process has the id {pid}"), "find the right one, for example with `pgrep -a NAME`");
+    let gone = || {
+        Failure::new(
+            format!("no process has the id {pid}"),
+            "find the right one, for example with `pgrep -a NAME`",
+        )
+    };
     let proc = open(pid).map_err(|_| gone())?;
     let (Ok(stat), Ok(status)) = (proc.stat(), proc.status()) else { return Err(gone()) };
     let is_kernel_thread = stat.flags().is_ok_and(|flags| flags.contains(StatFlags::PF_KTHREAD));

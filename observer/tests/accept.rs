@@ -1,0 +1,203 @@
+//! The accept probe against real servers: every connection counted once, every wait as long as it was.
+
+use std::{
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::support::{
+    http, is_emulated,
+    observer::Observer,
+    send,
+    servers::{Server, children},
+};
+use nix::sys::signal::Signal;
+
+/// Known operations.
+const CONNECTIONS: u64 = 23;
+
+/// Runs a load and compares observer's accepts with the server's own count.
+fn assert_counts_equal(server: &Server, own_count: impl Fn(&Server) -> u64, load: impl FnOnce(u16)) -> u64 {
+    let before = own_count(server);
+    let observer = Observer::of(server.pid());
+    load(server.port);
+    let connections = own_count(server) - before;
+    let report = observer.finish();
+    report.assert_complete();
+    let listener = report.listener(server.port);
+    assert_eq!(listener["accepts"], connections, "{listener:#}");
+    assert_eq!(listener["arrivals"], connections, "{listener:#}");
+    assert_eq!(listener["wait"]["count"], connections, "{listener:#}");
+    assert_eq!(listener["accepts_unknown_wait"], 0, "{listener:#}");
+    assert_eq!(listener["depth"], 0, "{listener:#}");
+    connections
+}
+
+fn open_each(port: u16) {
+    for _ in 0..CONNECTIONS {
+        http::get(port, "/");
+    }
+}
+
+fn keep_alive(port: u16) {
+    for _ in 0..CONNECTIONS {
+        http::get_many(port, "/", 10);
+    }
+}
+
+/// Real load, bounded in time: on real hardware until more than 100,000 connections were made.
+fn wrk(port: u16, server: &Server, headers: &[&str], wanted: u64) {
+    let seconds = if is_emulated() { "2" } else { "5" };
+    for _ in 0..12 {
+        let status = Command::new("wrk")
+            .args(["-t", "2", "-c", "32", "-d", seconds])
+            .args(headers.iter().flat_map(|header| ["-H", header]))
+            .arg(format!("http://127.0.0.1:{port}/"))
+            .stdout(Stdio::null())
+            .status()
+            .expect("wrk is installed");
+        assert!(status.success());
+        if is_emulated() || server.nginx_accepts() > wanted {
+            return;
+        }
+    }
+    panic!("fewer than {wanted} connections in a minute");
+}
+
+#[test]
+fn nginx_23_connections_one_worker() {
+    let server = Server::nginx(1);
+    // The one that asks for the count is accepted under observation as well.
+    assert_eq!(assert_counts_equal(&server, Server::nginx_accepts, open_each), CONNECTIONS + 1);
+}
+
+#[test]
+fn nginx_23_connections_two_workers() {
+    let server = Server::nginx(2);
+    assert_eq!(assert_counts_equal(&server, Server::nginx_accepts, open_each), CONNECTIONS + 1);
+}
+
+#[test]
+fn nginx_23_connections_with_keep_alive() {
+    let server = Server::nginx(2);
+    assert_eq!(assert_counts_equal(&server, Server::nginx_accepts, keep_alive), CONNECTIONS + 1);
+}
+
+#[test]
+fn nginx_under_load_without_keep_alive() {
+    for workers in [1, 2] {
+        let server = Server::nginx(workers);
+        let load = |port| wrk(port, &server, &["Connection: close"], 100_000);
+        let connections = assert_counts_equal(&server, Server::nginx_accepts, load);
+        assert!(is_emulated() || connections > 100_000);
+        eprintln!("{workers} workers: {connections} connections counted");
+    }
+}
+
+#[test]
+fn nginx_under_load_with_keep_alive() {
+    for workers in [1, 2] {
+        let server = Server::nginx(workers);
+        assert_counts_equal(&server, Server::nginx_accepts, |port| wrk(port, &server, &[], 0));
+    }
+}
+
+#[test]
+fn redis_23_connections() {
+    let server = Server::redis();
+    let load = |port| {
+        for _ in 0..CONNECTIONS {
+            drop(http::connect(port));
+        }
+    };
+    assert_eq!(assert_counts_equal(&server, Server::redis_accepts, load), CONNECTIONS + 1);
+}
+
+#[test]
+fn asyncio_23_connections() {
+    let server = Server::asyncio();
+    let own_count = |server: &Server| server.block("none", 0)["connections"].as_u64().unwrap();
+    assert_eq!(assert_counts_equal(&server, own_count, open_each), CONNECTIONS + 1);
+}
+
+#[test]
+fn node_23_connections() {
+    let server = Server::node();
+    let own_count = |server: &Server| server.block("none", 0)["connections"].as_u64().unwrap();
+    assert_eq!(assert_counts_equal(&server, own_count, open_each), CONNECTIONS + 1);
+}
+
+/// A stopped server accepts nothing: a connection waits as long as the stop lasts, and the queue shows it.
+#[test]
+fn a_known_wait_is_measured() {
+    let server = Server::nginx(1);
+    let worker = children(server.pid())[0];
+    let observer = Observer::of(server.pid());
+
+    send(worker, Signal::SIGSTOP);
+    let before_connect = Instant::now();
+    let connection = http::connect(server.port);
+    let after_connect = Instant::now();
+    thread::sleep(Duration::from_secs(1));
+    let shortest = after_connect.elapsed().as_secs_f64();
+    send(worker, Signal::SIGCONT);
+    http::request(connection, "/");
+    let longest = before_connect.elapsed().as_secs_f64();
+
+    let report = observer.finish();
+    report.assert_complete();
+    let listener = report.listener(server.port);
+    assert_eq!(listener["accepts"], 1, "{listener:#}");
+    assert_eq!(listener["peak"], 1, "{listener:#}");
+    let wait = listener["wait"]["max"].as_f64().unwrap();
+    eprintln!("wait {wait:.6} s, truth between {shortest:.6} and {longest:.6} s");
+    // Both ends were taken around the wait, so it lies between them whatever the machine's load; the clocks
+    // are the same, so a millisecond is generous.
+    assert!((shortest - 0.001..=longest + 0.001).contains(&wait), "{wait} not in {shortest}..={longest}");
+}
+
+/// Connections that waited before observer came are counted, and nobody invents how long they waited.
+#[test]
+fn what_was_queued_before_is_counted_without_a_wait() {
+    let server = Server::nginx(1);
+    let worker = children(server.pid())[0];
+    send(worker, Signal::SIGSTOP);
+    let early: Vec<_> = (0..5).map(|_| http::connect(server.port)).collect();
+
+    let observer = Observer::of(server.pid());
+    let late: Vec<_> = (0..7).map(|_| http::connect(server.port)).collect();
+    send(worker, Signal::SIGCONT);
+    for connection in early.into_iter().chain(late) {
+        http::request(connection, "/");
+    }
+
+    let report = observer.finish();
+    report.assert_complete();
+    let listener = report.listener(server.port);
+    assert_eq!(listener["accepts"], 12, "{listener:#}");
+    assert_eq!(listener["accepts_unknown_wait"], 5, "{listener:#}");
+    assert_eq!(listener["wait"]["count"], 7, "{listener:#}");
+    assert_eq!(listener["arrivals"], 7, "{listener:#}");
+    assert_eq!(listener["peak"], 12, "{listener:#}");
+}
+
+/// Depth and limit are what `ss` shows.
+#[test]
+fn depth_and_limit_agree_with_ss() {
+    let server = Server::nginx(1);
+    let worker = children(server.pid())[0];
+    let observer = Observer::of(server.pid());
+    send(worker, Signal::SIGSTOP);
+    let waiting: Vec<_> = (0..9).map(|_| http::connect(server.port)).collect();
+
+    let ss = Command::new("ss").args(["-Hltn", &format!("sport = :{}", server.port)]).output().unwrap();
+    let ss = String::from_utf8(ss.stdout).unwrap();
+    let columns: Vec<&str> = ss.split_whitespace().collect();
+    let report = observer.finish();
+    let listener = report.listener(server.port);
+    assert_eq!(listener["depth"].to_string(), columns[1], "{ss}");
+    assert_eq!(listener["limit"].to_string(), columns[2], "{ss}");
+    assert_eq!(listener["depth"], waiting.len());
+    assert_eq!(listener["accepts"], 0);
+}

@@ -1,0 +1,112 @@
+//! What comes out: the same figures in the scrape, the JSON report and the text for people.
+
+use std::process::Command;
+
+use crate::support::{
+    http,
+    observer::{BINARY, Observer},
+    servers::Server,
+};
+
+/// The figure of the one series with this name and these labels.
+fn series(scrape: &str, name: &str, labels: &[&str]) -> f64 {
+    let found: Vec<&str> = scrape
+        .lines()
+        .filter(|line| {
+            line.starts_with(&format!("{name}{{")) && labels.iter().all(|label| line.contains(label))
+        })
+        .collect();
+    assert_eq!(found.len(), 1, "{name} with {labels:?} in {scrape}");
+    found[0].rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_scrape_and_the_report_agree() {
+    let server = Server::asyncio();
+    let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    for _ in 0..5 {
+        server.block("sleep", 100);
+    }
+    let scrape = http::get(observer.port(), "/metrics");
+    let report = observer.finish();
+    let (listener, reactor) = (report.listener(server.port), report.reactor(server.pid()));
+
+    let address = format!("listener=\"127.0.0.1:{}\"", server.port);
+    assert_eq!(series(&scrape, "observer_accept_queue_accepts_total", &[&address]), 5.0);
+    assert_eq!(listener["accepts"], 5);
+    assert_eq!(series(&scrape, "observer_accept_queue_wait_seconds_count", &[&address]), 5.0);
+    assert_eq!(
+        series(&scrape, "observer_accept_queue_limit", &[&address]),
+        listener["limit"].as_f64().unwrap()
+    );
+
+    let pid = format!("pid=\"{}\"", server.pid());
+    let slices =
+        |le: &str| series(&scrape, "observer_reactor_slice_seconds_bucket", &[&pid, &format!("le=\"{le}\"")]);
+    assert_eq!(slices("0.134217728") - slices("0.067108864"), 5.0);
+    assert_eq!(slices("+Inf"), series(&scrape, "observer_reactor_slice_seconds_count", &[&pid]));
+    assert!(series(&scrape, "observer_reactor_slice_seconds_sum", &[&pid]) >= 0.5);
+    assert!(reactor["slice"]["sum"].as_f64().unwrap() >= 0.5);
+    assert_eq!(series(&scrape, "observer_self_lost_total", &["cause=\"reactors_full\""]), 0.0);
+}
+
+/// HELP and TYPE once for each family, no series twice.
+#[test]
+fn the_scrape_is_well_formed() {
+    let server = Server::nginx(2);
+    let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    http::get(server.port, "/");
+    let scrape = http::get(observer.port(), "/metrics");
+    observer.finish();
+    let mut seen = std::collections::HashSet::new();
+    for line in scrape.lines() {
+        let key = if line.starts_with('#') { line } else { line.rsplit_once(' ').unwrap().0 };
+        assert!(seen.insert(key), "{key} twice");
+    }
+    assert!(scrape.contains("# TYPE observer_reactor_slice_seconds histogram"), "{scrape}");
+    assert!(scrape.contains("# TYPE observer_accept_queue_accepts_total counter"), "{scrape}");
+}
+
+/// The demonstration shows what it promises, in figures.
+#[test]
+fn the_demo_shows_its_misbehaviour() {
+    let output = Command::new(BINARY)
+        .args(["demo", "--duration", "5s", "--no-listen", "--format", "json"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report = crate::support::observer::Report(serde_json::from_slice(&output.stdout).unwrap());
+    report.assert_complete();
+    let target = &report.0["targets"][0];
+    let reactor = &target["reactors"][0];
+    assert_eq!(reactor["name"], "reactor");
+    // Once a second each, in five seconds; the first or the last may fall outside.
+    let spins = crate::support::observer::count_between(&reactor["slice"], 0.075_497_472, 0.117_440_512);
+    let sleeps = crate::support::observer::count_between(&reactor["slice"], 0.117_440_512, f64::MAX);
+    assert!((3..=6).contains(&spins), "{spins} spins in {reactor:#}");
+    assert!((3..=6).contains(&sleeps), "{sleeps} sleeps in {reactor:#}");
+    let waits: Vec<f64> =
+        target["listeners"].as_array().unwrap().iter().map(|l| l["wait"]["max"].as_f64().unwrap()).collect();
+    assert_eq!(waits.len(), 2);
+    // The last of ten connections waits for nine pauses of 40 ms.
+    assert!(waits.iter().any(|&wait| wait > 0.25), "{waits:?}");
+}
+
+/// The first line a person reads says whether it is late, and where the time went.
+#[test]
+fn the_text_names_the_late_loop() {
+    let server = Server::asyncio();
+    let pid = server.pid().to_string();
+    let observer = Command::new(BINARY)
+        .args(["--pid", &pid, "--no-listen", "--duration", "3s"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1000));
+    server.block("sleep", 300);
+    let output = observer.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let verdict = text.lines().nth(2).unwrap();
+    assert!(verdict.starts_with("LATE: event loop python3"), "{text}");
+    assert!(verdict.contains("blocked"), "{text}");
+}

@@ -1,0 +1,9 @@
+//! Tests that drive the real binary against real servers; they need root. One file a probe, and one each for the
+//! command line and for what comes out. They run one at a time, because they share the machine's scheduler.
+
+mod accept;
+mod cli;
+mod exports;
+mod process;
+mod reactor;
+mod support;

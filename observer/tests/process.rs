@@ -1,0 +1,103 @@
+//! The process probe: children of the past and of the future, exits, and the end of all targets.
+
+use std::{process::Command, time::Duration};
+
+use crate::support::{
+    Process, http,
+    observer::Observer,
+    send,
+    servers::{Server, children},
+    wait_for,
+};
+use nix::sys::signal::Signal;
+
+#[test]
+fn nginx_master_given_workers_found() {
+    let server = Server::nginx(2);
+    let workers = children(server.pid());
+    let report = Observer::of(server.pid()).finish();
+    for worker in workers {
+        assert_eq!(report.target(worker)["comm"], "nginx");
+        report.reactor(worker);
+    }
+}
+
+/// nginx replaces its worker on SIGHUP: a child that did not exist when observer came.
+#[test]
+fn a_child_forked_later_is_followed() {
+    let server = Server::nginx(1);
+    let first = children(server.pid());
+    let observer = Observer::of(server.pid());
+    server.process.signal(Signal::SIGHUP);
+    let second = wait_for("a new worker", || {
+        let now = children(server.pid());
+        (!now.is_empty() && now.iter().all(|pid| !first.contains(pid))).then(|| now[0])
+    });
+    http::get(server.port, "/");
+    let report = observer.finish();
+    assert_eq!(report.target(first[0])["exited"], true);
+    assert_eq!(report.target(second)["exited"], false);
+    assert!(report.reactor(second)["slices"].as_u64().unwrap() > 0);
+    assert_eq!(report.listener(server.port)["accepts"], 1);
+}
+
+#[test]
+fn children_are_left_out_on_request() {
+    let server = Server::nginx(1);
+    let report =
+        Observer::start(&["--pid", &server.pid().to_string(), "--no-follow", "--no-listen"]).finish();
+    assert_eq!(report.0["targets"].as_array().unwrap().len(), 1);
+    report.target(server.pid());
+}
+
+/// Two targets at once, each with its own figures.
+#[test]
+fn several_pids() {
+    let (asyncio, redis) = (Server::asyncio(), Server::redis());
+    let arguments = ["--pid", &asyncio.pid().to_string(), "--pid", &redis.pid().to_string(), "--no-listen"];
+    let observer = Observer::start(&arguments);
+    http::get(asyncio.port, "/");
+    drop(http::connect(redis.port));
+    redis.redis_accepts();
+    let report = observer.finish();
+    assert_eq!(report.listener(asyncio.port)["accepts"], 1);
+    assert_eq!(report.listener(redis.port)["accepts"], 2);
+}
+
+/// Nobody has to press Ctrl-C when there is nothing left to observe, and figures of the dead are kept.
+#[test]
+fn the_end_of_the_last_target_ends_observer() {
+    let server = Server::asyncio();
+    let observer = Observer::of(server.pid());
+    http::get(server.port, "/");
+    send(server.pid(), Signal::SIGKILL);
+    let report = observer.report();
+    assert_eq!(report.target(server.pid())["exited"], true);
+    assert!(report.reactor(server.pid())["slices"].as_u64().unwrap() > 0);
+    assert_eq!(report.listener(server.port)["accepts"], 1);
+    assert_eq!(report.listener(server.port)["closed"], true);
+}
+
+/// A thousand short-lived children: followed, forgotten, nothing left over.
+#[test]
+fn a_storm_of_forks_is_survived() {
+    let script = "for n in $(seq 500); do /bin/true; done; sleep 30";
+    let storm = Process(Command::new("sh").args(["-c", &format!("sleep 2; {script}")]).spawn().unwrap());
+    let observer = Observer::of(storm.pid());
+    wait_for("the end of the storm", || {
+        let children = children(storm.pid());
+        let sleeps = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.contains("sleep\x0030"))
+        };
+        children.iter().any(sleeps).then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    for child in children(storm.pid()) {
+        send(child, Signal::SIGKILL);
+    }
+    let report = observer.finish();
+    report.assert_complete();
+    let exited = report.0["targets"].as_array().unwrap().iter().filter(|t| t["exited"] == true).count();
+    assert!(exited >= 500, "{exited} exits seen");
+}

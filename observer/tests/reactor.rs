@@ -1,0 +1,130 @@
+//! The reactor probe against real event loops: every block seen once, and its time put where it belongs.
+
+use std::{
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use crate::support::{
+    Process, assert_close,
+    observer::{Observer, count_between},
+    servers::Server,
+};
+use serde_json::Value;
+
+/// Known operations.
+const BLOCKS: u64 = 23;
+const BLOCK_MS: u32 = 100;
+
+/// Bounds of the scraped bucket that holds 100 ms: 2^26 and 2^27 ns.
+const BUCKET: (f64, f64) = (0.067_108_864, 0.134_217_728);
+
+/// Blocks a server's loop and returns its reactor's figures with what the server measured: wall and CPU seconds.
+fn block(server: &Server, kind: &str, times: u64) -> (Value, f64, f64) {
+    let observer = Observer::of(server.pid());
+    let (mut wall, mut cpu) = (0.0, 0.0);
+    for _ in 0..times {
+        let measured = server.block(kind, BLOCK_MS);
+        wall += measured["wall"].as_f64().unwrap();
+        cpu += measured["cpu"].as_f64().unwrap();
+    }
+    let report = observer.finish();
+    report.assert_complete();
+    (report.reactor(server.pid()).clone(), wall, cpu)
+}
+
+fn seconds(reactor: &Value, state: &str) -> f64 {
+    let split = &reactor["split_seconds"];
+    split[state].as_f64().or_else(|| split[state]["unknown"].as_f64()).unwrap()
+}
+
+/// Cost of the requests around the blocks, which is real work of the same loop.
+fn slack(times: u64) -> f64 {
+    let each = if crate::support::is_emulated() { 0.010 } else { 0.002 };
+    each * f64::from(u32::try_from(times).unwrap())
+}
+
+#[test]
+fn asyncio_23_sleeps_are_23_slices_and_blocked() {
+    let server = Server::asyncio();
+    let (reactor, wall, _) = block(&server, "sleep", BLOCKS);
+    assert_eq!(count_between(&reactor["slice"], BUCKET.0, BUCKET.1), BLOCKS, "{reactor:#}");
+    assert_close("blocked", seconds(&reactor, "blocked"), wall, 0.05, 0.0);
+    assert!(seconds(&reactor, "cpu") < slack(BLOCKS), "{reactor:#}");
+}
+
+#[test]
+fn asyncio_23_spins_are_23_slices_on_a_cpu() {
+    let server = Server::asyncio();
+    let (reactor, _, cpu) = block(&server, "spin", BLOCKS);
+    let slices = &reactor["slice"];
+    // Computing 100 ms takes longer when somebody else computes, too.
+    assert_eq!(count_between(slices, BUCKET.0, f64::MAX), BLOCKS, "{reactor:#}");
+    assert_close("on a CPU", seconds(&reactor, "cpu"), cpu, 0.05, slack(BLOCKS));
+    assert!(seconds(&reactor, "blocked") < 0.05 * cpu, "{reactor:#}");
+}
+
+#[test]
+fn node_23_sleeps_are_23_slices_and_blocked() {
+    let server = Server::node();
+    let (reactor, wall, _) = block(&server, "sleep", BLOCKS);
+    assert_eq!(count_between(&reactor["slice"], BUCKET.0, BUCKET.1), BLOCKS, "{reactor:#}");
+    assert_close("blocked", seconds(&reactor, "blocked"), wall, 0.05, 0.0);
+}
+
+/// A neighbour that computes on the same CPU is told apart from the server's own work.
+#[test]
+fn a_hog_on_the_same_cpu_shows_as_time_waiting_for_a_cpu() {
+    let hog = Command::new("taskset")
+        .args(["-c", "0", "/usr/bin/python3", "-c", "while True: pass"])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _hog = Process(hog);
+    let server = Server::asyncio_on_cpu(0);
+    let (reactor, wall, cpu) = block(&server, "spin", BLOCKS);
+    let waited = wall - cpu;
+    assert!(waited > 0.25 * wall, "the hog got in nobody's way: {waited} of {wall} s");
+    assert_close("waiting for a CPU", seconds(&reactor, "runqueue"), waited, 0.05, slack(BLOCKS));
+    assert_close("on a CPU", seconds(&reactor, "cpu"), cpu, 0.05, slack(BLOCKS));
+}
+
+/// The parts are the whole.
+#[test]
+fn the_split_adds_up_to_busy_time() {
+    let server = Server::asyncio();
+    let (reactor, ..) = block(&server, "sleep", 5);
+    let parts: f64 = ["cpu", "runqueue", "blocked"].iter().map(|state| seconds(&reactor, state)).sum();
+    assert_close("the parts", parts, reactor["busy_seconds"].as_f64().unwrap(), 0.01, 0.000_1);
+}
+
+/// A loop with nothing to do never returns from its wait, and is shown all the same.
+#[test]
+fn an_idle_loop_is_seen_and_idle() {
+    let server = Server::asyncio();
+    let observer = Observer::of(server.pid());
+    thread::sleep(Duration::from_millis(500));
+    let report = observer.finish();
+    let reactor = report.reactor(server.pid());
+    assert_eq!(reactor["slices"], 0, "{reactor:#}");
+    assert_eq!(reactor["utilization"], 0.0, "{reactor:#}");
+    let waited = reactor["wait_seconds"].as_f64().unwrap();
+    assert_close("waiting", waited, report.0["duration_seconds"].as_f64().unwrap(), 0.2, 0.1);
+}
+
+/// A loop that is stuck when the report is written counts with the age of its slice so far.
+#[test]
+fn a_slice_in_progress_is_reported() {
+    let server = Server::asyncio();
+    let observer = Observer::of(server.pid());
+    thread::scope(|scope| {
+        scope.spawn(|| server.block("sleep", 3000));
+        thread::sleep(Duration::from_millis(1000));
+        let report = observer.finish();
+        let reactor = report.reactor(server.pid());
+        let age = reactor["current_slice_seconds"].as_f64().expect("a slice in progress");
+        assert!((0.3..3.0).contains(&age), "{reactor:#}");
+        assert_close("blocked so far", seconds(reactor, "blocked"), age, 0.05, 0.01);
+    });
+}

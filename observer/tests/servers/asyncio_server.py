@@ -1,0 +1,43 @@
+"""An asyncio server that blocks its event loop on request and tells how long that really took.
+
+GET /sleep/MS blocks in a system call, GET /spin/MS computes for MS of CPU time, anything else answers at once.
+The answer is JSON: wall and CPU seconds of the block, measured in this process, and connections accepted so far.
+"""
+
+import asyncio
+import json
+import sys
+import time
+
+connections = 0
+
+
+def block(kind, seconds):
+    wall, cpu = time.monotonic(), time.thread_time()
+    if kind == "sleep":
+        time.sleep(seconds)
+    elif kind == "spin":
+        while time.thread_time() - cpu < seconds:
+            pass
+    return {"wall": time.monotonic() - wall, "cpu": time.thread_time() - cpu}
+
+
+async def serve(reader, writer):
+    global connections
+    connections += 1
+    request = await reader.readuntil(b"\r\n\r\n")
+    _, kind, *amount = request.split(b" ")[1].decode().split("/")
+    figures = block(kind, int(amount[0]) / 1000 if amount else 0)
+    body = json.dumps({**figures, "connections": connections}).encode()
+    writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    await writer.drain()
+    writer.close()
+
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+sys.exit(asyncio.run(main()))

@@ -1,0 +1,26 @@
+// A Node server that blocks its event loop on request, with the same paths and answers as asyncio_server.py.
+'use strict';
+const http = require('node:http');
+
+let connections = 0;
+
+function block(kind, milliseconds) {
+  const wall = performance.now();
+  const cpu = process.cpuUsage();
+  if (kind === 'sleep') {
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, milliseconds);
+  } else if (kind === 'spin') {
+    while (performance.now() - wall < milliseconds);
+  }
+  const used = process.cpuUsage(cpu);
+  return { wall: (performance.now() - wall) / 1e3, cpu: (used.user + used.system) / 1e6 };
+}
+
+const server = http.createServer((request, response) => {
+  const [, kind, amount] = request.url.split('/');
+  const body = JSON.stringify({ ...block(kind, Number(amount ?? 0)), connections });
+  response.writeHead(200, { Connection: 'close', 'Content-Length': Buffer.byteLength(body) });
+  response.end(body);
+});
+server.on('connection', () => { connections += 1; });
+server.listen(0, '127.0.0.1', () => console.log(server.address().port));

@@ -1,0 +1,64 @@
+//! What the tests share: observer as a process, real servers, a small HTTP client. Everything started here is
+//! ended when it is dropped, and every wait has a limit.
+
+pub(crate) mod http;
+pub(crate) mod observer;
+pub(crate) mod servers;
+
+use std::{
+    process::Child,
+    time::{Duration, Instant},
+};
+
+/// How long anything may take that should take no time at all; an emulated kernel is slow.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether this runs on an emulated machine, where work takes ten times as long.
+pub(crate) fn is_emulated() -> bool {
+    std::env::var_os("OBSERVER_TEST_EMULATED").is_some()
+}
+
+/// Asks again and again until there is an answer. Panics with `what` when it takes too long.
+pub(crate) fn wait_for<T>(what: &str, mut question: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + LIMIT;
+    loop {
+        if let Some(answer) = question() {
+            return answer;
+        }
+        assert!(Instant::now() < end, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A process that does not outlive its test.
+pub(crate) struct Process(pub(crate) Child);
+
+impl Process {
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        send(self.pid(), signal);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ended_already = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+/// Sends a signal to a process that a test started.
+pub(crate) fn send(pid: u32, signal: nix::sys::signal::Signal) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(pid, signal).unwrap();
+}
+
+/// Asserts that a figure is within a share of what an independent source says, or within `slack` of it.
+#[track_caller]
+pub(crate) fn assert_close(what: &str, figure: f64, truth: f64, share: f64, slack: f64) {
+    let error = (figure - truth).abs();
+    assert!(error <= truth * share + slack, "{what}: {figure} where {truth} is true, off by {error}");
+}

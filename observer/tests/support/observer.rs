@@ -1,0 +1,138 @@
+//! Runs the real binary and understands its report.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _},
+    process::{Command, ExitStatus, Stdio},
+    sync::mpsc,
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::{LIMIT, Process};
+
+/// The binary under test.
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_observer");
+
+/// observer at work, writing a JSON report.
+pub(crate) struct Observer {
+    process: Process,
+    /// Lines it wrote to standard error until it was ready.
+    pub(crate) announcement: Vec<String>,
+}
+
+impl Observer {
+    /// Observes a process without a scrape endpoint; returns when the programs are attached.
+    pub(crate) fn of(pid: u32) -> Self {
+        Self::start(&["--pid", &pid.to_string(), "--no-listen"])
+    }
+
+    /// Starts with these arguments; returns when the programs are attached.
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        let mut child = Command::new(BINARY)
+            .args(arguments)
+            .args(["--format", "json"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let process = Process(child);
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                eprintln!("observer: {line}");
+                let _nobody_listens_any_more = sender.send(line);
+            }
+        });
+        let mut announcement = Vec::new();
+        while !announcement.last().is_some_and(|line: &String| line.starts_with("report ")) {
+            let line = lines.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("not ready: {announcement:?}"));
+            announcement.push(line);
+        }
+        Self { process, announcement }
+    }
+
+    /// Port of the scrape endpoint, as announced.
+    pub(crate) fn port(&self) -> u16 {
+        let line = self.announcement.iter().find(|line| line.contains("/metrics")).expect("an endpoint");
+        let address = line.split("http://").nth(1).unwrap().trim_end_matches("/metrics");
+        address.parse::<std::net::SocketAddr>().unwrap().port()
+    }
+
+    /// Ctrl-C, then the report.
+    pub(crate) fn finish(self) -> Report {
+        self.process.signal(Signal::SIGINT);
+        self.report()
+    }
+
+    /// The report of one that ends by itself.
+    pub(crate) fn report(mut self) -> Report {
+        let mut text = String::new();
+        self.process.0.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        let status = self.process.0.wait().unwrap();
+        assert!(status.success(), "observer ended with {status}: {text}");
+        Report(serde_json::from_str(&text).unwrap())
+    }
+
+    /// The kind of end that nobody can prepare for.
+    pub(crate) fn kill(mut self) -> ExitStatus {
+        self.process.signal(Signal::SIGKILL);
+        self.process.0.wait().unwrap()
+    }
+}
+
+/// A JSON report.
+#[derive(Debug)]
+pub(crate) struct Report(pub(crate) Value);
+
+impl Report {
+    /// The target with this process id.
+    #[track_caller]
+    pub(crate) fn target(&self, pid: u32) -> &Value {
+        let targets = self.0["targets"].as_array().unwrap();
+        targets.iter().find(|t| t["pid"] == pid).unwrap_or_else(|| panic!("no target {pid} in {:#}", self.0))
+    }
+
+    /// All listeners of all targets at this address.
+    pub(crate) fn listeners(&self, address: &str) -> Vec<&Value> {
+        let targets = self.0["targets"].as_array().unwrap().iter();
+        let listeners = targets.flat_map(|t| t["listeners"].as_array().unwrap());
+        listeners.filter(|l| l["address"] == address).collect()
+    }
+
+    /// The only listener on this port of 127.0.0.1.
+    #[track_caller]
+    pub(crate) fn listener(&self, port: u16) -> &Value {
+        let found = self.listeners(&format!("127.0.0.1:{port}"));
+        assert_eq!(found.len(), 1, "listeners on {port} in {:#}", self.0);
+        found[0]
+    }
+
+    /// The reactor in the main thread of this process.
+    #[track_caller]
+    pub(crate) fn reactor(&self, pid: u32) -> &Value {
+        let reactors = self.target(pid)["reactors"].as_array().unwrap();
+        let main: Vec<_> = reactors.iter().filter(|reactor| reactor["tid"] == pid).collect();
+        assert_eq!(main.len(), 1, "main reactors of {pid} in {:#}", self.0);
+        main[0]
+    }
+
+    /// Asserts that nothing was lost on the way.
+    #[track_caller]
+    pub(crate) fn assert_complete(&self) {
+        for lost in self.0["self"]["lost"].as_array().unwrap() {
+            assert_eq!(lost["count"], 0, "{}", lost["cause"]);
+        }
+    }
+}
+
+/// How many durations of a histogram are in `(above, up_to]` seconds; both have to be bounds of buckets.
+pub(crate) fn count_between(histogram: &Value, above: f64, up_to: f64) -> u64 {
+    let at = |bound: f64| {
+        let buckets = histogram["buckets"].as_array().unwrap().iter();
+        let below = buckets.filter(|bucket| bucket[0].as_f64().unwrap() <= bound * (1.0 + 1e-9));
+        below.last().map_or(0, |bucket| bucket[1].as_u64().unwrap())
+    };
+    at(up_to) - at(above)
+}

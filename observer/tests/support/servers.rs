@@ -1,0 +1,148 @@
+//! Real servers on loopback ports of their own, each with its own count of connections.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{Process, http, wait_for};
+
+/// A port that was free a moment ago.
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// A server and the port it listens on.
+pub(crate) struct Server {
+    pub(crate) process: Process,
+    pub(crate) port: u16,
+    _files: Option<TempDir>,
+}
+
+impl Server {
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// nginx: a master and so many workers that share one listener.
+    pub(crate) fn nginx(workers: usize) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let dir = files.path().display();
+        let config = format!(
+            "daemon off; user root; worker_processes {workers}; pid {dir}/pid; error_log {dir}/error.log;
+             events {{ worker_connections 4096; }}
+             http {{
+               access_log off; client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy;
+               fastcgi_temp_path {dir}/fastcgi; uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi;
+               server {{
+                 listen 127.0.0.1:{port};
+                 location / {{ return 200 'ok'; }}
+                 location /status {{ stub_status; }}
+               }}
+             }}"
+        );
+        fs::write(files.path().join("nginx.conf"), config).unwrap();
+        let child = Command::new("nginx")
+            .arg("-p")
+            .arg(files.path())
+            .args(["-e", "error.log", "-c", "nginx.conf"])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("nginx is installed");
+        let server = Self { process: Process(child), port, _files: Some(files) };
+        wait_for("nginx", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok());
+        // Workers accept in the order of arrival: when this is answered, nobody else waits.
+        http::get(port, "/");
+        wait_for("nginx's workers", || (children(server.pid()).len() >= workers).then_some(()));
+        server
+    }
+
+    /// nginx's own count of accepted connections, the one that asks included.
+    pub(crate) fn nginx_accepts(&self) -> u64 {
+        let status = http::get(self.port, "/status");
+        status.lines().nth(2).unwrap().split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    /// redis, without persistence.
+    pub(crate) fn redis() -> Self {
+        let port = free_port();
+        let child = Command::new("redis-server")
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("redis is installed");
+        let server = Self { process: Process(child), port, _files: None };
+        wait_for("redis", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok());
+        server
+    }
+
+    /// redis' own count of accepted connections, the one that asks included.
+    pub(crate) fn redis_accepts(&self) -> u64 {
+        let mut connection = http::connect(self.port);
+        connection.write_all(b"INFO stats\r\nQUIT\r\n").unwrap();
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).unwrap();
+        let line = answer.lines().find_map(|line| line.strip_prefix("total_connections_received:")).unwrap();
+        line.trim().parse().unwrap()
+    }
+
+    /// CPython's event loop; see `servers/asyncio_server.py`.
+    pub(crate) fn asyncio() -> Self {
+        // Not whatever `python3` a developer has in front: the system's.
+        Self::script(Command::new("/usr/bin/python3"), "asyncio_server.py")
+    }
+
+    /// The same pinned to one CPU.
+    pub(crate) fn asyncio_on_cpu(cpu: usize) -> Self {
+        let mut command = Command::new("taskset");
+        command.args(["-c", &cpu.to_string(), "/usr/bin/python3"]);
+        Self::script(command, "asyncio_server.py")
+    }
+
+    /// Node's event loop; see `servers/node_server.js`.
+    pub(crate) fn node() -> Self {
+        Self::script(Command::new("node"), "node_server.js")
+    }
+
+    /// A server of ours that prints its port.
+    fn script(mut command: Command, name: &str) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name);
+        let mut child = command.arg(path).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect(name);
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let port = line.trim().parse().unwrap_or_else(|_| panic!("{name} prints {line:?} for its port"));
+        Self { process: Process(child), port, _files: None }
+    }
+
+    /// Makes a scripted server block; returns what it measured itself.
+    pub(crate) fn block(&self, kind: &str, milliseconds: u32) -> Value {
+        serde_json::from_str(&http::get(self.port, &format!("/{kind}/{milliseconds}"))).unwrap()
+    }
+}
+
+/// nginx leaves its workers alone when it is killed; it is asked first.
+impl Drop for Server {
+    fn drop(&mut self) {
+        if matches!(self.process.0.try_wait(), Ok(None)) {
+            for pid in children(self.pid()) {
+                super::send(pid, nix::sys::signal::Signal::SIGCONT);
+            }
+            self.process.signal(nix::sys::signal::Signal::SIGTERM);
+            let _reaped = self.process.0.wait();
+        }
+    }
+}
+
+/// Children of a process, as the kernel lists them.
+pub(crate) fn children(pid: u32) -> Vec<u32> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    list.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}

@@ -24,7 +24,6 @@ macro_rules! kernel_layout {
                 Self { $($field: 0,)* switch_has_state: 0, enter_accept_fd: 0, exit_ret: 0 };
 
             /// Offsets that come from BTF: structure, member path (alternatives, newest first, split by `|`), and where to put it.
-            #[expect(clippy::type_complexity, reason = "one row of a table, named by its use")]
             pub const MEMBERS: &[(&str, &str, fn(&mut Self) -> &mut u32)] =
                 &[$(($root, $path, |layout| &mut layout.$field),)*];
         }

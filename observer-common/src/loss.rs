@@ -18,9 +18,12 @@ pub enum Loss {
     AcceptUnattributed,
 }
 
+/// Number of causes, the size of the `LOSSES` map.
+pub const LOSSES: u32 = 6;
+
 impl Loss {
     /// Every cause, in index order, with the name used in metrics and reports.
-    pub const ALL: [(Self, &'static str); 6] = [
+    pub const ALL: [(Self, &'static str); LOSSES as usize] = [
         (Self::TargetsFull, "targets_full"),
         (Self::ReactorsFull, "reactors_full"),
         (Self::ListenersFull, "listeners_full"),

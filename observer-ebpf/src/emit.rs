@@ -3,11 +3,11 @@
 use aya_ebpf::{macros::map, maps::PerCpuArray};
 use observer_common::{
     histogram::{BUCKETS, Histogram, bucket_of},
-    loss::Loss,
+    loss::{LOSSES as CAUSES, Loss},
 };
 
 #[map]
-static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(Loss::ALL.len() as u32, 0);
+static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(CAUSES, 0);
 
 /// Counts something that could not be kept.
 #[inline(always)]

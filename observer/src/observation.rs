@@ -1,7 +1,7 @@
 //! One observation: the programs in the kernel, the targets, and how a snapshot of them is put together.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map::Entry},
     mem,
 };
 
@@ -127,8 +127,8 @@ impl Observation {
     /// threads were inside. What happens meanwhile the programs see themselves: their entries win.
     fn adopt(&mut self, selection: &Selection) -> Result<()> {
         let mut targets = selection.pids.clone();
-        while selection.follow {
-            let children = process::descendants(&targets);
+        loop {
+            let children = if selection.follow { process::descendants(&targets) } else { BTreeSet::new() };
             if children.is_empty() {
                 break;
             }
@@ -172,8 +172,8 @@ impl Observation {
                 self.exited.insert(pid, known);
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
-            } else if !self.live.contains_key(&pid) {
-                self.live.insert(pid, Process::of(pid));
+            } else if let Entry::Vacant(place) = self.live.entry(pid) {
+                place.insert(Process::of(pid));
                 arrived = true;
             }
         }

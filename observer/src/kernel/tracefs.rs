@@ -46,7 +46,7 @@ pub(crate) fn offset(event: &str, field: &str) -> Result<u32> {
     field_offset(&format, field).with_context(|| format!("{event} has no field {field}"))
 }
 
-/// Finds `field:TYPE NAME;	offset:N;` in a format file.
+/// Finds the `N` of `field:TYPE NAME; offset:N;` in a format file.
 fn field_offset(format: &str, field: &str) -> Option<u32> {
     format.lines().find_map(|line| {
         let (declaration, rest) = line.trim().strip_prefix("field:")?.split_once(';')?;

@@ -1,7 +1,7 @@
 //! The listening sockets of a network namespace, as the kernel's sock_diag tells them (what `ss -ltn` asks, too).
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fs::File,
     net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt as _,
@@ -45,10 +45,10 @@ impl SockDiag {
         let path = format!("/proc/{pid}/ns/net");
         let namespace = File::open(&path).with_context(|| format!("cannot open {path}"))?;
         let netns = u32::try_from(namespace.metadata()?.ino())?;
-        if !self.sockets.contains_key(&netns) {
-            self.sockets.insert(netns, open_in(namespace)?);
-        }
-        let socket = &self.sockets[&netns];
+        let socket = match self.sockets.entry(netns) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(place) => place.insert(open_in(namespace)?),
+        };
         let mut found = dump(socket, AF_INET, netns)?;
         found.extend(dump(socket, AF_INET6, netns)?);
         Ok(found)

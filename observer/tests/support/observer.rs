@@ -131,8 +131,8 @@ impl Report {
 pub(crate) fn count_between(histogram: &Value, above: f64, up_to: f64) -> u64 {
     let at = |bound: f64| {
         let buckets = histogram["buckets"].as_array().unwrap().iter();
-        let below = buckets.filter(|bucket| bucket[0].as_f64().unwrap() <= bound * (1.0 + 1e-9));
-        below.last().map_or(0, |bucket| bucket[1].as_u64().unwrap())
+        let mut below = buckets.filter(|bucket| bucket[0].as_f64().unwrap() <= bound * (1.0 + 1e-9));
+        below.next_back().map_or(0, |bucket| bucket[1].as_u64().unwrap())
     };
     at(up_to) - at(above)
 }

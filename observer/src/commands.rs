@@ -13,37 +13,39 @@ use crate::{
 };
 
 /// Prints what this kernel and these rights allow, each no with its reason and its cure.
-pub(crate) fn check() -> ExitCode {
+pub(crate) fn check() -> Result<ExitCode> {
+    let mut out = stdout().lock();
     let mut can_run = true;
     for requirement in REQUIREMENTS {
         if requirement.is_met() {
-            println!("yes  {:<28} {}", requirement.name, requirement.purpose);
+            writeln!(out, "yes  {:<28} {}", requirement.name, requirement.purpose)?;
         } else {
             can_run = false;
-            println!("NO   {:<28} {}", requirement.name, requirement.purpose);
-            println!("     {:<28} cure: {}", "", requirement.cure);
+            writeln!(out, "NO   {:<28} {}", requirement.name, requirement.purpose)?;
+            writeln!(out, "     {:<28} cure: {}", "", requirement.cure)?;
         }
     }
     for feature in FEATURES {
         match feature.probe() {
-            Ok(()) => println!("yes  {:<28} {}", feature.name, feature.purpose),
+            Ok(()) => writeln!(out, "yes  {:<28} {}", feature.name, feature.purpose)?,
             Err(reason) => {
                 can_run &= !feature.required;
                 let verdict = if feature.required { "NO " } else { "no " };
-                println!(
+                writeln!(
+                    out,
                     "{verdict}  {:<28} {} (since Linux {})",
                     feature.name, feature.purpose, feature.since
-                );
-                println!("     {:<28} reason: {reason}", "");
+                )?;
+                writeln!(out, "     {:<28} reason: {reason}", "")?;
             }
         }
     }
     if can_run {
-        println!("observer can do its main job here.");
-        ExitCode::SUCCESS
+        writeln!(out, "observer can do its main job here.")?;
+        Ok(ExitCode::SUCCESS)
     } else {
-        println!("observer cannot do its main job here.");
-        ExitCode::FAILURE
+        writeln!(out, "observer cannot do its main job here.")?;
+        Ok(ExitCode::FAILURE)
     }
 }
 

@@ -16,7 +16,7 @@ mod read;
 mod run;
 mod target;
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use anyhow::Result;
 use clap::Parser as _;
@@ -27,6 +27,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match dispatch(cli) {
         Ok(code) => code,
+        // Whoever read the output has had enough, as `head` has.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("observer: {error:#}");
             ExitCode::FAILURE
@@ -34,10 +36,16 @@ fn main() -> ExitCode {
     }
 }
 
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    let json = error.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
+    io.or(json) == Some(io::ErrorKind::BrokenPipe)
+}
+
 fn dispatch(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         None => run::observe(&cli.observe),
-        Some(Command::Check) => Ok(commands::check()),
+        Some(Command::Check) => commands::check(),
         Some(Command::Probes) => commands::probes(),
         Some(Command::Demo(demo)) => demo::run(demo.output),
         Some(Command::DemoServer) => demo::server::run(),

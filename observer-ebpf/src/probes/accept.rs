@@ -91,7 +91,10 @@ pub(super) fn thread_exited(tid: u32) {
 }
 
 #[inline(always)]
-#[expect(clippy::needless_borrows_for_generic_args, reason = "by value it would be copied to the stack first")]
+#[expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "by value it would be copied to the stack first"
+)]
 fn enter(ctx: &TracePointContext, tid: u32) -> Option<()> {
     let socket = OpenSocket::of(kernel::accept_fd(ctx)?)?;
     let inode = socket.inode()?;

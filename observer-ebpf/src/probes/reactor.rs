@@ -115,7 +115,10 @@ fn reactor_of(tid: u32) -> Option<*mut Reactor> {
 
 /// The entry of the current thread, made if its process is a target.
 #[inline(always)]
-#[expect(clippy::needless_borrows_for_generic_args, reason = "by value it would be copied to the stack first")]
+#[expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "by value it would be copied to the stack first"
+)]
 fn current_reactor(ctx: &TracePointContext) -> Option<*mut Reactor> {
     let (tgid, tid) = kernel::current();
     if let Some(reactor) = REACTORS.get_ptr_mut(tid) {

@@ -6,7 +6,7 @@ pub(crate) mod server;
 use std::{
     collections::BTreeSet,
     env,
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Write as _, stdout},
     process::{Child, Command, ExitCode, Stdio},
     time::Duration,
 };
@@ -29,7 +29,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
     run::run(&selection, &output)?;
     if output.format == Format::Text {
-        println!("\n{}", explanation());
+        writeln!(stdout().lock(), "\n{}", explanation())?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -29,6 +29,8 @@ fn block(server: &Server, kind: &str, times: u64) -> (Value, f64, f64) {
         wall += measured["wall"].as_f64().unwrap();
         cpu += measured["cpu"].as_f64().unwrap();
     }
+    // Whoever answers this has ended the slice that the last block was in.
+    server.block("none", 0);
     let report = observer.finish();
     report.assert_complete();
     (report.reactor(server.pid()).clone(), wall, cpu)
@@ -37,6 +39,13 @@ fn block(server: &Server, kind: &str, times: u64) -> (Value, f64, f64) {
 fn seconds(reactor: &Value, state: &str) -> f64 {
     let split = &reactor["split_seconds"];
     split[state].as_f64().or_else(|| split[state]["unknown"].as_f64()).unwrap()
+}
+
+/// How long a thread was runnable without a CPU, in seconds, as the scheduler counts it.
+fn run_delay(tid: u32) -> f64 {
+    let schedstat = std::fs::read_to_string(format!("/proc/{tid}/schedstat")).unwrap();
+    let delay: Duration = Duration::from_nanos(schedstat.split(' ').nth(1).unwrap().parse().unwrap());
+    delay.as_secs_f64()
 }
 
 /// Cost of the requests around the blocks, which is real work of the same loop.
@@ -83,11 +92,36 @@ fn a_hog_on_the_same_cpu_shows_as_time_waiting_for_a_cpu() {
         .unwrap();
     let _hog = Process(hog);
     let server = Server::asyncio_on_cpu(0);
+    let delay_before = run_delay(server.pid());
     let (reactor, wall, cpu) = block(&server, "spin", BLOCKS);
+    let delay = run_delay(server.pid()) - delay_before;
     let waited = wall - cpu;
     assert!(waited > 0.25 * wall, "the hog got in nobody's way: {waited} of {wall} s");
     assert_close("waiting for a CPU", seconds(&reactor, "runqueue"), waited, 0.05, slack(BLOCKS));
     assert_close("on a CPU", seconds(&reactor, "cpu"), cpu, 0.05, slack(BLOCKS));
+    // The scheduler's own account of all delays, those after a wake-up included.
+    let delays = seconds(&reactor, "runqueue") + reactor["wakeup"]["sum"].as_f64().unwrap();
+    assert_close("delays as the scheduler counts them", delays, delay, 0.05, slack(BLOCKS));
+}
+
+/// Every wait and every slice is counted once, by the loop's own count.
+#[test]
+fn waits_and_slices_are_counted_exactly() {
+    let server = Server::asyncio();
+    server.wait_until_idle();
+    let before = server.waits();
+    let observer = Observer::of(server.pid());
+    for _ in 0..BLOCKS {
+        server.block("none", 0);
+    }
+    server.wait_until_idle();
+    let waits = server.waits() - before;
+    let report = observer.finish();
+    let reactor = report.reactor(server.pid());
+    assert_eq!(reactor["waits"], waits, "{reactor:#}");
+    // Idle again, the loop has ended every slice that it began.
+    assert_eq!(reactor["slices"], waits, "{reactor:#}");
+    assert!(waits >= BLOCKS);
 }
 
 /// The parts are the whole.

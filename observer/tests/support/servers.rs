@@ -6,6 +6,7 @@ use std::{
     net::{Ipv4Addr, TcpListener, TcpStream},
     path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -18,11 +19,14 @@ pub(crate) fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
+/// Name of the file that an asyncio server counts its waits in.
+const WAITS: &str = "waits";
+
 /// A server and the port it listens on.
 pub(crate) struct Server {
     pub(crate) process: Process,
     pub(crate) port: u16,
-    _files: Option<TempDir>,
+    files: Option<TempDir>,
 }
 
 impl Server {
@@ -56,7 +60,7 @@ impl Server {
             .stdin(Stdio::null())
             .spawn()
             .expect("nginx is installed");
-        let server = Self { process: Process(child), port, _files: Some(files) };
+        let server = Self { process: Process(child), port, files: Some(files) };
         wait_for("nginx", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok());
         // Workers accept in the order of arrival: when this is answered, nobody else waits.
         http::get(port, "/");
@@ -79,7 +83,7 @@ impl Server {
             .stdout(Stdio::null())
             .spawn()
             .expect("redis is installed");
-        let server = Self { process: Process(child), port, _files: None };
+        let server = Self { process: Process(child), port, files: None };
         wait_for("redis", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok());
         server
     }
@@ -97,29 +101,52 @@ impl Server {
     /// CPython's event loop; see `servers/asyncio_server.py`.
     pub(crate) fn asyncio() -> Self {
         // Not whatever `python3` a developer has in front: the system's.
-        Self::script(Command::new("/usr/bin/python3"), "asyncio_server.py")
+        Self::asyncio_by(Command::new("/usr/bin/python3"))
     }
 
     /// The same pinned to one CPU.
     pub(crate) fn asyncio_on_cpu(cpu: usize) -> Self {
         let mut command = Command::new("taskset");
         command.args(["-c", &cpu.to_string(), "/usr/bin/python3"]);
-        Self::script(command, "asyncio_server.py")
+        Self::asyncio_by(command)
+    }
+
+    fn asyncio_by(command: Command) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let mut server = Self::script(command, "asyncio_server.py", &[&files.path().join(WAITS)]);
+        server.files = Some(files);
+        server
+    }
+
+    /// How often the asyncio loop's wait has returned, by its own count.
+    pub(crate) fn waits(&self) -> u64 {
+        let counter = fs::read(self.files.as_ref().unwrap().path().join(WAITS)).unwrap();
+        u64::from_ne_bytes(counter.try_into().unwrap())
+    }
+
+    /// Returns when the asyncio loop has nothing to do any more.
+    pub(crate) fn wait_until_idle(&self) {
+        wait_for("the loop to be idle", || {
+            let before = self.waits();
+            std::thread::sleep(Duration::from_millis(100));
+            (self.waits() == before).then_some(())
+        });
     }
 
     /// Node's event loop; see `servers/node_server.js`.
     pub(crate) fn node() -> Self {
-        Self::script(Command::new("node"), "node_server.js")
+        Self::script(Command::new("node"), "node_server.js", &[])
     }
 
     /// A server of ours that prints its port.
-    fn script(mut command: Command, name: &str) -> Self {
+    fn script(mut command: Command, name: &str, arguments: &[&Path]) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name);
-        let mut child = command.arg(path).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect(name);
+        command.arg(path).args(arguments);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect(name);
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let port = line.trim().parse().unwrap_or_else(|_| panic!("{name} prints {line:?} for its port"));
-        Self { process: Process(child), port, _files: None }
+        Self { process: Process(child), port, files: None }
     }
 
     /// Makes a scripted server block; returns what it measured itself.

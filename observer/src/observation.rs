@@ -63,8 +63,8 @@ pub(crate) struct Observation {
     /// Listeners in the same network namespaces that belong to no target.
     strangers: HashSet<u64>,
     finished: Vec<(u32, Reactor)>,
-    /// Threads' names, asked once while they live.
-    names: HashMap<u32, String>,
+    /// Process and name of each reactor's thread, kept for when it is gone.
+    names: HashMap<u32, (u32, String)>,
 }
 
 impl Observation {
@@ -155,7 +155,7 @@ impl Observation {
                 }
             }
             // A process that exited before the programs could see it would stay for ever.
-            if process::ensure_observable(pid).is_err() {
+            if !process::is_there(pid) {
                 let gone = RawTarget { exited: 1, ..RawTarget::default() };
                 self.maps.targets.insert(pid, gone, 0)?;
             }
@@ -185,15 +185,30 @@ impl Observation {
         Ok(())
     }
 
+    /// Asks for names again: a process may have started another program, a thread may have renamed itself.
+    fn rename(&mut self) {
+        for process in self.live.values_mut() {
+            if process::is_there(process.pid) {
+                *process = Process::of(process.pid);
+            }
+        }
+        for (&tid, (tgid, name)) in &mut self.names {
+            let now = process::thread_name(*tgid, tid);
+            if !now.is_empty() {
+                *name = now;
+            }
+        }
+    }
+
     /// Takes final figures out of the map, so that it holds no more than live threads.
     fn collect_finished(&mut self) {
         for (tid, raw) in entries(&self.maps.reactors) {
             if reactor::is_final(&raw) {
-                let name = self.names.remove(&tid).unwrap_or_default();
+                let (_, name) = self.names.remove(&tid).unwrap_or_default();
                 self.finished.push((raw.tgid, reactor::decode(tid, name, &raw, clock::monotonic_ns())));
                 let _present = self.maps.reactors.remove(&tid);
             } else {
-                self.names.entry(tid).or_insert_with(|| process::thread_name(raw.tgid, tid));
+                self.names.entry(tid).or_insert_with(|| (raw.tgid, process::thread_name(raw.tgid, tid)));
             }
         }
         let surplus = self.finished.len().saturating_sub(ENDED);
@@ -250,7 +265,7 @@ impl Observation {
             match self.sock_diag.listening(pid) {
                 Ok(listening) => found.extend(listening.into_iter().map(|l| (l.inode, l))),
                 // Its last process may just have exited.
-                Err(_) if process::ensure_observable(pid).is_err() => return None,
+                Err(_) if !process::is_there(pid) => return None,
                 Err(error) => {
                     self.note_missing(format!("listeners of process {pid}"), format!("{error:#}"));
                     return None;
@@ -298,12 +313,13 @@ impl Observation {
     /// Everything known now.
     pub(crate) fn snapshot(&mut self) -> Result<Snapshot> {
         self.refresh()?;
+        self.rename();
         let mut reactors = BTreeMap::<u32, Vec<Reactor>>::new();
         for (tgid, finished) in &self.finished {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
         for (tid, raw) in entries::<u32, RawReactor>(&self.maps.reactors) {
-            let name = self.names.get(&tid).cloned().unwrap_or_default();
+            let name = self.names.get(&tid).map(|(_, name)| name.clone()).unwrap_or_default();
             let reactor = reactor::decode(tid, name, &raw, clock::monotonic_ns());
             reactors.entry(raw.tgid).or_default().push(reactor);
         }

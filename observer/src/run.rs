@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// How often targets, listeners and finished threads are looked after.
-const HOUSEKEEPING: Duration = Duration::from_millis(250);
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// Observes what the command line asks for.
 pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {

@@ -1,6 +1,6 @@
 //! The report for people. The first lines answer: is it late, and whose fault is it?
 
-use std::io::Write;
+use std::{collections::BTreeSet, io::Write};
 
 use anyhow::Result;
 
@@ -35,8 +35,19 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     for finding in &findings {
         writeln!(out, "LATE: {finding}")?;
     }
-    for target in &snapshot.targets {
+    let (silent, telling): (Vec<_>, Vec<_>) = snapshot.targets.iter().partition(|target| target.is_silent());
+    for target in telling {
         write_target(target, out)?;
+    }
+    if !silent.is_empty() {
+        let names: BTreeSet<&str> = silent.iter().map(|target| target.comm.as_str()).collect();
+        let names: Vec<&str> = names.into_iter().take(4).collect();
+        writeln!(
+            out,
+            "\nAlso observed, without an event loop or a TCP listener: {} ({})",
+            silent.len(),
+            names.join(", ")
+        )?;
     }
     for lost in own.lost.iter().filter(|lost| lost.count > 0) {
         writeln!(out, "\nNot everything could be kept: {} ({} times)", lost.cause, lost.count)?;
@@ -71,9 +82,6 @@ fn findings(target: &Target) -> Vec<String> {
 fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
     let gone = if target.exited { ", exited" } else { "" };
     writeln!(out, "\n{}, process {}{gone}  {}", target.comm, target.pid, target.exe)?;
-    if target.is_silent() {
-        writeln!(out, "  no event loop and no TCP listener seen")?;
-    }
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }

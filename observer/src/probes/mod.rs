@@ -1,10 +1,10 @@
 //! The probes: what each measures, what it hooks, what that costs. [`PROBES`] is the one table; each probe's file
 //! also decodes what its programs leave in their maps.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Btf, Ebpf,
-    programs::{BtfTracePoint, TracePoint},
+    programs::{BtfTracePoint, ProgramError, TracePoint},
 };
 
 use crate::{kernel::tracefs, model::snapshot::Missing};
@@ -43,6 +43,9 @@ pub(crate) enum Events {
     Plain(&'static [(&'static str, &'static str)]),
 }
 
+/// How much of the verifier's log an error shows.
+const VERIFIER_LINES: usize = 5;
+
 /// All probes, in the order in which they are attached.
 pub(crate) const PROBES: &[Probe] = &[process::PROBE, accept::PROBE, reactor::PROBE];
 
@@ -57,12 +60,12 @@ pub(crate) fn attach(ebpf: &mut Ebpf) -> Result<Vec<Missing>> {
         match hook.events {
             Events::Btf(event) => {
                 let program: &mut BtfTracePoint = program.try_into()?;
-                program.load(event, &btf).with_context(|| rejected(hook))?;
+                program.load(event, &btf).map_err(|error| rejected(hook, error))?;
                 program.attach().with_context(|| format!("cannot attach to {event}"))?;
             }
             Events::Plain(events) => {
                 let program: &mut TracePoint = program.try_into()?;
-                program.load().with_context(|| rejected(hook))?;
+                program.load().map_err(|error| rejected(hook, error))?;
                 for (n, (category, name)) in events.iter().enumerate() {
                     let event = format!("{category}/{name}");
                     if n > 0 && !tracefs::has(&event) {
@@ -78,6 +81,17 @@ pub(crate) fn attach(ebpf: &mut Ebpf) -> Result<Vec<Missing>> {
     Ok(missing)
 }
 
-fn rejected(hook: &Hook) -> String {
-    format!("the kernel rejects the program {}", hook.program)
+/// The verifier explains itself at length; the end of it is what matters, the whole of it is for `-v`.
+fn rejected(hook: &Hook, error: ProgramError) -> anyhow::Error {
+    let error = match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            log::debug!("the verifier on {}:\n{log}", hook.program);
+            let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+            let end = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join("\n  ");
+            anyhow!("{io_error}; the verifier's last words (all of them with -v):\n  {end}")
+        }
+        other => other.into(),
+    };
+    error.context(format!("the kernel rejects the program {}", hook.program))
 }

@@ -65,6 +65,11 @@ pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Whether a process still runs; one that waits to be reaped does not.
+pub(crate) fn is_there(pid: u32) -> bool {
+    ensure_observable(pid).is_ok()
+}
+
 /// Every process that descends from the given ones, as `/proc` shows it now; without the given ones.
 pub(crate) fn descendants(of: &BTreeSet<u32>) -> BTreeSet<u32> {
     let mut children = BTreeMap::<u32, Vec<u32>>::new();

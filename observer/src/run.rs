@@ -15,7 +15,7 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpListener,
     select,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
@@ -57,12 +57,14 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
             show_diagnostics(&mut observation)?;
         }
         return_memory();
+        // Before anybody is told how to end it.
+        let signals = Signals::catch()?;
         announce(&observation, output, endpoint.as_ref());
         let observation = Arc::new(Mutex::new(observation));
         if let Some(endpoint) = endpoint {
             tokio::spawn(prometheus::serve(endpoint, Arc::clone(&observation)));
         }
-        until_over(&observation, output.duration).await?;
+        until_over(&observation, output.duration, signals).await?;
         let snapshot = observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
         match output.format {
             Format::Text => text::write(&snapshot, &mut stdout().lock()),
@@ -141,10 +143,24 @@ fn announce(observation: &Observation, output: &Output, endpoint: Option<&TcpLis
     }
 }
 
+/// The signals that end an observation in good order.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn catch() -> Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+}
+
 /// Returns when the time is up, a signal has come or all targets are gone.
-async fn until_over(observation: &Mutex<Observation>, duration: Option<Duration>) -> Result<()> {
-    let mut interrupted = signal(SignalKind::interrupt())?;
-    let mut terminated = signal(SignalKind::terminate())?;
+async fn until_over(
+    observation: &Mutex<Observation>,
+    duration: Option<Duration>,
+    mut signals: Signals,
+) -> Result<()> {
     let end = duration.and_then(|duration| Instant::now().checked_add(duration));
     let time_is_up = async {
         match end {
@@ -158,8 +174,8 @@ async fn until_over(observation: &Mutex<Observation>, duration: Option<Duration>
     loop {
         select! {
             () = &mut time_is_up => return Ok(()),
-            _ = interrupted.recv() => return Ok(()),
-            _ = terminated.recv() => return Ok(()),
+            _ = signals.interrupt.recv() => return Ok(()),
+            _ = signals.terminate.recv() => return Ok(()),
             _ = housekeeping.tick() => {
                 let mut observation = observation.lock().unwrap_or_else(PoisonError::into_inner);
                 observation.refresh()?;

@@ -16,7 +16,13 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::{
+        socket::{setsockopt, sockopt::ReceiveTimeout},
+        time::{TimeVal, TimeValLike as _},
+    },
+};
 
 /// A TCP socket that listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +71,8 @@ fn open_in(namespace: File) -> Result<Socket> {
                 .context("cannot enter the target's network namespace")?;
         }
         let mut socket = Socket::new(NETLINK_SOCK_DIAG).context("cannot open a sock_diag socket")?;
+        // The kernel answers at once or not at all; observer must not hang either way.
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(5))?;
         socket.bind_auto()?;
         socket.connect(&NetlinkAddr::new(0, 0))?;
         Ok(socket)

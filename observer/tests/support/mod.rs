@@ -6,7 +6,7 @@ pub(crate) mod observer;
 pub(crate) mod servers;
 
 use std::{
-    process::Child,
+    process::{Child, ExitStatus},
     time::{Duration, Instant},
 };
 
@@ -27,6 +27,17 @@ pub(crate) fn wait_for<T>(what: &str, mut question: impl FnMut() -> Option<T>) -
         }
         assert!(Instant::now() < end, "waited too long for {what}");
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits for a process to exit, for so long; `None` if it does not.
+pub(crate) fn exit_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    let end = Instant::now() + limit;
+    loop {
+        match child.try_wait().unwrap() {
+            None if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+            ended => return ended,
+        }
     }
 }
 

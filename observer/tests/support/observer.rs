@@ -9,7 +9,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{LIMIT, Process};
+use super::{LIMIT, Process, exit_within};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_observer");
@@ -68,9 +68,14 @@ impl Observer {
 
     /// The report of one that ends by itself.
     pub(crate) fn report(mut self) -> Report {
-        let mut text = String::new();
-        self.process.0.stdout.take().unwrap().read_to_string(&mut text).unwrap();
-        let status = self.process.0.wait().unwrap();
+        let mut stdout = self.process.0.stdout.take().unwrap();
+        // Read beside waiting: a report larger than a pipe holds would never be finished otherwise.
+        let reader = std::thread::spawn(move || {
+            let mut text = String::new();
+            stdout.read_to_string(&mut text).map(|_| text)
+        });
+        let status = exit_within(&mut self.process.0, LIMIT).expect("observer does not end");
+        let text = reader.join().unwrap().unwrap();
         assert!(status.success(), "observer ended with {status}: {text}");
         Report(serde_json::from_str(&text).unwrap())
     }

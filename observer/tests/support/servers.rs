@@ -163,7 +163,12 @@ impl Drop for Server {
                 super::send(pid, nix::sys::signal::Signal::SIGCONT);
             }
             self.process.signal(nix::sys::signal::Signal::SIGTERM);
-            let _reaped = self.process.0.wait();
+            if super::exit_within(&mut self.process.0, Duration::from_secs(10)).is_none() {
+                eprintln!("process {} does not end when asked and is killed", self.pid());
+                children(self.pid())
+                    .into_iter()
+                    .for_each(|pid| super::send(pid, nix::sys::signal::Signal::SIGKILL));
+            }
         }
     }
 }

@@ -1,1 +1,79 @@
-fn main(){}
+//! `cargo xtask`: everything about this repository that is not plain `cargo build`.
+//! One subcommand each; the modules below hold the work, this file only the command line.
+
+mod guest;
+mod image;
+mod kernel;
+mod observer;
+mod packages;
+mod report;
+mod shell;
+mod suite;
+mod tally;
+mod toolchain;
+mod vm;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::kernel::Series;
+use crate::suite::Machine;
+
+/// Builds, tests and tries out observer.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Find or install what building eBPF programs needs.
+    Setup,
+    /// Build the static observer binary.
+    Build,
+    /// Build observer and run its demo (as root, through sudo where needed).
+    Demo {
+        /// Passed on to `observer demo`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Boot a Debian kernel in QEMU with observer aboard; without a command, to a shell.
+    Vm {
+        /// Which kernel.
+        kernel: Series,
+        /// What to run there, as root; its exit code becomes this command's.
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Run everything that CI runs.
+    Test {
+        /// Where to run the tests; may be repeated, default is everywhere.
+        #[arg(long = "kernel", value_name = "KERNEL")]
+        machines: Vec<Machine>,
+        /// Run only the tests whose name contains this.
+        filter: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    run(Cli::parse().command).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Setup => toolchain::setup()?,
+        Command::Build => observer::build_and_print()?,
+        Command::Demo { args } => return Err(observer::demo(&args)),
+        Command::Vm { kernel, command } => return vm::enter(kernel, &command),
+        Command::Test { machines, filter } => return Ok(suite::run(&machines, filter.as_deref())),
+    }
+    Ok(ExitCode::SUCCESS)
+}

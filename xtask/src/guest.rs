@@ -1,0 +1,92 @@
+//! What a test guest has aboard: the programs that tests observe, observer itself, the repository's
+//! sources (tests read files there) and the little that makes a system out of a kernel.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use duct::cmd;
+
+use crate::image::Image;
+use crate::kernel::Kernel;
+use crate::shell::{ask, find};
+use crate::workspace::root;
+
+const PROGRAMS: &[&str] = &["busybox", "nginx", "redis-server", "wrk", "bpftool", "node", "ss", "taskset"];
+
+/// Debian's own: a version manager's Python lies in many places.
+const PYTHON: &str = "/usr/bin/python3";
+
+const PASSWD: &str = "root:x:0:0:root:/tmp:/bin/sh
+www-data:x:33:33:www-data:/var/www:/bin/false
+redis:x:110:110:redis:/var/lib/redis:/bin/false
+nobody:x:65534:65534:nobody:/nonexistent:/bin/false
+";
+
+const GROUP: &str = "root:x:0:\nwww-data:x:33:\nredis:x:110:\nnogroup:x:65534:\n";
+
+/// A guest with nothing to run yet, which therefore gives a shell.
+pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
+    let mut image = Image::default();
+    for link in ["/bin", "/sbin", "/lib", "/lib64"] {
+        image.add(Path::new(link));
+    }
+    for program in PROGRAMS {
+        let path = find(program).ok_or_else(|| {
+            anyhow!(
+                "a guest needs {program}, which is not here\nby hand: install {program}, or put it on PATH"
+            )
+        })?;
+        image.add_program(&path);
+    }
+    add_python(&mut image)?;
+    for folder in ["/etc/nginx", "/usr/lib/nginx", "/usr/share/nginx"] {
+        image.add_tree(Path::new(folder), &[]);
+    }
+
+    image.add_program(observer);
+    let call = shlex::try_quote(observer.to_str().context("observer's path is not UTF-8")?)?;
+    image.add_text("/usr/bin/observer", 0o755, format!("#!/bin/sh\nexec {call} \"$@\"\n"));
+    image.add_tree(root(), &["target", ".git"].map(OsStr::new));
+
+    for folder in
+        ["/dev", "/proc", "/run", "/sys", "/var", "/var/log", "/var/log/nginx", "/var/lib", "/var/lib/nginx"]
+    {
+        image.add_folder(folder, 0o755);
+    }
+    for folder in ["/tmp", "/var/tmp"] {
+        image.add_folder(folder, 0o1777);
+    }
+    let mut modules = String::new();
+    for module in &kernel.modules {
+        image.add(module);
+        modules.push_str(module.to_str().context("a module's path is not UTF-8")?);
+        modules.push('\n');
+    }
+    image.add_text("/modules", 0o644, modules);
+    image.add_text("/etc/passwd", 0o644, PASSWD);
+    image.add_text("/etc/group", 0o644, GROUP);
+    image.add_text("/etc/hosts", 0o644, "127.0.0.1 localhost guest\n::1 localhost\n");
+    image.add_text("/init", 0o755, include_str!("init.sh"));
+    Ok(image)
+}
+
+/// What the guest runs, instead of a shell, before it ends: shell commands, begun in the repository.
+pub(crate) fn set_command(image: &mut Image, commands: &str) -> Result<()> {
+    let root = root().to_str().context("the repository's path is not UTF-8")?;
+    let text = format!("cd {}\n{commands}\n", shlex::try_quote(root)?);
+    image.add_text("/command", 0o755, text);
+    Ok(())
+}
+
+/// Python with its standard library, less what no server needs.
+fn add_python(image: &mut Image) -> Result<()> {
+    let places = "from sysconfig import *; print(get_path('stdlib'), get_config_var('LIBPL'))";
+    let places = ask(&cmd!(PYTHON, "-c", places)).context("Debian's python3 does not run")?;
+    let (library, for_linking) = places.split_once(' ').context("python3 does not know its folders")?;
+    let for_linking = Path::new(for_linking).file_name().unwrap_or_default();
+    let without = ["dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter"];
+    image.add_program(Path::new(PYTHON));
+    image.add_tree(Path::new(library), &[&without.map(OsStr::new)[..], &[for_linking]].concat());
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! The kernels of the test matrix: Debian's own, fetched from the mirror this machine already uses.
+//! Apt checks their signatures; its lists and cache for that are ours and do not touch the machine's.
+
+use std::env::consts::ARCH;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
+use duct::{Expression, cmd};
+use walkdir::WalkDir;
+
+use crate::shell::{ask, quietly};
+use crate::workspace::kept;
+
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Debian's kernels answer questions about sockets (those of `ss`, and observer's) only with these, and a
+/// guest has nothing that would load them when asked. In the order of their dependence.
+const MODULES: [&str; 3] = ["inet_diag.ko", "tcp_diag.ko", "unix_diag.ko"];
+
+/// What a guest boots.
+pub(crate) struct Kernel {
+    pub(crate) image: PathBuf,
+    pub(crate) modules: [PathBuf; MODULES.len()],
+}
+
+/// A kernel that some Debian release carries.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Series {
+    /// The oldest that observer supports.
+    #[value(name = "5.10")]
+    V5_10,
+    #[value(name = "6.1")]
+    V6_1,
+    #[value(name = "6.12")]
+    V6_12,
+}
+
+impl Series {
+    fn release(self) -> &'static str {
+        match self {
+            Self::V5_10 => "bullseye",
+            Self::V6_1 => "bookworm",
+            Self::V6_12 => "trixie",
+        }
+    }
+
+    /// The kernel, fetched unless an earlier run did.
+    pub(crate) fn kernel(self) -> Result<Kernel> {
+        if ARCH != "x86_64" {
+            bail!(
+                "guests are x86-64 and run this machine's own programs\nby hand: leave it at `--kernel host`"
+            );
+        }
+        let folder = kept("kernels").join(self.to_string());
+        if !folder.exists() {
+            eprintln!("setup: fetching Linux {self} of Debian {}", self.release());
+            fetch(self, &folder).map_err(|error| {
+                anyhow!(
+                    "Linux {self} could not be fetched: {error:#}\n\
+                     by hand: put vmlinuz, {} of that series into {}",
+                    MODULES.join(", "),
+                    folder.display()
+                )
+            })?;
+        }
+        let modules = MODULES.map(|module| folder.join(module));
+        Ok(Kernel { image: folder.join("vmlinuz"), modules })
+    }
+}
+
+impl fmt::Display for Series {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V5_10 => "5.10",
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+        })
+    }
+}
+
+fn fetch(series: Series, to: &Path) -> Result<()> {
+    fs::create_dir_all(kept("kernels"))?;
+    let scratch = tempfile::tempdir_in(kept("kernels"))?;
+    let folder = scratch.path();
+    fs::create_dir_all(folder.join("lists/partial"))?;
+    fs::create_dir_all(folder.join("cache/archives/partial"))?;
+    fs::write(folder.join("sources.list"), sources(series.release())?)?;
+
+    quietly("apt-get update", &apt("apt-get", folder, &["update", "-q"]))?;
+    let prefix = format!("linux-image-{series}.");
+    let names = apt("apt-cache", folder, &["pkgnames", &prefix]).read()?;
+    // The ending leaves out what is not a kernel of its own: `-unsigned`, `-dbg`.
+    let newest = names.lines().filter(|name| name.ends_with("-cloud-amd64")).max_by_key(|name| numbers(name));
+    let newest = newest.context("the mirror has none")?;
+    quietly("apt-get download", &apt("apt-get", folder, &["download", "-q", newest]))?;
+
+    let content = folder.join("content");
+    let package = find_file(folder, |name| name.ends_with(".deb"))?;
+    quietly("dpkg-deb", &cmd!("dpkg-deb", "-x", package, &content))?;
+    let kept = folder.join("kept");
+    fs::create_dir(&kept)?;
+    fs::rename(find_file(&content, |name| name.starts_with("vmlinuz-"))?, kept.join("vmlinuz"))?;
+    for module in MODULES {
+        let found = find_file(&content, |name| name.trim_end_matches(".xz") == module)?;
+        // Newer releases compress modules.
+        quietly(
+            "xz",
+            &cmd!("xz", "--decompress", "--force", "--stdout", found).stdout_path(kept.join(module)),
+        )?;
+    }
+    // Last and at once, so that what is there is whole.
+    fs::rename(kept, to)?;
+    Ok(())
+}
+
+fn find_file(folder: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<PathBuf> {
+    let mut files = WalkDir::new(folder).into_iter().flatten();
+    let wanted = files.find(|file| file.file_name().to_str().is_some_and(&is_wanted));
+    Ok(wanted.context("a file expected in the package is missing")?.into_path())
+}
+
+/// An apt tool that knows only the sources in this folder and works as the present user.
+fn apt(program: &str, folder: &Path, args: &[&str]) -> Expression {
+    let option = |name: &str, value: &Path| format!("-o{name}={}", value.display());
+    let options = [
+        option("Dir::Etc::SourceList", &folder.join("sources.list")),
+        option("Dir::Etc::SourceParts", Path::new("/dev/null")),
+        option("Dir::State::Lists", &folder.join("lists")),
+        option("Dir::Cache", &folder.join("cache")),
+        "-oAcquire::Languages=none".to_owned(),
+        "-oAPT::Sandbox::User=".to_owned(),
+    ];
+    cmd(program, options.iter().map(String::as_str).chain(args.iter().copied())).dir(folder)
+}
+
+/// The release and its security updates, from the mirrors in this machine's own configuration.
+fn sources(release: &str) -> Result<String> {
+    let format = "$(ORIGIN) $(LABEL) $(REPO_URI)";
+    let targets = ask(&cmd!("apt-get", "indextargets", "--format", format, "Created-By: Packages"))
+        .context("this machine has no apt")?;
+    let source = |label: &str, suite: &str| {
+        let mirror = targets.lines().find_map(|line| line.strip_prefix(&format!("Debian {label} ")))?;
+        Some(format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"))
+    };
+    let main = source("Debian", release)
+        .context("this machine's apt knows no Debian mirror; `apt-get update` may help")?;
+    let security = source("Debian-Security", &format!("{release}-security"));
+    Ok(main + &security.unwrap_or_default())
+}
+
+/// What orders versions: the numbers in a name, one after the other.
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::numbers;
+
+    #[test]
+    fn versions_are_ordered_as_numbers() {
+        assert!(numbers("linux-image-5.10.0-46-cloud") > numbers("linux-image-5.10.0-9-cloud"));
+        assert!(numbers("linux-image-6.12.117+deb13-cloud") > numbers("linux-image-6.12.99+deb13-cloud"));
+    }
+}

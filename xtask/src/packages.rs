@@ -1,0 +1,89 @@
+//! Debian packages: the lists of what each job needs, and how what is missing gets installed.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, anyhow, bail};
+use duct::cmd;
+
+use crate::shell::{find, is_root, quietly};
+use crate::toolchain::DEBIAN_LLVM;
+
+/// The servers and tools that the tests observe or compare with.
+const TESTS: &[&str] =
+    &["nginx-light", "redis-server", "wrk", "bpftool", "python3", "iproute2", "util-linux"];
+
+/// What boots the kernels of `xtask vm` and `xtask test`.
+const EMULATOR: &[&str] = &["qemu-system-x86", "busybox-static"];
+
+/// Debian's current Rust with the standard library's source, and the LLVM it was built with.
+pub(crate) fn for_ebpf() -> Vec<String> {
+    let mut names = ["rustc-web", "cargo-web", "rust-web-src"].map(str::to_owned).to_vec();
+    names.push(format!("llvm-{DEBIAN_LLVM}-dev"));
+    names.push(format!("libpolly-{DEBIAN_LLVM}-dev"));
+    if find("c++").is_none() {
+        names.push("g++".to_owned());
+    }
+    names
+}
+
+pub(crate) fn for_tests() -> Vec<String> {
+    let mut names: Vec<_> = TESTS.iter().map(|&name| name.to_owned()).collect();
+    // Any Node.js will do, and Debian's conflicts with others.
+    if find("node").is_none() {
+        names.push("nodejs".to_owned());
+    }
+    names
+}
+
+/// Guests have the tests' programs aboard.
+pub(crate) fn for_guests() -> Vec<String> {
+    EMULATOR.iter().map(|&name| name.to_owned()).chain(for_tests()).collect()
+}
+
+/// Whether this is Debian, where the names above mean something.
+pub(crate) fn is_debian() -> bool {
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    release.lines().any(|line| line == "ID=debian") && find("apt-get").is_some()
+}
+
+/// Installs those of the packages that are missing.
+pub(crate) fn install(names: &[String]) -> Result<()> {
+    let names = missing(names)?;
+    if names.is_empty() {
+        return Ok(());
+    }
+    let list = names.join(" ");
+    if !is_debian() || !is_root() {
+        bail!("these Debian packages are missing: {list}\nby hand: as root, apt-get install {list}");
+    }
+    eprintln!("setup: installing {list}");
+    let by_hand = |error| anyhow!("{error:#}\nby hand: as root, apt-get install {list}");
+    quietly("apt-get update", &cmd!("apt-get", "update", "-q")).map_err(by_hand)?;
+    let mut args = vec!["install", "-q", "--yes", "--no-install-recommends"];
+    args.extend(policy());
+    let install = cmd("apt-get", args.into_iter().chain(names.iter().map(String::as_str)));
+    quietly("apt-get install", &install.env("DEBIAN_FRONTEND", "noninteractive")).map_err(by_hand)
+}
+
+/// Servers installed for tests must not start as services of this machine. Apt itself puts Debian's switch
+/// for that in place and takes it away, so that neither a failure nor Ctrl-C leaves it behind.
+fn policy() -> &'static [&'static str] {
+    if Path::new("/usr/sbin/policy-rc.d").exists() {
+        return &[];
+    }
+    &[
+        "-oDPkg::Pre-Invoke::=printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d",
+        "-oDPkg::Pre-Invoke::=chmod +x /usr/sbin/policy-rc.d",
+        "-oDPkg::Post-Invoke::=rm -f /usr/sbin/policy-rc.d",
+    ]
+}
+
+fn missing(names: &[String]) -> Result<Vec<String>> {
+    // Unknown names make dpkg-query fail, yet it lists the others.
+    let format = ["-W".to_owned(), "-f=${Package} ${db:Status-Status}\n".to_owned()];
+    let query = cmd("dpkg-query", format.iter().chain(names)).stderr_null().unchecked();
+    let known = if find("dpkg-query").is_some() { query.read()? } else { String::new() };
+    let is_installed = |name: &&String| known.lines().any(|line| line == format!("{name} installed"));
+    Ok(names.iter().filter(|name| !is_installed(name)).cloned().collect())
+}

@@ -1,0 +1,80 @@
+//! How commands are run: silently unless they fail, or shown live while a copy is kept.
+//! Errors say what happened and, in a second line that begins `by hand:`, what a person can do about it.
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use duct::{Expression, cmd};
+
+use crate::workspace::root;
+
+/// What a command that was shown live said, and whether it succeeded.
+pub(crate) struct Shown {
+    pub(crate) output: String,
+    pub(crate) success: bool,
+}
+
+/// Runs a command whose output only matters when it fails.
+pub(crate) fn quietly(what: &str, command: &Expression) -> Result<()> {
+    let output = command
+        .stdin_null()
+        .stderr_to_stdout()
+        .stdout_capture()
+        .unchecked()
+        .run()
+        .with_context(|| format!("{what} could not be started"))?;
+    if !output.status.success() {
+        eprint!("{}", String::from_utf8_lossy(&output.stdout));
+        bail!("{what} failed ({})", output.status);
+    }
+    Ok(())
+}
+
+/// Reads what a command prints; `None` if it is missing or fails, whatever it complains about.
+pub(crate) fn ask(command: &Expression) -> Option<String> {
+    Some(command.stdin_null().stderr_null().read().ok()?.trim().to_owned())
+}
+
+/// Runs a command with its output shown as it comes and kept as well.
+pub(crate) fn show(command: &Expression) -> Result<Shown> {
+    let mut reader = command.stdin_null().stderr_to_stdout().unchecked().reader()?;
+    let mut output = Vec::new();
+    let mut chunk = [0; 8192];
+    let mut stdout = std::io::stdout();
+    loop {
+        let length = reader.read(&mut chunk)?;
+        if length == 0 {
+            break;
+        }
+        stdout.write_all(&chunk[..length])?;
+        stdout.flush()?;
+        output.extend_from_slice(&chunk[..length]);
+    }
+    let success = reader.try_wait()?.is_some_and(|finished| finished.status.success());
+    Ok(Shown { output: String::from_utf8_lossy(&output).into_owned(), success })
+}
+
+/// A command that is killed when it takes too long. In the foreground, so that Ctrl-C still reaches it.
+pub(crate) fn limited<I>(limit: Duration, program: impl Into<OsString>, args: I) -> Expression
+where
+    I: IntoIterator<Item: Into<OsString>>,
+{
+    let seconds = limit.as_secs().to_string();
+    let timeout: [OsString; 4] =
+        ["--foreground".into(), "--kill-after=5".into(), seconds.into(), program.into()];
+    cmd("timeout", timeout.into_iter().chain(args.into_iter().map(Into::into)))
+}
+
+/// Where a program is, if it is anywhere; root's own folders count even when PATH lacks them.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    which::which_in(program, Some(path), root()).ok()
+}
+
+/// Whether this process may install packages and load eBPF programs.
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}

@@ -1,0 +1,89 @@
+//! Reads what test executables printed: how many tests passed and failed, and which could not run.
+//! A test that cannot run says `skipped: <test>: <reason>` and returns, which libtest takes for a pass.
+
+use std::fmt;
+use std::ops::AddAssign;
+
+/// Counts of tests.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Tally {
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
+    /// `<test>: <reason>` of each.
+    pub(crate) skipped: Vec<String>,
+}
+
+impl Tally {
+    pub(crate) fn of(output: &str) -> Self {
+        let mut tally = Self::default();
+        let mut pretended = 0;
+        for line in output.lines() {
+            // libtest has begun the line with the test's name before the test writes its own.
+            let begun = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "));
+            let (test, said) = begun.unwrap_or(("", line));
+            if let Some(skip) = said.strip_prefix("skipped: ") {
+                tally.skipped.push(skip.to_owned());
+                pretended += 1;
+            } else if begun.is_some() && said.starts_with("ignored") {
+                tally.skipped.push(format!("{test}: {said}"));
+            } else if let Some((_, counts)) = said.split_once("test result: ") {
+                tally.passed += count(counts, "passed");
+                tally.failed += count(counts, "failed");
+            }
+        }
+        tally.passed = tally.passed.saturating_sub(pretended);
+        tally
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl AddAssign<&Self> for Tally {
+    fn add_assign(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped.extend_from_slice(&other.skipped);
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped.len())
+    }
+}
+
+/// The number before a word in `ok. 3 passed; 0 failed; …`.
+fn count(counts: &str, of: &str) -> usize {
+    let part = counts.split([';', '.']).find_map(|part| part.trim().strip_suffix(of));
+    part.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Tally;
+
+    #[test]
+    fn skipped_tests_did_not_pass() {
+        let tally = Tally::of(concat!(
+            "running 4 tests\n",
+            "test queue::fills ... ok\n",
+            "test queue::drains ... skipped: queue::drains: nginx is missing\r\n",
+            "ok\n",
+            "test slow ... ignored, takes an hour\n",
+            "test queue::spills ... FAILED\n",
+            "test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.1s\n",
+            "test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.0s\n",
+        ));
+        let skipped = ["queue::drains: nginx is missing", "slow: ignored, takes an hour"];
+        assert_eq!(tally, Tally { passed: 6, failed: 1, skipped: skipped.map(str::to_owned).to_vec() });
+    }
+
+    #[test]
+    fn kernel_messages_may_precede_a_result() {
+        let tally =
+            Tally::of("[    2.1] a warning\r\n[    2.2] test result: ok. 1 passed; 0 failed; 0 ignored\r\n");
+        assert_eq!(tally.passed, 1);
+    }
+}

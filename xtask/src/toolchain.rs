@@ -1,0 +1,146 @@
+//! What compiles eBPF: a Rust toolchain with the source of `core`, and bpf-linker on the same LLVM.
+//! Found or installed once, and recorded in a file that observer's build script reads.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use duct::cmd;
+
+use crate::packages;
+use crate::shell::{ask, find, is_root, limited, quietly};
+use crate::workspace::{kept, plain_cargo};
+
+const BPF_LINKER: &str = "0.13.0";
+/// The LLVM of Debian's `rustc-web`.
+pub(crate) const DEBIAN_LLVM: u32 = 22;
+
+struct Toolchain {
+    /// A name that rustup knows, or the absolute path of a sysroot.
+    name: String,
+    /// A stable compiler must be told to accept unstable features.
+    bootstrap: bool,
+    /// The folder of our own bpf-linker; empty if the one on PATH serves.
+    path: String,
+}
+
+/// Makes sure that eBPF programs can be built. Silent and quick when they can.
+pub(crate) fn setup() -> Result<()> {
+    let record = kept("ebpf-toolchain");
+    if Toolchain::read(&record).is_some_and(|toolchain| toolchain.works()) {
+        return Ok(());
+    }
+    let toolchain = installed().map_or_else(install, Ok)?;
+    fs::create_dir_all(kept(""))?;
+    fs::write(&record, toolchain.to_string()).with_context(|| format!("cannot write {}", record.display()))
+}
+
+impl Toolchain {
+    fn read(record: &Path) -> Option<Self> {
+        let text = fs::read_to_string(record).ok()?;
+        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        Some(Self {
+            name: value("toolchain")?.to_owned(),
+            bootstrap: value("bootstrap")? == "1",
+            path: value("path")?.to_owned(),
+        })
+    }
+
+    fn works(&self) -> bool {
+        let linker = if self.path.is_empty() {
+            find("bpf-linker").is_some()
+        } else {
+            is_pinned_linker(Path::new(&self.path))
+        };
+        linker && has_core(&self.name)
+    }
+}
+
+impl fmt::Display for Toolchain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "toolchain={}\nbootstrap={}\npath={}", self.name, u8::from(self.bootstrap), self.path)
+    }
+}
+
+fn installed() -> Option<Toolchain> {
+    let toolchain = Toolchain { name: "nightly".to_owned(), bootstrap: false, path: String::new() };
+    toolchain.works().then_some(toolchain)
+}
+
+fn install() -> Result<Toolchain> {
+    with_rustup().or_else(|rustup| {
+        with_debian().map_err(|debian| {
+            anyhow!(
+                "no toolchain for eBPF; from rustup: {rustup:#}; from Debian: {debian:#}\n\
+                 by hand: rustup toolchain install nightly --component rust-src, and put bpf-linker on PATH"
+            )
+        })
+    })
+}
+
+fn with_rustup() -> Result<Toolchain> {
+    find("rustup").context("it is not installed")?;
+    if !has_core("nightly") {
+        eprintln!("setup: asking rustup for rust-src (up to a minute)");
+        let args = if sysroot("nightly").is_some() {
+            "component add rust-src --toolchain nightly"
+        } else {
+            "toolchain install nightly --profile minimal --component rust-src --no-self-update"
+        };
+        ask(&limited(Duration::from_secs(60), "rustup", args.split(' ')))
+            .context("rust-src did not arrive")?;
+    }
+    let version = ask(&cmd!("rustup", "run", "nightly", "rustc", "-vV")).context("nightly does not run")?;
+    let llvm = version.lines().find_map(|line| line.strip_prefix("LLVM version: ")?.split('.').next());
+    let path = build_linker(llvm.context("nightly names no LLVM")?)?;
+    Ok(Toolchain { name: "nightly".to_owned(), bootstrap: false, path })
+}
+
+fn with_debian() -> Result<Toolchain> {
+    if !packages::is_debian() || !is_root() {
+        bail!("that takes Debian, and root");
+    }
+    packages::install(&packages::for_ebpf())?;
+    let path = build_linker(&DEBIAN_LLVM.to_string())?;
+    Ok(Toolchain { name: "/usr".to_owned(), bootstrap: true, path })
+}
+
+/// Builds bpf-linker with the LLVM of the compiler whose output it is to read; answers its folder.
+fn build_linker(llvm: &str) -> Result<String> {
+    let bin = kept("tools/bin");
+    if !is_pinned_linker(&bin) {
+        let prefix = format!("/usr/lib/llvm-{llvm}");
+        if !Path::new(&prefix).join("bin/llvm-config").exists() {
+            bail!("the development files of LLVM {llvm} are not installed");
+        }
+        eprintln!("setup: building bpf-linker {BPF_LINKER} (about a minute)");
+        let path = format!("{prefix}/bin:{}", std::env::var("PATH")?);
+        let what = format!("install bpf-linker --version {BPF_LINKER} --locked --force");
+        let how = format!("--no-default-features --features llvm-{llvm} --root target/tools");
+        let install = plain_cargo(what.split(' ').chain(how.split(' ')));
+        // Flags meant for observer, such as a static C library, would break the search for LLVM.
+        let install = install.env("PATH", path).env("LLVM_PREFIX", prefix).env_remove("RUSTFLAGS");
+        quietly("building bpf-linker", &install)?;
+    }
+    bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))
+}
+
+fn is_pinned_linker(folder: &Path) -> bool {
+    let version = ask(&cmd!(folder.join("bpf-linker"), "--version"));
+    version.is_some_and(|version| version == format!("bpf-linker {BPF_LINKER}"))
+}
+
+fn has_core(toolchain: &str) -> bool {
+    sysroot(toolchain).is_some_and(|root| {
+        root.join("bin/rustc").exists() && root.join("lib/rustlib/src/rust/library/core").exists()
+    })
+}
+
+fn sysroot(toolchain: &str) -> Option<PathBuf> {
+    if toolchain.starts_with('/') {
+        return Some(toolchain.into());
+    }
+    ask(&cmd!("rustup", "run", toolchain, "rustc", "--print", "sysroot")).map(PathBuf::from)
+}

@@ -1,0 +1,98 @@
+//! Boots a guest in QEMU and hands its exit status back. Emulated where the machine offers no KVM.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use duct::cmd;
+
+use crate::kernel::{Kernel, Series};
+use crate::shell::{find, limited, show};
+use crate::{guest, observer, packages};
+
+const QEMU: &str = "qemu-system-x86_64";
+/// Longer than any test run takes when emulated.
+const LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// What became of a guest.
+pub(crate) struct Outcome {
+    pub(crate) output: String,
+    /// Of the command; none if the guest crashed, hung or ran out of time.
+    pub(crate) status: Option<u8>,
+}
+
+/// `xtask vm`: one command, or a shell, in a guest.
+pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
+    let observer = observer::build()?;
+    packages::install(&packages::for_guests())?;
+    let kernel = series.kernel()?;
+    let mut image = guest::image(&observer, &kernel)?;
+    if let Some(program) = command.first() {
+        if let Some(path) = find(program) {
+            image.add_program(&path);
+        }
+        let words = command.iter().map(String::as_str);
+        let line = shlex::try_join(words).context("a word of the command holds a NUL")?;
+        guest::set_command(&mut image, &line)?;
+    }
+    let image = image.write()?;
+    let status = if command.is_empty() {
+        eprintln!("vm: Linux {series}; leave with `exit`, or with Ctrl-A X");
+        let report = tempfile::tempfile()?;
+        cmd(QEMU, arguments(&kernel, &image, &report, "mon:stdio")).unchecked().run()?;
+        exit_status(report)
+    } else {
+        run(&kernel, &image)?.status
+    };
+    match status {
+        Some(status) => Ok(status.into()),
+        None => bail!("the guest did not come to its end\nby hand: see what it printed last"),
+    }
+}
+
+/// Boots a guest that runs the command in its image; its console is shown live.
+pub(crate) fn run(kernel: &Kernel, image: &File) -> Result<Outcome> {
+    let report = tempfile::tempfile()?;
+    let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")))?;
+    Ok(Outcome { output: shown.output, status: exit_status(report) })
+}
+
+fn exit_status(report: File) -> Option<u8> {
+    io::read_to_string(report).ok()?.trim().parse().ok()
+}
+
+fn arguments(kernel: &Kernel, image: &File, report: &File, console: &str) -> Vec<OsString> {
+    // No graphics, network card or disks: each costs a guest time to look for.
+    let machine = "-no-user-config -nodefaults -display none -no-reboot -M q35 -cpu max -smp 2 -m 2048";
+    let mut arguments: Vec<OsString> = machine.split(' ').map(Into::into).collect();
+    if has_kvm() {
+        arguments.extend(["-accel", "kvm"].map(Into::into));
+    }
+    // A guest that is stuck ends with a stack trace instead of keeping everyone waiting for the time limit.
+    let options = "console=ttyS0 quiet panic=-1 softlockup_panic=1";
+    arguments.extend(["-accel", "tcg", "-append", options].map(Into::into));
+    arguments.extend(["-kernel".into(), (&kernel.image).into(), "-initrd".into(), name(image).into()]);
+    arguments.extend([
+        "-serial".into(),
+        console.into(),
+        "-serial".into(),
+        format!("file:{}", name(report)).into(),
+    ]);
+    arguments
+}
+
+/// The files have no name of their own, so that nothing is left of them however we end.
+fn name(file: &File) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
+}
+
+/// KVM inside a virtual machine may look usable and then stop at some instruction: not worth the try.
+fn has_kvm() -> bool {
+    let is_usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    is_usable && !processors.split_whitespace().any(|flag| flag == "hypervisor")
+}

@@ -1,0 +1,79 @@
+//! Where things are, and the one way cargo is called: every command that compiles uses the same
+//! profile, target and flags, so that all of them share one cache.
+
+use std::ffi::OsString;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use cargo_metadata::Message;
+use duct::{Expression, cmd};
+
+/// The repository's root.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a folder of the repository")
+}
+
+/// What xtask keeps for itself. Always here, wherever CARGO_TARGET_DIR points: observer's build script
+/// must find it.
+pub(crate) fn kept(name: &str) -> PathBuf {
+    root().join("target").join(name)
+}
+
+/// A program that cargo built.
+pub(crate) struct Executable {
+    /// The package's folder, which cargo makes the current one for tests.
+    pub(crate) folder: PathBuf,
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) is_test: bool,
+}
+
+impl Executable {
+    pub(crate) fn package(&self) -> &str {
+        self.folder.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    }
+}
+
+/// The cargo that started us, without a profile or target of ours: for what does not compile the workspace.
+pub(crate) fn plain_cargo<I: IntoIterator<Item: Into<OsString>>>(args: I) -> Expression {
+    cmd(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()), args).dir(root())
+}
+
+/// Cargo on the workspace: optimised, and static so that one binary runs on every distribution and guest.
+pub(crate) fn cargo(command: &str, args: &[&str]) -> Result<Expression> {
+    let target = host()?;
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default() + " -C target-feature=+crt-static";
+    let all = [command, "--release", "--target", &target].into_iter().chain(args.iter().copied());
+    Ok(plain_cargo(all).env("RUSTFLAGS", flags.trim_start()))
+}
+
+/// Builds, and names the programs that came out. Warnings and errors are shown as usual.
+pub(crate) fn build(command: &str, args: &[&str]) -> Result<Vec<Executable>> {
+    let json = ["--message-format=json-render-diagnostics"];
+    let mut reader = cargo(command, &[&json, args].concat())?.unchecked().reader()?;
+    let mut executables = Vec::new();
+    for message in Message::parse_stream(BufReader::new(reader.by_ref())) {
+        if let Message::CompilerArtifact(artifact) = message?
+            && let Some(path) = artifact.executable
+            && let Some(folder) = artifact.manifest_path.parent()
+        {
+            executables.push(Executable {
+                folder: folder.into(),
+                name: artifact.target.name,
+                path: path.into(),
+                is_test: artifact.profile.test,
+            });
+        }
+    }
+    if !reader.try_wait()?.is_some_and(|finished| finished.status.success()) {
+        bail!("cargo {command} failed\nby hand: mend what the compiler says above");
+    }
+    Ok(executables)
+}
+
+fn host() -> Result<String> {
+    let version = cmd!("rustc", "-vV").read().context("rustc cannot be run")?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("`rustc -vV` names no host")?.to_owned())
+}

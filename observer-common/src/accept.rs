@@ -1,6 +1,4 @@
-//! Shared types of the *accept* probe: listeners, and connections that wait to be accepted.
-
-use crate::histogram::Histogram;
+//! Shared types of the *accept* probe: connections that wait to be accepted.
 
 /// Key of `PORTS`: the TCP ports, by network namespace, whose new connections are worth a time stamp.
 #[repr(C)]
@@ -13,25 +11,18 @@ pub struct PortKey {
 }
 crate::shared!(PortKey, 8);
 
-/// Value of `LISTENERS`, whose key is the inode number of the listening socket (as in `/proc/PID/fd`).
+/// Value of `ACCEPTING`, whose key is the thread id: an accept call in progress.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listener {
-    /// Connections handed to the target.
-    pub accepts: u64,
-    /// Of those, the ones whose arrival nobody saw (queued before observer attached).
-    pub accepts_without_arrival: u64,
-    /// Longest queue met by an accept, in connections.
-    pub depth_peak: u32,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accepting {
+    /// Key of the listener.
+    pub inode: u64,
+    /// Connections that waited when the call began.
+    pub depth: u32,
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
-    /// Handshake done -> accept returned.
-    pub wait: Histogram,
 }
-crate::shared!(Listener, 24 + size_of::<Histogram>());
+crate::shared!(Accepting, 16);
 
-impl Listener {
-    /// One that nobody connected to.
-    pub const EMPTY: Self =
-        Self { accepts: 0, accepts_without_arrival: 0, depth_peak: 0, reserved: 0, wait: Histogram::EMPTY };
-}
+/// What stands for the process that accepts, where several do.
+pub const SEVERAL: u32 = u32::MAX;

@@ -12,8 +12,8 @@ macro_rules! kernel_layout {
             $($(#[doc = $doc])* #[doc = concat!("`", $root, ".", $path, "`, in bytes.")] pub $field: u32,)*
             /// 1 where `sched_switch` passes the previous state as an argument (5.18 and newer), else 0.
             pub switch_has_state: u32,
-            /// The descriptor argument in the record of `sys_enter_accept*`, in bytes.
-            pub enter_accept_fd: u32,
+            /// The descriptor argument in the record of `sys_enter_accept*` and `sys_enter_listen`, in bytes.
+            pub enter_fd: u32,
             /// The return value in the record of every `sys_exit_*`, in bytes.
             pub exit_ret: u32,
         }
@@ -21,7 +21,7 @@ macro_rules! kernel_layout {
         impl KernelLayout {
             /// Nothing known: what the programs are built with.
             pub const ZERO: Self =
-                Self { $($field: 0,)* switch_has_state: 0, enter_accept_fd: 0, exit_ret: 0 };
+                Self { $($field: 0,)* switch_has_state: 0, enter_fd: 0, exit_ret: 0 };
 
             /// Offsets that come from BTF: structure, member path (alternatives, newest first, split by `|`), and where to put it.
             pub const MEMBERS: &[(&str, &str, fn(&mut Self) -> &mut u32)] =
@@ -50,9 +50,27 @@ kernel_layout! {
     sock_port = "sock"."__sk_common.skc_num";
     sock_net = "sock"."__sk_common.skc_net.net";
     sock_protocol = "sock"."sk_protocol";
+    sock_state = "sock"."__sk_common.skc_state";
+    sock_address4 = "sock"."__sk_common.skc_rcv_saddr";
+    sock_address6 = "sock"."__sk_common.skc_v6_rcv_saddr";
+    sock_type = "sock"."sk_type";
+    sock_drops = "sock"."sk_drops.counter";
+    sock_received = "sock"."sk_receive_queue.qlen";
+    sock_socket = "sock"."sk_socket";
     sock_ack_backlog = "sock"."sk_ack_backlog";
     sock_max_ack_backlog = "sock"."sk_max_ack_backlog";
     net_inum = "net"."ns.inum";
+    /// Requests whose handshake is not done.
+    accept_half_open = "inet_connection_sock"."icsk_accept_queue.qlen.counter";
+    /// The longest waiting of those whose handshake is done.
+    accept_head = "inet_connection_sock"."icsk_accept_queue.rskq_accept_head";
+    request_next = "request_sock"."dl_next";
+    request_sk = "request_sock"."sk";
+    unix_address = "unix_sock"."addr";
+    address_length = "unix_address"."len";
+    address_name = "unix_address"."name";
+    iter_file = "bpf_iter__task_file"."file";
+    iter_task = "bpf_iter__task_file"."task";
 }
 
 const WORDS: usize = KernelLayout::MEMBERS.len() + 3;

@@ -5,6 +5,7 @@
 pub mod accept;
 pub mod histogram;
 pub mod layout;
+pub mod listener;
 pub mod loss;
 pub mod process;
 pub mod reactor;

@@ -4,13 +4,18 @@
 //! Two ways to read: arguments of BTF tracepoints are typed pointers, loaded directly and checked by the
 //! verifier; everything reached from a plain tracepoint goes through `bpf_probe_read_kernel`.
 
-use core::ptr::read_volatile;
+use core::{
+    ffi::c_void,
+    ptr::{null, read_volatile},
+};
 
 use aya_ebpf::{
-    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel},
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_kernel_buf,
+    },
     programs::{BtfTracePointContext, TracePointContext},
 };
-use observer_common::layout::KernelLayout;
+use observer_common::{layout::KernelLayout, listener::NAME};
 
 /// Filled in by the loader.
 // SAFETY: a name of our own, for the loader to find.
@@ -18,8 +23,13 @@ use observer_common::layout::KernelLayout;
 static LAYOUT: KernelLayout = KernelLayout::ZERO;
 
 const TCP: u16 = 6;
+const AF_UNIX: u16 = 1;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
+const SOCK_STREAM: u16 = 1;
+const SOCK_SEQPACKET: u16 = 5;
+const CLOSED: u8 = 7;
+const LISTENING: u8 = 10;
 
 /// The injected offset of a field; volatile, because the compiler believes in the zero it was built with.
 #[inline(always)]
@@ -151,21 +161,31 @@ impl Sock {
     }
 }
 
-/// The first argument of `accept` or `accept4`, in its entry tracepoint.
+/// The first argument of `accept`, `accept4` or `listen`, in its entry tracepoint.
 #[inline(always)]
-pub(crate) fn accept_fd(ctx: &TracePointContext) -> Option<u32> {
+pub(crate) fn fd_argument(ctx: &TracePointContext) -> Option<u32> {
     // SAFETY: the helper checks the address.
-    unsafe { ctx.read_at(offset(&LAYOUT.enter_accept_fd)) }.ok()
+    unsafe { ctx.read_at(offset(&LAYOUT.enter_fd)) }.ok()
 }
 
-/// An open TCP socket of the current process.
-pub(crate) struct OpenSocket {
-    sk: *const u8,
-    inode: *const u8,
+/// The task and the file that an iteration over open files has come to; `None` at its end.
+#[inline(always)]
+pub(crate) fn iterated(ctx: *mut c_void) -> Option<(u32, OpenFile)> {
+    // The verifier lets contexts be loaded from at fixed places alone; the helper does not mind.
+    let task: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_task))?;
+    let file: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_file))?;
+    if task.is_null() || file.is_null() {
+        return None;
+    }
+    Some((probe(task, offset(&LAYOUT.task_tgid))?, OpenFile(file)))
 }
 
-impl OpenSocket {
-    /// What descriptor `fd` stands for; `None` if that is not a TCP socket.
+/// A file that some process has open.
+#[derive(Clone, Copy)]
+pub(crate) struct OpenFile(*const u8);
+
+impl OpenFile {
+    /// What descriptor `fd` of the current process stands for.
     #[inline(always)]
     pub(crate) fn of(fd: u32) -> Option<Self> {
         // SAFETY: has no preconditions.
@@ -177,48 +197,168 @@ impl OpenSocket {
         }
         let open: *const u8 = probe(table, offset(&LAYOUT.fdt_fd))?;
         let file: *const u8 = probe(open, fd as usize * size_of::<*const u8>())?;
-        let socket: *const u8 = probe(file, offset(&LAYOUT.file_private_data))?;
-        // Any file may have private data; only a socket points back at its file.
-        if probe::<*const u8>(socket, offset(&LAYOUT.socket_file))? != file {
-            return None;
-        }
-        let sk: *const u8 = probe(socket, offset(&LAYOUT.socket_sk))?;
-        let family: u16 = probe(sk, offset(&LAYOUT.sock_family))?;
-        let protocol: u16 = probe(sk, offset(&LAYOUT.sock_protocol))?;
-        if (family != AF_INET && family != AF_INET6) || protocol != TCP {
-            return None;
-        }
-        Some(Self { sk, inode: probe(file, offset(&LAYOUT.file_inode))? })
-    }
-
-    /// Address of its `struct sock`, as [`Sock::address`] has it.
-    #[inline(always)]
-    pub(crate) fn address(&self) -> u64 {
-        self.sk as u64
+        if file.is_null() { None } else { Some(Self(file)) }
     }
 
     /// Inode number, as in `/proc/PID/fd`.
     #[inline(always)]
-    pub(crate) fn inode(&self) -> Option<u64> {
-        probe(self.inode, offset(&LAYOUT.inode_number))
+    pub(crate) fn inode(self) -> Option<u64> {
+        probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
     }
 
-    /// Connections in its accept queue.
+    /// The stream socket behind it; `None` if it is anything else.
     #[inline(always)]
-    pub(crate) fn queued(&self) -> Option<u32> {
-        probe(self.sk, offset(&LAYOUT.sock_ack_backlog))
+    pub(crate) fn socket(self) -> Option<Socket> {
+        let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
+        // Any file may have private data; only a socket points back at its file.
+        if probe::<*const u8>(socket, offset(&LAYOUT.socket_file))? != self.0 {
+            return None;
+        }
+        Socket::checked(probe(socket, offset(&LAYOUT.socket_sk))?)
+    }
+}
+
+/// A `struct sock` of TCP or of a unix stream.
+#[derive(Clone, Copy)]
+pub(crate) struct Socket(*const u8);
+
+impl Socket {
+    #[inline(always)]
+    fn checked(sk: *const u8) -> Option<Self> {
+        let family: u16 = probe(sk, offset(&LAYOUT.sock_family))?;
+        let protocol: u16 = probe(sk, offset(&LAYOUT.sock_protocol))?;
+        let kind: u16 = probe(sk, offset(&LAYOUT.sock_type))?;
+        let is_tcp = (family == AF_INET || family == AF_INET6) && protocol == TCP;
+        let is_stream = family == AF_UNIX && (kind == SOCK_STREAM || kind == SOCK_SEQPACKET);
+        if is_tcp || is_stream { Some(Self(sk)) } else { None }
+    }
+
+    /// The one at this address, which the caller knows to be open.
+    #[inline(always)]
+    pub(crate) fn known(address: u64) -> Self {
+        Self(address as *const u8)
+    }
+
+    /// The one that was at this address, if it still is: sockets are freed while nobody looks.
+    #[inline(always)]
+    pub(crate) fn still_at(address: u64, inode: u64) -> Option<Self> {
+        let sk = address as *const u8;
+        let socket: *const u8 = probe(sk, offset(&LAYOUT.sock_socket))?;
+        let file = OpenFile(probe(socket, offset(&LAYOUT.socket_file))?);
+        if file.inode()? == inode { Self::checked(sk) } else { None }
+    }
+
+    /// Its address, which identifies it while it lives, as [`Sock::address`] does.
+    #[inline(always)]
+    pub(crate) fn address(self) -> u64 {
+        self.0 as u64
+    }
+
+    #[inline(always)]
+    pub(crate) fn listens(self) -> bool {
+        probe::<u8>(self.0, offset(&LAYOUT.sock_state)) == Some(LISTENING)
+    }
+
+    /// Whether its connection is over; one that was reset while it waited still waits to be accepted.
+    #[inline(always)]
+    pub(crate) fn is_closed(self) -> bool {
+        probe::<u8>(self.0, offset(&LAYOUT.sock_state)) == Some(CLOSED)
+    }
+
+    #[inline(always)]
+    pub(crate) fn family(self) -> Option<u16> {
+        probe(self.0, offset(&LAYOUT.sock_family))
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_unix(self) -> bool {
+        self.family() == Some(AF_UNIX)
     }
 
     /// Local port, host byte order.
     #[inline(always)]
-    pub(crate) fn port(&self) -> Option<u16> {
-        probe(self.sk, offset(&LAYOUT.sock_port))
+    pub(crate) fn port(self) -> Option<u16> {
+        probe(self.0, offset(&LAYOUT.sock_port))
     }
 
     /// Inode number of its network namespace.
     #[inline(always)]
-    pub(crate) fn netns(&self) -> Option<u32> {
-        let net: *const u8 = probe(self.sk, offset(&LAYOUT.sock_net))?;
-        probe(net, offset(&LAYOUT.net_inum))
+    pub(crate) fn netns(self) -> Option<u32> {
+        probe(probe(self.0, offset(&LAYOUT.sock_net))?, offset(&LAYOUT.net_inum))
+    }
+
+    /// Writes the local address, or a unix socket's path, and returns how many bytes of that are meant.
+    #[inline(always)]
+    pub(crate) fn name(self, to: &mut [u8; NAME]) -> Option<u16> {
+        match self.family()? {
+            AF_INET => {
+                let address: [u8; 4] = probe(self.0, offset(&LAYOUT.sock_address4))?;
+                to[..4].copy_from_slice(&address);
+                Some(4)
+            }
+            AF_INET6 => {
+                let address: [u8; 16] = probe(self.0, offset(&LAYOUT.sock_address6))?;
+                to[..16].copy_from_slice(&address);
+                Some(16)
+            }
+            _ => {
+                let address: *const u8 = probe(self.0, offset(&LAYOUT.unix_address))?;
+                let length: i32 = probe(address, offset(&LAYOUT.address_length))?;
+                let name = address.wrapping_add(offset(&LAYOUT.address_name)).wrapping_add(size_of::<u16>());
+                // SAFETY: the helper checks the address.
+                unsafe { bpf_probe_read_kernel_buf(name, to) }.ok()?;
+                u16::try_from(length).ok()?.checked_sub(2)
+            }
+        }
+    }
+
+    /// Connections in its accept queue.
+    #[inline(always)]
+    pub(crate) fn queued(self) -> Option<u32> {
+        if self.family()? == AF_UNIX {
+            probe(self.0, offset(&LAYOUT.sock_received))
+        } else {
+            probe(self.0, offset(&LAYOUT.sock_ack_backlog))
+        }
+    }
+
+    /// Most connections the kernel lets wait.
+    #[inline(always)]
+    pub(crate) fn limit(self) -> Option<u32> {
+        probe(self.0, offset(&LAYOUT.sock_max_ack_backlog))
+    }
+
+    /// Connections dropped by the kernel since the socket was made.
+    #[inline(always)]
+    pub(crate) fn drops(self) -> Option<u32> {
+        probe(self.0, offset(&LAYOUT.sock_drops))
+    }
+
+    /// Handshakes that have begun and are not done. TCP alone has any.
+    #[inline(always)]
+    pub(crate) fn half_open(self) -> Option<u32> {
+        probe(self.0, offset(&LAYOUT.accept_half_open))
+    }
+
+    /// The first in the accept queue, which is the one that has waited longest. TCP alone.
+    #[inline(always)]
+    pub(crate) fn first_waiting(self) -> Waiting {
+        Waiting(probe(self.0, offset(&LAYOUT.accept_head)).unwrap_or(null()))
+    }
+}
+
+/// A place in an accept queue.
+pub(crate) struct Waiting(*const u8);
+
+impl Waiting {
+    /// The connection that waits here, and the place behind it.
+    #[inline(always)]
+    pub(crate) fn take(self) -> Option<(Socket, Self)> {
+        if self.0.is_null() {
+            return None;
+        }
+        // What cannot be read reads as null, without a branch: the verifier counts them.
+        let connection = Socket(probe(self.0, offset(&LAYOUT.request_sk)).unwrap_or(null()));
+        Some((connection, Self(probe(self.0, offset(&LAYOUT.request_next)).unwrap_or(null()))))
     }
 }

@@ -36,7 +36,8 @@ Words:
   slice     the time between the return of a wait for events and the next wait of the same thread: nothing else on
             that event loop can run meanwhile
   wake-up   the delay between an event making the loop runnable and the loop running
-  depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait
+  depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait,
+            oldest how long the first of them has waited
 
 Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.";
 

@@ -59,6 +59,8 @@ pub(crate) fn probes() -> Result<ExitCode> {
         for hook in probe.hooks {
             let events = match hook.events {
                 Events::Btf(event) => event.to_owned(),
+                Events::Iterator(kind) => format!("demand, for every {}", kind.replace('_', "'s ")),
+                Events::OnDemand => "demand".into(),
                 Events::Plain(events) => events.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(", "),
             };
             writeln!(out, "  hook    {:<14} on {events}", hook.program)?;

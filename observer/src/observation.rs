@@ -1,7 +1,7 @@
 //! One observation: the programs in the kernel, the targets, and how a snapshot of them is put together.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map, hash_map},
     mem,
 };
 
@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use nix::sys::utsname::uname;
 use observer_common::{
-    accept::{Listener as RawListener, PortKey},
+    accept::{Accepting, PortKey},
+    listener::{Listener as RawListener, Queue},
     process::Target as RawTarget,
     reactor::Reactor as RawReactor,
 };
@@ -22,13 +23,13 @@ use crate::{
     },
     probes::{
         self,
-        accept::{self, Known},
+        listener::{self, Before},
         reactor,
     },
     read::maps::{Maps, entries, insert_new},
     target::{
         calls::{self, Call},
-        listeners::{Listening, SockDiag},
+        drops::{self, ListenDrops},
         process::{self, Process},
     },
 };
@@ -48,20 +49,28 @@ pub(crate) struct Selection {
     pub(crate) follow: bool,
 }
 
+/// A listener as it was when last looked at, and as it was before.
+struct Known {
+    raw: RawListener,
+    before: Before,
+}
+
 /// A running observation. Dropping it takes everything of ours out of the kernel.
 pub(crate) struct Observation {
     ebpf: Ebpf,
     maps: Maps,
-    sock_diag: SockDiag,
     attached_ns: u64,
     missing: Vec<Missing>,
     /// Release of the running kernel.
     kernel: String,
     live: BTreeMap<u32, Process>,
     exited: BTreeMap<u32, Process>,
+    /// By inode number.
     listeners: BTreeMap<u64, Known>,
-    /// Listeners in the same network namespaces that belong to no target.
-    strangers: HashSet<u64>,
+    /// Whether listeners found from now on are new: nobody waited there before observer came.
+    first_look_done: bool,
+    /// Counters of each target's network namespace when it was first seen.
+    drops_before: HashMap<u32, ListenDrops>,
     finished: Vec<(u32, Reactor)>,
     /// Process and name of each reactor's thread, kept for when it is gone.
     names: HashMap<u32, (u32, String)>,
@@ -88,7 +97,6 @@ impl Observation {
         let mut observation = Self {
             ebpf,
             maps,
-            sock_diag: SockDiag::default(),
             attached_ns: clock::monotonic_ns(),
             missing,
             kernel: uname()
@@ -99,7 +107,8 @@ impl Observation {
             live: BTreeMap::new(),
             exited: BTreeMap::new(),
             listeners: BTreeMap::new(),
-            strangers: HashSet::new(),
+            first_look_done: false,
+            drops_before: HashMap::new(),
             finished: Vec::new(),
             names: HashMap::new(),
         };
@@ -147,9 +156,8 @@ impl Observation {
                     }
                     Call::Accept { fd } => {
                         if let Some(inode) = process::socket_inode(pid, fd) {
-                            insert_new(&mut self.maps.listeners, inode, RawListener::EMPTY)
-                                .context("cannot add a listener")?;
-                            insert_new(&mut self.maps.accepting, tid, inode).context("cannot add a call")?;
+                            let call = Accepting { inode, ..Accepting::default() };
+                            insert_new(&mut self.maps.accepting, tid, call).context("cannot add a call")?;
                         }
                     }
                 }
@@ -172,17 +180,30 @@ impl Observation {
                 self.exited.insert(pid, known);
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
-            } else if let Entry::Vacant(place) = self.live.entry(pid) {
+            } else if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
                 place.insert(Process::of(pid));
                 arrived = true;
             }
         }
         self.collect_finished();
-        self.refresh_listeners(arrived);
+        self.note_namespaces();
+        self.refresh_listeners(arrived)?;
         while self.exited.len() > ENDED {
             self.exited.pop_first();
         }
         Ok(())
+    }
+
+    /// Remembers the counters of network namespaces as they were when first seen.
+    fn note_namespaces(&mut self) {
+        for &pid in self.live.keys() {
+            if let Some(netns) = process::network_namespace(pid)
+                && let hash_map::Entry::Vacant(place) = self.drops_before.entry(netns)
+                && let Some(drops) = drops::of_namespace(pid)
+            {
+                place.insert(drops);
+            }
+        }
     }
 
     /// Asks for names again: a process may have started another program, a thread may have renamed itself.
@@ -215,99 +236,60 @@ impl Observation {
         self.finished.drain(..surplus);
     }
 
-    /// Asks sock_diag for depths and limits. Whose a listener is takes a look at every descriptor of every target,
-    /// so that is asked only when there is a new target or a new listener.
-    fn refresh_listeners(&mut self, new_target: bool) {
-        let first_time = self.listeners.is_empty() && self.strangers.is_empty();
-        let Some(listening) = self.listening() else { return };
-        let accepted_from: HashSet<u64> =
-            entries(&self.maps.listeners).into_iter().map(|(inode, _)| inode).collect();
-        let is_new = |l: &Listening| {
-            !self.listeners.contains_key(&l.inode)
-                && (!self.strangers.contains(&l.inode) || accepted_from.contains(&l.inode))
-        };
-        if new_target || listening.values().any(is_new) {
-            self.find_owners(&listening, first_time);
+    /// Looks at every accept queue. Listeners that targets opened meanwhile have made their own entries; what new
+    /// targets brought along is searched for.
+    fn refresh_listeners(&mut self, new_target: bool) -> Result<()> {
+        if new_target {
+            listener::find(&mut self.ebpf)?;
         }
-        for (inode, known) in self.listeners.iter_mut().filter(|(_, known)| known.closed.is_none()) {
-            if let Some(now) = listening.get(inode) {
-                known.depth = now.depth;
-                known.limit = now.limit;
-                known.peak = known.peak.max(now.depth);
-            } else {
-                let last = self.maps.listeners.get(inode, 0).unwrap_or(RawListener::EMPTY);
-                known.closed = Some(Box::new(last));
-                let _never_accepted_from = self.maps.listeners.remove(inode);
+        for (inode, _) in entries(&self.maps.listeners) {
+            listener::look(&mut self.ebpf, inode)?;
+        }
+        for (inode, raw) in entries(&self.maps.listeners) {
+            let is_first_look = !self.first_look_done;
+            let known = self.listeners.entry(inode).or_insert_with(|| Known {
+                raw,
+                before: if is_first_look { Before::of(&raw.queue) } else { Before::default() },
+            });
+            let last = mem::replace(&mut known.raw, raw);
+            if raw.queue.closed != 0 {
+                // How deep it was when it closed is not to be known any more; how deep it was before is.
+                known.raw.queue = Queue { closed: 1, ..last.queue };
+                self.maps.listeners.remove(&inode)?;
+                let port = PortKey { netns: raw.netns, port: raw.port.into() };
+                let shared = self.listeners.values().any(|other| {
+                    other.raw.queue.closed == 0 && (other.raw.netns, other.raw.port) == (raw.netns, raw.port)
+                });
+                if !shared {
+                    let _unix_has_none = self.maps.ports.remove(&port);
+                }
             }
         }
-        self.strangers.retain(|inode| listening.contains_key(inode));
+        self.first_look_done = true;
         let closed: Vec<u64> = self
             .listeners
             .iter()
-            .filter(|(_, known)| known.closed.is_some())
+            .filter(|(_, known)| known.raw.queue.closed != 0)
             .map(|(&inode, _)| inode)
             .collect();
         for inode in &closed[..closed.len().saturating_sub(ENDED)] {
             self.listeners.remove(inode);
         }
+        Ok(())
     }
 
-    /// Listeners in every network namespace of a target, by inode number; `None` if a namespace does not answer,
-    /// for then nobody knows which listeners are gone.
-    fn listening(&mut self) -> Option<HashMap<u64, Listening>> {
-        let mut found = HashMap::new();
-        let mut asked = HashSet::new();
-        for pid in self.live.keys().copied().collect::<Vec<_>>() {
-            let namespace = std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap_or_default();
-            if !asked.insert(namespace) {
-                continue;
-            }
-            match self.sock_diag.listening(pid) {
-                Ok(listening) => found.extend(listening.into_iter().map(|l| (l.inode, l))),
-                // Its last process may just have exited.
-                Err(_) if !process::is_there(pid) => return None,
-                Err(error) => {
-                    self.note_missing(format!("listeners of process {pid}"), format!("{error:#}"));
-                    return None;
-                }
+    /// Attributes a namespace's overflows to a listener where that is certain: where the namespace has dropped no
+    /// more connections than this listener alone.
+    fn attribute_overflows(&self, listeners: &mut [(u32, Listener)]) {
+        for (netns, listener) in listeners {
+            let now = self.live.keys().find(|&&pid| process::network_namespace(pid) == Some(*netns));
+            let now = now.and_then(|&pid| drops::of_namespace(pid));
+            if let (Some(now), Some(before)) = (now, self.drops_before.get(netns))
+                && now.drops - before.drops == u64::from(listener.drops)
+            {
+                listener.overflows = Some(now.overflows - before.overflows);
             }
         }
-        Some(found)
-    }
-
-    /// Remembers that something goes unseen, and says so once.
-    fn note_missing(&mut self, source: String, reason: String) {
-        let missing = Missing { source, reason };
-        if self.missing.len() < ENDED && !self.missing.contains(&missing) {
-            log::warn!("not seen here: {} ({})", missing.source, missing.reason);
-            self.missing.push(missing);
-        }
-    }
-
-    /// Sorts listeners into the targets' and strangers'. One that several targets share goes to the lowest id: a
-    /// server's first process, which opened it.
-    fn find_owners(&mut self, listening: &HashMap<u64, Listening>, first_time: bool) {
-        for &pid in self.live.keys() {
-            for inode in process::socket_inodes(pid) {
-                let Some(socket) = listening.get(&inode) else { continue };
-                self.strangers.remove(&inode);
-                self.listeners.entry(inode).or_insert_with(|| Known {
-                    owner: pid,
-                    address: socket.address.to_string(),
-                    depth_before: if first_time { socket.depth } else { 0 },
-                    depth: socket.depth,
-                    peak: socket.depth,
-                    limit: socket.limit,
-                    closed: None,
-                });
-                let port = PortKey { netns: socket.netns, port: socket.address.port().into() };
-                if let Err(error) = self.maps.ports.insert(port, 1, 0) {
-                    log::warn!("waits on {} are unknown: {error}", socket.address);
-                }
-            }
-        }
-        let owned = &self.listeners;
-        self.strangers.extend(listening.keys().filter(|inode| !owned.contains_key(inode)));
     }
 
     /// Everything known now.
@@ -324,10 +306,14 @@ impl Observation {
             reactors.entry(raw.tgid).or_default().push(reactor);
         }
         let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
-        for (inode, known) in &self.listeners {
-            let live = || self.maps.listeners.get(inode, 0).unwrap_or(RawListener::EMPTY);
-            let raw = known.closed.as_deref().copied().unwrap_or_else(live);
-            listeners.entry(known.owner).or_default().push(accept::decode(known, &raw));
+        let mut decoded: Vec<_> = self
+            .listeners
+            .values()
+            .map(|known| (known.raw.netns, listener::decode(&known.raw, known.before, self.attached_ns)))
+            .collect();
+        self.attribute_overflows(&mut decoded);
+        for (known, (_, figures)) in self.listeners.values().zip(decoded) {
+            listeners.entry(listener::owner(&known.raw)).or_default().push(figures);
         }
         let processes = self.exited.values().map(|p| (p, true)).chain(self.live.values().map(|p| (p, false)));
         let mut targets: Vec<Target> = processes

@@ -8,7 +8,7 @@ use std::{
 
 use crate::support::{
     http, is_emulated,
-    observer::Observer,
+    observer::{Observer, in_flight},
     send,
     servers::{Server, children},
 };
@@ -23,6 +23,7 @@ fn assert_counts_equal(server: &Server, own_count: impl Fn(&Server) -> u64, load
     let observer = Observer::of(server.pid());
     load(server.port);
     let connections = own_count(server) - before;
+    assert_eq!(in_flight(), 0, "connections remembered though none waits");
     let report = observer.finish();
     report.assert_complete();
     let listener = report.listener(server.port);
@@ -101,6 +102,28 @@ fn nginx_under_load_with_keep_alive() {
         let server = Server::nginx(workers);
         assert_counts_equal(&server, Server::nginx_accepts, |port| wrk(port, &server, &[], 0));
     }
+}
+
+/// One listener for each worker: together they accept what nginx counts, and each is listed with its worker.
+#[test]
+fn nginx_with_a_listener_for_each_worker() {
+    let server = Server::nginx_reuseport(2);
+    let before = server.nginx_accepts();
+    let observer = Observer::of(server.pid());
+    for _ in 0..10 * CONNECTIONS {
+        http::get(server.port, "/");
+    }
+    let connections = server.nginx_accepts() - before;
+    let report = observer.finish();
+    report.assert_complete();
+    let accepts = |pid: u32| {
+        let listeners = report.target(pid)["listeners"].as_array().unwrap();
+        assert_eq!(listeners.len(), 1, "{:#}", report.target(pid));
+        listeners[0]["accepts"].as_u64().unwrap()
+    };
+    let each: Vec<u64> = children(server.pid()).into_iter().map(accepts).collect();
+    assert_eq!(each.iter().sum::<u64>(), connections, "{each:?}");
+    assert!(each.iter().all(|&accepts| accepts > 0), "{each:?}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod accept;
 mod cli;
 mod exports;
+mod listener;
 mod process;
 mod reactor;
 mod support;

@@ -12,7 +12,19 @@ use crate::kernel::Kernel;
 use crate::shell::{ask, find};
 use crate::workspace::root;
 
-const PROGRAMS: &[&str] = &["busybox", "nginx", "redis-server", "wrk", "bpftool", "node", "ss", "taskset"];
+const PROGRAMS: &[&str] = &[
+    "busybox",
+    "nginx",
+    "redis-server",
+    "wrk",
+    "bpftool",
+    "node",
+    "ss",
+    "nstat",
+    "taskset",
+    "nsenter",
+    "unshare",
+];
 
 /// Debian's own: a version manager's Python lies in many places.
 const PYTHON: &str = "/usr/bin/python3";

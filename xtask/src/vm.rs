@@ -74,7 +74,6 @@ fn arguments(kernel: &Kernel, image: &File, report: &File, console: &str) -> Vec
     }
     // A guest that is stuck ends with a stack trace instead of keeping everyone waiting for the time limit.
     let options = "console=ttyS0 quiet panic=-1 softlockup_panic=1";
-    // One thread for all processors: with a thread each, QEMU 7.2 now and then loses a guest's timer for good.
     arguments.extend(["-accel", "tcg,thread=single", "-append", options].map(Into::into));
     arguments.extend(["-kernel".into(), (&kernel.image).into(), "-initrd".into(), name(image).into()]);
     arguments.extend([

@@ -1,7 +1,7 @@
 //! *accept*: how long connections wait between the end of their handshake and the target's accept.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
+    bindings::BPF_ANY,
     helpers::bpf_ktime_get_ns,
     macros::{btf_tracepoint, map, tracepoint},
     maps::HashMap,
@@ -9,19 +9,16 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use observer_common::{
-    accept::{Listener, PortKey},
+    accept::{Accepting, PortKey, SEVERAL},
+    listener::{DEPTHS, Listener, depth_bucket},
     loss::Loss,
 };
 
-use super::process;
+use super::{listener, process};
 use crate::{
     emit::{add, lost, record},
-    kernel::{self, OpenSocket, Sock},
+    kernel::{self, OpenFile, Sock, Socket},
 };
-
-/// Listeners of targets, by inode number of the socket.
-#[map]
-static LISTENERS: HashMap<u64, Listener> = HashMap::with_max_entries(1024, 0);
 
 /// Ports of targets' listeners: other connections get no time stamp.
 #[map]
@@ -31,19 +28,15 @@ static PORTS: HashMap<PortKey, u8> = HashMap::with_max_entries(4096, 0);
 #[map]
 static QUEUED: HashMap<u64, u64> = HashMap::with_max_entries(65_536, 0);
 
-/// Listener that each thread inside an accept call accepts from, by thread id.
+/// Each thread inside an accept call, by thread id.
 #[map]
-static ACCEPTING: HashMap<u32, u64> = HashMap::with_max_entries(8192, 0);
-
-/// What a new entry starts from: too large for the stack.
-static NEW: Listener = Listener::EMPTY;
+static ACCEPTING: HashMap<u32, Accepting> = HashMap::with_max_entries(8192, 0);
 
 const ESTABLISHED: u32 = 1;
 const SYN_RECEIVED: u32 = 3;
 const CLOSED: u32 = 7;
-const LISTENING: u32 = 10;
 
-/// A TCP socket changes its state: a handshake ends, a connection dies, or a target begins to listen.
+/// A TCP socket changes its state: a handshake ends, or a connection dies.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 fn sock_state(ctx: BtfTracePointContext) -> u32 {
     let sock = Sock::argument(&ctx, 0);
@@ -55,11 +48,6 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
         }
     } else if to == CLOSED {
         let _absent = QUEUED.remove(sock.address());
-    } else if to == LISTENING && sock.is_tcp() {
-        let (tgid, _) = kernel::current();
-        if process::is_target(tgid) {
-            want(sock.netns(), sock.port());
-        }
     }
     0
 }
@@ -69,7 +57,7 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
 fn accept_enter(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
     if process::is_target(tgid) {
-        let _not_tcp = enter(&ctx, tid);
+        let _no_socket = enter(&ctx, tgid, tid);
     }
     0
 }
@@ -79,7 +67,7 @@ fn accept_enter(ctx: TracePointContext) -> u32 {
 fn accept_exit(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
     if process::is_target(tgid) {
-        let _not_tcp = exit(&ctx, tid);
+        let _no_socket = exit(&ctx, tgid, tid);
     }
     0
 }
@@ -91,68 +79,82 @@ pub(super) fn thread_exited(tid: u32) {
 }
 
 #[inline(always)]
-#[expect(
-    clippy::needless_borrows_for_generic_args,
-    reason = "by value it would be copied to the stack first"
-)]
-fn enter(ctx: &TracePointContext, tid: u32) -> Option<()> {
-    let socket = OpenSocket::of(kernel::accept_fd(ctx)?)?;
-    let inode = socket.inode()?;
-    let listener = match LISTENERS.get_ptr_mut(inode) {
-        Some(listener) => listener,
-        None => {
-            want(socket.netns()?, socket.port()?);
-            if LISTENERS.insert(inode, &NEW, u64::from(BPF_NOEXIST)).is_err() {
-                lost(Loss::ListenersFull);
-                warn!(ctx, "no room for listener {}", inode);
-            }
-            LISTENERS.get_ptr_mut(inode)?
-        }
-    };
-    let queued = socket.queued()?;
+fn enter(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
+    let (inode, listener) = listener::listener_of(OpenFile::of(kernel::fd_argument(ctx)?)?, tgid)?;
     // SAFETY: a live map value; a lost race between two accepts leaves the lesser of two peaks.
-    unsafe {
-        if queued > (*listener).depth_peak {
-            (*listener).depth_peak = queued;
+    let depth = unsafe {
+        let depth = Socket::known((*listener).sk).queued()?;
+        if depth > (*listener).peak {
+            (*listener).peak = depth;
         }
-    }
-    if ACCEPTING.insert(tid, inode, u64::from(BPF_ANY)).is_err() {
+        depth
+    };
+    if ACCEPTING.insert(tid, Accepting { inode, depth, reserved: 0 }, u64::from(BPF_ANY)).is_err() {
         lost(Loss::AcceptingFull);
     }
     Some(())
 }
 
 #[inline(always)]
-fn exit(ctx: &TracePointContext, tid: u32) -> Option<()> {
-    let inode = ACCEPTING.get_ptr(tid).map(|inode| {
+fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
+    let call = ACCEPTING.get_ptr(tid).map(|call| {
         // SAFETY: a live map value that only this thread writes.
-        unsafe { *inode }
+        unsafe { *call }
     });
-    if inode.is_some() {
-        let _absent = ACCEPTING.remove(tid);
+    if call.is_some() {
+        let _present = ACCEPTING.remove(tid);
     }
     let fd = u32::try_from(kernel::returned(ctx)?).ok()?;
-    let connection = OpenSocket::of(fd)?;
-    let Some(listener) = inode.and_then(|inode| LISTENERS.get_ptr_mut(inode)) else {
+    let connection = OpenFile::of(fd)?.socket()?;
+    let Some(listener) = call.and_then(|call| listener::listener_with(call.inode)) else {
         lost(Loss::AcceptUnattributed);
         return None;
     };
-    let arrived = QUEUED.get_ptr(connection.address()).map(|at| {
-        // SAFETY: a live map value, written once.
-        unsafe { *at }
-    });
-    // SAFETY: a live map value; counters and histogram are updated atomically.
+    let depth = call?.depth;
+    let arrived = arrival_of(connection);
+    // SAFETY: a live map value; counters and histogram are updated atomically, and of two processes that write
+    // `accepter` at once either makes it right with its next accept.
     unsafe {
         add(&raw mut (*listener).accepts, 1);
-        match arrived {
-            Some(at) => {
-                record(&raw mut (*listener).wait, bpf_ktime_get_ns().saturating_sub(at));
-                let _present = QUEUED.remove(connection.address());
-            }
-            None => add(&raw mut (*listener).accepts_without_arrival, 1),
+        add(&raw mut (*listener).depths_sum, u64::from(depth));
+        count_depth(listener, depth);
+        match (*listener).accepter {
+            0 => (*listener).accepter = tgid,
+            other if other != tgid => (*listener).accepter = SEVERAL,
+            _ => {}
+        }
+        if let Some(at) = arrived {
+            record(&raw mut (*listener).wait, bpf_ktime_get_ns().saturating_sub(at));
+            let _present = QUEUED.remove(connection.address());
+        } else if connection.is_closed() {
+            add(&raw mut (*listener).accepts_aborted, 1);
+        } else {
+            add(&raw mut (*listener).accepts_without_arrival, 1);
         }
     }
     Some(())
+}
+
+/// # Safety
+/// `listener` points to a live map value.
+#[inline(always)]
+unsafe fn count_depth(listener: *mut Listener, depth: u32) {
+    let bucket = depth_bucket(depth);
+    // SAFETY: reads a local; volatile for the reason given in `emit::record`.
+    let bucket = unsafe { core::ptr::read_volatile(&raw const bucket) };
+    if bucket < DEPTHS {
+        // SAFETY: by contract, and `bucket` is inside.
+        unsafe { add((&raw mut (*listener).depths).cast::<u64>().add(bucket), 1) };
+    }
+}
+
+/// When a connection that waits had its handshake done, if anybody saw that.
+#[inline(always)]
+pub(super) fn arrival_of(connection: Socket) -> Option<u64> {
+    QUEUED.get_ptr(connection.address()).map(|at| {
+        // SAFETY: a live map value, written once.
+        unsafe { *at }
+    })
 }
 
 /// Whether a connection to this socket's port is one a target may accept.
@@ -161,8 +163,9 @@ fn is_wanted(sock: &Sock) -> bool {
     PORTS.get_ptr(PortKey { netns: sock.netns(), port: u32::from(sock.port()) }).is_some()
 }
 
+/// Makes connections to this port worth a time stamp.
 #[inline(always)]
-fn want(netns: u32, port: u16) {
+pub(super) fn want(netns: u32, port: u16) {
     let key = PortKey { netns, port: u32::from(port) };
     let _full_means_unknown_waits = PORTS.insert(key, 1, u64::from(BPF_ANY));
 }

@@ -1,5 +1,6 @@
 //! One file a probe: its maps and its programs, under the name it has on the user side too.
 
 mod accept;
+mod listener;
 mod process;
 mod reactor;

@@ -74,17 +74,12 @@ fn collect(family: &Family, snapshot: &Snapshot) -> MetricFamily {
                 metric.set_gauge(gauge);
             }
             (_, Value::Histogram(histogram)) => {
-                let mut proto = Histogram::default();
-                proto.set_sample_count(histogram.count());
-                proto.set_sample_sum(histogram.sum());
-                let buckets = histogram.cumulative_by_octave().map(|(bound, count)| {
-                    let mut bucket = Bucket::default();
-                    bucket.set_upper_bound(bound);
-                    bucket.set_cumulative_count(count);
-                    bucket
-                });
-                proto.set_bucket(buckets.collect());
-                metric.set_histogram(proto);
+                let buckets = histogram.cumulative_by_octave();
+                metric.set_histogram(distribution(histogram.count(), histogram.sum(), buckets));
+            }
+            (_, Value::Depths(depths)) => {
+                let buckets = depths.cumulative().map(|(bound, count)| (bound.into(), count));
+                metric.set_histogram(distribution(depths.counts.iter().sum(), depths.sum(), buckets));
             }
         }
         metrics.push(metric);
@@ -98,5 +93,19 @@ fn collect(family: &Family, snapshot: &Snapshot) -> MetricFamily {
         Kind::Histogram => MetricType::HISTOGRAM,
     });
     proto.set_metric(metrics);
+    proto
+}
+
+fn distribution(count: u64, sum: f64, buckets: impl Iterator<Item = (f64, u64)>) -> Histogram {
+    let mut proto = Histogram::default();
+    proto.set_sample_count(count);
+    proto.set_sample_sum(sum);
+    let buckets = buckets.map(|(bound, count)| {
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(bound);
+        bucket.set_cumulative_count(count);
+        bucket
+    });
+    proto.set_bucket(buckets.collect());
     proto
 }

@@ -72,11 +72,13 @@ fn findings(target: &Target) -> Vec<String> {
     let waits = target.listeners.iter().filter(|l| l.wait.max() >= LATE).map(|l| {
         format!("connections to {} of {who} waited up to {} to be accepted", l.name(), span(l.wait.max()))
     });
-    let stuck =
-        target.listeners.iter().filter(|l| l.depth > 0 && l.accepts == 0 && !l.closed).map(|l| {
-            format!("{} of {who} has {} connections waiting and has accepted none", l.name(), l.depth)
-        });
-    reactors.chain(waits).chain(stuck).collect()
+    let open = target.listeners.iter().filter(|l| !l.closed);
+    let stuck = open.filter(|l| l.oldest_seconds.is_some_and(|age| age >= LATE)).map(|l| {
+        format!("{} of {who} has {} connections waiting, the oldest for {}", l.name(), l.depth, oldest(l))
+    });
+    let dropped = target.listeners.iter().filter(|l| l.drops > 0);
+    let dropped = dropped.map(|l| format!("{} of {who} had {} connections dropped", l.name(), l.drops));
+    reactors.chain(waits).chain(stuck).chain(dropped).collect()
 }
 
 fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
@@ -119,7 +121,23 @@ fn write_listener(listener: &Listener, out: &mut impl Write) -> Result<()> {
         "    queue       {} of {} now{full}, {} at most",
         listener.depth, listener.limit, listener.peak
     )?;
-    writeln!(out, "    connections {} arrived, {} accepted", listener.arrivals, listener.accepts)?;
+    if listener.oldest_seconds.is_some() {
+        writeln!(out, "                the oldest has waited {}", oldest(listener))?;
+    }
+    if listener.half_open > 0 {
+        writeln!(out, "    handshakes  {} not done", listener.half_open)?;
+    }
+    write!(out, "    connections {} arrived, {} accepted", listener.arrivals, listener.accepts)?;
+    if listener.aborted > 0 {
+        write!(out, ", {} reset while they waited", listener.aborted)?;
+    }
+    if listener.drops > 0 {
+        write!(out, ", {} dropped", listener.drops)?;
+    }
+    if let Some(overflows) = listener.overflows.filter(|&overflows| overflows > 0) {
+        write!(out, " ({overflows} by a full queue)")?;
+    }
+    writeln!(out)?;
     if listener.wait.count() > 0 {
         writeln!(out, "    waits       {}{}", listener.wait.count(), quantiles(&listener.wait))?;
     }
@@ -127,6 +145,11 @@ fn write_listener(listener: &Listener, out: &mut impl Write) -> Result<()> {
         writeln!(out, "                and {} of unknown length", listener.accepts_unknown_wait)?;
     }
     Ok(())
+}
+
+fn oldest(listener: &Listener) -> String {
+    let at_least = if listener.oldest_is_lower_bound { "at least " } else { "" };
+    format!("{at_least}{}", span(listener.oldest_seconds.unwrap_or(0.0)))
 }
 
 fn reactor_name(reactor: &Reactor) -> String {

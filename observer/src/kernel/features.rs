@@ -4,7 +4,6 @@
 use aya::{maps::MapType, sys};
 
 use super::{layout, tracefs};
-use crate::target::listeners::SockDiag;
 
 /// Something a kernel has or has not.
 pub(crate) struct Feature {
@@ -74,16 +73,6 @@ pub(crate) const FEATURES: &[Feature] = &[
         required: false,
         purpose: "reactors that wait through it; nothing is missed without it",
         probe: || event("syscalls/sys_enter_epoll_pwait2", "this kernel has no such call"),
-    },
-    Feature {
-        name: "sock_diag for TCP",
-        since: "3.3",
-        required: false,
-        purpose: "listeners, their depth and limit; without it no accept queues",
-        probe: || match SockDiag::default().listening(std::process::id()) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(format!("{error:#}; `modprobe tcp_diag` may help")),
-        },
     },
     Feature {
         name: "ring buffer",

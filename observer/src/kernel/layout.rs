@@ -14,7 +14,11 @@ pub(crate) fn of_running_kernel() -> Result<KernelLayout> {
     let btf = Btf::parse(&data)?;
     let mut layout = members(&btf)?;
     layout.switch_has_state = u32::from(switch_has_state(&btf)?);
-    layout.enter_accept_fd = tracefs::offset("syscalls/sys_enter_accept4", "fd")?;
+    layout.enter_fd = tracefs::offset("syscalls/sys_enter_accept4", "fd")?;
+    for call in ["accept", "listen"] {
+        let fd = tracefs::offset(&format!("syscalls/sys_enter_{call}"), "fd")?;
+        ensure!(fd == layout.enter_fd, "the entries of accept4 and {call} differ in their records");
+    }
     layout.exit_ret = tracefs::offset("syscalls/sys_exit_accept4", "ret")?;
     // One program serves the exits of several calls, so their records have to agree.
     for call in ["accept", "epoll_wait", "epoll_pwait"] {
@@ -54,11 +58,11 @@ mod tests {
 
     /// Offsets in the order of `KernelLayout::MEMBERS`, as bpftool shows them for each kernel (see `tests/btf`).
     #[rustfmt::skip]
-    const KERNELS: [(&str, &[u8], [u32; 21]); 4] = [
-        ("5.10", include_bytes!("../../tests/btf/5.10.btf"), [2232, 2236, 16, 2808, 2832, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 540, 576, 580, 144]),
-        ("6.1", include_bytes!("../../tests/btf/6.1.btf"), [2416, 2420, 24, 3048, 3072, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 516, 552, 556, 144]),
-        ("6.12", include_bytes!("../../tests/btf/6.12.btf"), [2432, 2436, 24, 3048, 3072, 4, 32, 0, 8, 32, 40, 64, 16, 24, 16, 14, 48, 574, 604, 608, 136]),
-        ("6.18", include_bytes!("../../tests/btf/6.18.btf"), [1264, 1268, 24, 1824, 1848, 4, 32, 0, 8, 24, 32, 64, 16, 24, 16, 14, 48, 532, 600, 604, 176]),
+    const KERNELS: [(&str, &[u8], [u32; 37]); 4] = [
+        ("5.10", include_bytes!("../../tests/btf/5.10.btf"), [2232, 2236, 16, 2808, 2832, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 540, 18, 4, 72, 538, 168, 224, 640, 576, 580, 144, 988, 1000, 136, 200, 768, 4, 12, 24, 8]),
+        ("6.1", include_bytes!("../../tests/btf/6.1.btf"), [2416, 2420, 24, 3048, 3072, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 516, 18, 4, 72, 514, 184, 232, 624, 552, 556, 144, 1004, 1016, 136, 200, 776, 4, 8, 24, 8]),
+        ("6.12", include_bytes!("../../tests/btf/6.12.btf"), [2432, 2436, 24, 3048, 3072, 4, 32, 0, 8, 32, 40, 64, 16, 24, 16, 14, 48, 574, 18, 4, 72, 572, 136, 184, 288, 604, 608, 136, 1012, 1024, 136, 200, 776, 4, 8, 24, 8]),
+        ("6.18", include_bytes!("../../tests/btf/6.18.btf"), [1264, 1268, 24, 1824, 1848, 4, 32, 0, 8, 24, 32, 64, 16, 24, 16, 14, 48, 532, 18, 4, 72, 534, 136, 184, 288, 600, 604, 176, 1024, 1032, 136, 200, 784, 4, 8, 24, 8]),
     ];
 
     #[test]

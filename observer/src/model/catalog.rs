@@ -3,7 +3,7 @@
 
 use super::{
     histogram::Histogram,
-    snapshot::{Listener, Reactor, Snapshot, Target},
+    snapshot::{Depths, Listener, Reactor, Snapshot, Target},
 };
 
 /// What kind of figure a family holds.
@@ -13,7 +13,7 @@ pub(crate) enum Kind {
     Counter,
     /// Goes up and down.
     Gauge,
-    /// Durations in seconds.
+    /// A distribution, of durations in seconds unless the name says otherwise.
     Histogram,
 }
 
@@ -21,8 +21,10 @@ pub(crate) enum Kind {
 pub(crate) enum Value<'a> {
     /// A counter's or a gauge's.
     Number(f64),
-    /// A histogram's.
+    /// A histogram's of durations.
     Histogram(&'a Histogram),
+    /// A histogram's of queue depths.
+    Depths(&'a Depths),
 }
 
 /// Takes the figures of a family one by one: label values in the order of the family's labels, and the figure.
@@ -69,6 +71,20 @@ pub(crate) const CATALOG: &[Family] = &[
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.peak.into())),
     },
     Family {
+        name: "observer_accept_queue_oldest_seconds",
+        help: "How long the connection that waits longest has waited; at least, if it waited before observer came.",
+        kind: Kind::Gauge,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Number(l.oldest_seconds.unwrap_or(0.0))),
+    },
+    Family {
+        name: "observer_accept_queue_half_open",
+        help: "Handshakes that have begun and are not done.",
+        kind: Kind::Gauge,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Number(l.half_open.into())),
+    },
+    Family {
         name: "observer_accept_queue_arrivals_total",
         help: "Connections that joined the accept queue.",
         kind: Kind::Counter,
@@ -88,6 +104,40 @@ pub(crate) const CATALOG: &[Family] = &[
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| count(l.accepts_unknown_wait)),
+    },
+    Family {
+        name: "observer_accept_queue_aborted_total",
+        help: "Connections that their clients reset while they waited to be accepted.",
+        kind: Kind::Counter,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| count(l.aborted)),
+    },
+    Family {
+        name: "observer_accept_queue_drops_total",
+        help: "Connections that the kernel dropped because of the listener, for any reason.",
+        kind: Kind::Counter,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Number(l.drops.into())),
+    },
+    Family {
+        name: "observer_accept_queue_overflows_total",
+        help: "Connections dropped because the accept queue was full; only where no other listener of the namespace dropped any.",
+        kind: Kind::Counter,
+        labels: LISTENER,
+        collect: |s, sink| {
+            for (target, listener) in live_listeners(s) {
+                if let Some(overflows) = listener.overflows {
+                    sink(listener_labels(target, listener), count(overflows));
+                }
+            }
+        },
+    },
+    Family {
+        name: "observer_accept_queue_depth_on_accept",
+        help: "Connections that waited when one was accepted, that one included.",
+        kind: Kind::Histogram,
+        labels: LISTENER,
+        collect: |s, sink| listeners(s, sink, |l| Value::Depths(&l.depth_on_accept)),
     },
     Family {
         name: "observer_accept_queue_wait_seconds",
@@ -247,12 +297,20 @@ fn reactors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'r> fn(&'r Rea
     }
 }
 
+fn live_listeners(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Listener)> {
+    live(snapshot).flat_map(|target| {
+        target.listeners.iter().filter(|listener| !listener.closed).map(move |l| (target, l))
+    })
+}
+
+fn listener_labels(target: &Target, listener: &Listener) -> Vec<String> {
+    let mut labels = target_labels(target);
+    labels.push(listener.name());
+    labels
+}
+
 fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'l> fn(&'l Listener) -> Value<'l>) {
-    for target in live(snapshot) {
-        for listener in target.listeners.iter().filter(|listener| !listener.closed) {
-            let mut labels = target_labels(target);
-            labels.push(listener.name());
-            sink(labels, figure(listener));
-        }
+    for (target, listener) in live_listeners(snapshot) {
+        sink(listener_labels(target, listener), figure(listener));
     }
 }

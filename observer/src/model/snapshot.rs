@@ -1,5 +1,6 @@
 //! Everything known at one moment. Serialized as it stands, it is the JSON report `observer.report/1`.
 
+use observer_common::listener::{DEPTHS, depth_bound};
 use serde::Serialize;
 
 use super::histogram::Histogram;
@@ -43,9 +44,9 @@ pub(crate) struct Target {
 /// A listening socket and its accept queue.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Listener {
-    /// `tcp`.
+    /// `tcp` or `unix`.
     pub(crate) protocol: &'static str,
-    /// `0.0.0.0:8080`, `[::]:443`.
+    /// `0.0.0.0:8080`, `[::]:443`, `unix:/run/app.sock`.
     pub(crate) address: String,
     /// Number among listeners of the same target and address (an SO_REUSEPORT group), from 1; `None` if it is alone.
     pub(crate) member: Option<usize>,
@@ -55,16 +56,56 @@ pub(crate) struct Listener {
     pub(crate) depth: u32,
     /// Most connections seen to wait.
     pub(crate) peak: u32,
+    /// Handshakes that have begun and are not done, now.
+    pub(crate) half_open: u32,
+    /// How long the connection that waits longest has waited, in seconds; `None` if none waits.
+    pub(crate) oldest_seconds: Option<f64>,
+    /// Whether that one waited already when observer attached: it has waited at least so long.
+    pub(crate) oldest_is_lower_bound: bool,
     /// Connections that joined the queue while observed.
     pub(crate) arrivals: u64,
     /// Connections accepted while observed.
     pub(crate) accepts: u64,
     /// Of those, the ones that were queued before observer looked: their wait is unknown and not in `wait`.
     pub(crate) accepts_unknown_wait: u64,
+    /// Connections that their clients reset while they waited. The kernel keeps them in the queue all the same.
+    pub(crate) aborted: u64,
+    /// Connections the kernel dropped because of this listener, for any reason.
+    pub(crate) drops: u32,
+    /// Of those, the ones dropped because the queue was full; `None` where the kernel's counter, one for the whole
+    /// network namespace, may mean another listener.
+    pub(crate) overflows: Option<u64>,
     /// Handshake done -> accept returned, in seconds.
     pub(crate) wait: Histogram,
+    /// Connections that waited when one was accepted.
+    pub(crate) depth_on_accept: Depths,
     /// Whether it no longer listens.
     pub(crate) closed: bool,
+}
+
+/// How deep the queue was at each accept.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Depths {
+    /// Accepts by depth: 0, 1, 2, up to 4, up to 8 … up to 32,768, and above.
+    pub(crate) counts: [u64; DEPTHS],
+    /// Sum of all depths, in connections.
+    pub(crate) sum: u64,
+}
+
+impl Depths {
+    /// All depths together, in connections.
+    #[expect(clippy::cast_precision_loss, reason = "exporters take floats; exact up to 2^53")]
+    pub(crate) fn sum(&self) -> f64 {
+        self.sum as f64
+    }
+
+    /// Upper bound in connections and how many accepts met no deeper queue, for every bucket but the last.
+    pub(crate) fn cumulative(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
+        self.counts.iter().enumerate().scan(0, |below, (bucket, count)| {
+            *below += count;
+            depth_bound(bucket).map(|bound| (bound, *below))
+        })
+    }
 }
 
 /// A thread that waits for events.

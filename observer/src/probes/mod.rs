@@ -4,12 +4,13 @@
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Btf, Ebpf,
-    programs::{BtfTracePoint, ProgramError, TracePoint},
+    programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, TracePoint},
 };
 
 use crate::{kernel::tracefs, model::snapshot::Missing};
 
 pub(crate) mod accept;
+pub(crate) mod listener;
 pub(crate) mod process;
 pub(crate) mod reactor;
 
@@ -41,13 +42,17 @@ pub(crate) enum Events {
     Btf(&'static str),
     /// Plain ones, as (category, name). The first must be there; others may be missing from a kernel.
     Plain(&'static [(&'static str, &'static str)]),
+    /// None: the program is run when the loader wants it, over everything of this kind.
+    Iterator(&'static str),
+    /// None: the program is run when the loader wants it, with arguments.
+    OnDemand,
 }
 
 /// How much of the verifier's log an error shows.
 const VERIFIER_LINES: usize = 5;
 
 /// All probes, in the order in which they are attached.
-pub(crate) const PROBES: &[Probe] = &[process::PROBE, accept::PROBE, reactor::PROBE];
+pub(crate) const PROBES: &[Probe] = &[process::PROBE, listener::PROBE, accept::PROBE, reactor::PROBE];
 
 /// Loads and attaches every probe's programs. Tells which optional tracepoints the running kernel lacks.
 /// What is attached stays so until `ebpf` is dropped.
@@ -62,6 +67,14 @@ pub(crate) fn attach(ebpf: &mut Ebpf) -> Result<Vec<Missing>> {
                 let program: &mut BtfTracePoint = program.try_into()?;
                 program.load(event, &btf).map_err(|error| rejected(hook, error))?;
                 program.attach().with_context(|| format!("cannot attach to {event}"))?;
+            }
+            Events::Iterator(kind) => {
+                let program: &mut Iter = program.try_into()?;
+                program.load(kind, &btf).map_err(|error| rejected(hook, error))?;
+            }
+            Events::OnDemand => {
+                let program: &mut RawTracePoint = program.try_into()?;
+                program.load().map_err(|error| rejected(hook, error))?;
             }
             Events::Plain(events) => {
                 let program: &mut TracePoint = program.try_into()?;

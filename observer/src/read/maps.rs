@@ -7,7 +7,8 @@ use aya::{
     maps::{HashMap, Map, MapData, MapError, PerCpuArray},
 };
 use observer_common::{
-    accept::{Listener, PortKey},
+    accept::{Accepting, PortKey},
+    listener::Listener,
     loss::Loss,
     process::Target,
     reactor::Reactor,
@@ -26,8 +27,8 @@ pub(crate) struct Maps {
     pub(crate) listeners: HashMap<MapData, u64, Listener>,
     /// Ports whose new connections get a time stamp.
     pub(crate) ports: HashMap<MapData, PortKey, u8>,
-    /// Listener that each thread inside an accept call accepts from.
-    pub(crate) accepting: HashMap<MapData, u32, u64>,
+    /// Threads inside an accept call.
+    pub(crate) accepting: HashMap<MapData, u32, Accepting>,
     losses: PerCpuArray<MapData, u64>,
 }
 

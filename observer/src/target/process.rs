@@ -1,6 +1,9 @@
 //! Who a process is, whether it can be a target, and which processes descend from it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::unix::fs::MetadataExt as _,
+};
 
 use procfs::{
     ProcError,
@@ -90,15 +93,10 @@ pub(crate) fn descendants(of: &BTreeSet<u32>) -> BTreeSet<u32> {
     found
 }
 
-/// Inode numbers of the sockets a process has open. Empty if it is gone or may not be looked at.
-pub(crate) fn socket_inodes(pid: u32) -> BTreeSet<u64> {
-    let descriptors = open(pid).and_then(|proc| proc.fd()).into_iter().flatten().flatten();
-    descriptors
-        .filter_map(|fd| match fd.target {
-            FDTarget::Socket(inode) => Some(inode),
-            _ => None,
-        })
-        .collect()
+/// Inode number of the network namespace a process is in; `None` if it is gone.
+pub(crate) fn network_namespace(pid: u32) -> Option<u32> {
+    let namespace = std::fs::metadata(format!("/proc/{pid}/ns/net")).ok()?;
+    u32::try_from(namespace.ino()).ok()
 }
 
 /// Inode number of the socket behind a descriptor; `None` if that is not a socket.

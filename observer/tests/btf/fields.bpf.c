@@ -13,21 +13,34 @@ struct file { void *private_data; struct inode *f_inode; };
 struct ns_common { u32 inum; };
 struct net { struct ns_common ns; };
 struct possible_net { struct net *net; };
-struct sock_common { u16 skc_family; u16 skc_num; struct { struct net *net; } skc_net; };
-struct sock { struct sock_common __sk_common; u16 sk_protocol; u32 sk_ack_backlog; u32 sk_max_ack_backlog; };
+struct in6 { char bytes[16]; };
+struct sock_common { u16 skc_family; u16 skc_num; unsigned char skc_state; u32 skc_rcv_saddr; struct in6 skc_v6_rcv_saddr; struct { struct net *net; } skc_net; };
+struct sk_buff_head { u32 qlen; };
+struct sock { struct sock_common __sk_common; u16 sk_protocol; u16 sk_type; u32 sk_ack_backlog; u32 sk_max_ack_backlog;
+    struct atomic sk_drops; struct sk_buff_head sk_receive_queue; void *sk_socket; };
 struct socket { struct file *file; struct sock *sk; };
+struct request_sock { struct request_sock *dl_next; struct sock *sk; };
+struct request_sock_queue { struct atomic qlen; struct request_sock *rskq_accept_head; };
+struct inet_connection_sock { struct request_sock_queue icsk_accept_queue; };
+struct sockaddr_un { u16 sun_family; };
+struct unix_address { int len; struct sockaddr_un name[0]; };
+struct unix_sock { struct unix_address *addr; };
+struct bpf_iter__task_file { struct task_struct *task; struct file *file; };
 #pragma clang attribute pop
-typedef void (*btf_trace_sched_switch)(void);
 #define READ(field) sink = (u64)(unsigned long)__builtin_preserve_access_index(&field)
 volatile u64 sink;
 __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     struct task_struct *t = ctx; struct task_struct___old *o = ctx; struct files_struct *fs = ctx; struct fdtable *ft = ctx;
     struct signal_struct *s = ctx; struct inode *i = ctx; struct file *f = ctx; struct net *n = ctx; struct sock *k = ctx; struct socket *c = ctx;
+    struct request_sock *r = ctx; struct inet_connection_sock *ic = ctx; struct unix_address *ua = ctx; struct unix_sock *us = ctx; struct bpf_iter__task_file *it = ctx;
     READ(t->pid); READ(t->tgid); READ(t->files); READ(t->signal); READ(t->__state); READ(o->state);
     READ(fs->fdt); READ(ft->max_fds); READ(ft->fd); READ(s->live.counter); READ(i->i_ino); READ(f->private_data); READ(f->f_inode);
     READ(n->ns.inum); READ(k->__sk_common.skc_family); READ(k->__sk_common.skc_num); READ(k->__sk_common.skc_net.net);
     READ(k->sk_protocol); READ(k->sk_ack_backlog); READ(k->sk_max_ack_backlog); READ(c->file); READ(c->sk);
-    sink = __builtin_preserve_type_info(*(btf_trace_sched_switch *)0, 0);
+    READ(k->__sk_common.skc_state); READ(k->__sk_common.skc_rcv_saddr); READ(k->__sk_common.skc_v6_rcv_saddr); READ(k->sk_type);
+    READ(k->sk_drops.counter); READ(k->sk_receive_queue.qlen); READ(k->sk_socket); READ(r->dl_next); READ(r->sk);
+    READ(ic->icsk_accept_queue.qlen.counter); READ(ic->icsk_accept_queue.rskq_accept_head);
+    READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file);
     return 0;
 }
 char LICENSE[] __attribute__((section("license"), used)) = "GPL";

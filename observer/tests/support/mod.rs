@@ -1,6 +1,7 @@
 //! What the tests share: observer as a process, real servers, a small HTTP client. Everything started here is
 //! ended when it is dropped, and every wait has a limit.
 
+pub(crate) mod acceptor;
 pub(crate) mod http;
 pub(crate) mod observer;
 pub(crate) mod servers;

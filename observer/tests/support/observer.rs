@@ -132,6 +132,13 @@ impl Report {
     }
 }
 
+/// Connections that the programs remember as waiting, as bpftool finds them.
+pub(crate) fn in_flight() -> usize {
+    let output = Command::new("bpftool").args(["-j", "map", "dump", "name", "QUEUED"]).output().unwrap();
+    let entries: Value = serde_json::from_slice(&output.stdout).unwrap();
+    entries.as_array().unwrap().len()
+}
+
 /// How many durations of a histogram are in `(above, up_to]` seconds; both have to be bounds of buckets.
 pub(crate) fn count_between(histogram: &Value, above: f64, up_to: f64) -> u64 {
     let at = |bound: f64| {

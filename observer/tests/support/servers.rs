@@ -36,6 +36,15 @@ impl Server {
 
     /// nginx: a master and so many workers that share one listener.
     pub(crate) fn nginx(workers: usize) -> Self {
+        Self::nginx_listening(workers, "")
+    }
+
+    /// nginx with a listener for each worker.
+    pub(crate) fn nginx_reuseport(workers: usize) -> Self {
+        Self::nginx_listening(workers, "reuseport")
+    }
+
+    fn nginx_listening(workers: usize, how: &str) -> Self {
         let files = tempfile::tempdir().unwrap();
         let port = free_port();
         let dir = files.path().display();
@@ -46,7 +55,7 @@ impl Server {
                access_log off; client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy;
                fastcgi_temp_path {dir}/fastcgi; uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi;
                server {{
-                 listen 127.0.0.1:{port};
+                 listen 127.0.0.1:{port} {how};
                  location / {{ return 200 'ok'; }}
                  location /status {{ stub_status; }}
                }}

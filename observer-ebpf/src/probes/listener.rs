@@ -1,0 +1,147 @@
+//! *listener*: which sockets of targets listen, and what their accept queues are like now. Listeners are found
+//! when they begin to listen, when a target accepts from one, and by a walk over open files when targets are new.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::BPF_NOEXIST,
+    helpers::bpf_ktime_get_ns,
+    macros::{map, raw_tracepoint, tracepoint},
+    maps::HashMap,
+    programs::{RawTracePointContext, TracePointContext},
+};
+use observer_common::{
+    listener::{Listener, Queue},
+    loss::Loss,
+};
+
+use super::{accept, process};
+use crate::{
+    emit::lost,
+    kernel::{self, OpenFile, Socket},
+};
+
+/// Listeners of targets, by inode number of the socket.
+#[map]
+static LISTENERS: HashMap<u64, Listener> = HashMap::with_max_entries(1024, 0);
+
+/// What a new entry starts from: too large for the stack.
+static NEW: Listener = Listener::EMPTY;
+
+/// Connections looked at in one accept queue; the verifier follows no longer walk. Of those behind, nobody knows
+/// whether they were reset.
+const WALK: u32 = 1024;
+
+/// A thread of a target is about to listen. Whether that works, the next look tells.
+#[tracepoint]
+fn listen_enter(ctx: TracePointContext) -> u32 {
+    let (tgid, _) = kernel::current();
+    if process::is_target(tgid)
+        && let Some(file) = kernel::fd_argument(&ctx).and_then(OpenFile::of)
+    {
+        let _no_room = listener_of(file, tgid);
+    }
+    0
+}
+
+/// One open file of one process, of all there are: run on demand, when targets are new.
+#[unsafe(link_section = "iter/task_file")]
+#[unsafe(no_mangle)]
+fn find_listeners(ctx: *mut c_void) -> i32 {
+    if let Some((tgid, file)) = kernel::iterated(ctx)
+        && process::is_target(tgid)
+        && file.socket().is_some_and(Socket::listens)
+    {
+        let _no_room = listener_of(file, tgid);
+    }
+    0
+}
+
+/// Looks at one accept queue. Never attached, but run on demand with the listener's key as its argument.
+#[raw_tracepoint(tracepoint = "sys_enter")]
+fn look(ctx: RawTracePointContext) -> i32 {
+    let inode: u64 = ctx.arg(0);
+    if let Some(listener) = LISTENERS.get_ptr_mut(inode) {
+        // SAFETY: a live map value; only looks write `queue`, and the loader takes one at a time.
+        unsafe {
+            match Socket::still_at((*listener).sk, inode) {
+                Some(socket) if socket.listens() => look_at(&raw mut (*listener).queue, socket),
+                _ => (*listener).queue.closed = 1,
+            }
+        }
+    }
+    0
+}
+
+/// The entry of the listener behind a file, made if there is none.
+#[inline(always)]
+#[expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "by value it would be copied to the stack first"
+)]
+pub(super) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listener)> {
+    let inode = file.inode()?;
+    if let Some(listener) = LISTENERS.get_ptr_mut(inode) {
+        return Some((inode, listener));
+    }
+    let socket = file.socket()?;
+    if LISTENERS.insert(inode, &NEW, u64::from(BPF_NOEXIST)).is_err() {
+        lost(Loss::ListenersFull);
+    }
+    let listener = LISTENERS.get_ptr_mut(inode)?;
+    // SAFETY: a live map value; whoever else makes it at the same time writes the same.
+    unsafe {
+        (*listener).sk = socket.address();
+        (*listener).owner = tgid;
+        (*listener).netns = socket.netns()?;
+        (*listener).family = socket.family()?;
+        let length = socket.name(&mut (*listener).name)?;
+        if socket.is_unix() {
+            (*listener).port = length;
+        } else {
+            (*listener).port = socket.port()?;
+            accept::want((*listener).netns, (*listener).port);
+        }
+    }
+    Some((inode, listener))
+}
+
+/// The entry with this key.
+#[inline(always)]
+pub(super) fn listener_with(inode: u64) -> Option<*mut Listener> {
+    LISTENERS.get_ptr_mut(inode)
+}
+
+/// Fills in a queue. What the walk finds is kept in the map, not in registers: the verifier does not tell map
+/// contents apart, and so sees one way through each step where it would otherwise see ever more.
+///
+/// # Safety
+/// `queue` points into a live map value that nobody else writes.
+#[inline(always)]
+unsafe fn look_at(queue: *mut Queue, socket: Socket) {
+    // SAFETY: by contract.
+    unsafe {
+        (*queue).looked_ns = bpf_ktime_get_ns();
+        (*queue).depth = socket.queued().unwrap_or(0);
+        (*queue).limit = socket.limit().unwrap_or(0);
+        (*queue).drops = socket.drops().unwrap_or(0);
+        if socket.is_unix() {
+            return;
+        }
+        (*queue).half_open = socket.half_open().unwrap_or(0);
+        let (aborted, longest) = (&raw mut (*queue).aborted, &raw mut (*queue).longest_sk);
+        aborted.write_volatile(0);
+        longest.write_volatile(0);
+        let mut place = socket.first_waiting();
+        for _ in 0..WALK {
+            let Some((connection, behind)) = place.take() else { break };
+            if connection.is_closed() {
+                aborted.write_volatile(aborted.read_volatile() + 1);
+            } else if longest.read_volatile() == 0 {
+                longest.write_volatile(connection.address());
+            }
+            place = behind;
+        }
+        (*queue).oldest_ns = accept::arrival_of(Socket::known(longest.read_volatile())).unwrap_or(0);
+    }
+}

@@ -1,0 +1,168 @@
+//! *listener*: sockets of targets that listen, and their accept queues.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf,
+    programs::{Iter, RawTracePoint, RawTracePointRunOptions, TestRun as _},
+};
+use nix::libc;
+use observer_common::{
+    accept::SEVERAL,
+    listener::{Listener as Raw, Queue},
+};
+
+use super::{Events, Hook, Probe};
+use crate::model::{
+    histogram::{Histogram, seconds},
+    snapshot::{Depths, Listener},
+};
+
+const FIND: &str = "find_listeners";
+const LOOK: &str = "look";
+
+pub(super) const PROBE: Probe = Probe {
+    name: "listener",
+    purpose: "accept queues: how many connections wait, against which limit, since when; drops and half-open requests",
+    since: "5.10",
+    cost: "every listen call on the machine; a walk over all open files when a target is new; one look a second at each queue",
+    hooks: &[
+        Hook { program: "listen_enter", events: Events::Plain(&[("syscalls", "sys_enter_listen")]) },
+        Hook { program: FIND, events: Events::Iterator("task_file") },
+        Hook { program: LOOK, events: Events::OnDemand },
+    ],
+};
+
+/// Makes entries for whatever sockets of targets listen already.
+pub(crate) fn find(ebpf: &mut Ebpf) -> Result<()> {
+    let program: &mut Iter = ebpf.program_mut(FIND).context("no program finds listeners")?.try_into()?;
+    let link = program.attach().context("cannot walk over open files")?;
+    let mut files = program.take_link(link)?.into_file()?;
+    // The program writes nothing: its work is done when the end is reached.
+    std::io::copy(&mut files, &mut std::io::sink()).context("the walk over open files failed")?;
+    Ok(())
+}
+
+/// Brings the `queue` of one entry up to date.
+pub(crate) fn look(ebpf: &mut Ebpf, inode: u64) -> Result<()> {
+    let program: &mut RawTracePoint = ebpf.program_mut(LOOK).context("no program looks")?.try_into()?;
+    let mut options = RawTracePointRunOptions::new();
+    options.args[0] = inode;
+    program.test_run(options).context("cannot look at a listener")?;
+    Ok(())
+}
+
+/// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
+pub(crate) const fn owner(raw: &Raw) -> u32 {
+    match raw.accepter {
+        0 | SEVERAL => raw.owner,
+        accepter => accepter,
+    }
+}
+
+/// A listener's figures as of now, without what only its namespace's counters tell. `before` is the queue when it
+/// was first seen, `attached_ns` when watching began.
+///
+/// Whatever joined the queue has either been accepted or still waits, so arrivals follow from accepts and depths on
+/// every kernel, without a hook on the arrivals themselves.
+pub(crate) fn decode(raw: &Raw, before: Before, attached_ns: u64) -> Listener {
+    let queue = &raw.queue;
+    let waits = queue.depth > queue.aborted;
+    let since = if queue.oldest_ns == 0 { attached_ns } else { queue.oldest_ns };
+    Listener {
+        protocol: if i32::from(raw.family) == libc::AF_UNIX { "unix" } else { "tcp" },
+        address: address(raw),
+        member: None,
+        limit: queue.limit,
+        depth: queue.depth,
+        peak: raw.peak.max(queue.depth),
+        half_open: queue.half_open,
+        oldest_seconds: waits.then(|| seconds(queue.looked_ns.saturating_sub(since))),
+        oldest_is_lower_bound: waits && queue.oldest_ns == 0,
+        arrivals: (raw.accepts + u64::from(queue.depth)).saturating_sub(before.depth.into()),
+        accepts: raw.accepts,
+        accepts_unknown_wait: raw.accepts_without_arrival,
+        aborted: (raw.accepts_aborted + u64::from(queue.aborted)).saturating_sub(before.aborted.into()),
+        drops: queue.drops.wrapping_sub(before.drops),
+        overflows: None,
+        wait: Histogram::from(&raw.wait),
+        depth_on_accept: Depths { counts: raw.depths, sum: raw.depths_sum },
+        closed: queue.closed != 0,
+    }
+}
+
+/// What was so before anybody watched.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Before {
+    /// Connections that waited.
+    pub(crate) depth: u32,
+    /// Of those, the ones whose clients had reset them.
+    pub(crate) aborted: u32,
+    /// Connections the kernel had dropped.
+    pub(crate) drops: u32,
+}
+
+impl Before {
+    /// What a queue was like when first looked at.
+    pub(crate) const fn of(queue: &Queue) -> Self {
+        Self { depth: queue.depth, aborted: queue.aborted, drops: queue.drops }
+    }
+}
+
+/// `0.0.0.0:8080`, `[::]:443`, `unix:/run/app.sock`, `unix:@abstract`.
+fn address(raw: &Raw) -> String {
+    let name = raw.name;
+    match i32::from(raw.family) {
+        libc::AF_INET => {
+            SocketAddr::from((Ipv4Addr::from(*name.first_chunk().expect("long enough")), raw.port))
+                .to_string()
+        }
+        libc::AF_INET6 => {
+            SocketAddr::from((Ipv6Addr::from(*name.first_chunk().expect("long enough")), raw.port))
+                .to_string()
+        }
+        _ => {
+            let length = usize::from(raw.port).min(name.len());
+            match name[..length].split_first() {
+                None => "unix:(unnamed)".into(),
+                Some((0, rest)) => format!("unix:@{}", String::from_utf8_lossy(rest)),
+                Some(_) => {
+                    format!("unix:{}", String::from_utf8_lossy(&name[..length]).trim_end_matches('\0'))
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(family: i32, port: u16, name: &[u8]) -> Raw {
+        let mut raw = Raw { family: family.try_into().unwrap(), port, ..Raw::EMPTY };
+        raw.name[..name.len()].copy_from_slice(name);
+        raw
+    }
+
+    #[test]
+    fn addresses_are_written_as_people_write_them() {
+        assert_eq!(address(&named(libc::AF_INET, 8080, &[0, 0, 0, 0])), "0.0.0.0:8080");
+        assert_eq!(address(&named(libc::AF_INET6, 443, &[0; 16])), "[::]:443");
+        assert_eq!(address(&named(libc::AF_UNIX, 14, b"/run/app.sock\0")), "unix:/run/app.sock");
+        assert_eq!(address(&named(libc::AF_UNIX, 4, b"\0app")), "unix:@app");
+        assert_eq!(address(&named(libc::AF_UNIX, 0, b"")), "unix:(unnamed)");
+    }
+
+    #[test]
+    fn arrivals_are_what_was_accepted_or_waits_less_what_waited_before() {
+        let queue = Queue { depth: 4, aborted: 1, looked_ns: 9_000_000_000, drops: 7, ..Queue::default() };
+        let raw = Raw { accepts: 10, accepts_aborted: 2, queue, ..Raw::EMPTY };
+        let before = Before { depth: 3, aborted: 1, drops: 5 };
+        let listener = decode(&raw, before, 1_000_000_000);
+        assert_eq!((listener.arrivals, listener.aborted, listener.drops), (11, 2, 2));
+        // Somebody waits, and has done so at least since watching began.
+        assert_eq!(listener.oldest_seconds, Some(8.0));
+        assert!(listener.oldest_is_lower_bound);
+    }
+}

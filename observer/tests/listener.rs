@@ -1,0 +1,207 @@
+//! The listener probe: every kind of listener, every way to accept, and what becomes of connections that wait.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    acceptor::Acceptor,
+    http,
+    observer::{Observer, in_flight},
+};
+
+/// Known operations, and how long each connection is kept waiting.
+const CONNECTIONS: u32 = 23;
+const HOLD: Duration = Duration::from_millis(200);
+
+/// Keeps connections waiting, looks at the queue meanwhile and accepts them all.
+fn hold_and_accept(kind: &str, method: &str, client: &str, address: &str) -> Value {
+    let mut acceptor = Acceptor::new(kind, method, 128);
+    let observer = Observer::of(acceptor.pid());
+    let before_connect = Instant::now();
+    assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS} {client}")), CONNECTIONS);
+    let after_connect = Instant::now();
+    thread::sleep(HOLD);
+    let (depth, limit) = acceptor.ss();
+    let shortest = after_connect.elapsed().as_secs_f64();
+    assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), CONNECTIONS);
+    let longest = before_connect.elapsed().as_secs_f64();
+
+    let report = observer.finish();
+    report.assert_complete();
+    let found = report.listeners(&address.replace("PLACE", acceptor.place()));
+    assert_eq!(found.len(), 1, "{address} in {:#}", report.0);
+    let listener = found[0];
+    assert_eq!(listener["accepts"], CONNECTIONS, "{listener:#}");
+    assert_eq!(listener["arrivals"], CONNECTIONS, "{listener:#}");
+    assert_eq!(listener["peak"], depth, "ss saw {depth}: {listener:#}");
+    assert_eq!(listener["limit"], limit, "ss saw {limit}: {listener:#}");
+    assert_eq!(listener["depth"], 0, "{listener:#}");
+    assert_eq!(listener["depth_on_accept"]["sum"], (1..=CONNECTIONS).sum::<u32>(), "{listener:#}");
+    if listener["protocol"] == "tcp" {
+        assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");
+        let (min, max) =
+            (listener["wait"]["min"].as_f64().unwrap(), listener["wait"]["max"].as_f64().unwrap());
+        eprintln!(
+            "{kind} {method}: waits {min:.4} to {max:.4} s, truth between {shortest:.4} and {longest:.4} s"
+        );
+        assert!(
+            shortest - 0.005 <= min && max <= longest + 0.005,
+            "not in {shortest}..={longest}: {listener:#}"
+        );
+    } else {
+        // When a unix connection began to wait, the kernel does not tell.
+        assert_eq!(listener["accepts_unknown_wait"], CONNECTIONS, "{listener:#}");
+    }
+    listener.clone()
+}
+
+#[test]
+fn ipv4_by_every_way_to_accept() {
+    for method in ["accept4", "accept", "nonblocking"] {
+        hold_and_accept("v4", method, "", "127.0.0.1:PLACE");
+    }
+}
+
+#[test]
+fn ipv6_by_every_way_to_accept() {
+    for method in ["accept4", "accept", "nonblocking"] {
+        hold_and_accept("v6", method, "", "[::1]:PLACE");
+    }
+}
+
+#[test]
+fn dual_stack_with_ipv6_and_mapped_ipv4() {
+    hold_and_accept("dual", "accept4", "v6", "[::]:PLACE");
+    hold_and_accept("dual", "accept4", "v4", "[::]:PLACE");
+}
+
+#[test]
+fn unix_by_every_way_to_accept() {
+    for method in ["accept4", "accept", "nonblocking"] {
+        hold_and_accept("unix", method, "", "unix:PLACE");
+    }
+    hold_and_accept("abstract", "accept4", "", "unix:PLACE");
+}
+
+/// Exactly the member that nobody accepts from shows depth and age.
+#[test]
+fn a_stuck_member_of_a_reuseport_group_stands_out() {
+    let mut group = Acceptor::group(4);
+    let observer = Observer::of(group.pid());
+    assert_eq!(group.tell("connect 80"), 80);
+    for member in [0, 1, 3] {
+        group.tell(&format!("accept 80 {member}"));
+    }
+    let (depth, _) = group.ss();
+    let report = observer.finish();
+    let members = report.listeners(&format!("127.0.0.1:{}", group.place()));
+    assert_eq!(members.len(), 4);
+    let stuck: Vec<_> = members.iter().filter(|member| member["depth"] != 0).collect();
+    assert_eq!(stuck.len(), 1, "{members:#?}");
+    assert_eq!(stuck[0]["depth"], depth, "{members:#?}");
+    assert!(stuck[0]["oldest_seconds"].as_f64().unwrap() > 0.0, "{members:#?}");
+    assert_eq!(stuck[0]["accepts"], 0);
+    let accepts: u64 = members.iter().map(|member| member["accepts"].as_u64().unwrap()).sum();
+    assert_eq!(accepts, u64::from(80 - depth));
+}
+
+/// A listener with room for 8, nobody who accepts, and 200 who come.
+#[test]
+fn an_overflow_agrees_with_ss_and_nstat() {
+    let mut acceptor = Acceptor::in_own_namespace(8);
+    let arguments = ["--pid", &acceptor.pid().to_string(), "--listen", "127.0.0.1:0"];
+    let observer = Observer::start(&arguments);
+    acceptor.tell("connect 200");
+    let age = || {
+        let scrape = http::get(observer.port(), "/metrics");
+        let line =
+            scrape.lines().find(|line| line.starts_with("observer_accept_queue_oldest_seconds{")).unwrap();
+        (Instant::now(), line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+    };
+    let (first, second) = (age(), {
+        thread::sleep(Duration::from_millis(700));
+        age()
+    });
+    let grown = second.1 - first.1;
+    let truth = (second.0 - first.0).as_secs_f64();
+    assert!((grown - truth).abs() < 0.1 * truth + 0.02, "the oldest aged {grown} s in {truth} s");
+
+    let (depth, limit) = acceptor.ss();
+    let before = (acceptor.nstat("TcpExtListenDrops"), acceptor.nstat("TcpExtListenOverflows"));
+    let address = format!("127.0.0.1:{}", acceptor.place());
+    let report = observer.finish();
+    let after = (acceptor.nstat("TcpExtListenDrops"), acceptor.nstat("TcpExtListenOverflows"));
+    let listener = report.listeners(&address)[0];
+    assert_eq!(listener["depth"], depth, "{listener:#}");
+    assert_eq!(listener["peak"], depth, "{listener:#}");
+    assert_eq!(listener["limit"], limit, "{listener:#}");
+    assert_eq!(listener["accepts"], 0);
+    // Clients go on trying while we look, so that the counters may have moved from one look to the next.
+    let (drops, overflows) =
+        (listener["drops"].as_u64().unwrap(), listener["overflows"].as_u64().expect("certain"));
+    assert!((before.0..=after.0).contains(&drops), "{drops} drops, nstat {before:?} to {after:?}");
+    assert!(
+        (before.1..=after.1).contains(&overflows),
+        "{overflows} overflows, nstat {before:?} to {after:?}"
+    );
+    assert!(drops > 0 && overflows > 0);
+}
+
+/// A thousand clients that give up while they wait.
+#[test]
+fn resets_in_the_queue_are_counted_and_leave_nothing_behind() {
+    let mut acceptor = Acceptor::new("v4", "accept4", 1024);
+    let observer = Observer::start(&["--pid", &acceptor.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    assert_eq!(acceptor.tell("connect 1000"), 1000);
+    acceptor.tell("reset");
+    let (depth, _) = acceptor.ss();
+    let scrape = http::get(observer.port(), "/metrics");
+    let figure = |name: &str| {
+        let line = scrape.lines().find(|line| line.starts_with(&format!("{name}{{"))).unwrap();
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    assert_eq!(figure("observer_accept_queue_aborted_total"), 1000.0);
+    assert_eq!(figure("observer_accept_queue_accepts_total"), 0.0);
+    // The kernel keeps them until somebody accepts them.
+    assert_eq!(figure("observer_accept_queue_depth"), f64::from(depth));
+    assert_eq!(figure("observer_accept_queue_oldest_seconds"), 0.0);
+    assert_eq!(in_flight(), 0, "connections remembered though none waits");
+
+    acceptor.tell("accept 1000");
+    let report = observer.finish();
+    report.assert_complete();
+    let listener = report.listener(acceptor.place().parse().unwrap());
+    assert_eq!(listener["accepts"], 1000, "{listener:#}");
+    assert_eq!(listener["aborted"], 1000, "{listener:#}");
+    assert_eq!(listener["accepts_unknown_wait"], 0, "{listener:#}");
+}
+
+/// Opened after observer came, closed, opened again in the same place: two listeners, each with its own figures.
+#[test]
+fn a_listener_closed_and_opened_again() {
+    let mut acceptor = Acceptor::new("v4", "accept4", 16);
+    let place = acceptor.place().to_owned();
+    acceptor.tell("close");
+    let observer = Observer::of(acceptor.pid());
+    for (command, connections) in [("listen", 3), ("listen", 5)] {
+        acceptor.tell(command);
+        assert_eq!(acceptor.tell(&format!("connect {connections}")), connections);
+        assert_eq!(acceptor.tell(&format!("accept {connections}")), connections);
+        acceptor.tell("reset");
+        if connections == 3 {
+            acceptor.tell("close");
+        }
+    }
+    let report = observer.finish();
+    report.assert_complete();
+    let found = report.listeners(&format!("127.0.0.1:{place}"));
+    let mut figures: Vec<_> =
+        found.iter().map(|l| (l["accepts"].as_u64().unwrap(), l["closed"].as_bool().unwrap())).collect();
+    figures.sort_unstable();
+    assert_eq!(figures, [(3, true), (5, false)], "{found:#?}");
+    assert!(found.iter().all(|listener| listener["wait"]["count"] == listener["accepts"]), "{found:#?}");
+}

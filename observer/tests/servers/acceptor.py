@@ -1,0 +1,113 @@
+"""Listens in a chosen way and accepts, connects or resets only when told to, so that queues are as long as a test wants.
+
+Arguments: KIND (v4, v6, dual, unix, abstract), METHOD (accept4, accept, nonblocking), BACKLOG, MEMBERS of the SO_REUSEPORT group.
+Prints where it listens: a port, or a path. Then, for each line of input, an answer in a line:
+  connect N [FAMILY]   begins N connections to itself and waits until that is done, or 0.2 s; prints how many are connected
+  accept N [MEMBER]    accepts N connections, from one member of the group alone if that is given; prints how many
+  reset                resets all its own connections that nobody has accepted
+  close, listen        closes the listeners; listens again in the same place
+"""
+
+import ctypes
+import os
+import select
+import socket
+import struct
+import sys
+import tempfile
+import time
+
+kind, method, backlog, members = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+libc = ctypes.CDLL(None, use_errno=True)
+listeners, clients, accepted = [], [], []
+path = {"unix": os.path.join(tempfile.mkdtemp(), "socket"), "abstract": f"\0observer-test-{os.getpid()}"}.get(kind)
+port = 0
+
+
+def listen():
+    global port
+    for _ in range(members):
+        if path:
+            if kind == "unix" and os.path.exists(path):
+                os.unlink(path)
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+        else:
+            listener = socket.socket(socket.AF_INET if kind == "v4" else socket.AF_INET6)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if members > 1:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if kind == "dual":
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind(({"v4": "127.0.0.1", "v6": "::1", "dual": "::"}[kind], port))
+            port = listener.getsockname()[1]
+        listener.listen(backlog)
+        listener.setblocking(method != "nonblocking")
+        listeners.append(listener)
+
+
+def connect(count, family=None):
+    new = []
+    for _ in range(count):
+        if path:
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(path)
+        else:
+            to_v4 = (family or kind) == "v4"
+            client = socket.socket(socket.AF_INET if to_v4 else socket.AF_INET6)
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1" if to_v4 else "::1", port))
+        new.append(client)
+    end = time.monotonic() + 0.2
+    poll = select.poll()
+    for client in new:
+        poll.register(client, select.POLLOUT)
+    connected = set()
+    while len(connected) < count and time.monotonic() < end:
+        for fd, _ in poll.poll(20):
+            connected.add(fd)
+            poll.unregister(fd)
+    clients.extend(new)
+    return len(connected)
+
+
+def accept(count, member=None):
+    candidates = listeners if member is None else [listeners[int(member)]]
+    done = 0
+    while done < count:
+        ready, _, _ = select.select(candidates, [], [], 1)
+        if not ready:
+            break
+        if method == "accept":
+            fd = libc.accept(ready[0].fileno(), None, None)
+            accepted.append(socket.socket(fileno=fd))
+        else:
+            accepted.append(ready[0].accept()[0])
+        done += 1
+    return done
+
+
+def reset():
+    for client in clients:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    clients.clear()
+
+
+listen()
+print(path.replace("\0", "@") if path else port, flush=True)
+for line in sys.stdin:
+    command, *words = line.split()
+    answer = 0
+    if command == "connect":
+        answer = connect(int(words[0]), *words[1:])
+    elif command == "accept":
+        answer = accept(int(words[0]), *words[1:])
+    elif command == "reset":
+        reset()
+    elif command == "close":
+        while listeners:
+            listeners.pop().close()
+    elif command == "listen":
+        listen()
+    print(answer, flush=True)

@@ -24,5 +24,5 @@ pub struct Accepting {
 }
 crate::shared!(Accepting, 16);
 
-/// What stands for the process that accepts, where several do.
+/// What stands for the process that accepts, where several do: no process has this id.
 pub const SEVERAL: u32 = u32::MAX;

@@ -64,7 +64,7 @@ pub(crate) struct Observation {
     /// Release of the running kernel.
     kernel: String,
     live: BTreeMap<u32, Process>,
-    exited: BTreeMap<u32, Process>,
+    exited: Vec<Process>,
     /// By inode number.
     listeners: BTreeMap<u64, Known>,
     /// Whether listeners found from now on are new: nobody waited there before observer came.
@@ -105,15 +105,16 @@ impl Observation {
                 .to_string_lossy()
                 .into(),
             live: BTreeMap::new(),
-            exited: BTreeMap::new(),
+            exited: Vec::new(),
             listeners: BTreeMap::new(),
             first_look_done: false,
             drops_before: HashMap::new(),
             finished: Vec::new(),
             names: HashMap::new(),
         };
-        observation.adopt(selection)?;
+        observation.adopt_processes(selection)?;
         observation.refresh()?;
+        observation.adopt_calls()?;
         Ok(observation)
     }
 
@@ -132,9 +133,8 @@ impl Observation {
         self.live.values()
     }
 
-    /// Adds the children that targets had before the programs could follow them, and the waits and accepts that
-    /// threads were inside. What happens meanwhile the programs see themselves: their entries win.
-    fn adopt(&mut self, selection: &Selection) -> Result<()> {
+    /// Adds the children that targets had before the programs could follow them.
+    fn adopt_processes(&mut self, selection: &Selection) -> Result<()> {
         let mut targets = selection.pids.clone();
         loop {
             let children = if selection.follow { process::descendants(&targets) } else { BTreeSet::new() };
@@ -148,6 +148,19 @@ impl Observation {
             targets.extend(children);
         }
         for &pid in &targets {
+            // A process that exited before the programs could see it would stay for ever.
+            if !process::is_there(pid) {
+                let gone = RawTarget { exited: 1, ..RawTarget::default() };
+                self.maps.targets.insert(pid, gone, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the waits and accepts that threads were inside before the programs could see them enter. What happens
+    /// meanwhile the programs see themselves: their entries win.
+    fn adopt_calls(&mut self) -> Result<()> {
+        for &pid in self.live.keys() {
             for (tid, call) in calls::blocked_in(pid) {
                 match call {
                     Call::Wait => {
@@ -162,11 +175,6 @@ impl Observation {
                     }
                 }
             }
-            // A process that exited before the programs could see it would stay for ever.
-            if !process::is_there(pid) {
-                let gone = RawTarget { exited: 1, ..RawTarget::default() };
-                self.maps.targets.insert(pid, gone, 0)?;
-            }
         }
         Ok(())
     }
@@ -177,7 +185,7 @@ impl Observation {
         for (pid, raw) in entries(&self.maps.targets) {
             if raw.exited != 0 {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
-                self.exited.insert(pid, known);
+                self.exited.push(known);
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
             } else if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
@@ -188,9 +196,8 @@ impl Observation {
         self.collect_finished();
         self.note_namespaces();
         self.refresh_listeners(arrived)?;
-        while self.exited.len() > ENDED {
-            self.exited.pop_first();
-        }
+        let surplus = self.exited.len().saturating_sub(ENDED);
+        self.exited.drain(..surplus);
         Ok(())
     }
 
@@ -237,9 +244,11 @@ impl Observation {
     }
 
     /// Looks at every accept queue. Listeners that targets opened meanwhile have made their own entries; what new
-    /// targets brought along is searched for.
+    /// targets brought along is searched for, and so are heirs of listeners whose process is gone.
     fn refresh_listeners(&mut self, new_target: bool) -> Result<()> {
-        if new_target {
+        let is_orphan =
+            |known: &Known| known.raw.queue.closed == 0 && !self.live.contains_key(&known.raw.owner);
+        if new_target || self.listeners.values().any(is_orphan) {
             listener::find(&mut self.ebpf)?;
         }
         for (inode, _) in entries(&self.maps.listeners) {
@@ -278,18 +287,31 @@ impl Observation {
         Ok(())
     }
 
-    /// Attributes a namespace's overflows to a listener where that is certain: where the namespace has dropped no
-    /// more connections than this listener alone.
+    /// Attributes a namespace's overflows to a listener where that is certain: where it has dropped nothing, or the
+    /// namespace no more than it alone.
     fn attribute_overflows(&self, listeners: &mut [(u32, Listener)]) {
-        for (netns, listener) in listeners {
-            let now = self.live.keys().find(|&&pid| process::network_namespace(pid) == Some(*netns));
-            let now = now.and_then(|&pid| drops::of_namespace(pid));
-            if let (Some(now), Some(before)) = (now, self.drops_before.get(netns))
-                && now.drops - before.drops == u64::from(listener.drops)
-            {
-                listener.overflows = Some(now.overflows - before.overflows);
-            }
+        let namespaces = self.live.keys().filter_map(|&pid| Some((process::network_namespace(pid)?, pid)));
+        let namespaces: HashMap<u32, u32> = namespaces.collect();
+        let grown: HashMap<u32, ListenDrops> = namespaces
+            .into_iter()
+            .filter_map(|(netns, pid)| {
+                Some((netns, drops::of_namespace(pid)? - *self.drops_before.get(&netns)?))
+            })
+            .collect();
+        for (netns, listener) in listeners.iter_mut().filter(|(_, listener)| listener.protocol == "tcp") {
+            listener.overflows = match grown.get(netns) {
+                _ if listener.drops == 0 => Some(0),
+                Some(namespace) if namespace.drops == u64::from(listener.drops) => Some(namespace.overflows),
+                _ => None,
+            };
         }
+    }
+
+    /// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
+    /// One that is gone only if there is no other, for a listener may outlive it.
+    fn owner(&self, raw: &RawListener) -> u32 {
+        let candidates = [raw.accepter, raw.owner];
+        candidates.into_iter().find(|pid| self.live.contains_key(pid)).unwrap_or(raw.owner)
     }
 
     /// Everything known now.
@@ -313,9 +335,9 @@ impl Observation {
             .collect();
         self.attribute_overflows(&mut decoded);
         for (known, (_, figures)) in self.listeners.values().zip(decoded) {
-            listeners.entry(listener::owner(&known.raw)).or_default().push(figures);
+            listeners.entry(self.owner(&known.raw)).or_default().push(figures);
         }
-        let processes = self.exited.values().map(|p| (p, true)).chain(self.live.values().map(|p| (p, false)));
+        let processes = self.exited.iter().map(|p| (p, true)).chain(self.live.values().map(|p| (p, false)));
         let mut targets: Vec<Target> = processes
             .map(|(process, exited)| Target {
                 pid: process.pid,

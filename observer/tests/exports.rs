@@ -97,13 +97,14 @@ fn the_demo_shows_its_misbehaviour() {
 fn the_text_names_the_late_loop() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
-    let observer = Command::new(BINARY)
-        .args(["--pid", &pid, "--no-listen", "--duration", "3s"])
+    let mut observer = Command::new(BINARY)
+        .args(["--pid", &pid, "--no-listen", "--duration", "2s"])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(1000));
-    server.block("sleep", 300);
+    while observer.try_wait().unwrap().is_none() {
+        server.block("sleep", 300);
+    }
     let output = observer.wait_with_output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let verdict = text.lines().nth(2).unwrap();

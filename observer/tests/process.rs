@@ -1,6 +1,9 @@
 //! The process probe: children of the past and of the future, exits, and the end of all targets.
 
-use std::process::{Command, Stdio};
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    process::{Command, Stdio},
+};
 
 use crate::support::{
     Process, http,
@@ -75,7 +78,6 @@ fn the_end_of_the_last_target_ends_observer() {
     assert_eq!(report.target(server.pid())["exited"], true);
     assert!(report.reactor(server.pid())["slices"].as_u64().unwrap() > 0);
     assert_eq!(report.listener(server.port)["accepts"], 1);
-    assert_eq!(report.listener(server.port)["closed"], true);
 }
 
 /// Hundreds of short-lived children: followed, forgotten, nothing left over.
@@ -97,4 +99,37 @@ fn a_storm_of_forks_is_survived() {
     report.assert_complete();
     let exited = report.0["targets"].as_array().unwrap().iter().filter(|t| t["exited"] == true).count();
     assert!(exited >= FORKS, "{exited} exits seen");
+}
+
+/// A server that puts itself in the background: the process that opened the listener is gone, the listener is not.
+#[test]
+fn a_listener_is_inherited() {
+    let script = "import os, socket, time\n\
+        s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()\n\
+        child = os.fork()\n\
+        if child: print(child, flush=True); os._exit(0)\n\
+        time.sleep(60)";
+    let mut parent = Process(
+        Command::new("/usr/bin/python3")
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let mut lines =
+        BufReader::new(parent.0.stdout.take().unwrap()).lines().map(|line| line.unwrap().parse().unwrap());
+    let port = u16::try_from(lines.next().unwrap()).unwrap();
+    let observer = Observer::of(parent.pid());
+    drop(parent.0.stdin.take().map(|mut stdin| stdin.write_all(b"\n")));
+    let child: u32 = lines.next().unwrap();
+    parent.0.wait().unwrap();
+    let _waiting = http::connect(port);
+    let report = observer.finish();
+    send(child, Signal::SIGKILL);
+    assert_eq!(report.target(parent.pid())["exited"], true);
+    let listeners = report.target(child)["listeners"].as_array().unwrap();
+    assert_eq!(listeners.len(), 1, "{:#}", report.0);
+    assert_eq!(listeners[0]["depth"], 1);
+    assert_eq!(listeners[0]["closed"], false);
 }

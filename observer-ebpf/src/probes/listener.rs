@@ -52,7 +52,7 @@ fn find_listeners(ctx: *mut c_void) -> i32 {
         && process::is_target(tgid)
         && file.socket().is_some_and(Socket::listens)
     {
-        let _no_room = listener_of(file, tgid);
+        inherit(file, tgid);
     }
     0
 }
@@ -104,6 +104,19 @@ pub(super) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
         }
     }
     Some((inode, listener))
+}
+
+/// Makes the entry of a listener, or hands it on to this process if the one that had it is gone.
+#[inline(always)]
+fn inherit(file: OpenFile, tgid: u32) {
+    if let Some((_, listener)) = listener_of(file, tgid) {
+        // SAFETY: a live map value; the loader walks over files one at a time.
+        unsafe {
+            if !process::is_target((*listener).owner) {
+                (*listener).owner = tgid;
+            }
+        }
+    }
 }
 
 /// The entry with this key.

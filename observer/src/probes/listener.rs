@@ -8,10 +8,7 @@ use aya::{
     programs::{Iter, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use nix::libc;
-use observer_common::{
-    accept::SEVERAL,
-    listener::{Listener as Raw, Queue},
-};
+use observer_common::listener::{Listener as Raw, Queue};
 
 use super::{Events, Hook, Probe};
 use crate::model::{
@@ -51,14 +48,6 @@ pub(crate) fn look(ebpf: &mut Ebpf, inode: u64) -> Result<()> {
     options.args[0] = inode;
     program.test_run(options).context("cannot look at a listener")?;
     Ok(())
-}
-
-/// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
-pub(crate) const fn owner(raw: &Raw) -> u32 {
-    match raw.accepter {
-        0 | SEVERAL => raw.owner,
-        accepter => accepter,
-    }
 }
 
 /// A listener's figures as of now, without what only its namespace's counters tell. `before` is the queue when it

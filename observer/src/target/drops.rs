@@ -1,6 +1,6 @@
 //! How many connections a network namespace's listeners have dropped, as the kernel counts them (`nstat`).
 
-use std::fs;
+use std::{fs, ops::Sub};
 
 /// Two counters of one network namespace, since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -9,6 +9,18 @@ pub(crate) struct ListenDrops {
     pub(crate) overflows: u64,
     /// Connections dropped by listeners for any reason, overflows included.
     pub(crate) drops: u64,
+}
+
+/// How much both have grown.
+impl Sub for ListenDrops {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            overflows: self.overflows.saturating_sub(before.overflows),
+            drops: self.drops.saturating_sub(before.drops),
+        }
+    }
 }
 
 /// The counters of the network namespace that a process is in; `None` if it is gone.

@@ -206,6 +206,13 @@ impl OpenFile {
         probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
     }
 
+    /// The socket behind it, where the caller knows that it is one.
+    #[inline(always)]
+    pub(crate) fn known_socket(self) -> Option<Socket> {
+        let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
+        Some(Socket(probe(socket, offset(&LAYOUT.socket_sk))?))
+    }
+
     /// The stream socket behind it; `None` if it is anything else.
     #[inline(always)]
     pub(crate) fn socket(self) -> Option<Socket> {

@@ -256,6 +256,11 @@ impl Observation {
         }
         for (inode, raw) in entries(&self.maps.listeners) {
             let is_first_look = !self.first_look_done;
+            // A listen call that failed, or a listener so short-lived that there is nothing to tell.
+            if raw.queue.closed != 0 && raw.accepts == 0 && !self.listeners.contains_key(&inode) {
+                self.maps.listeners.remove(&inode)?;
+                continue;
+            }
             let known = self.listeners.entry(inode).or_insert_with(|| Known {
                 raw,
                 before: if is_first_look { Before::of(&raw.queue) } else { Before::default() },

@@ -105,12 +105,16 @@ fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
         let _present = ACCEPTING.remove(tid);
     }
     let fd = u32::try_from(kernel::returned(ctx)?).ok()?;
-    let connection = OpenFile::of(fd)?.socket()?;
-    let Some(listener) = call.and_then(|call| listener::listener_with(call.inode)) else {
+    let file = OpenFile::of(fd)?;
+    let Some(call) = call else {
+        // Of a stream socket, that is: nobody promised to know of others.
+        file.socket()?;
         lost(Loss::AcceptUnattributed);
         return None;
     };
-    let depth = call?.depth;
+    let listener = listener::listener_with(call.inode)?;
+    let connection = file.known_socket()?;
+    let depth = call.depth;
     let arrived = arrival_of(connection);
     // SAFETY: a live map value; counters and histogram are updated atomically, and of two processes that write
     // `accepter` at once either makes it right with its next accept.

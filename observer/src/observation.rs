@@ -142,8 +142,9 @@ impl Observation {
                 break;
             }
             for &child in &children {
-                insert_new(&mut self.maps.targets, child, RawTarget::default())
-                    .context("cannot add a target")?;
+                if !insert_new(&mut self.maps.targets, child, RawTarget::default())? {
+                    self.note_missing("some children of targets".into(), "there are too many".into());
+                }
             }
             targets.extend(children);
         }
@@ -160,23 +161,36 @@ impl Observation {
     /// Adds the waits and accepts that threads were inside before the programs could see them enter. What happens
     /// meanwhile the programs see themselves: their entries win.
     fn adopt_calls(&mut self) -> Result<()> {
-        for &pid in self.live.keys() {
+        for pid in self.live.keys().copied().collect::<Vec<_>>() {
             for (tid, call) in calls::blocked_in(pid) {
-                match call {
+                let has_room = match call {
                     Call::Wait => {
                         let entry = reactor::waiting(pid, clock::monotonic_ns());
-                        insert_new(&mut self.maps.reactors, tid, entry).context("cannot add a reactor")?;
+                        insert_new(&mut self.maps.reactors, tid, entry)?
                     }
-                    Call::Accept { fd } => {
-                        if let Some(inode) = process::socket_inode(pid, fd) {
+                    Call::Accept { fd } => match process::socket_inode(pid, fd) {
+                        Some(inode) => {
                             let call = Accepting { inode, ..Accepting::default() };
-                            insert_new(&mut self.maps.accepting, tid, call).context("cannot add a call")?;
+                            insert_new(&mut self.maps.accepting, tid, call)?
                         }
-                    }
+                        None => true,
+                    },
+                };
+                if !has_room {
+                    self.note_missing(format!("some threads of process {pid}"), "there are too many".into());
                 }
             }
         }
         Ok(())
+    }
+
+    /// Remembers that something goes unseen, and says so once.
+    fn note_missing(&mut self, source: String, reason: String) {
+        let missing = Missing { source, reason };
+        if self.missing.len() < ENDED && !self.missing.contains(&missing) {
+            log::warn!("not seen here: {} ({})", missing.source, missing.reason);
+            self.missing.push(missing);
+        }
     }
 
     /// Brings processes and listeners up to date.

@@ -1,6 +1,7 @@
 //! The reactor probe against real event loops: every block seen once, and its time put where it belongs.
 
 use std::{
+    io::Read as _,
     process::{Command, Stdio},
     thread,
     time::Duration,
@@ -166,4 +167,29 @@ fn a_slice_in_progress_is_reported() {
         assert!((0.3..3.0).contains(&age), "{reactor:#}");
         assert_close("blocked so far", seconds(reactor, "blocked"), age, 0.05, 0.01);
     });
+}
+
+/// More event loops than there is room for: the others are seen, and that some are not is said.
+#[test]
+fn more_reactors_than_fit() {
+    const THREADS: usize = 1100;
+    let script = format!(
+        "import select, threading\n\
+         threading.stack_size(65536); epoll = select.epoll()\n\
+         for _ in range({THREADS}): threading.Thread(target=epoll.poll, daemon=True).start()\n\
+         print(flush=True); input()"
+    );
+    let mut child = Command::new("/usr/bin/python3")
+        .args(["-c", &script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = [0];
+    child.stdout.take().unwrap().read_exact(&mut ready).unwrap();
+    let server = Process(child);
+    let report = Observer::of(server.pid()).finish();
+    assert_eq!(report.target(server.pid())["reactors"].as_array().unwrap().len(), 1024);
+    let missing = report.0["self"]["missing"].to_string();
+    assert!(missing.contains(&format!("some threads of process {}", server.pid())), "{missing}");
 }

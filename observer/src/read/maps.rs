@@ -6,6 +6,7 @@ use aya::{
     Ebpf,
     maps::{HashMap, Map, MapData, MapError, PerCpuArray},
 };
+use nix::libc;
 use observer_common::{
     accept::{Accepting, PortKey},
     listener::Listener,
@@ -58,17 +59,21 @@ fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
 }
 
-/// Adds an entry unless the programs have made one meanwhile.
+/// Adds an entry unless the programs have made one meanwhile. Tells whether there is an entry now: a full map has
+/// room for no more.
 pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
     map: &mut HashMap<MapData, K, V>,
     key: K,
     value: V,
-) -> Result<(), MapError> {
+) -> Result<bool, MapError> {
     match map.insert(key, value, NO_EXIST) {
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(nix::libc::EEXIST) => {
-            Ok(())
-        }
-        other => other,
+        Ok(()) => Ok(true),
+        Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(true),
+            Some(libc::E2BIG) => Ok(false),
+            _ => Err(error.into()),
+        },
+        Err(other) => Err(other),
     }
 }
 

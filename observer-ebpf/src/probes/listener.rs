@@ -85,10 +85,12 @@ pub(super) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
         return Some((inode, listener));
     }
     let socket = file.socket()?;
-    if LISTENERS.insert(inode, &NEW, u64::from(BPF_NOEXIST)).is_err() {
+    // Fails as well if another thread has made it meanwhile, which is fine.
+    let _full = LISTENERS.insert(inode, &NEW, u64::from(BPF_NOEXIST));
+    let Some(listener) = LISTENERS.get_ptr_mut(inode) else {
         lost(Loss::ListenersFull);
-    }
-    let listener = LISTENERS.get_ptr_mut(inode)?;
+        return None;
+    };
     // SAFETY: a live map value; whoever else makes it at the same time writes the same.
     unsafe {
         (*listener).sk = socket.address();

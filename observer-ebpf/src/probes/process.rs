@@ -1,7 +1,7 @@
 //! *process*: keeps the set of targets true while they fork and exit.
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
+    bindings::BPF_ANY,
     macros::{btf_tracepoint, map},
     maps::HashMap,
     programs::BtfTracePointContext,
@@ -34,7 +34,8 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
     let follow = unsafe { core::ptr::read_volatile(&raw const FOLLOW) } != 0;
     if parent != child && follow && is_target(parent) {
         let target = Target { parent, exited: 0 };
-        if TARGETS.insert(child, target, u64::from(BPF_NOEXIST)).is_err() {
+        // Over what may be there: a process of that id that has exited since the loader looked.
+        if TARGETS.insert(child, target, u64::from(BPF_ANY)).is_err() {
             lost(Loss::TargetsFull);
             warn!(&ctx, "no room to follow process {}, forked by {}", child, parent);
         }

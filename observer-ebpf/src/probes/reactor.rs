@@ -127,12 +127,13 @@ fn current_reactor(ctx: &TracePointContext) -> Option<*mut Reactor> {
     if !process::is_target(tgid) {
         return None;
     }
-    if REACTORS.insert(tid, &NEW, u64::from(BPF_NOEXIST)).is_err() {
+    // Fails as well if the loader has made it meanwhile, which is fine.
+    let _full = REACTORS.insert(tid, &NEW, u64::from(BPF_NOEXIST));
+    let Some(reactor) = REACTORS.get_ptr_mut(tid) else {
         lost(Loss::ReactorsFull);
         warn!(ctx, "no room for reactor {} of process {}", tid, tgid);
         return None;
-    }
-    let reactor = REACTORS.get_ptr_mut(tid)?;
+    };
     // SAFETY: a live map value that only this thread writes.
     unsafe { (*reactor).tgid = tgid };
     Some(reactor)

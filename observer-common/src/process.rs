@@ -4,9 +4,7 @@
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
-    /// Process that forked it while observed, or 0 for one selected by the user.
-    pub parent: u32,
     /// 1 when its last thread has exited.
     pub exited: u32,
 }
-crate::shared!(Target, 8);
+crate::shared!(Target, 4);

@@ -151,7 +151,7 @@ impl Observation {
         for &pid in &targets {
             // A process that exited before the programs could see it would stay for ever.
             if !process::is_there(pid) {
-                let gone = RawTarget { exited: 1, ..RawTarget::default() };
+                let gone = RawTarget { exited: 1 };
                 self.maps.targets.insert(pid, gone, 0)?;
             }
         }

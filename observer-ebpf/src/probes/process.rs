@@ -33,7 +33,7 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
     // SAFETY: a static that only the loader writes, before any program runs.
     let follow = unsafe { core::ptr::read_volatile(&raw const FOLLOW) } != 0;
     if parent != child && follow && is_target(parent) {
-        let target = Target { parent, exited: 0 };
+        let target = Target { exited: 0 };
         // Over what may be there: a process of that id that has exited since the loader looked.
         if TARGETS.insert(child, target, u64::from(BPF_ANY)).is_err() {
             lost(Loss::TargetsFull);

@@ -44,7 +44,7 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
         let names: Vec<&str> = names.into_iter().take(4).collect();
         writeln!(
             out,
-            "\nAlso observed, without an event loop or a TCP listener: {} ({})",
+            "\nAlso observed, without an event loop or a listener: {} ({})",
             silent.len(),
             names.join(", ")
         )?;

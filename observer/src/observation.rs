@@ -195,21 +195,22 @@ impl Observation {
 
     /// Brings processes and listeners up to date.
     pub(crate) fn refresh(&mut self) -> Result<()> {
-        let mut arrived = false;
+        let mut changed = false;
         for (pid, raw) in entries(&self.maps.targets) {
             if raw.exited != 0 {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
                 self.exited.push(known);
+                changed = true;
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
             } else if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
                 place.insert(Process::of(pid));
-                arrived = true;
+                changed = true;
             }
         }
         self.collect_finished();
         self.note_namespaces();
-        self.refresh_listeners(arrived)?;
+        self.refresh_listeners(changed)?;
         let surplus = self.exited.len().saturating_sub(ENDED);
         self.exited.drain(..surplus);
         Ok(())
@@ -259,10 +260,8 @@ impl Observation {
 
     /// Looks at every accept queue. Listeners that targets opened meanwhile have made their own entries; what new
     /// targets brought along is searched for, and so are heirs of listeners whose process is gone.
-    fn refresh_listeners(&mut self, new_target: bool) -> Result<()> {
-        let is_orphan =
-            |known: &Known| known.raw.queue.closed == 0 && !self.live.contains_key(&known.raw.owner);
-        if new_target || self.listeners.values().any(is_orphan) {
+    fn refresh_listeners(&mut self, targets_changed: bool) -> Result<()> {
+        if targets_changed {
             listener::find(&mut self.ebpf)?;
         }
         for (inode, _) in entries(&self.maps.listeners) {

@@ -23,7 +23,7 @@ pub(super) const PROBE: Probe = Probe {
     name: "listener",
     purpose: "accept queues: how many connections wait, against which limit, since when; drops and half-open requests",
     since: "5.10",
-    cost: "every listen call on the machine; a walk over all open files when a target is new; one look a second at each queue",
+    cost: "every listen call on the machine; a walk over all open files when a target comes or goes; one look a second at each queue",
     hooks: &[
         Hook { program: "listen_enter", events: Events::Plain(&[("syscalls", "sys_enter_listen")]) },
         Hook { program: FIND, events: Events::Iterator("task_file") },

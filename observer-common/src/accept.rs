@@ -11,6 +11,17 @@ pub struct PortKey {
 }
 crate::shared!(PortKey, 8);
 
+/// Value of `QUEUED`, whose key is the address of a connection's socket, of a unix connection that of its client's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrival {
+    /// When the connection began to wait, monotonic nanoseconds.
+    pub at_ns: u64,
+    /// Of a unix connection, its listener's `unix_name`, once that is known; 0 for TCP.
+    pub unix_name: u64,
+}
+crate::shared!(Arrival, 16);
+
 /// Value of `ACCEPTING`, whose key is the thread id: an accept call in progress.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -2,18 +2,30 @@
 //! Found by the loader in BTF and tracefs, injected as one global before the programs are verified, so
 //! that the verifier sees constants; read only by the eBPF side's `kernel.rs`.
 
+/// Stands for the offset of a member that the running kernel does not have.
+pub const ABSENT: u32 = u32::MAX;
+
+/// A structure, a path to a member of it, and where its offset belongs.
+pub type Member = (&'static str, &'static str, fn(&mut KernelLayout) -> &mut u32);
+
 /// Declares [`KernelLayout`] together with the list the loader fills it from, so that neither can lack a field.
 macro_rules! kernel_layout {
-    ($($(#[doc = $doc:literal])* $field:ident = $root:literal . $path:literal;)*) => {
+    (
+        everywhere { $($(#[doc = $doc:literal])* $field:ident = $root:literal . $path:literal;)* }
+        some { $($(#[doc = $some_doc:literal])* $some:ident = $some_root:literal . $some_path:literal;)* }
+    ) => {
         /// Byte offsets into kernel structures, one field for each that a program reads.
         #[repr(C)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub struct KernelLayout {
             $($(#[doc = $doc])* #[doc = concat!("`", $root, ".", $path, "`, in bytes.")] pub $field: u32,)*
+            $($(#[doc = $some_doc])* #[doc = concat!("`", $some_root, ".", $some_path, "`, in bytes; [`ABSENT`] where the kernel has none.")] pub $some: u32,)*
+            /// A [`RingShape`](crate::ring::RingShape): what the tracepoints of `io_uring` pass.
+            pub ring_shape: u32,
             /// 1 where `sched_switch` passes the previous state as an argument (5.18 and newer), else 0.
             pub switch_has_state: u32,
-            /// The descriptor argument in the record of `sys_enter_accept*` and `sys_enter_listen`, in bytes.
-            pub enter_fd: u32,
+            /// The first argument in the record of every `sys_enter_*`, in bytes; each takes eight.
+            pub enter_arguments: u32,
             /// The return value in the record of every `sys_exit_*`, in bytes.
             pub exit_ret: u32,
         }
@@ -21,57 +33,79 @@ macro_rules! kernel_layout {
         impl KernelLayout {
             /// Nothing known: what the programs are built with.
             pub const ZERO: Self =
-                Self { $($field: 0,)* switch_has_state: 0, enter_fd: 0, exit_ret: 0 };
+                Self { $($field: 0,)* $($some: ABSENT,)* ring_shape: 0, switch_has_state: 0, enter_arguments: 0, exit_ret: 0 };
 
             /// Offsets that come from BTF: structure, member path (alternatives, newest first, split by `|`), and where to put it.
-            pub const MEMBERS: &[(&str, &str, fn(&mut Self) -> &mut u32)] =
-                &[$(($root, $path, |layout| &mut layout.$field),)*];
+            pub const MEMBERS: &[Member] = &[$(($root, $path, |layout| &mut layout.$field),)*];
+
+            /// The same for what not every kernel has.
+            pub const OPTIONAL: &[Member] = &[$(($some_root, $some_path, |layout| &mut layout.$some),)*];
         }
     };
 }
 
 kernel_layout! {
-    task_pid = "task_struct"."pid";
-    task_tgid = "task_struct"."tgid";
-    /// Renamed in 5.14.
-    task_state = "task_struct"."__state|state";
-    task_files = "task_struct"."files";
-    task_signal = "task_struct"."signal";
-    signal_live = "signal_struct"."live.counter";
-    files_fdt = "files_struct"."fdt";
-    fdt_max_fds = "fdtable"."max_fds";
-    fdt_fd = "fdtable"."fd";
-    file_private_data = "file"."private_data";
-    file_inode = "file"."f_inode";
-    inode_number = "inode"."i_ino";
-    socket_file = "socket"."file";
-    socket_sk = "socket"."sk";
-    sock_family = "sock"."__sk_common.skc_family";
-    sock_port = "sock"."__sk_common.skc_num";
-    sock_net = "sock"."__sk_common.skc_net.net";
-    sock_protocol = "sock"."sk_protocol";
-    sock_state = "sock"."__sk_common.skc_state";
-    sock_address4 = "sock"."__sk_common.skc_rcv_saddr";
-    sock_address6 = "sock"."__sk_common.skc_v6_rcv_saddr";
-    sock_type = "sock"."sk_type";
-    sock_drops = "sock"."sk_drops.counter";
-    sock_received = "sock"."sk_receive_queue.qlen";
-    sock_socket = "sock"."sk_socket";
-    sock_ack_backlog = "sock"."sk_ack_backlog";
-    sock_max_ack_backlog = "sock"."sk_max_ack_backlog";
-    net_inum = "net"."ns.inum";
-    /// Requests whose handshake is not done.
-    accept_half_open = "inet_connection_sock"."icsk_accept_queue.qlen.counter";
-    /// The longest waiting of those whose handshake is done.
-    accept_head = "inet_connection_sock"."icsk_accept_queue.rskq_accept_head";
-    request_next = "request_sock"."dl_next";
-    request_sk = "request_sock"."sk";
-    unix_address = "unix_sock"."addr";
-    address_length = "unix_address"."len";
-    address_name = "unix_address"."name";
-    iter_file = "bpf_iter__task_file"."file";
-    iter_task = "bpf_iter__task_file"."task";
+    everywhere {
+        task_pid = "task_struct"."pid";
+        task_tgid = "task_struct"."tgid";
+        /// Renamed in 5.14.
+        task_state = "task_struct"."__state|state";
+        task_files = "task_struct"."files";
+        task_signal = "task_struct"."signal";
+        signal_live = "signal_struct"."live.counter";
+        files_fdt = "files_struct"."fdt";
+        fdt_max_fds = "fdtable"."max_fds";
+        fdt_fd = "fdtable"."fd";
+        file_private_data = "file"."private_data";
+        file_inode = "file"."f_inode";
+        inode_number = "inode"."i_ino";
+        socket_file = "socket"."file";
+        socket_sk = "socket"."sk";
+        sock_family = "sock"."__sk_common.skc_family";
+        sock_port = "sock"."__sk_common.skc_num";
+        sock_net = "sock"."__sk_common.skc_net.net";
+        sock_protocol = "sock"."sk_protocol";
+        sock_state = "sock"."__sk_common.skc_state";
+        sock_address4 = "sock"."__sk_common.skc_rcv_saddr";
+        sock_address6 = "sock"."__sk_common.skc_v6_rcv_saddr";
+        sock_type = "sock"."sk_type";
+        sock_drops = "sock"."sk_drops.counter";
+        sock_received = "sock"."sk_receive_queue.qlen";
+        /// A unix listener's queue: one buffer for each connection that waits.
+        sock_received_first = "sock"."sk_receive_queue.next";
+        buffer_sk = "sk_buff"."sk";
+        sock_socket = "sock"."sk_socket";
+        sock_ack_backlog = "sock"."sk_ack_backlog";
+        sock_max_ack_backlog = "sock"."sk_max_ack_backlog";
+        net_inum = "net"."ns.inum";
+        /// Requests whose handshake is not done.
+        accept_half_open = "inet_connection_sock"."icsk_accept_queue.qlen.counter";
+        /// The longest waiting of those whose handshake is done.
+        accept_head = "inet_connection_sock"."icsk_accept_queue.rskq_accept_head";
+        request_next = "request_sock"."dl_next";
+        request_sk = "request_sock"."sk";
+        unix_address = "unix_sock"."addr";
+        unix_peer = "unix_sock"."peer";
+        address_length = "unix_address"."len";
+        address_name = "unix_address"."name";
+        iter_file = "bpf_iter__task_file"."file";
+        iter_task = "bpf_iter__task_file"."task";
+    }
+    some {
+        ring_file = "io_kiocb"."file";
+        ring_opcode = "io_kiocb"."opcode";
+        ring_flags = "io_kiocb"."flags";
+        ring_context = "io_kiocb"."ctx";
+        ring_user_data = "io_kiocb"."cqe.user_data|user_data";
+        /// Where the descriptor is until the file is looked up; older kernels look it up first.
+        ring_fd = "io_kiocb"."cqe.fd";
+        /// Of an accept: where in the table of direct descriptors the connection is to go; 0 for none.
+        ring_slot = "io_accept"."file_slot";
+        completion_user_data = "io_uring_cqe"."user_data";
+        completion_result = "io_uring_cqe"."res";
+        completion_flags = "io_uring_cqe"."flags";
+    }
 }
 
-const WORDS: usize = KernelLayout::MEMBERS.len() + 3;
+const WORDS: usize = KernelLayout::MEMBERS.len() + KernelLayout::OPTIONAL.len() + 4;
 crate::shared!(KernelLayout, 4 * WORDS);

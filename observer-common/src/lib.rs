@@ -9,6 +9,7 @@ pub mod listener;
 pub mod loss;
 pub mod process;
 pub mod reactor;
+pub mod ring;
 
 /// Asserts the size of a shared type and lets the loader copy it as plain bytes.
 macro_rules! shared {

@@ -59,6 +59,10 @@ crate::shared!(Queue, 48);
 pub struct Listener {
     /// Address of its `struct sock`.
     pub sk: u64,
+    /// When it was found, monotonic nanoseconds: connections that arrived before have no time stamp.
+    pub since_ns: u64,
+    /// Address of a unix socket's name in the kernel, which the connections made to it share; 0 for TCP.
+    pub unix_name: u64,
     /// Process that was first seen to have it open.
     pub owner: u32,
     /// Process that accepts from it; 0 while none does, `u32::MAX` if several do.
@@ -88,12 +92,14 @@ pub struct Listener {
     /// Handshake done -> accept returned.
     pub wait: Histogram,
 }
-crate::shared!(Listener, 136 + 24 + 8 * DEPTHS + 8 + size_of::<Queue>() + size_of::<Histogram>());
+crate::shared!(Listener, 152 + 24 + 8 * DEPTHS + 8 + size_of::<Queue>() + size_of::<Histogram>());
 
 impl Listener {
     /// One that nothing is known of.
     pub const EMPTY: Self = Self {
         sk: 0,
+        since_ns: 0,
+        unix_name: 0,
         owner: 0,
         accepter: 0,
         netns: 0,

@@ -1,4 +1,5 @@
-//! Shared types of the *reactor* probe: a thread that waits for events, and what it does between two waits.
+//! Shared types of the *reactor* probe: a thread that waits for events, and what it does between two waits; and
+//! the rule that tells such waits from other calls that block.
 
 use crate::histogram::Histogram;
 
@@ -31,6 +32,83 @@ pub enum Run {
 /// Number of [`Run`] states.
 pub const RUN_STATES: usize = 4;
 
+/// Families of calls that wait for events. A higher one takes precedence in a thread that uses several.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `poll`, `ppoll`, `select`, `pselect6`.
+    Poll = 1,
+    /// `io_uring_enter` that asks for completions.
+    IoUring = 2,
+    /// `epoll_wait`, `epoll_pwait`, `epoll_pwait2`.
+    Epoll = 3,
+}
+
+/// The timeout of a call that has none.
+pub const FOREVER: u64 = u64::MAX;
+
+/// A call that may be a wait for events.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// Which family it belongs to.
+    pub kind: Kind,
+    /// What it waits on: the descriptor of the epoll set or of the ring, or the first of those polled.
+    pub set: u32,
+    /// Whether that is a single descriptor, polled by itself.
+    pub is_single: bool,
+    /// After how many nanoseconds it gives up: 0 if it only looks, [`FOREVER`] if it does not.
+    pub timeout_ns: u64,
+}
+
+/// How a thread waits for events, as far as its calls have shown.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Habit {
+    /// The [`Kind`] of its waits; 0 before the first.
+    pub kind: u32,
+    /// What it waits on, as [`Call`] has it.
+    pub set: u32,
+    /// 1 once a wait that may block has shown this.
+    pub is_firm: u32,
+    /// Zero; keeps the size free of padding.
+    pub reserved: u32,
+}
+crate::shared!(Habit, 16);
+
+impl Habit {
+    /// One that nothing is known of.
+    pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, reserved: 0 };
+
+    /// Whether a call of this thread is the wait of its event loop, rather than a part of the slice; learns from it.
+    ///
+    /// - A look (a timeout of 0) at what the thread waits on is a wait that returns at once. A look at anything else is
+    ///   part of the slice: loops that nest epoll sets wait on the outer one and look into the inner ones one after
+    ///   another, and what is due in one of them is not met by a look into another.
+    /// - A call that may block is a wait, whatever it waits on, unless the thread is known for calls that take
+    ///   precedence: then it blocks the slice, as a client library's poll on its connection does.
+    /// - A poll on one descriptor alone is a wait only of a thread that is known to poll several, that one first
+    ///   (a server without clients); any other blocks the slice.
+    #[inline(always)]
+    pub const fn is_wait(&mut self, call: Call) -> bool {
+        let kind = call.kind as u32;
+        let is_same = self.kind == kind && self.set == call.set;
+        let blocks = call.timeout_ns != 0;
+        if !is_same {
+            let is_taken = self.kind != 0 && (!blocks || (self.is_firm != 0 && kind < self.kind));
+            if call.is_single || is_taken {
+                return false;
+            }
+            self.kind = kind;
+            self.set = call.set;
+            self.is_firm = 0;
+        }
+        if blocks {
+            self.is_firm = 1;
+        }
+        true
+    }
+}
+
 /// Value of `REACTORS`, whose key is the thread id (as the initial pid namespace has it).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +125,12 @@ pub struct Reactor {
     pub run: u32,
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
+    /// Which of its calls are waits.
+    pub habit: Habit,
+    /// Timeout of the wait in progress, nanoseconds; [`FOREVER`] if it has none.
+    pub timeout_ns: u64,
+    /// When the wait in progress was last made runnable, monotonic nanoseconds; 0 if it was not.
+    pub woken_ns: u64,
     /// Finished waits.
     pub waits: u64,
     /// Events those waits returned.
@@ -59,8 +143,11 @@ pub struct Reactor {
     pub slice: Histogram,
     /// Made runnable -> running, for wake-ups out of a wait.
     pub wakeup: Histogram,
+    /// What ended a wait -> the return of the wait, one for each wait that blocked: from the moment the timeout was
+    /// over if that ended it, else from being made runnable.
+    pub reply: Histogram,
 }
-crate::shared!(Reactor, 88 + 2 * size_of::<Histogram>());
+crate::shared!(Reactor, 88 + 32 + 3 * size_of::<Histogram>());
 
 impl Reactor {
     /// One that has done nothing.
@@ -71,11 +158,85 @@ impl Reactor {
         run_since_ns: 0,
         run: Run::Cpu as u32,
         reserved: 0,
+        habit: Habit::NONE,
+        timeout_ns: FOREVER,
+        woken_ns: 0,
         waits: 0,
         events: 0,
         wait_ns: 0,
         split_ns: [0; RUN_STATES],
         slice: Histogram::EMPTY,
         wakeup: Histogram::EMPTY,
+        reply: Histogram::EMPTY,
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn call(kind: Kind, set: u32, timeout_ns: u64) -> Call {
+        Call { kind, set, is_single: false, timeout_ns }
+    }
+
+    const fn single(set: u32, timeout_ns: u64) -> Call {
+        Call { is_single: true, ..call(Kind::Poll, set, timeout_ns) }
+    }
+
+    /// Which of these calls, one after another, are waits.
+    fn waits<const N: usize>(calls: [Call; N]) -> [bool; N] {
+        let mut habit = Habit::NONE;
+        calls.map(|call| habit.is_wait(call))
+    }
+
+    #[test]
+    fn a_look_at_the_same_set_is_a_wait() {
+        use Kind::Epoll;
+        assert_eq!(waits([call(Epoll, 3, FOREVER), call(Epoll, 3, 0), call(Epoll, 3, 5)]), [true; 3]);
+        assert_eq!(waits([call(Epoll, 3, 0), call(Epoll, 3, 0)]), [true; 2]);
+    }
+
+    #[test]
+    fn nested_sets_are_one_loop_by_the_outer_one() {
+        use Kind::Epoll;
+        let outer = call(Epoll, 3, FOREVER);
+        let [one, other] = [call(Epoll, 4, 0), call(Epoll, 5, 0)];
+        assert_eq!(waits([outer, one, other, call(Epoll, 3, 0), one]), [true, false, false, true, false]);
+        // Seen first in the middle of its work: what it looks at first has to do until it waits.
+        assert_eq!(
+            waits([one, other, call(Epoll, 3, 0), one, outer, one]),
+            [true, false, false, true, true, false]
+        );
+    }
+
+    #[test]
+    fn an_epoll_loop_that_polls_is_blocked() {
+        use Kind::{Epoll, IoUring, Poll};
+        let epoll = call(Epoll, 3, FOREVER);
+        assert_eq!(
+            waits([epoll, call(Poll, 7, 100), single(7, 100), call(IoUring, 8, FOREVER), epoll]),
+            [true, false, false, false, true]
+        );
+    }
+
+    #[test]
+    fn a_look_into_an_epoll_set_makes_no_epoll_loop() {
+        use Kind::{Epoll, Poll};
+        let poll = call(Poll, 4, FOREVER);
+        assert_eq!(waits([poll, call(Epoll, 3, 0), poll]), [true, false, true]);
+        // Seen first while it looks; its poll corrects that.
+        assert_eq!(waits([call(Epoll, 3, 0), poll, call(Epoll, 3, 0), poll]), [true, true, false, true]);
+        // A wait that may block does.
+        assert_eq!(waits([poll, call(Epoll, 3, 100), poll]), [true, true, false]);
+    }
+
+    #[test]
+    fn a_poll_on_one_descriptor_is_a_wait_of_a_loop_that_is_left_with_one() {
+        let several = call(Kind::Poll, 4, FOREVER);
+        assert_eq!(waits([single(4, FOREVER), single(4, 0)]), [false; 2]);
+        assert_eq!(
+            waits([several, single(4, FOREVER), single(9, FOREVER), single(9, 0), several]),
+            [true, true, false, false, true]
+        );
+    }
 }

@@ -4,6 +4,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::probes::reactor::Calls;
+
 /// What a command line asks for.
 #[derive(Debug, Parser)]
 #[command(
@@ -35,6 +37,7 @@ Examples:
 Words:
   slice     the time between the return of a wait for events and the next wait of the same thread: nothing else on
             that event loop can run meanwhile
+  late      lag: the delay that something due at a random moment meets, be it a request or a timer
   wake-up   the delay between an event making the loop runnable and the loop running
   depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait,
             oldest how long the first of them has waited
@@ -64,6 +67,14 @@ pub(crate) struct Observe {
     /// Leave out the children of the given processes
     #[arg(long)]
     pub(crate) no_follow: bool,
+    /// Calls that threads wait for events with
+    ///
+    /// A thread that waits with several of them is known by the first of: epoll, io_uring, poll and select; its other
+    /// blocking calls count as time blocked. A poll or select on a single descriptor is a wait only in a loop that
+    /// polls several otherwise. A call with a timeout of 0 is a wait that returns at once if it looks at what the
+    /// loop waits on; otherwise (into a nested epoll set) it is part of the work.
+    #[arg(long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = Calls::DEFAULT)]
+    pub(crate) reactor_calls: Vec<Calls>,
     #[command(flatten)]
     pub(crate) output: Output,
 }
@@ -122,6 +133,15 @@ mod tests {
         assert_eq!(observe.pids, [1, 2]);
         assert_eq!(observe.output.duration, Some(Duration::from_secs(30)));
         assert_eq!(observe.output.listen.to_string(), "127.0.0.1:9464");
+    }
+
+    #[test]
+    fn calls_are_a_list() {
+        let calls = |arguments: &[&str]| Cli::try_parse_from(arguments).map(|cli| cli.observe.reactor_calls);
+        assert_eq!(calls(&["observer", "--pid", "1"]).unwrap(), [Calls::Epoll, Calls::IoUring]);
+        let all = ["observer", "--pid", "1", "--reactor-calls", "epoll,io_uring,poll,select"];
+        assert_eq!(calls(&all).unwrap(), Calls::value_variants());
+        assert!(calls(&["observer", "--pid", "1", "--reactor-calls", "kqueue"]).is_err());
     }
 
     #[test]

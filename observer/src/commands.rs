@@ -58,9 +58,12 @@ pub(crate) fn probes() -> Result<ExitCode> {
         writeln!(out, "  cost    {}", probe.cost)?;
         for hook in probe.hooks {
             let events = match hook.events {
-                Events::Btf(event) => event.to_owned(),
+                Events::Btf(names) => names.join(" or "),
                 Events::Iterator(kind) => format!("demand, for every {}", kind.replace('_', "'s ")),
                 Events::OnDemand => "demand".into(),
+                Events::Waits(calls, names) => {
+                    format!("{} (--reactor-calls {calls})", names.join(", "))
+                }
                 Events::Plain(events) => events.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(", "),
             };
             writeln!(out, "  hook    {:<14} on {events}", hook.program)?;

@@ -14,6 +14,7 @@ mod observation;
 mod probes;
 mod read;
 mod run;
+mod stacks;
 mod target;
 
 use std::{io, process::ExitCode};

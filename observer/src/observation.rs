@@ -1,7 +1,7 @@
 //! One observation: the programs in the kernel, the targets, and how a snapshot of them is put together.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, btree_map, hash_map},
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map},
     mem,
 };
 
@@ -11,22 +11,25 @@ use nix::sys::utsname::uname;
 use observer_common::{
     accept::{Accepting, PortKey},
     listener::{Listener as RawListener, Queue},
+    loss::Loss,
     process::Target as RawTarget,
-    reactor::Reactor as RawReactor,
+    ring::RingShape,
 };
 
 use crate::{
     kernel::{clock, layout},
     model::{
         histogram::seconds,
-        snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+        lag::Prober,
+        snapshot::{LATE, Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
     },
     probes::{
-        self,
+        self, When,
         listener::{self, Before},
-        reactor,
+        reactor::{self, Calls},
     },
-    read::maps::{Maps, entries, insert_new},
+    read::maps::{self, Maps, entries, insert_new},
+    stacks::now::Looker,
     target::{
         calls::{self, Call},
         drops::{self, ListenDrops},
@@ -40,6 +43,9 @@ static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/obser
 /// the oldest are forgotten.
 const ENDED: usize = 1024;
 
+/// How often to look at listeners until none drops connections between that and a look at its namespace's counters.
+const LOOKS: usize = 4;
+
 /// What to observe.
 #[derive(Clone, Debug)]
 pub(crate) struct Selection {
@@ -47,6 +53,8 @@ pub(crate) struct Selection {
     pub(crate) pids: BTreeSet<u32>,
     /// Whether their children are observed as well, those of the past and of the future.
     pub(crate) follow: bool,
+    /// Calls that count as waits for events.
+    pub(crate) calls: Vec<Calls>,
 }
 
 /// A listener as it was when last looked at, and as it was before.
@@ -59,7 +67,12 @@ struct Known {
 pub(crate) struct Observation {
     ebpf: Ebpf,
     maps: Maps,
+    looker: Looker,
     attached_ns: u64,
+    /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
+    unix_since_ns: Option<u64>,
+    /// Accepts that ended while programs were attached one by one and calls in progress not known yet.
+    unattributed_before: u64,
     missing: Vec<Missing>,
     /// Release of the running kernel.
     kernel: String,
@@ -69,11 +82,21 @@ pub(crate) struct Observation {
     listeners: BTreeMap<u64, Known>,
     /// Whether listeners found from now on are new: nobody waited there before observer came.
     first_look_done: bool,
-    /// Counters of each target's network namespace when it was first seen.
+    /// Counters of the network namespaces that targets were in at first. Others are taken to have begun at zero,
+    /// as they did when they were made: one that is older has more drops than its listeners here, which makes
+    /// nothing certain.
     drops_before: HashMap<u32, ListenDrops>,
     finished: Vec<(u32, Reactor)>,
-    /// Process and name of each reactor's thread, kept for when it is gone.
-    names: HashMap<u32, (u32, String)>,
+    /// Of each reactor's thread what is not in the kernel, kept for when it is gone.
+    threads: HashMap<u32, Thread>,
+}
+
+/// A reactor's thread.
+struct Thread {
+    /// Its process.
+    pid: u32,
+    name: String,
+    prober: Prober,
 }
 
 impl Observation {
@@ -93,11 +116,20 @@ impl Observation {
         for &pid in &selection.pids {
             insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
         }
-        let missing = probes::attach(&mut ebpf)?;
+        let mut missing = probes::attach(&mut ebpf, When::Always, &selection.calls)?;
+        if layout.ring_shape == RingShape::Unknown as u32 {
+            let reason = "this kernel's io_uring has no tracepoints, or none that observer knows".into();
+            missing.push(Missing { source: "accepts through io_uring".into(), reason });
+        } else {
+            missing.extend(probes::attach(&mut ebpf, When::RingsUnderstood, &selection.calls)?);
+        }
         let mut observation = Self {
             ebpf,
             maps,
+            looker: Looker::default(),
             attached_ns: clock::monotonic_ns(),
+            unix_since_ns: None,
+            unattributed_before: 0,
             missing,
             kernel: uname()
                 .context("cannot ask for the kernel's release")?
@@ -110,11 +142,12 @@ impl Observation {
             first_look_done: false,
             drops_before: HashMap::new(),
             finished: Vec::new(),
-            names: HashMap::new(),
+            threads: HashMap::new(),
         };
         observation.adopt_processes(selection)?;
         observation.refresh()?;
-        observation.adopt_calls()?;
+        observation.adopt_calls(&selection.calls)?;
+        observation.unattributed_before = observation.maps.lost(Loss::AcceptUnattributed)?;
         Ok(observation)
     }
 
@@ -160,12 +193,12 @@ impl Observation {
 
     /// Adds the waits and accepts that threads were inside before the programs could see them enter. What happens
     /// meanwhile the programs see themselves: their entries win.
-    fn adopt_calls(&mut self) -> Result<()> {
+    fn adopt_calls(&mut self, waits: &[Calls]) -> Result<()> {
         for pid in self.live.keys().copied().collect::<Vec<_>>() {
-            for (tid, call) in calls::blocked_in(pid) {
+            for (tid, call) in calls::blocked_in(pid, waits) {
                 let has_room = match call {
-                    Call::Wait => {
-                        let entry = reactor::waiting(pid, clock::monotonic_ns());
+                    Call::Wait { kind, set } => {
+                        let entry = reactor::waiting(pid, clock::monotonic_ns(), kind, set);
                         insert_new(&mut self.maps.reactors, tid, entry)?
                     }
                     Call::Accept { fd } => match process::socket_inode(pid, fd) {
@@ -216,16 +249,22 @@ impl Observation {
         Ok(())
     }
 
-    /// Remembers the counters of network namespaces as they were when first seen.
+    /// Remembers the counters of the first targets' network namespaces, and forgets those that targets have left:
+    /// the kernel gives their numbers to others.
     fn note_namespaces(&mut self) {
-        for &pid in self.live.keys() {
-            if let Some(netns) = process::network_namespace(pid)
-                && let hash_map::Entry::Vacant(place) = self.drops_before.entry(netns)
-                && let Some(drops) = drops::of_namespace(pid)
-            {
-                place.insert(drops);
-            }
+        let namespaces = self.namespaces();
+        if self.first_look_done {
+            self.drops_before.retain(|netns, _| namespaces.contains_key(netns));
+        } else {
+            let drops =
+                namespaces.iter().filter_map(|(&netns, &pid)| Some((netns, drops::of_namespace(pid)?)));
+            self.drops_before = drops.collect();
         }
+    }
+
+    /// Network namespaces that targets are in, each with one of them.
+    fn namespaces(&self) -> HashMap<u32, u32> {
+        self.live.keys().filter_map(|&pid| Some((process::network_namespace(pid)?, pid))).collect()
     }
 
     /// Asks for names again: a process may have started another program, a thread may have renamed itself.
@@ -235,23 +274,27 @@ impl Observation {
                 *process = Process::of(process.pid);
             }
         }
-        for (&tid, (tgid, name)) in &mut self.names {
-            let now = process::thread_name(*tgid, tid);
+        for (&tid, thread) in &mut self.threads {
+            let now = process::thread_name(thread.pid, tid);
             if !now.is_empty() {
-                *name = now;
+                thread.name = now;
             }
         }
     }
 
-    /// Takes final figures out of the map, so that it holds no more than live threads.
+    /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
     fn collect_finished(&mut self) {
-        for (tid, raw) in entries(&self.maps.reactors) {
+        for (tid, raw) in maps::reactors(&self.maps.reactors) {
+            let now = clock::monotonic_ns();
+            let new = || Thread::of(raw.tgid, tid);
             if reactor::is_final(&raw) {
-                let (_, name) = self.names.remove(&tid).unwrap_or_default();
-                self.finished.push((raw.tgid, reactor::decode(tid, name, &raw, clock::monotonic_ns())));
+                let mut thread = self.threads.remove(&tid).unwrap_or_else(new);
+                let reactor = reactor::decode(tid, thread.name, &raw, &mut thread.prober, now);
+                self.finished.push((raw.tgid, reactor));
                 let _present = self.maps.reactors.remove(&tid);
             } else {
-                self.names.entry(tid).or_insert_with(|| (raw.tgid, process::thread_name(raw.tgid, tid)));
+                let thread = self.threads.entry(tid).or_insert_with(new);
+                let _only_attributes = reactor::lag(&raw, &mut thread.prober, now);
             }
         }
         let surplus = self.finished.len().saturating_sub(ENDED);
@@ -264,7 +307,11 @@ impl Observation {
         if targets_changed {
             listener::find(&mut self.ebpf)?;
         }
-        for (inode, _) in entries(&self.maps.listeners) {
+        for (inode, raw) in entries(&self.maps.listeners) {
+            if raw.unix_name != 0 && self.unix_since_ns.is_none() {
+                self.missing.extend(probes::attach(&mut self.ebpf, When::UnixListener, &[])?);
+                self.unix_since_ns = Some(clock::monotonic_ns());
+            }
             listener::look(&mut self.ebpf, inode)?;
         }
         for (inode, raw) in entries(&self.maps.listeners) {
@@ -283,13 +330,7 @@ impl Observation {
                 // How deep it was when it closed is not to be known any more; how deep it was before is.
                 known.raw.queue = Queue { closed: 1, ..last.queue };
                 self.maps.listeners.remove(&inode)?;
-                let port = PortKey { netns: raw.netns, port: raw.port.into() };
-                let shared = self.listeners.values().any(|other| {
-                    other.raw.queue.closed == 0 && (other.raw.netns, other.raw.port) == (raw.netns, raw.port)
-                });
-                if !shared {
-                    let _unix_has_none = self.maps.ports.remove(&port);
-                }
+                self.expect_none_for(&raw)?;
             }
         }
         self.first_look_done = true;
@@ -305,24 +346,77 @@ impl Observation {
         Ok(())
     }
 
-    /// Attributes a namespace's overflows to a listener where that is certain: where it has dropped nothing, or the
-    /// namespace no more than it alone.
-    fn attribute_overflows(&self, listeners: &mut [(u32, Listener)]) {
-        let namespaces = self.live.keys().filter_map(|&pid| Some((process::network_namespace(pid)?, pid)));
-        let namespaces: HashMap<u32, u32> = namespaces.collect();
-        let grown: HashMap<u32, ListenDrops> = namespaces
-            .into_iter()
+    /// Ends the time stamps for connections to a closed listener, unless they may be another's.
+    fn expect_none_for(&mut self, closed: &RawListener) -> Result<()> {
+        if closed.unix_name != 0 {
+            let _never_wanted = self.maps.unix_names.remove(&closed.unix_name);
+            // Those who waited are gone without an event.
+            for (address, arrival) in entries(&self.maps.queued) {
+                if arrival.unix_name == closed.unix_name {
+                    let _accepted = self.maps.queued.remove(&address);
+                }
+            }
+            return Ok(());
+        }
+        let place = |raw: &RawListener| (raw.netns, raw.port, raw.unix_name);
+        let open = self.listeners.iter().filter(|(_, known)| known.raw.queue.closed == 0);
+        let mut others =
+            open.filter(|(_, known)| place(&known.raw) == place(closed)).map(|(&inode, _)| inode);
+        let port = PortKey { netns: closed.netns, port: closed.port.into() };
+        match (others.next(), others.next()) {
+            (None, _) => {
+                let _never_wanted = self.maps.ports.remove(&port);
+            }
+            (Some(only), None) => self.maps.ports.insert(port, only, 0)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Figures of all listeners, in the order in which they are known.
+    fn decode_listeners(&mut self) -> Result<Vec<Listener>> {
+        let mut looks = 0;
+        loop {
+            let known = self.listeners.values();
+            let mut listeners: Vec<_> =
+                known.map(|known| listener::decode(&known.raw, known.before, self.unix_since_ns)).collect();
+            looks += 1;
+            if self.attribute_overflows(&mut listeners) || looks == LOOKS {
+                return Ok(listeners);
+            }
+            self.refresh_listeners(false)?;
+        }
+    }
+
+    /// Attributes namespaces' overflows to listeners where that is certain. Returns whether looking again would
+    /// make no more certain.
+    fn attribute_overflows(&self, listeners: &mut [Listener]) -> bool {
+        let namespaces: Vec<u32> = self.listeners.values().map(|known| known.raw.netns).collect();
+        let mut dropping = HashMap::<u32, u32>::new();
+        for (&netns, _) in namespaces.iter().zip(&*listeners).filter(|(_, listener)| listener.drops > 0) {
+            *dropping.entry(netns).or_default() += 1;
+        }
+        let now = self.namespaces();
+        let now = now.into_iter().filter(|(netns, _)| dropping.contains_key(netns));
+        let grown: HashMap<u32, ListenDrops> = now
             .filter_map(|(netns, pid)| {
-                Some((netns, drops::of_namespace(pid)? - *self.drops_before.get(&netns)?))
+                let before = self.drops_before.get(&netns).copied().unwrap_or_default();
+                Some((netns, drops::of_namespace(pid)?.since(before)?))
             })
             .collect();
-        for (netns, listener) in listeners.iter_mut().filter(|(_, listener)| listener.protocol == "tcp") {
+        let mut is_final = true;
+        for (netns, listener) in namespaces.iter().zip(listeners).filter(|(_, l)| l.protocol == "tcp") {
+            let others_dropped = dropping.get(netns).is_some_and(|&count| count > 1);
             listener.overflows = match grown.get(netns) {
                 _ if listener.drops == 0 => Some(0),
-                Some(namespace) if namespace.drops == u64::from(listener.drops) => Some(namespace.overflows),
+                // What a closed one dropped after the last look, nobody knows.
+                Some(grown) if !listener.closed => grown.overflows_of(listener.drops, others_dropped),
                 _ => None,
             };
+            let is_outrun = grown.get(netns).is_some_and(|grown| grown.drops > listener.drops.into());
+            is_final &= listener.overflows.is_some() || others_dropped || !is_outrun;
         }
+        is_final
     }
 
     /// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
@@ -340,19 +434,18 @@ impl Observation {
         for (tgid, finished) in &self.finished {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
-        for (tid, raw) in entries::<u32, RawReactor>(&self.maps.reactors) {
-            let name = self.names.get(&tid).map(|(_, name)| name.clone()).unwrap_or_default();
-            let reactor = reactor::decode(tid, name, &raw, clock::monotonic_ns());
+        for (tid, raw) in maps::reactors(&self.maps.reactors) {
+            let thread = self.threads.entry(tid).or_insert_with(|| Thread::of(raw.tgid, tid));
+            let now = clock::monotonic_ns();
+            let mut reactor = reactor::decode(tid, thread.name.clone(), &raw, &mut thread.prober, now);
+            if reactor.current_slice_seconds.is_some_and(|age| age >= LATE) {
+                reactor.current_stack = Some(self.looker.look(raw.tgid, tid));
+            }
             reactors.entry(raw.tgid).or_default().push(reactor);
         }
         let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
-        let mut decoded: Vec<_> = self
-            .listeners
-            .values()
-            .map(|known| (known.raw.netns, listener::decode(&known.raw, known.before, self.attached_ns)))
-            .collect();
-        self.attribute_overflows(&mut decoded);
-        for (known, (_, figures)) in self.listeners.values().zip(decoded) {
+        let decoded = self.decode_listeners()?;
+        for (known, figures) in self.listeners.values().zip(decoded) {
             listeners.entry(self.owner(&known.raw)).or_default().push(figures);
         }
         let processes = self.exited.iter().map(|p| (p, true)).chain(self.live.values().map(|p| (p, false)));
@@ -361,6 +454,7 @@ impl Observation {
                 pid: process.pid,
                 comm: process.comm.clone(),
                 exe: process.exe.clone(),
+                container: process.container.clone(),
                 exited,
                 listeners: numbered(listeners.remove(&process.pid).unwrap_or_default()),
                 reactors: mem::take(reactors.entry(process.pid).or_default()),
@@ -380,13 +474,23 @@ impl Observation {
     }
 
     fn own(&self) -> Result<Own> {
-        let lost = self.maps.losses()?.into_iter().map(|(cause, count)| Lost { cause, count }).collect();
+        let mut lost = Vec::new();
+        for (loss, cause) in Loss::ALL {
+            let before = if loss == Loss::AcceptUnattributed { self.unattributed_before } else { 0 };
+            lost.push(Lost { cause, count: self.maps.lost(loss)?.saturating_sub(before) });
+        }
         Ok(Own {
             version: env!("CARGO_PKG_VERSION"),
             kernel: self.kernel.clone(),
             lost,
             missing: self.missing.clone(),
         })
+    }
+}
+
+impl Thread {
+    fn of(pid: u32, tid: u32) -> Self {
+        Self { pid, name: process::thread_name(pid, tid), prober: Prober::default() }
     }
 }
 

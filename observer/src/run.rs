@@ -33,7 +33,11 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// Observes what the command line asks for.
 pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
-    let selection = Selection { pids: observe.pids.iter().copied().collect(), follow: !observe.no_follow };
+    let selection = Selection {
+        pids: observe.pids.iter().copied().collect(),
+        follow: !observe.no_follow,
+        calls: observe.reactor_calls.clone(),
+    };
     run(&selection, &observe.output)?;
     Ok(ExitCode::SUCCESS)
 }

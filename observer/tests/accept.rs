@@ -1,13 +1,15 @@
 //! The accept probe against real servers: every connection counted once, every wait as long as it was.
 
 use std::{
-    process::{Command, Stdio},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use crate::support::{
+    acceptor::Acceptor,
     http, is_emulated,
+    load::{observe, wrk},
     observer::{Observer, in_flight},
     send,
     servers::{Server, children},
@@ -17,21 +19,11 @@ use nix::sys::signal::Signal;
 /// Known operations.
 const CONNECTIONS: u64 = 23;
 
-/// Runs a load and compares observer's accepts with the server's own count.
+/// Runs a load on a server with one listener and compares counts; returns the server's.
 fn assert_counts_equal(server: &Server, own_count: impl Fn(&Server) -> u64, load: impl FnOnce(u16)) -> u64 {
-    let before = own_count(server);
-    let observer = Observer::of(server.pid());
-    load(server.port);
-    let connections = own_count(server) - before;
-    assert_eq!(in_flight(), 0, "connections remembered though none waits");
-    let report = observer.finish();
-    report.assert_complete();
+    let (connections, report) = observe(server, own_count, load);
     let listener = report.listener(server.port);
     assert_eq!(listener["accepts"], connections, "{listener:#}");
-    assert_eq!(listener["arrivals"], connections, "{listener:#}");
-    assert_eq!(listener["wait"]["count"], connections, "{listener:#}");
-    assert_eq!(listener["accepts_unknown_wait"], 0, "{listener:#}");
-    assert_eq!(listener["depth"], 0, "{listener:#}");
     connections
 }
 
@@ -45,25 +37,6 @@ fn keep_alive(port: u16) {
     for _ in 0..CONNECTIONS {
         http::get_many(port, "/", 10);
     }
-}
-
-/// Real load, bounded in time: on real hardware until more than 100,000 connections were made.
-fn wrk(port: u16, server: &Server, headers: &[&str], wanted: u64) {
-    let seconds = if is_emulated() { "2" } else { "5" };
-    for _ in 0..12 {
-        let status = Command::new("wrk")
-            .args(["-t", "2", "-c", "32", "-d", seconds])
-            .args(headers.iter().flat_map(|header| ["-H", header]))
-            .arg(format!("http://127.0.0.1:{port}/"))
-            .stdout(Stdio::null())
-            .status()
-            .expect("wrk is installed");
-        assert!(status.success());
-        if is_emulated() || server.nginx_accepts() > wanted {
-            return;
-        }
-    }
-    panic!("fewer than {wanted} connections in a minute");
 }
 
 #[test]
@@ -89,7 +62,7 @@ fn nginx_23_connections_with_keep_alive() {
 fn nginx_under_load_without_keep_alive() {
     for workers in [1, 2] {
         let server = Server::nginx(workers);
-        let load = |port| wrk(port, &server, &["Connection: close"], 100_000);
+        let load = |port| wrk(port, &["Connection: close"], || server.nginx_accepts() > 100_000);
         let connections = assert_counts_equal(&server, Server::nginx_accepts, load);
         assert!(is_emulated() || connections > 100_000);
         eprintln!("{workers} workers: {connections} connections counted");
@@ -100,30 +73,8 @@ fn nginx_under_load_without_keep_alive() {
 fn nginx_under_load_with_keep_alive() {
     for workers in [1, 2] {
         let server = Server::nginx(workers);
-        assert_counts_equal(&server, Server::nginx_accepts, |port| wrk(port, &server, &[], 0));
+        assert_counts_equal(&server, Server::nginx_accepts, |port| wrk(port, &[], || true));
     }
-}
-
-/// One listener for each worker: together they accept what nginx counts, and each is listed with its worker.
-#[test]
-fn nginx_with_a_listener_for_each_worker() {
-    let server = Server::nginx_reuseport(2);
-    let before = server.nginx_accepts();
-    let observer = Observer::of(server.pid());
-    for _ in 0..10 * CONNECTIONS {
-        http::get(server.port, "/");
-    }
-    let connections = server.nginx_accepts() - before;
-    let report = observer.finish();
-    report.assert_complete();
-    let accepts = |pid: u32| {
-        let listeners = report.target(pid)["listeners"].as_array().unwrap();
-        assert_eq!(listeners.len(), 1, "{:#}", report.target(pid));
-        listeners[0]["accepts"].as_u64().unwrap()
-    };
-    let each: Vec<u64> = children(server.pid()).into_iter().map(accepts).collect();
-    assert_eq!(each.iter().sum::<u64>(), connections, "{each:?}");
-    assert!(each.iter().all(|&accepts| accepts > 0), "{each:?}");
 }
 
 #[test]
@@ -223,4 +174,32 @@ fn depth_and_limit_agree_with_ss() {
     assert_eq!(listener["limit"].to_string(), columns[2], "{ss}");
     assert_eq!(listener["depth"], waiting.len());
     assert_eq!(listener["accepts"], 0);
+}
+
+/// A connection made from a SYN cookie has no request that waits for the handshake's end, and its wait all the same.
+#[test]
+fn connections_by_syn_cookie_have_their_wait_measured() {
+    const HOLD: Duration = Duration::from_millis(200);
+    let mut acceptor = Acceptor::in_own_namespace(128);
+    acceptor.tool("sh", &["-c", "echo 2 >/proc/sys/net/ipv4/tcp_syncookies"]);
+    let observer = Observer::of(acceptor.pid());
+    let before_connect = Instant::now();
+    assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS}")), u32::try_from(CONNECTIONS).unwrap());
+    let after_connect = Instant::now();
+    thread::sleep(HOLD);
+    let shortest = after_connect.elapsed().as_secs_f64();
+    assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), u32::try_from(CONNECTIONS).unwrap());
+    let longest = before_connect.elapsed().as_secs_f64();
+    assert_eq!(acceptor.nstat("TcpExtSyncookiesRecv"), CONNECTIONS, "made from cookies");
+
+    assert_eq!(in_flight(), 0, "connections remembered though none waits");
+    let report = observer.finish();
+    report.assert_complete();
+    let listener = report.listeners(&format!("127.0.0.1:{}", acceptor.place()))[0];
+    assert_eq!(listener["accepts"], CONNECTIONS, "{listener:#}");
+    assert_eq!(listener["arrivals"], CONNECTIONS, "{listener:#}");
+    assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");
+    let (min, max) = (listener["wait"]["min"].as_f64().unwrap(), listener["wait"]["max"].as_f64().unwrap());
+    eprintln!("waits {min:.4} to {max:.4} s, truth between {shortest:.4} and {longest:.4} s");
+    assert!(shortest - 0.005 <= min && max <= longest + 0.005, "not in {shortest}..={longest}: {listener:#}");
 }

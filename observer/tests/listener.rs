@@ -5,58 +5,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::Value;
-
 use crate::support::{
-    acceptor::Acceptor,
-    http,
+    acceptor::{self, Acceptor, CONNECTIONS},
     observer::{Observer, in_flight},
+    wait_for,
 };
 
-/// Known operations, and how long each connection is kept waiting.
-const CONNECTIONS: u32 = 23;
-const HOLD: Duration = Duration::from_millis(200);
-
-/// Keeps connections waiting, looks at the queue meanwhile and accepts them all.
-fn hold_and_accept(kind: &str, method: &str, client: &str, address: &str) -> Value {
-    let mut acceptor = Acceptor::new(kind, method, 128);
-    let observer = Observer::of(acceptor.pid());
-    let before_connect = Instant::now();
-    assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS} {client}")), CONNECTIONS);
-    let after_connect = Instant::now();
-    thread::sleep(HOLD);
-    let (depth, limit) = acceptor.ss();
-    let shortest = after_connect.elapsed().as_secs_f64();
-    assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), CONNECTIONS);
-    let longest = before_connect.elapsed().as_secs_f64();
-
-    let report = observer.finish();
-    report.assert_complete();
-    let found = report.listeners(&address.replace("PLACE", acceptor.place()));
-    assert_eq!(found.len(), 1, "{address} in {:#}", report.0);
-    let listener = found[0];
-    assert_eq!(listener["accepts"], CONNECTIONS, "{listener:#}");
-    assert_eq!(listener["arrivals"], CONNECTIONS, "{listener:#}");
-    assert_eq!(listener["peak"], depth, "ss saw {depth}: {listener:#}");
-    assert_eq!(listener["limit"], limit, "ss saw {limit}: {listener:#}");
-    assert_eq!(listener["depth"], 0, "{listener:#}");
-    assert_eq!(listener["depth_on_accept"]["sum"], (1..=CONNECTIONS).sum::<u32>(), "{listener:#}");
-    if listener["protocol"] == "tcp" {
-        assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");
-        let (min, max) =
-            (listener["wait"]["min"].as_f64().unwrap(), listener["wait"]["max"].as_f64().unwrap());
-        eprintln!(
-            "{kind} {method}: waits {min:.4} to {max:.4} s, truth between {shortest:.4} and {longest:.4} s"
-        );
-        assert!(
-            shortest - 0.005 <= min && max <= longest + 0.005,
-            "not in {shortest}..={longest}: {listener:#}"
-        );
-    } else {
-        // When a unix connection began to wait, the kernel does not tell.
-        assert_eq!(listener["accepts_unknown_wait"], CONNECTIONS, "{listener:#}");
-    }
-    listener.clone()
+/// Waits are measured, all of them.
+fn hold_and_accept(kind: &str, method: &str, client: &str, address: &str) {
+    let acceptor = Acceptor::new(kind, method, 128);
+    let listener = acceptor::hold_and_accept(acceptor, &format!("{kind} {client} {method}"), client, address);
+    assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");
 }
 
 #[test]
@@ -109,6 +68,54 @@ fn a_stuck_member_of_a_reuseport_group_stands_out() {
     assert_eq!(accepts, u64::from(80 - depth));
 }
 
+/// Nobody accepts, so the connection that waits longest gets older as time goes by.
+fn assert_the_oldest_ages(observer: &Observer) {
+    let age = || (Instant::now(), observer.figure("observer_accept_queue_oldest_seconds"));
+    let first = age();
+    thread::sleep(Duration::from_millis(700));
+    let second = age();
+    let grown = second.1 - first.1;
+    let truth = (second.0 - first.0).as_secs_f64();
+    assert!((grown - truth).abs() < 0.1 * truth + 0.02, "the oldest aged {grown} s in {truth} s");
+}
+
+/// A unix connection that came after observer did is as old as it is, one from before at least as old as observer.
+#[test]
+fn the_oldest_unix_connection_ages() {
+    for connects_before in [false, true] {
+        let mut acceptor = Acceptor::new("unix", "accept4", 16);
+        if connects_before {
+            acceptor.tell("connect 1");
+            thread::sleep(Duration::from_millis(500));
+        }
+        let observer = Observer::start(&["--pid", &acceptor.pid().to_string(), "--listen", "127.0.0.1:0"]);
+        let came = Instant::now();
+        acceptor.tell("connect 3");
+        assert_the_oldest_ages(&observer);
+        let oldest = observer.figure("observer_accept_queue_oldest_seconds");
+        let limit = came.elapsed().as_secs_f64() + if connects_before { 0.2 } else { 0.0 };
+        assert!(oldest <= limit, "{oldest} s, though observer came {limit} s ago");
+        let report = observer.finish();
+        let listener = report.listeners(&format!("unix:{}", acceptor.place()))[0];
+        assert_eq!(listener["oldest_is_lower_bound"], connects_before, "{listener:#}");
+        assert_eq!(listener["depth"], 3 + u32::from(connects_before), "{listener:#}");
+    }
+}
+
+/// Connections that wait die with their listener; nothing of them is kept.
+#[test]
+fn a_listener_that_closes_leaves_nothing_behind() {
+    for kind in ["v4", "unix"] {
+        let mut acceptor = Acceptor::new(kind, "accept4", 16);
+        let observer = Observer::of(acceptor.pid());
+        assert_eq!(acceptor.tell("connect 5"), 5);
+        assert_eq!(in_flight(), 5, "{kind}");
+        acceptor.tell("close");
+        wait_for("the closed listener to be noticed", || (in_flight() == 0).then_some(()));
+        observer.finish().assert_complete();
+    }
+}
+
 /// A listener with room for 8, nobody who accepts, and 200 who come.
 #[test]
 fn an_overflow_agrees_with_ss_and_nstat() {
@@ -116,19 +123,7 @@ fn an_overflow_agrees_with_ss_and_nstat() {
     let arguments = ["--pid", &acceptor.pid().to_string(), "--listen", "127.0.0.1:0"];
     let observer = Observer::start(&arguments);
     acceptor.tell("connect 200");
-    let age = || {
-        let scrape = http::get(observer.port(), "/metrics");
-        let line =
-            scrape.lines().find(|line| line.starts_with("observer_accept_queue_oldest_seconds{")).unwrap();
-        (Instant::now(), line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
-    };
-    let (first, second) = (age(), {
-        thread::sleep(Duration::from_millis(700));
-        age()
-    });
-    let grown = second.1 - first.1;
-    let truth = (second.0 - first.0).as_secs_f64();
-    assert!((grown - truth).abs() < 0.1 * truth + 0.02, "the oldest aged {grown} s in {truth} s");
+    assert_the_oldest_ages(&observer);
 
     let (depth, limit) = acceptor.ss();
     let before = (acceptor.nstat("TcpExtListenDrops"), acceptor.nstat("TcpExtListenOverflows"));
@@ -159,16 +154,11 @@ fn resets_in_the_queue_are_counted_and_leave_nothing_behind() {
     assert_eq!(acceptor.tell("connect 1000"), 1000);
     acceptor.tell("reset");
     let (depth, _) = acceptor.ss();
-    let scrape = http::get(observer.port(), "/metrics");
-    let figure = |name: &str| {
-        let line = scrape.lines().find(|line| line.starts_with(&format!("{name}{{"))).unwrap();
-        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
-    };
-    assert_eq!(figure("observer_accept_queue_aborted_total"), 1000.0);
-    assert_eq!(figure("observer_accept_queue_accepts_total"), 0.0);
+    assert_eq!(observer.figure("observer_accept_queue_aborted_total"), 1000.0);
+    assert_eq!(observer.figure("observer_accept_queue_accepts_total"), 0.0);
     // The kernel keeps them until somebody accepts them.
-    assert_eq!(figure("observer_accept_queue_depth"), f64::from(depth));
-    assert_eq!(figure("observer_accept_queue_oldest_seconds"), 0.0);
+    assert_eq!(observer.figure("observer_accept_queue_depth"), f64::from(depth));
+    assert_eq!(observer.figure("observer_accept_queue_oldest_seconds"), 0.0);
     assert_eq!(in_flight(), 0, "connections remembered though none waits");
 
     acceptor.tell("accept 1000");

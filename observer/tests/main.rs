@@ -2,9 +2,17 @@
 //! command line and for what comes out. They run one at a time, because they share the machine's scheduler.
 
 mod accept;
+mod calls;
 mod cli;
+mod container;
+mod drops;
 mod exports;
+mod flood;
+mod lag;
 mod listener;
 mod process;
 mod reactor;
+mod ring;
+mod servers;
+mod stacks;
 mod support;

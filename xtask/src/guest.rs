@@ -16,6 +16,9 @@ const PROGRAMS: &[&str] = &[
     "busybox",
     "nginx",
     "redis-server",
+    "redis-benchmark",
+    "haproxy",
+    "runc",
     "wrk",
     "bpftool",
     "node",
@@ -28,6 +31,10 @@ const PROGRAMS: &[&str] = &[
 
 /// Debian's own: a version manager's Python lies in many places.
 const PYTHON: &str = "/usr/bin/python3";
+
+/// Where Debian has gunicorn, and what that imports; of what else is installed there no server needs anything.
+const PYTHON_PACKAGES: &[&str] =
+    &["/usr/lib/python3/dist-packages/gunicorn", "/usr/lib/python3/dist-packages/pkg_resources"];
 
 const PASSWD: &str = "root:x:0:0:root:/tmp:/bin/sh
 www-data:x:33:33:www-data:/var/www:/bin/false
@@ -100,5 +107,8 @@ fn add_python(image: &mut Image) -> Result<()> {
     let without = ["dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter"];
     image.add_program(Path::new(PYTHON));
     image.add_tree(Path::new(library), &[&without.map(OsStr::new)[..], &[for_linking]].concat());
+    for package in PYTHON_PACKAGES {
+        image.add_tree(Path::new(package), &[]);
+    }
     Ok(())
 }

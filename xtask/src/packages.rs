@@ -10,11 +10,23 @@ use crate::shell::{find, is_root, quietly};
 use crate::toolchain::DEBIAN_LLVM;
 
 /// The servers and tools that the tests observe or compare with.
-const TESTS: &[&str] =
-    &["nginx-light", "redis-server", "wrk", "bpftool", "python3", "iproute2", "util-linux"];
+const TESTS: &[&str] = &[
+    "nginx-light",
+    "redis-server",
+    "haproxy",
+    "python3-gunicorn",
+    "runc",
+    "busybox-static",
+    "wrk",
+    "bpftool",
+    "python3",
+    "ruby",
+    "iproute2",
+    "util-linux",
+];
 
 /// What boots the kernels of `xtask vm` and `xtask test`.
-const EMULATOR: &[&str] = &["qemu-system-x86", "busybox-static"];
+const EMULATOR: &[&str] = &["qemu-system-x86"];
 
 /// Debian's current Rust with the standard library's source, and the LLVM it was built with.
 pub(crate) fn for_ebpf() -> Vec<String> {

@@ -77,11 +77,11 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
         let ebpf = ["--package", "observer-ebpf", "--config", abort, "--", "-D", "warnings"];
         check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)
     });
-    let (observer, tests) = report.stage("build", |_| {
+    let (observer, tests, programs) = report.stage("build", |_| {
         let args = ["--workspace", "--exclude", "observer-ebpf", "--no-run"];
-        let mut tests = build("test", &args)?;
-        tests.retain(|executable| executable.is_test);
-        Ok((observer::build()?, tests))
+        let built = build("test", &args)?.into_iter();
+        let (tests, programs): (Vec<_>, Vec<_>) = built.partition(|executable| executable.is_test);
+        Ok((observer::build()?, tests, programs))
     })?;
 
     if machines.contains(&Machine::Host) {
@@ -92,7 +92,7 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
     }
     for series in guests {
         report.stage(&format!("tests on {series}"), |tally| {
-            test_in_guest(series, &observer, &tests, filter, tally)?;
+            test_in_guest(series, &observer, &tests, &programs, filter, tally)?;
             expect_some(tally, filter)
         });
     }
@@ -134,11 +134,15 @@ fn test_in_guest(
     series: Series,
     observer: &Path,
     tests: &[Executable],
+    programs: &[Executable],
     filter: Option<&str>,
     tally: &mut Tally,
 ) -> Result<()> {
     let kernel = series.kernel()?;
     let mut image = guest::image(observer, &kernel)?;
+    for program in programs.iter().filter(|program| GUEST_PACKAGES.contains(&program.package())) {
+        image.add_program(&program.path);
+    }
     let mut commands = String::from("failed=0\n");
     for test in tests.iter().filter(|test| GUEST_PACKAGES.contains(&test.package())) {
         image.add_program(&test.path);

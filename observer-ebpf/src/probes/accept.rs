@@ -1,7 +1,7 @@
 //! *accept*: how long connections wait between the end of their handshake and the target's accept.
 
 use aya_ebpf::{
-    bindings::BPF_ANY,
+    bindings::{BPF_ANY, BPF_EXIST},
     helpers::bpf_ktime_get_ns,
     macros::{btf_tracepoint, map, tracepoint},
     maps::HashMap,
@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use observer_common::{
-    accept::{Accepting, PortKey, SEVERAL},
+    accept::{Accepting, Arrival, PortKey, SEVERAL},
     listener::{DEPTHS, Listener, depth_bucket},
     loss::Loss,
 };
@@ -20,13 +20,15 @@ use crate::{
     kernel::{self, OpenFile, Sock, Socket},
 };
 
-/// Ports of targets' listeners: other connections get no time stamp.
+/// Ports of targets' listeners, each with the listener's key, or 0 if there are several: other connections get no
+/// time stamp.
 #[map]
-static PORTS: HashMap<PortKey, u8> = HashMap::with_max_entries(4096, 0);
+static PORTS: HashMap<PortKey, u64> = HashMap::with_max_entries(4096, 0);
 
-/// When each connection that waits to be accepted had its handshake done, by address of its socket.
+/// When each connection that waits to be accepted had its handshake done, by address of its socket; of a unix
+/// connection, of its client's.
 #[map]
-static QUEUED: HashMap<u64, u64> = HashMap::with_max_entries(65_536, 0);
+static QUEUED: HashMap<u64, Arrival> = HashMap::with_max_entries(65_536, 0);
 
 /// Each thread inside an accept call, by thread id.
 #[map]
@@ -47,7 +49,7 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
             warn!(&ctx, "no room for a connection that waits on port {}", sock.port());
         }
     } else if to == CLOSED {
-        let _absent = QUEUED.remove(sock.address());
+        forget(sock.address());
     }
     0
 }
@@ -113,11 +115,20 @@ fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
         return None;
     };
     let listener = listener::listener_with(call.inode)?;
-    let connection = file.known_socket()?;
-    let depth = call.depth;
-    let arrived = arrival_of(connection);
-    // SAFETY: a live map value; counters and histogram are updated atomically, and of two processes that write
-    // `accepter` at once either makes it right with its next accept.
+    // SAFETY: a live map value.
+    unsafe { count(listener, file.known_socket(), call.depth, tgid) };
+    Some(())
+}
+
+/// Counts a connection that a target has accepted, and how many had waited when it did. `None` stands for a connection
+/// that nobody can find any more.
+///
+/// # Safety
+/// `listener` points to a live map value.
+#[inline(always)]
+pub(super) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, depth: u32, tgid: u32) {
+    // SAFETY: by contract; counters and histogram are updated atomically, and of two processes that write `accepter`
+    // at once either makes it right with its next accept.
     unsafe {
         add(&raw mut (*listener).accepts, 1);
         add(&raw mut (*listener).depths_sum, u64::from(depth));
@@ -127,16 +138,23 @@ fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
             other if other != tgid => (*listener).accepter = SEVERAL,
             _ => {}
         }
-        if let Some(at) = arrived {
-            record(&raw mut (*listener).wait, bpf_ktime_get_ns().saturating_sub(at));
-            let _present = QUEUED.remove(connection.address());
-        } else if connection.is_closed() {
+        if let Some(address) = connection.and_then(queued_as)
+            && let Some(arrival) = QUEUED.get_ptr(address)
+        {
+            record(&raw mut (*listener).wait, bpf_ktime_get_ns().saturating_sub((*arrival).at_ns));
+            let _present = QUEUED.remove(address);
+        } else if connection.is_some_and(Socket::is_closed) {
             add(&raw mut (*listener).accepts_aborted, 1);
         } else {
             add(&raw mut (*listener).accepts_without_arrival, 1);
         }
     }
-    Some(())
+}
+
+/// What a connection that waits, or has just been accepted, is known by in `QUEUED`.
+#[inline(always)]
+fn queued_as(connection: Socket) -> Option<u64> {
+    if connection.is_unix() { Some(connection.peer()?.address()) } else { Some(connection.address()) }
 }
 
 /// # Safety
@@ -155,9 +173,9 @@ unsafe fn count_depth(listener: *mut Listener, depth: u32) {
 /// When a connection that waits had its handshake done, if anybody saw that.
 #[inline(always)]
 pub(super) fn arrival_of(connection: Socket) -> Option<u64> {
-    QUEUED.get_ptr(connection.address()).map(|at| {
-        // SAFETY: a live map value, written once.
-        unsafe { *at }
+    QUEUED.get_ptr(queued_as(connection)?).map(|arrival| {
+        // SAFETY: a live map value; eight bytes are written at once.
+        unsafe { (*arrival).at_ns }
     })
 }
 
@@ -167,15 +185,42 @@ fn is_wanted(sock: &Sock) -> bool {
     PORTS.get_ptr(PortKey { netns: sock.netns(), port: u32::from(sock.port()) }).is_some()
 }
 
-/// Makes connections to this port worth a time stamp.
+/// Makes connections to this listener's port worth a time stamp.
 #[inline(always)]
-pub(super) fn want(netns: u32, port: u16) {
+pub(super) fn want(netns: u32, port: u16, inode: u64) {
     let key = PortKey { netns, port: u32::from(port) };
-    let _full_means_unknown_waits = PORTS.insert(key, 1, u64::from(BPF_ANY));
+    let only = if PORTS.get_ptr(key).is_some() { 0 } else { inode };
+    let _full_means_unknown_waits = PORTS.insert(key, only, u64::from(BPF_ANY));
 }
 
+/// Key of the listener that a connection was made to, if only one can be meant.
 #[inline(always)]
-fn queue(address: u64) -> Result<(), i32> {
+pub(super) fn only_listener_for(connection: Socket) -> Option<u64> {
+    let key = PortKey { netns: connection.netns()?, port: u32::from(connection.port()?) };
+    PORTS.get_ptr(key).map(|inode| {
+        // SAFETY: a live map value; eight bytes are written at once.
+        unsafe { *inode }
+    })
+}
+
+/// Remembers that a connection begins to wait now.
+#[inline(always)]
+pub(super) fn queue(address: u64) -> Result<(), i32> {
     // SAFETY: has no preconditions.
-    QUEUED.insert(address, unsafe { bpf_ktime_get_ns() }, u64::from(BPF_ANY))
+    let arrival = Arrival { at_ns: unsafe { bpf_ktime_get_ns() }, unix_name: 0 };
+    QUEUED.insert(address, arrival, u64::from(BPF_ANY))
+}
+
+/// The same of a unix connection to the listener of this name, unless it has been accepted in the meantime.
+#[inline(always)]
+pub(super) fn queue_again(address: u64, unix_name: u64) {
+    // SAFETY: has no preconditions.
+    let arrival = Arrival { at_ns: unsafe { bpf_ktime_get_ns() }, unix_name };
+    let _accepted = QUEUED.insert(address, arrival, u64::from(BPF_EXIST));
+}
+
+/// Forgets a connection that does not wait.
+#[inline(always)]
+pub(super) fn forget(address: u64) {
+    let _absent = QUEUED.remove(address);
 }

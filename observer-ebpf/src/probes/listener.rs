@@ -15,7 +15,7 @@ use observer_common::{
     loss::Loss,
 };
 
-use super::{accept, process};
+use super::{accept, connect, process};
 use crate::{
     emit::lost,
     kernel::{self, OpenFile, Socket},
@@ -95,14 +95,17 @@ pub(super) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
     unsafe {
         (*listener).sk = socket.address();
         (*listener).owner = tgid;
+        (*listener).since_ns = bpf_ktime_get_ns();
         (*listener).netns = socket.netns()?;
         (*listener).family = socket.family()?;
         let length = socket.name(&mut (*listener).name)?;
         if socket.is_unix() {
             (*listener).port = length;
+            (*listener).unix_name = socket.unix_name()?;
+            connect::want((*listener).unix_name);
         } else {
             (*listener).port = socket.port()?;
-            accept::want((*listener).netns, (*listener).port);
+            accept::want((*listener).netns, (*listener).port, inode);
         }
     }
     Some((inode, listener))
@@ -116,6 +119,7 @@ fn inherit(file: OpenFile, tgid: u32) {
         unsafe {
             if !process::is_target((*listener).owner) {
                 (*listener).owner = tgid;
+                (*listener).since_ns = bpf_ktime_get_ns();
             }
         }
     }
@@ -141,6 +145,7 @@ unsafe fn look_at(queue: *mut Queue, socket: Socket) {
         (*queue).limit = socket.limit().unwrap_or(0);
         (*queue).drops = socket.drops().unwrap_or(0);
         if socket.is_unix() {
+            (*queue).oldest_ns = socket.first_unix_waiting().and_then(accept::arrival_of).unwrap_or(0);
             return;
         }
         (*queue).half_open = socket.half_open().unwrap_or(0);

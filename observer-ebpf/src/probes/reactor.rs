@@ -1,4 +1,5 @@
-//! *reactor*: what a thread that waits for events does between two waits, how long, and whether it had a CPU.
+//! *reactor*: what a thread that waits for events does between two waits, how long, and whether it had a CPU; and how
+//! late its waits return. One program for each shape of call, because each has its arguments in other places.
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
@@ -7,10 +8,9 @@ use aya_ebpf::{
     maps::HashMap,
     programs::{BtfTracePointContext, TracePointContext},
 };
-use aya_log_ebpf::warn;
 use observer_common::{
     loss::Loss,
-    reactor::{Phase, RUN_STATES, Reactor, Run},
+    reactor::{Call, FOREVER, Kind, Phase, RUN_STATES, Reactor, Run},
 };
 
 use super::process;
@@ -27,38 +27,255 @@ static REACTORS: HashMap<u32, Reactor> = HashMap::with_max_entries(1024, 0);
 /// What a new entry starts from: too large for the stack.
 static NEW: Reactor = Reactor::EMPTY;
 
-/// The current thread enters a wait for events: the slice, if one was seen to begin, is over.
+/// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and how a wait of a ring says that its time was up.
+const GETEVENTS: u32 = 1 << 0;
+const EXT_ARG: u32 = 1 << 3;
+const ETIME: i64 = -62;
+/// Answer of an interrupted `poll` that the kernel will go on with: the wait is not over.
+const ERESTART_RESTARTBLOCK: i64 = -516;
+
+/// Words of a `fd_set` that are looked at, as many as C libraries have.
+const SET_WORDS: u32 = 16;
+
 #[tracepoint]
-fn wait_enter(ctx: TracePointContext) -> u32 {
-    let Some(reactor) = current_reactor(&ctx) else { return 0 };
-    // SAFETY: a live map value that only this thread writes while it runs.
-    unsafe {
-        let now = bpf_ktime_get_ns();
-        if (*reactor).phase == Phase::Slice as u32 {
-            turn(reactor, Run::Cpu, now);
-            record(&raw mut (*reactor).slice, now.saturating_sub((*reactor).phase_since_ns));
-        }
-        (*reactor).phase = Phase::Waiting as u32;
-        (*reactor).phase_since_ns = now;
-        (*reactor).run = Run::Cpu as u32;
-        (*reactor).run_since_ns = now;
+fn epoll_enter(ctx: TracePointContext) -> u32 {
+    if let Some(thread) = Thread::current() {
+        thread.enters(epoll(&ctx));
     }
     0
 }
 
-/// The current thread returns from a wait for events: a slice begins.
+#[inline(always)]
+fn epoll(ctx: &TracePointContext) -> Option<Call> {
+    let [set, _, _, timeout] = kernel::arguments(ctx)?;
+    Some(Call { kind: Kind::Epoll, set: low(set), is_single: false, timeout_ns: milliseconds(timeout) })
+}
+
 #[tracepoint]
-fn wait_exit(ctx: TracePointContext) -> u32 {
-    let Some(reactor) = current_reactor(&ctx) else { return 0 };
-    // SAFETY: as above.
+fn pwait2_enter(ctx: TracePointContext) -> u32 {
+    if let Some(thread) = Thread::current() {
+        thread.enters(pwait2(&ctx));
+    }
+    0
+}
+
+#[inline(always)]
+fn pwait2(ctx: &TracePointContext) -> Option<Call> {
+    let [set, _, _, timeout] = kernel::arguments(ctx)?;
+    Some(Call { kind: Kind::Epoll, set: low(set), is_single: false, timeout_ns: timespec(timeout) })
+}
+
+#[tracepoint]
+fn uring_enter(ctx: TracePointContext) -> u32 {
+    if let Some(thread) = Thread::current() {
+        thread.enters(uring(&ctx));
+    }
+    0
+}
+
+/// Submissions alone are part of the slice; only a call that asks for completions waits.
+#[inline(always)]
+fn uring(ctx: &TracePointContext) -> Option<Call> {
+    let [ring, _, completions, flags, argument] = kernel::arguments(ctx)?;
+    if low(completions) == 0 || low(flags) & GETEVENTS == 0 {
+        return None;
+    }
+    // `struct io_uring_getevents_arg`: a signal mask, its size, padding, and a pointer to a timespec.
+    let timeout = if low(flags) & EXT_ARG == 0 { None } else { kernel::pointed::<[u64; 3]>(argument) };
+    let timeout_ns = timeout.map_or(FOREVER, |[_, _, timeout]| timespec(timeout));
+    Some(Call { kind: Kind::IoUring, set: low(ring), is_single: false, timeout_ns })
+}
+
+#[tracepoint]
+fn poll_enter(ctx: TracePointContext) -> u32 {
+    if let Some(thread) = Thread::current() {
+        thread.enters(poll(&ctx));
+    }
+    0
+}
+
+#[inline(always)]
+fn poll(ctx: &TracePointContext) -> Option<Call> {
+    let [descriptors, count, timeout] = kernel::arguments(ctx)?;
+    polled(descriptors, low(count), milliseconds(timeout))
+}
+
+#[tracepoint]
+fn ppoll_enter(ctx: TracePointContext) -> u32 {
+    if let Some(thread) = Thread::current() {
+        thread.enters(ppoll(&ctx));
+    }
+    0
+}
+
+#[inline(always)]
+fn ppoll(ctx: &TracePointContext) -> Option<Call> {
+    let [descriptors, count, timeout] = kernel::arguments(ctx)?;
+    polled(descriptors, low(count), timespec(timeout))
+}
+
+#[tracepoint]
+fn select_enter(ctx: TracePointContext) -> u32 {
+    if let Some(thread) = Thread::current() {
+        thread.enters(select(&ctx));
+    }
+    0
+}
+
+#[inline(always)]
+fn select(ctx: &TracePointContext) -> Option<Call> {
+    let [limit, read, write, except, timeout] = kernel::arguments(ctx)?;
+    // A `timeval` is a `timespec` of microseconds.
+    selected(low(limit), [read, write, except], relative(timeout, 1_000))
+}
+
+#[tracepoint]
+fn pselect_enter(ctx: TracePointContext) -> u32 {
+    if let Some(thread) = Thread::current() {
+        thread.enters(pselect(&ctx));
+    }
+    0
+}
+
+#[inline(always)]
+fn pselect(ctx: &TracePointContext) -> Option<Call> {
+    let [limit, read, write, except, timeout] = kernel::arguments(ctx)?;
+    selected(low(limit), [read, write, except], timespec(timeout))
+}
+
+/// A thread whose call nobody saw begin waited as well: a slice begins in any case.
+#[tracepoint]
+fn epoll_exit(ctx: TracePointContext) -> u32 {
+    if let Some(reactor) = Thread::current().and_then(Thread::reactor) {
+        let events = kernel::returned(&ctx).unwrap_or(0);
+        // SAFETY: a live map value that only this thread writes while it runs.
+        unsafe { returned(reactor, events, events == 0) };
+    }
+    0
+}
+
+/// A ring tells how many requests it took, not how many completions there are.
+#[tracepoint]
+fn uring_exit(ctx: TracePointContext) -> u32 {
+    if let Some(reactor) = REACTORS.get_ptr_mut(kernel::current().1) {
+        let answer = kernel::returned(&ctx).unwrap_or(0);
+        // SAFETY: as above.
+        unsafe { returned(reactor, 0, answer == ETIME) };
+    }
+    0
+}
+
+#[tracepoint]
+fn poll_exit(ctx: TracePointContext) -> u32 {
+    polled_or_selected(&ctx)
+}
+
+#[tracepoint]
+fn select_exit(ctx: TracePointContext) -> u32 {
+    polled_or_selected(&ctx)
+}
+
+#[inline(always)]
+fn polled_or_selected(ctx: &TracePointContext) -> u32 {
+    if let Some(reactor) = REACTORS.get_ptr_mut(kernel::current().1) {
+        let events = kernel::returned(ctx).unwrap_or(0);
+        if events != ERESTART_RESTARTBLOCK {
+            // SAFETY: as above.
+            unsafe { returned(reactor, events, events == 0) };
+        }
+    }
+    0
+}
+
+/// The current thread, if it is a target's.
+struct Thread {
+    tgid: u32,
+    tid: u32,
+    known: Option<*mut Reactor>,
+}
+
+impl Thread {
+    #[inline(always)]
+    fn current() -> Option<Self> {
+        let (tgid, tid) = kernel::current();
+        let known = REACTORS.get_ptr_mut(tid);
+        if known.is_some() || process::is_target(tgid) { Some(Self { tgid, tid, known }) } else { None }
+    }
+
+    /// Its entry, made if there is none.
+    #[inline(always)]
+    #[expect(
+        clippy::needless_borrows_for_generic_args,
+        reason = "by value it would be copied to the stack first"
+    )]
+    fn reactor(self) -> Option<*mut Reactor> {
+        if self.known.is_some() {
+            return self.known;
+        }
+        // Fails as well if the loader has made it meanwhile, which is fine.
+        let _full = REACTORS.insert(self.tid, &NEW, u64::from(BPF_NOEXIST));
+        let Some(reactor) = REACTORS.get_ptr_mut(self.tid) else {
+            lost(Loss::ReactorsFull);
+            return None;
+        };
+        // SAFETY: a live map value that only this thread writes.
+        unsafe { (*reactor).tgid = self.tgid };
+        Some(reactor)
+    }
+
+    /// It enters this call, if it is one that may be a wait. If it is the wait of its event loop, the slice, if one
+    /// was seen to begin, is over.
+    #[inline(always)]
+    fn enters(self, call: Option<Call>) {
+        let Some(call) = call else { return };
+        if self.known.is_none() && call.is_single {
+            return;
+        }
+        let Some(reactor) = self.reactor() else { return };
+        // SAFETY: a live map value that only this thread writes while it runs.
+        unsafe {
+            if !(*reactor).habit.is_wait(call) {
+                return;
+            }
+            let now = bpf_ktime_get_ns();
+            if (*reactor).phase == Phase::Slice as u32 {
+                turn(reactor, Run::Cpu, now);
+                record(&raw mut (*reactor).slice, now.saturating_sub((*reactor).phase_since_ns));
+            }
+            (*reactor).phase = Phase::Waiting as u32;
+            (*reactor).phase_since_ns = now;
+            (*reactor).run = Run::Cpu as u32;
+            (*reactor).run_since_ns = now;
+            (*reactor).timeout_ns = call.timeout_ns;
+            (*reactor).woken_ns = 0;
+        }
+    }
+}
+
+/// The current thread returns from a call. If that was its wait a slice begins, else it goes on.
+///
+/// # Safety
+/// `reactor` points to a live map value that nobody else writes now.
+#[inline(always)]
+unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
+    // SAFETY: by contract.
     unsafe {
+        if (*reactor).phase != Phase::Waiting as u32 {
+            return;
+        }
         let now = bpf_ktime_get_ns();
-        if (*reactor).phase == Phase::Waiting as u32 && (*reactor).phase_since_ns != 0 {
+        if (*reactor).phase_since_ns != 0 {
+            let elapsed = now.saturating_sub((*reactor).phase_since_ns);
             (*reactor).waits += 1;
-            (*reactor).wait_ns += now.saturating_sub((*reactor).phase_since_ns);
-            let events = kernel::returned(&ctx).unwrap_or(0);
+            (*reactor).wait_ns += elapsed;
             if events > 0 {
                 (*reactor).events += events.cast_unsigned();
+            }
+            let (timeout, woken) = ((*reactor).timeout_ns, (*reactor).woken_ns);
+            if woken != 0 {
+                let is_due = timed_out && timeout != FOREVER;
+                let reply = if is_due { elapsed.saturating_sub(timeout) } else { now.saturating_sub(woken) };
+                record(&raw mut (*reactor).reply, reply);
             }
         }
         (*reactor).phase = Phase::Slice as u32;
@@ -66,7 +283,72 @@ fn wait_exit(ctx: TracePointContext) -> u32 {
         (*reactor).run = Run::Cpu as u32;
         (*reactor).run_since_ns = now;
     }
-    0
+}
+
+/// A call of the `poll` family; `None` if it waits for no descriptor and so only sleeps.
+#[inline(always)]
+fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
+    if count == 0 {
+        return None;
+    }
+    Some(Call { kind: Kind::Poll, set: kernel::pointed(descriptors)?, is_single: count == 1, timeout_ns })
+}
+
+/// A call of the `select` family; `None` if it waits for no descriptor and so only sleeps.
+#[inline(always)]
+fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
+    let mut first = None;
+    let mut is_single = true;
+    for word in 0..SET_WORDS {
+        if word * u64::BITS >= limit {
+            break;
+        }
+        let mut members = 0;
+        for set in sets {
+            if set != 0 {
+                members |= kernel::pointed::<u64>(set + u64::from(word) * 8).unwrap_or(0);
+            }
+        }
+        if members != 0 {
+            if first.is_some() || members & (members - 1) != 0 {
+                is_single = false;
+            }
+            if first.is_none() {
+                first = Some(word * u64::BITS + members.trailing_zeros());
+            }
+        }
+    }
+    Some(Call { kind: Kind::Poll, set: first?, is_single, timeout_ns })
+}
+
+/// An `int` argument: the upper half of its register is anything.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
+const fn low(argument: u64) -> u32 {
+    argument as u32
+}
+
+/// A timeout given in milliseconds, in nanoseconds; a negative one never comes.
+#[inline(always)]
+const fn milliseconds(argument: u64) -> u64 {
+    let timeout = low(argument);
+    if timeout.cast_signed() < 0 { FOREVER } else { timeout as u64 * 1_000_000 }
+}
+
+/// A timeout given as a pointer to a `timespec`, in nanoseconds.
+#[inline(always)]
+fn timespec(argument: u64) -> u64 {
+    relative(argument, 1)
+}
+
+/// A timeout given as a pointer to seconds and units of so many nanoseconds; none if that is null or unreadable.
+#[inline(always)]
+fn relative(argument: u64, unit: u64) -> u64 {
+    match kernel::pointed::<[u64; 2]>(argument) {
+        // Longer than a century: as good as never.
+        Some([seconds, units]) if seconds < 1 << 32 => seconds * 1_000_000_000 + units * unit,
+        _ => FOREVER,
+    }
 }
 
 #[btf_tracepoint(function = "sched_switch")]
@@ -91,7 +373,9 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
         // SAFETY: a live map value; its thread is blocked, so nothing else writes it.
         unsafe {
             if (*reactor).run == Run::Blocked as u32 {
-                turn(reactor, Run::Woken, bpf_ktime_get_ns());
+                let now = bpf_ktime_get_ns();
+                turn(reactor, Run::Woken, now);
+                (*reactor).woken_ns = now;
             }
         }
     }
@@ -111,32 +395,6 @@ pub(super) fn thread_exited(tid: u32) {
 #[inline(always)]
 fn reactor_of(tid: u32) -> Option<*mut Reactor> {
     if tid == 0 { None } else { REACTORS.get_ptr_mut(tid) }
-}
-
-/// The entry of the current thread, made if its process is a target.
-#[inline(always)]
-#[expect(
-    clippy::needless_borrows_for_generic_args,
-    reason = "by value it would be copied to the stack first"
-)]
-fn current_reactor(ctx: &TracePointContext) -> Option<*mut Reactor> {
-    let (tgid, tid) = kernel::current();
-    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
-        return Some(reactor);
-    }
-    if !process::is_target(tgid) {
-        return None;
-    }
-    // Fails as well if the loader has made it meanwhile, which is fine.
-    let _full = REACTORS.insert(tid, &NEW, u64::from(BPF_NOEXIST));
-    let Some(reactor) = REACTORS.get_ptr_mut(tid) else {
-        lost(Loss::ReactorsFull);
-        warn!(ctx, "no room for reactor {} of process {}", tid, tgid);
-        return None;
-    };
-    // SAFETY: a live map value that only this thread writes.
-    unsafe { (*reactor).tgid = tgid };
-    Some(reactor)
 }
 
 /// Ends one scheduler state and begins another. Inside a slice the time goes to the slice's split; inside a

@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     cli::{Format, Output},
     observation::Selection,
+    probes::reactor::Calls,
     run,
 };
 
@@ -25,7 +26,8 @@ const DURATION: Duration = Duration::from_secs(15);
 pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let server = Server::start()?;
     load::start(server.ports)?;
-    let selection = Selection { pids: BTreeSet::from([server.child.id()]), follow: true };
+    let pids = BTreeSet::from([server.child.id()]);
+    let selection = Selection { pids, follow: true, calls: Calls::DEFAULT.to_vec() };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
     run::run(&selection, &output)?;
     if output.format == Format::Text {

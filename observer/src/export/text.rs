@@ -6,11 +6,14 @@ use anyhow::Result;
 
 use crate::model::{
     histogram::Histogram,
-    snapshot::{Listener, Reactor, Snapshot, Target},
+    snapshot::{LATE, Listener, Look, Reactor, Snapshot, Target},
 };
 
-/// From here on people notice: the design's default threshold of a stall, in seconds.
-const LATE: f64 = 0.050;
+/// Functions of a stack that are shown, innermost first.
+const FRAMES: usize = 8;
+
+/// Digits of a container's id that are enough for people, as `docker ps` shows it.
+const SHORT_ID: usize = 12;
 
 /// Writes the report.
 pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
@@ -61,11 +64,12 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
 /// What is late about a target, one sentence each.
 fn findings(target: &Target) -> Vec<String> {
     let who = format!("{} ({})", target.comm, target.pid);
-    let reactors = target.reactors.iter().filter(|r| longest(r) >= LATE).map(|r| {
+    let reactors = target.reactors.iter().filter(|r| r.lag.max() >= LATE).map(|r| {
         format!(
-            "event loop {} of {who} was away for up to {}; its busy time went {}",
+            "event loop {} of {who} was up to {} late, {} on average; its busy time went {}",
             reactor_name(r),
-            span(longest(r)),
+            span(r.lag.max()),
+            span(r.lag.mean()),
             main_cause(r)
         )
     });
@@ -83,7 +87,9 @@ fn findings(target: &Target) -> Vec<String> {
 
 fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
     let gone = if target.exited { ", exited" } else { "" };
-    writeln!(out, "\n{}, process {}{gone}  {}", target.comm, target.pid, target.exe)?;
+    let container =
+        target.container.as_deref().map(|id| format!(", container {id:.SHORT_ID$}")).unwrap_or_default();
+    writeln!(out, "\n{}, process {}{container}{gone}  {}", target.comm, target.pid, target.exe)?;
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }
@@ -96,9 +102,13 @@ fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
 fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
     let gone = if reactor.exited { ", exited" } else { "" };
     writeln!(out, "  event loop {}{gone}", reactor_name(reactor))?;
+    writeln!(out, "    late        {} on average{}", span(reactor.lag.mean()), quantiles(&reactor.lag))?;
     writeln!(out, "    slices      {}{}", reactor.slices, quantiles(&reactor.slice))?;
     if let Some(age) = reactor.current_slice_seconds.filter(|&age| age >= LATE) {
         writeln!(out, "                and one that has gone on for {}", span(age))?;
+    }
+    if let Some(look) = &reactor.current_stack {
+        write_look(look, out)?;
     }
     if let Some(utilization) = reactor.utilization {
         let parts = shares(reactor);
@@ -108,6 +118,21 @@ fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
     writeln!(out, "    waits       {}, {} events", reactor.waits, reactor.events)?;
     if reactor.wakeup.count() > 0 {
         writeln!(out, "    wake-ups    {}{}", reactor.wakeup.count(), quantiles(&reactor.wakeup))?;
+    }
+    Ok(())
+}
+
+fn write_look(look: &Look, out: &mut impl Write) -> Result<()> {
+    for (n, frame) in look.frames.iter().take(FRAMES).enumerate() {
+        let relation = if n == 0 { "in " } else { "by " };
+        writeln!(out, "                {relation} {frame}")?;
+    }
+    let more = look.frames.len().saturating_sub(FRAMES);
+    if more > 0 {
+        writeln!(out, "                and {more} more")?;
+    }
+    if let Some(why) = &look.missing {
+        writeln!(out, "                not all is known: {why}")?;
     }
     Ok(())
 }
@@ -158,10 +183,6 @@ fn reactor_name(reactor: &Reactor) -> String {
     } else {
         format!("{} (thread {})", reactor.name, reactor.tid)
     }
-}
-
-fn longest(reactor: &Reactor) -> f64 {
-    reactor.slice.max().max(reactor.current_slice_seconds.unwrap_or(0.0))
 }
 
 /// Shares of busy time, in the order in which they are shown.

@@ -2,6 +2,7 @@
 //! A feature is what the running kernel shows, never what its version number promises.
 
 use aya::{maps::MapType, sys};
+use observer_common::ring::RingShape;
 
 use super::{layout, tracefs};
 
@@ -73,6 +74,19 @@ pub(crate) const FEATURES: &[Feature] = &[
         required: false,
         purpose: "reactors that wait through it; nothing is missed without it",
         probe: || event("syscalls/sys_enter_epoll_pwait2", "this kernel has no such call"),
+    },
+    Feature {
+        name: "io_uring tracepoints",
+        since: "6.0",
+        required: false,
+        purpose: "accepts through io_uring, which go unseen without them",
+        probe: || match layout::of_running_kernel() {
+            Ok(layout) if layout.ring_shape == RingShape::Unknown as u32 => {
+                Err("this kernel has none, or none that observer knows".into())
+            }
+            Ok(_) => Ok(()),
+            Err(e) => Err(format!("{e:#}")),
+        },
     },
     Feature {
         name: "ring buffer",

@@ -1,12 +1,28 @@
 //! Puts together the `KernelLayout` that is injected into the programs: members from BTF, records from tracefs.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use observer_common::layout::KernelLayout;
+use observer_common::{layout::KernelLayout, ring::RingShape};
 
 use super::{btf::Btf, tracefs};
 
 /// Types of the running kernel.
 pub(crate) const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// The last argument that the programs read of each call, and its place, from 0. Where a call is missing, so are
+/// the programs for it.
+const ENTRIES: &[(&str, &str, u32)] = &[
+    ("accept", "fd", 0),
+    ("connect", "fd", 0),
+    ("listen", "fd", 0),
+    ("epoll_wait", "timeout", 3),
+    ("epoll_pwait", "timeout", 3),
+    ("epoll_pwait2", "timeout", 3),
+    ("io_uring_enter", "flags", 3),
+    ("poll", "timeout_msecs", 2),
+    ("ppoll", "tsp", 2),
+    ("select", "tvp", 4),
+    ("pselect6", "tsp", 4),
+];
 
 /// Everything the programs need to know of the running kernel. Fails with the name of the first thing missing.
 pub(crate) fn of_running_kernel() -> Result<KernelLayout> {
@@ -14,16 +30,24 @@ pub(crate) fn of_running_kernel() -> Result<KernelLayout> {
     let btf = Btf::parse(&data)?;
     let mut layout = members(&btf)?;
     layout.switch_has_state = u32::from(switch_has_state(&btf)?);
-    layout.enter_fd = tracefs::offset("syscalls/sys_enter_accept4", "fd")?;
-    for call in ["accept", "listen"] {
-        let fd = tracefs::offset(&format!("syscalls/sys_enter_{call}"), "fd")?;
-        ensure!(fd == layout.enter_fd, "the entries of accept4 and {call} differ in their records");
+    layout.ring_shape = ring_shape(&btf) as u32;
+    layout.enter_arguments = tracefs::offset("syscalls/sys_enter_accept4", "fd")?;
+    for (call, argument, place) in ENTRIES {
+        let event = format!("syscalls/sys_enter_{call}");
+        if tracefs::has(&event) {
+            let expected = layout.enter_arguments + 8 * place;
+            let offset = tracefs::offset(&event, argument)?;
+            ensure!(offset == expected, "{argument} of {event} is at {offset}, not {expected}");
+        }
     }
     layout.exit_ret = tracefs::offset("syscalls/sys_exit_accept4", "ret")?;
     // One program serves the exits of several calls, so their records have to agree.
-    for call in ["accept", "epoll_wait", "epoll_pwait"] {
-        let ret = tracefs::offset(&format!("syscalls/sys_exit_{call}"), "ret")?;
-        ensure!(ret == layout.exit_ret, "the exits of accept4 and {call} differ in their records");
+    for call in ["accept"].into_iter().chain(ENTRIES.iter().map(|(call, ..)| *call)) {
+        let event = format!("syscalls/sys_exit_{call}");
+        if tracefs::has(&event) {
+            let ret = tracefs::offset(&event, "ret")?;
+            ensure!(ret == layout.exit_ret, "the exits of accept4 and {call} differ in their records");
+        }
     }
     Ok(layout)
 }
@@ -36,6 +60,11 @@ fn members(btf: &Btf) -> Result<KernelLayout> {
             .split('|')
             .find_map(|path| btf.offset(structure, path))
             .with_context(|| format!("this kernel's BTF has no {structure}.{alternatives}"))?;
+    }
+    for (structure, alternatives, field) in KernelLayout::OPTIONAL {
+        if let Some(offset) = alternatives.split('|').find_map(|path| btf.offset(structure, path)) {
+            *field(&mut layout) = offset;
+        }
     }
     Ok(layout)
 }
@@ -52,24 +81,47 @@ fn switch_has_state(btf: &Btf) -> Result<bool> {
     }
 }
 
+/// What the tracepoints of io_uring pass, told by which of their arguments are pointers.
+fn ring_shape(btf: &Btf) -> RingShape {
+    let arguments = |name| btf.tracepoint_arguments(name);
+    let submission = arguments("io_uring_submit_req").or_else(|| arguments("io_uring_submit_sqe"));
+    let (Some(submission), Some(wakeup), Some(completion)) =
+        (submission, arguments("io_uring_task_add"), arguments("io_uring_complete"))
+    else {
+        return RingShape::Unknown;
+    };
+    // The first is the tracepoint's own data.
+    match (&submission[1..], &wakeup[1..], &completion[1..]) {
+        ([true, true, false, false, ..], [true, false, false, false], [true, false, false, false]) => {
+            RingShape::Loose
+        }
+        ([true] | [true, false], [true, false], [true, true, false, false, false, ..]) => RingShape::Request,
+        ([true] | [true, false], [true, false], [true, true, true]) => RingShape::Entry,
+        _ => RingShape::Unknown,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use observer_common::layout::ABSENT;
+
     use super::*;
 
-    /// Offsets in the order of `KernelLayout::MEMBERS`, as bpftool shows them for each kernel (see `tests/btf`).
+    /// Offsets in the order of `KernelLayout::MEMBERS` and `OPTIONAL`, as bpftool shows them for each kernel (see `tests/btf`).
     #[rustfmt::skip]
-    const KERNELS: [(&str, &[u8], [u32; 37]); 4] = [
-        ("5.10", include_bytes!("../../tests/btf/5.10.btf"), [2232, 2236, 16, 2808, 2832, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 540, 18, 4, 72, 538, 168, 224, 640, 576, 580, 144, 988, 1000, 136, 200, 768, 4, 12, 24, 8]),
-        ("6.1", include_bytes!("../../tests/btf/6.1.btf"), [2416, 2420, 24, 3048, 3072, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 516, 18, 4, 72, 514, 184, 232, 624, 552, 556, 144, 1004, 1016, 136, 200, 776, 4, 8, 24, 8]),
-        ("6.12", include_bytes!("../../tests/btf/6.12.btf"), [2432, 2436, 24, 3048, 3072, 4, 32, 0, 8, 32, 40, 64, 16, 24, 16, 14, 48, 574, 18, 4, 72, 572, 136, 184, 288, 604, 608, 136, 1012, 1024, 136, 200, 776, 4, 8, 24, 8]),
-        ("6.18", include_bytes!("../../tests/btf/6.18.btf"), [1264, 1268, 24, 1824, 1848, 4, 32, 0, 8, 24, 32, 64, 16, 24, 16, 14, 48, 532, 18, 4, 72, 534, 136, 184, 288, 600, 604, 176, 1024, 1032, 136, 200, 784, 4, 8, 24, 8]),
+    const KERNELS: [(&str, &[u8], [u32; 50]); 4] = [
+        ("5.10", include_bytes!("../../tests/btf/5.10.btf"), [2232, 2236, 16, 2808, 2832, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 540, 18, 4, 72, 538, 168, 224, 208, 24, 640, 576, 580, 144, 988, 1000, 136, 200, 768, 856, 4, 12, 24, 8, 0, 72, 88, 80, 104, ABSENT, 28, 0, 8, 12]),
+        ("6.1", include_bytes!("../../tests/btf/6.1.btf"), [2416, 2420, 24, 3048, 3072, 4, 32, 0, 8, 200, 32, 64, 16, 24, 16, 14, 48, 516, 18, 4, 72, 514, 184, 232, 216, 24, 624, 552, 556, 144, 1004, 1016, 136, 200, 776, 864, 4, 8, 24, 8, 0, 64, 68, 88, 72, 84, 28, 0, 8, 12]),
+        ("6.12", include_bytes!("../../tests/btf/6.12.btf"), [2432, 2436, 24, 3048, 3072, 4, 32, 0, 8, 32, 40, 64, 16, 24, 16, 14, 48, 574, 18, 4, 72, 572, 136, 184, 168, 24, 288, 604, 608, 136, 1012, 1024, 136, 200, 776, 864, 4, 8, 24, 8, 0, 64, 72, 96, 80, 92, 32, 0, 8, 12]),
+        ("6.18", include_bytes!("../../tests/btf/6.18.btf"), [1264, 1268, 24, 1824, 1848, 4, 32, 0, 8, 24, 32, 64, 16, 24, 16, 14, 48, 532, 18, 4, 72, 534, 136, 184, 168, 24, 288, 600, 604, 176, 1024, 1032, 136, 200, 784, 872, 4, 8, 24, 8, 0, 64, 72, 96, 80, 92, 32, 0, 8, 12]),
     ];
 
     #[test]
     fn members_are_where_bpftool_shows_them() {
         for (series, btf, expected) in KERNELS {
             let mut layout = members(&Btf::parse(btf).unwrap()).unwrap();
-            for ((structure, path, field), expected) in KernelLayout::MEMBERS.iter().zip(expected) {
+            let all = KernelLayout::MEMBERS.iter().chain(KernelLayout::OPTIONAL);
+            for ((structure, path, field), expected) in all.zip(expected) {
                 assert_eq!(*field(&mut layout), expected, "{structure}.{path} of {series}");
             }
         }
@@ -81,6 +133,8 @@ mod tests {
         let btf = Btf::parse(&data).unwrap();
         members(&btf).unwrap();
         switch_has_state(&btf).unwrap();
+        // Debian's kernels have io_uring, and observer knows all that it supports.
+        assert_ne!(ring_shape(&btf), RingShape::Unknown);
     }
 
     #[test]

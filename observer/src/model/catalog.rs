@@ -44,8 +44,8 @@ pub(crate) struct Family {
     pub(crate) collect: fn(&Snapshot, &mut Sink<'_>),
 }
 
-const LISTENER: &[&str] = &["pid", "comm", "listener"];
-const REACTOR: &[&str] = &["pid", "comm", "tid", "reactor"];
+const LISTENER: &[&str] = &["pid", "comm", "container", "listener"];
+const REACTOR: &[&str] = &["pid", "comm", "container", "tid", "reactor"];
 
 /// All families, in the order of the reference page.
 pub(crate) const CATALOG: &[Family] = &[
@@ -114,14 +114,14 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_drops_total",
-        help: "Connections that the kernel dropped because of the listener, for any reason.",
+        help: "What the kernel dropped because of the listener, for any reason: connections, and segments that begin none.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.drops.into())),
     },
     Family {
         name: "observer_accept_queue_overflows_total",
-        help: "Connections dropped because the accept queue was full; only where no other listener of the namespace dropped any.",
+        help: "Connections dropped because the accept queue was full; only where they can be no other listener's.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| {
@@ -145,6 +145,13 @@ pub(crate) const CATALOG: &[Family] = &[
         kind: Kind::Histogram,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Histogram(&l.wait)),
+    },
+    Family {
+        name: "observer_reactor_lag_seconds",
+        help: "Delay that something due at a random instant meets; one count for each millisecond observed.",
+        kind: Kind::Histogram,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.lag)),
     },
     Family {
         name: "observer_reactor_slice_seconds",
@@ -171,7 +178,7 @@ pub(crate) const CATALOG: &[Family] = &[
         name: "observer_reactor_busy_seconds_total",
         help: "Time spent between waits, by what the thread was doing.",
         kind: Kind::Counter,
-        labels: &["pid", "comm", "tid", "reactor", "state"],
+        labels: &["pid", "comm", "container", "tid", "reactor", "state"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
                 let split = &reactor.split_seconds;
@@ -216,7 +223,7 @@ pub(crate) const CATALOG: &[Family] = &[
         name: "observer_target_info",
         help: "A process under observation; always 1.",
         kind: Kind::Gauge,
-        labels: &["pid", "comm", "exe"],
+        labels: &["pid", "comm", "container", "exe"],
         collect: |s, sink| {
             for target in live(s) {
                 let mut labels = target_labels(target);
@@ -282,7 +289,7 @@ fn live_reactors(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Reactor
 }
 
 fn target_labels(target: &Target) -> Vec<String> {
-    vec![target.pid.to_string(), target.comm.clone()]
+    vec![target.pid.to_string(), target.comm.clone(), target.container.clone().unwrap_or_default()]
 }
 
 fn reactor_labels(target: &Target, reactor: &Reactor) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! Durations in seconds as people and exporters read them: counts at bounds, quantiles, true sums.
 
-use observer_common::histogram::{self as kernel, BUCKETS, Bucket};
+use observer_common::histogram::{self as kernel, BUCKETS};
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
 const NANOSECONDS: f64 = 1e9;
@@ -8,20 +8,30 @@ const NANOSECONDS: f64 = 1e9;
 /// A histogram of durations.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Histogram {
-    buckets: Vec<Bucket>,
-    min_ns: u64,
-    max_ns: u64,
+    /// Durations by the kernel's buckets.
+    pub(super) counts: Vec<u64>,
+    /// Their sum, in nanoseconds.
+    pub(super) sum_ns: u64,
+    /// The shortest, in nanoseconds; 0 if there is none.
+    pub(super) min_ns: u64,
+    /// The longest, in nanoseconds; 0 if there is none.
+    pub(super) max_ns: u64,
 }
 
 impl Histogram {
     /// Number of durations.
     pub(crate) fn count(&self) -> u64 {
-        self.buckets.iter().map(|b| b.count).sum()
+        self.counts.iter().sum()
     }
 
     /// Their sum in seconds.
     pub(crate) fn sum(&self) -> f64 {
-        seconds(self.buckets.iter().map(|b| b.sum_ns).sum())
+        seconds(self.sum_ns)
+    }
+
+    /// What they are on average, in seconds; 0 if there is none.
+    pub(crate) fn mean(&self) -> f64 {
+        self.sum() / float(self.count().max(1))
     }
 
     /// The shortest, in seconds; 0 if there is none.
@@ -39,22 +49,22 @@ impl Histogram {
     pub(crate) fn quantile(&self, q: f64) -> Option<f64> {
         let rank = q * float(self.count());
         let mut below = 0;
-        for (index, bucket) in self.buckets.iter().enumerate().filter(|(_, b)| b.count > 0) {
-            if float(below + bucket.count) >= rank {
+        for (index, &count) in self.counts.iter().enumerate().filter(|&(_, &count)| count > 0) {
+            if float(below + count) >= rank {
                 let lower = index.checked_sub(1).and_then(kernel::upper_bound).unwrap_or(0).max(self.min_ns);
                 let upper = kernel::upper_bound(index).unwrap_or(self.max_ns).min(self.max_ns).max(lower);
-                let inside = ((rank - float(below)) / float(bucket.count)).clamp(0.0, 1.0);
+                let inside = ((rank - float(below)) / float(count)).clamp(0.0, 1.0);
                 return Some((float(lower) + inside * float(upper - lower)) / NANOSECONDS);
             }
-            below += bucket.count;
+            below += count;
         }
         None
     }
 
     /// Upper bound in seconds and how many durations do not exceed it, for every bucket but the last, which has none.
     pub(crate) fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
-        self.buckets.iter().enumerate().scan(0, |below, (index, bucket)| {
-            *below += bucket.count;
+        self.counts.iter().enumerate().scan(0, |below, (index, count)| {
+            *below += count;
             kernel::upper_bound(index).map(|bound| (seconds(bound), *below))
         })
     }
@@ -70,13 +80,18 @@ impl Histogram {
 
 impl From<&kernel::Histogram> for Histogram {
     fn from(raw: &kernel::Histogram) -> Self {
-        Self { buckets: raw.buckets.to_vec(), min_ns: raw.min_ns, max_ns: raw.max_ns }
+        Self {
+            counts: raw.buckets.iter().map(|bucket| bucket.count).collect(),
+            sum_ns: raw.buckets.iter().map(|bucket| bucket.sum_ns).sum(),
+            min_ns: raw.min_ns,
+            max_ns: raw.max_ns,
+        }
     }
 }
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { buckets: vec![Bucket::default(); BUCKETS], min_ns: 0, max_ns: 0 }
+        Self { counts: vec![0; BUCKETS], sum_ns: 0, min_ns: 0, max_ns: 0 }
     }
 }
 

@@ -3,7 +3,10 @@
 use observer_common::listener::{DEPTHS, depth_bound};
 use serde::Serialize;
 
-use super::histogram::Histogram;
+use super::{frame::Frame, histogram::Histogram};
+
+/// From here on people notice: the design's default threshold of a stall, in seconds.
+pub(crate) const LATE: f64 = 0.050;
 
 /// Name and version of the report's shape.
 pub(crate) const SCHEMA: &str = "observer.report/1";
@@ -33,6 +36,8 @@ pub(crate) struct Target {
     pub(crate) comm: String,
     /// Path of its executable.
     pub(crate) exe: String,
+    /// Id of the container it is in, 64 hexadecimal digits; `None` if it is in none.
+    pub(crate) container: Option<String>,
     /// Whether it is gone.
     pub(crate) exited: bool,
     /// What it listens on. A listener that several targets share is listed once, with the lowest process id.
@@ -70,7 +75,7 @@ pub(crate) struct Listener {
     pub(crate) accepts_unknown_wait: u64,
     /// Connections that their clients reset while they waited. The kernel keeps them in the queue all the same.
     pub(crate) aborted: u64,
-    /// Connections the kernel dropped because of this listener, for any reason.
+    /// What the kernel dropped because of this listener, for any reason: connections, and segments that begin none.
     pub(crate) drops: u32,
     /// Of those, the ones dropped because the queue was full; `None` where the kernel's counter, one for the whole
     /// network namespace, may mean another listener.
@@ -119,7 +124,7 @@ pub(crate) struct Reactor {
     pub(crate) slices: u64,
     /// Finished waits.
     pub(crate) waits: u64,
-    /// Events those waits returned.
+    /// Events those waits returned; a ring does not tell.
     pub(crate) events: u64,
     /// Time spent waiting, the wait in progress included.
     pub(crate) wait_seconds: f64,
@@ -129,6 +134,10 @@ pub(crate) struct Reactor {
     pub(crate) utilization: Option<f64>,
     /// Age of the slice in progress; `None` while it waits.
     pub(crate) current_slice_seconds: Option<f64>,
+    /// What it is doing, if that slice is late already.
+    pub(crate) current_stack: Option<Look>,
+    /// Delay that something due at a random instant meets, in seconds: a count for each millisecond observed.
+    pub(crate) lag: Histogram,
     /// Lengths of finished slices, in seconds.
     pub(crate) slice: Histogram,
     /// Made runnable -> running after a wait, in seconds.
@@ -137,6 +146,15 @@ pub(crate) struct Reactor {
     pub(crate) split_seconds: Split,
     /// Whether the thread is gone.
     pub(crate) exited: bool,
+}
+
+/// What a thread was doing at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Look {
+    /// Its functions, innermost first.
+    pub(crate) frames: Vec<Frame>,
+    /// Why some or all are missing; `None` if none is.
+    pub(crate) missing: Option<String>,
 }
 
 /// Where a reactor's busy time went, in seconds.

@@ -1,14 +1,15 @@
 //! *accept*: connections that wait for a target to accept them. Its figures stand in the listener's entry.
 
-use super::{Events, Hook, Probe};
+use super::{Events, Hook, Probe, When};
 
 pub(super) const PROBE: Probe = Probe {
     name: "accept",
     purpose: "how long connections wait to be accepted, and how many waited before them",
     since: "5.5",
+    when: When::Always,
     cost: "every accept call and TCP state change on the machine; one look-up for a stranger's",
     hooks: &[
-        Hook { program: "sock_state", events: Events::Btf("inet_sock_set_state") },
+        Hook { program: "sock_state", events: Events::Btf(&["inet_sock_set_state"]) },
         Hook {
             program: "accept_enter",
             events: Events::Plain(&[("syscalls", "sys_enter_accept4"), ("syscalls", "sys_enter_accept")]),

@@ -10,7 +10,7 @@ use aya::{
 use nix::libc;
 use observer_common::listener::{Listener as Raw, Queue};
 
-use super::{Events, Hook, Probe};
+use super::{Events, Hook, Probe, When};
 use crate::model::{
     histogram::{Histogram, seconds},
     snapshot::{Depths, Listener},
@@ -23,6 +23,7 @@ pub(super) const PROBE: Probe = Probe {
     name: "listener",
     purpose: "accept queues: how many connections wait, against which limit, since when; drops and half-open requests",
     since: "5.10",
+    when: When::Always,
     cost: "every listen call on the machine; a walk over all open files when a target comes or goes; one look a second at each queue",
     hooks: &[
         Hook { program: "listen_enter", events: Events::Plain(&[("syscalls", "sys_enter_listen")]) },
@@ -51,14 +52,16 @@ pub(crate) fn look(ebpf: &mut Ebpf, inode: u64) -> Result<()> {
 }
 
 /// A listener's figures as of now, without what only its namespace's counters tell. `before` is the queue when it
-/// was first seen, `attached_ns` when watching began.
+/// was first seen, `unix_since_ns` when time stamps for unix connections began.
 ///
 /// Whatever joined the queue has either been accepted or still waits, so arrivals follow from accepts and depths on
 /// every kernel, without a hook on the arrivals themselves.
-pub(crate) fn decode(raw: &Raw, before: Before, attached_ns: u64) -> Listener {
+pub(crate) fn decode(raw: &Raw, before: Before, unix_since_ns: Option<u64>) -> Listener {
     let queue = &raw.queue;
     let waits = queue.depth > queue.aborted;
-    let since = if queue.oldest_ns == 0 { attached_ns } else { queue.oldest_ns };
+    let stamped_since =
+        if raw.unix_name == 0 { raw.since_ns } else { raw.since_ns.max(unix_since_ns.unwrap_or(u64::MAX)) };
+    let since = if queue.oldest_ns == 0 { stamped_since } else { queue.oldest_ns };
     Listener {
         protocol: if i32::from(raw.family) == libc::AF_UNIX { "unix" } else { "tcp" },
         address: address(raw),
@@ -146,9 +149,9 @@ mod tests {
     #[test]
     fn arrivals_are_what_was_accepted_or_waits_less_what_waited_before() {
         let queue = Queue { depth: 4, aborted: 1, looked_ns: 9_000_000_000, drops: 7, ..Queue::default() };
-        let raw = Raw { accepts: 10, accepts_aborted: 2, queue, ..Raw::EMPTY };
+        let raw = Raw { accepts: 10, accepts_aborted: 2, since_ns: 1_000_000_000, queue, ..Raw::EMPTY };
         let before = Before { depth: 3, aborted: 1, drops: 5 };
-        let listener = decode(&raw, before, 1_000_000_000);
+        let listener = decode(&raw, before, None);
         assert_eq!((listener.arrivals, listener.aborted, listener.drops), (11, 2, 2));
         // Somebody waits, and has done so at least since watching began.
         assert_eq!(listener.oldest_seconds, Some(8.0));

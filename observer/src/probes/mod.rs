@@ -3,16 +3,20 @@
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    Btf, Ebpf,
-    programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, TracePoint},
+    Btf, BtfError, Ebpf,
+    programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, TracePoint},
 };
 
 use crate::{kernel::tracefs, model::snapshot::Missing};
 
 pub(crate) mod accept;
+pub(crate) mod connect;
 pub(crate) mod listener;
 pub(crate) mod process;
 pub(crate) mod reactor;
+pub(crate) mod ring;
+
+use reactor::Calls;
 
 /// A probe.
 pub(crate) struct Probe {
@@ -22,10 +26,23 @@ pub(crate) struct Probe {
     pub(crate) purpose: &'static str,
     /// First kernel release it runs on.
     pub(crate) since: &'static str,
+    /// When it is attached.
+    pub(crate) when: When,
     /// Who pays, and for which events.
     pub(crate) cost: &'static str,
     /// Its programs and where they are attached.
     pub(crate) hooks: &'static [Hook],
+}
+
+/// What a probe waits for before it is attached: strangers pay for it from then on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum When {
+    /// Nothing.
+    Always,
+    /// A kernel whose tracepoints of io_uring are understood.
+    RingsUnderstood,
+    /// A target that listens on a unix socket.
+    UnixListener,
 }
 
 /// A program and where it is attached.
@@ -38,10 +55,12 @@ pub(crate) struct Hook {
 
 /// Tracepoints of one kind.
 pub(crate) enum Events {
-    /// One whose arguments the verifier knows the types of.
-    Btf(&'static str),
+    /// One whose arguments the verifier knows the types of, by all names it has had, newest first.
+    Btf(&'static [&'static str]),
     /// Plain ones, as (category, name). The first must be there; others may be missing from a kernel.
     Plain(&'static [(&'static str, &'static str)]),
+    /// Plain ones of calls that only some event loops wait with, attached where the user says so. Each may be missing.
+    Waits(Calls, &'static [&'static str]),
     /// None: the program is run when the loader wants it, over everything of this kind.
     Iterator(&'static str),
     /// None: the program is run when the loader wants it, with arguments.
@@ -52,46 +71,87 @@ pub(crate) enum Events {
 const VERIFIER_LINES: usize = 5;
 
 /// All probes, in the order in which they are attached.
-pub(crate) const PROBES: &[Probe] = &[process::PROBE, listener::PROBE, accept::PROBE, reactor::PROBE];
+pub(crate) const PROBES: &[Probe] =
+    &[process::PROBE, listener::PROBE, accept::PROBE, ring::PROBE, connect::PROBE, reactor::PROBE];
 
-/// Loads and attaches every probe's programs. Tells which optional tracepoints the running kernel lacks.
-/// What is attached stays so until `ebpf` is dropped.
-pub(crate) fn attach(ebpf: &mut Ebpf) -> Result<Vec<Missing>> {
+/// Loads and attaches the programs of the probes that wait for this, of waits those for the given calls. Tells which
+/// optional tracepoints the running kernel lacks. What is attached stays so until `ebpf` is dropped.
+pub(crate) fn attach(ebpf: &mut Ebpf, when: When, calls: &[Calls]) -> Result<Vec<Missing>> {
     let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
+    let hooks = PROBES.iter().filter(|probe| probe.when == when).flat_map(|probe| probe.hooks);
+    let wanted = hooks.filter(|hook| !matches!(hook.events, Events::Waits(of, _) if !calls.contains(&of)));
+    // All are loaded before the first is attached, so that they begin to watch together.
+    for hook in wanted.clone() {
+        load(program(ebpf, hook)?, hook, &btf).map_err(|error| rejected(hook, error))?;
+    }
     let mut missing = Vec::new();
-    for hook in PROBES.iter().flat_map(|probe| probe.hooks) {
-        let program =
-            ebpf.program_mut(hook.program).with_context(|| format!("no program {}", hook.program))?;
+    for hook in wanted {
+        let program = program(ebpf, hook)?;
         match hook.events {
-            Events::Btf(event) => {
+            Events::Btf(names) => {
                 let program: &mut BtfTracePoint = program.try_into()?;
-                program.load(event, &btf).map_err(|error| rejected(hook, error))?;
-                program.attach().with_context(|| format!("cannot attach to {event}"))?;
-            }
-            Events::Iterator(kind) => {
-                let program: &mut Iter = program.try_into()?;
-                program.load(kind, &btf).map_err(|error| rejected(hook, error))?;
-            }
-            Events::OnDemand => {
-                let program: &mut RawTracePoint = program.try_into()?;
-                program.load().map_err(|error| rejected(hook, error))?;
+                program.attach().with_context(|| format!("cannot attach to {}", names[0]))?;
             }
             Events::Plain(events) => {
-                let program: &mut TracePoint = program.try_into()?;
-                program.load().map_err(|error| rejected(hook, error))?;
                 for (n, (category, name)) in events.iter().enumerate() {
-                    let event = format!("{category}/{name}");
-                    if n > 0 && !tracefs::has(&event) {
-                        let reason = "this kernel has no such tracepoint".into();
-                        missing.push(Missing { source: event, reason });
-                        continue;
-                    }
-                    program.attach(category, name).with_context(|| format!("cannot attach to {event}"))?;
+                    attach_plain(program.try_into()?, category, name, n > 0, &mut missing)?;
                 }
             }
+            Events::Waits(_, names) => {
+                for name in names {
+                    attach_plain(program.try_into()?, "syscalls", name, true, &mut missing)?;
+                }
+            }
+            Events::Iterator(_) | Events::OnDemand => {}
         }
     }
     Ok(missing)
+}
+
+/// Loads a program for the first of the tracepoint's names that this kernel has.
+fn load_for_first(
+    program: &mut BtfTracePoint,
+    names: &[&'static str],
+    btf: &Btf,
+) -> Result<(), ProgramError> {
+    let (last, newer) = names.split_last().expect("a tracepoint has a name");
+    for name in newer {
+        match program.load(name, btf) {
+            Err(ProgramError::Btf(BtfError::UnknownBtfTypeName { .. })) => {}
+            loaded => return loaded,
+        }
+    }
+    program.load(last, btf)
+}
+
+fn program<'e>(ebpf: &'e mut Ebpf, hook: &Hook) -> Result<&'e mut Program> {
+    ebpf.program_mut(hook.program).with_context(|| format!("no program {}", hook.program))
+}
+
+fn load(program: &mut Program, hook: &Hook, btf: &Btf) -> Result<(), ProgramError> {
+    match hook.events {
+        Events::Btf(names) => load_for_first(program.try_into()?, names, btf),
+        Events::Iterator(kind) => TryInto::<&mut Iter>::try_into(program)?.load(kind, btf),
+        Events::OnDemand => TryInto::<&mut RawTracePoint>::try_into(program)?.load(),
+        Events::Plain(_) | Events::Waits(..) => TryInto::<&mut TracePoint>::try_into(program)?.load(),
+    }
+}
+
+/// Attaches to one plain tracepoint; if it is optional and the running kernel lacks it, notes that.
+fn attach_plain(
+    program: &mut TracePoint,
+    category: &str,
+    name: &str,
+    is_optional: bool,
+    missing: &mut Vec<Missing>,
+) -> Result<()> {
+    let event = format!("{category}/{name}");
+    if is_optional && !tracefs::has(&event) {
+        missing.push(Missing { source: event, reason: "this kernel has no such tracepoint".into() });
+        return Ok(());
+    }
+    program.attach(category, name).with_context(|| format!("cannot attach to {event}"))?;
+    Ok(())
 }
 
 /// The verifier explains itself at length; the end of it is what matters, the whole of it is for `-v`.

@@ -8,7 +8,7 @@ use aya::{
 };
 use nix::libc;
 use observer_common::{
-    accept::{Accepting, PortKey},
+    accept::{Accepting, Arrival, PortKey},
     listener::Listener,
     loss::Loss,
     process::Target,
@@ -18,6 +18,9 @@ use observer_common::{
 /// What an insertion does if the key is there: leaves the programs' own entry alone.
 const NO_EXIST: u64 = 1;
 
+/// How often an entry is read at most until two readings agree.
+const READS: usize = 8;
+
 /// All maps of the programs.
 pub(crate) struct Maps {
     /// By process id.
@@ -26,8 +29,12 @@ pub(crate) struct Maps {
     pub(crate) reactors: HashMap<MapData, u32, Reactor>,
     /// By inode number.
     pub(crate) listeners: HashMap<MapData, u64, Listener>,
-    /// Ports whose new connections get a time stamp.
-    pub(crate) ports: HashMap<MapData, PortKey, u8>,
+    /// Ports whose new connections get a time stamp, with the key of the listener, or 0 if there are several.
+    pub(crate) ports: HashMap<MapData, PortKey, u64>,
+    /// Names of unix listeners whose new connections get a time stamp.
+    pub(crate) unix_names: HashMap<MapData, u64, u8>,
+    /// Connections that wait, by address.
+    pub(crate) queued: HashMap<MapData, u64, Arrival>,
     /// Threads inside an accept call.
     pub(crate) accepting: HashMap<MapData, u32, Accepting>,
     losses: PerCpuArray<MapData, u64>,
@@ -41,17 +48,16 @@ impl Maps {
             reactors: HashMap::try_from(take(ebpf, "REACTORS")?)?,
             listeners: HashMap::try_from(take(ebpf, "LISTENERS")?)?,
             ports: HashMap::try_from(take(ebpf, "PORTS")?)?,
+            unix_names: HashMap::try_from(take(ebpf, "UNIX_NAMES")?)?,
+            queued: HashMap::try_from(take(ebpf, "QUEUED")?)?,
             accepting: HashMap::try_from(take(ebpf, "ACCEPTING")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
         })
     }
 
-    /// What the programs could not keep, by cause.
-    pub(crate) fn losses(&self) -> Result<Vec<(&'static str, u64)>> {
-        Loss::ALL
-            .iter()
-            .map(|(loss, name)| Ok((*name, self.losses.get(&(*loss as u32), 0)?.iter().sum())))
-            .collect()
+    /// How often the programs could not keep something for this cause.
+    pub(crate) fn lost(&self, cause: Loss) -> Result<u64> {
+        Ok(self.losses.get(&(cause as u32), 0)?.iter().sum())
     }
 }
 
@@ -75,6 +81,23 @@ pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
         },
         Err(other) => Err(other),
     }
+}
+
+/// All reactors, each as it was between two events: one that was read while a slice ended would have that twice. One
+/// that is too busy to be read in between is so in slices too short to matter.
+pub(crate) fn reactors(map: &HashMap<MapData, u32, Reactor>) -> Vec<(u32, Reactor)> {
+    let mut reactors = entries(map);
+    for (tid, reactor) in &mut reactors {
+        for _ in 0..READS {
+            let Ok(again) = map.get(tid, 0) else { break };
+            let is_settled = (again.phase, again.phase_since_ns) == (reactor.phase, reactor.phase_since_ns);
+            *reactor = again;
+            if is_settled {
+                break;
+            }
+        }
+    }
+    reactors
 }
 
 /// All entries. An entry that is removed meanwhile is left out.

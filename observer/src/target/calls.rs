@@ -1,55 +1,150 @@
 //! Threads that were inside a wait or an accept before observer attached: nobody saw them enter, so `/proc` is asked.
 
+use std::{fs::File, os::unix::fs::FileExt as _};
+
 use nix::libc;
+use observer_common::reactor::Kind;
+
+use crate::probes::reactor::Calls;
+
+/// Bits of a `fd_set`, as many as C libraries have.
+const SET: usize = 1024;
 
 /// A system call that a thread is blocked in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
-    /// A wait for events.
-    Wait,
+    /// A wait for events of this kind, on this set, ring, or first of several descriptors.
+    Wait { kind: Kind, set: u32 },
     /// An accept on this descriptor.
     Accept { fd: u32 },
 }
 
-/// Threads of a process that are blocked in such a call now, with the call.
-pub(crate) fn blocked_in(pid: u32) -> Vec<(u32, Call)> {
+/// Threads of a process that are blocked in an accept or in one of these waits now, with the call.
+pub(crate) fn blocked_in(pid: u32, waits: &[Calls]) -> Vec<(u32, Call)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     threads
         .filter_map(|thread| {
             let call = std::fs::read_to_string(thread.path().join("syscall")).ok()?;
-            Some((thread.file_name().to_str()?.parse().ok()?, parse(&call)?))
+            let memory = |at, buffer: &mut [u8]| {
+                File::open(format!("/proc/{pid}/mem")).ok()?.read_exact_at(buffer, at).ok()
+            };
+            Some((thread.file_name().to_str()?.parse().ok()?, parse(&call, waits, memory)?))
         })
         .collect()
 }
 
 /// Understands `/proc/PID/task/TID/syscall`: the number in decimal, then arguments in hexadecimal; `running` otherwise.
-fn parse(line: &str) -> Option<Call> {
-    let mut words = line.split(' ');
-    let number: libc::c_long = words.next()?.trim().parse().ok()?;
-    match number {
+/// `memory` reads the caller's memory.
+fn parse(line: &str, waits: &[Calls], memory: impl Fn(u64, &mut [u8]) -> Option<()>) -> Option<Call> {
+    let mut words = line.split_whitespace();
+    let number: libc::c_long = words.next()?.parse().ok()?;
+    let arguments: Vec<u64> =
+        words.map_while(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok()).collect();
+    let [first, second, third, fourth, ..] = arguments[..] else { return None };
+    // The programs go by the same rules.
+    let (calls, wait) = match number {
+        libc::SYS_accept | libc::SYS_accept4 => return Some(Call::Accept { fd: low(first) }),
         #[cfg(target_arch = "x86_64")]
-        libc::SYS_epoll_wait => Some(Call::Wait),
-        libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 => Some(Call::Wait),
-        libc::SYS_accept | libc::SYS_accept4 => {
-            let fd = u32::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
-            Some(Call::Accept { fd })
+        libc::SYS_epoll_wait => (Calls::Epoll, Some((Kind::Epoll, low(first)))),
+        libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 => (Calls::Epoll, Some((Kind::Epoll, low(first)))),
+        libc::SYS_io_uring_enter => {
+            // To be submitted, wanted, flags; the lowest flag asks for completions.
+            let waits = low(third) > 0 && low(fourth) & 1 != 0;
+            (Calls::IoUring, waits.then_some((Kind::IoUring, low(first))))
         }
-        _ => None,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_poll => (Calls::Poll, polled(first, low(second), memory)),
+        libc::SYS_ppoll => (Calls::Poll, polled(first, low(second), memory)),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_select => (Calls::Select, selected(low(first), [second, third, fourth], memory)),
+        libc::SYS_pselect6 => (Calls::Select, selected(low(first), [second, third, fourth], memory)),
+        _ => return None,
+    };
+    let (kind, set) = wait.filter(|_| waits.contains(&calls))?;
+    Some(Call::Wait { kind, set })
+}
+
+/// The first of several descriptors.
+fn polled(at: u64, count: u32, memory: impl Fn(u64, &mut [u8]) -> Option<()>) -> Option<(Kind, u32)> {
+    let mut first = [0; 4];
+    memory(at, &mut first)?;
+    (count > 1).then_some((Kind::Poll, u32::from_ne_bytes(first)))
+}
+
+/// The lowest of several descriptors.
+fn selected(
+    limit: u32,
+    sets: [u64; 3],
+    memory: impl Fn(u64, &mut [u8]) -> Option<()>,
+) -> Option<(Kind, u32)> {
+    let bytes = usize::try_from(limit.div_ceil(u64::BITS)).ok()? * 8;
+    let mut members = [0; SET / 8];
+    let members = members.get_mut(..bytes)?;
+    for at in sets.into_iter().filter(|&at| at != 0) {
+        let mut set = [0; SET / 8];
+        let set = set.get_mut(..bytes)?;
+        memory(at, set)?;
+        members.iter_mut().zip(set).for_each(|(all, one)| *all |= *one);
     }
+    let mut descriptors = (0..limit).filter(|fd| members[*fd as usize / 8] & 1 << (fd % 8) != 0);
+    let first = descriptors.next()?;
+    descriptors.next().map(|_| (Kind::Poll, first))
+}
+
+/// An `int` argument: the upper half of its register is anything.
+#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
+const fn low(argument: u64) -> u32 {
+    argument as u32
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum as _;
+
     use super::*;
 
+    /// A caller whose memory begins with descriptors 4 and 6 in a `fd_set`, which read as the number 80 too.
+    fn read(at: u64, buffer: &mut [u8]) -> Option<()> {
+        buffer.fill(0);
+        if at == 0x100 {
+            buffer[0] = 1 << 4 | 1 << 6;
+        }
+        Some(())
+    }
+
+    fn call(number: libc::c_long, arguments: &str) -> Option<Call> {
+        parse(&format!("{number} {arguments} 0x7ffd 0x7f\n"), Calls::value_variants(), read)
+    }
+
     #[test]
-    fn calls_are_told_by_number() {
-        let epoll =
-            format!("{} 0x5 0x7ffd 0x400 0xffffffffffffffff 0x0 0x8 0x7ffd 0x7f\n", libc::SYS_epoll_pwait);
-        assert_eq!(parse(&epoll), Some(Call::Wait));
-        let accept = format!("{} 0x1f 0x0 0x0 0x80000 0x0 0x0 0x7ffd 0x7f\n", libc::SYS_accept4);
-        assert_eq!(parse(&accept), Some(Call::Accept { fd: 31 }));
-        assert_eq!(parse("running\n"), None);
-        assert_eq!(parse("-1 0x7ffd 0x7f\n"), None);
+    fn calls_are_told_by_number_and_arguments() {
+        let wait = |kind, set| Some(Call::Wait { kind, set });
+        assert_eq!(
+            call(libc::SYS_epoll_pwait, "0x5 0x7ffd 0x400 0xffffffffffffffff 0x0 0x8"),
+            wait(Kind::Epoll, 5)
+        );
+        assert_eq!(call(libc::SYS_accept4, "0x1f 0x0 0x0 0x80000 0x0 0x0"), Some(Call::Accept { fd: 31 }));
+        assert_eq!(call(libc::SYS_io_uring_enter, "0x6 0x0 0x1 0x1 0x0 0x8"), wait(Kind::IoUring, 6));
+        // Submits alone.
+        assert_eq!(call(libc::SYS_io_uring_enter, "0x6 0x1 0x0 0x0 0x0 0x8"), None);
+        assert_eq!(call(libc::SYS_ppoll, "0x100 0x2 0x0 0x0 0x8 0x0"), wait(Kind::Poll, 80));
+        assert_eq!(call(libc::SYS_ppoll, "0x100 0x1 0x0 0x0 0x8 0x0"), None);
+        assert_eq!(call(libc::SYS_pselect6, "0x7 0x100 0x0 0x0 0x0 0x0"), wait(Kind::Poll, 4));
+        // Only the lower one is below the limit; and a sleep.
+        assert_eq!(call(libc::SYS_pselect6, "0x5 0x100 0x0 0x0 0x0 0x0"), None);
+        assert_eq!(call(libc::SYS_pselect6, "0x0 0x0 0x0 0x0 0x0 0x0"), None);
+        assert_eq!(call(libc::SYS_read, "0x0 0x0 0x0 0x0 0x0 0x0"), None);
+    }
+
+    #[test]
+    fn calls_not_asked_for_are_no_waits() {
+        let poll = format!("{} 0x100 0x2 0x0 0x0 0x8 0x0 0x7ffd 0x7f\n", libc::SYS_ppoll);
+        assert_eq!(parse(&poll, &Calls::DEFAULT, read), None);
+    }
+
+    #[test]
+    fn a_thread_that_runs_is_in_no_call() {
+        assert_eq!(parse("running\n", &Calls::DEFAULT, read), None);
+        assert_eq!(parse("-1 0x7ffd 0x7f\n", &Calls::DEFAULT, read), None);
     }
 }

@@ -1,6 +1,7 @@
-//! How many connections a network namespace's listeners have dropped, as the kernel counts them (`nstat`).
+//! How many connections a network namespace's listeners have dropped, as the kernel counts them (`nstat`), and
+//! which listener's those were.
 
-use std::{fs, ops::Sub};
+use std::fs;
 
 /// Two counters of one network namespace, since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,14 +12,31 @@ pub(crate) struct ListenDrops {
     pub(crate) drops: u64,
 }
 
-/// How much both have grown.
-impl Sub for ListenDrops {
-    type Output = Self;
+impl ListenDrops {
+    /// How much both have grown; `None` if they have not, but are another namespace's.
+    pub(crate) fn since(self, before: Self) -> Option<Self> {
+        Some(Self {
+            overflows: self.overflows.checked_sub(before.overflows)?,
+            drops: self.drops.checked_sub(before.drops)?,
+        })
+    }
 
-    fn sub(self, before: Self) -> Self {
-        Self {
-            overflows: self.overflows.saturating_sub(before.overflows),
-            drops: self.drops.saturating_sub(before.drops),
+    /// Of these, the overflows of a listener that has dropped so many, where they are certain.
+    ///
+    /// The kernel counts an overflow three times, once each: as the namespace's overflow, as the listener's drop,
+    /// as the namespace's drop. Other drops are counted as the latter two. What it counts as the listener's drop
+    /// alone is no connection: a segment that does not begin one, such as a reset that comes too late. So equal
+    /// drops mean that they were all this listener's, unless another one's are as many as those segments: that no
+    /// other listener is known to have dropped any makes that all but impossible.
+    ///
+    /// The listener's drops have to be read first and over a time no longer than the namespace's: what is dropped
+    /// in between makes them differ, and nothing certain that is not so.
+    pub(crate) fn overflows_of(self, drops: u32, others_dropped: bool) -> Option<u64> {
+        match self {
+            _ if drops == 0 => Some(0),
+            Self { overflows: 0, .. } => Some(0),
+            _ if !others_dropped && self.drops == u64::from(drops) => Some(self.overflows),
+            _ => None,
         }
     }
 }
@@ -50,6 +68,28 @@ mod tests {
         assert_eq!(parse(netstat), Some(ListenDrops { overflows: 22, drops: 333 }));
         assert_eq!(parse("TcpExt: Other\nTcpExt: 1\n"), None);
         assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn overflows_are_a_listeners_only_where_nobody_else_can_have_had_them() {
+        let namespace = ListenDrops { overflows: 7, drops: 9 };
+        assert_eq!(namespace.overflows_of(9, false), Some(7));
+        assert_eq!(namespace.overflows_of(0, true), Some(0));
+        // Another one's drops, or this one's since it was looked at; late resets; somebody else as well.
+        assert_eq!(namespace.overflows_of(8, false), None);
+        assert_eq!(namespace.overflows_of(10, false), None);
+        assert_eq!(namespace.overflows_of(9, true), None);
+        assert_eq!(ListenDrops { overflows: 0, drops: 9 }.overflows_of(4, true), Some(0));
+    }
+
+    #[test]
+    fn counters_that_shrink_are_not_the_same_ones() {
+        let before = ListenDrops { overflows: 2, drops: 3 };
+        assert_eq!(
+            ListenDrops { overflows: 2, drops: 5 }.since(before),
+            Some(ListenDrops { overflows: 0, drops: 2 })
+        );
+        assert_eq!(ListenDrops { overflows: 0, drops: 5 }.since(before), None);
     }
 
     #[test]

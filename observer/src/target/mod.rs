@@ -1,5 +1,6 @@
 //! The processes under observation, as `/proc` and the kernel's socket tables show them.
 
 pub(crate) mod calls;
+pub(crate) mod container;
 pub(crate) mod drops;
 pub(crate) mod process;

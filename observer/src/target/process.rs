@@ -10,6 +10,7 @@ use procfs::{
     process::{FDTarget, Process as Proc, StatFlags, all_processes},
 };
 
+use super::container;
 use crate::failure::Failure;
 
 /// What people call a process.
@@ -21,6 +22,8 @@ pub(crate) struct Process {
     pub(crate) comm: String,
     /// Path of its executable; empty if it was gone before anybody could look.
     pub(crate) exe: String,
+    /// Id of the container it is in, 64 hexadecimal digits; `None` if it is in none.
+    pub(crate) container: Option<String>,
 }
 
 impl Process {
@@ -30,7 +33,11 @@ impl Process {
         Self {
             pid,
             comm: proc.as_ref().and_then(|p| p.stat().ok()).map_or_else(|| "?".into(), |stat| stat.comm),
-            exe: proc.and_then(|p| p.exe().ok()).map(|exe| exe.display().to_string()).unwrap_or_default(),
+            exe: proc
+                .as_ref()
+                .and_then(|p| p.exe().ok())
+                .map_or_else(String::new, |exe| exe.display().to_string()),
+            container: proc.and_then(|p| container::id(&p.cgroups().ok()?)),
         }
     }
 }

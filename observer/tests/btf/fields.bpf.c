@@ -15,7 +15,8 @@ struct net { struct ns_common ns; };
 struct possible_net { struct net *net; };
 struct in6 { char bytes[16]; };
 struct sock_common { u16 skc_family; u16 skc_num; unsigned char skc_state; u32 skc_rcv_saddr; struct in6 skc_v6_rcv_saddr; struct { struct net *net; } skc_net; };
-struct sk_buff_head { u32 qlen; };
+struct sk_buff; struct sk_buff_head { struct sk_buff *next; u32 qlen; };
+struct sk_buff { struct sock *sk; };
 struct sock { struct sock_common __sk_common; u16 sk_protocol; u16 sk_type; u32 sk_ack_backlog; u32 sk_max_ack_backlog;
     struct atomic sk_drops; struct sk_buff_head sk_receive_queue; void *sk_socket; };
 struct socket { struct file *file; struct sock *sk; };
@@ -24,7 +25,12 @@ struct request_sock_queue { struct atomic qlen; struct request_sock *rskq_accept
 struct inet_connection_sock { struct request_sock_queue icsk_accept_queue; };
 struct sockaddr_un { u16 sun_family; };
 struct unix_address { int len; struct sockaddr_un name[0]; };
-struct unix_sock { struct unix_address *addr; };
+struct unix_sock { struct unix_address *addr; struct sock *peer; };
+struct io_cqe { u64 user_data; int fd; };
+struct io_kiocb { struct file *file; unsigned char opcode; u32 flags; struct io_cqe cqe; void *ctx; };
+struct io_kiocb___old { u64 user_data; };
+struct io_accept { u32 file_slot; };
+struct io_uring_cqe { u64 user_data; int res; u32 flags; };
 struct bpf_iter__task_file { struct task_struct *task; struct file *file; };
 #pragma clang attribute pop
 #define READ(field) sink = (u64)(unsigned long)__builtin_preserve_access_index(&field)
@@ -33,6 +39,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     struct task_struct *t = ctx; struct task_struct___old *o = ctx; struct files_struct *fs = ctx; struct fdtable *ft = ctx;
     struct signal_struct *s = ctx; struct inode *i = ctx; struct file *f = ctx; struct net *n = ctx; struct sock *k = ctx; struct socket *c = ctx;
     struct request_sock *r = ctx; struct inet_connection_sock *ic = ctx; struct unix_address *ua = ctx; struct unix_sock *us = ctx; struct bpf_iter__task_file *it = ctx;
+    struct sk_buff *b = ctx; struct io_kiocb *q = ctx; struct io_kiocb___old *qo = ctx; struct io_accept *ac = ctx; struct io_uring_cqe *e = ctx;
     READ(t->pid); READ(t->tgid); READ(t->files); READ(t->signal); READ(t->__state); READ(o->state);
     READ(fs->fdt); READ(ft->max_fds); READ(ft->fd); READ(s->live.counter); READ(i->i_ino); READ(f->private_data); READ(f->f_inode);
     READ(n->ns.inum); READ(k->__sk_common.skc_family); READ(k->__sk_common.skc_num); READ(k->__sk_common.skc_net.net);
@@ -41,6 +48,8 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     READ(k->sk_drops.counter); READ(k->sk_receive_queue.qlen); READ(k->sk_socket); READ(r->dl_next); READ(r->sk);
     READ(ic->icsk_accept_queue.qlen.counter); READ(ic->icsk_accept_queue.rskq_accept_head);
     READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file);
+    READ(us->peer); READ(k->sk_receive_queue.next); READ(b->sk); READ(q->file); READ(q->opcode); READ(q->flags); READ(q->ctx);
+    READ(q->cqe.user_data); READ(qo->user_data); READ(q->cqe.fd); READ(ac->file_slot); READ(e->user_data); READ(e->res); READ(e->flags);
     return 0;
 }
 char LICENSE[] __attribute__((section("license"), used)) = "GPL";

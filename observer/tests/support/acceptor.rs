@@ -1,12 +1,17 @@
-//! A server that accepts only when told to; see `servers/acceptor.py`.
+//! A server that accepts only when told to; see `servers/acceptor.py` and `servers/ring_acceptor.rs`.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     path::Path,
     process::{ChildStdin, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
-use super::Process;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{Process, example, observer::Observer};
 
 /// The server, its place and its commands.
 pub(crate) struct Acceptor {
@@ -15,12 +20,28 @@ pub(crate) struct Acceptor {
     answers: BufReader<ChildStdout>,
     place: String,
     in_own_namespace: bool,
+    /// For its socket, if that has a path.
+    _files: TempDir,
 }
 
 impl Acceptor {
     /// Listens on one socket of this kind, accepting by this method.
     pub(crate) fn new(kind: &str, method: &str, backlog: u32) -> Self {
         Self::start(Command::new("/usr/bin/python3"), kind, method, backlog, 1)
+    }
+
+    /// The same by io_uring; `None`, with a word why, where the kernel does not have this method.
+    pub(crate) fn ring(test: &str, kind: &str, method: &str, backlog: u32) -> Option<Self> {
+        let mut program = Command::new(example("ring_acceptor"));
+        program.args([kind, method, &backlog.to_string()]);
+        let mut acceptor = Self::serve(program);
+        // One for itself, before anybody looks.
+        acceptor.tell("connect 1");
+        if acceptor.tell("accept 1") == 0 {
+            eprintln!("skipped: {test}: this kernel's io_uring does not accept by {method}");
+            return None;
+        }
+        Some(acceptor)
     }
 
     /// An SO_REUSEPORT group.
@@ -36,22 +57,33 @@ impl Acceptor {
         Self { in_own_namespace: true, ..acceptor }
     }
 
+    /// In the network namespace of another one.
+    pub(crate) fn beside(other: &Self, backlog: u32) -> Self {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &other.pid().to_string(), "-n", "/usr/bin/python3"]);
+        let acceptor = Self::start(command, "v4", "accept4", backlog, 1);
+        Self { in_own_namespace: true, ..acceptor }
+    }
+
     fn start(mut command: Command, kind: &str, method: &str, backlog: u32, members: u32) -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/acceptor.py");
-        let mut child = command
-            .arg(script)
-            .args([kind, method, &backlog.to_string(), &members.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        command.arg(script).args([kind, method, &backlog.to_string(), &members.to_string()]);
+        Self::serve(command)
+    }
+
+    /// Starts a program that takes commands.
+    fn serve(mut command: Command) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let mut child =
+            command.env("TMPDIR", files.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let commands = child.stdin.take().unwrap();
         let mut answers = BufReader::new(child.stdout.take().unwrap());
         let mut place = String::new();
         answers.read_line(&mut place).unwrap();
         let place = place.trim().to_owned();
         assert!(!place.is_empty(), "the acceptor does not listen");
-        Self { process: Process(child), commands, answers, place, in_own_namespace: false }
+        let process = Process(child);
+        Self { process, commands, answers, place, in_own_namespace: false, _files: files }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -93,7 +125,7 @@ impl Acceptor {
     }
 
     /// What a tool prints in the acceptor's network namespace.
-    fn tool(&self, program: &str, arguments: &[&str]) -> String {
+    pub(crate) fn tool(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = if self.in_own_namespace {
             let mut command = Command::new("nsenter");
             command.args(["-t", &self.pid().to_string(), "-n", program]);
@@ -103,4 +135,48 @@ impl Acceptor {
         };
         String::from_utf8(command.args(arguments).output().unwrap().stdout).unwrap()
     }
+}
+
+/// Known operations, and how long each connection is kept waiting.
+pub(crate) const CONNECTIONS: u32 = 23;
+const HOLD: Duration = Duration::from_millis(200);
+
+/// Keeps connections waiting, looks at the queue meanwhile and accepts them all. Returns the listener as reported.
+/// `client` is the family to connect by, `address` what observer calls the listener, with PLACE for the acceptor's.
+pub(crate) fn hold_and_accept(mut acceptor: Acceptor, what: &str, client: &str, address: &str) -> Value {
+    let observer = Observer::of(acceptor.pid());
+    let before_connect = Instant::now();
+    assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS} {client}")), CONNECTIONS);
+    let after_connect = Instant::now();
+    thread::sleep(HOLD);
+    let (depth, limit) = acceptor.ss();
+    let shortest = after_connect.elapsed().as_secs_f64();
+    assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), CONNECTIONS);
+    let longest = before_connect.elapsed().as_secs_f64();
+
+    let report = observer.finish();
+    report.assert_complete();
+    let found = report.listeners(&address.replace("PLACE", acceptor.place()));
+    assert_eq!(found.len(), 1, "{address} in {:#}", report.0);
+    let listener = found[0];
+    assert_eq!(listener["accepts"], CONNECTIONS, "{listener:#}");
+    assert_eq!(listener["arrivals"], CONNECTIONS, "{listener:#}");
+    assert_eq!(listener["peak"], depth, "ss saw {depth}: {listener:#}");
+    assert_eq!(listener["limit"], limit, "ss saw {limit}: {listener:#}");
+    assert_eq!(listener["depth"], 0, "{listener:#}");
+    assert_eq!(listener["depth_on_accept"]["sum"], (1..=CONNECTIONS).sum::<u32>(), "{listener:#}");
+    let waits = &listener["wait"];
+    if waits["count"] != 0 {
+        let (min, max) = (waits["min"].as_f64().unwrap(), waits["max"].as_f64().unwrap());
+        eprintln!(
+            "| {what} | {} | {min:.4} to {max:.4} s | {shortest:.4} to {longest:.4} s | {depth} of {limit} |",
+            listener["accepts"]
+        );
+        assert_eq!(waits["count"], CONNECTIONS, "{listener:#}");
+        assert!(
+            shortest - 0.005 <= min && max <= longest + 0.005,
+            "not in {shortest}..={longest}: {listener:#}"
+        );
+    }
+    listener.clone()
 }

@@ -3,16 +3,23 @@
 
 pub(crate) mod acceptor;
 pub(crate) mod http;
+pub(crate) mod load;
 pub(crate) mod observer;
 pub(crate) mod servers;
 
 use std::{
+    path::{Path, PathBuf},
     process::{Child, ExitStatus},
     time::{Duration, Instant},
 };
 
 /// How long anything may take that should take no time at all; an emulated kernel is slow.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// A program of ours that tests observe, built together with them.
+pub(crate) fn example(name: &str) -> PathBuf {
+    Path::new(observer::BINARY).with_file_name("examples").join(name)
+}
 
 /// Whether this runs on an emulated machine, where work takes ten times as long.
 pub(crate) fn is_emulated() -> bool {

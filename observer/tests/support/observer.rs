@@ -9,7 +9,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{LIMIT, Process, exit_within};
+use super::{LIMIT, Process, exit_within, http};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_observer");
@@ -58,6 +58,15 @@ impl Observer {
         let line = self.announcement.iter().find(|line| line.contains("/metrics")).expect("an endpoint");
         let address = line.split("http://").nth(1).unwrap().trim_end_matches("/metrics");
         address.parse::<std::net::SocketAddr>().unwrap().port()
+    }
+
+    /// A figure of the only series of this name, as scraped now.
+    #[track_caller]
+    pub(crate) fn figure(&self, name: &str) -> f64 {
+        let scrape = http::get(self.port(), "/metrics");
+        let series: Vec<_> = scrape.lines().filter(|line| line.starts_with(&format!("{name}{{"))).collect();
+        assert_eq!(series.len(), 1, "{name} in {scrape}");
+        series[0].rsplit(' ').next().unwrap().parse().unwrap()
     }
 
     /// Ctrl-C, then the report.
@@ -135,8 +144,11 @@ impl Report {
 /// Connections that the programs remember as waiting, as bpftool finds them.
 pub(crate) fn in_flight() -> usize {
     let output = Command::new("bpftool").args(["-j", "map", "dump", "name", "QUEUED"]).output().unwrap();
-    let entries: Value = serde_json::from_slice(&output.stdout).unwrap();
-    entries.as_array().unwrap().len()
+    let entries: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    // Of several maps it lists the maps.
+    let is_one = entries.iter().all(|entry| entry.get("key").is_some());
+    assert!(is_one, "another observer is at work: {entries:?}");
+    entries.len()
 }
 
 /// How many durations of a histogram are in `(above, up_to]` seconds; both have to be bounds of buckets.

@@ -3,9 +3,12 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
+    mem,
     net::{Ipv4Addr, TcpListener, TcpStream},
+    os::unix::net::UnixStream,
     path::Path,
     process::{Command, Stdio},
+    thread,
     time::Duration,
 };
 
@@ -21,6 +24,25 @@ pub(crate) fn free_port() -> u16 {
 
 /// Name of the file that an asyncio server counts its waits in.
 const WAITS: &str = "waits";
+
+/// Name of the file that a server of several processes counts its connections in.
+const ACCEPTED: &str = "accepted";
+
+/// A count of connections when it no longer changes, but for what each question adds itself: several processes do
+/// not finish in the order of arrival.
+fn settled(who: &str, added_by_asking: u64, count: impl Fn() -> u64) -> u64 {
+    wait_for(&format!("{who} to finish"), || {
+        let mut last = count();
+        for _ in 0..3 {
+            thread::sleep(Duration::from_millis(100));
+            let before = mem::replace(&mut last, count());
+            if last != before + added_by_asking {
+                return None;
+            }
+        }
+        Some(last)
+    })
+}
 
 /// A server and the port it listens on.
 pub(crate) struct Server {
@@ -83,11 +105,67 @@ impl Server {
         status.lines().nth(2).unwrap().split_whitespace().next().unwrap().parse().unwrap()
     }
 
+    /// The same where each worker has a listener of its own: one has accepted those before it, another maybe not yet.
+    pub(crate) fn nginx_accepts_of_all(&self) -> u64 {
+        settled("nginx", 1, || self.nginx_accepts())
+    }
+
+    /// haproxy, which answers by itself.
+    pub(crate) fn haproxy() -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let config = format!(
+            "global\n stats socket {}/stats\n maxconn 1000\n
+             defaults\n mode http\n timeout connect 10s\n timeout client 60s\n timeout server 60s\n
+             frontend here\n bind 127.0.0.1:{port}\n http-request return content-type text/plain string ok\n",
+            files.path().display()
+        );
+        fs::write(files.path().join("haproxy.cfg"), config).unwrap();
+        let child = Command::new("haproxy")
+            .args(["-db", "-f", "haproxy.cfg"])
+            .current_dir(files.path())
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("haproxy is installed");
+        let server = Self { process: Process(child), port, files: Some(files) };
+        // In its place when all else is.
+        wait_for("haproxy", || server.haproxy_statistics());
+        server
+    }
+
+    /// haproxy's own count of accepted connections, asked for on another socket.
+    pub(crate) fn haproxy_accepts(&self) -> u64 {
+        settled("haproxy", 0, || {
+            let mut connection = self.haproxy_statistics().unwrap();
+            connection.write_all(b"show stat here 1 -1\n").unwrap();
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer).unwrap();
+            let mut lines = answer.lines().map(|line| line.split(','));
+            let mut both = lines.next().unwrap().zip(lines.next().unwrap());
+            both.find(|(name, _)| *name == "conn_tot").unwrap().1.parse().unwrap()
+        })
+    }
+
+    fn haproxy_statistics(&self) -> Option<UnixStream> {
+        UnixStream::connect(self.files.as_ref().unwrap().path().join("stats")).ok()
+    }
+
     /// redis, without persistence.
     pub(crate) fn redis() -> Self {
         let port = free_port();
         let child = Command::new("redis-server")
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args([
+                "--port",
+                &port.to_string(),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--enable-debug-command",
+                "yes",
+            ])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
@@ -137,7 +215,7 @@ impl Server {
     pub(crate) fn wait_until_idle(&self) {
         wait_for("the loop to be idle", || {
             let before = self.waits();
-            std::thread::sleep(Duration::from_millis(100));
+            thread::sleep(Duration::from_millis(100));
             (self.waits() == before).then_some(())
         });
     }
@@ -145,6 +223,41 @@ impl Server {
     /// Node's event loop; see `servers/node_server.js`.
     pub(crate) fn node() -> Self {
         Self::script(Command::new("node"), "node_server.js", &[])
+    }
+
+    /// Node processes that share a port; see `servers/cluster_server.js`.
+    pub(crate) fn node_cluster(policy: &str) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let accepted = files.path().join(ACCEPTED);
+        let mut server =
+            Self::script(Command::new("node"), "cluster_server.js", &[Path::new(policy), &accepted]);
+        server.files = Some(files);
+        server
+    }
+
+    /// gunicorn; see `servers/gunicorn_server.py`.
+    pub(crate) fn gunicorn() -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let accepted = files.path().join(ACCEPTED);
+        let mut server = Self::script(Command::new("/usr/bin/python3"), "gunicorn_server.py", &[&accepted]);
+        server.files = Some(files);
+        wait_for("gunicorn's workers", || (children(server.pid()).len() == 4).then_some(()));
+        http::get(server.port, "/");
+        server
+    }
+
+    /// Connections that the workers of gunicorn or of a Node cluster were given, by their own count.
+    pub(crate) fn connections(&self) -> u64 {
+        settled("the workers", 0, || self.length_of(ACCEPTED))
+    }
+
+    /// How often a worker of gunicorn was woken for a connection that another one got, by their own count.
+    pub(crate) fn races_lost(&self) -> u64 {
+        self.length_of(&format!("{ACCEPTED}.lost"))
+    }
+
+    fn length_of(&self, file: &str) -> u64 {
+        fs::metadata(self.files.as_ref().unwrap().path().join(file)).unwrap().len()
     }
 
     /// A server of ours that prints its port.

@@ -1,0 +1,126 @@
+//! *ring*: accepts through io_uring, of which no system call tells. A submission shows the listener, a wake-up shows
+//! it as well where the submission was before observer came, and a completion shows the connection.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    macros::{btf_tracepoint, map},
+    maps::HashMap,
+    programs::BtfTracePointContext,
+};
+use observer_common::{
+    loss::Loss,
+    ring::{RingAccept, RingKey},
+};
+
+use super::{accept, listener, process};
+use crate::{
+    emit::{add, lost},
+    kernel::{self, OpenFile, RingAcceptRequest, RingCompletion, RingWakeup, Socket},
+};
+
+/// Accepts in flight.
+#[map]
+static RING_ACCEPTS: HashMap<RingKey, RingAccept> = HashMap::with_max_entries(8192, 0);
+
+/// A request is about to be tried for the first time.
+#[btf_tracepoint(function = "io_uring_submit_req")]
+fn ring_submit(ctx: BtfTracePointContext) -> u32 {
+    if let Some(request) = RingAcceptRequest::submitted(&ctx) {
+        let (tgid, _) = kernel::current();
+        if process::is_target(tgid) {
+            let _gone = submit(&request, tgid);
+        }
+    }
+    0
+}
+
+/// What a request in flight has waited for has come; whoever caused that runs now, not the target.
+#[btf_tracepoint(function = "io_uring_task_add")]
+fn ring_wakeup(ctx: BtfTracePointContext) -> u32 {
+    if let Some(wakeup) = RingWakeup::of(&ctx) {
+        // Where the file is not to be known, the completion tells whether a target is meant.
+        let inode = match wakeup.file {
+            Some(file) => file.inode().filter(|&inode| listener::listener_with(inode).is_some()),
+            None => Some(0),
+        };
+        if let Some(inode) = inode {
+            let direct = u32::from(wakeup.is_direct);
+            let new = RingAccept { inode, request: 0, pending: 1, direct, reserved: 0 };
+            let _known_already = RING_ACCEPTS.insert(wakeup.key, new, u64::from(BPF_NOEXIST));
+        }
+    }
+    0
+}
+
+/// A request has come to a result, which for an accept is the new descriptor.
+#[btf_tracepoint(function = "io_uring_complete")]
+fn ring_complete(ctx: BtfTracePointContext) -> u32 {
+    let completion = RingCompletion::of(&ctx);
+    let Some(entry) = RING_ACCEPTS.get_ptr_mut(completion.key) else { return 0 };
+    // SAFETY: a live map value; the kernel lets one thread at a time work on a ring.
+    let accept = unsafe { *entry };
+    if completion.is_last {
+        if accept.pending > 1 {
+            // SAFETY: as above.
+            unsafe { add(&raw mut (*entry).pending, u64::MAX) };
+        } else {
+            let _present = RING_ACCEPTS.remove(completion.key);
+        }
+    }
+    let (tgid, _) = kernel::current();
+    if let Ok(fd) = u32::try_from(completion.result)
+        && process::is_target(tgid)
+    {
+        let connection = if accept.direct == 0 { OpenFile::of(fd).and_then(OpenFile::socket) } else { None };
+        if count(&accept, connection, tgid).is_none() {
+            lost(Loss::AcceptUnattributed);
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn submit(request: &RingAcceptRequest, tgid: u32) -> Option<()> {
+    let key = request.key()?;
+    let file = request.file_at_submission();
+    let inode = file.and_then(|file| listener::listener_of(file, tgid)).map_or(0, |(inode, _)| inode);
+    if let Some(entry) = RING_ACCEPTS.get_ptr_mut(key) {
+        // SAFETY: a live map value; the kernel lets one thread at a time work on a ring.
+        unsafe {
+            if (*entry).inode != inode {
+                (*entry).inode = 0;
+            }
+            (*entry).request = 0;
+            add(&raw mut (*entry).pending, 1);
+        }
+        return Some(());
+    }
+    let direct = u32::from(request.is_direct());
+    let later = if inode == 0 { request.address() } else { 0 };
+    let new = RingAccept { inode, request: later, pending: 1, direct, reserved: 0 };
+    if RING_ACCEPTS.insert(key, new, u64::from(BPF_ANY)).is_err() {
+        lost(Loss::AcceptingFull);
+    }
+    Some(())
+}
+
+/// Counts a connection; `None` if its listener cannot be told.
+#[inline(always)]
+fn count(accept: &RingAccept, connection: Option<Socket>, tgid: u32) -> Option<()> {
+    let listener = if accept.inode != 0 {
+        listener::listener_with(accept.inode)?
+    } else if accept.request != 0 {
+        listener::listener_of(RingAcceptRequest::known(accept.request).file()?, tgid)?.1
+    } else {
+        listener::listener_with(accept::only_listener_for(connection?)?)?
+    };
+    // SAFETY: a live map value; a lost race between two accepts leaves the lesser of two peaks.
+    unsafe {
+        let depth = Socket::known((*listener).sk).queued()? + 1;
+        if depth > (*listener).peak {
+            (*listener).peak = depth;
+        }
+        accept::count(listener, connection, depth, tgid);
+    }
+    Some(())
+}

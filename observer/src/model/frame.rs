@@ -1,0 +1,70 @@
+//! One function on a stack, whatever it was written in.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// A function that was running, or had called another one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub(crate) struct Frame {
+    /// Its name as programmers write it; an address in hexadecimal if nobody knows the name.
+    pub(crate) function: String,
+    /// Base name of the ELF file it is in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) module: Option<String>,
+    /// Source file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) file: Option<String>,
+    /// Line in that file, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) line: Option<u32>,
+}
+
+impl Frame {
+    /// Code without a name. The address is the one inside its file, so that it is the same in all processes;
+    /// outside of any file it is the process's own.
+    pub(crate) fn unknown(address: u64, module: Option<String>) -> Self {
+        Self { function: format!("{address:#x}"), module, file: None, line: None }
+    }
+}
+
+/// `function (folder/file:line)`, or `function [module]` where the source is unknown.
+impl fmt::Display for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.function)?;
+        match (&self.file, self.line, &self.module) {
+            (Some(file), Some(line), _) => write!(f, " ({}:{line})", short(file)),
+            (Some(file), None, _) => write!(f, " ({})", short(file)),
+            (None, _, Some(module)) => write!(f, " [{module}]"),
+            (None, _, None) => Ok(()),
+        }
+    }
+}
+
+/// The last two parts of a path: file names alone are alike in many projects.
+fn short(path: &str) -> &str {
+    let cut = path.rmatch_indices('/').nth(1).map_or(0, |(at, _)| at + 1);
+    &path[cut..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn people_see_the_source_else_the_module() {
+        let known = Frame {
+            function: "handle".into(),
+            module: Some("app".into()),
+            file: Some("/srv/app/views/user.py".into()),
+            line: Some(7),
+        };
+        assert_eq!(known.to_string(), "handle (views/user.py:7)");
+        let no_line = Frame { line: None, file: Some("<string>".into()), ..known.clone() };
+        assert_eq!(no_line.to_string(), "handle (<string>)");
+        let no_file = Frame { file: None, ..known };
+        assert_eq!(no_file.to_string(), "handle [app]");
+        assert_eq!(Frame::unknown(0x1f0, Some("libc.so.6".into())).to_string(), "0x1f0 [libc.so.6]");
+        assert_eq!(Frame::unknown(0x1f0, None).to_string(), "0x1f0");
+    }
+}

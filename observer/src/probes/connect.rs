@@ -1,0 +1,15 @@
+//! *connect*: when connections to targets' unix sockets began to wait. Its figures stand in the listener's entry.
+
+use super::{Events, Hook, Probe, When};
+
+pub(super) const PROBE: Probe = Probe {
+    name: "connect",
+    purpose: "how long connections to unix sockets wait to be accepted",
+    since: "5.5",
+    when: When::UnixListener,
+    cost: "every connect call on the machine, from the moment when a target listens on a unix socket",
+    hooks: &[
+        Hook { program: "connect_enter", events: Events::Plain(&[("syscalls", "sys_enter_connect")]) },
+        Hook { program: "connect_exit", events: Events::Plain(&[("syscalls", "sys_exit_connect")]) },
+    ],
+};

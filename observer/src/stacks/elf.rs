@@ -1,0 +1,143 @@
+//! ELF files, mapped so that only what is looked at takes memory.
+
+use std::{fs::File, ops::Range, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use memmap2::{Mmap, MmapMut};
+use object::{
+    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _,
+    read::elf::ElfFile64,
+};
+use procfs::process::MemoryMap;
+
+/// A 64-bit ELF file.
+pub(super) struct Elf(Arc<Mmap>);
+
+impl Elf {
+    /// Maps a file.
+    pub(super) fn open(file: &File) -> Result<Self> {
+        // SAFETY: the bytes are only read, through bounds-checked parsers. Whoever shortens a file that is being
+        // executed gets the program that executes it killed, and this one: the same trust.
+        let map = unsafe { Mmap::map(file) }.context("cannot map it")?;
+        Self::checked(map)
+    }
+
+    /// Takes a file that is in memory alone.
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let mut map = MmapMut::map_anon(bytes.len()).context("no memory")?;
+        map.copy_from_slice(bytes);
+        Self::checked(map.make_read_only()?)
+    }
+
+    fn checked(map: Mmap) -> Result<Self> {
+        ElfFile64::<LittleEndian>::parse(&*map).context("it is no 64-bit ELF file")?;
+        Ok(Self(Arc::new(map)))
+    }
+
+    fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
+        ElfFile64::parse(&**self.0).expect("it has been parsed before")
+    }
+
+    /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
+    pub(super) fn bias(&self, map: &MemoryMap) -> Option<u64> {
+        let file = self.parsed();
+        let address = file.segments().find_map(|segment| {
+            let (offset, size) = segment.file_range();
+            // A mapping starts at the page its segment starts in.
+            let page = offset - offset % segment.align().max(1);
+            (page..offset + size).contains(&map.offset).then(|| segment.address() - offset + map.offset)
+        })?;
+        Some(map.address.0.wrapping_sub(address))
+    }
+
+    /// Addresses in the file of symbols it defines; exported ones, else those left for debuggers.
+    pub(super) fn symbols<const N: usize>(&self, names: [&str; N]) -> [Option<u64>; N] {
+        let file = self.parsed();
+        let mut found = [None; N];
+        for symbol in file.dynamic_symbols().chain(file.symbols()).filter(|symbol| symbol.is_definition()) {
+            let Ok(name) = symbol.name_bytes() else { continue };
+            for (wanted, address) in names.iter().zip(&mut found) {
+                if address.is_none() && wanted.as_bytes() == name {
+                    *address = Some(symbol.address());
+                }
+            }
+            if found.iter().all(Option::is_some) {
+                break;
+            }
+        }
+        found
+    }
+
+    /// What an instruction refers to, relative to where it is: the first one, in the beginning of a function, that
+    /// starts with `before` and is followed by `after`.
+    pub(super) fn target_in_code(&self, function: u64, before: &[u8], after: &[u8]) -> Option<u64> {
+        /// How much of the function is looked at, in bytes.
+        const BEGINNING: u64 = 64;
+
+        let file = self.parsed();
+        let text = file
+            .segments()
+            .find(|segment| (segment.address()..segment.address() + segment.size()).contains(&function))?;
+        let code = text.data_range(function, BEGINNING).ok()??;
+        let size = before.len() + 4 + after.len();
+        let (at, found) = code
+            .windows(size)
+            .enumerate()
+            .find(|(_, window)| window.starts_with(before) && window.ends_with(after))?;
+        let distance = i32::from_le_bytes(*found[before.len()..].first_chunk()?);
+        let next = function + (at + before.len() + 4) as u64;
+        Some(next.wrapping_add_signed(distance.into()))
+    }
+
+    /// A section's place in the file's address space, and its content.
+    pub(super) fn section(&self, name: &[u8]) -> Option<(Range<u64>, Bytes)> {
+        let file = self.parsed();
+        let section = file.section_by_name_bytes(name)?;
+        let (start, size) = section.file_range()?;
+        let (start, size) = (usize::try_from(start).ok()?, usize::try_from(size).ok()?);
+        let range = start..start.checked_add(size).filter(|&end| end <= self.0.len())?;
+        let addresses = section.address()..section.address() + section.size();
+        Some((addresses, Bytes { file: self.0.clone(), range }))
+    }
+}
+
+/// Part of a mapped file, which it keeps mapped.
+pub(super) struct Bytes {
+    file: Arc<Mmap>,
+    /// Within the file, as checked when made.
+    range: Range<usize>,
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.file[self.range.clone()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stacks::mappings::Mappings;
+
+    #[test]
+    fn this_programs_own_symbols_are_where_it_runs() {
+        let mappings = Mappings::of(std::process::id()).unwrap();
+        let map = mappings.code(crate::main as *const () as u64).unwrap();
+        let elf = Elf::open(&mappings.open(map).unwrap()).unwrap();
+        // `main` of C, which calls ours, is the only one with a plain name.
+        let [main, none] = elf.symbols(["main", "no_such_function"]);
+        let address = main.unwrap().wrapping_add(elf.bias(map).unwrap());
+        assert!((map.address.0..map.address.1).contains(&address));
+        assert_eq!(none, None);
+        assert!(!elf.section(b".eh_frame").unwrap().1.is_empty());
+        assert!(elf.section(b".no_such_section").is_none());
+    }
+
+    #[test]
+    fn what_is_no_elf_file_is_refused() {
+        assert!(Elf::from_bytes(b"#!/bin/sh").is_err());
+        assert!(Elf::open(&File::open("/dev/null").unwrap()).is_err());
+    }
+}

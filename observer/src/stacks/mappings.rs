@@ -1,0 +1,138 @@
+//! What a process has mapped where, and the files behind it, also those of containers and deleted ones.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
+
+/// Which file it is: major and minor number of its device, and its inode.
+pub(super) type FileId = ((i32, i32), u64);
+
+/// When a file was last changed, in seconds and nanoseconds: inodes are used again for other files.
+pub(super) type Version = (i64, i64);
+
+/// All mappings of a process, as they were when asked for.
+pub(crate) struct Mappings {
+    /// Their process.
+    pub(super) pid: u32,
+    /// In order of address, never overlapping.
+    maps: Vec<MemoryMap>,
+}
+
+impl Mappings {
+    /// Asks for a process's mappings.
+    pub(crate) fn of(pid: u32) -> io::Result<Self> {
+        let id = i32::try_from(pid).map_err(io::Error::other)?;
+        let maps = Process::new(id).and_then(|process| process.maps()).map_err(io::Error::other)?;
+        Ok(Self { pid, maps: maps.into_iter().collect() })
+    }
+
+    /// The mapping an address is in.
+    pub(super) fn find(&self, address: u64) -> Option<&MemoryMap> {
+        let after = self.maps.partition_point(|map| map.address.0 <= address);
+        self.maps[..after].last().filter(|map| address < map.address.1)
+    }
+
+    /// The mapping of code an address is in.
+    pub(super) fn code(&self, address: u64) -> Option<&MemoryMap> {
+        self.find(address).filter(|map| map.perms.contains(MMPermissions::EXECUTE))
+    }
+
+    /// Where the code is that the kernel maps into every process.
+    pub(super) fn vdso(&self) -> Option<(u64, u64)> {
+        self.maps.iter().find(|map| map.pathname == MMapPath::Vdso).map(|map| map.address)
+    }
+
+    /// One mapping of code for each file that has any.
+    pub(super) fn modules(&self) -> impl Iterator<Item = &MemoryMap> {
+        let mut seen = BTreeSet::new();
+        let code = self.maps.iter().filter(|map| map.perms.contains(MMPermissions::EXECUTE));
+        code.filter(move |map| matches!(map.pathname, MMapPath::Path(_)) && seen.insert(file_id(map)))
+    }
+
+    /// Which of all files that had the inode is mapped; `None` if there is no file or nobody may look.
+    pub(super) fn version(&self, map: &MemoryMap) -> Option<Version> {
+        let MMapPath::Path(path) = &map.pathname else { return None };
+        let metadata =
+            fs::metadata(self.by_range_path(map)).or_else(|_| fs::metadata(inside(self.pid, path)));
+        metadata.ok().map(|metadata| (metadata.ctime(), metadata.ctime_nsec()))
+    }
+
+    /// Where the kernel shows the file behind a mapping, whatever its name is now. Looking takes CAP_SYS_ADMIN or
+    /// CAP_CHECKPOINT_RESTORE.
+    fn by_range_path(&self, map: &MemoryMap) -> PathBuf {
+        format!("/proc/{}/map_files/{:x}-{:x}", self.pid, map.address.0, map.address.1).into()
+    }
+
+    /// Opens the file behind a mapping, and no other that has taken its name since.
+    pub(super) fn open(&self, map: &MemoryMap) -> io::Result<File> {
+        File::open(self.by_range_path(map)).or_else(|_| self.open_by_name(map))
+    }
+
+    /// Opens the file of that name in the process's file system, if it still is the mapped one.
+    fn open_by_name(&self, map: &MemoryMap) -> io::Result<File> {
+        let MMapPath::Path(path) = &map.pathname else {
+            return Err(io::Error::other("no file is mapped there"));
+        };
+        let file = File::open(inside(self.pid, path))?;
+        if file.metadata()?.ino() != map.inode {
+            return Err(io::Error::other(format!("{} has been replaced", path.display())));
+        }
+        Ok(file)
+    }
+
+    /// Whether mapped files can be opened without their names.
+    pub(super) fn by_range(&self) -> bool {
+        let first =
+            fs::read_dir(format!("/proc/{}/map_files", self.pid)).into_iter().flatten().flatten().next();
+        first.is_some_and(|first| File::open(first.path()).is_ok())
+    }
+}
+
+/// A path of a process, as seen from here, whatever its root is.
+pub(super) fn inside(pid: u32, path: &Path) -> PathBuf {
+    Path::new(&format!("/proc/{pid}/root")).join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// Which file is mapped.
+pub(super) fn file_id(map: &MemoryMap) -> FileId {
+    (map.dev, map.inode)
+}
+
+/// What people call the module a mapping belongs to; `None` for code that was made at run time.
+pub(super) fn module_name(map: &MemoryMap) -> Option<String> {
+    match &map.pathname {
+        MMapPath::Path(path) => {
+            let name = path.file_name()?.to_string_lossy();
+            Some(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned())
+        }
+        MMapPath::Vdso => Some("vdso".to_owned()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_of_this_process_is_found_in_its_file() {
+        let mappings = Mappings::of(std::process::id()).unwrap();
+        let here = file_id as *const () as u64;
+        let map = mappings.code(here).unwrap();
+        let exe = std::env::current_exe().unwrap();
+        assert_eq!(module_name(map), Some(exe.file_name().unwrap().to_string_lossy().into_owned()));
+        assert!(mappings.modules().any(|module| file_id(module) == file_id(map)));
+        let inode = fs::metadata(&exe).unwrap().ino();
+        assert_eq!(mappings.open_by_name(map).unwrap().metadata().unwrap().ino(), inode);
+        assert_eq!(mappings.open(map).unwrap().metadata().unwrap().ino(), inode);
+        let data = Box::new(0_u8);
+        assert!(mappings.code(&raw const *data as u64).is_none());
+        assert!(mappings.find(0).is_none());
+    }
+}

@@ -1,0 +1,15 @@
+//! What a stalled thread was doing, as frames people can read: native ones from registers and stack memory, and
+//! those of interpreters from the process's own data. Only reads; the observed process is never stopped.
+
+mod elf;
+pub(crate) mod interpreter;
+pub(crate) mod mappings;
+pub(crate) mod memory;
+pub(crate) mod now;
+mod python;
+mod ruby;
+mod snapshot;
+pub(crate) mod symbols;
+#[cfg(test)]
+mod testing;
+pub(crate) mod unwind;

@@ -1,0 +1,366 @@
+//! Python frames of a thread, read from CPython's own data while it runs or stands still.
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::{
+    memory::{Live, half_in, length, text, word_in},
+    snapshot::{self, Link},
+    unwind::DEPTH_MAX,
+};
+use crate::model::frame::Frame;
+
+/// Most interpreters, and threads of one, that are looked through.
+const LIST_MAX: usize = 4096;
+
+/// Most frames followed: CPython's own limit of recursion is 1000 unless raised.
+const CHAIN_MAX: usize = 8192;
+
+/// Longest location table of a function, in bytes.
+const TABLE_MAX: u64 = 1 << 20;
+
+/// `owner` of a frame that stands for a piece of C stack and has no code of its own.
+const OWNED_BY_C_STACK: u8 = 3;
+
+/// Where CPython keeps what: offsets in bytes into its structures.
+///
+/// Those of 3.11 and 3.12 were printed by gdb from the debug information of x86-64 release builds (3.11.7, 3.12.1);
+/// minor releases keep them. From 3.13 on the interpreter tells them itself (`_Py_DebugOffsets`).
+#[derive(Clone, Copy, Debug)]
+struct Offsets {
+    runtime_interpreters: u64,
+    interpreter_next: u64,
+    interpreter_threads: u64,
+    thread_next: u64,
+    thread_native_id: u64,
+    /// Of the frame, or of what leads to it.
+    thread_frame: u64,
+    /// Of the frame in `_PyCFrame`, where that is in between.
+    cframe_frame: Option<u64>,
+    frame_code: u64,
+    frame_previous: u64,
+    frame_instruction: u64,
+    frame_owner: u64,
+    code_filename: u64,
+    code_qualname: u64,
+    code_linetable: u64,
+    code_first_line: u64,
+    code_instructions: u64,
+    object_type: u64,
+    type_name: u64,
+    bytes_size: u64,
+    bytes_data: u64,
+    string_length: u64,
+    string_state: u64,
+    /// Size of a string's head: of one that is all ASCII, and of any other.
+    string_ascii: u64,
+    string_compact: u64,
+}
+
+const V3_11: Offsets = Offsets {
+    runtime_interpreters: 0x28,
+    interpreter_next: 0,
+    interpreter_threads: 0x10,
+    thread_next: 0x8,
+    thread_native_id: 0xa0,
+    thread_frame: 0x38,
+    cframe_frame: Some(0x8),
+    frame_code: 0x20,
+    frame_previous: 0x30,
+    frame_instruction: 0x38,
+    frame_owner: 0x45,
+    code_filename: 0x70,
+    code_qualname: 0x80,
+    code_linetable: 0x88,
+    code_first_line: 0x48,
+    code_instructions: 0xb8,
+    object_type: 0x8,
+    type_name: 0x18,
+    bytes_size: 0x10,
+    bytes_data: 0x20,
+    string_length: 0x10,
+    string_state: 0x20,
+    string_ascii: 0x30,
+    string_compact: 0x48,
+};
+
+const V3_12: Offsets = Offsets {
+    interpreter_threads: 0x48,
+    thread_native_id: 0x90,
+    cframe_frame: Some(0),
+    frame_code: 0,
+    frame_previous: 0x8,
+    frame_owner: 0x46,
+    code_first_line: 0x44,
+    code_instructions: 0xc0,
+    string_ascii: 0x28,
+    string_compact: 0x38,
+    ..V3_11
+};
+
+/// What `_PyRuntime` begins with where it tells its own offsets.
+const COOKIE: &[u8] = b"xdebugpy";
+
+/// Size of 3.13's `_Py_DebugOffsets`.
+const DEBUG_OFFSETS_SIZE: usize = 584;
+
+/// A CPython interpreter in some process.
+pub(super) struct Python {
+    /// Address of `_PyRuntime`.
+    runtime: u64,
+    offsets: Offsets,
+}
+
+/// Version of the interpreter as `(major, minor)`, and for people; from the address of `Py_Version`.
+pub(super) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)> {
+    let bytes = memory.bytes(address, 4, "version")?;
+    let [level, micro, minor, major] = bytes[..] else { bail!("no version") };
+    let suffix = match level >> 4 {
+        0xa => "a",
+        0xb => "b",
+        0xc => "rc",
+        _ => "",
+    };
+    Ok(((major, minor), format!("{major}.{minor}.{micro}{suffix}")))
+}
+
+impl Python {
+    /// Makes sure that this interpreter's data can be understood.
+    pub(super) fn new(memory: &Live, runtime: u64, version: (u8, u8)) -> Result<Self> {
+        let offsets = match version {
+            (3, 11) => V3_11,
+            (3, 12) => V3_12,
+            (3, 13) => debug_offsets(memory, runtime)?,
+            _ => bail!("only 3.11, 3.12 and 3.13 are understood"),
+        };
+        Ok(Self { runtime, offsets })
+    }
+
+    /// Frames of a thread, innermost first; `tid` is what the process itself calls it.
+    pub(super) fn frames(&self, memory: &Live, tid: u32) -> Result<Vec<Frame>> {
+        let thread = self.thread(memory, tid)?;
+        let links = snapshot::stable(|| self.chain(memory, thread))?;
+        links.iter().take(DEPTH_MAX).map(|link| self.frame(memory, link)).collect()
+    }
+
+    /// Address of the thread's state.
+    fn thread(&self, memory: &Live, tid: u32) -> Result<u64> {
+        let at = &self.offsets;
+        let mut interpreter = memory.field(self.runtime, at.runtime_interpreters, "list of interpreters")?;
+        for _ in 0..LIST_MAX {
+            if interpreter == 0 {
+                break;
+            }
+            let mut thread = memory.field(interpreter, at.interpreter_threads, "list of threads")?;
+            for _ in 0..LIST_MAX {
+                if thread == 0 {
+                    break;
+                }
+                if memory.field(thread, at.thread_native_id, "thread id")? == u64::from(tid) {
+                    return Ok(thread);
+                }
+                thread = memory.field(thread, at.thread_next, "next thread")?;
+            }
+            interpreter = memory.field(interpreter, at.interpreter_next, "next interpreter")?;
+        }
+        bail!("thread {tid} has never run Python")
+    }
+
+    /// The thread's frames, innermost first.
+    fn chain(&self, memory: &Live, thread: u64) -> Result<Vec<Link>> {
+        let at = &self.offsets;
+        let mut frame = memory.field(thread, at.thread_frame, "current frame")?;
+        if let Some(offset) = at.cframe_frame {
+            frame = memory.field(frame, offset, "current frame")?;
+        }
+        let size = usize::try_from(at.frame_owner + 1)?.max(usize::try_from(at.frame_instruction + 8)?);
+        let mut links = Vec::new();
+        while frame != 0 {
+            ensure!(links.len() < CHAIN_MAX, "more than {CHAIN_MAX} frames");
+            let bytes = memory.bytes(frame, size, "frame")?;
+            let word = |offset| word_in(&bytes, offset).context("a frame is too short");
+            if bytes[usize::try_from(at.frame_owner)?] != OWNED_BY_C_STACK {
+                links.push(Link {
+                    address: frame,
+                    code: word(at.frame_code)?,
+                    instruction: word(at.frame_instruction)?,
+                });
+            }
+            frame = word(at.frame_previous)?;
+        }
+        Ok(links)
+    }
+
+    /// What people call a frame.
+    fn frame(&self, memory: &Live, link: &Link) -> Result<Frame> {
+        let at = &self.offsets;
+        self.check_type(memory, link.code, "code")?;
+        let size = usize::try_from(at.code_instructions)?;
+        let code = memory.bytes(link.code, size, "code")?;
+        let word = |offset| word_in(&code, offset).context("a code object is too short");
+        let first = half_in(&code, at.code_first_line).context("a code object is too short")?;
+        // CPython counts in code units of two bytes. Before its first instruction a frame is at its first line.
+        let unit = link.instruction.checked_sub(link.code + at.code_instructions).map(|bytes| bytes / 2);
+        let line = match unit {
+            Some(unit) => line(&self.bytes(memory, word(at.code_linetable)?)?, first, unit),
+            None => Some(first),
+        };
+        Ok(Frame {
+            function: self.string(memory, word(at.code_qualname)?, "function name")?,
+            module: None,
+            file: Some(self.string(memory, word(at.code_filename)?, "file name")?),
+            line,
+        })
+    }
+
+    /// Makes sure that an object is what it should be.
+    fn check_type(&self, memory: &Live, object: u64, wanted: &str) -> Result<()> {
+        let kind = memory.field(object, self.offsets.object_type, "type")?;
+        let name = memory.c_string(memory.field(kind, self.offsets.type_name, "type name")?, "type name")?;
+        ensure!(name == wanted, "what should be of type {wanted} is {name}");
+        Ok(())
+    }
+
+    /// Content of a `bytes` object.
+    fn bytes(&self, memory: &Live, object: u64) -> Result<Vec<u8>> {
+        self.check_type(memory, object, "bytes")?;
+        let size = memory.field(object, self.offsets.bytes_size, "size of bytes")?;
+        ensure!(size <= TABLE_MAX, "a location table is too long to be true");
+        memory.bytes(object + self.offsets.bytes_data, usize::try_from(size)?, "bytes")
+    }
+
+    /// Content of a `str` object.
+    fn string(&self, memory: &Live, object: u64, what: &str) -> Result<String> {
+        /// Bits of `state`: characters are this many bytes each, follow the head, are all ASCII.
+        const KIND: u64 = 0b111 << 2;
+        const COMPACT: u64 = 1 << 5;
+        const ASCII: u64 = 1 << 6;
+
+        let at = &self.offsets;
+        self.check_type(memory, object, "str")?;
+        let length = length(memory.field(object, at.string_length, what)?, what)?;
+        let state = memory.field(object, at.string_state, what)?;
+        ensure!(state & COMPACT != 0, "{what} is a string of an old kind");
+        let head = if state & ASCII != 0 { at.string_ascii } else { at.string_compact };
+        let width = usize::try_from((state & KIND) >> 2)?;
+        let bytes = memory.bytes(object + head, length * width, what)?;
+        let utf8 = match width {
+            // Latin-1 is the beginning of Unicode.
+            1 => bytes.into_iter().map(char::from).collect::<String>(),
+            2 => {
+                let (units, _) = bytes.as_chunks::<2>();
+                char::decode_utf16(units.iter().copied().map(u16::from_le_bytes))
+                    .map(|unit| unit.unwrap_or(char::REPLACEMENT_CHARACTER))
+                    .collect()
+            }
+            4 => {
+                let (units, _) = bytes.as_chunks::<4>();
+                let decode = |unit| char::from_u32(unit).unwrap_or(char::REPLACEMENT_CHARACTER);
+                units.iter().copied().map(u32::from_le_bytes).map(decode).collect()
+            }
+            _ => bail!("{what} has characters of {width} bytes"),
+        };
+        text(utf8.into_bytes(), what)
+    }
+}
+
+/// Offsets as an interpreter of version 3.13 tells them itself.
+fn debug_offsets(memory: &Live, runtime: u64) -> Result<Offsets> {
+    let table = memory.bytes(runtime, DEBUG_OFFSETS_SIZE, "table of offsets")?;
+    ensure!(table.starts_with(COOKIE), "its table of offsets is not where it should be");
+    let offset = |at: u64| word_in(&table, at).context("the table of offsets is too short");
+    ensure!(offset(16)? == 0, "it is built without the global interpreter lock");
+    let ascii = offset(560)?;
+    let offsets = Offsets {
+        runtime_interpreters: offset(40)?,
+        interpreter_next: offset(64)?,
+        interpreter_threads: offset(72)?,
+        thread_next: offset(168)?,
+        thread_native_id: offset(200)?,
+        thread_frame: offset(184)?,
+        cframe_frame: None,
+        frame_code: offset(240)?,
+        frame_previous: offset(232)?,
+        frame_instruction: offset(248)?,
+        frame_owner: offset(264)?,
+        code_filename: offset(280)?,
+        code_qualname: offset(296)?,
+        code_linetable: offset(304)?,
+        code_first_line: offset(312)?,
+        code_instructions: offset(344)?,
+        object_type: offset(360)?,
+        type_name: offset(376)?,
+        bytes_size: offset(520)?,
+        bytes_data: offset(528)?,
+        string_state: offset(544)?,
+        string_length: offset(552)?,
+        string_ascii: ascii,
+        // Two words longer: the length in UTF-8, and a pointer.
+        string_compact: ascii + 16,
+    };
+    // Both are lengths of what is read at once.
+    ensure!(
+        offsets.frame_owner < 4096 && offsets.code_instructions < 4096,
+        "its table of offsets is not sane"
+    );
+    Ok(offsets)
+}
+
+/// Line of a code unit, by the location table of its function; `None` if it stands for no line.
+///
+/// The format is CPython's `Objects/locations.md`: entries of one byte with the highest bit set (kind of entry,
+/// number of code units) and a few without, which for some kinds begin with by how much the line changes.
+fn line(table: &[u8], first_line: u32, unit: u64) -> Option<u32> {
+    let mut line = i64::from(first_line);
+    let mut end = 0;
+    let mut rest = table;
+    while let [head, tail @ ..] = rest {
+        let length = tail.iter().position(|byte| byte & 0x80 != 0).unwrap_or(tail.len());
+        let (entry, next) = tail.split_at(length);
+        rest = next;
+        end += u64::from(head & 7) + 1;
+        let kind = (head >> 3) & 15;
+        line += match kind {
+            10..=12 => i64::from(kind - 10),
+            13 | 14 => signed(entry),
+            _ => 0,
+        };
+        if unit < end {
+            let none = kind == 15;
+            return u32::try_from(line).ok().filter(|_| !none);
+        }
+    }
+    None
+}
+
+/// A number in groups of six bits, lowest first; the seventh bit says that more follow, the number's lowest its sign.
+fn signed(bytes: &[u8]) -> i64 {
+    let mut value = 0_i64;
+    for (index, byte) in bytes.iter().take(10).enumerate() {
+        value |= i64::from(byte & 0x3f) << (6 * index);
+        if byte & 0x40 == 0 {
+            break;
+        }
+    }
+    if value & 1 != 0 { -(value >> 1) } else { value >> 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_follow_the_location_table() {
+        // Three units at the first line, one with no line, two units two lines on, one unit 40 lines before.
+        let table = [0x80 | 2, 0x11, 0x80 | 15 << 3, 0x80 | 12 << 3 | 1, 0, 0, 0x80 | 13 << 3, 0x40 | 17, 1];
+        let lines: Vec<_> = (0..8).map(|unit| line(&table, 50, unit)).collect();
+        assert_eq!(lines, [Some(50), Some(50), Some(50), None, Some(52), Some(52), Some(12), None]);
+    }
+
+    #[test]
+    fn numbers_carry_their_sign_in_the_lowest_bit() {
+        assert_eq!(signed(&[0]), 0);
+        assert_eq!(signed(&[2]), 1);
+        assert_eq!(signed(&[3]), -1);
+        assert_eq!(signed(&[0x40 | 17, 1]), -40);
+    }
+}

@@ -1,0 +1,351 @@
+//! Who called whom in native code, from registers and stack memory.
+//!
+//! Distributions build without frame pointers, so each module's `.eh_frame` is asked how to get from a function to its
+//! caller. Frame pointers are followed where there is none: in code made at run time.
+
+use std::{collections::HashMap, ops::Range};
+
+use anyhow::{Context as _, Result};
+use framehop::{FrameAddress, Module, ModuleSectionInfo, Unwinder as _};
+use procfs::process::{MMapPath, MemoryMap};
+
+#[cfg(target_arch = "aarch64")]
+use framehop::aarch64::{CacheAarch64 as Rules, UnwindRegsAarch64, UnwinderAarch64 as Framehop};
+#[cfg(target_arch = "x86_64")]
+use framehop::x86_64::{CacheX86_64 as Rules, UnwindRegsX86_64, UnwinderX86_64 as Framehop};
+
+use super::{
+    elf::{Bytes, Elf},
+    mappings::{FileId, Mappings, file_id},
+    memory::{Live, Memory},
+};
+
+/// Most frames of a stack that are told.
+pub(crate) const DEPTH_MAX: usize = 128;
+
+/// Modules whose tables are kept mapped. They cost address space; memory only where they are read.
+const MODULES_MAX: usize = 256;
+
+/// User registers of a thread that stands still.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Registers {
+    /// Instruction pointer.
+    pub(crate) ip: u64,
+    /// Stack pointer.
+    pub(crate) sp: u64,
+    /// Frame pointer.
+    pub(crate) bp: u64,
+    /// Link register.
+    #[cfg(target_arch = "aarch64")]
+    pub(crate) lr: u64,
+}
+
+/// A native stack.
+#[derive(Clone, Debug)]
+pub(crate) struct Stack {
+    /// An address inside of each function's running instruction or call, innermost first.
+    pub(crate) addresses: Vec<u64>,
+    /// Why the outermost functions are missing; `None` if they are all there.
+    pub(crate) cut: Option<String>,
+}
+
+/// Unwinds stacks of any process.
+#[derive(Default)]
+pub(crate) struct Unwinder {
+    /// `None` for a module that has no usable tables.
+    modules: HashMap<Key, Option<Module<Bytes>>>,
+}
+
+/// A file and where it is mapped: tables are bound to their place.
+type Key = (FileId, u64, u64);
+
+impl Unwinder {
+    /// Unwinds one stack. `memory` must have been copied when the registers were, or stand still like its thread.
+    pub(crate) fn unwind(
+        &mut self,
+        registers: Registers,
+        memory: &impl Memory,
+        mappings: &Mappings,
+    ) -> Stack {
+        let mut stack = Stack { addresses: Vec::new(), cut: None };
+        let mut framehop = Framehop::new();
+        // Rules belong to one set of modules, so they are not kept.
+        let mut rules = Rules::<_>::new();
+        let mut read = |address| memory.word(address).ok_or(());
+        let mut known = Vec::new();
+        let mut state = registers.state();
+        let mut at = FrameAddress::from_instruction_pointer(registers.ip);
+        loop {
+            let address = at.address_for_lookup();
+            let Some(map) = mappings.code(address) else {
+                stack.cut = Some(format!("{address:#x} is no code"));
+                break;
+            };
+            stack.addresses.push(address);
+            if stack.addresses.len() == DEPTH_MAX {
+                stack.cut = Some(format!("only the innermost {DEPTH_MAX} are told"));
+                break;
+            }
+            if !known.contains(&map.address.0) {
+                known.push(map.address.0);
+                if let Some(module) = self.module(map, mappings) {
+                    framehop.add_module(module);
+                }
+            }
+            match framehop.unwind_frame(at, &mut state, &mut rules, &mut read) {
+                Ok(Some(caller)) => match FrameAddress::from_return_address(caller) {
+                    Some(caller) => at = caller,
+                    None => break,
+                },
+                Ok(None) => break,
+                Err(error) => {
+                    stack.cut = Some(error.to_string());
+                    break;
+                }
+            }
+        }
+        stack
+    }
+
+    /// The tables of a mapped file, read when first met.
+    fn module(&mut self, map: &MemoryMap, mappings: &Mappings) -> Option<Module<Bytes>> {
+        let key = (file_id(map), map.address.0, map.offset);
+        if let Some(known) = self.modules.get(&key) {
+            return known.clone();
+        }
+        let module = load(map, mappings).ok();
+        if self.modules.len() == MODULES_MAX {
+            self.modules.clear();
+        }
+        self.modules.insert(key, module.clone());
+        module
+    }
+}
+
+impl Registers {
+    #[cfg(target_arch = "x86_64")]
+    fn state(self) -> UnwindRegsX86_64 {
+        UnwindRegsX86_64::new(self.ip, self.sp, self.bp)
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    fn state(self) -> UnwindRegsAarch64 {
+        UnwindRegsAarch64::new(self.lr, self.sp, self.bp)
+    }
+}
+
+/// Finds the tables of a mapped file.
+fn load(map: &MemoryMap, mappings: &Mappings) -> Result<Module<Bytes>> {
+    let elf = match map.pathname {
+        MMapPath::Vdso => vdso()?,
+        _ => Elf::open(&mappings.open(map)?)?,
+    };
+    let base = elf.bias(map).context("it is mapped in a way its segments do not tell")?;
+    Ok(Module::new(String::new(), map.address.0..map.address.1, base, elf))
+}
+
+impl ModuleSectionInfo<Bytes> for Elf {
+    fn base_svma(&self) -> u64 {
+        // What is added to an ELF file's addresses is all there is.
+        0
+    }
+
+    fn section_svma_range(&mut self, name: &[u8]) -> Option<Range<u64>> {
+        self.section(name).map(|(addresses, _)| addresses)
+    }
+
+    fn section_data(&mut self, name: &[u8]) -> Option<Bytes> {
+        self.section(name).map(|(_, bytes)| bytes)
+    }
+}
+
+/// The code that the kernel maps into every process, in no file: ours is everybody's.
+fn vdso() -> Result<Elf> {
+    let pid = std::process::id();
+    let mappings = Mappings::of(pid)?;
+    let (start, end) = mappings.vdso().context("there is no vdso")?;
+    Elf::from_bytes(&Live::of(pid)?.bytes(start, usize::try_from(end - start)?, "vdso")?)
+}
+
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
+mod tests {
+    use std::{process::Command, time::Instant};
+
+    use super::*;
+    use crate::stacks::{
+        symbols::Symbols,
+        testing::Copied,
+        testing::{Program, find, registers, sleeps, source, stopped, wait_for},
+    };
+
+    /// Three functions deep: asleep, or busy with arithmetic or with the clock that needs no system call.
+    const CHAIN: &str = r#"
+        #include <time.h>
+        #include <stdlib.h>
+        volatile unsigned long work;
+        __attribute__((noinline)) void inner(int how) {
+            struct timespec t = { 600, 0 };
+            if (how == 0) nanosleep(&t, 0);
+            while (how == 1) work++;
+            while (how == 2) clock_gettime(CLOCK_MONOTONIC, &t);
+            work++;
+        }
+        __attribute__((noinline)) void middle(int how) { inner(how); work++; }
+        __attribute__((noinline)) void outer(int how) { middle(how); work++; }
+        int main(int c, char **v) { outer(atoi(v[1])); return work; }
+    "#;
+
+    /// What follows the innermost functions, which are the C library's affair.
+    fn from_inner(names: &[String]) -> &[String] {
+        let at =
+            names.iter().position(|name| name == "inner").unwrap_or_else(|| panic!("no inner in {names:?}"));
+        &names[at..at + 4]
+    }
+
+    fn names(stack: &Stack, mappings: &Mappings) -> Vec<String> {
+        let frames = Symbols::default().of_process(mappings, &stack.addresses);
+        frames.into_iter().map(|frame| frame.function).collect()
+    }
+
+    /// Compiles the chain without frame pointers and starts it; `None` without a compiler.
+    fn chain(test: &str, how: &str) -> Option<Program> {
+        let compiler = find(test, "gcc")?;
+        let folder = tempfile::tempdir().unwrap();
+        let code = source(folder.path(), "chain.c", CHAIN);
+        let program = folder.path().join("chain");
+        let options = ["-O2", "-fomit-frame-pointer", "-fno-optimize-sibling-calls", "-fno-ipa-cp", "-o"];
+        assert!(Command::new(compiler).args(options).args([&program, &code]).status().unwrap().success());
+        Some(Program::start(Command::new(program).arg(how)))
+    }
+
+    #[test]
+    fn a_sleeper_without_frame_pointers_is_unwound_from_its_memory_and_from_a_copy() {
+        let Some(program) = chain("a_sleeper_without_frame_pointers", "0") else { return };
+        let pid = program.pid();
+        wait_for("the sleep", || sleeps(pid, pid));
+        let mappings = Mappings::of(pid).unwrap();
+        let live = Live::of(pid).unwrap();
+        let registers = registers(pid);
+
+        let mut unwinder = Unwinder::default();
+        let begun = Instant::now();
+        let stack = unwinder.unwind(registers, &live, &mappings);
+        let first = begun.elapsed();
+        let begun = Instant::now();
+        let again = unwinder.unwind(registers, &live, &mappings);
+        eprintln!("unwound {} frames in {first:?}, then {:?}", stack.addresses.len(), begun.elapsed());
+        assert_eq!(stack.addresses, again.addresses);
+        let found = names(&stack, &mappings);
+        assert_eq!(from_inner(&found), ["inner", "middle", "outer", "main"], "{found:?}");
+        assert_eq!(stack.cut, None);
+
+        let bytes = live.bytes(registers.sp, 512, "stack").unwrap();
+        let copy = Copied { start: registers.sp, bytes: &bytes };
+        let copied = unwinder.unwind(registers, &copy, &mappings);
+        assert_eq!(from_inner(&names(&copied, &mappings)), ["inner", "middle", "outer", "main"]);
+
+        let short = Copied { start: registers.sp, bytes: &bytes[..64] };
+        let short = unwinder.unwind(registers, &short, &mappings);
+        assert!(short.cut.is_some_and(|why| why.contains("read stack")));
+        assert!(stack.addresses.starts_with(&short.addresses));
+    }
+
+    #[test]
+    fn busy_threads_are_unwound_also_from_within_the_kernels_clock() {
+        for how in ["1", "2"] {
+            let Some(program) = chain("busy_threads_are_unwound", how) else { return };
+            let pid = program.pid();
+            let mut unwinder = Unwinder::default();
+            let mut in_vdso = false;
+            let reached = |found: &[String]| found.iter().any(|name| name == "inner").then_some(());
+            wait_for("the loop", || {
+                let (mappings, live) = (Mappings::of(pid).ok()?, Live::of(pid).ok()?);
+                let stack = stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
+                reached(&names(&stack, &mappings))
+            });
+            for _ in 0..50 {
+                let mappings = Mappings::of(pid).unwrap();
+                let live = Live::of(pid).unwrap();
+                let stack = stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
+                let found = names(&stack, &mappings);
+                assert_eq!(from_inner(&found), ["inner", "middle", "outer", "main"], "{found:?}");
+                in_vdso |= mappings.vdso().is_some_and(|(start, end)| {
+                    stack.addresses.first().is_some_and(|address| (start..end).contains(address))
+                });
+            }
+            assert_eq!(in_vdso, how == "2");
+        }
+    }
+
+    #[test]
+    fn node_is_unwound_and_its_functions_named_by_the_perf_map() {
+        let Some(node) = find("node_is_unwound", "node") else { return };
+        let script =
+            "function inner() { Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 600000) }
+            function middle() { inner(); return 1 }
+            function outer() { middle(); return 1 }
+            outer()";
+        // The second option also makes it write a file where it is.
+        let folder = tempfile::tempdir().unwrap();
+        let options = ["--perf-basic-prof", "--interpreted-frames-native-stack", "-e", script];
+        let program = Program::start(Command::new(node).current_dir(&folder).args(options));
+        let pid = program.pid();
+        let mut unwinder = Unwinder::default();
+        let found = wait_for("node's functions", || {
+            let (mappings, live) = (Mappings::of(pid).ok()?, Live::of(pid).ok()?);
+            let stack = stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
+            let found = names(&stack, &mappings);
+            found.iter().any(|name| name.contains("outer")).then_some(found)
+        });
+        let at = |wanted: &str| {
+            let found = found.iter().position(|name| name.contains(wanted));
+            found.unwrap_or_else(|| panic!("no {wanted}"))
+        };
+        assert!(at("inner") < at("middle") && at("middle") < at("outer") && at("outer") < at("node::Start"));
+        std::fs::remove_file(format!("/tmp/perf-{pid}.map")).unwrap();
+    }
+
+    #[test]
+    fn a_big_program_leaves_little_behind_in_memory() {
+        /// How much memory this process has resident, in KiB.
+        fn resident() -> u64 {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse().unwrap()
+        }
+
+        let Some(node) = find("a_big_program_leaves_little", "node") else { return };
+        let program = Program::start(Command::new(node).args(["-e", "setInterval(() => {}, 1000)"]));
+        let pid = program.pid();
+        let waits =
+            |call: String| call.starts_with(&format!("{} ", nix::libc::SYS_epoll_pwait)).then_some(());
+        wait_for("node's loop", || waits(std::fs::read_to_string(format!("/proc/{pid}/syscall")).ok()?));
+        let (mut unwinder, mut symbols) = (Unwinder::default(), Symbols::default());
+        let before = resident();
+        for round in ["first", "again"] {
+            let (mappings, live) = (Mappings::of(pid).unwrap(), Live::of(pid).unwrap());
+            let registers = registers(pid);
+            let begun = Instant::now();
+            let stack = unwinder.unwind(registers, &live, &mappings);
+            let unwound = begun.elapsed();
+            let frames = symbols.of_process(&mappings, &stack.addresses);
+            let named = begun.elapsed() - unwound;
+            eprintln!("node, {round}: {} frames unwound in {unwound:?}, named in {named:?}", frames.len());
+            assert!(frames.iter().any(|frame| frame.function == "uv_run"));
+        }
+        let grown = resident().saturating_sub(before);
+        eprintln!("node: {grown} KiB more than before");
+        assert!(grown < 8 * 1024);
+    }
+
+    #[test]
+    fn nonsense_ends_the_stack() {
+        let pid = std::process::id();
+        let mappings = Mappings::of(pid).unwrap();
+        let registers = Registers { ip: 8, sp: 16, bp: 24 };
+        let stack = Unwinder::default().unwind(registers, &Live::of(pid).unwrap(), &mappings);
+        assert!(stack.addresses.is_empty());
+        assert_eq!(stack.cut.as_deref(), Some("0x8 is no code"));
+    }
+}

@@ -1,0 +1,67 @@
+//! The calls that event loops wait with: each is seen where it is asked for, and counted exactly.
+
+use std::{
+    io::Write as _,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use serde_json::Value;
+
+use crate::support::{Process, acceptor::Acceptor, observer::Observer};
+
+/// Known operations.
+const WAITS: u32 = 23;
+
+/// Reactors of a loop that waits 23 times with this selector, as seen by observer with these arguments.
+fn reactors(selector: &str, arguments: &[&str]) -> Vec<Value> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/selector_loop.py");
+    let child =
+        Command::new("/usr/bin/python3").arg(script).arg(selector).stdin(Stdio::piped()).spawn().unwrap();
+    let mut program = Process(child);
+    let pid = program.pid().to_string();
+    let observer = Observer::start(&[&["--no-listen", "--pid", &pid], arguments].concat());
+    program.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    program.0.wait().unwrap();
+    // It ends by itself, for its only target has.
+    let report = observer.report();
+    report.assert_complete();
+    report.target(program.pid())["reactors"].as_array().unwrap().clone()
+}
+
+#[track_caller]
+fn assert_one_loop(reactors: &[Value]) {
+    assert_eq!(reactors.len(), 1, "{reactors:#?}");
+    assert_eq!(reactors[0]["waits"], WAITS, "{:#}", reactors[0]);
+    assert_eq!(reactors[0]["slices"], WAITS - 1, "{:#}", reactors[0]);
+}
+
+#[test]
+fn epoll_is_seen_unasked() {
+    assert_one_loop(&reactors("EpollSelector", &[]));
+}
+
+#[test]
+fn poll_is_seen_on_request() {
+    assert_one_loop(&reactors("PollSelector", &["--reactor-calls", "poll"]));
+    assert!(reactors("PollSelector", &[]).is_empty());
+}
+
+#[test]
+fn select_is_seen_on_request() {
+    assert_one_loop(&reactors("SelectSelector", &["--reactor-calls", "epoll,select"]));
+    assert!(reactors("SelectSelector", &["--reactor-calls", "epoll,poll"]).is_empty());
+}
+
+/// Each connection takes one call that submits alone, and one that waits for the result.
+#[test]
+fn io_uring_is_seen_where_it_waits() {
+    let mut acceptor =
+        Acceptor::ring("io_uring_is_seen_where_it_waits", "v4", "single", 128).expect("single");
+    let observer = Observer::of(acceptor.pid());
+    acceptor.tell(&format!("connect {WAITS}"));
+    acceptor.tell(&format!("accept {WAITS}"));
+    let report = observer.finish();
+    report.assert_complete();
+    assert_one_loop(report.target(acceptor.pid())["reactors"].as_array().unwrap());
+}

@@ -1,0 +1,116 @@
+//! Servers of every build under load: whoever accepts, in how many processes, observer's count is the server's own.
+
+use serde_json::Value;
+
+use crate::support::{
+    http, is_emulated,
+    load::{observe, redis_benchmark, wrk},
+    servers::{Server, children},
+};
+
+/// Known operations.
+const CONNECTIONS: u64 = 23;
+
+/// One connection for each request, so that there are many.
+const CLOSE: &[&str] = &["Connection: close"];
+
+/// More than this many connections on real hardware.
+const MANY: u64 = 10_000;
+
+#[track_caller]
+fn assert_many(what: &str, connections: u64) {
+    eprintln!("{what}: {connections} connections counted");
+    assert!(connections > if is_emulated() { 10 } else { MANY });
+}
+
+/// Accepts that met a queue this deep, for each bucket of `depth_on_accept`.
+fn depths(listener: &Value) -> Vec<u64> {
+    let counts = listener["depth_on_accept"]["counts"].as_array().unwrap();
+    counts.iter().map(|count| count.as_u64().unwrap()).collect()
+}
+
+/// Each connection wakes every worker that waits; all but one of them come too late, and none of those is counted.
+#[test]
+fn gunicorn_workers_that_lose_the_race_count_nothing() {
+    /// How often to try until some worker has lost a race: how many do is the scheduler's choice.
+    const ROUNDS: u64 = 20;
+    let server = Server::gunicorn();
+    let lost_before = server.races_lost();
+    let mut rounds = 0;
+    let (connections, report) = observe(&server, Server::connections, |port| {
+        while rounds < ROUNDS && server.races_lost() == lost_before {
+            (0..CONNECTIONS).for_each(|_| drop(http::get(port, "/")));
+            rounds += 1;
+        }
+    });
+    let lost = server.races_lost() - lost_before;
+    eprintln!("{lost} races lost for {connections} connections");
+    assert_eq!(connections, rounds * CONNECTIONS);
+    assert!(lost > 0, "nothing was put to the test");
+    let listener = report.listener(server.port);
+    let depths = depths(listener);
+    assert_eq!(depths.iter().sum::<u64>(), connections, "{listener:#}");
+    // One client, who waits for each answer: never more than its one connection.
+    assert_eq!(depths[0] + depths[1], connections, "{listener:#}");
+    assert_eq!(listener["peak"], 1, "{listener:#}");
+}
+
+#[test]
+fn gunicorn_under_load() {
+    let server = Server::gunicorn();
+    let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
+    let (connections, report) = observe(&server, Server::connections, load);
+    eprintln!("{} races lost", server.races_lost());
+    assert_many("gunicorn", connections);
+    let listener = report.listener(server.port);
+    assert_eq!(depths(listener).iter().sum::<u64>(), connections, "{listener:#}");
+}
+
+#[test]
+fn haproxy_under_load() {
+    let server = Server::haproxy();
+    let load = |port| wrk(port, CLOSE, || server.haproxy_accepts() > MANY);
+    let (connections, _) = observe(&server, Server::haproxy_accepts, load);
+    assert_many("haproxy", connections);
+}
+
+/// The first process accepts and hands connections on: the listener is its.
+#[test]
+fn node_cluster_whose_first_process_accepts() {
+    let server = Server::node_cluster("rr");
+    let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
+    let (connections, report) = observe(&server, Server::connections, load);
+    assert_many("node cluster, first process accepts", connections);
+    assert_eq!(report.target(server.pid())["listeners"].as_array().unwrap().len(), 1, "{:#}", report.0);
+}
+
+#[test]
+fn node_cluster_whose_workers_accept() {
+    let server = Server::node_cluster("none");
+    let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
+    let (connections, _) = observe(&server, Server::connections, load);
+    assert_many("node cluster, workers accept", connections);
+}
+
+/// One listener for each worker: together they accept what nginx counts, and each is listed with its worker.
+#[test]
+fn nginx_with_a_listener_for_each_worker() {
+    let server = Server::nginx_reuseport(2);
+    let load = |port| wrk(port, CLOSE, || server.nginx_accepts() > MANY);
+    let (connections, report) = observe(&server, Server::nginx_accepts_of_all, load);
+    assert_many("nginx, a listener for each worker", connections);
+    for worker in children(server.pid()) {
+        let listeners = report.target(worker)["listeners"].as_array().unwrap();
+        assert_eq!(listeners.len(), 1, "{:#}", report.target(worker));
+        assert!(listeners[0]["accepts"].as_u64().unwrap() > 0, "{:#}", report.target(worker));
+    }
+}
+
+#[test]
+fn redis_under_load_without_keep_alive() {
+    let server = Server::redis();
+    let commands = if is_emulated() { 2_000 } else { 100_000 };
+    let (connections, _) = observe(&server, Server::redis_accepts, |port| redis_benchmark(port, commands));
+    assert_many("redis", connections);
+    assert!(connections >= u64::from(commands));
+}

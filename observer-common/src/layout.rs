@@ -50,6 +50,7 @@ kernel_layout! {
         task_tgid = "task_struct"."tgid";
         /// Renamed in 5.14.
         task_state = "task_struct"."__state|state";
+        task_stack = "task_struct"."stack";
         task_files = "task_struct"."files";
         task_signal = "task_struct"."signal";
         signal_live = "signal_struct"."live.counter";
@@ -59,6 +60,7 @@ kernel_layout! {
         file_private_data = "file"."private_data";
         file_inode = "file"."f_inode";
         inode_number = "inode"."i_ino";
+        inode_mode = "inode"."i_mode";
         socket_file = "socket"."file";
         socket_sk = "socket"."sk";
         sock_family = "sock"."__sk_common.skc_family";
@@ -92,6 +94,11 @@ kernel_layout! {
         iter_task = "bpf_iter__task_file"."task";
     }
     some {
+        /// The number of the system call that a thread is in; negative outside of any.
+        registers_call = "pt_regs"."orig_ax|syscallno";
+        registers_first = "pt_regs"."di|orig_x0";
+        registers_second = "pt_regs"."si";
+        registers_third = "pt_regs"."dx";
         ring_file = "io_kiocb"."file";
         ring_opcode = "io_kiocb"."opcode";
         ring_flags = "io_kiocb"."flags";

@@ -3,6 +3,7 @@
 #![no_std]
 
 pub mod accept;
+pub mod block;
 pub mod histogram;
 pub mod layout;
 pub mod listener;

@@ -16,10 +16,12 @@ pub enum Loss {
     AcceptingFull,
     /// A connection was accepted by a call whose entry nobody saw: its listener is unknown.
     AcceptUnattributed,
+    /// A stall found no room in `STALLS`.
+    StallsFull,
 }
 
 /// Number of causes, the size of the `LOSSES` map.
-pub const LOSSES: u32 = 6;
+pub const LOSSES: u32 = 7;
 
 impl Loss {
     /// Every cause, in index order, with the name used in metrics and reports.
@@ -30,5 +32,6 @@ impl Loss {
         (Self::QueuedFull, "queued_full"),
         (Self::AcceptingFull, "accepting_full"),
         (Self::AcceptUnattributed, "accept_unattributed"),
+        (Self::StallsFull, "stalls_full"),
     ];
 }

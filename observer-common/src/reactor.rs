@@ -1,7 +1,10 @@
 //! Shared types of the *reactor* probe: a thread that waits for events, and what it does between two waits; and
 //! the rule that tells such waits from other calls that block.
 
-use crate::histogram::Histogram;
+use crate::{
+    block::{BLOCKS, NO_CALL},
+    histogram::Histogram,
+};
 
 /// What a reactor is doing.
 #[repr(u32)]
@@ -29,8 +32,9 @@ pub enum Run {
     Blocked = 3,
 }
 
-/// Number of [`Run`] states.
-pub const RUN_STATES: usize = 4;
+/// What the time of a slice is divided into: the [`Run`] states, the last of them by [`Block`](crate::block::Block).
+/// The index is that of the one plus that of the other.
+pub const PARTS: usize = Run::Blocked as usize + BLOCKS;
 
 /// Families of calls that wait for events. A higher one takes precedence in a thread that uses several.
 #[repr(u32)]
@@ -123,8 +127,12 @@ pub struct Reactor {
     pub run_since_ns: u64,
     /// A [`Run`] state.
     pub run: u32,
-    /// Zero; keeps the size free of padding.
-    pub reserved: u32,
+    /// Of a thread that is blocked in a slice, the [`Block`](crate::block::Block); else 0.
+    pub block: u32,
+    /// The system call it is blocked in, likewise; [`NO_CALL`] if there is none.
+    pub call: u32,
+    /// Its place on the board; 0 if it has none.
+    pub place: u32,
     /// Which of its calls are waits.
     pub habit: Habit,
     /// Timeout of the wait in progress, nanoseconds; [`FOREVER`] if it has none.
@@ -137,8 +145,16 @@ pub struct Reactor {
     pub events: u64,
     /// Time spent in finished waits, nanoseconds.
     pub wait_ns: u64,
-    /// Time in slices by [`Run`] state, nanoseconds, up to `run_since_ns`.
-    pub split_ns: [u64; RUN_STATES],
+    /// Time in slices by part (see [`PARTS`]), nanoseconds, up to `run_since_ns`.
+    pub parts_ns: [u64; PARTS],
+    /// The same as it was when the present slice began.
+    pub parts_before_ns: [u64; PARTS],
+    /// Longest time that the thread was blocked at once in the present slice, nanoseconds.
+    pub longest_block_ns: u64,
+    /// The system call it was blocked in then; [`NO_CALL`] if there was none.
+    pub longest_block_call: u32,
+    /// Zero; keeps the size free of padding.
+    pub reserved: u32,
     /// Lengths of finished slices.
     pub slice: Histogram,
     /// Made runnable -> running, for wake-ups out of a wait.
@@ -147,7 +163,7 @@ pub struct Reactor {
     /// over if that ended it, else from being made runnable.
     pub reply: Histogram,
 }
-crate::shared!(Reactor, 88 + 32 + 3 * size_of::<Histogram>());
+crate::shared!(Reactor, 112 + 16 * PARTS + 3 * size_of::<Histogram>());
 
 impl Reactor {
     /// One that has done nothing.
@@ -157,19 +173,70 @@ impl Reactor {
         phase_since_ns: 0,
         run_since_ns: 0,
         run: Run::Cpu as u32,
-        reserved: 0,
+        block: 0,
+        call: NO_CALL,
+        place: 0,
         habit: Habit::NONE,
         timeout_ns: FOREVER,
         woken_ns: 0,
         waits: 0,
         events: 0,
         wait_ns: 0,
-        split_ns: [0; RUN_STATES],
+        parts_ns: [0; PARTS],
+        parts_before_ns: [0; PARTS],
+        longest_block_ns: 0,
+        longest_block_call: NO_CALL,
+        reserved: 0,
         slice: Histogram::EMPTY,
         wakeup: Histogram::EMPTY,
         reply: Histogram::EMPTY,
     };
 }
+
+/// A slice that was longer than the threshold, sent through the ring `STALLS` when it ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stall {
+    /// Its thread.
+    pub tid: u32,
+    /// The thread's process.
+    pub tgid: u32,
+    /// When it began, monotonic nanoseconds.
+    pub start_ns: u64,
+    /// How long it was, nanoseconds.
+    pub length_ns: u64,
+    /// What that went to, by part (see [`PARTS`]), nanoseconds.
+    pub parts_ns: [u64; PARTS],
+    /// Longest time blocked at once, nanoseconds.
+    pub longest_block_ns: u64,
+    /// The system call it was blocked in then; [`NO_CALL`] if there was none.
+    pub longest_block_call: u32,
+    /// Zero; keeps the size free of padding.
+    pub reserved: u32,
+}
+crate::shared!(Stall, 40 + 8 * PARTS);
+
+/// One place on the board `BOARD`, which the user side has mapped: who is in a slice, and since when. As large as a
+/// cache line, so that threads do not get into each other's way.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Start of the slice in progress, monotonic nanoseconds; 0 while there is none.
+    pub since_ns: u64,
+    /// The thread.
+    pub tid: u32,
+    /// Its process.
+    pub tgid: u32,
+    /// Zero; keeps the size free of padding.
+    pub reserved: [u64; 6],
+}
+crate::shared!(Place, 64);
+
+/// Places on the board; the first is nobody's.
+pub const PLACES: u32 = 1 + REACTORS;
+
+/// Most reactors at a time.
+pub const REACTORS: u32 = 1024;
 
 #[cfg(test)]
 mod tests {

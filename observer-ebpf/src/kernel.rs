@@ -17,6 +17,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 use observer_common::{
+    block::Block,
     layout::{ABSENT, KernelLayout},
     listener::NAME,
     ring::{RingKey, RingShape},
@@ -35,6 +36,13 @@ const SOCK_STREAM: u16 = 1;
 const SOCK_SEQPACKET: u16 = 5;
 const CLOSED: u8 = 7;
 const LISTENING: u8 = 10;
+/// `__TASK_STOPPED` and `__TASK_TRACED`.
+const STOPPED: u64 = 4 | 8;
+/// `S_IFMT`, `S_IFSOCK`, `S_IFREG` and `S_IFBLK`.
+const FILE_KINDS: u16 = 0o170_000;
+const SOCKET_FILE: u16 = 0o140_000;
+const REGULAR_FILE: u16 = 0o100_000;
+const BLOCK_DEVICE: u16 = 0o060_000;
 /// An accept, among the operations of io_uring.
 const RING_ACCEPT: u8 = 13;
 /// The request's descriptor is a place in a table of the ring's own.
@@ -113,23 +121,103 @@ impl Task {
     }
 }
 
-/// Whether the thread that `sched_switch` takes off its CPU blocks, rather than being preempted.
+/// Why `sched_switch` takes a thread off its CPU.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Off {
+    /// It would go on if it could.
+    Preempted,
+    /// It waits for something.
+    Blocked,
+    /// Somebody has stopped it, wherever it was.
+    Stopped,
+}
+
 #[inline(always)]
-pub(crate) fn blocks(ctx: &BtfTracePointContext) -> bool {
+pub(crate) fn off(ctx: &BtfTracePointContext) -> Off {
     let preempted: u8 = ctx.arg(0);
     if preempted != 0 {
-        return false;
+        return Off::Preempted;
     }
-    if offset(&LAYOUT.switch_has_state) != 0 {
+    let state = if offset(&LAYOUT.switch_has_state) != 0 {
         // A wake-up may already have changed the field; the argument is what the scheduler decided on.
         let state: u32 = ctx.arg(3);
-        state != 0
+        u64::from(state)
     } else {
         let previous: *const u8 = ctx.arg(1);
         // SAFETY: typed pointer, offset of this field.
-        let state: u64 = unsafe { load(previous, offset(&LAYOUT.task_state)) };
-        state != 0
+        unsafe { load(previous, offset(&LAYOUT.task_state)) }
+    };
+    match state {
+        0 => Off::Preempted,
+        state if state & STOPPED != 0 => Off::Stopped,
+        _ => Off::Blocked,
     }
+}
+
+/// A system call in progress, by the registers that the kernel keeps of its caller.
+pub(crate) struct CallInProgress(*const u8);
+
+impl CallInProgress {
+    /// Of the current thread, whose `struct task_struct` a BTF tracepoint was handed as argument `n`. `place` is where
+    /// on every kernel stack the registers are.
+    #[inline(always)]
+    pub(crate) fn of_current(ctx: &BtfTracePointContext, n: usize, place: u32) -> Self {
+        let task: *const u8 = ctx.arg(n);
+        // SAFETY: typed pointer, offset of this field.
+        let stack: *const u8 = unsafe { load(task, offset(&LAYOUT.task_stack)) };
+        Self(stack.wrapping_add(place as usize))
+    }
+
+    /// Its number; `None` outside of any call, that is in the handling of a fault.
+    #[inline(always)]
+    pub(crate) fn number(&self) -> Option<u32> {
+        u32::try_from(self.word(&LAYOUT.registers_call)?.cast_signed()).ok()
+    }
+
+    #[inline(always)]
+    pub(crate) fn first(&self) -> Option<u64> {
+        self.word(&LAYOUT.registers_first)
+    }
+
+    #[inline(always)]
+    pub(crate) fn second(&self) -> Option<u64> {
+        self.word(&LAYOUT.registers_second)
+    }
+
+    #[inline(always)]
+    pub(crate) fn third(&self) -> Option<u64> {
+        self.word(&LAYOUT.registers_third)
+    }
+
+    #[inline(always)]
+    fn word(&self, field: &'static u32) -> Option<u64> {
+        // What this kernel does not have is past the end of all stacks, and cannot be read.
+        if offset(field) == ABSENT as usize { None } else { probe(self.0, offset(field)) }
+    }
+}
+
+/// Smallest kernel stack there is; others are a power of two times as large. In bytes.
+const STACK_MIN: usize = 8192;
+/// How many sizes of stacks are tried.
+const STACK_SIZES: usize = 4;
+/// How far from the end of a stack a caller's registers may begin, in words.
+const REGISTERS_WORDS: usize = 64;
+
+/// Where on its kernel stack the registers of the current thread are, which is inside a system call with this number
+/// and first argument; 0 if they are not found.
+#[inline(always)]
+pub(crate) fn registers_place(number: u64, first: u64) -> Option<u32> {
+    // SAFETY: has no preconditions.
+    let task = unsafe { bpf_get_current_task() } as *const u8;
+    let stack: *const u8 = probe(task, offset(&LAYOUT.task_stack))?;
+    for n in 0..STACK_SIZES * REGISTERS_WORDS {
+        let place = (STACK_MIN << (n / REGISTERS_WORDS)) - 8 * (1 + n % REGISTERS_WORDS);
+        let call = CallInProgress(stack.wrapping_add(place));
+        if call.word(&LAYOUT.registers_call) == Some(number) && call.first() == Some(first) {
+            return u32::try_from(place).ok();
+        }
+    }
+    None
 }
 
 /// A `struct sock` handed to a BTF tracepoint.
@@ -229,6 +317,17 @@ impl OpenFile {
     #[inline(always)]
     pub(crate) fn inode(self) -> Option<u64> {
         probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
+    }
+
+    /// What a thread waits for that is blocked on it.
+    #[inline(always)]
+    pub(crate) fn block(self) -> Option<Block> {
+        let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
+        Some(match probe::<u16>(inode, offset(&LAYOUT.inode_mode))? & FILE_KINDS {
+            SOCKET_FILE => Block::Network,
+            REGULAR_FILE | BLOCK_DEVICE => Block::Disk,
+            _ => Block::Other,
+        })
     }
 
     /// The socket behind it, where the caller knows that it is one.

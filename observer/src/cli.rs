@@ -1,6 +1,6 @@
 //! The command line: what can be asked for, and its help, which serves as the manual. Parsing only.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -38,6 +38,8 @@ Words:
   slice     the time between the return of a wait for events and the next wait of the same thread: nothing else on
             that event loop can run meanwhile
   late      lag: the delay that something due at a random moment meets, be it a request or a timer
+  stall     a slice of --stall-threshold or more; stalls are put down to the code that was seen in most of the looks
+            that observer took while they lasted
   wake-up   the delay between an event making the loop runnable and the loop running
   depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait,
             oldest how long the first of them has waited
@@ -75,8 +77,20 @@ pub(crate) struct Observe {
     /// loop waits on; otherwise (into a nested epoll set) it is part of the work.
     #[arg(long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = Calls::DEFAULT)]
     pub(crate) reactor_calls: Vec<Calls>,
+    /// From which length on a slice is a stall, told with its cause and culprit
+    #[arg(long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
+    pub(crate) stall_threshold: Duration,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+/// What people notice.
+pub(crate) const STALL_THRESHOLD: Duration = Duration::from_millis(50);
+
+/// Shorter ones could not be looked at while they last.
+fn stall_threshold(text: &str) -> Result<Duration, String> {
+    let threshold = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if threshold < Duration::from_millis(1) { Err("at least 1ms".into()) } else { Ok(threshold) }
 }
 
 /// The demonstration.
@@ -95,6 +109,9 @@ pub(crate) struct Output {
     /// Form of the report
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
+    /// Write a flame graph of the lag into this file at the end: the wider a function, the more of the mean lag is its
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) flame: Option<PathBuf>,
     /// Address of the Prometheus endpoint (path /metrics)
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9464")]
     pub(crate) listen: SocketAddr,
@@ -142,6 +159,16 @@ mod tests {
         let all = ["observer", "--pid", "1", "--reactor-calls", "epoll,io_uring,poll,select"];
         assert_eq!(calls(&all).unwrap(), Calls::value_variants());
         assert!(calls(&["observer", "--pid", "1", "--reactor-calls", "kqueue"]).is_err());
+    }
+
+    #[test]
+    fn a_stall_has_a_threshold() {
+        let threshold =
+            |arguments: &[&str]| Cli::try_parse_from(arguments).map(|cli| cli.observe.stall_threshold);
+        assert_eq!(threshold(&["observer", "--pid", "1"]).unwrap(), STALL_THRESHOLD);
+        let given = ["observer", "--pid", "1", "--stall-threshold", "5ms"];
+        assert_eq!(threshold(&given).unwrap(), Duration::from_millis(5));
+        assert!(threshold(&["observer", "--pid", "1", "--stall-threshold", "10us"]).is_err());
     }
 
     #[test]

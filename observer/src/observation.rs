@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map},
     mem,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -13,23 +14,28 @@ use observer_common::{
     listener::{Listener as RawListener, Queue},
     loss::Loss,
     process::Target as RawTarget,
+    reactor::Reactor as RawReactor,
     ring::RingShape,
 };
 
 use crate::{
-    kernel::{clock, layout},
+    kernel::{calls as system_calls, clock, layout},
     model::{
-        histogram::seconds,
-        lag::Prober,
-        snapshot::{LATE, Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+        histogram::{Histogram, seconds},
+        lag::{PROBE_SECONDS, Prober},
+        snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+        stall::Stalls,
     },
     probes::{
         self, When,
         listener::{self, Before},
         reactor::{self, Calls},
     },
-    read::maps::{self, Maps, entries, insert_new},
-    stacks::now::Looker,
+    read::{
+        board::InSlice,
+        maps::{self, Maps, entries, insert_new},
+    },
+    stacks::watch::Watcher,
     target::{
         calls::{self, Call},
         drops::{self, ListenDrops},
@@ -55,6 +61,8 @@ pub(crate) struct Selection {
     pub(crate) follow: bool,
     /// Calls that count as waits for events.
     pub(crate) calls: Vec<Calls>,
+    /// From which length on a slice is a stall.
+    pub(crate) stall_threshold: Duration,
 }
 
 /// A listener as it was when last looked at, and as it was before.
@@ -67,7 +75,8 @@ struct Known {
 pub(crate) struct Observation {
     ebpf: Ebpf,
     maps: Maps,
-    looker: Looker,
+    watcher: Watcher,
+    stall_threshold: Duration,
     attached_ns: u64,
     /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
     unix_since_ns: Option<u64>,
@@ -97,6 +106,7 @@ struct Thread {
     pid: u32,
     name: String,
     prober: Prober,
+    stalls: Stalls,
 }
 
 impl Observation {
@@ -106,9 +116,12 @@ impl Observation {
         let layout = layout::of_running_kernel()?;
         let follow = u8::from(selection.follow);
         let log_level: u8 = if verbose { u8::MAX } else { 0 };
+        let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
         let mut ebpf = EbpfLoader::new()
             .override_global("LAYOUT", &layout, true)
             .override_global("FOLLOW", &follow, true)
+            .override_global("CLUES", &system_calls::clues(), true)
+            .override_global("STALL_NS", &stall_ns, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .load(PROGRAMS)
             .context("the kernel does not take the eBPF maps")?;
@@ -117,6 +130,10 @@ impl Observation {
             insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
         }
         let mut missing = probes::attach(&mut ebpf, When::Always, &selection.calls)?;
+        if !reactor::find_registers(&mut ebpf, &maps.registers)? {
+            let reason = "this kernel keeps the registers of system calls in an unknown place".into();
+            missing.push(Missing { source: "what blocked threads wait for".into(), reason });
+        }
         if layout.ring_shape == RingShape::Unknown as u32 {
             let reason = "this kernel's io_uring has no tracepoints, or none that observer knows".into();
             missing.push(Missing { source: "accepts through io_uring".into(), reason });
@@ -126,7 +143,8 @@ impl Observation {
         let mut observation = Self {
             ebpf,
             maps,
-            looker: Looker::default(),
+            watcher: Watcher::new(selection.stall_threshold),
+            stall_threshold: selection.stall_threshold,
             attached_ns: clock::monotonic_ns(),
             unix_since_ns: None,
             unattributed_before: 0,
@@ -198,7 +216,8 @@ impl Observation {
             for (tid, call) in calls::blocked_in(pid, waits) {
                 let has_room = match call {
                     Call::Wait { kind, set } => {
-                        let entry = reactor::waiting(pid, clock::monotonic_ns(), kind, set);
+                        let place = self.maps.claim_place(tid, pid)?;
+                        let entry = reactor::waiting(pid, place, clock::monotonic_ns(), kind, set);
                         insert_new(&mut self.maps.reactors, tid, entry)?
                     }
                     Call::Accept { fd } => match process::socket_inode(pid, fd) {
@@ -226,6 +245,32 @@ impl Observation {
         }
     }
 
+    /// How often to [`watch`](Self::watch).
+    pub(crate) fn watch_period(&self) -> Duration {
+        self.watcher.period()
+    }
+
+    /// Takes in the stalls that have ended, and looks at slices that may become one.
+    pub(crate) fn watch(&mut self) {
+        self.collect_stalls();
+        self.watcher.glance(self.maps.board.in_slices(), clock::monotonic_ns());
+    }
+
+    /// Puts each stall that has ended down to what was seen of it.
+    fn collect_stalls(&mut self) {
+        for raw in self.maps.stalls() {
+            let look = self.watcher.seen(raw.tid, raw.start_ns);
+            let stalls = &mut self.thread(raw.tid, raw.tgid).stalls;
+            stalls.add(reactor::stall(&raw), look);
+        }
+    }
+
+    /// What is kept of a reactor's thread.
+    fn thread(&mut self, tid: u32, pid: u32) -> &mut Thread {
+        let threshold = self.stall_threshold;
+        self.threads.entry(tid).or_insert_with(|| Thread::of(pid, tid, threshold))
+    }
+
     /// Brings processes and listeners up to date.
     pub(crate) fn refresh(&mut self) -> Result<()> {
         let mut changed = false;
@@ -241,7 +286,7 @@ impl Observation {
                 changed = true;
             }
         }
-        self.collect_finished();
+        self.collect_finished()?;
         self.note_namespaces();
         self.refresh_listeners(changed)?;
         let surplus = self.exited.len().saturating_sub(ENDED);
@@ -283,22 +328,24 @@ impl Observation {
     }
 
     /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
-    fn collect_finished(&mut self) {
+    fn collect_finished(&mut self) -> Result<()> {
+        self.collect_stalls();
         for (tid, raw) in maps::reactors(&self.maps.reactors) {
             let now = clock::monotonic_ns();
-            let new = || Thread::of(raw.tgid, tid);
+            let thread = self.thread(tid, raw.tgid);
             if reactor::is_final(&raw) {
-                let mut thread = self.threads.remove(&tid).unwrap_or_else(new);
-                let reactor = reactor::decode(tid, thread.name, &raw, &mut thread.prober, now);
+                let reactor = thread.figures(tid, &raw, now);
+                self.threads.remove(&tid);
                 self.finished.push((raw.tgid, reactor));
                 let _present = self.maps.reactors.remove(&tid);
+                self.maps.free_place(raw.place)?;
             } else {
-                let thread = self.threads.entry(tid).or_insert_with(new);
                 let _only_attributes = reactor::lag(&raw, &mut thread.prober, now);
             }
         }
         let surplus = self.finished.len().saturating_sub(ENDED);
         self.finished.drain(..surplus);
+        Ok(())
     }
 
     /// Looks at every accept queue. Listeners that targets opened meanwhile have made their own entries; what new
@@ -435,13 +482,7 @@ impl Observation {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
         for (tid, raw) in maps::reactors(&self.maps.reactors) {
-            let thread = self.threads.entry(tid).or_insert_with(|| Thread::of(raw.tgid, tid));
-            let now = clock::monotonic_ns();
-            let mut reactor = reactor::decode(tid, thread.name.clone(), &raw, &mut thread.prober, now);
-            if reactor.current_slice_seconds.is_some_and(|age| age >= LATE) {
-                reactor.current_stack = Some(self.looker.look(raw.tgid, tid));
-            }
-            reactors.entry(raw.tgid).or_default().push(reactor);
+            reactors.entry(raw.tgid).or_default().push(self.figures(tid, &raw));
         }
         let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
         let decoded = self.decode_listeners()?;
@@ -466,11 +507,30 @@ impl Observation {
         }
         Ok(Snapshot {
             schema: SCHEMA,
-            started: humantime::format_rfc3339_millis(clock::wall_time(self.attached_ns)).to_string(),
+            started: clock::written(self.attached_ns),
             duration_seconds: seconds(clock::monotonic_ns() - self.attached_ns),
             targets,
             own: self.own()?,
         })
+    }
+
+    /// A reactor's figures as of now; a slice in progress is looked at if it takes long.
+    fn figures(&mut self, tid: u32, raw: &RawReactor) -> Reactor {
+        let now = clock::monotonic_ns();
+        let threshold = self.stall_threshold.as_secs_f64();
+        let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns };
+        let in_progress = Some(reactor::stall_in_progress(raw, now))
+            .filter(|stall| reactor::is_in_slice(raw) && stall.seconds >= threshold);
+        let present = in_progress.map(|stall| (stall, self.watcher.seen_so_far(slice)));
+        let thread = self.thread(tid, raw.tgid);
+        let mut reactor = thread.figures(tid, raw, now);
+        if let Some((stall, look)) = present {
+            let mut stalls = thread.stalls.clone();
+            stalls.add_in_progress(&stall, look.clone());
+            reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
+            reactor.current_stack = Some(look);
+        }
+        reactor
     }
 
     fn own(&self) -> Result<Own> {
@@ -489,9 +549,22 @@ impl Observation {
 }
 
 impl Thread {
-    fn of(pid: u32, tid: u32) -> Self {
-        Self { pid, name: process::thread_name(pid, tid), prober: Prober::default() }
+    fn of(pid: u32, tid: u32, stall_threshold: Duration) -> Self {
+        let stalls = Stalls::over(stall_threshold.as_secs_f64());
+        Self { pid, name: process::thread_name(pid, tid), prober: Prober::default(), stalls }
     }
+
+    /// Its figures as of now, stalls that have ended included.
+    fn figures(&mut self, tid: u32, raw: &RawReactor, now: u64) -> Reactor {
+        let mut reactor = reactor::decode(tid, self.name.clone(), raw, &mut self.prober, now);
+        reactor.stalls = self.stalls.ranked(lag_weight(&reactor.lag));
+        reactor
+    }
+}
+
+/// All the lag that was met, in seconds squared: that of every instant.
+fn lag_weight(lag: &Histogram) -> f64 {
+    lag.sum() * PROBE_SECONDS
 }
 
 /// Numbers the listeners that share an address, so that each can be told from its siblings.

@@ -4,7 +4,7 @@ use std::{
     future::pending,
     io::stdout,
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     cli::{Format, Observe, Output},
-    export::{json, prometheus, text},
+    export::{flame, json, prometheus, text},
     failure::Failure,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     observation::{Observation, Selection},
@@ -37,6 +37,7 @@ pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
         pids: observe.pids.iter().copied().collect(),
         follow: !observe.no_follow,
         calls: observe.reactor_calls.clone(),
+        stall_threshold: observe.stall_threshold,
     };
     run(&selection, &observe.output)?;
     Ok(ExitCode::SUCCESS)
@@ -55,6 +56,9 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
+        if let Some(file) = &output.flame {
+            flame::ensure_writable(file)?;
+        }
         let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
         let mut observation = Observation::start(selection, output.verbose)?;
         if output.verbose {
@@ -69,7 +73,10 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
             tokio::spawn(prometheus::serve(endpoint, Arc::clone(&observation)));
         }
         until_over(&observation, output.duration, signals).await?;
-        let snapshot = observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
+        let snapshot = lock(&observation).snapshot()?;
+        if let Some(file) = &output.flame {
+            flame::write(&snapshot, file)?;
+        }
         match output.format {
             Format::Text => text::write(&snapshot, &mut stdout().lock()),
             Format::Json => json::write(&snapshot, &mut stdout().lock()),
@@ -175,13 +182,16 @@ async fn until_over(
     tokio::pin!(time_is_up);
     let mut housekeeping = interval(HOUSEKEEPING);
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut watch = interval(lock(observation).watch_period());
+    watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         select! {
             () = &mut time_is_up => return Ok(()),
             _ = signals.interrupt.recv() => return Ok(()),
             _ = signals.terminate.recv() => return Ok(()),
+            _ = watch.tick() => lock(observation).watch(),
             _ = housekeeping.tick() => {
-                let mut observation = observation.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut observation = lock(observation);
                 observation.refresh()?;
                 if observation.is_over() {
                     return Ok(());
@@ -189,4 +199,9 @@ async fn until_over(
             }
         }
     }
+}
+
+/// Whoever panicked with the lock in hand has left nothing half done that matters to others.
+fn lock(observation: &Mutex<Observation>) -> MutexGuard<'_, Observation> {
+    observation.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -38,8 +38,9 @@ fn block(server: &Server, kind: &str, times: u64) -> (Value, f64, f64) {
 }
 
 fn seconds(reactor: &Value, state: &str) -> f64 {
-    let split = &reactor["split_seconds"];
-    split[state].as_f64().or_else(|| split[state]["unknown"].as_f64()).unwrap()
+    let part = &reactor["split_seconds"][state];
+    let blocks = |part: &Value| part.as_object().unwrap().values().map(|block| block.as_f64().unwrap()).sum();
+    part.as_f64().unwrap_or_else(|| blocks(part))
 }
 
 /// How long a process's main thread was on a CPU, and runnable without one, in seconds, as the scheduler counts it.

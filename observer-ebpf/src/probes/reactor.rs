@@ -2,27 +2,46 @@
 //! late its waits return. One program for each shape of call, because each has its arguments in other places.
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
+    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
     macros::{btf_tracepoint, map, tracepoint},
-    maps::HashMap,
+    maps::{Array, HashMap, Queue, RingBuf},
     programs::{BtfTracePointContext, TracePointContext},
 };
 use observer_common::{
+    block::NO_CALL,
     loss::Loss,
-    reactor::{Call, FOREVER, Kind, Phase, RUN_STATES, Reactor, Run},
+    reactor::{Call, FOREVER, Kind, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall},
 };
 
 use super::process;
 use crate::{
+    block,
     emit::{lost, record},
-    kernel::{self, Task},
+    kernel::{self, Off, Task},
 };
 
 /// Reactors by thread id. Only its own thread writes an entry, but for a wake-up, which the scheduler orders
 /// between the switch that took the thread off its CPU and the one that puts it back.
 #[map]
-static REACTORS: HashMap<u32, Reactor> = HashMap::with_max_entries(1024, 0);
+static REACTORS: HashMap<u32, Reactor> = HashMap::with_max_entries(MOST, 0);
+
+/// Slices in progress, for the user side to see which of them take long.
+#[map]
+static BOARD: Array<Place> = Array::with_max_entries(PLACES, BPF_F_MMAPABLE);
+
+/// Places on the board that nobody has; filled by the loader.
+#[map]
+static FREE_PLACES: Queue<u32> = Queue::with_max_entries(PLACES, 0);
+
+/// Slices that were longer than the threshold.
+#[map]
+static STALLS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// The threshold, in nanoseconds; set by the loader.
+// SAFETY: a name of our own, for the loader to find.
+#[unsafe(no_mangle)]
+static STALL_NS: u64 = 0;
 
 /// What a new entry starts from: too large for the stack.
 static NEW: Reactor = Reactor::EMPTY;
@@ -146,7 +165,7 @@ fn pselect(ctx: &TracePointContext) -> Option<Call> {
 /// A thread whose call nobody saw begin waited as well: a slice begins in any case.
 #[tracepoint]
 fn epoll_exit(ctx: TracePointContext) -> u32 {
-    if let Some(reactor) = Thread::current().and_then(Thread::reactor) {
+    if let Some(reactor) = Thread::current().and_then(|thread| thread.reactor()) {
         let events = kernel::returned(&ctx).unwrap_or(0);
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe { returned(reactor, events, events == 0) };
@@ -208,7 +227,7 @@ impl Thread {
         clippy::needless_borrows_for_generic_args,
         reason = "by value it would be copied to the stack first"
     )]
-    fn reactor(self) -> Option<*mut Reactor> {
+    fn reactor(&self) -> Option<*mut Reactor> {
         if self.known.is_some() {
             return self.known;
         }
@@ -219,7 +238,17 @@ impl Thread {
             return None;
         };
         // SAFETY: a live map value that only this thread writes.
-        unsafe { (*reactor).tgid = self.tgid };
+        unsafe {
+            (*reactor).tgid = self.tgid;
+            if (*reactor).place == 0
+                && let Ok(Some(free)) = FREE_PLACES.pop()
+                && let Some(place) = BOARD.get_ptr_mut(free)
+            {
+                (*place).tid = self.tid;
+                (*place).tgid = self.tgid;
+                (*reactor).place = free;
+            }
+        }
         Some(reactor)
     }
 
@@ -240,7 +269,12 @@ impl Thread {
             let now = bpf_ktime_get_ns();
             if (*reactor).phase == Phase::Slice as u32 {
                 turn(reactor, Run::Cpu, now);
-                record(&raw mut (*reactor).slice, now.saturating_sub((*reactor).phase_since_ns));
+                let length = now.saturating_sub((*reactor).phase_since_ns);
+                record(&raw mut (*reactor).slice, length);
+                post(reactor, 0);
+                if length >= core::ptr::read_volatile(&raw const STALL_NS) {
+                    report(reactor, self.tid, length);
+                }
             }
             (*reactor).phase = Phase::Waiting as u32;
             (*reactor).phase_since_ns = now;
@@ -282,7 +316,53 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
         (*reactor).phase_since_ns = now;
         (*reactor).run = Run::Cpu as u32;
         (*reactor).run_since_ns = now;
+        (*reactor).parts_before_ns = (*reactor).parts_ns;
+        (*reactor).longest_block_ns = 0;
+        (*reactor).longest_block_call = NO_CALL;
+        post(reactor, now);
     }
+}
+
+/// Shows on the board since when this thread is in a slice, or with 0 that it is in none.
+///
+/// # Safety
+/// `reactor` points to a live map value.
+#[inline(always)]
+unsafe fn post(reactor: *const Reactor, since_ns: u64) {
+    // SAFETY: by contract; a place is written by its own thread alone, but for the first, which is nobody's.
+    unsafe {
+        if let Some(place) = BOARD.get_ptr_mut((*reactor).place) {
+            (*place).since_ns = since_ns;
+        }
+    }
+}
+
+/// Sends word of the slice that has just ended.
+///
+/// # Safety
+/// `reactor` points to a live map value that nobody else writes now.
+#[inline(always)]
+unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
+    let Some(mut entry) = STALLS.reserve::<Stall>(0) else {
+        lost(Loss::StallsFull);
+        return;
+    };
+    // SAFETY: the place is ours until it is submitted, and large enough; `reactor` by contract.
+    unsafe {
+        let stall = entry.as_mut_ptr();
+        (*stall).tid = tid;
+        (*stall).tgid = (*reactor).tgid;
+        (*stall).start_ns = (*reactor).phase_since_ns;
+        (*stall).length_ns = length_ns;
+        for part in 0..PARTS {
+            (*stall).parts_ns[part] = (*reactor).parts_ns[part] - (*reactor).parts_before_ns[part];
+        }
+        (*stall).longest_block_ns = (*reactor).longest_block_ns;
+        (*stall).longest_block_call = (*reactor).longest_block_call;
+        (*stall).reserved = 0;
+    }
+    // Rare, and fetched by the clock: waking the user side would cost more than all the rest.
+    entry.submit(u64::from(BPF_RB_NO_WAKEUP));
 }
 
 /// A call of the `poll` family; `None` if it waits for no descriptor and so only sleeps.
@@ -356,9 +436,17 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
     let (_, previous) = kernel::current();
     let next = Task::argument(&ctx, 2).tid();
     if let Some(reactor) = reactor_of(previous) {
-        let run = if kernel::blocks(&ctx) { Run::Blocked } else { Run::Preempted };
+        let off = kernel::off(&ctx);
+        let run = if off == Off::Preempted { Run::Preempted } else { Run::Blocked };
         // SAFETY: a live map value; its thread is here, going off its CPU.
-        unsafe { turn(reactor, run, bpf_ktime_get_ns()) };
+        unsafe {
+            turn(reactor, run, bpf_ktime_get_ns());
+            if (*reactor).phase == Phase::Slice as u32 {
+                // Whoever is stopped waits for nothing, wherever that has met it.
+                let known = if off == Off::Blocked { block::of_switch(&ctx) } else { (NO_CALL, 0) };
+                ((*reactor).call, (*reactor).block) = known;
+            }
+        }
     }
     if let Some(reactor) = reactor_of(next) {
         // SAFETY: a live map value; its thread is here, going on its CPU.
@@ -387,7 +475,10 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
 pub(super) fn thread_exited(tid: u32) {
     if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
         // SAFETY: a live map value; its thread is the one that exits.
-        unsafe { (*reactor).phase = Phase::Exited as u32 };
+        unsafe {
+            (*reactor).phase = Phase::Exited as u32;
+            post(reactor, 0);
+        }
     }
 }
 
@@ -406,14 +497,22 @@ fn reactor_of(tid: u32) -> Option<*mut Reactor> {
 unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
     // SAFETY: by contract.
     unsafe {
-        let from = (*reactor).run as usize;
+        let from = (*reactor).run;
         let elapsed = now.saturating_sub((*reactor).run_since_ns);
         if (*reactor).phase == Phase::Slice as u32 {
-            if from < RUN_STATES {
-                let split = (&raw mut (*reactor).split_ns).cast::<u64>().add(from);
-                *split += elapsed;
+            let part = (from + (*reactor).block) as usize;
+            if part < PARTS {
+                let part = (&raw mut (*reactor).parts_ns).cast::<u64>().add(part);
+                *part += elapsed;
             }
-        } else if from == Run::Woken as usize && to as u32 == Run::Cpu as u32 {
+            if from == Run::Blocked as u32 {
+                if elapsed > (*reactor).longest_block_ns {
+                    (*reactor).longest_block_ns = elapsed;
+                    (*reactor).longest_block_call = (*reactor).call;
+                }
+                (*reactor).block = 0;
+            }
+        } else if from == Run::Woken as u32 && to as u32 == Run::Cpu as u32 {
             record(&raw mut (*reactor).wakeup, elapsed);
         }
         (*reactor).run = to as u32;

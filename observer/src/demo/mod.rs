@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    cli::{Format, Output},
+    cli::{Format, Output, STALL_THRESHOLD},
     observation::Selection,
     probes::reactor::Calls,
     run,
@@ -27,7 +27,8 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let server = Server::start()?;
     load::start(server.ports)?;
     let pids = BTreeSet::from([server.child.id()]);
-    let selection = Selection { pids, follow: true, calls: Calls::DEFAULT.to_vec() };
+    let calls = Calls::DEFAULT.to_vec();
+    let selection = Selection { pids, follow: true, calls, stall_threshold: STALL_THRESHOLD };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
     run::run(&selection, &output)?;
     if output.format == Format::Text {

@@ -3,14 +3,20 @@
 use std::{collections::BTreeSet, io::Write};
 
 use anyhow::Result;
+use observer_common::block::Block;
 
 use crate::model::{
     histogram::Histogram,
     snapshot::{LATE, Listener, Look, Reactor, Snapshot, Target},
+    stall::{Cause, Stalls},
 };
 
-/// Functions of a stack that are shown, innermost first.
+/// Functions of a stack that are shown, innermost first: of one that is stuck now, and of one that was.
 const FRAMES: usize = 8;
+const FRAMES_OF_SITE: usize = 4;
+
+/// Places in the code that are shown of each event loop.
+const SITES: usize = 4;
 
 /// Digits of a container's id that are enough for people, as `docker ps` shows it.
 const SHORT_ID: usize = 12;
@@ -66,11 +72,12 @@ fn findings(target: &Target) -> Vec<String> {
     let who = format!("{} ({})", target.comm, target.pid);
     let reactors = target.reactors.iter().filter(|r| r.lag.max() >= LATE).map(|r| {
         format!(
-            "event loop {} of {who} was up to {} late, {} on average; its busy time went {}",
+            "event loop {} of {who} was up to {} late, {} on average; its busy time went {}{}",
             reactor_name(r),
             span(r.lag.max()),
             span(r.lag.mean()),
-            main_cause(r)
+            main_cause(r),
+            culprit(r)
         )
     });
     let waits = target.listeners.iter().filter(|l| l.wait.max() >= LATE).map(|l| {
@@ -108,11 +115,13 @@ fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
         writeln!(out, "                and one that has gone on for {}", span(age))?;
     }
     if let Some(look) = &reactor.current_stack {
-        write_look(look, out)?;
+        write_look(look, FRAMES, out)?;
     }
+    write_stalls(&reactor.stalls, out)?;
     if let Some(utilization) = reactor.utilization {
         let parts = shares(reactor);
-        let parts: Vec<_> = parts.iter().map(|(what, share)| format!("{what} {}", percent(*share))).collect();
+        let parts: Vec<_> =
+            parts.iter().map(|(cause, share)| format!("{} {}", named(*cause), percent(*share))).collect();
         writeln!(out, "    busy        {} of the time: {}", percent(utilization), parts.join(", "))?;
     }
     writeln!(out, "    waits       {}, {} events", reactor.waits, reactor.events)?;
@@ -122,12 +131,12 @@ fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-fn write_look(look: &Look, out: &mut impl Write) -> Result<()> {
-    for (n, frame) in look.frames.iter().take(FRAMES).enumerate() {
+fn write_look(look: &Look, most: usize, out: &mut impl Write) -> Result<()> {
+    for (n, frame) in look.frames.iter().take(most).enumerate() {
         let relation = if n == 0 { "in " } else { "by " };
         writeln!(out, "                {relation} {frame}")?;
     }
-    let more = look.frames.len().saturating_sub(FRAMES);
+    let more = look.frames.len().saturating_sub(most);
     if more > 0 {
         writeln!(out, "                and {more} more")?;
     }
@@ -185,15 +194,26 @@ fn reactor_name(reactor: &Reactor) -> String {
     }
 }
 
-/// Shares of busy time, in the order in which they are shown.
-fn shares(reactor: &Reactor) -> [(&'static str, f64); 3] {
+/// Shares of busy time, in the order in which they are shown. What nothing was blocked in is left out.
+fn shares(reactor: &Reactor) -> Vec<(Cause, f64)> {
     let split = &reactor.split_seconds;
-    let total = (split.cpu + split.runqueue + split.blocked.unknown).max(f64::MIN_POSITIVE);
-    [
-        ("on a CPU", split.cpu / total),
-        ("waiting for a CPU", split.runqueue / total),
-        ("blocked", split.blocked.unknown / total),
-    ]
+    let total = split.total().max(f64::MIN_POSITIVE);
+    let all = Cause::ALL.into_iter().map(|cause| (cause, split.of(cause) / total));
+    all.filter(|(cause, share)| *share >= 0.0005 || !matches!(cause, Cause::Blocked(_))).collect()
+}
+
+/// What people call it.
+const fn named(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Cpu => "on a CPU",
+        Cause::Runqueue => "waiting for a CPU",
+        Cause::Blocked(Block::Lock) => "blocked by a lock",
+        Cause::Blocked(Block::Disk) => "blocked by files",
+        Cause::Blocked(Block::Network) => "blocked by the network",
+        Cause::Blocked(Block::Sleep) => "asleep",
+        Cause::Blocked(Block::PageFault) => "blocked by page faults",
+        Cause::Blocked(Block::Other) => "blocked by something else",
+    }
 }
 
 /// The parts of busy time that matter, largest first.
@@ -203,9 +223,48 @@ fn main_cause(reactor: &Reactor) -> String {
     let parts: Vec<_> = parts
         .iter()
         .filter(|(_, share)| *share >= 0.1)
-        .map(|(what, share)| format!("{} {what}", percent(*share)))
+        .map(|(cause, share)| format!("{} {}", percent(*share), named(*cause)))
         .collect();
     parts.join(", ")
+}
+
+/// `; 62.0 % of that is cause_sleep (app/server.py:12)`, where the code is known that has the largest share.
+fn culprit(reactor: &Reactor) -> String {
+    let first =
+        reactor.stalls.sites.first().and_then(|site| Some((site.lag_share, site.look.frames.first()?)));
+    first.map_or_else(String::new, |(share, frame)| format!("; {} of that in {frame}", percent(share)))
+}
+
+/// The places that account for most of the lag, with what was seen there.
+fn write_stalls(stalls: &Stalls, out: &mut impl Write) -> Result<()> {
+    if stalls.count > 0 {
+        writeln!(
+            out,
+            "    stalls      {} of {} or more, {} together",
+            stalls.count,
+            span(stalls.threshold_seconds),
+            span(stalls.seconds)
+        )?;
+    }
+    for site in stalls.sites.iter().take(SITES) {
+        let call = site.syscall.as_ref().filter(|_| matches!(site.cause, Cause::Blocked(_)));
+        let call = call.map(|call| format!(" ({call})")).unwrap_or_default();
+        writeln!(
+            out,
+            "      {} of the lag: {} times, {} together, {}{call}",
+            percent(site.lag_share),
+            site.count,
+            span(site.seconds),
+            named(site.cause)
+        )?;
+        write_look(&site.look, FRAMES_OF_SITE, out)?;
+    }
+    let others = stalls.sites.iter().skip(SITES);
+    let (count, share) = others.fold((0, 0.0), |sum, site| (sum.0 + site.count, sum.1 + site.lag_share));
+    if count > 0 {
+        writeln!(out, "      {} of the lag: {count} times, elsewhere", percent(share))?;
+    }
+    Ok(())
 }
 
 /// `: p50 1.2 ms, p99 80 ms, longest 121 ms`; empty if there is nothing to tell.

@@ -20,6 +20,11 @@ pub(crate) fn wall_time(monotonic: u64) -> SystemTime {
     }
 }
 
+/// The same as people and programs read it: RFC 3339, in milliseconds.
+pub(crate) fn written(monotonic: u64) -> String {
+    humantime::format_rfc3339_millis(wall_time(monotonic)).to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

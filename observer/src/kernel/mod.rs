@@ -1,6 +1,7 @@
 //! What the running kernel is like: its structures, its tracepoints, its clock, and what it lets us do.
 
 pub(crate) mod btf;
+pub(crate) mod calls;
 pub(crate) mod clock;
 pub(crate) mod features;
 pub(crate) mod layout;

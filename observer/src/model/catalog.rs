@@ -4,6 +4,7 @@
 use super::{
     histogram::Histogram,
     snapshot::{Depths, Listener, Reactor, Snapshot, Target},
+    stall::Cause,
 };
 
 /// What kind of figure a family holds.
@@ -176,18 +177,30 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_busy_seconds_total",
-        help: "Time spent between waits, by what the thread was doing.",
+        help: "Time spent between waits, by what the thread was doing: on a CPU, waiting for one, or blocked, and in what.",
         kind: Kind::Counter,
-        labels: &["pid", "comm", "container", "tid", "reactor", "state"],
+        labels: &["pid", "comm", "container", "tid", "reactor", "state", "cause"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
-                let split = &reactor.split_seconds;
-                for (state, seconds) in
-                    [("cpu", split.cpu), ("runqueue", split.runqueue), ("blocked", split.blocked.unknown)]
-                {
+                for cause in Cause::ALL {
                     let mut labels = reactor_labels(target, reactor);
-                    labels.push(state.into());
-                    sink(labels, Value::Number(seconds));
+                    labels.extend([cause.state().into(), cause.name().into()]);
+                    sink(labels, Value::Number(reactor.split_seconds.of(cause)));
+                }
+            }
+        },
+    },
+    Family {
+        name: "observer_reactor_stalls_total",
+        help: "Slices as long as the threshold or longer, by what took most of their time.",
+        kind: Kind::Counter,
+        labels: &["pid", "comm", "container", "tid", "reactor", "cause"],
+        collect: |s, sink| {
+            for (target, reactor) in live_reactors(s) {
+                for cause in Cause::ALL {
+                    let mut labels = reactor_labels(target, reactor);
+                    labels.push(cause.name().into());
+                    sink(labels, count(reactor.stalls.count_of(cause)));
                 }
             }
         },

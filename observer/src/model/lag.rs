@@ -8,6 +8,9 @@ use super::histogram::Histogram;
 /// One virtual probe falls due in so many nanoseconds of wall time.
 const PROBE_NS: u64 = 1_000_000;
 
+/// The same in seconds: what each count of a lag's histogram stands for.
+pub(crate) const PROBE_SECONDS: f64 = 0.001;
+
 /// A reactor's figures that its lag follows from, each only growing.
 #[derive(Clone, Copy)]
 pub(crate) struct Observed<'a> {

@@ -5,3 +5,4 @@ pub(crate) mod frame;
 pub(crate) mod histogram;
 pub(crate) mod lag;
 pub(crate) mod snapshot;
+pub(crate) mod stall;

@@ -2,14 +2,28 @@
 
 use std::fmt;
 
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf,
+    maps::{Array, MapData},
+    programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
+};
 use clap::ValueEnum;
-use observer_common::reactor::{Habit, Kind, Phase, Reactor as Raw, Run};
+use nix::libc;
+use observer_common::{
+    block::{Block, NO_CALL},
+    reactor::{Habit, Kind, PARTS, Phase, Reactor as Raw, Run, Stall as RawStall},
+};
 
 use super::{Events, Hook, Probe, When};
-use crate::model::{
-    histogram::{Histogram, seconds},
-    lag::{Observed, Prober},
-    snapshot::{Blocked, Reactor, Split},
+use crate::{
+    kernel::{calls, clock},
+    model::{
+        histogram::{Histogram, seconds},
+        lag::{Observed, Prober},
+        snapshot::{Blocked, Reactor, Split},
+        stall::{Cause, Stall, Stalls},
+    },
 };
 
 /// Calls that event loops wait with, as people choose among them.
@@ -42,6 +56,8 @@ impl fmt::Display for Calls {
     }
 }
 
+const FIND_REGISTERS: &str = "find_registers";
+
 pub(super) const PROBE: Probe = Probe {
     name: "reactor",
     purpose: "event loops: how late they are; how long between two waits, on a CPU, waiting for one, or blocked; how late after a wake-up",
@@ -49,6 +65,7 @@ pub(super) const PROBE: Probe = Probe {
     when: When::Always,
     cost: "every wait for events, context switch and wake-up on the machine; one or two look-ups for a stranger's",
     hooks: &[
+        Hook { program: FIND_REGISTERS, events: Events::OnDemand },
         Hook { program: "sched_switch", events: Events::Btf(&["sched_switch"]) },
         Hook { program: "sched_wakeup", events: Events::Btf(&["sched_wakeup"]) },
         Hook {
@@ -84,10 +101,25 @@ pub(super) const PROBE: Probe = Probe {
     ],
 };
 
+/// Has the programs find out where the kernel keeps the registers of a thread inside a system call, by the example of
+/// ours. Tells whether they did.
+pub(crate) fn find_registers(ebpf: &mut Ebpf, place: &Array<MapData, u32>) -> Result<bool> {
+    /// The command of `bpf` that runs a program: the first argument of the call that this function makes.
+    const TEST_RUN: u64 = 10;
+    let program = ebpf.program_mut(FIND_REGISTERS).context("no program finds registers")?;
+    let program: &mut RawTracePoint = program.try_into()?;
+    let mut options = RawTracePointRunOptions::new();
+    options.args[0] = u64::try_from(libc::SYS_bpf)?;
+    options.args[1] = TEST_RUN;
+    program.test_run(options).context("cannot find out where registers are")?;
+    Ok(place.get(&0, 0)? != 0)
+}
+
 /// What the kernel would have written for a thread that was already waiting at `now`, in this way.
-pub(crate) fn waiting(tgid: u32, now: u64, kind: Kind, set: u32) -> Raw {
+pub(crate) fn waiting(tgid: u32, place: u32, now: u64, kind: Kind, set: u32) -> Raw {
     Raw {
         tgid,
+        place,
         habit: Habit { kind: kind as u32, set, is_firm: 1, reserved: 0 },
         phase: Phase::Waiting as u32,
         phase_since_ns: now,
@@ -130,11 +162,10 @@ pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now
     let wait_seconds = seconds(raw.wait_ns) + if waits_now { in_phase } else { 0.0 };
     let observed = busy_seconds + wait_seconds;
 
-    let mut split = raw.split_ns;
-    if in_slice && let Some(running) = split.get_mut(raw.run as usize) {
+    let mut parts_ns = raw.parts_ns;
+    if in_slice && let Some(running) = parts_ns.get_mut((raw.run + raw.block) as usize) {
         *running += now.saturating_sub(raw.run_since_ns);
     }
-    let time = |run: Run| seconds(split[run as usize]);
     Reactor {
         tid,
         name,
@@ -149,13 +180,73 @@ pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now
         lag: lag(raw, prober, now),
         slice,
         wakeup: Histogram::from(&raw.wakeup),
-        split_seconds: Split {
-            cpu: time(Run::Cpu),
-            runqueue: time(Run::Woken) + time(Run::Preempted),
-            blocked: Blocked { unknown: time(Run::Blocked) },
-        },
+        split_seconds: split(&parts_ns),
+        stalls: Stalls::default(),
         exited: is_final(raw),
     }
+}
+
+/// Times by part, as the programs keep them.
+fn split(parts_ns: &[u64; PARTS]) -> Split {
+    let time = |run: Run| seconds(parts_ns[run as usize]);
+    let blocked = |block: Block| seconds(parts_ns[Run::Blocked as usize + block as usize]);
+    Split {
+        cpu: time(Run::Cpu),
+        runqueue: time(Run::Woken) + time(Run::Preempted),
+        blocked: Blocked {
+            lock: blocked(Block::Lock),
+            disk: blocked(Block::Disk),
+            network: blocked(Block::Network),
+            sleep: blocked(Block::Sleep),
+            page_fault: blocked(Block::PageFault),
+            other: blocked(Block::Other),
+        },
+    }
+}
+
+/// A stall that has ended.
+pub(crate) fn stall(raw: &RawStall) -> Stall {
+    let split_seconds = split(&raw.parts_ns);
+    Stall {
+        start: clock::written(raw.start_ns),
+        seconds: seconds(raw.length_ns),
+        cause: Cause::of(&split_seconds),
+        syscall: call_name(raw.longest_block_call),
+        split_seconds,
+        site: 0,
+    }
+}
+
+/// The slice in progress as of `now`, as if it ended then.
+pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
+    let mut parts_ns = raw.parts_ns;
+    for (part, before) in parts_ns.iter_mut().zip(raw.parts_before_ns) {
+        *part = part.saturating_sub(before);
+    }
+    let present_ns = now.saturating_sub(raw.run_since_ns);
+    if let Some(running) = parts_ns.get_mut((raw.run + raw.block) as usize) {
+        *running += present_ns;
+    }
+    let is_longest = raw.run == Run::Blocked as u32 && present_ns > raw.longest_block_ns;
+    stall(&RawStall {
+        tid: 0,
+        tgid: raw.tgid,
+        start_ns: raw.phase_since_ns,
+        length_ns: now.saturating_sub(raw.phase_since_ns),
+        parts_ns,
+        longest_block_ns: raw.longest_block_ns,
+        longest_block_call: if is_longest { raw.call } else { raw.longest_block_call },
+        reserved: 0,
+    })
+}
+
+/// Whether a slice is in progress.
+pub(crate) fn is_in_slice(raw: &Raw) -> bool {
+    raw.phase == Phase::Slice as u32
+}
+
+fn call_name(number: u32) -> Option<String> {
+    (number != NO_CALL).then(|| calls::name(number))
 }
 
 #[cfg(test)]
@@ -171,7 +262,8 @@ mod tests {
             phase_since_ns: 10 * SECOND,
             run: Run::Blocked as u32,
             run_since_ns: 11 * SECOND,
-            split_ns: [SECOND, 0, 0, 0],
+            block: Block::Sleep as u32,
+            parts_ns: [SECOND, 0, 0, 0, 0, 0, 0, 0, 0],
             wait_ns: 2 * SECOND,
             ..Raw::EMPTY
         };
@@ -179,7 +271,7 @@ mod tests {
         assert_eq!(reactor.current_slice_seconds, Some(2.0));
         assert_eq!((reactor.busy_seconds, reactor.wait_seconds), (2.0, 2.0));
         assert_eq!(reactor.utilization, Some(0.5));
-        assert_eq!((reactor.split_seconds.cpu, reactor.split_seconds.blocked.unknown), (1.0, 1.0));
+        assert_eq!((reactor.split_seconds.cpu, reactor.split_seconds.blocked.sleep), (1.0, 1.0));
         assert_eq!(reactor.slices, 0);
         // Four seconds were seen, in half of which something due would have waited for up to two.
         assert_eq!((reactor.lag.count(), reactor.lag.max()), (4000, 2.0));
@@ -196,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_has_waited_since_we_came_is_idle() {
-        let raw = waiting(7, SECOND, Kind::Epoll, 3);
+        let raw = waiting(7, 1, SECOND, Kind::Epoll, 3);
         let reactor = decode(1, String::new(), &raw, &mut Prober::default(), 4 * SECOND);
         assert_eq!((reactor.lag.count(), reactor.lag.sum()), (3000, 0.0));
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds), (3.0, 0.0));

@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
 };
 use nix::libc;
 use observer_common::{
@@ -12,8 +12,10 @@ use observer_common::{
     listener::Listener,
     loss::Loss,
     process::Target,
-    reactor::Reactor,
+    reactor::{PLACES, Reactor, Stall},
 };
+
+use super::board::Board;
 
 /// What an insertion does if the key is there: leaves the programs' own entry alone.
 const NO_EXIST: u64 = 1;
@@ -37,12 +39,23 @@ pub(crate) struct Maps {
     pub(crate) queued: HashMap<MapData, u64, Arrival>,
     /// Threads inside an accept call.
     pub(crate) accepting: HashMap<MapData, u32, Accepting>,
+    /// Where on a kernel stack its thread's registers are; 0 while that is not known.
+    pub(crate) registers: Array<MapData, u32>,
+    /// Slices in progress.
+    pub(crate) board: Board,
+    /// Places on the board that nobody has.
+    free_places: Queue<MapData, u32>,
+    stalls: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
 }
 
 impl Maps {
     /// Takes the maps over from the loader.
     pub(crate) fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        let mut free_places = Queue::try_from(take(ebpf, "FREE_PLACES")?)?;
+        for place in 1..PLACES {
+            free_places.push(place, 0)?;
+        }
         Ok(Self {
             targets: HashMap::try_from(take(ebpf, "TARGETS")?)?,
             reactors: HashMap::try_from(take(ebpf, "REACTORS")?)?,
@@ -51,8 +64,37 @@ impl Maps {
             unix_names: HashMap::try_from(take(ebpf, "UNIX_NAMES")?)?,
             queued: HashMap::try_from(take(ebpf, "QUEUED")?)?,
             accepting: HashMap::try_from(take(ebpf, "ACCEPTING")?)?,
+            registers: Array::try_from(take(ebpf, "REGISTERS")?)?,
+            board: Board::of(take(ebpf, "BOARD")?)?,
+            free_places,
+            stalls: RingBuf::try_from(take(ebpf, "STALLS")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
         })
+    }
+
+    /// A place on the board for a reactor that the programs have not met yet; 0 if there is none.
+    pub(crate) fn claim_place(&mut self, tid: u32, pid: u32) -> Result<u32> {
+        let Ok(place) = self.free_places.pop(0) else { return Ok(0) };
+        self.board.assign(place, tid, pid)?;
+        Ok(place)
+    }
+
+    /// Takes back the place of a reactor that is gone.
+    pub(crate) fn free_place(&mut self, place: u32) -> Result<()> {
+        if place != 0 {
+            self.free_places.push(place, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Stalls that have ended since the last time.
+    pub(crate) fn stalls(&mut self) -> Vec<Stall> {
+        let mut stalls = Vec::new();
+        while let Some(entry) = self.stalls.next() {
+            // SAFETY: programs send nothing else through this ring, and any bytes are a `Stall`.
+            stalls.push(unsafe { entry.as_ptr().cast::<Stall>().read_unaligned() });
+        }
+        stalls
     }
 
     /// How often the programs could not keep something for this cause.

@@ -1,3 +1,4 @@
 //! Takes raw figures out of the kernel.
 
+pub(crate) mod board;
 pub(crate) mod maps;

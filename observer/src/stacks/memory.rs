@@ -66,6 +66,22 @@ impl Memory for Live {
     }
 }
 
+/// Part of a stack, copied at one moment.
+pub(crate) struct Copied<'a> {
+    /// Where the copy begins in the process: its stack pointer.
+    pub(crate) start: u64,
+    /// What was there.
+    pub(crate) bytes: &'a [u8],
+}
+
+impl Memory for Copied<'_> {
+    fn read(&self, address: u64, into: &mut [u8]) -> Option<()> {
+        let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
+        into.copy_from_slice(self.bytes.get(offset..offset.checked_add(into.len())?)?);
+        Some(())
+    }
+}
+
 /// A string of known length, if it can be text at all.
 pub(super) fn text(bytes: Vec<u8>, what: &str) -> Result<String> {
     let text = String::from_utf8(bytes).with_context(|| format!("{what} is no text"))?;

@@ -8,8 +8,10 @@ pub(crate) mod memory;
 pub(crate) mod now;
 mod python;
 mod ruby;
+mod sampler;
 mod snapshot;
 pub(crate) mod symbols;
 #[cfg(test)]
 mod testing;
 pub(crate) mod unwind;
+pub(crate) mod watch;

@@ -1,6 +1,11 @@
-//! What a thread of any process is doing at this moment: by its interpreter's own account, or natively if it is blocked.
+//! What a thread of any process is doing at this moment: by its interpreter's own account, or natively if it is blocked;
+//! and what the kernel's clock has seen of one that computes.
 
-use std::fs;
+use std::{
+    collections::HashMap,
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 
@@ -8,44 +13,103 @@ use super::{
     interpreter::Interpreter,
     mappings::Mappings,
     memory::Live,
+    sampler::Sampler,
     symbols::Symbols,
     unwind::{Registers, Unwinder},
 };
 use crate::model::{frame::Frame, snapshot::Look};
+
+/// How long a process is taken to run the program that it was found to run; one that has another before fails to be
+/// read, and is looked at anew.
+const PROGRAM_KEPT: Duration = Duration::from_secs(10);
+/// Processes whose interpreters are kept.
+const PROGRAMS_MAX: usize = 64;
 
 /// Looks at threads, and keeps what looking at one more needs.
 #[derive(Default)]
 pub(crate) struct Looker {
     unwinder: Unwinder,
     symbols: Symbols,
+    /// By process: its interpreter, if it has one, and when that was found.
+    programs: HashMap<u32, (Instant, Option<Interpreter>)>,
+}
+
+/// What there is to see of a thread from here.
+pub(super) enum Sight {
+    /// Its stack, or why there is none.
+    Stack(Look),
+    /// It computes in native code, where only the kernel's clock can look.
+    Running,
 }
 
 impl Looker {
-    /// Looks at a thread, which takes some 40 ms where code is met for the first time.
-    pub(crate) fn look(&mut self, pid: u32, tid: u32) -> Look {
-        // Not kept: the process may run another program by the next time, and this is rare.
-        let interpreter = Interpreter::of(pid).context("its memory cannot be read");
-        let mut why_native = None;
-        if let Ok(Some(interpreter)) = &interpreter {
-            match interpreter.frames(tid) {
-                Ok(frames) => return Look { frames, missing: None },
-                Err(why) => why_native = Some(format!("{why:#}")),
+    /// Looks at a thread, which takes some 40 ms where code is met for the first time, and one or two later.
+    pub(super) fn look(&mut self, pid: u32, tid: u32) -> Sight {
+        match self.interpreted(pid, tid) {
+            Ok(Some(frames)) => {
+                Sight::Stack(Look { frames, kernel: kernel_functions(pid, tid), missing: None })
             }
+            Ok(None) => self.native(pid, tid, None),
+            Err(why) => self.native(pid, tid, Some(format!("{why:#}"))),
         }
-        let native = interpreter.and_then(|_| self.native(pid, tid));
-        let (frames, cut) = native.unwrap_or_else(|why| (Vec::new(), Some(format!("{why:#}"))));
-        Look { frames, missing: why_native.or(cut) }
     }
 
-    /// Functions of a blocked thread, innermost first, and why the outermost are missing.
-    fn native(&mut self, pid: u32, tid: u32) -> Result<(Vec<Frame>, Option<String>)> {
+    /// What the clock has seen last, if it has seen anything new.
+    pub(super) fn sampled(&mut self, pid: u32, sampler: &mut Sampler) -> Option<Look> {
+        let mappings = Mappings::of(pid).ok()?;
+        let Self { unwinder, symbols, .. } = self;
+        let (stack, kernel) = sampler.latest(|registers, stack, kernel| {
+            (unwinder.unwind(registers, stack, &mappings), kernel.to_vec())
+        })?;
+        let frames = symbols.of_process(&mappings, &stack.addresses);
+        Some(Look { frames, kernel: symbols.of_kernel(&kernel), missing: stack.cut })
+    }
+
+    /// Functions as the process's interpreter has them, innermost first; `None` if it has no interpreter.
+    fn interpreted(&mut self, pid: u32, tid: u32) -> Result<Option<Vec<Frame>>> {
+        if let Some((found, known)) = self.programs.get(&pid)
+            && found.elapsed() < PROGRAM_KEPT
+        {
+            let Some(interpreter) = known else { return Ok(None) };
+            if let Ok(frames) = interpreter.frames(tid) {
+                return Ok(Some(frames));
+            }
+        }
+        let interpreter = Interpreter::of(pid).context("its memory cannot be read")?;
+        let frames = interpreter.as_ref().map(|interpreter| interpreter.frames(tid)).transpose();
+        if self.programs.len() == PROGRAMS_MAX {
+            self.programs.clear();
+        }
+        self.programs.insert(pid, (Instant::now(), interpreter));
+        frames
+    }
+
+    /// Native functions of a thread, for want of better ones for this reason.
+    fn native(&mut self, pid: u32, tid: u32, why_native: Option<String>) -> Sight {
+        let (frames, cut) = match self.unwound(pid, tid) {
+            Ok(Some(unwound)) => unwound,
+            Ok(None) => return Sight::Running,
+            Err(why) => (Vec::new(), Some(format!("{why:#}"))),
+        };
+        Sight::Stack(Look { frames, kernel: kernel_functions(pid, tid), missing: why_native.or(cut) })
+    }
+
+    /// Functions of a blocked thread, innermost first, and why the outermost are missing; `None` if it runs.
+    fn unwound(&mut self, pid: u32, tid: u32) -> Result<Option<(Vec<Frame>, Option<String>)>> {
         let call = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).context("it is gone")?;
-        let registers =
-            blocked_at(&call).context("it runs; only a thread that is blocked can be looked at")?;
+        let Some(registers) = blocked_at(&call) else { return Ok(None) };
         let (mappings, memory) = (Mappings::of(pid)?, Live::of(pid)?);
         let stack = self.unwinder.unwind(registers, &memory, &mappings);
-        Ok((self.symbols.of_process(&mappings, &stack.addresses), stack.cut))
+        Ok(Some((self.symbols.of_process(&mappings, &stack.addresses), stack.cut)))
     }
+}
+
+/// Functions of the kernel that a blocked thread is in, innermost first; none if it runs or nobody may know.
+fn kernel_functions(pid: u32, tid: u32) -> Vec<String> {
+    let stack = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stack")).unwrap_or_default();
+    // `[<0>] do_nanosleep+0x5a/0x190`
+    let functions = stack.lines().filter_map(|line| line.split("] ").nth(1)?.split('+').next());
+    functions.map(str::to_owned).collect()
 }
 
 /// Understands `/proc/PID/task/TID/syscall`, which ends in the stack and instruction pointers; `running` otherwise. The
@@ -66,5 +130,12 @@ mod tests {
         let registers = blocked_at("35 0x1 0x2 0x0 0x0 0x0 0x0 0x7ffc10 0x7f0020\n").unwrap();
         assert_eq!((registers.sp, registers.ip), (0x7f_fc10, 0x7f_0020));
         assert!(blocked_at("running\n").is_none());
+    }
+
+    #[test]
+    fn this_thread_is_somewhere_in_the_kernel_while_it_reads_that() {
+        let pid = std::process::id();
+        let functions = kernel_functions(pid, nix::unistd::gettid().as_raw().cast_unsigned());
+        assert!(functions.iter().any(|function| function.contains("read")), "{functions:?}");
     }
 }

@@ -6,11 +6,11 @@
 use std::{collections::HashMap, hash::Hash};
 
 use blazesym::{
-    Pid,
+    MaybeDefault, Pid,
     helper::ElfResolver,
     symbolize::{
         CodeInfo, Input, ProcessMemberInfo, ProcessMemberType, Reason, Resolve, Symbolized, Symbolizer,
-        source::{Process, Source},
+        source::{Kernel, Process, Source},
     },
 };
 use procfs::process::{MMapPath, MemoryMap};
@@ -29,9 +29,31 @@ type Place = (FileId, Version, u64);
 pub(crate) struct Symbols {
     /// Frames at a place, innermost first; several where functions were inlined.
     files: HashMap<Place, Vec<Frame>>,
+    /// Functions of the kernel, by address.
+    kernel: HashMap<u64, String>,
 }
 
 impl Symbols {
+    /// Functions of the kernel at these addresses; those that nobody may know are left out.
+    pub(super) fn of_kernel(&mut self, addresses: &[u64]) -> Vec<String> {
+        let missing: Vec<u64> =
+            addresses.iter().copied().filter(|address| !self.kernel.contains_key(address)).collect();
+        if !missing.is_empty() {
+            make_room(&mut self.kernel, missing.len());
+            // Its symbols alone: the image with debug information is large, and hardly ever there.
+            let source = Source::Kernel(Kernel { vmlinux: MaybeDefault::None, ..Kernel::default() });
+            let symbolizer = Symbolizer::new();
+            let found = symbolizer.symbolize(&source, Input::AbsAddr(&missing)).unwrap_or_default();
+            for (address, found) in missing.iter().zip(&found) {
+                if let Some(symbol) = found.as_sym() {
+                    self.kernel.insert(*address, symbol.name.to_string());
+                }
+            }
+            trim();
+        }
+        addresses.iter().filter_map(|address| self.kernel.get(address).cloned()).collect()
+    }
+
     /// Frames of a process, innermost first, at addresses as the unwinder gives them. An inlined function is a
     /// frame of its own.
     pub(crate) fn of_process(&mut self, mappings: &Mappings, addresses: &[u64]) -> Vec<Frame> {

@@ -14,7 +14,6 @@ use nix::{
     unistd::Pid,
 };
 
-use super::memory::Memory;
 #[cfg(target_arch = "x86_64")]
 use super::unwind::Registers;
 
@@ -102,20 +101,4 @@ pub(super) fn sleeps(pid: u32, tid: u32) -> Option<()> {
 pub(super) fn threads(pid: u32) -> Vec<u32> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok()).collect()
-}
-
-/// Part of a stack, copied while its thread stood still.
-pub(super) struct Copied<'a> {
-    /// Where the copy begins in the process: its stack pointer.
-    pub(super) start: u64,
-    /// What was there.
-    pub(super) bytes: &'a [u8],
-}
-
-impl Memory for Copied<'_> {
-    fn read(&self, address: u64, into: &mut [u8]) -> Option<()> {
-        let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
-        into.copy_from_slice(self.bytes.get(offset..offset.checked_add(into.len())?)?);
-        Some(())
-    }
 }

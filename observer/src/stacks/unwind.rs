@@ -174,8 +174,8 @@ mod tests {
 
     use super::*;
     use crate::stacks::{
+        memory::Copied,
         symbols::Symbols,
-        testing::Copied,
         testing::{Program, find, registers, sleeps, source, stopped, wait_for},
     };
 

@@ -1,0 +1,81 @@
+//! What a thread waits for when it blocks: the system call it is in tells, found in the registers that the kernel keeps
+//! on the thread's stack. Where on a stack they are, the loader's own system call shows.
+
+use aya_ebpf::{
+    macros::{map, raw_tracepoint},
+    maps::Array,
+    programs::{BtfTracePointContext, RawTracePointContext},
+};
+use observer_common::block::{Block, CALLS, Clue, NO_CALL};
+
+use crate::kernel::{self, CallInProgress, OpenFile};
+
+/// A [`Clue`] for each system call, by number; filled in by the loader.
+// SAFETY: a name of our own, for the loader to find.
+#[unsafe(no_mangle)]
+static CLUES: [u8; CALLS] = [0; CALLS];
+
+/// Where on a kernel stack its thread's registers are, in bytes; 0 while that is not known.
+#[map]
+static REGISTERS: Array<u32> = Array::with_max_entries(1, 0);
+
+/// Finds out where registers are. Never attached, but run on demand with the number and the first argument of the very
+/// system call that runs it.
+#[raw_tracepoint(tracepoint = "sys_enter")]
+fn find_registers(ctx: RawTracePointContext) -> i32 {
+    if let Some(place) = kernel::registers_place(ctx.arg(0), ctx.arg(1))
+        && let Some(entry) = REGISTERS.get_ptr_mut(0)
+    {
+        // SAFETY: a live map value that nobody else writes.
+        unsafe { *entry = place };
+    }
+    0
+}
+
+/// The system call the current thread blocks in, and the index of the [`Block`] it waits for there, when `sched_switch`
+/// takes it off its CPU.
+#[inline(always)]
+pub(crate) fn of_switch(ctx: &BtfTracePointContext) -> (u32, u32) {
+    let Some(&place) = REGISTERS.get(0).filter(|&&place| place != 0) else {
+        return (NO_CALL, Block::Other as u32);
+    };
+    let call = CallInProgress::of_current(ctx, 1, place);
+    match call.number() {
+        // Outside of any call a thread blocks only for its own memory.
+        None => (NO_CALL, Block::PageFault as u32),
+        Some(number) => (number, block_in(&call, number).unwrap_or(Block::Other as u32)),
+    }
+}
+
+#[inline(always)]
+fn block_in(call: &CallInProgress, number: u32) -> Option<u32> {
+    if number as usize >= CALLS {
+        return None;
+    }
+    // SAFETY: inside the array; only the loader ever writes there, before any program runs.
+    let clue = unsafe { (&raw const CLUES).cast::<u8>().add(number as usize).read_volatile() };
+    let descriptor = if clue == Clue::File as u8 {
+        call.first()?
+    } else if clue == Clue::Poll as u8 {
+        if call.second()? == 0 {
+            return Some(Block::Sleep as u32);
+        }
+        u64::from(kernel::pointed::<u32>(call.first()?)?)
+    } else if clue == Clue::Select as u8 {
+        if call.first()? == 0 {
+            return Some(Block::Sleep as u32);
+        }
+        lowest(call.second()?, call.third()?)?
+    } else {
+        return Some(clue.into());
+    };
+    Some(OpenFile::of(u32::try_from(descriptor).ok()?)?.block()? as u32)
+}
+
+/// The lowest descriptor in two sets, of the lowest 64.
+#[inline(always)]
+fn lowest(one: u64, other: u64) -> Option<u64> {
+    let set = |at: u64| if at == 0 { None } else { kernel::pointed::<u64>(at) };
+    let members = set(one).unwrap_or(0) | set(other).unwrap_or(0);
+    if members == 0 { None } else { Some(members.trailing_zeros().into()) }
+}

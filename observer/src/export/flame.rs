@@ -1,0 +1,81 @@
+//! A flame graph of the lag: a function is as wide as its share of the mean lag, not of the time it takes. One slice of
+//! 200 ms hurts as much as a hundred of 20 ms.
+
+use std::{
+    fs::{self, File},
+    io::BufWriter,
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use inferno::flamegraph::{self, Options};
+
+use crate::{
+    failure::Failure,
+    model::snapshot::{Reactor, Snapshot, Target},
+};
+
+/// Fails where the graph could not be written in the end, before anybody has waited for it.
+pub(crate) fn ensure_writable(file: &Path) -> Result<()> {
+    let writable = File::options().append(true).create(true).open(file);
+    writable.map(drop).map_err(|error| {
+        let what = format!("cannot write the flame graph to {}: {error}", file.display());
+        Failure::new(what, "give --flame a file in a folder that exists and can be written to").into()
+    })
+}
+
+/// Writes the graph.
+pub(crate) fn write(snapshot: &Snapshot, file: &Path) -> Result<()> {
+    let lines = folded(snapshot);
+    let mut options = Options::default();
+    options.title = "Lag: what a random instant waits for".into();
+    options.count_name = "us of mean lag".into();
+    options.name_type = "Function:".into();
+    // Long slices of few kinds are not a random sample: there is no noise to leave out.
+    options.min_width = 0.0;
+    if lines.is_empty() {
+        fs::write(
+            file,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>\n",
+        )?;
+        return Ok(());
+    }
+    let out = BufWriter::new(File::create(file)?);
+    flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), out)
+        .with_context(|| format!("cannot write the flame graph to {}", file.display()))
+}
+
+/// One line for each stack, outermost function first, with its share of its loop's mean lag in microseconds.
+fn folded(snapshot: &Snapshot) -> Vec<String> {
+    let reactors =
+        snapshot.targets.iter().flat_map(|target| target.reactors.iter().map(move |r| (target, r)));
+    reactors.flat_map(|(target, reactor)| of_reactor(target, reactor)).collect()
+}
+
+fn of_reactor(target: &Target, reactor: &Reactor) -> Vec<String> {
+    let mean = reactor.lag.mean();
+    let base = [format!("{} ({})", target.comm, target.pid), format!("{} ({})", reactor.name, reactor.tid)];
+    let mut known = 0.0;
+    let mut lines: Vec<_> = reactor
+        .stalls
+        .sites
+        .iter()
+        .map(|site| {
+            known += site.lag_share;
+            let unseen = site.look.frames.is_empty().then(|| "(not seen)".to_owned());
+            let frames = site.look.frames.iter().rev().map(ToString::to_string);
+            let kernel = site.look.kernel.iter().rev().map(|function| format!("{function}_[k]"));
+            let cause = format!("({})", site.cause.name());
+            (frames.chain(unseen).chain(kernel).chain([cause]).collect::<Vec<_>>(), site.lag_share * mean)
+        })
+        .collect();
+    lines.push((vec!["(shorter slices and late wake-ups)".into()], (1.0 - known).max(0.0) * mean));
+    let lines = lines.into_iter().map(|(frames, seconds)| (frames, (seconds * 1e6).round()));
+    lines
+        .filter(|(_, weight)| *weight >= 1.0)
+        .map(|(frames, weight)| {
+            let all = base.iter().chain(&frames).map(|part| part.replace(';', ":")).collect::<Vec<_>>();
+            format!("{} {weight}", all.join(";"))
+        })
+        .collect()
+}

@@ -1,0 +1,61 @@
+//! The board on which reactors show since when they are in a slice. It is mapped into memory, so that looking at it
+//! often costs no system calls and nothing at all to the reactors.
+
+use std::os::fd::{AsFd as _, AsRawFd as _};
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{Array, Map, MapData};
+use memmap2::{MmapOptions, MmapRaw};
+use observer_common::reactor::{PLACES, Place};
+
+/// The map `BOARD`.
+pub(crate) struct Board {
+    places: Array<MapData, Place>,
+    memory: MmapRaw,
+}
+
+/// A slice in progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct InSlice {
+    /// The thread.
+    pub(crate) tid: u32,
+    /// Its process.
+    pub(crate) pid: u32,
+    /// When it began, monotonic nanoseconds.
+    pub(crate) since_ns: u64,
+}
+
+impl Board {
+    /// Maps the board.
+    pub(crate) fn of(map: Map) -> Result<Self> {
+        let Map::Array(data) = &map else { bail!("the board of slices is no array") };
+        let length = PLACES as usize * size_of::<Place>();
+        let memory = MmapOptions::new().len(length).map_raw_read_only(data.fd().as_fd().as_raw_fd());
+        let memory = memory.context("cannot map the board of slices")?;
+        Ok(Self { places: map.try_into()?, memory })
+    }
+
+    /// Gives a place to a thread that the programs have not met yet.
+    pub(crate) fn assign(&mut self, place: u32, tid: u32, pid: u32) -> Result<()> {
+        let nobody = Place { tid, tgid: pid, ..Place::default() };
+        self.places.set(place, nobody, 0).context("cannot write to the board of slices")
+    }
+
+    /// Slices in progress.
+    pub(crate) fn in_slices(&self) -> impl Iterator<Item = InSlice> + '_ {
+        let first: *const Place = self.memory.as_ptr().cast();
+        (1..PLACES as usize).filter_map(move |place| {
+            // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; any bytes are a `Place`.
+            // Volatile, because the programs write there meanwhile: each field by itself is whole.
+            let (since_ns, tid, pid) = unsafe {
+                let place = first.add(place);
+                (
+                    (&raw const (*place).since_ns).read_volatile(),
+                    (&raw const (*place).tid).read_volatile(),
+                    (&raw const (*place).tgid).read_volatile(),
+                )
+            };
+            (since_ns != 0).then_some(InSlice { tid, pid, since_ns })
+        })
+    }
+}

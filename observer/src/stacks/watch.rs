@@ -1,0 +1,166 @@
+//! Looks at slices that have begun to take long, while they last: by the time a stall is over, its culprit has left
+//! the stack. A thread is looked at again and again, and what was seen most often is what the stall is put down to.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use super::{
+    now::{Looker, Sight},
+    sampler::Sampler,
+};
+use crate::{model::snapshot::Look, read::board::InSlice};
+
+/// Share of a threshold after which a slice is suspected, as (numerator, denominator): early enough for a look before
+/// the threshold, late enough to leave ordinary slices alone.
+const SUSPICION: (u64, u64) = (3, 5);
+/// How often in a threshold the board is looked at.
+const GLANCES: u32 = 5;
+/// Bounds of the time between two glances.
+const FASTEST: Duration = Duration::from_millis(2);
+const SLOWEST: Duration = Duration::from_millis(250);
+/// A look may cost a share of one in so many of the time it is about: observer itself must not become the stall.
+const THRIFT: u32 = 20;
+/// Looks at a longer slice become rarer: each comes when its age has grown by one in so many since the last.
+const AGEING: u64 = 8;
+/// Different stacks kept of one slice.
+const SIGHTS: usize = 16;
+/// How often a thread that computes is interrupted while it is watched.
+const SAMPLING: Duration = Duration::from_millis(4);
+
+/// Watches the slices of all reactors.
+pub(crate) struct Watcher {
+    looker: Looker,
+    /// By thread.
+    suspects: HashMap<u32, Suspect>,
+    suspicion_ns: u64,
+    period: Duration,
+}
+
+/// A slice that takes long.
+struct Suspect {
+    slice: InSlice,
+    /// What was seen, and how often.
+    sights: Vec<(Look, u32)>,
+    /// Under the clock, if it computes in native code.
+    sampler: Option<Sampler>,
+    /// When to look again, monotonic nanoseconds.
+    next_ns: u64,
+    /// Whether it has ended, and word of that may still come.
+    is_over: bool,
+}
+
+impl Watcher {
+    /// For stalls of this length and more.
+    pub(crate) fn new(threshold: Duration) -> Self {
+        let threshold_ns = u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX);
+        Self {
+            looker: Looker::default(),
+            suspects: HashMap::new(),
+            suspicion_ns: threshold_ns / SUSPICION.1 * SUSPICION.0,
+            period: (threshold / GLANCES).clamp(FASTEST, SLOWEST),
+        }
+    }
+
+    /// How often to [`glance`](Self::glance).
+    pub(crate) const fn period(&self) -> Duration {
+        self.period
+    }
+
+    /// Goes over the slices in progress, and looks at those that take long.
+    pub(crate) fn glance(&mut self, in_progress: impl Iterator<Item = InSlice>, now_ns: u64) {
+        // Of those that had ended before, word has come or never will.
+        self.suspects.retain(|_, suspect| !std::mem::replace(&mut suspect.is_over, true));
+        for slice in in_progress {
+            if now_ns.saturating_sub(slice.since_ns) < self.suspicion_ns {
+                continue;
+            }
+            let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
+            if suspect.slice != slice {
+                // The one before has ended unnoticed, and was too short if nobody has asked for it.
+                *suspect = Suspect::of(slice);
+            }
+            suspect.is_over = false;
+            if now_ns >= suspect.next_ns {
+                let began = Instant::now();
+                suspect.look(&mut self.looker);
+                let pause = began.elapsed() * THRIFT;
+                let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
+                suspect.next_ns = now_ns + pause_ns.max((now_ns - slice.since_ns) / AGEING);
+            }
+        }
+    }
+
+    /// What was seen most often of a slice that has ended.
+    pub(crate) fn seen(&mut self, tid: u32, since_ns: u64) -> Look {
+        match self.suspects.remove(&tid) {
+            Some(mut suspect) if suspect.slice.since_ns == since_ns => suspect.most(&mut self.looker),
+            Some(other) => {
+                self.suspects.insert(tid, other);
+                nobody_looked()
+            }
+            None => nobody_looked(),
+        }
+    }
+
+    /// The same of one that goes on; looks now if nobody has yet.
+    pub(crate) fn seen_so_far(&mut self, slice: InSlice) -> Look {
+        let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
+        if suspect.slice != slice {
+            *suspect = Suspect::of(slice);
+        }
+        if suspect.sights.is_empty() {
+            suspect.look(&mut self.looker);
+        }
+        suspect.most(&mut self.looker)
+    }
+}
+
+impl Suspect {
+    const fn of(slice: InSlice) -> Self {
+        Self { slice, sights: Vec::new(), sampler: None, next_ns: 0, is_over: false }
+    }
+
+    fn look(&mut self, looker: &mut Looker) {
+        self.fetch(looker);
+        let InSlice { pid, tid, .. } = self.slice;
+        match looker.look(pid, tid) {
+            Sight::Stack(look) => self.add(look),
+            Sight::Running if self.sampler.is_none() => match Sampler::of(tid, SAMPLING) {
+                Ok(sampler) => self.sampler = Some(sampler),
+                Err(why) => self.add(Look::missing(format!("it computes, and cannot be interrupted: {why}"))),
+            },
+            Sight::Running => {}
+        }
+    }
+
+    /// Takes what the clock has seen meanwhile.
+    fn fetch(&mut self, looker: &mut Looker) {
+        let pid = self.slice.pid;
+        let latest = self.sampler.as_mut().and_then(|sampler| looker.sampled(pid, sampler));
+        if let Some(look) = latest {
+            self.add(look);
+        }
+    }
+
+    fn add(&mut self, look: Look) {
+        if let Some((_, count)) = self.sights.iter_mut().find(|(known, _)| known.is_alike(&look)) {
+            *count += 1;
+        } else if self.sights.len() < SIGHTS {
+            self.sights.push((look, 1));
+        }
+    }
+
+    /// What was seen most often; of equals the latest, for a slice is at its longest in the end. What is whole comes
+    /// before what is not.
+    fn most(&mut self, looker: &mut Looker) -> Look {
+        self.fetch(looker);
+        let most = self.sights.iter().max_by_key(|(look, count)| (!look.frames.is_empty(), *count));
+        most.map_or_else(nobody_looked, |(look, _)| look.clone())
+    }
+}
+
+fn nobody_looked() -> Look {
+    Look::missing("it was over before observer could look")
+}

@@ -75,10 +75,23 @@ fn a_busy_port() {
 }
 
 #[test]
+fn a_flame_graph_in_no_folder() {
+    let server = Server::asyncio();
+    let pid = server.pid().to_string();
+    let output =
+        observer(&["--pid", &pid, "--no-listen", "--duration", "1s", "--flame", "/no/such/folder/x.svg"]);
+    assert_refused(&output, "cannot write the flame graph to /no/such/folder/x.svg");
+}
+
+#[test]
 fn wrong_usage() {
-    for arguments in
-        [&[][..], &["--pid", "nginx"], &["--duration", "5s"], &["--pid", "1", "--no-such-option"]]
-    {
+    for arguments in [
+        &[][..],
+        &["--pid", "1", "--stall-threshold", "10us"],
+        &["--pid", "nginx"],
+        &["--duration", "5s"],
+        &["--pid", "1", "--no-such-option"],
+    ] {
         assert_eq!(observer(arguments).status.code(), Some(2), "{arguments:?}");
     }
 }

@@ -15,4 +15,5 @@ mod reactor;
 mod ring;
 mod servers;
 mod stacks;
+mod stalls;
 mod support;

@@ -6,9 +6,10 @@ struct atomic { int counter; };
 struct fdtable { u32 max_fds; void **fd; };
 struct files_struct { struct fdtable *fdt; };
 struct signal_struct { struct atomic live; };
-struct task_struct { int pid; int tgid; struct files_struct *files; struct signal_struct *signal; u32 __state; };
+struct task_struct { void *stack; int pid; int tgid; struct files_struct *files; struct signal_struct *signal; u32 __state; };
 struct task_struct___old { long state; };
-struct inode { unsigned long i_ino; };
+struct inode { unsigned long i_ino; u16 i_mode; };
+struct pt_regs { unsigned long orig_ax, di, si, dx; };
 struct file { void *private_data; struct inode *f_inode; };
 struct ns_common { u32 inum; };
 struct net { struct ns_common ns; };
@@ -36,7 +37,7 @@ struct bpf_iter__task_file { struct task_struct *task; struct file *file; };
 #define READ(field) sink = (u64)(unsigned long)__builtin_preserve_access_index(&field)
 volatile u64 sink;
 __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
-    struct task_struct *t = ctx; struct task_struct___old *o = ctx; struct files_struct *fs = ctx; struct fdtable *ft = ctx;
+    struct task_struct *t = ctx; struct pt_regs *p = ctx; struct task_struct___old *o = ctx; struct files_struct *fs = ctx; struct fdtable *ft = ctx;
     struct signal_struct *s = ctx; struct inode *i = ctx; struct file *f = ctx; struct net *n = ctx; struct sock *k = ctx; struct socket *c = ctx;
     struct request_sock *r = ctx; struct inet_connection_sock *ic = ctx; struct unix_address *ua = ctx; struct unix_sock *us = ctx; struct bpf_iter__task_file *it = ctx;
     struct sk_buff *b = ctx; struct io_kiocb *q = ctx; struct io_kiocb___old *qo = ctx; struct io_accept *ac = ctx; struct io_uring_cqe *e = ctx;
@@ -50,6 +51,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file);
     READ(us->peer); READ(k->sk_receive_queue.next); READ(b->sk); READ(q->file); READ(q->opcode); READ(q->flags); READ(q->ctx);
     READ(q->cqe.user_data); READ(qo->user_data); READ(q->cqe.fd); READ(ac->file_slot); READ(e->user_data); READ(e->res); READ(e->flags);
+    READ(t->stack); READ(i->i_mode); READ(p->orig_ax); READ(p->di); READ(p->si); READ(p->dx);
     return 0;
 }
 char LICENSE[] __attribute__((section("license"), used)) = "GPL";

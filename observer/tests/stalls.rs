@@ -1,0 +1,136 @@
+//! Stalls of real servers: each is told once, with the cause that was provoked and the code that was at it.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    http, is_emulated,
+    observer::{Observer, Report},
+    servers::Server,
+};
+
+/// Known operations.
+const STALLS: u64 = 23;
+
+/// Sends redis commands one after another, each answered by one line.
+fn command(server: &Server, commands: impl Iterator<Item = String>) {
+    let mut connection = BufReader::new(http::connect(server.port));
+    for command in commands {
+        writeln!(connection.get_mut(), "{command}\r").unwrap();
+        let mut answer = String::new();
+        connection.read_line(&mut answer).unwrap();
+        assert!(!answer.starts_with('-'), "{command}: {answer}");
+    }
+}
+
+fn stalls(report: &Report, pid: u32) -> &Value {
+    report.assert_complete();
+    &report.reactor(pid)["stalls"]
+}
+
+/// How many of the stalls one by one have this cause.
+fn count_of(stalls: &Value, cause: &str) -> usize {
+    let recent = stalls["recent"].as_array().unwrap();
+    recent.iter().filter(|stall| stall["cause"] == cause).count()
+}
+
+#[test]
+fn redis_told_to_sleep_is_asleep() {
+    let server = Server::redis();
+    let observer = Observer::of(server.pid());
+    command(&server, (0..STALLS).map(|_| "DEBUG SLEEP 0.15".into()));
+    command(&server, ["PING".into()].into_iter());
+    let report = observer.finish();
+    let stalls = stalls(&report, server.pid());
+    assert_eq!(stalls["count"], STALLS, "{stalls:#}");
+    assert_eq!(count_of(stalls, "sleep"), 23, "{stalls:#}");
+    // Nearly all the lag there was.
+    let site = &stalls["sites"][0];
+    assert!(site["lag_share"].as_f64().unwrap() > 0.5, "{stalls:#}");
+    assert!(site["frames"][0]["function"].as_str().unwrap().contains("nanosleep"), "{stalls:#}");
+    assert_eq!(site["syscall"], "clock_nanosleep", "{stalls:#}");
+}
+
+/// Native code that computes: the kernel's clock sees it, whatever the distribution has stripped.
+#[test]
+fn redis_with_a_million_keys_computes_while_it_lists_them() {
+    let keys = if is_emulated() { 100_000 } else { 1_000_000 };
+    let server = Server::redis();
+    command(&server, [format!("DEBUG POPULATE {keys}")].into_iter());
+    let threshold = "20ms";
+    let pid = server.pid().to_string();
+    let observer = Observer::start(&["--pid", &pid, "--no-listen", "--stall-threshold", threshold]);
+    for _ in 0..3 {
+        // Nobody wants the answer, a million lines.
+        let mut connection = http::connect(server.port);
+        connection.write_all(b"EVAL \"return #redis.call('KEYS','*')\" 0\r\n").unwrap();
+        BufReader::new(connection).read_line(&mut String::new()).unwrap();
+    }
+    command(&server, ["PING".into()].into_iter());
+    let report = observer.finish();
+    let stalls = stalls(&report, server.pid());
+    assert!(stalls["count"].as_u64().unwrap() >= 3, "{stalls:#}");
+    let computing = count_of(stalls, "cpu") + count_of(stalls, "runqueue");
+    assert!(computing >= 3, "{stalls:#}");
+    let frames = stalls["sites"][0]["frames"].as_array().unwrap();
+    let is_own = |frame: &Value| frame["module"].as_str().is_some_and(|module| module.starts_with("redis"));
+    assert!(frames.iter().any(is_own), "{stalls:#}");
+}
+
+/// A loop that never comes back shows a growing lag within two seconds, wherever one looks.
+#[test]
+fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
+    let server = Server::asyncio();
+    let flame = tempfile::Builder::new().suffix(".svg").tempfile().unwrap();
+    let pid = server.pid().to_string();
+    let observer = Observer::start(&[
+        "--pid",
+        &pid,
+        "--listen",
+        "127.0.0.1:0",
+        "--flame",
+        flame.path().to_str().unwrap(),
+    ]);
+    let mut client = http::connect(server.port);
+    client.write_all(b"GET /spin/600000 HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    let began = Instant::now();
+    thread::sleep(Duration::from_secs(1));
+    let sum = || observer.figure("observer_reactor_lag_seconds_sum");
+    let (first, second) = (sum(), {
+        thread::sleep(Duration::from_millis(500));
+        sum()
+    });
+    assert!(second > first && first > 0.0, "{first} {second}");
+    let report = observer.finish();
+    let age = began.elapsed().as_secs_f64();
+    let reactor = report.reactor(server.pid());
+    let longest = reactor["lag"]["max"].as_f64().unwrap();
+    assert!(longest > 1.4 && longest < age, "{longest} s, stuck for {age} s: {reactor:#}");
+    let site = &reactor["stalls"]["sites"][0];
+    assert_eq!(site["frames"][0]["function"], "block", "{reactor:#}");
+    assert!(site["lag_share"].as_f64().unwrap() > 0.9, "{reactor:#}");
+    // The lag-weighted flame graph is nearly all that function.
+    let graph = std::fs::read_to_string(flame.path()).unwrap();
+    assert!(graph.contains("us of mean lag") && graph.contains("block ("), "{graph}");
+}
+
+/// Slices below the threshold are none of its business.
+#[test]
+fn a_threshold_divides() {
+    let server = Server::asyncio();
+    let pid = server.pid().to_string();
+    for (threshold, count) in [("1s", 0), ("60ms", 5)] {
+        let observer = Observer::start(&["--pid", &pid, "--no-listen", "--stall-threshold", threshold]);
+        for _ in 0..5 {
+            server.block("sleep", 120);
+        }
+        server.block("none", 0);
+        let report = observer.finish();
+        assert_eq!(stalls(&report, server.pid())["count"], count, "{:#}", report.0);
+    }
+}

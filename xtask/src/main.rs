@@ -51,7 +51,7 @@ enum Command {
         #[arg(last = true)]
         command: Vec<String>,
     },
-    /// Measure what observer costs and write docs/benchmarks.md (as root; some twelve minutes on a quiet machine).
+    /// Measure what observer costs and write docs/benchmarks.md (as root; some eleven minutes, more on a busy machine).
     Bench {
         /// Only try out that it works: few and short rounds, whose figures are printed and not kept.
         #[arg(long)]

@@ -19,6 +19,8 @@ pub(super) type Rows = Vec<(&'static str, String)>;
 pub(super) struct Hook {
     pub(super) probe: String,
     pub(super) program: String,
+    /// The first of the events that it is attached to.
+    pub(super) event: String,
 }
 
 /// Two of the CPUs that we may use, if there are two.
@@ -63,10 +65,12 @@ pub(super) fn describe(observer: &Path, cpus: Cpus) -> Result<Rows> {
     ])
 }
 
-/// The first line that a program says of itself, some of them as if it were an error.
+/// The first line that a program says of itself, some of them as if it were an error, without what it adds.
 fn version(command: &Expression) -> String {
     let answer = ask(&command.stderr_to_stdout().unchecked()).unwrap_or_default();
-    answer.lines().next().unwrap_or("unknown").trim().to_owned()
+    let line = answer.lines().next().unwrap_or("unknown");
+    let ends = [" sha=", " ["].map(|added| line.find(added).unwrap_or(line.len()));
+    line[..ends[0].min(ends[1])].trim().to_owned()
 }
 
 /// observer's programs in the order in which it lists them.
@@ -76,8 +80,9 @@ pub(super) fn probes(observer: &Path) -> Result<Vec<Hook>> {
     let mut hooks = Vec::new();
     for line in list.lines() {
         if let Some(hook) = line.strip_prefix("  hook") {
-            let program = hook.split_whitespace().next().unwrap_or_default().to_owned();
-            hooks.push(Hook { probe: probe.to_owned(), program });
+            let mut words = hook.split([' ', ',']).filter(|word| !matches!(*word, "" | "on"));
+            let mut word = || words.next().unwrap_or_default().to_owned();
+            hooks.push(Hook { probe: probe.to_owned(), program: word(), event: word() });
         } else if let Some((name, _)) = line.split_once(':')
             && !line.starts_with(' ')
         {

@@ -52,6 +52,7 @@ pub(crate) fn run(is_quick: bool) -> Result<()> {
     let acceptor = acceptor.context("package observer has no example ring_acceptor")?.path;
     packages::install(&packages::for_bench())?;
 
+    process::catch_signals()?;
     let start = Instant::now();
     let cpus = machine::cpus()?;
     // Before we are what keeps it busy.

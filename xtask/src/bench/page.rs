@@ -5,12 +5,9 @@ use std::fmt::Write;
 
 use super::Plan;
 use super::machine::{Hook, Rows};
-use super::programs::{self, Costs, Pair};
+use super::programs::{self, Cost, Costs, Load, NAME_LENGTH, Pair, kept};
 use super::statistics::{Spread, median};
 use super::throughput::{self, Arm, Sample, ToolSample};
-
-/// As many characters of a program's name as the kernel keeps.
-const NAME_LENGTH: usize = 15;
 
 const HEAD: &str = "# What observer costs
 
@@ -22,11 +19,12 @@ const PROGRAMS: &str = "## eBPF programs
 
 The kernel counts how often each program runs and for how long (`bpf_stats`). Its count begins where a program begins:
 what the kernel does to get there is not in it, but is in the figures of servers below. It includes what the counting
-itself takes, which programs that do nothing show; *net* is without that.
+itself takes, which programs that do nothing show under the first load; *net* is without that, or without the mean of
+all of them for events that are not among theirs.
 
-*Target*: all events are those of targets, the load generator being one as well where it is a process of its own.
-*Stranger*: the same load, while observer is told to observe an nginx that has nothing to do. Events of the rest of the
-machine are in both, and so are both ends of each connection. Programs that did not run are left out.
+*Target*: the server under load is observed, and wrk as well where that is the load, so that its waits are no stranger's.
+*Stranger*: the same load, while observer observes an nginx that has nothing to do. Events of the rest of the machine are
+in both, and so are both ends of each connection. Programs that did not run are left out.
 ";
 
 const BY_PROBE: &str = "### Each probe, for each connection or request
@@ -69,19 +67,21 @@ pub(super) fn write(
 
     page.text(PROGRAMS);
     let Plan { program_rounds, program_seconds, server_rounds, server_seconds } = plan;
-    page.text(&format!("Medians of {program_rounds} rounds of {program_seconds} s for each load.\n"));
-    let measuring = programs.measuring();
-    page.empty(&programs.empty, measuring);
+    page.text(&format!(
+        "Rounds: {program_rounds} of {program_seconds} s for each load, of which the medians.\n"
+    ));
+    page.empty(programs);
     for (load, pair) in &programs.observer {
         page.text(&format!("### {}\n", load.title()));
-        page.costs(hooks, pair, ["target", "stranger"], load.operation(), measuring);
+        page.costs(programs, &lines(hooks, pair), pair, ["target", "stranger"], load.operation());
     }
-    page.by_probe(hooks, programs, measuring);
+    page.by_probe(programs, hooks);
     page.text(SCRIPT);
-    page.costs(&[], &programs.script, ["all", "stranger"], "connection", measuring);
+    let script = &programs.script;
+    page.costs(programs, &lines(&[], script), script, ["all", "stranger"], Load::Connections.operation());
 
     page.text(SERVERS);
-    page.text(&format!("{server_rounds} rounds of {server_seconds} s.\n"));
+    page.text(&format!("Rounds: {server_rounds} of {server_seconds} s for each.\n"));
     servers.iter().for_each(|figures| page.server(figures));
     page.text(TOOLS);
     page.tools(servers);
@@ -109,36 +109,36 @@ impl Page {
         self.text.push('\n');
     }
 
-    fn empty(&mut self, costs: &Costs, measuring: f64) {
-        let rows = costs.iter().map(|(name, cost)| vec![shown(name), format!("{:.0}", cost.nanoseconds)]);
-        let mean = vec!["all events together".to_owned(), format!("{measuring:.0}")];
+    fn empty(&mut self, programs: &programs::Figures) {
+        let rows =
+            programs.empty.iter().map(|(name, cost)| vec![shown(name), format!("{:.0}", cost.nanoseconds)]);
+        let mean = vec!["all of these events".to_owned(), format!("{:.0}", programs.measuring_any())];
         self.table(&["a program that does nothing, on", "ns an event"], rows.chain([mean]));
     }
 
-    /// One row for each program that ran, in the order of the hooks, others after them.
-    fn costs(&mut self, hooks: &[Hook], pair: &Pair, who: [&str; 2], operation: &str, measuring: f64) {
-        let hooked: Vec<&str> = hooks.iter().map(|hook| kept(&hook.program)).collect();
-        let others: BTreeSet<&str> =
-            pair.target.keys().chain(pair.stranger.keys()).map(String::as_str).collect();
-        let others = others.into_iter().filter(|name| !hooked.contains(name));
-        let named = hooks.iter().map(|hook| (hook.program.clone(), kept(&hook.program)));
-        let named = named.chain(others.map(|name| (shown(name), name)));
-        let rows = named.filter_map(|(title, name)| {
-            let costs = [&pair.target, &pair.stranger].map(|costs| costs.get(name));
-            let figures = costs.map(|cost| match cost {
+    /// One row for each program that ran, and their sum.
+    fn costs(
+        &mut self,
+        programs: &programs::Figures,
+        lines: &[Line],
+        pair: &Pair,
+        who: [&str; 2],
+        operation: &str,
+    ) {
+        let both = [&pair.target, &pair.stranger];
+        let rows = lines.iter().map(|line| {
+            let figures = both.map(|costs| match costs.get(line.name) {
                 Some(cost) => {
-                    let net = cost.nanoseconds - measuring;
+                    let net = cost.nanoseconds - programs.measuring(line.event);
                     [rate(cost.events), format!("{:.0}", cost.nanoseconds), format!("{net:.0}")]
                 }
                 None => ["–"; 3].map(str::to_owned),
             });
-            let is_any = costs.iter().any(Option::is_some);
-            is_any.then(|| [title].into_iter().chain(figures.into_iter().flatten()).collect())
+            [line.title.clone()].into_iter().chain(figures.into_iter().flatten()).collect()
         });
-        let sums = [&pair.target, &pair.stranger].map(|costs| {
+        let sums = both.map(|costs| {
             let gross: f64 = costs.values().map(|cost| cost.events * cost.nanoseconds).sum();
-            let net: f64 = costs.values().map(|cost| cost.events * (cost.nanoseconds - measuring)).sum();
-            [String::new(), format!("{gross:.0}"), format!("{net:.0}")]
+            [String::new(), format!("{gross:.0}"), format!("{:.0}", net(programs, lines.iter(), costs))]
         });
         let sum = [format!("all, for each {operation}")].into_iter().chain(sums.into_iter().flatten());
         let head =
@@ -148,17 +148,16 @@ impl Page {
         self.table(&head, rows.chain([sum.collect()]));
     }
 
-    fn by_probe(&mut self, hooks: &[Hook], programs: &programs::Figures, measuring: f64) {
+    fn by_probe(&mut self, programs: &programs::Figures, hooks: &[Hook]) {
         let mut probes: Vec<&str> = hooks.iter().map(|hook| hook.probe.as_str()).collect();
         probes.dedup();
         let rows = programs.observer.iter().flat_map(|(load, pair)| {
+            let lines = lines(hooks, pair);
             [("target", &pair.target), ("stranger", &pair.stranger)].map(|(who, costs)| {
                 let sums = probes.iter().map(|probe| {
-                    let names = hooks.iter().filter(|hook| hook.probe == *probe);
-                    let costs: Vec<_> = names.filter_map(|hook| costs.get(kept(&hook.program))).collect();
-                    let sum: f64 =
-                        costs.iter().map(|cost| cost.events * (cost.nanoseconds - measuring)).sum();
-                    if costs.is_empty() { "–".to_owned() } else { format!("{sum:.0}") }
+                    let mut of_probe = lines.iter().filter(|line| line.probe == *probe).peekable();
+                    let is_any = of_probe.peek().is_some();
+                    if is_any { format!("{:.0}", net(programs, of_probe, costs)) } else { "–".to_owned() }
                 });
                 [format!("{}: {who}", load.title())].into_iter().chain(sums).collect()
             })
@@ -193,14 +192,14 @@ impl Page {
             figures.arms.iter().filter_map(|(arm, samples)| {
                 let samples: Vec<&ToolSample> = samples.iter().filter_map(|s| s.tool.as_ref()).collect();
                 let middle = |figure: fn(&ToolSample) -> f64| median(samples.iter().map(|&s| figure(s)));
-                // Summed up, because the kernel counts CPU time in steps that are long for one round.
+                // Summed up, because some of it comes once a second.
                 let sum = |figure: fn(&ToolSample) -> f64| samples.iter().map(|&s| figure(s)).sum::<f64>();
                 let share = sum(|s| s.cpu_seconds) / sum(|s| s.seconds) * 100.0;
                 let megabytes = |figure: fn(&ToolSample) -> f64| format!("{:.1} MB", middle(figure) / 1e6);
                 (!samples.is_empty()).then(|| {
                     vec![
                         format!("{}, with {}", arm.title(), figures.server),
-                        format!("{share:.2} %"),
+                        format!("{share:.3} %"),
                         megabytes(|s| s.memory as f64),
                         megabytes(|s| s.peak as f64),
                         megabytes(|s| s.maps as f64),
@@ -214,9 +213,35 @@ impl Page {
     }
 }
 
-/// A program's name as the kernel keeps it.
-fn kept(name: &str) -> &str {
-    name.get(..NAME_LENGTH).unwrap_or(name)
+/// A program in a table.
+struct Line<'a> {
+    title: String,
+    probe: &'a str,
+    event: &'a str,
+    /// As the kernel keeps it.
+    name: &'a str,
+}
+
+/// The programs that ran: those of probes in their order, then others, which are named for their event.
+fn lines<'a>(hooks: &'a [Hook], pair: &'a Pair) -> Vec<Line<'a>> {
+    let ran: BTreeSet<&str> = pair.target.keys().chain(pair.stranger.keys()).map(String::as_str).collect();
+    let hooked: BTreeSet<&str> = hooks.iter().map(|hook| kept(&hook.program)).collect();
+    let others = ran.difference(&hooked);
+    let others = others.map(|&name| Line { title: shown(name), probe: "", event: name, name });
+    let hooks = hooks.iter().filter(|hook| ran.contains(kept(&hook.program)));
+    let hooks = hooks.map(|Hook { probe, program, event }| Line {
+        title: program.clone(),
+        probe,
+        event,
+        name: kept(program),
+    });
+    hooks.chain(others).collect()
+}
+
+/// Nanoseconds of these programs for each operation, without what measuring takes.
+fn net<'a>(programs: &programs::Figures, lines: impl Iterator<Item = &'a Line<'a>>, costs: &Costs) -> f64 {
+    let net = |line: &Line, cost: &Cost| cost.events * (cost.nanoseconds - programs.measuring(line.event));
+    lines.filter_map(|line| Some(net(line, costs.get(line.name)?))).sum()
 }
 
 /// A name that may have lost its end.

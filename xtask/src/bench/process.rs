@@ -4,18 +4,40 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::shell::find;
 
 /// How long a process may take to begin its work, or to end it when told to.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A program on one CPU or on any. The kernel ends it when xtask ends, however that comes.
+/// How often to look.
+const POLL: Duration = Duration::from_millis(2);
+
+/// Set by the signals that ask us to end.
+static ENDING: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+/// From now on these signals end us in good order: whatever waits gives up, and everybody tidies up.
+pub(super) fn catch_signals() -> Result<()> {
+    let flag = ENDING.get_or_init(Arc::default);
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(flag))?;
+    }
+    Ok(())
+}
+
+fn is_ending() -> bool {
+    ENDING.get().is_some_and(|flag| flag.load(Ordering::Relaxed))
+}
+
+/// A program on one CPU or on any. Where xtask ends without tidying up, the kernel ends it.
 pub(super) fn program(name: impl AsRef<OsStr>, cpu: Option<u32>) -> Command {
     let name = name.as_ref();
     let mut command = Command::new("setpriv");
@@ -63,8 +85,9 @@ impl Drop for Process {
         if matches!(self.child.try_wait(), Ok(None)) {
             // Not yet reaped, so the id is still its own.
             let asked = kill_process(Pid::from_child(&self.child), Signal::TERM);
-            if asked.is_ok() && self.finish(LIMIT).is_ok() {
-                return;
+            let end = Instant::now() + LIMIT;
+            while asked.is_ok() && matches!(self.child.try_wait(), Ok(None)) && Instant::now() < end {
+                sleep(POLL);
             }
             let _ended_meanwhile = self.child.kill();
         }
@@ -79,10 +102,13 @@ pub(super) fn wait_for<T>(what: &str, limit: Duration, mut question: impl FnMut(
         if let Some(answer) = question() {
             return Ok(answer);
         }
+        if is_ending() {
+            bail!("interrupted");
+        }
         if Instant::now() > end {
             bail!("waited {} s for {what}\nby hand: see what it prints when started alone", limit.as_secs());
         }
-        sleep(Duration::from_millis(2));
+        sleep(POLL);
     }
 }
 
@@ -108,8 +134,20 @@ pub(super) fn cpu_seconds(pids: &[u32]) -> Result<f64> {
     Ok(ticks as f64 / procfs::ticks_per_second() as f64)
 }
 
-/// Resident memory of a process, in bytes.
+/// The same of all threads of one process, finer than in clock ticks: for what takes less than one.
+pub(super) fn fine_cpu_seconds(pid: u32) -> Result<f64> {
+    let folder = format!("/proc/{pid}/task");
+    let threads = fs::read_dir(&folder).with_context(|| format!("cannot read {folder}"))?;
+    let nanoseconds = threads.flatten().filter_map(|thread| {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    });
+    Ok(nanoseconds.sum::<u64>() as f64 / 1e9)
+}
+
+/// Memory of a process, in bytes.
 pub(super) struct Memory {
+    /// Resident.
     pub(super) now: u64,
     pub(super) peak: u64,
     /// Of the maps that it holds in the kernel.

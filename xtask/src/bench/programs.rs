@@ -16,6 +16,9 @@ use super::tools::{EMPTY, SLICES, Script, Tool, settle};
 use super::{Cpus, progress};
 use crate::shell::{ask, find};
 
+/// As many characters of a program's name as the kernel keeps.
+pub(super) const NAME_LENGTH: usize = 15;
+
 /// What is done again and again while programs are counted.
 #[derive(Clone, Copy)]
 pub(super) enum Load {
@@ -38,7 +41,9 @@ impl Load {
     pub(super) fn title(self) -> &'static str {
         match self {
             Self::Connections => "nginx, TCP connections",
-            Self::BesideSocket => "nginx, TCP connections while a target listens on a unix socket as well",
+            Self::BesideSocket => {
+                "nginx, TCP connections, whoever is observed listens on a unix socket as well"
+            }
             Self::OnSocket => "nginx, unix connections",
             Self::OnRing => "TCP connections accepted through io_uring",
             Self::Node => "Node.js, requests on connections that stay",
@@ -97,7 +102,7 @@ pub(super) struct Cost {
     pub(super) nanoseconds: f64,
 }
 
-/// Costs by the program's name as the kernel has it, which keeps 15 characters.
+/// Costs by the program's name as the kernel keeps it.
 pub(super) type Costs = BTreeMap<String, Cost>;
 
 /// The same load observed and not.
@@ -116,11 +121,20 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    /// Nanoseconds that measuring one event takes.
-    pub(super) fn measuring(&self) -> f64 {
+    /// Nanoseconds that measuring one event takes: this one, or where it was not tried, all that were.
+    pub(super) fn measuring(&self, event: &str) -> f64 {
+        self.empty.get(kept(event)).map_or_else(|| self.measuring_any(), |cost| cost.nanoseconds)
+    }
+
+    pub(super) fn measuring_any(&self) -> f64 {
         let events: f64 = self.empty.values().map(|cost| cost.events).sum();
         self.empty.values().map(|cost| cost.events * cost.nanoseconds).sum::<f64>() / events
     }
+}
+
+/// A program's name as the kernel keeps it.
+pub(super) fn kept(name: &str) -> &str {
+    name.get(..NAME_LENGTH).unwrap_or(name)
 }
 
 /// What to run, where, for how long.

@@ -115,17 +115,21 @@ pub(super) struct RingAcceptor {
     process: Process,
     commands: ChildStdin,
     answers: BufReader<ChildStdout>,
+    /// Where it makes its own.
+    _files: TempDir,
 }
 
 impl RingAcceptor {
     pub(super) fn start(binary: &Path) -> Result<Self> {
+        let files = tempfile::tempdir_in(kept(""))?;
         let mut command = program(binary, None);
-        command.args(["v4", "single", "512"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["v4", "single", "512"]).env("TMPDIR", files.path());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::start(&mut command)?;
         let commands = process.child.stdin.take().context("its input")?;
         let mut answers = BufReader::new(process.child.stdout.take().context("its output")?);
         answers.read_line(&mut String::new())?;
-        Ok(Self { process, commands, answers })
+        Ok(Self { process, commands, answers, _files: files })
     }
 
     pub(super) fn pid(&self) -> u32 {

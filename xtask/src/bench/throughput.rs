@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::load::{self, Done, Wrk};
-use super::process::{cpu_seconds, memory};
+use super::process::{cpu_seconds, fine_cpu_seconds, memory};
 use super::servers::Server;
 use super::tools::{SLICES, Tool, settle};
 use super::{Cpus, progress};
@@ -125,7 +125,7 @@ impl Bench<'_> {
 fn sample(server: &Server, tool: Option<&Tool>, load: impl Fn() -> Result<Done>) -> Result<Sample> {
     settle();
     let pids = server.pids();
-    let tool_cpu = |tool: &Tool| cpu_seconds(&[tool.pid()]);
+    let tool_cpu = |tool: &Tool| fine_cpu_seconds(tool.pid());
     let tool_before = tool.map(tool_cpu).transpose()?;
     let (before, start) = (cpu_seconds(&pids)?, Instant::now());
     let Done { requests, per_second } = load()?;

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::process::{Process, program, wait_for_start};
 use super::servers::free_port;
@@ -76,7 +76,7 @@ impl Tool {
             Ok(true) | Err(_) => Some(false),
         });
         let start = start.elapsed();
-        if !ready.with_context(|| text(&said).unwrap_or_default())? {
+        if !ready? {
             bail!("{name} ended at once, saying:\n{}", text(&said)?);
         }
         Ok(Self { process, start })

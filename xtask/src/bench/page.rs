@@ -41,10 +41,10 @@ Under the first load, for every thread (*all*) and for one that has nothing to d
 
 const SERVERS: &str = "## Servers
 
-Rounds take turns: nothing beside the server, observer on it, bpftrace with the script above on its event loop. wrk has
-32 connections that stay, redis-benchmark 50, each with one request at a time. CPU time is the server's own (`utime` and
-`stime` of all its processes), which has in it what programs take in its threads. *Change* compares with *nothing* in the
-same round. All figures are medians, with the quartiles in brackets.
+Rounds take turns: nothing beside the server, observer on it, observer on an nginx that has nothing to do, bpftrace with
+the script above on the server's event loop. wrk has 32 connections that stay, redis-benchmark 50, each with one request
+at a time. CPU time is the server's own (`utime` and `stime` of all its processes), which has in it what programs take in
+its threads. *Change* compares with *nothing* in the same round. All figures are medians, with the quartiles in brackets.
 ";
 
 const TOOLS: &str = "## observer and bpftrace themselves

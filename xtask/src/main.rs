@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything about this repository that is not plain `cargo build`.
 //! One subcommand each; the modules below hold the work, this file only the command line.
 
+mod bench;
 mod guest;
 mod image;
 mod kernel;
@@ -50,6 +51,12 @@ enum Command {
         #[arg(last = true)]
         command: Vec<String>,
     },
+    /// Measure what observer costs and write docs/benchmarks.md (as root; some eleven minutes, more on a busy machine).
+    Bench {
+        /// Only try out that it works: few and short rounds, whose figures are printed and not kept.
+        #[arg(long)]
+        quick: bool,
+    },
     /// Run everything that CI runs.
     Test {
         /// Where to run the tests; may be repeated, default is everywhere.
@@ -72,6 +79,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Setup => toolchain::setup()?,
         Command::Build => observer::build_and_print()?,
         Command::Demo { args } => return Err(observer::demo(&args)),
+        Command::Bench { quick } => bench::run(quick)?,
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
         Command::Test { machines, filter } => return Ok(suite::run(&machines, filter.as_deref())),
     }

@@ -25,6 +25,9 @@ const TESTS: &[&str] = &[
     "util-linux",
 ];
 
+/// What only `xtask bench` runs beside those.
+const COMPARISON: &[&str] = &["bpftrace"];
+
 /// What boots the kernels of `xtask vm` and `xtask test`.
 const EMULATOR: &[&str] = &["qemu-system-x86"];
 
@@ -46,6 +49,10 @@ pub(crate) fn for_tests() -> Vec<String> {
         names.push("nodejs".to_owned());
     }
     names
+}
+
+pub(crate) fn for_bench() -> Vec<String> {
+    COMPARISON.iter().map(|&name| name.to_owned()).chain(for_tests()).collect()
 }
 
 /// Guests have the tests' programs aboard.

@@ -1,0 +1,42 @@
+//! Medians and quartiles: a few rounds on a busy machine have outliers, which means would follow.
+
+/// Where the middle half of some figures lies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Spread {
+    pub(super) low: f64,
+    pub(super) median: f64,
+    pub(super) high: f64,
+}
+
+impl Spread {
+    pub(super) fn of(figures: impl IntoIterator<Item = f64>) -> Self {
+        let mut figures: Vec<f64> = figures.into_iter().collect();
+        figures.sort_by(f64::total_cmp);
+        Self { low: at(&figures, 1), median: at(&figures, 2), high: at(&figures, 3) }
+    }
+}
+
+pub(super) fn median(figures: impl IntoIterator<Item = f64>) -> f64 {
+    Spread::of(figures).median
+}
+
+/// A quartile of sorted figures, between two of them where it falls there.
+fn at(sorted: &[f64], quartile: usize) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let (index, rest) = (last * quartile / 4, last * quartile % 4);
+    let below = sorted[index];
+    let above = sorted[(index + 1).min(last)];
+    below + (above - below) * rest as f64 / 4.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Spread;
+
+    #[test]
+    fn quartiles_lie_between_figures() {
+        assert_eq!(Spread::of([4.0, 1.0, 3.0, 2.0]), Spread { low: 1.75, median: 2.5, high: 3.25 });
+        assert_eq!(Spread::of([7.0]), Spread { low: 7.0, median: 7.0, high: 7.0 });
+        assert!(Spread::of([]).median.is_nan());
+    }
+}

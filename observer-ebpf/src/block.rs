@@ -32,18 +32,35 @@ fn find_registers(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// The system call the current thread blocks in, and the index of the [`Block`] it waits for there, when `sched_switch`
-/// takes it off its CPU.
-#[inline(always)]
-pub(crate) fn of_switch(ctx: &BtfTracePointContext) -> (u32, u32) {
-    let Some(&place) = REGISTERS.get(0).filter(|&&place| place != 0) else {
-        return (NO_CALL, Block::Other as u32);
-    };
-    let call = CallInProgress::of_current(ctx, 1, place);
-    match call.number() {
-        // Outside of any call a thread blocks only for its own memory.
-        None => (NO_CALL, Block::PageFault as u32),
-        Some(number) => (number, block_in(&call, number).unwrap_or(Block::Other as u32)),
+/// Where a thread blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocked {
+    /// The system call; [`NO_CALL`] if there is none.
+    pub(crate) call: u32,
+    /// Index of the [`Block`] it waits for.
+    pub(crate) block: u32,
+    /// Its frame pointer in user space; 0 if that is not known.
+    pub(crate) frame_pointer: u64,
+}
+
+impl Blocked {
+    /// Nobody knows where.
+    pub(crate) const SOMEWHERE: Self = Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0 };
+
+    /// The current thread, when `sched_switch` takes it off its CPU.
+    #[inline(always)]
+    pub(crate) fn current(ctx: &BtfTracePointContext) -> Self {
+        let Some(&place) = REGISTERS.get(0).filter(|&&place| place != 0) else { return Self::SOMEWHERE };
+        let registers = CallInProgress::of_current(ctx, 1, place);
+        let frame_pointer = registers.frame_pointer().unwrap_or(0);
+        match registers.number() {
+            // Outside of any call a thread blocks only for its own memory.
+            None => Self { call: NO_CALL, block: Block::PageFault as u32, frame_pointer },
+            Some(call) => {
+                let block = block_in(&registers, call).unwrap_or(Block::Other as u32);
+                Self { call, block, frame_pointer }
+            }
+        }
     }
 }
 

@@ -189,6 +189,12 @@ impl CallInProgress {
         self.word(&LAYOUT.registers_third)
     }
 
+    /// The caller's frame pointer.
+    #[inline(always)]
+    pub(crate) fn frame_pointer(&self) -> Option<u64> {
+        self.word(&LAYOUT.registers_frame)
+    }
+
     #[inline(always)]
     fn word(&self, field: &'static u32) -> Option<u64> {
         // What this kernel does not have is past the end of all stacks, and cannot be read.

@@ -518,7 +518,7 @@ impl Observation {
     fn figures(&mut self, tid: u32, raw: &RawReactor) -> Reactor {
         let now = clock::monotonic_ns();
         let threshold = self.stall_threshold.as_secs_f64();
-        let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns };
+        let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns, frame_pointer: 0 };
         let in_progress = Some(reactor::stall_in_progress(raw, now))
             .filter(|stall| reactor::is_in_slice(raw) && stall.seconds >= threshold);
         let present = in_progress.map(|stall| (stall, self.watcher.seen_so_far(slice)));

@@ -16,7 +16,7 @@ use observer_common::{
 
 use super::process;
 use crate::{
-    block,
+    block::Blocked,
     emit::{lost, record},
     kernel::{self, Off, Task},
 };
@@ -319,6 +319,8 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
         (*reactor).parts_before_ns = (*reactor).parts_ns;
         (*reactor).longest_block_ns = 0;
         (*reactor).longest_block_call = NO_CALL;
+        (*reactor).longest_queue_ns = 0;
+        (*reactor).longest_queue_after = 0;
         post(reactor, now);
     }
 }
@@ -359,7 +361,7 @@ unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
         }
         (*stall).longest_block_ns = (*reactor).longest_block_ns;
         (*stall).longest_block_call = (*reactor).longest_block_call;
-        (*stall).reserved = 0;
+        (*stall).longest_queue_after = (*reactor).longest_queue_after;
     }
     // Rare, and fetched by the clock: waking the user side would cost more than all the rest.
     entry.submit(u64::from(BPF_RB_NO_WAKEUP));
@@ -443,14 +445,27 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
             turn(reactor, run, bpf_ktime_get_ns());
             if (*reactor).phase == Phase::Slice as u32 {
                 // Whoever is stopped waits for nothing, wherever that has met it.
-                let known = if off == Off::Blocked { block::of_switch(&ctx) } else { (NO_CALL, 0) };
-                ((*reactor).call, (*reactor).block) = known;
+                let at = if off == Off::Blocked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
+                (*reactor).call = at.call;
+                (*reactor).block = at.block;
+                if let Some(place) = BOARD.get_ptr_mut((*reactor).place) {
+                    (*place).frame_pointer = at.frame_pointer;
+                }
             }
         }
     }
     if let Some(reactor) = reactor_of(next) {
         // SAFETY: a live map value; its thread is here, going on its CPU.
-        unsafe { turn(reactor, Run::Cpu, bpf_ktime_get_ns()) };
+        unsafe {
+            let now = bpf_ktime_get_ns();
+            let queued = now.saturating_sub((*reactor).run_since_ns);
+            // Also in a wait, where it does no harm: the next slice starts afresh.
+            if (*reactor).run != Run::Blocked as u32 && queued > (*reactor).longest_queue_ns {
+                (*reactor).longest_queue_ns = queued;
+                (*reactor).longest_queue_after = previous;
+            }
+            turn(reactor, Run::Cpu, now);
+        }
     }
     0
 }

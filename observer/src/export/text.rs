@@ -247,11 +247,15 @@ fn write_stalls(stalls: &Stalls, out: &mut impl Write) -> Result<()> {
         )?;
     }
     for site in stalls.sites.iter().take(SITES) {
-        let call = site.syscall.as_ref().filter(|_| matches!(site.cause, Cause::Blocked(_)));
-        let call = call.map(|call| format!(" ({call})")).unwrap_or_default();
+        let detail = match site.cause {
+            Cause::Blocked(_) => &site.syscall,
+            Cause::Runqueue => &site.behind.as_ref().map(|thread| format!("behind {thread}")),
+            Cause::Cpu => &None,
+        };
+        let detail = detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
         writeln!(
             out,
-            "      {} of the lag: {} times, {} together, {}{call}",
+            "      {} of the lag: {} times, {} together, {}{detail}",
             percent(site.lag_share),
             site.count,
             span(site.seconds),

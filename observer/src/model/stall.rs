@@ -91,6 +91,9 @@ pub(crate) struct Stall {
     pub(crate) cause: Cause,
     /// The system call it was blocked in for longest; `None` if it did not block, or for its memory.
     pub(crate) syscall: Option<String>,
+    /// The thread that had the CPU before it after its longest wait for one: `stress (thread 4242)`; `None` if there was
+    /// none.
+    pub(crate) behind: Option<String>,
     /// Where the time went.
     pub(crate) split_seconds: Split,
     /// Which of the sites it belongs to.
@@ -110,6 +113,8 @@ pub(crate) struct Site {
     pub(crate) cause: Cause,
     /// The system call that the latest of them was blocked in for longest.
     pub(crate) syscall: Option<String>,
+    /// The thread that had the CPU before the latest of them after its longest wait for one.
+    pub(crate) behind: Option<String>,
     /// Where their time went.
     pub(crate) split_seconds: Split,
     /// What was seen of them: the code, or why it is not known.
@@ -186,6 +191,7 @@ impl Stalls {
                     lag_share: 0.0,
                     cause,
                     syscall,
+                    behind: None,
                     split_seconds: Split::default(),
                     look,
                     weight: 0.0,
@@ -201,6 +207,9 @@ impl Stalls {
         site.cause = Cause::of(&site.split_seconds);
         if matches!(stall.cause, Cause::Blocked(_)) {
             site.syscall.clone_from(&stall.syscall);
+        }
+        if stall.behind.is_some() {
+            site.behind.clone_from(&stall.behind);
         }
         place
     }
@@ -234,7 +243,7 @@ mod tests {
 
     fn stall(seconds: f64, split_seconds: Split) -> Stall {
         let cause = Cause::of(&split_seconds);
-        Stall { start: String::new(), seconds, cause, syscall: None, split_seconds, site: 0 }
+        Stall { start: String::new(), seconds, cause, syscall: None, behind: None, split_seconds, site: 0 }
     }
 
     fn look(function: &str, line: u32) -> Look {

@@ -24,6 +24,7 @@ use crate::{
         snapshot::{Blocked, Reactor, Split},
         stall::{Cause, Stall, Stalls},
     },
+    target::process,
 };
 
 /// Calls that event loops wait with, as people choose among them.
@@ -212,6 +213,7 @@ pub(crate) fn stall(raw: &RawStall) -> Stall {
         seconds: seconds(raw.length_ns),
         cause: Cause::of(&split_seconds),
         syscall: call_name(raw.longest_block_call),
+        behind: (raw.longest_queue_after != 0).then(|| process::described(raw.longest_queue_after)),
         split_seconds,
         site: 0,
     }
@@ -236,7 +238,7 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
         parts_ns,
         longest_block_ns: raw.longest_block_ns,
         longest_block_call: if is_longest { raw.call } else { raw.longest_block_call },
-        reserved: 0,
+        longest_queue_after: raw.longest_queue_after,
     })
 }
 

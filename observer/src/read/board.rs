@@ -15,7 +15,7 @@ pub(crate) struct Board {
 }
 
 /// A slice in progress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct InSlice {
     /// The thread.
     pub(crate) tid: u32,
@@ -23,6 +23,15 @@ pub(crate) struct InSlice {
     pub(crate) pid: u32,
     /// When it began, monotonic nanoseconds.
     pub(crate) since_ns: u64,
+    /// Frame pointer that the thread had when it last blocked in it; 0 if that is not known.
+    pub(crate) frame_pointer: u64,
+}
+
+impl InSlice {
+    /// Whether it is the same slice, seen again.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        (self.tid, self.since_ns) == (other.tid, other.since_ns)
+    }
 }
 
 impl Board {
@@ -47,15 +56,16 @@ impl Board {
         (1..PLACES as usize).filter_map(move |place| {
             // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; any bytes are a `Place`.
             // Volatile, because the programs write there meanwhile: each field by itself is whole.
-            let (since_ns, tid, pid) = unsafe {
+            let (since_ns, tid, pid, frame_pointer) = unsafe {
                 let place = first.add(place);
                 (
                     (&raw const (*place).since_ns).read_volatile(),
                     (&raw const (*place).tid).read_volatile(),
                     (&raw const (*place).tgid).read_volatile(),
+                    (&raw const (*place).frame_pointer).read_volatile(),
                 )
             };
-            (since_ns != 0).then_some(InSlice { tid, pid, since_ns })
+            (since_ns != 0).then_some(InSlice { tid, pid, since_ns, frame_pointer })
         })
     }
 }

@@ -77,10 +77,11 @@ impl Watcher {
                 continue;
             }
             let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
-            if suspect.slice != slice {
+            if !suspect.slice.is(&slice) {
                 // The one before has ended unnoticed, and was too short if nobody has asked for it.
                 *suspect = Suspect::of(slice);
             }
+            suspect.slice = slice;
             suspect.is_over = false;
             if now_ns >= suspect.next_ns {
                 let began = Instant::now();
@@ -107,7 +108,7 @@ impl Watcher {
     /// The same of one that goes on; looks now if nobody has yet.
     pub(crate) fn seen_so_far(&mut self, slice: InSlice) -> Look {
         let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
-        if suspect.slice != slice {
+        if !suspect.slice.is(&slice) {
             *suspect = Suspect::of(slice);
         }
         if suspect.sights.is_empty() {
@@ -124,8 +125,8 @@ impl Suspect {
 
     fn look(&mut self, looker: &mut Looker) {
         self.fetch(looker);
-        let InSlice { pid, tid, .. } = self.slice;
-        match looker.look(pid, tid) {
+        let tid = self.slice.tid;
+        match looker.look(self.slice) {
             Sight::Stack(look) => self.add(look),
             Sight::Running if self.sampler.is_none() => match Sampler::of(tid, SAMPLING) {
                 Ok(sampler) => self.sampler = Some(sampler),

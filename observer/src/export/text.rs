@@ -228,11 +228,11 @@ fn main_cause(reactor: &Reactor) -> String {
     parts.join(", ")
 }
 
-/// `; 62.0 % of that is cause_sleep (app/server.py:12)`, where the code is known that has the largest share.
+/// `; 62.0 % of the lag is in cause_sleep (app/server.py:12)`, where the code is known that has the largest share.
 fn culprit(reactor: &Reactor) -> String {
     let first =
         reactor.stalls.sites.first().and_then(|site| Some((site.lag_share, site.look.frames.first()?)));
-    first.map_or_else(String::new, |(share, frame)| format!("; {} of that in {frame}", percent(share)))
+    first.map_or_else(String::new, |(share, frame)| format!("; {} of the lag is in {frame}", percent(share)))
 }
 
 /// The places that account for most of the lag, with what was seen there.

@@ -5,7 +5,7 @@ use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
     macros::{btf_tracepoint, map, tracepoint},
-    maps::{Array, HashMap, Queue, RingBuf},
+    maps::{Array, HashMap, RingBuf, Stack},
     programs::{BtfTracePointContext, TracePointContext},
 };
 use observer_common::{
@@ -30,9 +30,9 @@ static REACTORS: HashMap<u32, Reactor> = HashMap::with_max_entries(MOST, 0);
 #[map]
 static BOARD: Array<Place> = Array::with_max_entries(PLACES, BPF_F_MMAPABLE);
 
-/// Places on the board that nobody has; filled by the loader.
+/// Places on the board that nobody has, the lowest on top; filled by the loader.
 #[map]
-static FREE_PLACES: Queue<u32> = Queue::with_max_entries(PLACES, 0);
+static FREE_PLACES: Stack<u32> = Stack::with_max_entries(PLACES, 0);
 
 /// Slices that were longer than the threshold.
 #[map]

@@ -53,19 +53,20 @@ impl Board {
     /// Slices in progress.
     pub(crate) fn in_slices(&self) -> impl Iterator<Item = InSlice> + '_ {
         let first: *const Place = self.memory.as_ptr().cast();
-        (1..PLACES as usize).filter_map(move |place| {
+        let places = (1..PLACES as usize).map(move |place| {
             // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; any bytes are a `Place`.
             // Volatile, because the programs write there meanwhile: each field by itself is whole.
-            let (since_ns, tid, pid, frame_pointer) = unsafe {
+            unsafe {
                 let place = first.add(place);
-                (
-                    (&raw const (*place).since_ns).read_volatile(),
-                    (&raw const (*place).tid).read_volatile(),
-                    (&raw const (*place).tgid).read_volatile(),
-                    (&raw const (*place).frame_pointer).read_volatile(),
-                )
-            };
-            (since_ns != 0).then_some(InSlice { tid, pid, since_ns, frame_pointer })
-        })
+                InSlice {
+                    tid: (&raw const (*place).tid).read_volatile(),
+                    pid: (&raw const (*place).tgid).read_volatile(),
+                    since_ns: (&raw const (*place).since_ns).read_volatile(),
+                    frame_pointer: (&raw const (*place).frame_pointer).read_volatile(),
+                }
+            }
+        });
+        // Places are given away in their order: behind the first that nobody has had yet there are no others.
+        places.take_while(|slice| slice.tid != 0).filter(|slice| slice.since_ns != 0)
     }
 }

@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, Stack},
 };
 use nix::libc;
 use observer_common::{
@@ -44,7 +44,7 @@ pub(crate) struct Maps {
     /// Slices in progress.
     pub(crate) board: Board,
     /// Places on the board that nobody has.
-    free_places: Queue<MapData, u32>,
+    free_places: Stack<MapData, u32>,
     stalls: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
 }
@@ -52,8 +52,8 @@ pub(crate) struct Maps {
 impl Maps {
     /// Takes the maps over from the loader.
     pub(crate) fn take(ebpf: &mut Ebpf) -> Result<Self> {
-        let mut free_places = Queue::try_from(take(ebpf, "FREE_PLACES")?)?;
-        for place in 1..PLACES {
+        let mut free_places = Stack::try_from(take(ebpf, "FREE_PLACES")?)?;
+        for place in (1..PLACES).rev() {
             free_places.push(place, 0)?;
         }
         Ok(Self {

@@ -3,6 +3,7 @@
 #![no_std]
 
 pub mod accept;
+pub mod gc;
 pub mod histogram;
 pub mod layout;
 pub mod listener;

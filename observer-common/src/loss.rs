@@ -16,10 +16,14 @@ pub enum Loss {
     AcceptingFull,
     /// A connection was accepted by a call whose entry nobody saw: its listener is unknown.
     AcceptUnattributed,
+    /// A thread that began a collection found no room in `GC_BEGUN`: its pause is not counted.
+    GcBegunFull,
+    /// A runtime's totals were not where they had been: what a slice spent in collections is not known.
+    GcTotalsUnread,
 }
 
 /// Number of causes, the size of the `LOSSES` map.
-pub const LOSSES: u32 = 6;
+pub const LOSSES: u32 = 8;
 
 impl Loss {
     /// Every cause, in index order, with the name used in metrics and reports.
@@ -30,5 +34,7 @@ impl Loss {
         (Self::QueuedFull, "queued_full"),
         (Self::AcceptingFull, "accepting_full"),
         (Self::AcceptUnattributed, "accept_unattributed"),
+        (Self::GcBegunFull, "gc_begun_full"),
+        (Self::GcTotalsUnread, "gc_totals_unread"),
     ];
 }

@@ -47,6 +47,9 @@ pub enum Kind {
 /// The timeout of a call that has none.
 pub const FOREVER: u64 = u64::MAX;
 
+/// Nothing is known of the runtime's totals.
+pub const GC_UNKNOWN: u64 = u64::MAX;
+
 /// A call that may be a wait for events.
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
@@ -139,6 +142,10 @@ pub struct Reactor {
     pub wait_ns: u64,
     /// Time in slices by [`Run`] state, nanoseconds, up to `run_since_ns`.
     pub split_ns: [u64; RUN_STATES],
+    /// Of the time in slices, what went into garbage collections, nanoseconds.
+    pub gc_ns: u64,
+    /// What the runtime's own totals said of that when the slice began; [`GC_UNKNOWN`] where nobody reads any.
+    pub gc_before_ns: u64,
     /// Lengths of finished slices.
     pub slice: Histogram,
     /// Made runnable -> running, for wake-ups out of a wait.
@@ -147,7 +154,7 @@ pub struct Reactor {
     /// over if that ended it, else from being made runnable.
     pub reply: Histogram,
 }
-crate::shared!(Reactor, 88 + 32 + 3 * size_of::<Histogram>());
+crate::shared!(Reactor, 88 + 32 + 16 + 3 * size_of::<Histogram>());
 
 impl Reactor {
     /// One that has done nothing.
@@ -165,6 +172,8 @@ impl Reactor {
         events: 0,
         wait_ns: 0,
         split_ns: [0; RUN_STATES],
+        gc_ns: 0,
+        gc_before_ns: GC_UNKNOWN,
         slice: Histogram::EMPTY,
         wakeup: Histogram::EMPTY,
         reply: Histogram::EMPTY,

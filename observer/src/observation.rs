@@ -25,6 +25,7 @@ use crate::{
     },
     probes::{
         self, When,
+        gc::{self, Collectors},
         listener::{self, Before},
         reactor::{self, Calls},
     },
@@ -68,6 +69,7 @@ pub(crate) struct Observation {
     ebpf: Ebpf,
     maps: Maps,
     looker: Looker,
+    collectors: Collectors,
     attached_ns: u64,
     /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
     unix_since_ns: Option<u64>,
@@ -127,6 +129,7 @@ impl Observation {
             ebpf,
             maps,
             looker: Looker::default(),
+            collectors: Collectors::default(),
             attached_ns: clock::monotonic_ns(),
             unix_since_ns: None,
             unattributed_before: 0,
@@ -184,7 +187,7 @@ impl Observation {
         for &pid in &targets {
             // A process that exited before the programs could see it would stay for ever.
             if !process::is_there(pid) {
-                let gone = RawTarget { exited: 1 };
+                let gone = RawTarget { exited: 1, ..RawTarget::default() };
                 self.maps.targets.insert(pid, gone, 0)?;
             }
         }
@@ -233,12 +236,18 @@ impl Observation {
             if raw.exited != 0 {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
                 self.exited.push(known);
+                self.collectors.exited(&mut self.maps, pid, ENDED);
                 changed = true;
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
             } else if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
                 place.insert(Process::of(pid));
                 changed = true;
+            }
+            if raw.exited == 0
+                && let Some(missing) = self.collectors.refresh(&mut self.ebpf, &mut self.maps, pid, raw.execs)
+            {
+                self.note_missing(missing.source, missing.reason);
             }
         }
         self.collect_finished();
@@ -434,9 +443,10 @@ impl Observation {
         for (tgid, finished) in &self.finished {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
-        for (tid, raw) in maps::reactors(&self.maps.reactors) {
+        for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
             let thread = self.threads.entry(tid).or_insert_with(|| Thread::of(raw.tgid, tid));
             let now = clock::monotonic_ns();
+            raw.gc_ns += gc::in_progress(&self.maps, tid, &raw, now);
             let mut reactor = reactor::decode(tid, thread.name.clone(), &raw, &mut thread.prober, now);
             if reactor.current_slice_seconds.is_some_and(|age| age >= LATE) {
                 reactor.current_stack = Some(self.looker.look(raw.tgid, tid));
@@ -458,6 +468,11 @@ impl Observation {
                 exited,
                 listeners: numbered(listeners.remove(&process.pid).unwrap_or_default()),
                 reactors: mem::take(reactors.entry(process.pid).or_default()),
+                gc: if exited {
+                    self.collectors.final_figures(process.pid)
+                } else {
+                    self.collectors.figures(&self.maps, process.pid)
+                },
             })
             .collect();
         targets.sort_by_key(|target| target.pid);

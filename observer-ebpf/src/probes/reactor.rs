@@ -13,7 +13,7 @@ use observer_common::{
     reactor::{Call, FOREVER, Kind, Phase, RUN_STATES, Reactor, Run},
 };
 
-use super::process;
+use super::{gc, process};
 use crate::{
     emit::{lost, record},
     kernel::{self, Task},
@@ -240,6 +240,7 @@ impl Thread {
             let now = bpf_ktime_get_ns();
             if (*reactor).phase == Phase::Slice as u32 {
                 turn(reactor, Run::Cpu, now);
+                gc::slice_ends(reactor, now);
                 record(&raw mut (*reactor).slice, now.saturating_sub((*reactor).phase_since_ns));
             }
             (*reactor).phase = Phase::Waiting as u32;
@@ -278,6 +279,7 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
                 record(&raw mut (*reactor).reply, reply);
             }
         }
+        gc::slice_begins(reactor);
         (*reactor).phase = Phase::Slice as u32;
         (*reactor).phase_since_ns = now;
         (*reactor).run = Run::Cpu as u32;
@@ -380,6 +382,19 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
         }
     }
     0
+}
+
+/// The current thread has collected garbage since that moment. What of that is in its slice counts as part of it.
+#[inline(always)]
+pub(super) fn collected(tid: u32, since: u64, now: u64) {
+    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
+        // SAFETY: a live map value that only this thread writes while it runs.
+        unsafe {
+            if (*reactor).phase == Phase::Slice as u32 {
+                (*reactor).gc_ns += now.saturating_sub(since.max((*reactor).phase_since_ns));
+            }
+        }
+    }
 }
 
 /// The figures of a thread that exits are final: a stranger may get its id next.

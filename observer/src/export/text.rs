@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::model::{
     histogram::Histogram,
-    snapshot::{LATE, Listener, Look, Reactor, Snapshot, Target},
+    snapshot::{Gc, LATE, Listener, Look, Reactor, Snapshot, Target},
 };
 
 /// Functions of a stack that are shown, innermost first.
@@ -70,7 +70,7 @@ fn findings(target: &Target) -> Vec<String> {
             reactor_name(r),
             span(r.lag.max()),
             span(r.lag.mean()),
-            main_cause(r)
+            main_cause(r) + &of_which_gc(r)
         )
     });
     let waits = target.listeners.iter().filter(|l| l.wait.max() >= LATE).map(|l| {
@@ -93,6 +93,9 @@ fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }
+    if let Some(gc) = target.gc.as_ref().filter(|gc| gc.count > 0) {
+        write_gc(gc, out)?;
+    }
     for listener in &target.listeners {
         write_listener(listener, out)?;
     }
@@ -113,11 +116,28 @@ fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
     if let Some(utilization) = reactor.utilization {
         let parts = shares(reactor);
         let parts: Vec<_> = parts.iter().map(|(what, share)| format!("{what} {}", percent(*share))).collect();
-        writeln!(out, "    busy        {} of the time: {}", percent(utilization), parts.join(", "))?;
+        writeln!(
+            out,
+            "    busy        {} of the time: {}{}",
+            percent(utilization),
+            parts.join(", "),
+            of_which_gc(reactor)
+        )?;
     }
     writeln!(out, "    waits       {}, {} events", reactor.waits, reactor.events)?;
     if reactor.wakeup.count() > 0 {
         writeln!(out, "    wake-ups    {}{}", reactor.wakeup.count(), quantiles(&reactor.wakeup))?;
+    }
+    Ok(())
+}
+
+fn write_gc(gc: &Gc, out: &mut impl Write) -> Result<()> {
+    match (&gc.pause, gc.seconds) {
+        (Some(pause), _) => writeln!(out, "  gc            {} pauses{}", gc.count, quantiles(pause))?,
+        (None, Some(seconds)) => {
+            writeln!(out, "  gc            {} runs: {} together", gc.count, span(seconds))?
+        }
+        (None, None) => writeln!(out, "  gc            {} runs of unknown length", gc.count)?,
     }
     Ok(())
 }
@@ -206,6 +226,12 @@ fn main_cause(reactor: &Reactor) -> String {
         .map(|(what, share)| format!("{} {what}", percent(*share)))
         .collect();
     parts.join(", ")
+}
+
+/// `; of which GC 12.0 %`, a share of busy time; empty if there was no collection in it.
+fn of_which_gc(reactor: &Reactor) -> String {
+    let gc = reactor.split_seconds.gc;
+    if gc > 0.0 { format!("; of which GC {}", percent(gc / reactor.busy_seconds)) } else { String::new() }
 }
 
 /// `: p50 1.2 ms, p99 80 ms, longest 121 ms`; empty if there is nothing to tell.

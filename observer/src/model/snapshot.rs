@@ -44,6 +44,19 @@ pub(crate) struct Target {
     pub(crate) listeners: Vec<Listener>,
     /// Its threads that wait for events.
     pub(crate) reactors: Vec<Reactor>,
+    /// Garbage collections of its runtime; `None` if it has no such, or nobody knows how to watch it.
+    pub(crate) gc: Option<Gc>,
+}
+
+/// Garbage collections of a process.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Gc {
+    /// How many there were.
+    pub(crate) count: u64,
+    /// How long they took together; `None` if the runtime counts them without measuring.
+    pub(crate) seconds: Option<f64>,
+    /// How long each kept its thread, in seconds; `None` where only totals are known.
+    pub(crate) pause: Option<Histogram>,
 }
 
 /// A listening socket and its accept queue.
@@ -166,6 +179,8 @@ pub(crate) struct Split {
     pub(crate) runqueue: f64,
     /// Blocked.
     pub(crate) blocked: Blocked,
+    /// Of all these, what went into garbage collections.
+    pub(crate) gc: f64,
 }
 
 /// Blocked time by what it blocked in, in seconds.

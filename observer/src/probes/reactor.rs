@@ -153,6 +153,7 @@ pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now
             cpu: time(Run::Cpu),
             runqueue: time(Run::Woken) + time(Run::Preempted),
             blocked: Blocked { unknown: time(Run::Blocked) },
+            gc: seconds(raw.gc_ns),
         },
         exited: is_final(raw),
     }

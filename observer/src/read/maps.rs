@@ -4,11 +4,13 @@
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
 };
 use nix::libc;
 use observer_common::{
     accept::{Accepting, Arrival, PortKey},
+    gc::{Begun, Totals},
+    histogram::Histogram,
     listener::Listener,
     loss::Loss,
     process::Target,
@@ -37,6 +39,14 @@ pub(crate) struct Maps {
     pub(crate) queued: HashMap<MapData, u64, Arrival>,
     /// Threads inside an accept call.
     pub(crate) accepting: HashMap<MapData, u32, Accepting>,
+    /// Pauses for garbage collections, by process id.
+    pub(crate) gc_pauses: HashMap<MapData, u32, Histogram>,
+    /// Collections in progress, by thread id.
+    pub(crate) gc_begun: HashMap<MapData, u32, Begun>,
+    /// Totals that runtimes keep themselves, by process id.
+    pub(crate) gc_totals: HashMap<MapData, u32, Totals>,
+    /// Whether there have been any.
+    pub(crate) gc_totals_used: Array<MapData, u32>,
     losses: PerCpuArray<MapData, u64>,
 }
 
@@ -51,6 +61,10 @@ impl Maps {
             unix_names: HashMap::try_from(take(ebpf, "UNIX_NAMES")?)?,
             queued: HashMap::try_from(take(ebpf, "QUEUED")?)?,
             accepting: HashMap::try_from(take(ebpf, "ACCEPTING")?)?,
+            gc_pauses: HashMap::try_from(take(ebpf, "GC_PAUSES")?)?,
+            gc_begun: HashMap::try_from(take(ebpf, "GC_BEGUN")?)?,
+            gc_totals: HashMap::try_from(take(ebpf, "GC_TOTALS")?)?,
+            gc_totals_used: Array::try_from(take(ebpf, "GC_TOTALS_USED")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
         })
     }

@@ -1,10 +1,10 @@
 //! Garbage collections, against what real runtimes count and measure themselves.
 
 use std::{
-    fs,
+    env, fs,
     io::{BufRead as _, BufReader, Write as _},
     os::unix::fs::FileExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::{ChildStdin, ChildStdout, Command, Stdio},
     thread,
     time::Duration,
@@ -64,6 +64,12 @@ impl Loop {
     }
 }
 
+/// A runtime that tests need, and those whose paths a variable lists.
+fn runtimes(needed: &str, more: &str) -> Vec<PathBuf> {
+    let more = env::var_os(more).unwrap_or_default();
+    [needed.into()].into_iter().chain(env::split_paths(&more)).collect()
+}
+
 /// Lets a loop collect under observation and compares. Returns the report on it.
 fn assert_as_counted_inside(what: &str, mut collecting: Loop, observer: Observer) -> Value {
     let before = collecting.tell("collect 0");
@@ -105,39 +111,46 @@ fn collections_of_cpython() {
 
 #[test]
 fn collections_of_node() {
-    let mut node = Command::new("node");
-    node.args(["--expose-gc", "--no-memory-reducer"]);
-    let collecting = Loop::start(node, "gc_loop.js");
-    let observer = Observer::of(collecting.pid());
-    let target = assert_as_counted_inside("Node", collecting, observer);
-    assert!(target["gc"]["count"].as_u64().unwrap() >= u64::from(COLLECTIONS));
-    assert_eq!(target["gc"]["pause"]["count"], target["gc"]["count"]);
+    for node in runtimes("node", "OBSERVER_TEST_NODES") {
+        let mut command = Command::new(&node);
+        command.args(["--expose-gc", "--no-memory-reducer"]);
+        let collecting = Loop::start(command, "gc_loop.js");
+        let observer = Observer::of(collecting.pid());
+        let target = assert_as_counted_inside(&node.to_string_lossy(), collecting, observer);
+        assert!(target["gc"]["count"].as_u64().unwrap() >= u64::from(COLLECTIONS));
+        assert_eq!(target["gc"]["pause"]["count"], target["gc"]["count"]);
+    }
 }
 
 #[test]
 fn collections_of_ruby() {
-    let mut ruby = Command::new("/usr/bin/ruby");
-    ruby.arg("--disable=gems,error_highlight,did_you_mean");
-    let collecting = Loop::start(ruby, "gc_loop.rb");
-    let pid = collecting.pid().to_string();
-    let observer = Observer::start(&["--pid", &pid, "--no-listen", "--reactor-calls", "poll,select"]);
-    let target = assert_as_counted_inside("Ruby", collecting, observer);
-    assert_eq!(target["gc"]["count"], COLLECTIONS);
-    // Nobody knows how long each of them took.
-    assert_eq!(target["gc"]["pause"], Value::Null);
+    for ruby in runtimes("/usr/bin/ruby", "OBSERVER_TEST_RUBIES") {
+        let mut command = Command::new(&ruby);
+        command.arg("--disable=gems,error_highlight,did_you_mean");
+        let collecting = Loop::start(command, "gc_loop.rb");
+        let pid = collecting.pid().to_string();
+        let observer = Observer::start(&["--pid", &pid, "--no-listen", "--reactor-calls", "poll,select"]);
+        let target = assert_as_counted_inside(&ruby.to_string_lossy(), collecting, observer);
+        assert_eq!(target["gc"]["count"], COLLECTIONS);
+        // Nobody knows how long each of them took.
+        assert_eq!(target["gc"]["pause"], Value::Null);
+    }
 }
 
 /// A CPython that is built without probes cannot be seen, and it is said so.
 #[test]
 fn a_python_without_probes_is_said_to_be_unseen() {
-    const PROBES: &str = "import sys, sysconfig; print(sysconfig.get_config_var('WITH_DTRACE') or sys.executable)";
+    const PROBES: &str =
+        "import sys, sysconfig; print(sysconfig.get_config_var('WITH_DTRACE') or sys.executable)";
     let asked = Command::new("python3").args(["-c", PROBES]).output();
     let Some(python) = asked.ok().map(|asked| String::from_utf8(asked.stdout).unwrap()) else {
         eprintln!("skipped: a_python_without_probes_is_said_to_be_unseen: no python3 on the PATH");
         return;
     };
     if !python.starts_with('/') {
-        eprintln!("skipped: a_python_without_probes_is_said_to_be_unseen: the python3 on the PATH has probes");
+        eprintln!(
+            "skipped: a_python_without_probes_is_said_to_be_unseen: the python3 on the PATH has probes"
+        );
         return;
     }
     let mut collecting = Loop::start(Command::new(python.trim()), "gc_loop.py");
@@ -197,6 +210,28 @@ fn a_child_that_comes_later_is_seen_too() {
     assert!(report.target(child)["gc"]["count"].as_u64().unwrap() > 0, "{:#}", report.0);
     // The child's are not its parent's.
     assert_eq!(report.target(collecting.pid())["gc"]["count"], 0);
+}
+
+/// A shell that becomes the server, as many are started: what it was before has no collector.
+#[test]
+fn a_program_started_in_place_is_seen() {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "read go; exec /usr/bin/python3 \"$@\"", "sh"]);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/gc_loop.py");
+    let mut child = shell.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let process = Process(child);
+    let observer = Observer::of(process.pid());
+    // Longer than it goes on looking for a runtime in the shell.
+    thread::sleep(Duration::from_secs(7));
+    commands.write_all(b"go\n").unwrap();
+    let mut collecting = Loop { process, commands, answers: BufReader::new(answers) };
+    collecting.tell("collect 0");
+    wait_for("observer to attach", || (watchers(collecting.pid()) == 1).then_some(()));
+    collecting.tell(&format!("collect {COLLECTIONS}"));
+    let report = observer.finish();
+    report.assert_complete();
+    assert_eq!(report.target(collecting.pid())["gc"]["count"], COLLECTIONS);
 }
 
 /// What an observer has attached to functions, as bpftool finds it.

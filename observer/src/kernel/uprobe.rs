@@ -47,6 +47,10 @@ struct Attributes {
     offset: u64,
 }
 
+/// What the kernel is told of its size.
+const SIZE: u32 = 72;
+const _: () = assert!(size_of::<Attributes>() == SIZE as usize);
+
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 1 << 3;
 const PERF_EVENT_IOC_SET_BPF: libc::c_ulong = 0x4004_2408;
 
@@ -60,7 +64,7 @@ impl Uprobe {
         let counter = u32::try_from(site.counter).map_err(io::Error::other)?;
         let attributes = Attributes {
             kind,
-            size: size_of::<Attributes>() as u32,
+            size: SIZE,
             config: u64::from(counter) << 32,
             path: path.as_ptr() as u64,
             offset: site.instruction,

@@ -32,8 +32,11 @@ pub(super) const PROBE: Probe = Probe {
     when: When::Collector,
     cost: "two traps into the kernel for each collection of a target; nobody else pays",
     hooks: &[
-        Hook { program: "gc_start", events: Events::Runtime("where a target's runtime begins a collection") },
-        Hook { program: "gc_done", events: Events::Runtime("where it ends one") },
+        Hook {
+            program: "gc_start",
+            events: Events::Runtime("the place where a target's runtime begins a collection"),
+        },
+        Hook { program: "gc_done", events: Events::Runtime("the place where it ends one") },
     ],
 };
 

@@ -30,7 +30,7 @@ pub(super) const PROBE: Probe = Probe {
     purpose: "garbage collections: how often, how long, and what of an event loop's busy time they take",
     since: "5.5",
     when: When::Collector,
-    cost: "two traps into the kernel for each collection of a target; nobody else pays",
+    cost: "two traps into the kernel for each collection of a target, 2 us together (306 ns and 363 ns of these in the programs); where totals are read, 300 ns for each slice of that target; nobody else pays",
     hooks: &[
         Hook {
             program: "gc_start",

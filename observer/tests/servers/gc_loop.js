@@ -1,5 +1,5 @@
-// A Node loop that collects garbage when told to, as gc_loop.py does; besides, it leaves enough of it for V8 to collect
-// some on its own. To be run with --expose-gc, and with --no-memory-reducer lest V8 collect while there is nothing to do.
+// A Node loop that collects garbage when told to, as gc_loop.py does. `churn N` makes and keeps so much N times that V8
+// collects on its own, in all the ways it has. To be run with --expose-gc, and with --no-memory-reducer lest V8 collect while there is nothing to do.
 'use strict';
 const { PerformanceObserver, constants } = require('node:perf_hooks');
 const readline = require('node:readline');
@@ -33,8 +33,19 @@ async function collect(times) {
   }
 }
 
+async function churn(times) {
+  globalThis.kept = [];
+  for (let n = 0; n < times; n += 1) {
+    globalThis.kept[n % 8] = Array.from({ length: 100_000 }, (_, m) => ({ m, text: `${n} ${m}` }));
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+  // Ends what V8 has begun and would go on with later.
+  globalThis.gc();
+}
+
 readline.createInterface({ input: process.stdin }).on('line', async (line) => {
-  await collect(Number(line.split(' ')[1]));
+  const [command, times] = line.split(' ');
+  await (command === 'churn' ? churn : collect)(Number(times));
   await new Promise((resolve) => setTimeout(resolve, 50));
   add(observer.takeRecords());
   console.log(JSON.stringify({ count, seconds, kinds }));

@@ -13,8 +13,8 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Process, http, is_emulated,
-    observer::{Observer, Report},
+    Process, is_emulated,
+    observer::{BINARY, Observer, Report},
     send,
     servers::Server,
     wait_for,
@@ -214,13 +214,6 @@ fn a_child_that_comes_later_is_seen_too() {
     assert_eq!(report.target(collecting.pid())["gc"]["count"], 0);
 }
 
-/// The number of collections that observer has seen so far.
-fn scraped(observer: &Observer) -> f64 {
-    let scrape = http::get(observer.port(), "/metrics");
-    let line = scrape.lines().find(|line| line.starts_with("observer_gc_total{")).expect(&scrape);
-    line.rsplit(' ').next().unwrap().parse().unwrap()
-}
-
 /// A shell that becomes the server, as many are started: what it was before has no collector.
 #[test]
 fn a_program_started_in_place_is_seen() {
@@ -238,9 +231,9 @@ fn a_program_started_in_place_is_seen() {
     collecting.tell("collect 0");
     wait_for("observer to attach", || (watchers(collecting.pid()) == 1).then_some(()));
     // If that was while it started, it has seen some already.
-    let before = scraped(&observer);
+    let before = observer.figure("observer_gc_total");
     collecting.tell(&format!("collect {COLLECTIONS}"));
-    assert_eq!(scraped(&observer) - before, f64::from(COLLECTIONS));
+    assert_eq!(observer.figure("observer_gc_total") - before, f64::from(COLLECTIONS));
     observer.finish().assert_complete();
 }
 
@@ -264,4 +257,21 @@ fn only_processes_with_a_runtime_are_probed() {
     assert_eq!(uprobes(), 2);
     observer.finish();
     assert_eq!(uprobes(), 0);
+}
+
+#[test]
+fn the_text_tells_of_collections() {
+    let mut collecting = Loop::python();
+    let pid = collecting.pid().to_string();
+    let mut observer = Command::new(BINARY)
+        .args(["--pid", &pid, "--no-listen", "--duration", "2s"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while observer.try_wait().unwrap().is_none() {
+        collecting.tell("collect 1");
+    }
+    let text = String::from_utf8(observer.wait_with_output().unwrap().stdout).unwrap();
+    assert!(text.contains("; of which GC "), "{text}");
+    assert!(text.contains(" pauses: p50 "), "{text}");
 }

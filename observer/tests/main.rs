@@ -8,6 +8,7 @@ mod container;
 mod drops;
 mod exports;
 mod flood;
+mod gc;
 mod lag;
 mod listener;
 mod process;

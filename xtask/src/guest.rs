@@ -32,6 +32,9 @@ const PROGRAMS: &[&str] = &[
 /// Debian's own: a version manager's Python lies in many places.
 const PYTHON: &str = "/usr/bin/python3";
 
+/// Likewise.
+const RUBY: &str = "/usr/bin/ruby";
+
 /// Where Debian has gunicorn, and what that imports; of what else is installed there no server needs anything.
 const PYTHON_PACKAGES: &[&str] =
     &["/usr/lib/python3/dist-packages/gunicorn", "/usr/lib/python3/dist-packages/pkg_resources"];
@@ -59,6 +62,7 @@ pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
         image.add_program(&path);
     }
     add_python(&mut image)?;
+    add_ruby(&mut image)?;
     for folder in ["/etc/nginx", "/usr/lib/nginx", "/usr/share/nginx"] {
         image.add_tree(Path::new(folder), &[]);
     }
@@ -110,5 +114,15 @@ fn add_python(image: &mut Image) -> Result<()> {
     for package in PYTHON_PACKAGES {
         image.add_tree(Path::new(package), &[]);
     }
+    Ok(())
+}
+
+/// Ruby with what it cannot start without. Tests do without its library.
+fn add_ruby(image: &mut Image) -> Result<()> {
+    let place = ask(&cmd!(RUBY, "-e", "print RbConfig::CONFIG['rubyarchdir']"));
+    let place = place.context("Debian's ruby does not run")?;
+    image.add_program(Path::new(RUBY));
+    image.add_tree(&Path::new(&place).join("enc"), &[]);
+    image.add(&Path::new(&place).join("rbconfig.rb"));
     Ok(())
 }

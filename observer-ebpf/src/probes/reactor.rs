@@ -14,7 +14,7 @@ use observer_common::{
     reactor::{Call, FOREVER, Kind, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall},
 };
 
-use super::process;
+use super::{gc, process};
 use crate::{
     block::Blocked,
     emit::{lost, record},
@@ -269,6 +269,7 @@ impl Thread {
             let now = bpf_ktime_get_ns();
             if (*reactor).phase == Phase::Slice as u32 {
                 turn(reactor, Run::Cpu, now);
+                gc::slice_ends(reactor, now);
                 let length = now.saturating_sub((*reactor).phase_since_ns);
                 record(&raw mut (*reactor).slice, length);
                 post(reactor, 0);
@@ -312,11 +313,13 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
                 record(&raw mut (*reactor).reply, reply);
             }
         }
+        gc::slice_begins(reactor);
         (*reactor).phase = Phase::Slice as u32;
         (*reactor).phase_since_ns = now;
         (*reactor).run = Run::Cpu as u32;
         (*reactor).run_since_ns = now;
         (*reactor).parts_before_ns = (*reactor).parts_ns;
+        (*reactor).gc_at_start_ns = (*reactor).gc_ns;
         (*reactor).longest_block_ns = 0;
         (*reactor).longest_block_call = NO_CALL;
         (*reactor).longest_queue_ns = 0;
@@ -359,7 +362,7 @@ unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
         for part in 0..PARTS {
             (*stall).parts_ns[part] = (*reactor).parts_ns[part] - (*reactor).parts_before_ns[part];
         }
-        (*stall).longest_block_ns = (*reactor).longest_block_ns;
+        (*stall).gc_ns = (*reactor).gc_ns - (*reactor).gc_at_start_ns;
         (*stall).longest_block_call = (*reactor).longest_block_call;
         (*stall).longest_queue_after = (*reactor).longest_queue_after;
     }
@@ -483,6 +486,19 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
         }
     }
     0
+}
+
+/// The current thread has collected garbage since that moment. What of that is in its slice counts as part of it.
+#[inline(always)]
+pub(super) fn collected(tid: u32, since: u64, now: u64) {
+    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
+        // SAFETY: a live map value that only this thread writes while it runs.
+        unsafe {
+            if (*reactor).phase == Phase::Slice as u32 {
+                (*reactor).gc_ns += now.saturating_sub(since.max((*reactor).phase_since_ns));
+            }
+        }
+    }
 }
 
 /// The figures of a thread that exits are final: a stranger may get its id next.

@@ -3,7 +3,7 @@
 
 use super::{
     histogram::Histogram,
-    snapshot::{Depths, Listener, Reactor, Snapshot, Target},
+    snapshot::{Depths, Gc, Listener, Reactor, Snapshot, Target},
     stall::Cause,
 };
 
@@ -45,6 +45,7 @@ pub(crate) struct Family {
     pub(crate) collect: fn(&Snapshot, &mut Sink<'_>),
 }
 
+const TARGET: &[&str] = &["pid", "comm", "container"];
 const LISTENER: &[&str] = &["pid", "comm", "container", "listener"];
 const REACTOR: &[&str] = &["pid", "comm", "container", "tid", "reactor"];
 
@@ -182,7 +183,7 @@ pub(crate) const CATALOG: &[Family] = &[
         labels: &["pid", "comm", "container", "tid", "reactor", "state", "cause"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
-                for cause in Cause::ALL {
+                for cause in Cause::PARTS {
                     let mut labels = reactor_labels(target, reactor);
                     labels.extend([cause.state().into(), cause.name().into()]);
                     sink(labels, Value::Number(reactor.split_seconds.of(cause)));
@@ -197,13 +198,20 @@ pub(crate) const CATALOG: &[Family] = &[
         labels: &["pid", "comm", "container", "tid", "reactor", "cause"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
-                for cause in Cause::ALL {
+                for cause in Cause::all() {
                     let mut labels = reactor_labels(target, reactor);
                     labels.push(cause.name().into());
                     sink(labels, count(reactor.stalls.count_of(cause)));
                 }
             }
         },
+    },
+    Family {
+        name: "observer_reactor_gc_seconds_total",
+        help: "Time between waits that went into garbage collections; part of the busy time, whatever its state.",
+        kind: Kind::Counter,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| Value::Number(r.split_seconds.gc)),
     },
     Family {
         name: "observer_reactor_waits_total",
@@ -231,6 +239,27 @@ pub(crate) const CATALOG: &[Family] = &[
                 }
             }
         },
+    },
+    Family {
+        name: "observer_gc_pause_seconds",
+        help: "How long each garbage collection kept its thread, where that is known of each.",
+        kind: Kind::Histogram,
+        labels: TARGET,
+        collect: |s, sink| collectors(s, sink, |gc| gc.pause.as_ref().map(Value::Histogram)),
+    },
+    Family {
+        name: "observer_gc_total",
+        help: "Garbage collections.",
+        kind: Kind::Counter,
+        labels: TARGET,
+        collect: |s, sink| collectors(s, sink, |gc| Some(count(gc.count))),
+    },
+    Family {
+        name: "observer_gc_seconds_total",
+        help: "Time that garbage collections took.",
+        kind: Kind::Counter,
+        labels: TARGET,
+        collect: |s, sink| collectors(s, sink, |gc| gc.seconds.map(Value::Number)),
     },
     Family {
         name: "observer_target_info",
@@ -303,6 +332,14 @@ fn live_reactors(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Reactor
 
 fn target_labels(target: &Target) -> Vec<String> {
     vec![target.pid.to_string(), target.comm.clone(), target.container.clone().unwrap_or_default()]
+}
+
+fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'g> fn(&'g Gc) -> Option<Value<'g>>) {
+    for target in live(snapshot) {
+        if let Some(figure) = target.gc.as_ref().and_then(figure) {
+            sink(target_labels(target), figure);
+        }
+    }
 }
 
 fn reactor_labels(target: &Target, reactor: &Reactor) -> Vec<String> {

@@ -25,11 +25,13 @@ pub(crate) enum Cause {
     Runqueue,
     /// It waited for something.
     Blocked(Block),
+    /// It, or another thread in its way, collected garbage: a part of the others.
+    Gc,
 }
 
 impl Cause {
-    /// All of them, in the order in which they are shown.
-    pub(crate) const ALL: [Self; 8] = [
+    /// Those that add up to the whole, in the order in which they are shown.
+    pub(crate) const PARTS: [Self; 8] = [
         Self::Cpu,
         Self::Runqueue,
         Self::Blocked(Block::Lock),
@@ -40,9 +42,17 @@ impl Cause {
         Self::Blocked(Block::Other),
     ];
 
-    /// The largest part.
+    /// All of them.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        Self::PARTS.into_iter().chain([Self::Gc])
+    }
+
+    /// The largest part; collections, if they are most of the whole.
     pub(crate) fn of(split: &Split) -> Self {
-        let largest = Self::ALL.into_iter().max_by(|a, b| split.of(*a).total_cmp(&split.of(*b)));
+        if split.gc > split.total() / 2.0 {
+            return Self::Gc;
+        }
+        let largest = Self::PARTS.into_iter().max_by(|a, b| split.of(*a).total_cmp(&split.of(*b)));
         largest.expect("there are causes")
     }
 
@@ -57,20 +67,21 @@ impl Cause {
             Self::Blocked(Block::Sleep) => "sleep",
             Self::Blocked(Block::PageFault) => "page_fault",
             Self::Blocked(Block::Other) => "other",
+            Self::Gc => "gc",
         }
     }
 
-    /// What the scheduler makes of it: `cpu`, `runqueue` or `blocked`.
+    /// What the scheduler makes of it: `cpu`, `runqueue` or `blocked`. Collections compute, most of the time.
     pub(crate) const fn state(self) -> &'static str {
         match self {
-            Self::Cpu => "cpu",
+            Self::Cpu | Self::Gc => "cpu",
             Self::Runqueue => "runqueue",
             Self::Blocked(_) => "blocked",
         }
     }
 
     fn index(self) -> usize {
-        Self::ALL.iter().position(|cause| *cause == self).expect("one of all")
+        Self::all().position(|cause| cause == self).expect("one of all")
     }
 }
 
@@ -141,9 +152,9 @@ pub(crate) struct Stalls {
     pub(crate) count: u64,
     /// How long they were together.
     pub(crate) seconds: f64,
-    /// How many by [`Cause::ALL`].
+    /// How many by [`Cause::all`].
     #[serde(skip)]
-    counts: [u64; Cause::ALL.len()],
+    counts: [u64; Cause::PARTS.len() + 1],
     /// The places, the one with the largest share of the lag first. A slice that is still going on counts as well.
     pub(crate) sites: Vec<Site>,
     /// The latest stalls, oldest first.
@@ -257,6 +268,8 @@ mod tests {
         assert_eq!(Cause::of(&split), Cause::Cpu);
         split.blocked.disk = 0.4;
         assert_eq!(Cause::of(&split).name(), "disk");
+        split.gc = 0.5;
+        assert_eq!(Cause::of(&split), Cause::Gc);
     }
 
     #[test]

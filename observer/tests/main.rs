@@ -12,6 +12,7 @@ mod lag;
 mod listener;
 mod process;
 mod reactor;
+mod reactors;
 mod ring;
 mod servers;
 mod stacks;

@@ -32,9 +32,12 @@ const PROGRAMS: &[&str] = &[
 /// Debian's own: a version manager's Python lies in many places.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// Where Debian has gunicorn, and what that imports; of what else is installed there no server needs anything.
-const PYTHON_PACKAGES: &[&str] =
-    &["/usr/lib/python3/dist-packages/gunicorn", "/usr/lib/python3/dist-packages/pkg_resources"];
+/// Where Debian has gunicorn and what that imports, and uvloop; of what else is installed there no server needs anything.
+const PYTHON_PACKAGES: &[&str] = &[
+    "/usr/lib/python3/dist-packages/gunicorn",
+    "/usr/lib/python3/dist-packages/pkg_resources",
+    "/usr/lib/python3/dist-packages/uvloop",
+];
 
 /// Debian's Ruby, and where the packages have their files that it is asked to load.
 const RUBY: &str = "/usr/bin/ruby";

@@ -15,6 +15,7 @@ const TESTS: &[&str] = &[
     "redis-server",
     "haproxy",
     "python3-gunicorn",
+    "python3-uvloop",
     "runc",
     "busybox-static",
     "wrk",

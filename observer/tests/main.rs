@@ -3,6 +3,7 @@
 
 mod accept;
 mod calls;
+mod causes;
 mod cli;
 mod container;
 mod drops;

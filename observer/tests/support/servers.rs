@@ -270,14 +270,24 @@ impl Server {
 
     /// A server that blocks its event loop for the cause it is told; see `servers/causes_server.py`.
     pub(crate) fn causes(runtime: Runtime) -> Self {
+        Self::causes_by(runtime, &[])
+    }
+
+    /// The same pinned to one CPU.
+    pub(crate) fn causes_on_cpu(runtime: Runtime, cpu: usize) -> Self {
+        Self::causes_by(runtime, &["taskset", "-c", &cpu.to_string()])
+    }
+
+    fn causes_by(runtime: Runtime, launcher: &[&str]) -> Self {
         let program = match runtime {
             Runtime::Native => vec![example("causes_server")],
             Runtime::Python => vec!["/usr/bin/python3".into(), path_of("causes_server.py")],
             Runtime::Ruby => vec!["/usr/bin/ruby".into(), path_of("causes_server.rb")],
         };
+        let mut words = launcher.iter().map(PathBuf::from).chain(program);
         let files = tempfile::tempdir().unwrap();
-        let mut command = Command::new(&program[0]);
-        command.args(&program[1..]).env("TMPDIR", files.path());
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).env("TMPDIR", files.path());
         let mut server = Self::of_ours(command);
         server.files = Some(files);
         server

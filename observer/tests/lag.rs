@@ -5,11 +5,12 @@ use std::{
     io::{Read as _, Write as _},
     path::Path,
     process::{Command, Stdio},
+    time::Instant,
 };
 
 use serde_json::Value;
 
-use crate::support::{Process, is_emulated, observer::Observer};
+use crate::support::{Process, is_emulated, observer::Observer, schedstat};
 
 /// In each such stretch of seconds one timer of the prober inside falls due.
 const STRETCH: f64 = 0.003;
@@ -19,6 +20,10 @@ const STRETCH: f64 = 0.003;
 fn tolerance() -> (f64, f64) {
     if is_emulated() { (0.25, 0.015) } else { (0.10, 0.0015) }
 }
+
+/// From which share of its time on that a loop waits for a CPU its run was disturbed; and how many runs there are then.
+const CONTENTION: f64 = 0.01;
+const RUNS: u32 = 3;
 
 /// A loop with a prober in it: what runs it, and the script.
 struct Runtime {
@@ -50,51 +55,83 @@ impl Delays {
     }
 }
 
-fn assert_lag(runtime: &Runtime, workload: &str) {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(runtime.script);
-    let child = Command::new(runtime.program)
-        .arg(script)
-        .args([workload, if is_emulated() { "5" } else { "0.5" }])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|error| panic!("{}: {error}", runtime.program));
-    let mut prober = Process(child);
-    let observer = Observer::of(prober.pid());
-    prober.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
-    let mut answer = String::new();
-    prober.0.stdout.take().unwrap().read_to_string(&mut answer).unwrap();
-    let measured: Value = serde_json::from_str(&answer).unwrap();
-    let (truth, sleeper) = (Delays::of(&measured["timers"]), Delays::of(&measured["sleeper"]));
-    assert!(truth.0.len() > 1900, "only {} timers were met", truth.0.len());
-    prober.0.wait().unwrap();
-    // It ends by itself, for its only target has.
-    let report = observer.report();
-    report.assert_complete();
-    let lag = &report.reactor(prober.pid())["lag"];
+/// One workload, seen from both sides.
+struct Run {
+    /// Each of the figures, inside and outside.
+    rows: [(&'static str, f64, f64); FIGURES.len()],
+    /// Part of the run that the loop waited for a CPU, as the scheduler counts it.
+    contention: f64,
+}
 
-    let name = runtime.name;
-    let rows = FIGURES.map(|(figure, percent)| {
-        let (outside, inside) = (lag[figure].as_f64().unwrap(), truth.at(percent));
-        let monitor =
-            measured["monitor"][figure].as_f64().map_or("".into(), |it| format!("{:.2} ms", it * 1e3));
-        let beside = sleeper.at(percent) * 1e3;
-        eprintln!(
-            "| {name} | {workload} | {figure} | {:.2} ms | {:.2} ms | {beside:.2} ms | {monitor} |",
-            outside * 1e3,
-            inside * 1e3
-        );
-        (figure, inside, outside)
-    });
-    let (share, slack) = tolerance();
-    for (figure, inside, outside) in rows {
-        let apart = slack.max(share * inside);
-        // Whoever has no timer due when the longest slice begins does not meet all of it.
-        let unmet = if figure == "max" { 2.0 * STRETCH } else { 0.0 };
-        assert!(
-            (outside - apart - unmet..=outside + apart).contains(&inside),
-            "{name}, {workload}: {figure} is {inside} s inside, {outside} s outside"
-        );
+impl Run {
+    /// Lets a loop work while observer looks, and prints what each says.
+    fn of(runtime: &Runtime, workload: &str) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(runtime.script);
+        let child = Command::new(runtime.program)
+            .arg(script)
+            .args([workload, if is_emulated() { "5" } else { "0.5" }])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{}: {error}", runtime.program));
+        let mut prober = Process(child);
+        let observer = Observer::of(prober.pid());
+        let (began, (_, delay_before)) = (Instant::now(), schedstat(prober.pid()));
+        prober.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
+        let mut answer = String::new();
+        prober.0.stdout.take().unwrap().read_to_string(&mut answer).unwrap();
+        // It has exited, but is not reaped yet.
+        let (_, delay) = schedstat(prober.pid());
+        let contention = (delay - delay_before) / began.elapsed().as_secs_f64();
+        prober.0.wait().unwrap();
+        let measured: Value = serde_json::from_str(&answer).unwrap();
+        let (truth, sleeper) = (Delays::of(&measured["timers"]), Delays::of(&measured["sleeper"]));
+        assert!(truth.0.len() > 1900, "only {} timers were met", truth.0.len());
+        // It ends by itself, for its only target has.
+        let report = observer.report();
+        report.assert_complete();
+        let lag = &report.reactor(prober.pid())["lag"];
+
+        let rows = FIGURES.map(|(figure, percent)| {
+            let (outside, inside) = (lag[figure].as_f64().unwrap(), truth.at(percent));
+            let monitor = measured["monitor"][figure].as_f64();
+            eprintln!(
+                "| {} | {workload} | {figure} | {:.2} ms | {:.2} ms | {:.2} ms | {} |",
+                runtime.name,
+                outside * 1e3,
+                inside * 1e3,
+                sleeper.at(percent) * 1e3,
+                monitor.map_or(String::new(), |seconds| format!("{:.2} ms", seconds * 1e3))
+            );
+            (figure, inside, outside)
+        });
+        Self { rows, contention }
+    }
+
+    /// What the two do not agree on, if there is anything.
+    fn dispute(&self) -> Option<String> {
+        let (share, slack) = tolerance();
+        let agrees = |(figure, inside, outside): (&str, f64, f64)| {
+            let apart = slack.max(share * inside);
+            // Whoever has no timer due when the longest slice begins does not meet all of it.
+            let unmet = if figure == "max" { 2.0 * STRETCH } else { 0.0 };
+            (outside - apart - unmet..=outside + apart).contains(&inside)
+        };
+        let (figure, inside, outside) = self.rows.into_iter().find(|&row| !agrees(row))?;
+        Some(format!("{figure} is {inside} s inside, {outside} s outside"))
+    }
+}
+
+/// Asserts that the two agree, if not in the first run then in a further one where a run was disturbed: what is kept
+/// from its CPU in the middle of telling how late it is, is that late as well.
+fn assert_lag(runtime: &Runtime, workload: &str) {
+    for run in 1.. {
+        let figures = Run::of(runtime, workload);
+        let Some(dispute) = figures.dispute() else { return };
+        let waited = format!("the loop waited for a CPU for {:.1} % of the run", figures.contention * 100.0);
+        let is_final = run == RUNS || figures.contention < CONTENTION;
+        assert!(!is_final, "{}, {workload}: {dispute}; {waited}", runtime.name);
+        eprintln!("again, for {waited}, and {dispute}");
     }
 }
 

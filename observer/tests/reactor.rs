@@ -10,6 +10,7 @@ use std::{
 use crate::support::{
     Process, assert_close,
     observer::{Observer, count_between},
+    schedstat,
     servers::Server,
 };
 use serde_json::Value;
@@ -41,13 +42,6 @@ fn seconds(reactor: &Value, state: &str) -> f64 {
     let part = &reactor["split_seconds"][state];
     let blocks = |part: &Value| part.as_object().unwrap().values().map(|block| block.as_f64().unwrap()).sum();
     part.as_f64().unwrap_or_else(|| blocks(part))
-}
-
-/// How long a process's main thread was on a CPU, and runnable without one, in seconds, as the scheduler counts it.
-fn schedstat(pid: u32) -> (f64, f64) {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
-    let mut times = text.split(' ').map(|ns| Duration::from_nanos(ns.trim().parse().unwrap()).as_secs_f64());
-    (times.next().unwrap(), times.next().unwrap())
 }
 
 /// Cost of the requests around the blocks, which is real work of the same loop.

@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::support::{
     Process, assert_close, is_emulated,
     observer::Observer,
+    schedstat,
     servers::{Runtime, Server},
 };
 
@@ -31,16 +32,37 @@ fn is_of(frame: &Value, function: &str) -> bool {
     name == function || name.ends_with(&format!("::{function}"))
 }
 
+/// How long a block took, where that time went as the scheduler counts it, and the cause that it was injected with.
+struct Truth {
+    wall: f64,
+    parts: [(&'static str, f64); 3],
+}
+
+impl Truth {
+    /// Blocks a server's loop, whose time off the CPU is for `cause`, unless it waits for the CPU.
+    fn of(server: &Server, injected: &str, cause: &'static str) -> Self {
+        let (cpu_before, delay_before) = schedstat(server.pid());
+        let wall = server.block(injected, BLOCK_MS)["wall"].as_f64().unwrap();
+        let (cpu, delay) = schedstat(server.pid());
+        let (cpu, delay) = (cpu - cpu_before, delay - delay_before);
+        Self { wall, parts: [("cpu", cpu), ("runqueue", delay), (cause, (wall - cpu - delay).max(0.0))] }
+    }
+
+    /// Whether this is its largest part, or as good as that: on a busy machine whatever is injected may wait for a CPU
+    /// longer than it lasts.
+    fn is_largest(&self, cause: &str) -> bool {
+        let largest = self.parts.iter().map(|(_, seconds)| *seconds).fold(0.0, f64::max);
+        self.parts.iter().any(|(part, seconds)| *part == cause && *seconds > largest - 0.1 * self.wall)
+    }
+}
+
 /// Blocks a server's loop for this cause and expects as many stalls that observer calls by this name.
-fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &str) {
+fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'static str) {
     // What is compiled or loaded on first use is no part of the first stall.
     server.block(injected, 1);
     let pid = server.pid().to_string();
     let observer = Observer::start(&["--no-listen", "--stall-threshold", THRESHOLD, "--pid", &pid]);
-    let mut wall = 0.0;
-    for _ in 0..STALLS {
-        wall += server.block(injected, BLOCK_MS)["wall"].as_f64().unwrap();
-    }
+    let truth: Vec<_> = (0..STALLS).map(|_| Truth::of(server, injected, cause)).collect();
     // Whoever answers this has ended the slice that the last block was in.
     server.block("none", 0);
     let report = observer.finish();
@@ -49,22 +71,26 @@ fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &str)
     let what = format!("{runtime:?}, {injected}");
     assert_eq!(stalls["threshold_seconds"], 0.05, "{what}: {stalls:#}");
     assert_eq!(stalls["count"], STALLS, "{what}: {stalls:#}");
-    let total = stalls["seconds"].as_f64().unwrap();
+    let (total, wall) = (stalls["seconds"].as_f64().unwrap(), truth.iter().map(|block| block.wall).sum());
     assert_close(&what, total, wall, 0.05, slack() * f64::from(STALLS));
 
     let function = format!("cause_{injected}");
     let recent = stalls["recent"].as_array().unwrap();
     assert_eq!(recent.len(), STALLS as usize, "{what}: {stalls:#}");
-    for stall in recent {
-        assert_eq!(stall["cause"], cause, "{what}: {stall:#}");
+    for (stall, truth) in recent.iter().zip(&truth) {
+        let told = stall["cause"].as_str().unwrap();
+        assert!(truth.is_largest(told), "{what}: {:?} is true of {stall:#}", truth.parts);
         let site = stall["site"].as_u64().unwrap_or_else(|| panic!("{what}: nobody is to blame: {stall:#}"));
         let site = &stalls["sites"][usize::try_from(site).unwrap()];
         let frames = site["frames"].as_array().unwrap();
         assert!(frames.iter().any(|frame| is_of(frame, &function)), "{what}: {site:#}");
     }
+    let causes: Vec<_> = recent.iter().map(|stall| stall["cause"].as_str().unwrap()).collect();
+    let right = causes.iter().filter(|&&told| told == cause).count();
+    eprintln!("{what}: {right} of {STALLS} stalls are {cause}, all in {function}");
 }
 
-fn assert_stalls_everywhere(injected: &str, cause: &str) {
+fn assert_stalls_everywhere(injected: &str, cause: &'static str) {
     for runtime in [Runtime::Native, Runtime::Python, Runtime::Ruby] {
         assert_stalls(&Server::causes(runtime), runtime, injected, cause);
     }

@@ -58,9 +58,10 @@ end
 
 def cause_file(seconds)
   finish = now + seconds
+  chunk = String.new(capacity: CHUNK)
   while now < finish
     LARGE.advise(:dontneed)
-    0.step(SIZE - 1, CHUNK) { |start| LARGE.pread(CHUNK, start) }
+    0.step(SIZE - 1, CHUNK) { |start| LARGE.pread(CHUNK, start, chunk) }
   end
 end
 

@@ -3,6 +3,7 @@
 
 mod accept;
 mod calls;
+mod causes;
 mod cli;
 mod container;
 mod drops;
@@ -13,6 +14,7 @@ mod lag;
 mod listener;
 mod process;
 mod reactor;
+mod reactors;
 mod ring;
 mod servers;
 mod stacks;

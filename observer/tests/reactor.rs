@@ -10,6 +10,7 @@ use std::{
 use crate::support::{
     Process, assert_close,
     observer::{Observer, count_between},
+    schedstat,
     servers::Server,
 };
 use serde_json::Value;
@@ -51,13 +52,6 @@ fn assert_slept(reactor: &Value, wall: f64) {
     let blocked = seconds(reactor, "blocked");
     assert!((0.95 * asked..=wall + 0.01).contains(&blocked), "{blocked} s, {asked} asked for, {wall} taken");
     assert_eq!(reactor["split_seconds"]["blocked"]["other"], 0.0, "{reactor:#}");
-}
-
-/// How long a process's main thread was on a CPU, and runnable without one, in seconds, as the scheduler counts it.
-fn schedstat(pid: u32) -> (f64, f64) {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
-    let mut times = text.split(' ').map(|ns| Duration::from_nanos(ns.trim().parse().unwrap()).as_secs_f64());
-    (times.next().unwrap(), times.next().unwrap())
 }
 
 /// Cost of the requests around the blocks, which is real work of the same loop.

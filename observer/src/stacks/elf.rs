@@ -42,12 +42,15 @@ impl Elf {
     /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
     pub(crate) fn bias(&self, map: &MemoryMap) -> Option<u64> {
         let file = self.parsed();
-        let address = file.segments().find_map(|segment| {
+        let parts = file.segments().filter_map(|segment| {
             let (offset, size) = segment.file_range();
             // A mapping starts at the page its segment starts in.
             let page = offset - offset % segment.align().max(1);
-            (page..offset + size).contains(&map.offset).then(|| segment.address() - offset + map.offset)
-        })?;
+            let is_here = (page..offset + size).contains(&map.offset);
+            is_here.then(|| (page, segment.address() - offset + map.offset))
+        });
+        // Where one segment ends in the page that another begins in, a mapping of that page is the latter's.
+        let (_, address) = parts.max_by_key(|&(page, _)| page)?;
         Some(map.address.0.wrapping_sub(address))
     }
 

@@ -77,7 +77,11 @@ fn block_in(call: &CallInProgress, number: u32) -> Option<u32> {
         if call.second()? == 0 {
             return Some(Block::Sleep as u32);
         }
-        u64::from(kernel::pointed::<u32>(call.first()?)?)
+        let file = OpenFile::of(kernel::pointed::<u32>(call.first()?)?)?;
+        if file.is_anonymous()? {
+            return Some(if has_end(call.third()?) { Block::Sleep } else { Block::Lock } as u32);
+        }
+        return Some(file.block()? as u32);
     } else if clue == Clue::Select as u8 {
         if call.first()? == 0 {
             return Some(Block::Sleep as u32);
@@ -87,6 +91,13 @@ fn block_in(call: &CallInProgress, number: u32) -> Option<u32> {
         return Some(clue.into());
     };
     Some(OpenFile::of(u32::try_from(descriptor).ok()?)?.block()? as u32)
+}
+
+/// Whether a timeout, in milliseconds or as a pointer, is one: neither negative nor null.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
+const fn has_end(timeout: u64) -> bool {
+    timeout != 0 && timeout as u32 != u32::MAX
 }
 
 /// The lowest descriptor in two sets, of the lowest 64.

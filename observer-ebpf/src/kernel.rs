@@ -325,6 +325,13 @@ impl OpenFile {
         probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
     }
 
+    /// Whether it is no file of any file system, but an `eventfd`, a `timerfd` or the like.
+    #[inline(always)]
+    pub(crate) fn is_anonymous(self) -> Option<bool> {
+        let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
+        Some(probe::<u16>(inode, offset(&LAYOUT.inode_mode))? & FILE_KINDS == 0)
+    }
+
     /// What a thread waits for that is blocked on it.
     #[inline(always)]
     pub(crate) fn block(self) -> Option<Block> {

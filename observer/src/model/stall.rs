@@ -47,13 +47,13 @@ impl Cause {
         Self::PARTS.into_iter().chain([Self::Gc])
     }
 
-    /// The largest part; collections, if they are most of the whole.
+    /// The largest part, with collections taken out of the time on a CPU.
     pub(crate) fn of(split: &Split) -> Self {
-        if split.gc > split.total() / 2.0 {
-            return Self::Gc;
-        }
-        let largest = Self::PARTS.into_iter().max_by(|a, b| split.of(*a).total_cmp(&split.of(*b)));
-        largest.expect("there are causes")
+        let own = |cause: Self| match cause {
+            Self::Cpu => split.cpu - split.gc,
+            other => split.of(other),
+        };
+        Self::all().max_by(|a, b| own(*a).total_cmp(&own(*b))).expect("there are causes")
     }
 
     /// As labels and reports have it.

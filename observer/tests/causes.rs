@@ -12,7 +12,6 @@ use serde_json::Value;
 use crate::support::{
     Process, assert_close, is_emulated,
     observer::Observer,
-    schedstat,
     servers::{Runtime, Server},
 };
 
@@ -32,7 +31,7 @@ fn is_of(frame: &Value, function: &str) -> bool {
     name == function || name.ends_with(&format!("::{function}"))
 }
 
-/// How long a block took, where that time went as the scheduler counts it, and the cause that it was injected with.
+/// How long a block took and where that time went, as the server measured it, and the cause that it was injected with.
 struct Truth {
     wall: f64,
     parts: [(&'static str, f64); 3],
@@ -41,10 +40,8 @@ struct Truth {
 impl Truth {
     /// Blocks a server's loop, whose time off the CPU is for `cause`, unless it waits for the CPU.
     fn of(server: &Server, injected: &str, cause: &'static str) -> Self {
-        let (cpu_before, delay_before) = schedstat(server.pid());
-        let wall = server.block(injected, BLOCK_MS)["wall"].as_f64().unwrap();
-        let (cpu, delay) = schedstat(server.pid());
-        let (cpu, delay) = (cpu - cpu_before, delay - delay_before);
+        let measured = server.block(injected, BLOCK_MS);
+        let [wall, cpu, delay] = ["wall", "cpu", "delay"].map(|part| measured[part].as_f64().unwrap());
         // Collections compute, under their own name.
         let computing = if cause == "gc" { cause } else { "cpu" };
         Self { wall, parts: [(computing, cpu), ("runqueue", delay), (cause, (wall - cpu - delay).max(0.0))] }

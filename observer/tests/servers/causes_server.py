@@ -1,6 +1,6 @@
 """An asyncio server that blocks its event loop on request, each time for one of many causes, in a function named after it.
 
-GET /CAUSE/MS is answered, as JSON, by the wall and CPU seconds of the block, measured in this process. Causes:
+GET /CAUSE/MS is answered, as JSON, by the seconds that the block took, was on a CPU and waited for one. Causes:
   spin, hog    computes for MS of CPU time; for a hog, others compete for the CPU
   sleep        sleeps
   flock        waits for a file's lock, held by another thread with a descriptor of its own
@@ -106,12 +106,18 @@ def prepare(cause, seconds):
         hold(lock.acquire, lock.release, seconds)
 
 
+def delay():
+    """For how long the main thread has been runnable without a CPU."""
+    with open("/proc/self/schedstat") as figures:
+        return int(figures.read().split()[1]) / 1e9
+
+
 def block(cause, seconds):
     prepare(cause, seconds)
-    wall, cpu = time.monotonic(), time.thread_time()
+    wall, cpu, before = time.monotonic(), time.thread_time(), delay()
     if function := globals().get(f"cause_{cause}"):
         function(seconds)
-    return {"wall": time.monotonic() - wall, "cpu": time.thread_time() - cpu}
+    return {"wall": time.monotonic() - wall, "cpu": time.thread_time() - cpu, "delay": delay() - before}
 
 
 async def serve(reader, writer):

@@ -88,11 +88,16 @@ def prepare(cause, seconds)
   end
 end
 
+# For how long the main thread has been runnable without a CPU.
+def delay
+  File.read("/proc/self/schedstat").split[1].to_i / 1e9
+end
+
 def block(cause, seconds)
   prepare(cause, seconds)
-  wall, cpu = now, now(Process::CLOCK_THREAD_CPUTIME_ID)
+  wall, cpu, before = now, now(Process::CLOCK_THREAD_CPUTIME_ID), delay
   send("cause_#{cause}", seconds) if respond_to?("cause_#{cause}", true)
-  { wall: now - wall, cpu: now(Process::CLOCK_THREAD_CPUTIME_ID) - cpu }
+  { wall: now - wall, cpu: now(Process::CLOCK_THREAD_CPUTIME_ID) - cpu, delay: delay - before }
 end
 
 def serve(client, reactor)

@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    fs::File,
+    fs::{self, File},
     hint::black_box,
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
@@ -85,6 +85,13 @@ fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("every kernel has it").into()
 }
 
+/// For how long the main thread has been runnable without a CPU.
+fn delay() -> io::Result<Duration> {
+    let figures = fs::read_to_string("/proc/self/schedstat")?;
+    let delay = figures.split(' ').nth(1).and_then(|ns| ns.parse().ok());
+    Ok(Duration::from_nanos(delay.ok_or_else(|| io::Error::other("no delay in schedstat"))?))
+}
+
 // Each of the following does something after what it is named for: else the compiler would jump there and leave no
 // frame of its own.
 
@@ -148,10 +155,11 @@ fn cause_dns(means: &Means, duration: Duration) -> io::Result<()> {
     Ok(())
 }
 
+/// How long the block took, was on a CPU and waited for one.
 #[inline(never)]
-fn block(means: &Means, cause: &str, duration: Duration) -> io::Result<(Duration, Duration)> {
+fn block(means: &Means, cause: &str, duration: Duration) -> io::Result<[Duration; 3]> {
     means.prepare(cause, duration);
-    let (wall, cpu) = (Instant::now(), thread_time());
+    let (wall, cpu, before) = (Instant::now(), thread_time(), delay()?);
     match cause {
         "spin" => cause_spin(duration),
         "hog" => cause_hog(duration),
@@ -162,7 +170,7 @@ fn block(means: &Means, cause: &str, duration: Duration) -> io::Result<(Duration
         "dns" => cause_dns(means, duration)?,
         _ => {}
     }
-    Ok((wall.elapsed(), thread_time() - cpu))
+    Ok([wall.elapsed(), thread_time() - cpu, delay()? - before])
 }
 
 #[inline(never)]
@@ -177,8 +185,8 @@ fn serve(means: &Means, client: TcpStream) -> io::Result<()> {
     let mut words = request.split(['/', ' ']).skip(2);
     let (cause, milliseconds) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let duration = Duration::from_millis(milliseconds.parse().map_err(io::Error::other)?);
-    let (wall, cpu) = block(means, cause, duration)?;
-    let body = format!("{{\"wall\": {}, \"cpu\": {}}}", wall.as_secs_f64(), cpu.as_secs_f64());
+    let [wall, cpu, delay] = block(means, cause, duration)?.map(|time| time.as_secs_f64());
+    let body = format!("{{\"wall\": {wall}, \"cpu\": {cpu}, \"delay\": {delay}}}");
     let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}", body.len());
     client.get_mut().write_all(format!("{head}\r\n\r\n{body}").as_bytes())
 }

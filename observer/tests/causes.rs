@@ -70,16 +70,17 @@ fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'sta
     let what = format!("{runtime:?}, {injected}");
     assert_eq!(stalls["threshold_seconds"], 0.05, "{what}: {stalls:#}");
     assert_eq!(stalls["count"], STALLS, "{what}: {stalls:#}");
-    let (total, wall) = (stalls["seconds"].as_f64().unwrap(), truth.iter().map(|block| block.wall).sum());
-    assert_close(&what, total, wall, 0.05, slack() * f64::from(STALLS));
 
     let function = format!("cause_{injected}");
     let recent = stalls["recent"].as_array().unwrap();
     assert_eq!(recent.len(), STALLS as usize, "{what}: {stalls:#}");
-    let mut unseen = 0;
+    let (mut unseen, mut disturbed) = (0, 0);
     for (stall, truth) in recent.iter().zip(&truth) {
         let told = stall["cause"].as_str().unwrap();
-        assert!(truth.is_largest(told), "{what}: {:?} is true of {stall:#}", truth.parts);
+        // The slice is longer than the block: on a busy machine the loop waits for a CPU before it or behind it, too.
+        let is_disturbed = stall["seconds"].as_f64().unwrap() > 1.2 * truth.wall;
+        disturbed += u32::from(is_disturbed);
+        assert!(is_disturbed || truth.is_largest(told), "{what}: {:?} is true of {stall:#}", truth.parts);
         let site = stall["site"].as_u64().unwrap_or_else(|| panic!("{what}: nobody is to blame: {stall:#}"));
         let site = &stalls["sites"][usize::try_from(site).unwrap()];
         let frames = site["frames"].as_array().unwrap();
@@ -93,7 +94,21 @@ fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'sta
     let right = causes.iter().filter(|&&told| told == cause).count();
     eprintln!("{what}: {right} of {STALLS} stalls are {cause}, {unseen} unseen, all others in {function}");
     // Where others compute all the time, observer too may get no CPU for as long as a stall lasts; it says so.
-    assert!(unseen <= STALLS / 4, "{what}: {unseen} stalls unseen");
+    assert!(
+        unseen <= STALLS / 4 && disturbed <= STALLS / 4,
+        "{what}: {unseen} unseen, {disturbed} disturbed"
+    );
+    let total = |block: fn(&Value) -> f64| recent.iter().map(block).sum::<f64>();
+    let wall: f64 = truth.iter().map(|block| block.wall).sum();
+    if disturbed == 0 {
+        assert_close(
+            &what,
+            total(|stall| stall["seconds"].as_f64().unwrap()),
+            wall,
+            0.05,
+            slack() * f64::from(STALLS),
+        );
+    }
 }
 
 /// All runtimes here. On an emulated kernel the native one alone: how a kernel keeps a blocked call is what differs there.

@@ -86,6 +86,10 @@ impl Watcher {
             if now_ns >= suspect.next_ns {
                 let began = Instant::now();
                 suspect.look(&mut self.looker);
+                if suspect.sights.is_empty() {
+                    // It ran, in native code: next time it may stand still, or the clock have seen it.
+                    continue;
+                }
                 let pause = began.elapsed() * THRIFT;
                 let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
                 suspect.next_ns = now_ns + pause_ns.max((now_ns - slice.since_ns) / AGEING);

@@ -15,10 +15,17 @@ use crate::support::{
     servers::{Runtime, Server},
 };
 
-/// Known operations, so long that each is a stall and nothing else is.
+/// Known operations.
 const STALLS: u32 = 23;
-const BLOCK_MS: u32 = 120;
-const THRESHOLD: &str = "50ms";
+
+/// How long each is, in milliseconds, and from where on it is a stall, in seconds: so that each is one and nothing else
+/// is. To look at an emulated stall takes several times as long, too.
+fn lengths() -> (u32, f64) {
+    if is_emulated() { (600, 0.25) } else { (120, 0.05) }
+}
+
+/// What observer says of a stall where it came too late.
+const UNSEEN: &str = "it was over before observer could look";
 
 /// What asking for a block costs besides, in seconds; of each block all but this is stall.
 fn slack() -> f64 {
@@ -40,7 +47,7 @@ struct Truth {
 impl Truth {
     /// Blocks a server's loop, whose time off the CPU is for `cause`, unless it waits for the CPU.
     fn of(server: &Server, injected: &str, cause: &'static str) -> Self {
-        let measured = server.block(injected, BLOCK_MS);
+        let measured = server.block(injected, lengths().0);
         let [wall, cpu, delay] = ["wall", "cpu", "delay"].map(|part| measured[part].as_f64().unwrap());
         // Collections compute, under their own name.
         let computing = if cause == "gc" { cause } else { "cpu" };
@@ -60,7 +67,9 @@ fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'sta
     // What is compiled or loaded on first use is no part of the first stall.
     server.block(injected, 1);
     let pid = server.pid().to_string();
-    let observer = Observer::start(&["--no-listen", "--stall-threshold", THRESHOLD, "--pid", &pid]);
+    let (_, threshold) = lengths();
+    let asked_for = format!("{}ms", threshold * 1e3);
+    let observer = Observer::start(&["--no-listen", "--stall-threshold", &asked_for, "--pid", &pid]);
     let truth: Vec<_> = (0..STALLS).map(|_| Truth::of(server, injected, cause)).collect();
     // Whoever answers this has ended the slice that the last block was in.
     server.block("none", 0);
@@ -68,7 +77,7 @@ fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'sta
     report.assert_complete();
     let stalls = &report.reactor(server.pid())["stalls"];
     let what = format!("{runtime:?}, {injected}");
-    assert_eq!(stalls["threshold_seconds"], 0.05, "{what}: {stalls:#}");
+    assert_eq!(stalls["threshold_seconds"], threshold, "{what}: {stalls:#}");
     assert_eq!(stalls["count"], STALLS, "{what}: {stalls:#}");
 
     let function = format!("cause_{injected}");
@@ -84,11 +93,10 @@ fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'sta
         let site = stall["site"].as_u64().unwrap_or_else(|| panic!("{what}: nobody is to blame: {stall:#}"));
         let site = &stalls["sites"][usize::try_from(site).unwrap()];
         let frames = site["frames"].as_array().unwrap();
-        if site["missing"] == "it was over before observer could look" {
-            unseen += 1;
-            continue;
-        }
-        assert!(frames.iter().any(|frame| is_of(frame, &function)), "{what}: {site:#}");
+        let is_seen = frames.iter().any(|frame| is_of(frame, &function));
+        // Emulated, there may have been one look at all, and that at what the server does around its block.
+        assert!(is_seen || is_emulated() || site["missing"] == UNSEEN, "{what}: {site:#}");
+        unseen += u32::from(!is_seen);
     }
     let causes: Vec<_> = recent.iter().map(|stall| stall["cause"].as_str().unwrap()).collect();
     let right = causes.iter().filter(|&&told| told == cause).count();

@@ -22,6 +22,8 @@ const TESTS: &[&str] = &[
     "python3",
     "ruby",
     "iproute2",
+    "prometheus",
+    "python3-pip",
     "util-linux",
 ];
 

@@ -84,13 +84,13 @@ impl<'s> Load<'s> {
 }
 
 /// Ends a load, come what may: the scope it runs in waits for it.
+struct EndOf<'a>(&'a AtomicBool);
+
 impl Drop for EndOf<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
-
-struct EndOf<'a>(&'a AtomicBool);
 
 /// One query of a panel.
 struct Query {

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -58,7 +59,8 @@ impl Prometheus {
             .spawn()
             .expect("prometheus is installed");
         let prometheus = Self { _process: Process(child), port, _files: files };
-        wait_for("Prometheus", || std::net::TcpStream::connect(("127.0.0.1", port)).ok());
+        wait_for("Prometheus", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok());
+        wait_for("Prometheus to be ready", || prometheus.get("/-/ready").0.contains(" 200 ").then_some(()));
         wait_for("Prometheus to scrape", || {
             let up = prometheus.query("sum(up)");
             (up.len() == 1 && up[0].1 == f64::from(u32::try_from(ports.len()).unwrap())).then_some(())
@@ -70,7 +72,9 @@ impl Prometheus {
     #[track_caller]
     pub(crate) fn query(&self, query: &str) -> Vec<(Value, f64)> {
         let encoded: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
-        let answer = self.get(&format!("/api/v1/query?query={encoded}"));
+        let (head, body) = self.get(&format!("/api/v1/query?query={encoded}"));
+        let answer: Value =
+            serde_json::from_str(&body).unwrap_or_else(|_| panic!("{query} is answered by {head} {body}"));
         assert_eq!(answer["status"], "success", "{query}: {answer:#}");
         let result = answer["data"]["result"].as_array().unwrap().iter();
         let figure = |one: &Value| one["value"][1].as_str().unwrap().parse().unwrap();
@@ -88,12 +92,12 @@ impl Prometheus {
     }
 
     /// Without HTTP/1.1 there are no chunks to put together.
-    fn get(&self, path: &str) -> Value {
+    fn get(&self, path: &str) -> (String, String) {
         let mut connection = http::connect(self.port);
         write!(connection, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
         let mut answer = String::new();
         connection.read_to_string(&mut answer).unwrap();
-        let (_, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {path}"));
-        serde_json::from_str(body).unwrap_or_else(|_| panic!("{path} is answered by {body:?}"))
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {path}"));
+        (head.to_owned(), body.to_owned())
     }
 }

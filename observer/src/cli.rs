@@ -53,6 +53,9 @@ pub(crate) enum Command {
     Check,
     /// List the probes: what each tells, what it hooks, what it costs
     Probes,
+    /// Write the reference page of all metrics
+    #[command(hide = true)]
+    Metrics,
     /// Observe a small server with known misbehaviour, made for this
     Demo(Demo),
     /// The server that `demo` observes

@@ -1,4 +1,4 @@
-//! The small commands: `check` and `probes`.
+//! The small commands: `check`, `probes` and `metrics`.
 
 use std::{
     io::{Write as _, stdout},
@@ -8,6 +8,7 @@ use std::{
 use anyhow::Result;
 
 use crate::{
+    export::reference,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     probes::{Events, PROBES},
 };
@@ -70,5 +71,11 @@ pub(crate) fn probes() -> Result<ExitCode> {
             writeln!(out, "  hook    {:<14} on {events}", hook.program)?;
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the reference page of all metrics.
+pub(crate) fn metrics() -> Result<ExitCode> {
+    reference::write(&mut stdout().lock())?;
     Ok(ExitCode::SUCCESS)
 }

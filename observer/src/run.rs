@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     cli::{Format, Observe, Output},
-    export::{flame, json, prometheus, text},
+    export::{endpoint, flame, json, text},
     failure::Failure,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     observation::{Observation, Selection},
@@ -70,7 +70,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         announce(&observation, output, endpoint.as_ref());
         let observation = Arc::new(Mutex::new(observation));
         if let Some(endpoint) = endpoint {
-            tokio::spawn(prometheus::serve(endpoint, Arc::clone(&observation)));
+            tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation)));
         }
         until_over(&observation, output.duration, signals).await?;
         let snapshot = lock(&observation).snapshot()?;

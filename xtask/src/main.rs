@@ -2,6 +2,8 @@
 //! One subcommand each; the modules below hold the work, this file only the command line.
 
 mod bench;
+mod dashboards;
+mod documents;
 mod guest;
 mod image;
 mod kernel;
@@ -51,6 +53,8 @@ enum Command {
         #[arg(last = true)]
         command: Vec<String>,
     },
+    /// Write docs/metrics.md and the dashboards anew.
+    Docs,
     /// Measure what observer costs and write docs/benchmarks.md (as root; some eleven minutes, more on a busy machine).
     Bench {
         /// Only try out that it works: few and short rounds, whose figures are printed and not kept.
@@ -79,6 +83,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Setup => toolchain::setup()?,
         Command::Build => observer::build_and_print()?,
         Command::Demo { args } => return Err(observer::demo(&args)),
+        Command::Docs => documents::write()?,
         Command::Bench { quick } => bench::run(quick)?,
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
         Command::Test { machines, filter } => return Ok(suite::run(&machines, filter.as_deref())),

@@ -24,6 +24,8 @@ const TESTS: &[&str] = &[
     "ruby",
     "ruby-async",
     "iproute2",
+    "prometheus",
+    "python3-pip",
     "util-linux",
 ];
 

@@ -16,7 +16,7 @@ use crate::report::Report;
 use crate::shell::{limited, show};
 use crate::tally::Tally;
 use crate::workspace::{Executable, build, cargo, plain_cargo};
-use crate::{guest, observer, packages, toolchain, vm};
+use crate::{documents, guest, observer, packages, toolchain, vm};
 
 /// Those whose tests depend on the kernel.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
@@ -77,6 +77,7 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
         let ebpf = ["--package", "observer-ebpf", "--config", abort, "--", "-D", "warnings"];
         check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)
     });
+    report.stage("dashboards", |_| documents::check());
     let (observer, tests, programs) = report.stage("build", |_| {
         let args = ["--workspace", "--exclude", "observer-ebpf", "--no-run"];
         let built = build("test", &args)?.into_iter();

@@ -1,6 +1,9 @@
 //! Brings snapshots out: to Prometheus, to people, to programs.
 
+pub(crate) mod endpoint;
 pub(crate) mod flame;
 pub(crate) mod json;
 pub(crate) mod prometheus;
+pub(crate) mod reference;
+pub(crate) mod series;
 pub(crate) mod text;

@@ -1,106 +1,68 @@
-//! The scrape endpoint: a snapshot in Prometheus' text format, straight from the metric catalog.
-
-use std::sync::{Arc, Mutex, PoisonError};
+//! A snapshot in Prometheus' text format, straight from the metric catalog.
 
 use anyhow::Result;
-use axum::{
-    Router,
-    extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
-    response::{IntoResponse, Response},
-    routing::get,
-};
 use prometheus::{
     Encoder as _, TextEncoder,
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
-use tokio::net::TcpListener;
 
-use crate::{
-    model::{
-        catalog::{CATALOG, Family, Kind, Value},
-        snapshot::Snapshot,
-    },
-    observation::Observation,
+use super::series::{Cap, Distribution, Figure, Series};
+use crate::model::{
+    catalog::{CATALOG, Family, Kind},
+    snapshot::Snapshot,
 };
 
-/// An observation that the endpoint and the main loop share.
-pub(crate) type Shared = Arc<Mutex<Observation>>;
-
-/// Answers scrapes until it is dropped.
-pub(crate) async fn serve(listener: TcpListener, observation: Shared) -> Result<()> {
-    let routes = Router::new().route("/metrics", get(metrics)).with_state(observation);
-    Ok(axum::serve(listener, routes).await?)
-}
-
-async fn metrics(State(observation): State<Shared>) -> Response {
-    let snapshot = observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot();
-    match snapshot.and_then(|snapshot| encode(&snapshot)) {
-        Ok(text) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")).into_response(),
-    }
-}
-
-fn encode(snapshot: &Snapshot) -> Result<String> {
-    let families: Vec<_> = CATALOG
-        .iter()
-        .map(|family| collect(family, snapshot))
-        .filter(|f| !f.get_metric().is_empty())
-        .collect();
+/// Writes a snapshot; families without series are left out.
+pub(crate) fn encode(snapshot: &Snapshot, cap: &mut Cap) -> Result<Vec<u8>> {
+    let all = CATALOG.iter().zip(cap.gather(snapshot));
+    let families: Vec<_> = all.filter(|(_, s)| !s.is_empty()).map(|(f, s)| family(f, s)).collect();
     let mut text = Vec::new();
     TextEncoder::new().encode(&families, &mut text)?;
-    Ok(String::from_utf8(text)?)
+    Ok(text)
 }
 
-fn collect(family: &Family, snapshot: &Snapshot) -> MetricFamily {
-    let mut metrics = Vec::new();
-    (family.collect)(snapshot, &mut |labels, value| {
-        let labels = family.labels.iter().zip(labels).map(|(name, value)| {
-            let mut pair = LabelPair::default();
-            pair.set_name((*name).into());
-            pair.set_value(value);
-            pair
-        });
-        let mut metric = Metric::from_label(labels.collect());
-        match (family.kind, value) {
-            (Kind::Counter, Value::Number(number)) => {
-                let mut counter = Counter::default();
-                counter.set_value(number);
-                metric.set_counter(counter);
-            }
-            (_, Value::Number(number)) => {
-                let mut gauge = Gauge::default();
-                gauge.set_value(number);
-                metric.set_gauge(gauge);
-            }
-            (_, Value::Histogram(histogram)) => {
-                let buckets = histogram.cumulative_by_octave();
-                metric.set_histogram(distribution(histogram.count(), histogram.sum(), buckets));
-            }
-            (_, Value::Depths(depths)) => {
-                let buckets = depths.cumulative().map(|(bound, count)| (bound.into(), count));
-                metric.set_histogram(distribution(depths.counts.iter().sum(), depths.sum(), buckets));
-            }
-        }
-        metrics.push(metric);
-    });
+fn family(family: &Family, series: Vec<Series>) -> MetricFamily {
     let mut proto = MetricFamily::default();
     proto.set_name(family.name.into());
     proto.set_help(family.help.into());
     proto.set_field_type(match family.kind {
         Kind::Counter => MetricType::COUNTER,
-        Kind::Gauge => MetricType::GAUGE,
+        Kind::Gauge(_) => MetricType::GAUGE,
         Kind::Histogram => MetricType::HISTOGRAM,
     });
-    proto.set_metric(metrics);
+    proto.set_metric(series.into_iter().map(|series| metric(family, series)).collect());
     proto
 }
 
-fn distribution(count: u64, sum: f64, buckets: impl Iterator<Item = (f64, u64)>) -> Histogram {
+fn metric(family: &Family, series: Series) -> Metric {
+    let labels = family.labels.iter().zip(series.labels).map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).into());
+        pair.set_value(value);
+        pair
+    });
+    let mut metric = Metric::from_label(labels.collect());
+    match series.figure {
+        Figure::Number(number) if family.kind == Kind::Counter => {
+            let mut counter = Counter::default();
+            counter.set_value(number);
+            metric.set_counter(counter);
+        }
+        Figure::Number(number) => {
+            let mut gauge = Gauge::default();
+            gauge.set_value(number);
+            metric.set_gauge(gauge);
+        }
+        Figure::Distribution(distribution) => metric.set_histogram(histogram(&distribution)),
+    }
+    metric
+}
+
+fn histogram(distribution: &Distribution) -> Histogram {
     let mut proto = Histogram::default();
-    proto.set_sample_count(count);
-    proto.set_sample_sum(sum);
-    let buckets = buckets.map(|(bound, count)| {
+    proto.set_sample_count(distribution.count);
+    proto.set_sample_sum(distribution.sum);
+    let buckets = distribution.buckets.iter().map(|&(bound, count)| {
         let mut bucket = Bucket::default();
         bucket.set_upper_bound(bound);
         bucket.set_cumulative_count(count);

@@ -12,10 +12,19 @@ use super::{
 pub(crate) enum Kind {
     /// Only grows.
     Counter,
-    /// Goes up and down.
-    Gauge,
+    /// Goes up and down; told like this of several together.
+    Gauge(Together),
     /// A distribution, of durations in seconds unless the name says otherwise.
     Histogram,
+}
+
+/// What a gauge of several things together is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Together {
+    /// All of theirs.
+    Sum,
+    /// The greatest of theirs.
+    Max,
 }
 
 /// One figure of a family.
@@ -45,44 +54,97 @@ pub(crate) struct Family {
     pub(crate) collect: fn(&Snapshot, &mut Sink<'_>),
 }
 
-const TARGET: &[&str] = &["pid", "comm", "container"];
+/// What the series of a family are about. Only so many are told one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Subject {
+    /// Listeners.
+    Listener,
+    /// Event loops.
+    Reactor,
+    /// Processes.
+    Target,
+    /// Sources of figures.
+    Source,
+    /// observer itself, of which there is one.
+    Own,
+}
+
+impl Subject {
+    /// How many of the first labels name it.
+    pub(crate) const fn labels(self) -> usize {
+        match self {
+            Self::Listener => LISTENER.len(),
+            Self::Reactor => REACTOR.len(),
+            Self::Target => TARGET.len(),
+            Self::Source => SOURCE.len(),
+            Self::Own => 0,
+        }
+    }
+
+    /// Which of them stay the same as long as it lives: names may change.
+    pub(crate) const fn lasting_labels(self) -> &'static [usize] {
+        match self {
+            Self::Listener | Self::Reactor => &[0, 3],
+            Self::Target => &[0],
+            Self::Source => &[0, 1],
+            Self::Own => &[],
+        }
+    }
+}
+
+impl Family {
+    /// What its series are about, as its labels tell.
+    pub(crate) fn subject(&self) -> Subject {
+        let subjects = [
+            (LISTENER, Subject::Listener),
+            (REACTOR, Subject::Reactor),
+            (TARGET, Subject::Target),
+            (SOURCE, Subject::Source),
+        ];
+        let found = subjects.into_iter().find(|(labels, _)| self.labels.starts_with(labels));
+        found.map_or(Subject::Own, |(_, subject)| subject)
+    }
+}
+
 const LISTENER: &[&str] = &["pid", "comm", "container", "listener"];
 const REACTOR: &[&str] = &["pid", "comm", "container", "tid", "reactor"];
+const TARGET: &[&str] = &["pid", "comm", "container"];
+const SOURCE: &[&str] = &["source", "reason"];
 
 /// All families, in the order of the reference page.
 pub(crate) const CATALOG: &[Family] = &[
     Family {
         name: "observer_accept_queue_depth",
         help: "Connections that wait to be accepted.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.depth.into())),
     },
     Family {
         name: "observer_accept_queue_limit",
         help: "Most connections that may wait to be accepted.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.limit.into())),
     },
     Family {
         name: "observer_accept_queue_peak",
         help: "Most connections seen to wait to be accepted.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Max),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.peak.into())),
     },
     Family {
         name: "observer_accept_queue_oldest_seconds",
         help: "How long the connection that waits longest has waited; at least, if it waited before observer came.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Max),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.oldest_seconds.unwrap_or(0.0))),
     },
     Family {
         name: "observer_accept_queue_half_open",
         help: "Handshakes that have begun and are not done.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.half_open.into())),
     },
@@ -230,7 +292,7 @@ pub(crate) const CATALOG: &[Family] = &[
     Family {
         name: "observer_reactor_utilization_ratio",
         help: "Busy time as a share of busy and waiting time, since observer attached.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Max),
         labels: REACTOR,
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
@@ -263,8 +325,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_target_info",
-        help: "A process under observation; always 1.",
-        kind: Kind::Gauge,
+        help: "A process under observation; always 1, but for processes that are told together.",
+        kind: Kind::Gauge(Together::Sum),
         labels: &["pid", "comm", "container", "exe"],
         collect: |s, sink| {
             for target in live(s) {
@@ -277,7 +339,7 @@ pub(crate) const CATALOG: &[Family] = &[
     Family {
         name: "observer_build_info",
         help: "Version of observer and release of the kernel it runs on; always 1.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Sum),
         labels: &["version", "kernel"],
         collect: |s, sink| sink(vec![s.own.version.into(), s.own.kernel.clone()], Value::Number(1.0)),
     },
@@ -294,9 +356,9 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_self_missing",
-        help: "Sources of figures that are not to be had here; always 1.",
-        kind: Kind::Gauge,
-        labels: &["source", "reason"],
+        help: "A source of figures that is not to be had here; always 1, but for sources that are told together.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: SOURCE,
         collect: |s, sink| {
             for missing in &s.own.missing {
                 sink(vec![missing.source.clone(), missing.reason.clone()], Value::Number(1.0));
@@ -306,7 +368,7 @@ pub(crate) const CATALOG: &[Family] = &[
     Family {
         name: "observer_self_targets",
         help: "Processes under observation.",
-        kind: Kind::Gauge,
+        kind: Kind::Gauge(Together::Sum),
         labels: &[],
         collect: |s, sink| {
             let targets = u32::try_from(live(s).count()).unwrap_or(u32::MAX);

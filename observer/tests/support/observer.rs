@@ -60,6 +60,13 @@ impl Observer {
         address.parse::<std::net::SocketAddr>().unwrap().port()
     }
 
+    /// Memory that it occupies now, in bytes.
+    pub(crate) fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    }
+
     /// A figure of the only series of this name, as scraped now.
     #[track_caller]
     pub(crate) fn figure(&self, name: &str) -> f64 {

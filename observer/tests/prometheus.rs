@@ -1,0 +1,269 @@
+//! A real Prometheus scrapes observer: what it makes of the metrics, of the dashboards' queries and of the rules.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write as _,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    acceptor::Acceptor,
+    http, is_emulated,
+    observer::Observer,
+    prometheus::{Prometheus, RANGE, dashboards},
+    servers::Server,
+    wait_for,
+};
+
+/// Whether the test goes without: guests have no Prometheus aboard.
+fn is_skipped(test: &str) -> bool {
+    if is_emulated() {
+        eprintln!("skipped: prometheus::{test}: no Prometheus in guests");
+    }
+    is_emulated()
+}
+
+#[track_caller]
+fn promtool(arguments: &[&str], input: &str) -> String {
+    let mut tool = Command::new("promtool")
+        .args(arguments)
+        .current_dir(dashboards())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool is installed");
+    tool.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = tool.wait_with_output().unwrap();
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "promtool {arguments:?}: {said}");
+    said
+}
+
+#[test]
+fn promtool_finds_no_fault() {
+    if is_skipped("promtool_finds_no_fault") {
+        return;
+    }
+    let server = Server::asyncio();
+    let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    server.block("sleep", 60);
+    let scrape = http::get(observer.port(), "/metrics");
+    observer.finish();
+    assert_eq!(promtool(&["check", "metrics"], &scrape), "");
+    assert!(promtool(&["check", "rules", "rules.yml"], "").contains("SUCCESS"));
+    assert!(promtool(&["test", "rules", "rules.test.yml"], "").contains("SUCCESS"));
+}
+
+/// A server that is asked again and again, and blocks for so many milliseconds each time, then pauses as long.
+struct Load<'s> {
+    server: &'s Server,
+    milliseconds: AtomicU32,
+    is_over: AtomicBool,
+}
+
+impl<'s> Load<'s> {
+    fn on(server: &'s Server) -> Self {
+        Self { server, milliseconds: 20.into(), is_over: false.into() }
+    }
+
+    fn run(&self) {
+        while !self.is_over.load(Ordering::Relaxed) {
+            let milliseconds = self.milliseconds.load(Ordering::Relaxed);
+            self.server.block("sleep", milliseconds);
+            thread::sleep(Duration::from_millis(milliseconds.into()));
+        }
+    }
+}
+
+/// Ends a load, come what may: the scope it runs in waits for it.
+struct EndOf<'a>(&'a AtomicBool);
+
+impl Drop for EndOf<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// One query of a panel.
+struct Query {
+    panel: String,
+    unit: String,
+    expression: String,
+}
+
+fn queries() -> Vec<Query> {
+    let files = fs::read_dir(dashboards()).unwrap().map(|entry| entry.unwrap().path());
+    let mut queries = Vec::new();
+    for file in files.filter(|file| file.extension().is_some_and(|end| end == "json")) {
+        let dashboard: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+        let variables = dashboard["templating"]["list"].as_array().unwrap();
+        for panel in dashboard["panels"].as_array().unwrap() {
+            for target in panel["targets"].as_array().unwrap() {
+                let mut expression = target["expr"].as_str().unwrap().replace("$__rate_interval", RANGE);
+                for variable in variables {
+                    let name = variable["name"].as_str().unwrap();
+                    let value = if name == "job" { "observer" } else { ".*" };
+                    expression = expression.replace(&format!("\"${name}\""), &format!("\"{value}\""));
+                }
+                assert!(!expression.contains('$'), "{expression}");
+                let text = |value: &Value| value.as_str().unwrap().to_owned();
+                let panel_title = format!("{}: {}", text(&dashboard["title"]), text(&panel["title"]));
+                let legend = text(&target["legendFormat"]);
+                queries.push(Query {
+                    panel: format!("{panel_title}: {legend}"),
+                    unit: text(&panel["fieldConfig"]["defaults"]["unit"]),
+                    expression,
+                });
+            }
+        }
+    }
+    queries
+}
+
+/// The loop blocks for 20 ms out of some 40, and nothing else happens to it: each figure has to be in the order of
+/// magnitude that follows, in the unit that its panel shows.
+#[test]
+fn every_panel_and_rule_has_data_in_its_unit() {
+    if is_skipped("every_panel_and_rule_has_data_in_its_unit") {
+        return;
+    }
+    let server = Server::asyncio();
+    let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    let prometheus = Prometheus::scraping(&[observer.port()]);
+    let load = Load::on(&server);
+    let (queries, mut figures) = (queries(), BTreeMap::new());
+    thread::scope(|scope| {
+        let _end = EndOf(&load.is_over);
+        scope.spawn(|| load.run());
+        // So long that all samples in the range are of the load.
+        thread::sleep(Duration::from_secs(12));
+        for query in &queries {
+            let result = wait_for(&format!("data for {}: {}", query.panel, query.expression), || {
+                let result = prometheus.query(&query.expression);
+                (!result.is_empty() && result.iter().all(|(_, value)| value.is_finite())).then_some(result)
+            });
+            let most = match query.unit.as_str() {
+                "percentunit" => 1.0,
+                // Nothing here takes longer.
+                "s" => 0.2,
+                // 25 requests a second, one connection and few events each.
+                "cps" => 500.0,
+                "cpm" => 60.0 * 50.0,
+                "short" => 4096.0,
+                other => panic!("{} has the unit {other}", query.panel),
+            };
+            for (labels, value) in &result {
+                assert!((0.0..=most).contains(value), "{} is {value} of {labels}", query.panel);
+            }
+            figures.insert(query.panel.clone(), result[0].1);
+        }
+        let rules = fs::read_to_string(dashboards().join("rules.yml")).unwrap();
+        let recorded: Vec<_> =
+            rules.lines().filter_map(|line| line.trim().strip_prefix("- record: ")).collect();
+        assert!(recorded.len() >= 5, "{recorded:?}");
+        for rule in recorded {
+            let result = wait_for(rule, || Some(prometheus.query(rule)).filter(|result| !result.is_empty()));
+            for (labels, value) in &result {
+                let most = if rule.contains(":ratio") { 1.0 } else { 0.2 };
+                assert!((0.0..=most).contains(value), "{rule} is {value} of {labels}");
+            }
+        }
+        assert_eq!(prometheus.firing(), Vec::<String>::new());
+    });
+    observer.finish();
+    let figure = |panel: &str| {
+        let found: Vec<_> = figures.iter().filter(|(name, _)| name.starts_with(panel)).collect();
+        assert_eq!(found.len(), 1, "{panel} in {figures:#?}");
+        *found[0].1
+    };
+    let between = |panel: &str, least: f64, most: f64| {
+        let figure = figure(panel);
+        assert!((least..=most).contains(&figure), "{panel} is {figure}");
+    };
+    // Half of all instants meet a block that has 0 to 20 ms to go: 5 ms on average. Buckets are octaves.
+    between("observer / Reactor: Lag: p99", 0.010, 0.080);
+    between("observer / Reactor: Lag: mean", 0.002, 0.020);
+    between("observer / Reactor: Slices: p99", 0.016, 0.080);
+    between("observer / Reactor: Utilisation by loop", 0.25, 0.75);
+    between("observer / Fleet: Utilisation", 0.25, 0.75);
+    between("observer / Fleet: Lag, 99th percentile", 0.010, 0.080);
+    between("observer / Accept queue: Arrivals and accepts: accepts", 10.0, 40.0);
+    between("observer / Accept queue: Turned away and given up: overflows", 0.0, 0.0);
+    eprintln!("{figures:#?}");
+}
+
+/// Makes each cause happen, waits for its alert, takes the cause away and waits for the alert to end.
+#[test]
+fn every_alert_fires_and_resolves() {
+    if is_skipped("every_alert_fires_and_resolves") {
+        return;
+    }
+    let server = Server::asyncio();
+    let mut acceptor = Acceptor::in_own_namespace(8);
+    // More than observer has room for.
+    let mut crowd = Acceptor::group(1100);
+    let start = |pids: &[u32]| {
+        let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
+        let mut arguments = vec!["--listen", "127.0.0.1:0"];
+        arguments.extend(pids.iter().flat_map(|pid| ["--pid", pid]));
+        Observer::start(&arguments)
+    };
+    let (observer, crowded) = (start(&[server.pid(), acceptor.pid()]), start(&[crowd.pid()]));
+    let prometheus = Prometheus::scraping(&[observer.port(), crowded.port()]);
+    let mut fired = Vec::new();
+    let mut fires = |what: &str| {
+        wait_for(&format!("{what} to fire"), || {
+            prometheus.firing().iter().any(|name| name == what).then_some(())
+        });
+        fired.push(what.to_owned());
+    };
+    let resolves = |what: &str| {
+        wait_for(&format!("{what} to end"), || {
+            let firing = prometheus.firing();
+            (!firing.iter().any(|name| name == what)).then_some(())
+        });
+    };
+    assert_eq!(prometheus.firing(), Vec::<String>::new());
+
+    acceptor.tell("connect 50");
+    for alert in ["ObserverAcceptQueueOverflow", "ObserverAcceptQueueOverflowing", "ObserverConnectionWaits"]
+    {
+        fires(alert);
+    }
+    acceptor.tell("reset");
+    for alert in ["ObserverAcceptQueueOverflow", "ObserverAcceptQueueOverflowing", "ObserverConnectionWaits"]
+    {
+        resolves(alert);
+    }
+
+    let load = Load::on(&server);
+    load.milliseconds.store(300, Ordering::Relaxed);
+    thread::scope(|scope| {
+        let _end = EndOf(&load.is_over);
+        scope.spawn(|| load.run());
+        fires("ObserverLoopLate");
+    });
+    resolves("ObserverLoopLate");
+
+    crowd.tell("close");
+    crowd.tell("listen");
+    fires("ObserverLosesEvents");
+    resolves("ObserverLosesEvents");
+    assert_eq!(prometheus.firing(), Vec::<String>::new());
+    observer.finish();
+    crowded.finish();
+
+    let rules = fs::read_to_string(dashboards().join("rules.yml")).unwrap();
+    let alerts = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
+    for alert in alerts {
+        assert!(fired.iter().any(|name| name == alert), "nobody makes {alert} fire");
+    }
+}

@@ -84,6 +84,14 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
             more: None,
         },
         Panel {
+            title: "Garbage collection",
+            description: "Time between waits that went into collections of CPython, V8 or Ruby; a part of the busy time. Zero also where the runtime is not known.",
+            look: Look::Lines,
+            unit: Unit::Share,
+            queries: &[("rate(observer_reactor_gc_seconds_total{SELECTED}[$__rate_interval])", LOOP)],
+            more: None,
+        },
+        Panel {
             title: "Slices",
             description: "Time between the return of a wait for events and the next wait: how long nothing else could run.",
             look: Look::Lines,

@@ -1,0 +1,194 @@
+//! The listeners of an observation: found, looked at, and let go when they close.
+
+use std::{collections::HashMap, mem};
+
+use anyhow::Result;
+use observer_common::{
+    accept::PortKey,
+    listener::{Listener as RawListener, Queue},
+};
+
+use super::{ENDED, Observation};
+use crate::{
+    kernel::clock,
+    model::snapshot::Listener,
+    probes::{
+        self, When,
+        listener::{self, Before},
+    },
+    read::maps::entries,
+    target::{
+        drops::{self, ListenDrops},
+        process,
+    },
+};
+
+/// How often to look at listeners until none drops connections between that and a look at its namespace's counters.
+const LOOKS: usize = 4;
+
+/// A listener as it was when last looked at, and as it was before.
+pub(super) struct Known {
+    pub(super) raw: RawListener,
+    before: Before,
+}
+
+impl Observation {
+    /// Remembers the counters of the first targets' network namespaces, and forgets those that targets have left:
+    /// the kernel gives their numbers to others.
+    pub(super) fn note_namespaces(&mut self) {
+        let namespaces = self.namespaces();
+        if self.first_look_done {
+            self.drops_before.retain(|netns, _| namespaces.contains_key(netns));
+        } else {
+            let drops =
+                namespaces.iter().filter_map(|(&netns, &pid)| Some((netns, drops::of_namespace(pid)?)));
+            self.drops_before = drops.collect();
+        }
+    }
+
+    /// Network namespaces that targets are in, each with one of them.
+    fn namespaces(&self) -> HashMap<u32, u32> {
+        self.live.keys().filter_map(|&pid| Some((process::network_namespace(pid)?, pid))).collect()
+    }
+
+    /// Looks at every accept queue. Listeners that targets opened meanwhile have made their own entries; what new
+    /// targets brought along is searched for, and so are heirs of listeners whose process is gone.
+    pub(super) fn refresh_listeners(&mut self, targets_changed: bool) -> Result<()> {
+        if targets_changed {
+            listener::find(&mut self.ebpf)?;
+        }
+        for (inode, raw) in entries(&self.maps.listeners) {
+            if raw.unix_name != 0 && self.unix_since_ns.is_none() {
+                self.missing.extend(probes::attach(&mut self.ebpf, When::UnixListener, &[])?);
+                self.unix_since_ns = Some(clock::monotonic_ns());
+            }
+            listener::look(&mut self.ebpf, inode)?;
+        }
+        for (inode, raw) in entries(&self.maps.listeners) {
+            let is_first_look = !self.first_look_done;
+            // A listen call that failed, or a listener so short-lived that there is nothing to tell.
+            if raw.queue.closed != 0 && raw.accepts == 0 && !self.listeners.contains_key(&inode) {
+                self.maps.listeners.remove(&inode)?;
+                continue;
+            }
+            let known = self.listeners.entry(inode).or_insert_with(|| Known {
+                raw,
+                before: if is_first_look { Before::of(&raw.queue) } else { Before::default() },
+            });
+            let last = mem::replace(&mut known.raw, raw);
+            if raw.queue.closed != 0 {
+                // How deep it was when it closed is not to be known any more; how deep it was before is.
+                known.raw.queue = Queue { closed: 1, ..last.queue };
+                self.maps.listeners.remove(&inode)?;
+                self.expect_none_for(&raw)?;
+            }
+        }
+        self.first_look_done = true;
+        let closed: Vec<u64> = self
+            .listeners
+            .iter()
+            .filter(|(_, known)| known.raw.queue.closed != 0)
+            .map(|(&inode, _)| inode)
+            .collect();
+        for inode in &closed[..closed.len().saturating_sub(ENDED)] {
+            self.listeners.remove(inode);
+        }
+        Ok(())
+    }
+
+    /// Ends the time stamps for connections to a closed listener, unless they may be another's.
+    fn expect_none_for(&mut self, closed: &RawListener) -> Result<()> {
+        if closed.unix_name != 0 {
+            let _never_wanted = self.maps.unix_names.remove(&closed.unix_name);
+            // Those who waited are gone without an event.
+            for (address, arrival) in entries(&self.maps.queued) {
+                if arrival.unix_name == closed.unix_name {
+                    let _accepted = self.maps.queued.remove(&address);
+                }
+            }
+            return Ok(());
+        }
+        let place = |raw: &RawListener| (raw.netns, raw.port, raw.unix_name);
+        let open = self.listeners.iter().filter(|(_, known)| known.raw.queue.closed == 0);
+        let mut others =
+            open.filter(|(_, known)| place(&known.raw) == place(closed)).map(|(&inode, _)| inode);
+        let port = PortKey { netns: closed.netns, port: closed.port.into() };
+        match (others.next(), others.next()) {
+            (None, _) => {
+                let _never_wanted = self.maps.ports.remove(&port);
+            }
+            (Some(only), None) => self.maps.ports.insert(port, only, 0)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Figures of all listeners, in the order in which they are known.
+    pub(super) fn decode_listeners(&mut self) -> Result<Vec<Listener>> {
+        let mut looks = 0;
+        loop {
+            let known = self.listeners.values();
+            let mut listeners: Vec<_> =
+                known.map(|known| listener::decode(&known.raw, known.before, self.unix_since_ns)).collect();
+            looks += 1;
+            if self.attribute_overflows(&mut listeners) || looks == LOOKS {
+                return Ok(listeners);
+            }
+            self.refresh_listeners(false)?;
+        }
+    }
+
+    /// Attributes namespaces' overflows to listeners where that is certain. Returns whether looking again would
+    /// make no more certain.
+    fn attribute_overflows(&self, listeners: &mut [Listener]) -> bool {
+        let namespaces: Vec<u32> = self.listeners.values().map(|known| known.raw.netns).collect();
+        let mut dropping = HashMap::<u32, u32>::new();
+        for (&netns, _) in namespaces.iter().zip(&*listeners).filter(|(_, listener)| listener.drops > 0) {
+            *dropping.entry(netns).or_default() += 1;
+        }
+        let now = self.namespaces();
+        let now = now.into_iter().filter(|(netns, _)| dropping.contains_key(netns));
+        let grown: HashMap<u32, ListenDrops> = now
+            .filter_map(|(netns, pid)| {
+                let before = self.drops_before.get(&netns).copied().unwrap_or_default();
+                Some((netns, drops::of_namespace(pid)?.since(before)?))
+            })
+            .collect();
+        let mut is_final = true;
+        for (netns, listener) in namespaces.iter().zip(listeners).filter(|(_, l)| l.protocol == "tcp") {
+            let others_dropped = dropping.get(netns).is_some_and(|&count| count > 1);
+            listener.overflows = match grown.get(netns) {
+                _ if listener.drops == 0 => Some(0),
+                // What a closed one dropped after the last look, nobody knows.
+                Some(grown) if !listener.closed => grown.overflows_of(listener.drops, others_dropped),
+                _ => None,
+            };
+            let is_outrun = grown.get(netns).is_some_and(|grown| grown.drops > listener.drops.into());
+            is_final &= listener.overflows.is_some() || others_dropped || !is_outrun;
+        }
+        is_final
+    }
+
+    /// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
+    /// One that is gone only if there is no other, for a listener may outlive it.
+    pub(super) fn owner(&self, raw: &RawListener) -> u32 {
+        let candidates = [raw.accepter, raw.owner];
+        candidates.into_iter().find(|pid| self.live.contains_key(pid)).unwrap_or(raw.owner)
+    }
+}
+
+/// Numbers the listeners that share an address, so that each can be told from its siblings.
+pub(super) fn numbered(mut listeners: Vec<Listener>) -> Vec<Listener> {
+    let mut members = HashMap::<String, usize>::new();
+    for listener in &mut listeners {
+        let count = members.entry(listener.address.clone()).or_default();
+        *count += 1;
+        listener.member = Some(*count);
+    }
+    for listener in &mut listeners {
+        if members[&listener.address] == 1 {
+            listener.member = None;
+        }
+    }
+    listeners
+}

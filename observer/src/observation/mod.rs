@@ -1,0 +1,302 @@
+//! One observation: the programs in the kernel, the targets, and how a snapshot of them is put together.
+
+mod listeners;
+mod reactors;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map},
+    mem,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use nix::sys::utsname::uname;
+use observer_common::{loss::Loss, process::Target as RawTarget, ring::RingShape};
+
+use crate::{
+    kernel::{calls as system_calls, clock, layout},
+    model::{
+        histogram::seconds,
+        snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+    },
+    probes::{
+        self, When,
+        gc::{self, Collectors},
+        reactor::{self, Calls},
+    },
+    read::maps::{self, Maps, entries, insert_new},
+    stacks::watch::Watcher,
+    target::{
+        drops::ListenDrops,
+        process::{self, Process},
+    },
+};
+
+use listeners::{Known, numbered};
+use reactors::Thread;
+
+static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
+
+/// Exited processes, exited threads and closed listeners kept for the report, of each kind so many; beyond that
+/// the oldest are forgotten.
+const ENDED: usize = 1024;
+
+/// What to observe.
+#[derive(Clone, Debug)]
+pub(crate) struct Selection {
+    /// Process ids.
+    pub(crate) pids: BTreeSet<u32>,
+    /// Whether their children are observed as well, those of the past and of the future.
+    pub(crate) follow: bool,
+    /// Calls that count as waits for events.
+    pub(crate) calls: Vec<Calls>,
+    /// From which length on a slice is a stall.
+    pub(crate) stall_threshold: Duration,
+}
+
+/// A running observation. Dropping it takes everything of ours out of the kernel.
+pub(crate) struct Observation {
+    ebpf: Ebpf,
+    maps: Maps,
+    watcher: Watcher,
+    stall_threshold: Duration,
+    collectors: Collectors,
+    attached_ns: u64,
+    /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
+    unix_since_ns: Option<u64>,
+    /// Accepts that ended while programs were attached one by one and calls in progress not known yet.
+    unattributed_before: u64,
+    missing: Vec<Missing>,
+    /// Release of the running kernel.
+    kernel: String,
+    live: BTreeMap<u32, Process>,
+    exited: Vec<Process>,
+    /// By inode number.
+    listeners: BTreeMap<u64, Known>,
+    /// Whether listeners found from now on are new: nobody waited there before observer came.
+    first_look_done: bool,
+    /// Counters of the network namespaces that targets were in at first. Others are taken to have begun at zero,
+    /// as they did when they were made: one that is older has more drops than its listeners here, which makes
+    /// nothing certain.
+    drops_before: HashMap<u32, ListenDrops>,
+    finished: Vec<(u32, Reactor)>,
+    /// Of each reactor's thread what is not in the kernel, kept for when it is gone.
+    threads: HashMap<u32, Thread>,
+}
+
+impl Observation {
+    /// Loads the programs, attaches them and finds what the targets were doing already. `verbose` turns on the
+    /// diagnostics of the programs, which are not even loaded otherwise.
+    pub(crate) fn start(selection: &Selection, verbose: bool) -> Result<Self> {
+        let layout = layout::of_running_kernel()?;
+        let follow = u8::from(selection.follow);
+        let log_level: u8 = if verbose { u8::MAX } else { 0 };
+        let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
+        let mut ebpf = EbpfLoader::new()
+            .override_global("LAYOUT", &layout, true)
+            .override_global("FOLLOW", &follow, true)
+            .override_global("CLUES", &system_calls::clues(), true)
+            .override_global("STALL_NS", &stall_ns, true)
+            .override_global("AYA_LOG_LEVEL", &log_level, true)
+            .load(PROGRAMS)
+            .context("the kernel does not take the eBPF maps")?;
+        let mut maps = Maps::take(&mut ebpf)?;
+        for &pid in &selection.pids {
+            insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
+        }
+        let mut missing = probes::attach(&mut ebpf, When::Always, &selection.calls)?;
+        if !reactor::find_registers(&mut ebpf, &maps.registers)? {
+            let reason = "this kernel keeps the registers of system calls in an unknown place".into();
+            missing.push(Missing { source: "what blocked threads wait for".into(), reason });
+        }
+        if layout.ring_shape == RingShape::Unknown as u32 {
+            let reason = "this kernel's io_uring has no tracepoints, or none that observer knows".into();
+            missing.push(Missing { source: "accepts through io_uring".into(), reason });
+        } else {
+            missing.extend(probes::attach(&mut ebpf, When::RingsUnderstood, &selection.calls)?);
+        }
+        let mut observation = Self {
+            ebpf,
+            maps,
+            watcher: Watcher::new(selection.stall_threshold),
+            stall_threshold: selection.stall_threshold,
+            collectors: Collectors::default(),
+            attached_ns: clock::monotonic_ns(),
+            unix_since_ns: None,
+            unattributed_before: 0,
+            missing,
+            kernel: uname()
+                .context("cannot ask for the kernel's release")?
+                .release()
+                .to_string_lossy()
+                .into(),
+            live: BTreeMap::new(),
+            exited: Vec::new(),
+            listeners: BTreeMap::new(),
+            first_look_done: false,
+            drops_before: HashMap::new(),
+            finished: Vec::new(),
+            threads: HashMap::new(),
+        };
+        observation.adopt_processes(selection)?;
+        observation.refresh()?;
+        observation.adopt_calls(&selection.calls)?;
+        observation.unattributed_before = observation.maps.lost(Loss::AcceptUnattributed)?;
+        Ok(observation)
+    }
+
+    /// The programs, for whoever wants their diagnostics.
+    pub(crate) fn programs(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// Whether all targets are gone.
+    pub(crate) fn is_over(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    /// Processes under observation now.
+    pub(crate) fn live(&self) -> impl Iterator<Item = &Process> {
+        self.live.values()
+    }
+
+    /// Adds the children that targets had before the programs could follow them.
+    fn adopt_processes(&mut self, selection: &Selection) -> Result<()> {
+        let mut targets = selection.pids.clone();
+        loop {
+            let children = if selection.follow { process::descendants(&targets) } else { BTreeSet::new() };
+            if children.is_empty() {
+                break;
+            }
+            for &child in &children {
+                if !insert_new(&mut self.maps.targets, child, RawTarget::default())? {
+                    self.note_missing("some children of targets".into(), "there are too many".into());
+                }
+            }
+            targets.extend(children);
+        }
+        for &pid in &targets {
+            // A process that exited before the programs could see it would stay for ever.
+            if !process::is_there(pid) {
+                let gone = RawTarget { exited: 1, ..RawTarget::default() };
+                self.maps.targets.insert(pid, gone, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Remembers that something goes unseen, and says so once.
+    fn note_missing(&mut self, source: String, reason: String) {
+        let missing = Missing { source, reason };
+        if self.missing.len() < ENDED && !self.missing.contains(&missing) {
+            log::warn!("not seen here: {} ({})", missing.source, missing.reason);
+            self.missing.push(missing);
+        }
+    }
+
+    /// Brings processes and listeners up to date.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        let mut changed = false;
+        for (pid, raw) in entries(&self.maps.targets) {
+            if raw.exited != 0 {
+                let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
+                self.exited.push(known);
+                self.collectors.exited(&mut self.maps, pid, ENDED);
+                changed = true;
+                // It may be gone already if the process was found dead on arrival.
+                let _gone = self.maps.targets.remove(&pid);
+            } else if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
+                place.insert(Process::of(pid));
+                changed = true;
+            }
+            if raw.exited == 0
+                && let Some(missing) = self.collectors.refresh(&mut self.ebpf, &mut self.maps, pid, raw.execs)
+            {
+                self.note_missing(missing.source, missing.reason);
+            }
+        }
+        self.collect_finished()?;
+        self.note_namespaces();
+        self.refresh_listeners(changed)?;
+        let surplus = self.exited.len().saturating_sub(ENDED);
+        self.exited.drain(..surplus);
+        Ok(())
+    }
+
+    /// Asks for names again: a process may have started another program, a thread may have renamed itself.
+    fn rename(&mut self) {
+        for process in self.live.values_mut() {
+            if process::is_there(process.pid) {
+                *process = Process::of(process.pid);
+            }
+        }
+        for (&tid, thread) in &mut self.threads {
+            let now = process::thread_name(thread.pid, tid);
+            if !now.is_empty() {
+                thread.name = now;
+            }
+        }
+    }
+
+    /// Everything known now.
+    pub(crate) fn snapshot(&mut self) -> Result<Snapshot> {
+        self.refresh()?;
+        self.rename();
+        let mut reactors = BTreeMap::<u32, Vec<Reactor>>::new();
+        for (tgid, finished) in &self.finished {
+            reactors.entry(*tgid).or_default().push(finished.clone());
+        }
+        for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
+            raw.gc_ns += gc::in_progress(&self.maps, tid, &raw, clock::monotonic_ns());
+            reactors.entry(raw.tgid).or_default().push(self.figures(tid, &raw));
+        }
+        let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
+        let decoded = self.decode_listeners()?;
+        for (known, figures) in self.listeners.values().zip(decoded) {
+            listeners.entry(self.owner(&known.raw)).or_default().push(figures);
+        }
+        let processes = self.exited.iter().map(|p| (p, true)).chain(self.live.values().map(|p| (p, false)));
+        let mut targets: Vec<Target> = processes
+            .map(|(process, exited)| Target {
+                pid: process.pid,
+                comm: process.comm.clone(),
+                exe: process.exe.clone(),
+                container: process.container.clone(),
+                exited,
+                listeners: numbered(listeners.remove(&process.pid).unwrap_or_default()),
+                reactors: mem::take(reactors.entry(process.pid).or_default()),
+                gc: if exited {
+                    self.collectors.final_figures(process.pid)
+                } else {
+                    self.collectors.figures(&self.maps, process.pid)
+                },
+            })
+            .collect();
+        targets.sort_by_key(|target| target.pid);
+        for target in &mut targets {
+            target.reactors.sort_by_key(|reactor| reactor.tid);
+        }
+        Ok(Snapshot {
+            schema: SCHEMA,
+            started: clock::written(self.attached_ns),
+            duration_seconds: seconds(clock::monotonic_ns() - self.attached_ns),
+            targets,
+            own: self.own()?,
+        })
+    }
+
+    fn own(&self) -> Result<Own> {
+        let mut lost = Vec::new();
+        for (loss, cause) in Loss::ALL {
+            let before = if loss == Loss::AcceptUnattributed { self.unattributed_before } else { 0 };
+            lost.push(Lost { cause, count: self.maps.lost(loss)?.saturating_sub(before) });
+        }
+        Ok(Own {
+            version: env!("CARGO_PKG_VERSION"),
+            kernel: self.kernel.clone(),
+            lost,
+            missing: self.missing.clone(),
+        })
+    }
+}

@@ -1,0 +1,149 @@
+//! The reactors of an observation: what their threads were doing before it began, their stalls, and their last figures.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use observer_common::{accept::Accepting, reactor::Reactor as RawReactor};
+
+use super::{ENDED, Observation};
+use crate::{
+    kernel::clock,
+    model::{
+        histogram::Histogram,
+        lag::{PROBE_SECONDS, Prober},
+        snapshot::Reactor,
+        stall::Stalls,
+    },
+    probes::reactor::{self, Calls},
+    read::{
+        board::InSlice,
+        maps::{self, insert_new},
+    },
+    target::{
+        calls::{self, Call},
+        process,
+    },
+};
+
+/// A reactor's thread.
+pub(super) struct Thread {
+    /// Its process.
+    pub(super) pid: u32,
+    pub(super) name: String,
+    prober: Prober,
+    stalls: Stalls,
+}
+
+impl Observation {
+    /// Adds the waits and accepts that threads were inside before the programs could see them enter. What happens
+    /// meanwhile the programs see themselves: their entries win.
+    pub(super) fn adopt_calls(&mut self, waits: &[Calls]) -> Result<()> {
+        for pid in self.live.keys().copied().collect::<Vec<_>>() {
+            for (tid, call) in calls::blocked_in(pid, waits) {
+                let has_room = match call {
+                    Call::Wait { kind, set } => {
+                        let place = self.maps.claim_place(tid, pid)?;
+                        let entry = reactor::waiting(pid, place, clock::monotonic_ns(), kind, set);
+                        insert_new(&mut self.maps.reactors, tid, entry)?
+                    }
+                    Call::Accept { fd } => match process::socket_inode(pid, fd) {
+                        Some(inode) => {
+                            let call = Accepting { inode, ..Accepting::default() };
+                            insert_new(&mut self.maps.accepting, tid, call)?
+                        }
+                        None => true,
+                    },
+                };
+                if !has_room {
+                    self.note_missing(format!("some threads of process {pid}"), "there are too many".into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How often to [`watch`](Self::watch).
+    pub(crate) fn watch_period(&self) -> Duration {
+        self.watcher.period()
+    }
+
+    /// Takes in the stalls that have ended, and looks at slices that may become one.
+    pub(crate) fn watch(&mut self) {
+        self.collect_stalls();
+        self.watcher.glance(self.maps.board.in_slices(), clock::monotonic_ns());
+    }
+
+    /// Puts each stall that has ended down to what was seen of it.
+    fn collect_stalls(&mut self) {
+        for raw in self.maps.stalls() {
+            let look = self.watcher.seen(raw.tid, raw.start_ns);
+            let stalls = &mut self.thread(raw.tid, raw.tgid).stalls;
+            stalls.add(reactor::stall(&raw), look);
+        }
+    }
+
+    /// What is kept of a reactor's thread.
+    fn thread(&mut self, tid: u32, pid: u32) -> &mut Thread {
+        let threshold = self.stall_threshold;
+        self.threads.entry(tid).or_insert_with(|| Thread::of(pid, tid, threshold))
+    }
+
+    /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
+    pub(super) fn collect_finished(&mut self) -> Result<()> {
+        self.collect_stalls();
+        for (tid, raw) in maps::reactors(&self.maps.reactors) {
+            let now = clock::monotonic_ns();
+            let thread = self.thread(tid, raw.tgid);
+            if reactor::is_final(&raw) {
+                let reactor = thread.figures(tid, &raw, now);
+                self.threads.remove(&tid);
+                self.finished.push((raw.tgid, reactor));
+                let _present = self.maps.reactors.remove(&tid);
+                self.maps.free_place(raw.place)?;
+            } else {
+                let _only_attributes = reactor::lag(&raw, &mut thread.prober, now);
+            }
+        }
+        let surplus = self.finished.len().saturating_sub(ENDED);
+        self.finished.drain(..surplus);
+        Ok(())
+    }
+
+    /// A reactor's figures as of now; a slice in progress is looked at if it takes long.
+    pub(super) fn figures(&mut self, tid: u32, raw: &RawReactor) -> Reactor {
+        let now = clock::monotonic_ns();
+        let threshold = self.stall_threshold.as_secs_f64();
+        let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns, frame_pointer: 0 };
+        let in_progress = Some(reactor::stall_in_progress(raw, now))
+            .filter(|stall| reactor::is_in_slice(raw) && stall.seconds >= threshold);
+        let present = in_progress.map(|stall| (stall, self.watcher.seen_so_far(slice)));
+        let thread = self.thread(tid, raw.tgid);
+        let mut reactor = thread.figures(tid, raw, now);
+        if let Some((stall, look)) = present {
+            let mut stalls = thread.stalls.clone();
+            stalls.add_in_progress(&stall, look.clone());
+            reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
+            reactor.current_stack = Some(look);
+        }
+        reactor
+    }
+}
+
+impl Thread {
+    fn of(pid: u32, tid: u32, stall_threshold: Duration) -> Self {
+        let stalls = Stalls::over(stall_threshold.as_secs_f64());
+        Self { pid, name: process::thread_name(pid, tid), prober: Prober::default(), stalls }
+    }
+
+    /// Its figures as of now, stalls that have ended included.
+    fn figures(&mut self, tid: u32, raw: &RawReactor, now: u64) -> Reactor {
+        let mut reactor = reactor::decode(tid, self.name.clone(), raw, &mut self.prober, now);
+        reactor.stalls = self.stalls.ranked(lag_weight(&reactor.lag));
+        reactor
+    }
+}
+
+/// All the lag that was met, in seconds squared: that of every instant.
+fn lag_weight(lag: &Histogram) -> f64 {
+    lag.sum() * PROBE_SECONDS
+}

@@ -1,4 +1,5 @@
-//! Compiles the eBPF programs, with the toolchain that `cargo xtask setup` recorded or else with nightly.
+//! Compiles the eBPF programs, with the toolchain that `cargo xtask setup` recorded or else with nightly; and lists
+//! the profiles, so that they are all embedded.
 
 use std::{env, ffi::OsString, fs, path::Path};
 
@@ -7,6 +8,7 @@ use aya_build::{Package, Toolchain, build_ebpf};
 
 fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
+    list_profiles()?;
     let record = root.join("target/ebpf-toolchain");
     println!("cargo:rerun-if-changed={}", record.display());
     println!("cargo:rerun-if-changed={}", root.join("observer-common/src").display());
@@ -37,6 +39,21 @@ fn main() -> Result<()> {
         recorded("toolchain").map_or(Toolchain::Nightly, Toolchain::Custom),
     )
     .context("building the eBPF programs failed; `cargo xtask setup` finds or installs what that takes")
+}
+
+/// Writes the expression that `profiles/mod.rs` includes: names and contents of all files in `profiles`, sorted.
+fn list_profiles() -> Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("profiles");
+    println!("cargo:rerun-if-changed={}", folder.display());
+    let files = fs::read_dir(&folder).context("the profiles")?;
+    let mut files = files.map(|file| Ok(file?.path())).collect::<Result<Vec<_>>>()?;
+    files.sort();
+    let entries = files
+        .iter()
+        .map(|path| format!("({:?}, include_str!({path:?})),", path.file_name().unwrap_or_default()));
+    let out = env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?;
+    fs::write(Path::new(&out).join("profiles.rs"), format!("&[{}]", entries.collect::<String>()))?;
+    Ok(())
 }
 
 fn set_env(name: &str, value: OsString) {

@@ -49,7 +49,8 @@ pub enum Clue {
     /// By what its first argument, a descriptor, stands for.
     File = 16,
     /// By the first of the descriptors that its first argument points to (`poll`); it sleeps if the second says that
-    /// there are none.
+    /// there are none. Where that is no file but an event (`eventfd`), as runtimes use to wake a thread, it sleeps if the
+    /// third argument tells for how long, and else waits for another thread.
     Poll = 17,
     /// By the lowest descriptor in the sets that its second and third argument point to (`select`); it sleeps if the
     /// first says that there are none.

@@ -99,6 +99,7 @@ kernel_layout! {
         registers_first = "pt_regs"."di|orig_x0";
         registers_second = "pt_regs"."si";
         registers_third = "pt_regs"."dx";
+        registers_frame = "pt_regs"."bp";
         ring_file = "io_kiocb"."file";
         ring_opcode = "io_kiocb"."opcode";
         ring_flags = "io_kiocb"."flags";

@@ -4,6 +4,7 @@
 
 pub mod accept;
 pub mod block;
+pub mod gc;
 pub mod histogram;
 pub mod layout;
 pub mod listener;

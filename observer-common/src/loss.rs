@@ -18,10 +18,14 @@ pub enum Loss {
     AcceptUnattributed,
     /// A stall found no room in `STALLS`.
     StallsFull,
+    /// A thread that began a collection found no room in `GC_BEGUN`: its pause is not counted.
+    GcBegunFull,
+    /// A runtime's totals were not where they had been: what a slice spent in collections is not known.
+    GcTotalsUnread,
 }
 
 /// Number of causes, the size of the `LOSSES` map.
-pub const LOSSES: u32 = 7;
+pub const LOSSES: u32 = 9;
 
 impl Loss {
     /// Every cause, in index order, with the name used in metrics and reports.
@@ -33,5 +37,7 @@ impl Loss {
         (Self::AcceptingFull, "accepting_full"),
         (Self::AcceptUnattributed, "accept_unattributed"),
         (Self::StallsFull, "stalls_full"),
+        (Self::GcBegunFull, "gc_begun_full"),
+        (Self::GcTotalsUnread, "gc_totals_unread"),
     ];
 }

@@ -6,5 +6,7 @@
 pub struct Target {
     /// 1 when its last thread has exited.
     pub exited: u32,
+    /// How many other programs it has started in its own place.
+    pub execs: u32,
 }
-crate::shared!(Target, 4);
+crate::shared!(Target, 8);

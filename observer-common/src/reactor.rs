@@ -51,6 +51,9 @@ pub enum Kind {
 /// The timeout of a call that has none.
 pub const FOREVER: u64 = u64::MAX;
 
+/// Nothing is known of the runtime's totals.
+pub const GC_UNKNOWN: u64 = u64::MAX;
+
 /// A call that may be a wait for events.
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
@@ -151,10 +154,18 @@ pub struct Reactor {
     pub parts_before_ns: [u64; PARTS],
     /// Longest time that the thread was blocked at once in the present slice, nanoseconds.
     pub longest_block_ns: u64,
-    /// The system call it was blocked in then; [`NO_CALL`] if there was none.
+    /// Longest time that it waited at once for a CPU in the present slice, nanoseconds.
+    pub longest_queue_ns: u64,
+    /// The system call it was blocked in for longest; [`NO_CALL`] if there was none.
     pub longest_block_call: u32,
-    /// Zero; keeps the size free of padding.
-    pub reserved: u32,
+    /// The thread that had the CPU before it after the longest wait for one; 0 if there was none.
+    pub longest_queue_after: u32,
+    /// Of the time in slices, what went into garbage collections, nanoseconds.
+    pub gc_ns: u64,
+    /// The same as it was when the present slice began.
+    pub gc_at_start_ns: u64,
+    /// What the runtime's own totals said of that when the slice began; [`GC_UNKNOWN`] where nobody reads any.
+    pub gc_before_ns: u64,
     /// Lengths of finished slices.
     pub slice: Histogram,
     /// Made runnable -> running, for wake-ups out of a wait.
@@ -163,7 +174,7 @@ pub struct Reactor {
     /// over if that ended it, else from being made runnable.
     pub reply: Histogram,
 }
-crate::shared!(Reactor, 112 + 16 * PARTS + 3 * size_of::<Histogram>());
+crate::shared!(Reactor, 144 + 16 * PARTS + 3 * size_of::<Histogram>());
 
 impl Reactor {
     /// One that has done nothing.
@@ -185,8 +196,12 @@ impl Reactor {
         parts_ns: [0; PARTS],
         parts_before_ns: [0; PARTS],
         longest_block_ns: 0,
+        longest_queue_ns: 0,
         longest_block_call: NO_CALL,
-        reserved: 0,
+        longest_queue_after: 0,
+        gc_ns: 0,
+        gc_at_start_ns: 0,
+        gc_before_ns: GC_UNKNOWN,
         slice: Histogram::EMPTY,
         wakeup: Histogram::EMPTY,
         reply: Histogram::EMPTY,
@@ -207,12 +222,12 @@ pub struct Stall {
     pub length_ns: u64,
     /// What that went to, by part (see [`PARTS`]), nanoseconds.
     pub parts_ns: [u64; PARTS],
-    /// Longest time blocked at once, nanoseconds.
-    pub longest_block_ns: u64,
-    /// The system call it was blocked in then; [`NO_CALL`] if there was none.
+    /// Of its length, what went into garbage collections, nanoseconds.
+    pub gc_ns: u64,
+    /// The system call it was blocked in for longest at once; [`NO_CALL`] if there was none.
     pub longest_block_call: u32,
-    /// Zero; keeps the size free of padding.
-    pub reserved: u32,
+    /// The thread that had the CPU before it after its longest wait for one; 0 if there was none.
+    pub longest_queue_after: u32,
 }
 crate::shared!(Stall, 40 + 8 * PARTS);
 
@@ -227,8 +242,10 @@ pub struct Place {
     pub tid: u32,
     /// Its process.
     pub tgid: u32,
+    /// Frame pointer that it had when it last blocked in a slice; 0 if that is not known.
+    pub frame_pointer: u64,
     /// Zero; keeps the size free of padding.
-    pub reserved: [u64; 6],
+    pub reserved: [u64; 5],
 }
 crate::shared!(Place, 64);
 

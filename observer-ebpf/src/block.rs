@@ -32,18 +32,35 @@ fn find_registers(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// The system call the current thread blocks in, and the index of the [`Block`] it waits for there, when `sched_switch`
-/// takes it off its CPU.
-#[inline(always)]
-pub(crate) fn of_switch(ctx: &BtfTracePointContext) -> (u32, u32) {
-    let Some(&place) = REGISTERS.get(0).filter(|&&place| place != 0) else {
-        return (NO_CALL, Block::Other as u32);
-    };
-    let call = CallInProgress::of_current(ctx, 1, place);
-    match call.number() {
-        // Outside of any call a thread blocks only for its own memory.
-        None => (NO_CALL, Block::PageFault as u32),
-        Some(number) => (number, block_in(&call, number).unwrap_or(Block::Other as u32)),
+/// Where a thread blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocked {
+    /// The system call; [`NO_CALL`] if there is none.
+    pub(crate) call: u32,
+    /// Index of the [`Block`] it waits for.
+    pub(crate) block: u32,
+    /// Its frame pointer in user space; 0 if that is not known.
+    pub(crate) frame_pointer: u64,
+}
+
+impl Blocked {
+    /// Nobody knows where.
+    pub(crate) const SOMEWHERE: Self = Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0 };
+
+    /// The current thread, when `sched_switch` takes it off its CPU.
+    #[inline(always)]
+    pub(crate) fn current(ctx: &BtfTracePointContext) -> Self {
+        let Some(&place) = REGISTERS.get(0).filter(|&&place| place != 0) else { return Self::SOMEWHERE };
+        let registers = CallInProgress::of_current(ctx, 1, place);
+        let frame_pointer = registers.frame_pointer().unwrap_or(0);
+        match registers.number() {
+            // Outside of any call a thread blocks only for its own memory.
+            None => Self { call: NO_CALL, block: Block::PageFault as u32, frame_pointer },
+            Some(call) => {
+                let block = block_in(&registers, call).unwrap_or(Block::Other as u32);
+                Self { call, block, frame_pointer }
+            }
+        }
     }
 }
 
@@ -60,7 +77,11 @@ fn block_in(call: &CallInProgress, number: u32) -> Option<u32> {
         if call.second()? == 0 {
             return Some(Block::Sleep as u32);
         }
-        u64::from(kernel::pointed::<u32>(call.first()?)?)
+        let file = OpenFile::of(kernel::pointed::<u32>(call.first()?)?)?;
+        if file.is_anonymous()? {
+            return Some(if has_end(call.third()?) { Block::Sleep } else { Block::Lock } as u32);
+        }
+        return Some(file.block()? as u32);
     } else if clue == Clue::Select as u8 {
         if call.first()? == 0 {
             return Some(Block::Sleep as u32);
@@ -70,6 +91,13 @@ fn block_in(call: &CallInProgress, number: u32) -> Option<u32> {
         return Some(clue.into());
     };
     Some(OpenFile::of(u32::try_from(descriptor).ok()?)?.block()? as u32)
+}
+
+/// Whether a timeout, in milliseconds or as a pointer, is one: neither negative nor null.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
+const fn has_end(timeout: u64) -> bool {
+    timeout != 0 && timeout as u32 != u32::MAX
 }
 
 /// The lowest descriptor in two sets, of the lowest 64.

@@ -189,6 +189,12 @@ impl CallInProgress {
         self.word(&LAYOUT.registers_third)
     }
 
+    /// The caller's frame pointer.
+    #[inline(always)]
+    pub(crate) fn frame_pointer(&self) -> Option<u64> {
+        self.word(&LAYOUT.registers_frame)
+    }
+
     #[inline(always)]
     fn word(&self, field: &'static u32) -> Option<u64> {
         // What this kernel does not have is past the end of all stacks, and cannot be read.
@@ -317,6 +323,13 @@ impl OpenFile {
     #[inline(always)]
     pub(crate) fn inode(self) -> Option<u64> {
         probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
+    }
+
+    /// Whether it is no file of any file system, but an `eventfd`, a `timerfd` or the like.
+    #[inline(always)]
+    pub(crate) fn is_anonymous(self) -> Option<bool> {
+        let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
+        Some(probe::<u16>(inode, offset(&LAYOUT.inode_mode))? & FILE_KINDS == 0)
     }
 
     /// What a thread waits for that is blocked on it.

@@ -62,6 +62,7 @@ pub(crate) fn probes() -> Result<ExitCode> {
                 Events::Btf(names) => names.join(" or "),
                 Events::Iterator(kind) => format!("demand, for every {}", kind.replace('_', "'s ")),
                 Events::OnDemand => "demand".into(),
+                Events::Runtime(place) => place.to_owned(),
                 Events::Waits(calls, names) => {
                     format!("{} (--reactor-calls {calls})", names.join(", "))
                 }

@@ -12,6 +12,7 @@ mod kernel;
 mod model;
 mod observation;
 mod probes;
+mod profiles;
 mod read;
 mod run;
 mod stacks;

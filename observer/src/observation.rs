@@ -28,6 +28,7 @@ use crate::{
     },
     probes::{
         self, When,
+        gc::{self, Collectors},
         listener::{self, Before},
         reactor::{self, Calls},
     },
@@ -77,6 +78,7 @@ pub(crate) struct Observation {
     maps: Maps,
     watcher: Watcher,
     stall_threshold: Duration,
+    collectors: Collectors,
     attached_ns: u64,
     /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
     unix_since_ns: Option<u64>,
@@ -145,6 +147,7 @@ impl Observation {
             maps,
             watcher: Watcher::new(selection.stall_threshold),
             stall_threshold: selection.stall_threshold,
+            collectors: Collectors::default(),
             attached_ns: clock::monotonic_ns(),
             unix_since_ns: None,
             unattributed_before: 0,
@@ -202,7 +205,7 @@ impl Observation {
         for &pid in &targets {
             // A process that exited before the programs could see it would stay for ever.
             if !process::is_there(pid) {
-                let gone = RawTarget { exited: 1 };
+                let gone = RawTarget { exited: 1, ..RawTarget::default() };
                 self.maps.targets.insert(pid, gone, 0)?;
             }
         }
@@ -278,12 +281,18 @@ impl Observation {
             if raw.exited != 0 {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
                 self.exited.push(known);
+                self.collectors.exited(&mut self.maps, pid, ENDED);
                 changed = true;
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
             } else if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
                 place.insert(Process::of(pid));
                 changed = true;
+            }
+            if raw.exited == 0
+                && let Some(missing) = self.collectors.refresh(&mut self.ebpf, &mut self.maps, pid, raw.execs)
+            {
+                self.note_missing(missing.source, missing.reason);
             }
         }
         self.collect_finished()?;
@@ -481,7 +490,8 @@ impl Observation {
         for (tgid, finished) in &self.finished {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
-        for (tid, raw) in maps::reactors(&self.maps.reactors) {
+        for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
+            raw.gc_ns += gc::in_progress(&self.maps, tid, &raw, clock::monotonic_ns());
             reactors.entry(raw.tgid).or_default().push(self.figures(tid, &raw));
         }
         let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
@@ -499,6 +509,11 @@ impl Observation {
                 exited,
                 listeners: numbered(listeners.remove(&process.pid).unwrap_or_default()),
                 reactors: mem::take(reactors.entry(process.pid).or_default()),
+                gc: if exited {
+                    self.collectors.final_figures(process.pid)
+                } else {
+                    self.collectors.figures(&self.maps, process.pid)
+                },
             })
             .collect();
         targets.sort_by_key(|target| target.pid);
@@ -518,7 +533,7 @@ impl Observation {
     fn figures(&mut self, tid: u32, raw: &RawReactor) -> Reactor {
         let now = clock::monotonic_ns();
         let threshold = self.stall_threshold.as_secs_f64();
-        let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns };
+        let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns, frame_pointer: 0 };
         let in_progress = Some(reactor::stall_in_progress(raw, now))
             .filter(|stall| reactor::is_in_slice(raw) && stall.seconds >= threshold);
         let present = in_progress.map(|stall| (stall, self.watcher.seen_so_far(slice)));

@@ -3,17 +3,20 @@
 
 mod accept;
 mod calls;
+mod causes;
 mod cli;
 mod container;
 mod drops;
 mod endpoint;
 mod exports;
 mod flood;
+mod gc;
 mod lag;
 mod listener;
 mod process;
 mod prometheus;
 mod reactor;
+mod reactors;
 mod ring;
 mod servers;
 mod stacks;

@@ -77,9 +77,11 @@ fn redis_with_a_million_keys_computes_while_it_lists_them() {
     assert!(stalls["count"].as_u64().unwrap() >= 3, "{stalls:#}");
     let computing = count_of(stalls, "cpu") + count_of(stalls, "runqueue");
     assert!(computing >= 3, "{stalls:#}");
-    let frames = stalls["sites"][0]["frames"].as_array().unwrap();
+    // Emulated, it takes longer to name functions for the first time than the next stall lasts.
+    let mut frames =
+        stalls["sites"].as_array().unwrap().iter().flat_map(|site| site["frames"].as_array().unwrap());
     let is_own = |frame: &Value| frame["module"].as_str().is_some_and(|module| module.starts_with("redis"));
-    assert!(frames.iter().any(is_own), "{stalls:#}");
+    assert!(frames.any(is_own), "{stalls:#}");
 }
 
 /// A loop that never comes back shows a growing lag within two seconds, wherever one looks.

@@ -32,9 +32,21 @@ const PROGRAMS: &[&str] = &[
 /// Debian's own: a version manager's Python lies in many places.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// Where Debian has gunicorn, and what that imports; of what else is installed there no server needs anything.
-const PYTHON_PACKAGES: &[&str] =
-    &["/usr/lib/python3/dist-packages/gunicorn", "/usr/lib/python3/dist-packages/pkg_resources"];
+/// Where Debian has gunicorn and what that imports, and uvloop; of what else is installed there no server needs anything.
+const PYTHON_PACKAGES: &[&str] = &[
+    "/usr/lib/python3/dist-packages/gunicorn",
+    "/usr/lib/python3/dist-packages/pkg_resources",
+    "/usr/lib/python3/dist-packages/uvloop",
+];
+
+/// Debian's Ruby, and where the packages have their files that it is asked to load.
+const RUBY: &str = "/usr/bin/ruby";
+const RUBY_LIBRARIES: &[&str] = &[
+    "/usr/lib/ruby",
+    "/usr/lib/x86_64-linux-gnu/ruby",
+    "/usr/lib/x86_64-linux-gnu/rubygems-integration",
+    "/usr/share/rubygems-integration",
+];
 
 const PASSWD: &str = "root:x:0:0:root:/tmp:/bin/sh
 www-data:x:33:33:www-data:/var/www:/bin/false
@@ -59,7 +71,8 @@ pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
         image.add_program(&path);
     }
     add_python(&mut image)?;
-    for folder in ["/etc/nginx", "/usr/lib/nginx", "/usr/share/nginx"] {
+    image.add_program(Path::new(RUBY));
+    for folder in RUBY_LIBRARIES.iter().chain(&["/etc/nginx", "/usr/lib/nginx", "/usr/share/nginx"]) {
         image.add_tree(Path::new(folder), &[]);
     }
 

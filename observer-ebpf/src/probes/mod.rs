@@ -2,6 +2,7 @@
 
 mod accept;
 mod connect;
+mod gc;
 mod listener;
 mod process;
 mod reactor;

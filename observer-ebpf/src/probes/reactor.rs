@@ -5,7 +5,7 @@ use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
     macros::{btf_tracepoint, map, tracepoint},
-    maps::{Array, HashMap, Queue, RingBuf},
+    maps::{Array, HashMap, RingBuf, Stack},
     programs::{BtfTracePointContext, TracePointContext},
 };
 use observer_common::{
@@ -14,9 +14,9 @@ use observer_common::{
     reactor::{Call, FOREVER, Kind, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall},
 };
 
-use super::process;
+use super::{gc, process};
 use crate::{
-    block,
+    block::Blocked,
     emit::{lost, record},
     kernel::{self, Off, Task},
 };
@@ -30,9 +30,9 @@ static REACTORS: HashMap<u32, Reactor> = HashMap::with_max_entries(MOST, 0);
 #[map]
 static BOARD: Array<Place> = Array::with_max_entries(PLACES, BPF_F_MMAPABLE);
 
-/// Places on the board that nobody has; filled by the loader.
+/// Places on the board that nobody has, the lowest on top; filled by the loader.
 #[map]
-static FREE_PLACES: Queue<u32> = Queue::with_max_entries(PLACES, 0);
+static FREE_PLACES: Stack<u32> = Stack::with_max_entries(PLACES, 0);
 
 /// Slices that were longer than the threshold.
 #[map]
@@ -269,6 +269,7 @@ impl Thread {
             let now = bpf_ktime_get_ns();
             if (*reactor).phase == Phase::Slice as u32 {
                 turn(reactor, Run::Cpu, now);
+                gc::slice_ends(reactor, now);
                 let length = now.saturating_sub((*reactor).phase_since_ns);
                 record(&raw mut (*reactor).slice, length);
                 post(reactor, 0);
@@ -312,13 +313,17 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
                 record(&raw mut (*reactor).reply, reply);
             }
         }
+        gc::slice_begins(reactor);
         (*reactor).phase = Phase::Slice as u32;
         (*reactor).phase_since_ns = now;
         (*reactor).run = Run::Cpu as u32;
         (*reactor).run_since_ns = now;
         (*reactor).parts_before_ns = (*reactor).parts_ns;
+        (*reactor).gc_at_start_ns = (*reactor).gc_ns;
         (*reactor).longest_block_ns = 0;
         (*reactor).longest_block_call = NO_CALL;
+        (*reactor).longest_queue_ns = 0;
+        (*reactor).longest_queue_after = 0;
         post(reactor, now);
     }
 }
@@ -357,9 +362,9 @@ unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
         for part in 0..PARTS {
             (*stall).parts_ns[part] = (*reactor).parts_ns[part] - (*reactor).parts_before_ns[part];
         }
-        (*stall).longest_block_ns = (*reactor).longest_block_ns;
+        (*stall).gc_ns = (*reactor).gc_ns - (*reactor).gc_at_start_ns;
         (*stall).longest_block_call = (*reactor).longest_block_call;
-        (*stall).reserved = 0;
+        (*stall).longest_queue_after = (*reactor).longest_queue_after;
     }
     // Rare, and fetched by the clock: waking the user side would cost more than all the rest.
     entry.submit(u64::from(BPF_RB_NO_WAKEUP));
@@ -443,14 +448,27 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
             turn(reactor, run, bpf_ktime_get_ns());
             if (*reactor).phase == Phase::Slice as u32 {
                 // Whoever is stopped waits for nothing, wherever that has met it.
-                let known = if off == Off::Blocked { block::of_switch(&ctx) } else { (NO_CALL, 0) };
-                ((*reactor).call, (*reactor).block) = known;
+                let at = if off == Off::Blocked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
+                (*reactor).call = at.call;
+                (*reactor).block = at.block;
+                if let Some(place) = BOARD.get_ptr_mut((*reactor).place) {
+                    (*place).frame_pointer = at.frame_pointer;
+                }
             }
         }
     }
     if let Some(reactor) = reactor_of(next) {
         // SAFETY: a live map value; its thread is here, going on its CPU.
-        unsafe { turn(reactor, Run::Cpu, bpf_ktime_get_ns()) };
+        unsafe {
+            let now = bpf_ktime_get_ns();
+            let queued = now.saturating_sub((*reactor).run_since_ns);
+            // Also in a wait, where it does no harm: the next slice starts afresh.
+            if (*reactor).run != Run::Blocked as u32 && queued > (*reactor).longest_queue_ns {
+                (*reactor).longest_queue_ns = queued;
+                (*reactor).longest_queue_after = previous;
+            }
+            turn(reactor, Run::Cpu, now);
+        }
     }
     0
 }
@@ -468,6 +486,19 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
         }
     }
     0
+}
+
+/// The current thread has collected garbage since that moment. What of that is in its slice counts as part of it.
+#[inline(always)]
+pub(super) fn collected(tid: u32, since: u64, now: u64) {
+    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
+        // SAFETY: a live map value that only this thread writes while it runs.
+        unsafe {
+            if (*reactor).phase == Phase::Slice as u32 {
+                (*reactor).gc_ns += now.saturating_sub(since.max((*reactor).phase_since_ns));
+            }
+        }
+    }
 }
 
 /// The figures of a thread that exits are final: a stranger may get its id next.

@@ -7,7 +7,7 @@ use observer_common::block::Block;
 
 use crate::model::{
     histogram::Histogram,
-    snapshot::{LATE, Listener, Look, Reactor, Snapshot, Target},
+    snapshot::{Gc, LATE, Listener, Look, Reactor, Snapshot, Target},
     stall::{Cause, Stalls},
 };
 
@@ -76,7 +76,7 @@ fn findings(target: &Target) -> Vec<String> {
             reactor_name(r),
             span(r.lag.max()),
             span(r.lag.mean()),
-            main_cause(r),
+            main_cause(r) + &of_which_gc(r),
             culprit(r)
         )
     });
@@ -100,6 +100,9 @@ fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }
+    if let Some(gc) = target.gc.as_ref().filter(|gc| gc.count > 0) {
+        write_gc(gc, out)?;
+    }
     for listener in &target.listeners {
         write_listener(listener, out)?;
     }
@@ -122,11 +125,28 @@ fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
         let parts = shares(reactor);
         let parts: Vec<_> =
             parts.iter().map(|(cause, share)| format!("{} {}", named(*cause), percent(*share))).collect();
-        writeln!(out, "    busy        {} of the time: {}", percent(utilization), parts.join(", "))?;
+        writeln!(
+            out,
+            "    busy        {} of the time: {}{}",
+            percent(utilization),
+            parts.join(", "),
+            of_which_gc(reactor)
+        )?;
     }
     writeln!(out, "    waits       {}, {} events", reactor.waits, reactor.events)?;
     if reactor.wakeup.count() > 0 {
         writeln!(out, "    wake-ups    {}{}", reactor.wakeup.count(), quantiles(&reactor.wakeup))?;
+    }
+    Ok(())
+}
+
+fn write_gc(gc: &Gc, out: &mut impl Write) -> Result<()> {
+    match (&gc.pause, gc.seconds) {
+        (Some(pause), _) => writeln!(out, "  gc            {} pauses{}", gc.count, quantiles(pause))?,
+        (None, Some(seconds)) => {
+            writeln!(out, "  gc            {} runs: {} together", gc.count, span(seconds))?
+        }
+        (None, None) => writeln!(out, "  gc            {} runs of unknown length", gc.count)?,
     }
     Ok(())
 }
@@ -198,7 +218,7 @@ fn reactor_name(reactor: &Reactor) -> String {
 fn shares(reactor: &Reactor) -> Vec<(Cause, f64)> {
     let split = &reactor.split_seconds;
     let total = split.total().max(f64::MIN_POSITIVE);
-    let all = Cause::ALL.into_iter().map(|cause| (cause, split.of(cause) / total));
+    let all = Cause::PARTS.into_iter().map(|cause| (cause, split.of(cause) / total));
     all.filter(|(cause, share)| *share >= 0.0005 || !matches!(cause, Cause::Blocked(_))).collect()
 }
 
@@ -213,6 +233,7 @@ const fn named(cause: Cause) -> &'static str {
         Cause::Blocked(Block::Sleep) => "asleep",
         Cause::Blocked(Block::PageFault) => "blocked by page faults",
         Cause::Blocked(Block::Other) => "blocked by something else",
+        Cause::Gc => "collecting garbage",
     }
 }
 
@@ -228,11 +249,17 @@ fn main_cause(reactor: &Reactor) -> String {
     parts.join(", ")
 }
 
-/// `; 62.0 % of that is cause_sleep (app/server.py:12)`, where the code is known that has the largest share.
+/// `; 62.0 % of the lag is in cause_sleep (app/server.py:12)`, where the code is known that has the largest share.
 fn culprit(reactor: &Reactor) -> String {
     let first =
         reactor.stalls.sites.first().and_then(|site| Some((site.lag_share, site.look.frames.first()?)));
-    first.map_or_else(String::new, |(share, frame)| format!("; {} of that in {frame}", percent(share)))
+    first.map_or_else(String::new, |(share, frame)| format!("; {} of the lag is in {frame}", percent(share)))
+}
+
+/// `; of which GC 12.0 %`, a share of busy time; empty if there was no collection in it.
+fn of_which_gc(reactor: &Reactor) -> String {
+    let gc = reactor.split_seconds.gc;
+    if gc > 0.0 { format!("; of which GC {}", percent(gc / reactor.busy_seconds)) } else { String::new() }
 }
 
 /// The places that account for most of the lag, with what was seen there.
@@ -247,11 +274,15 @@ fn write_stalls(stalls: &Stalls, out: &mut impl Write) -> Result<()> {
         )?;
     }
     for site in stalls.sites.iter().take(SITES) {
-        let call = site.syscall.as_ref().filter(|_| matches!(site.cause, Cause::Blocked(_)));
-        let call = call.map(|call| format!(" ({call})")).unwrap_or_default();
+        let detail = match site.cause {
+            Cause::Blocked(_) => &site.syscall,
+            Cause::Runqueue => &site.behind.as_ref().map(|thread| format!("behind {thread}")),
+            Cause::Cpu | Cause::Gc => &None,
+        };
+        let detail = detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
         writeln!(
             out,
-            "      {} of the lag: {} times, {} together, {}{call}",
+            "      {} of the lag: {} times, {} together, {}{detail}",
             percent(site.lag_share),
             site.count,
             span(site.seconds),

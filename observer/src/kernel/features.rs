@@ -4,7 +4,7 @@
 use aya::{maps::MapType, sys};
 use observer_common::ring::RingShape;
 
-use super::{layout, tracefs};
+use super::{layout, tracefs, uprobe};
 
 /// Something a kernel has or has not.
 pub(crate) struct Feature {
@@ -87,6 +87,13 @@ pub(crate) const FEATURES: &[Feature] = &[
             Ok(_) => Ok(()),
             Err(e) => Err(format!("{e:#}")),
         },
+    },
+    Feature {
+        name: "uprobes with counters",
+        since: "4.20",
+        required: false,
+        purpose: "garbage collections of CPython and V8, which go unseen without them",
+        probe: uprobe::is_supported,
     },
     Feature {
         name: "ring buffer",

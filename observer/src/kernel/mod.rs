@@ -7,3 +7,4 @@ pub(crate) mod features;
 pub(crate) mod layout;
 pub(crate) mod preflight;
 pub(crate) mod tracefs;
+pub(crate) mod uprobe;

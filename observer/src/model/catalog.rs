@@ -3,7 +3,7 @@
 
 use super::{
     histogram::Histogram,
-    snapshot::{Depths, Listener, Reactor, Snapshot, Target},
+    snapshot::{Depths, Gc, Listener, Reactor, Snapshot, Target},
     stall::Cause,
 };
 
@@ -63,6 +63,8 @@ pub(crate) enum Subject {
     Reactor,
     /// Processes.
     Target,
+    /// Processes, by what they run.
+    Program,
     /// Sources of figures.
     Source,
     /// observer itself, of which there is one.
@@ -76,6 +78,7 @@ impl Subject {
             Self::Listener => LISTENER.len(),
             Self::Reactor => REACTOR.len(),
             Self::Target => TARGET.len(),
+            Self::Program => PROGRAM.len(),
             Self::Source => SOURCE.len(),
             Self::Own => 0,
         }
@@ -85,7 +88,7 @@ impl Subject {
     pub(crate) const fn lasting_labels(self) -> &'static [usize] {
         match self {
             Self::Listener | Self::Reactor => &[0, 3],
-            Self::Target => &[0],
+            Self::Target | Self::Program => &[0],
             Self::Source => &[0, 1],
             Self::Own => &[],
         }
@@ -98,6 +101,7 @@ impl Family {
         let subjects = [
             (LISTENER, Subject::Listener),
             (REACTOR, Subject::Reactor),
+            (PROGRAM, Subject::Program),
             (TARGET, Subject::Target),
             (SOURCE, Subject::Source),
         ];
@@ -106,9 +110,10 @@ impl Family {
     }
 }
 
+const TARGET: &[&str] = &["pid", "comm", "container"];
 const LISTENER: &[&str] = &["pid", "comm", "container", "listener"];
 const REACTOR: &[&str] = &["pid", "comm", "container", "tid", "reactor"];
-const TARGET: &[&str] = &["pid", "comm", "container", "exe"];
+const PROGRAM: &[&str] = &["pid", "comm", "container", "exe"];
 const SOURCE: &[&str] = &["source", "reason"];
 
 /// All families, in the order of the reference page.
@@ -245,7 +250,7 @@ pub(crate) const CATALOG: &[Family] = &[
         labels: &["pid", "comm", "container", "tid", "reactor", "state", "cause"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
-                for cause in Cause::ALL {
+                for cause in Cause::PARTS {
                     let mut labels = reactor_labels(target, reactor);
                     labels.extend([cause.state().into(), cause.name().into()]);
                     sink(labels, Value::Number(reactor.split_seconds.of(cause)));
@@ -260,13 +265,20 @@ pub(crate) const CATALOG: &[Family] = &[
         labels: &["pid", "comm", "container", "tid", "reactor", "cause"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
-                for cause in Cause::ALL {
+                for cause in Cause::all() {
                     let mut labels = reactor_labels(target, reactor);
                     labels.push(cause.name().into());
                     sink(labels, count(reactor.stalls.count_of(cause)));
                 }
             }
         },
+    },
+    Family {
+        name: "observer_reactor_gc_seconds_total",
+        help: "Time between waits that went into garbage collections; part of the busy time, whatever its state.",
+        kind: Kind::Counter,
+        labels: REACTOR,
+        collect: |s, sink| reactors(s, sink, |r| Value::Number(r.split_seconds.gc)),
     },
     Family {
         name: "observer_reactor_waits_total",
@@ -296,10 +308,31 @@ pub(crate) const CATALOG: &[Family] = &[
         },
     },
     Family {
+        name: "observer_gc_pause_seconds",
+        help: "How long each garbage collection kept its thread, where that is known of each.",
+        kind: Kind::Histogram,
+        labels: TARGET,
+        collect: |s, sink| collectors(s, sink, |gc| gc.pause.as_ref().map(Value::Histogram)),
+    },
+    Family {
+        name: "observer_gc_total",
+        help: "Garbage collections.",
+        kind: Kind::Counter,
+        labels: TARGET,
+        collect: |s, sink| collectors(s, sink, |gc| Some(count(gc.count))),
+    },
+    Family {
+        name: "observer_gc_seconds_total",
+        help: "Time that garbage collections took.",
+        kind: Kind::Counter,
+        labels: TARGET,
+        collect: |s, sink| collectors(s, sink, |gc| gc.seconds.map(Value::Number)),
+    },
+    Family {
         name: "observer_target_info",
         help: "A process under observation; always 1, but for processes that are told together.",
         kind: Kind::Gauge(Together::Sum),
-        labels: TARGET,
+        labels: PROGRAM,
         collect: |s, sink| {
             for target in live(s) {
                 let mut labels = target_labels(target);
@@ -366,6 +399,14 @@ fn live_reactors(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Reactor
 
 fn target_labels(target: &Target) -> Vec<String> {
     vec![target.pid.to_string(), target.comm.clone(), target.container.clone().unwrap_or_default()]
+}
+
+fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'g> fn(&'g Gc) -> Option<Value<'g>>) {
+    for target in live(snapshot) {
+        if let Some(figure) = target.gc.as_ref().and_then(figure) {
+            sink(target_labels(target), figure);
+        }
+    }
 }
 
 fn reactor_labels(target: &Target, reactor: &Reactor) -> Vec<String> {

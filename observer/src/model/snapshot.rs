@@ -51,6 +51,19 @@ pub(crate) struct Target {
     pub(crate) listeners: Vec<Listener>,
     /// Its threads that wait for events.
     pub(crate) reactors: Vec<Reactor>,
+    /// Garbage collections of its runtime; `None` if it has no such, or nobody knows how to watch it.
+    pub(crate) gc: Option<Gc>,
+}
+
+/// Garbage collections of a process.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Gc {
+    /// How many there were.
+    pub(crate) count: u64,
+    /// How long they took together; `None` if the runtime counts them without measuring.
+    pub(crate) seconds: Option<f64>,
+    /// How long each kept its thread, in seconds; `None` where only totals are known.
+    pub(crate) pause: Option<Histogram>,
 }
 
 /// A listening socket and its accept queue.
@@ -189,6 +202,8 @@ pub(crate) struct Split {
     pub(crate) runqueue: f64,
     /// Blocked.
     pub(crate) blocked: Blocked,
+    /// Of all these, what went into garbage collections.
+    pub(crate) gc: f64,
 }
 
 impl Split {
@@ -203,6 +218,7 @@ impl Split {
             Cause::Blocked(Block::Sleep) => self.blocked.sleep,
             Cause::Blocked(Block::PageFault) => self.blocked.page_fault,
             Cause::Blocked(Block::Other) => self.blocked.other,
+            Cause::Gc => self.gc,
         }
     }
 
@@ -216,11 +232,12 @@ impl Split {
         self.blocked.sleep += other.blocked.sleep;
         self.blocked.page_fault += other.blocked.page_fault;
         self.blocked.other += other.blocked.other;
+        self.gc += other.gc;
     }
 
     /// All parts together.
     pub(crate) fn total(&self) -> f64 {
-        Cause::ALL.into_iter().map(|cause| self.of(cause)).sum()
+        Cause::PARTS.into_iter().map(|cause| self.of(cause)).sum()
     }
 }
 

@@ -25,11 +25,13 @@ pub(crate) enum Cause {
     Runqueue,
     /// It waited for something.
     Blocked(Block),
+    /// It, or another thread in its way, collected garbage: a part of the others.
+    Gc,
 }
 
 impl Cause {
-    /// All of them, in the order in which they are shown.
-    pub(crate) const ALL: [Self; 8] = [
+    /// Those that add up to the whole, in the order in which they are shown.
+    pub(crate) const PARTS: [Self; 8] = [
         Self::Cpu,
         Self::Runqueue,
         Self::Blocked(Block::Lock),
@@ -40,10 +42,18 @@ impl Cause {
         Self::Blocked(Block::Other),
     ];
 
-    /// The largest part.
+    /// All of them.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        Self::PARTS.into_iter().chain([Self::Gc])
+    }
+
+    /// The largest part, with collections taken out of the time on a CPU.
     pub(crate) fn of(split: &Split) -> Self {
-        let largest = Self::ALL.into_iter().max_by(|a, b| split.of(*a).total_cmp(&split.of(*b)));
-        largest.expect("there are causes")
+        let own = |cause: Self| match cause {
+            Self::Cpu => split.cpu - split.gc,
+            other => split.of(other),
+        };
+        Self::all().max_by(|a, b| own(*a).total_cmp(&own(*b))).expect("there are causes")
     }
 
     /// As labels and reports have it.
@@ -57,20 +67,21 @@ impl Cause {
             Self::Blocked(Block::Sleep) => "sleep",
             Self::Blocked(Block::PageFault) => "page_fault",
             Self::Blocked(Block::Other) => "other",
+            Self::Gc => "gc",
         }
     }
 
-    /// What the scheduler makes of it: `cpu`, `runqueue` or `blocked`.
+    /// What the scheduler makes of it: `cpu`, `runqueue` or `blocked`. Collections compute, most of the time.
     pub(crate) const fn state(self) -> &'static str {
         match self {
-            Self::Cpu => "cpu",
+            Self::Cpu | Self::Gc => "cpu",
             Self::Runqueue => "runqueue",
             Self::Blocked(_) => "blocked",
         }
     }
 
     fn index(self) -> usize {
-        Self::ALL.iter().position(|cause| *cause == self).expect("one of all")
+        Self::all().position(|cause| cause == self).expect("one of all")
     }
 }
 
@@ -91,6 +102,9 @@ pub(crate) struct Stall {
     pub(crate) cause: Cause,
     /// The system call it was blocked in for longest; `None` if it did not block, or for its memory.
     pub(crate) syscall: Option<String>,
+    /// The thread that had the CPU before it after its longest wait for one: `stress (thread 4242)`; `None` if there was
+    /// none.
+    pub(crate) behind: Option<String>,
     /// Where the time went.
     pub(crate) split_seconds: Split,
     /// Which of the sites it belongs to.
@@ -110,6 +124,8 @@ pub(crate) struct Site {
     pub(crate) cause: Cause,
     /// The system call that the latest of them was blocked in for longest.
     pub(crate) syscall: Option<String>,
+    /// The thread that had the CPU before the latest of them after its longest wait for one.
+    pub(crate) behind: Option<String>,
     /// Where their time went.
     pub(crate) split_seconds: Split,
     /// What was seen of them: the code, or why it is not known.
@@ -136,9 +152,9 @@ pub(crate) struct Stalls {
     pub(crate) count: u64,
     /// How long they were together.
     pub(crate) seconds: f64,
-    /// How many by [`Cause::ALL`].
+    /// How many by [`Cause::all`].
     #[serde(skip)]
-    counts: [u64; Cause::ALL.len()],
+    counts: [u64; Cause::PARTS.len() + 1],
     /// The places, the one with the largest share of the lag first. A slice that is still going on counts as well.
     pub(crate) sites: Vec<Site>,
     /// The latest stalls, oldest first.
@@ -186,6 +202,7 @@ impl Stalls {
                     lag_share: 0.0,
                     cause,
                     syscall,
+                    behind: None,
                     split_seconds: Split::default(),
                     look,
                     weight: 0.0,
@@ -201,6 +218,9 @@ impl Stalls {
         site.cause = Cause::of(&site.split_seconds);
         if matches!(stall.cause, Cause::Blocked(_)) {
             site.syscall.clone_from(&stall.syscall);
+        }
+        if stall.behind.is_some() {
+            site.behind.clone_from(&stall.behind);
         }
         place
     }
@@ -234,7 +254,7 @@ mod tests {
 
     fn stall(seconds: f64, split_seconds: Split) -> Stall {
         let cause = Cause::of(&split_seconds);
-        Stall { start: String::new(), seconds, cause, syscall: None, split_seconds, site: 0 }
+        Stall { start: String::new(), seconds, cause, syscall: None, behind: None, split_seconds, site: 0 }
     }
 
     fn look(function: &str, line: u32) -> Look {
@@ -248,6 +268,8 @@ mod tests {
         assert_eq!(Cause::of(&split), Cause::Cpu);
         split.blocked.disk = 0.4;
         assert_eq!(Cause::of(&split).name(), "disk");
+        split.gc = 0.5;
+        assert_eq!(Cause::of(&split), Cause::Gc);
     }
 
     #[test]

@@ -4,13 +4,14 @@
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Btf, BtfError, Ebpf,
-    programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, TracePoint},
+    programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, TracePoint, UProbe},
 };
 
 use crate::{kernel::tracefs, model::snapshot::Missing};
 
 pub(crate) mod accept;
 pub(crate) mod connect;
+pub(crate) mod gc;
 pub(crate) mod listener;
 pub(crate) mod process;
 pub(crate) mod reactor;
@@ -43,6 +44,8 @@ pub(crate) enum When {
     RingsUnderstood,
     /// A target that listens on a unix socket.
     UnixListener,
+    /// A target whose runtime's garbage collector can be probed.
+    Collector,
 }
 
 /// A program and where it is attached.
@@ -65,6 +68,8 @@ pub(crate) enum Events {
     Iterator(&'static str),
     /// None: the program is run when the loader wants it, with arguments.
     OnDemand,
+    /// None: the program is attached to places in targets' runtimes, which profiles name.
+    Runtime(&'static str),
 }
 
 /// How much of the verifier's log an error shows.
@@ -72,7 +77,7 @@ const VERIFIER_LINES: usize = 5;
 
 /// All probes, in the order in which they are attached.
 pub(crate) const PROBES: &[Probe] =
-    &[process::PROBE, listener::PROBE, accept::PROBE, ring::PROBE, connect::PROBE, reactor::PROBE];
+    &[process::PROBE, listener::PROBE, accept::PROBE, ring::PROBE, connect::PROBE, gc::PROBE, reactor::PROBE];
 
 /// Loads and attaches the programs of the probes that wait for this, of waits those for the given calls. Tells which
 /// optional tracepoints the running kernel lacks. What is attached stays so until `ebpf` is dropped.
@@ -102,7 +107,7 @@ pub(crate) fn attach(ebpf: &mut Ebpf, when: When, calls: &[Calls]) -> Result<Vec
                     attach_plain(program.try_into()?, "syscalls", name, true, &mut missing)?;
                 }
             }
-            Events::Iterator(_) | Events::OnDemand => {}
+            Events::Iterator(_) | Events::OnDemand | Events::Runtime(_) => {}
         }
     }
     Ok(missing)
@@ -133,6 +138,7 @@ fn load(program: &mut Program, hook: &Hook, btf: &Btf) -> Result<(), ProgramErro
         Events::Btf(names) => load_for_first(program.try_into()?, names, btf),
         Events::Iterator(kind) => TryInto::<&mut Iter>::try_into(program)?.load(kind, btf),
         Events::OnDemand => TryInto::<&mut RawTracePoint>::try_into(program)?.load(),
+        Events::Runtime(_) => TryInto::<&mut UProbe>::try_into(program)?.load(),
         Events::Plain(_) | Events::Waits(..) => TryInto::<&mut TracePoint>::try_into(program)?.load(),
     }
 }

@@ -7,9 +7,10 @@ pub(super) const PROBE: Probe = Probe {
     purpose: "which processes are targets: children that targets fork join, processes that exit leave",
     since: "5.5",
     when: When::Always,
-    cost: "every fork and exit on the machine; one look-up for a stranger's",
+    cost: "every fork, exec and exit on the machine; one look-up for a stranger's",
     hooks: &[
         Hook { program: "process_fork", events: Events::Btf(&["sched_process_fork"]) },
+        Hook { program: "process_exec", events: Events::Btf(&["sched_process_exec"]) },
         Hook { program: "process_exit", events: Events::Btf(&["sched_process_exit"]) },
     ],
 };

@@ -24,6 +24,7 @@ use crate::{
         snapshot::{Blocked, Reactor, Split},
         stall::{Cause, Stall, Stalls},
     },
+    target::process,
 };
 
 /// Calls that event loops wait with, as people choose among them.
@@ -180,14 +181,14 @@ pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now
         lag: lag(raw, prober, now),
         slice,
         wakeup: Histogram::from(&raw.wakeup),
-        split_seconds: split(&parts_ns),
+        split_seconds: split(&parts_ns, raw.gc_ns),
         stalls: Stalls::default(),
         exited: is_final(raw),
     }
 }
 
-/// Times by part, as the programs keep them.
-fn split(parts_ns: &[u64; PARTS]) -> Split {
+/// Times by part, as the programs keep them, and what of them went into collections.
+fn split(parts_ns: &[u64; PARTS], gc_ns: u64) -> Split {
     let time = |run: Run| seconds(parts_ns[run as usize]);
     let blocked = |block: Block| seconds(parts_ns[Run::Blocked as usize + block as usize]);
     Split {
@@ -201,17 +202,19 @@ fn split(parts_ns: &[u64; PARTS]) -> Split {
             page_fault: blocked(Block::PageFault),
             other: blocked(Block::Other),
         },
+        gc: seconds(gc_ns),
     }
 }
 
 /// A stall that has ended.
 pub(crate) fn stall(raw: &RawStall) -> Stall {
-    let split_seconds = split(&raw.parts_ns);
+    let split_seconds = split(&raw.parts_ns, raw.gc_ns);
     Stall {
         start: clock::written(raw.start_ns),
         seconds: seconds(raw.length_ns),
         cause: Cause::of(&split_seconds),
         syscall: call_name(raw.longest_block_call),
+        behind: (raw.longest_queue_after != 0).then(|| process::described(raw.longest_queue_after)),
         split_seconds,
         site: 0,
     }
@@ -234,9 +237,9 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
         start_ns: raw.phase_since_ns,
         length_ns: now.saturating_sub(raw.phase_since_ns),
         parts_ns,
-        longest_block_ns: raw.longest_block_ns,
+        gc_ns: raw.gc_ns.saturating_sub(raw.gc_at_start_ns),
         longest_block_call: if is_longest { raw.call } else { raw.longest_block_call },
-        reserved: 0,
+        longest_queue_after: raw.longest_queue_after,
     })
 }
 

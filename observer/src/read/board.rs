@@ -15,7 +15,7 @@ pub(crate) struct Board {
 }
 
 /// A slice in progress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct InSlice {
     /// The thread.
     pub(crate) tid: u32,
@@ -23,6 +23,15 @@ pub(crate) struct InSlice {
     pub(crate) pid: u32,
     /// When it began, monotonic nanoseconds.
     pub(crate) since_ns: u64,
+    /// Frame pointer that the thread had when it last blocked in it; 0 if that is not known.
+    pub(crate) frame_pointer: u64,
+}
+
+impl InSlice {
+    /// Whether it is the same slice, seen again.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        (self.tid, self.since_ns) == (other.tid, other.since_ns)
+    }
 }
 
 impl Board {
@@ -44,18 +53,20 @@ impl Board {
     /// Slices in progress.
     pub(crate) fn in_slices(&self) -> impl Iterator<Item = InSlice> + '_ {
         let first: *const Place = self.memory.as_ptr().cast();
-        (1..PLACES as usize).filter_map(move |place| {
+        let places = (1..PLACES as usize).map(move |place| {
             // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; any bytes are a `Place`.
             // Volatile, because the programs write there meanwhile: each field by itself is whole.
-            let (since_ns, tid, pid) = unsafe {
+            unsafe {
                 let place = first.add(place);
-                (
-                    (&raw const (*place).since_ns).read_volatile(),
-                    (&raw const (*place).tid).read_volatile(),
-                    (&raw const (*place).tgid).read_volatile(),
-                )
-            };
-            (since_ns != 0).then_some(InSlice { tid, pid, since_ns })
-        })
+                InSlice {
+                    tid: (&raw const (*place).tid).read_volatile(),
+                    pid: (&raw const (*place).tgid).read_volatile(),
+                    since_ns: (&raw const (*place).since_ns).read_volatile(),
+                    frame_pointer: (&raw const (*place).frame_pointer).read_volatile(),
+                }
+            }
+        });
+        // Places are given away in their order: behind the first that nobody has had yet there are no others.
+        places.take_while(|slice| slice.tid != 0).filter(|slice| slice.since_ns != 0)
     }
 }

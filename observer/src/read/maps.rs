@@ -4,11 +4,13 @@
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, Stack},
 };
 use nix::libc;
 use observer_common::{
     accept::{Accepting, Arrival, PortKey},
+    gc::{Begun, Totals},
+    histogram::Histogram,
     listener::Listener,
     loss::Loss,
     process::Target,
@@ -44,16 +46,24 @@ pub(crate) struct Maps {
     /// Slices in progress.
     pub(crate) board: Board,
     /// Places on the board that nobody has.
-    free_places: Queue<MapData, u32>,
+    free_places: Stack<MapData, u32>,
     stalls: RingBuf<MapData>,
+    /// Pauses for garbage collections, by process id.
+    pub(crate) gc_pauses: HashMap<MapData, u32, Histogram>,
+    /// Collections in progress, by thread id.
+    pub(crate) gc_begun: HashMap<MapData, u32, Begun>,
+    /// Totals that runtimes keep themselves, by process id.
+    pub(crate) gc_totals: HashMap<MapData, u32, Totals>,
+    /// Whether there have been any.
+    pub(crate) gc_totals_used: Array<MapData, u32>,
     losses: PerCpuArray<MapData, u64>,
 }
 
 impl Maps {
     /// Takes the maps over from the loader.
     pub(crate) fn take(ebpf: &mut Ebpf) -> Result<Self> {
-        let mut free_places = Queue::try_from(take(ebpf, "FREE_PLACES")?)?;
-        for place in 1..PLACES {
+        let mut free_places = Stack::try_from(take(ebpf, "FREE_PLACES")?)?;
+        for place in (1..PLACES).rev() {
             free_places.push(place, 0)?;
         }
         Ok(Self {
@@ -68,6 +78,10 @@ impl Maps {
             board: Board::of(take(ebpf, "BOARD")?)?,
             free_places,
             stalls: RingBuf::try_from(take(ebpf, "STALLS")?)?,
+            gc_pauses: HashMap::try_from(take(ebpf, "GC_PAUSES")?)?,
+            gc_begun: HashMap::try_from(take(ebpf, "GC_BEGUN")?)?,
+            gc_totals: HashMap::try_from(take(ebpf, "GC_TOTALS")?)?,
+            gc_totals_used: Array::try_from(take(ebpf, "GC_TOTALS_USED")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
         })
     }

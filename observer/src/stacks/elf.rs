@@ -6,16 +6,17 @@ use anyhow::{Context as _, Result};
 use memmap2::{Mmap, MmapMut};
 use object::{
     LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _,
-    read::elf::ElfFile64,
+    elf::FileHeader64,
+    read::elf::{ElfFile64, NoteIterator},
 };
 use procfs::process::MemoryMap;
 
 /// A 64-bit ELF file.
-pub(super) struct Elf(Arc<Mmap>);
+pub(crate) struct Elf(Arc<Mmap>);
 
 impl Elf {
     /// Maps a file.
-    pub(super) fn open(file: &File) -> Result<Self> {
+    pub(crate) fn open(file: &File) -> Result<Self> {
         // SAFETY: the bytes are only read, through bounds-checked parsers. Whoever shortens a file that is being
         // executed gets the program that executes it killed, and this one: the same trust.
         let map = unsafe { Mmap::map(file) }.context("cannot map it")?;
@@ -39,30 +40,82 @@ impl Elf {
     }
 
     /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
-    pub(super) fn bias(&self, map: &MemoryMap) -> Option<u64> {
+    pub(crate) fn bias(&self, map: &MemoryMap) -> Option<u64> {
         let file = self.parsed();
-        let address = file.segments().find_map(|segment| {
+        let parts = file.segments().filter_map(|segment| {
             let (offset, size) = segment.file_range();
             // A mapping starts at the page its segment starts in.
             let page = offset - offset % segment.align().max(1);
-            (page..offset + size).contains(&map.offset).then(|| segment.address() - offset + map.offset)
-        })?;
+            let is_here = (page..offset + size).contains(&map.offset);
+            is_here.then(|| (page, segment.address() - offset + map.offset))
+        });
+        // Where one segment ends in the page that another begins in, a mapping of that page is the latter's.
+        let (_, address) = parts.max_by_key(|&(page, _)| page)?;
         Some(map.address.0.wrapping_sub(address))
     }
 
     /// Addresses in the file of symbols it defines; exported ones, else those left for debuggers.
-    pub(super) fn symbols<const N: usize>(&self, names: [&str; N]) -> [Option<u64>; N] {
-        let file = self.parsed();
+    pub(crate) fn symbols<const N: usize>(&self, names: [&str; N]) -> [Option<u64>; N] {
         let mut found = [None; N];
+        self.find_symbols(&names, &mut found);
+        found
+    }
+
+    /// The same of any number of symbols.
+    pub(crate) fn all_symbols(&self, names: &[&str]) -> Vec<Option<u64>> {
+        let mut found = vec![None; names.len()];
+        self.find_symbols(names, &mut found);
+        found
+    }
+
+    fn find_symbols(&self, names: &[&str], found: &mut [Option<u64>]) {
+        let file = self.parsed();
         for symbol in file.dynamic_symbols().chain(file.symbols()).filter(|symbol| symbol.is_definition()) {
             let Ok(name) = symbol.name_bytes() else { continue };
-            for (wanted, address) in names.iter().zip(&mut found) {
+            for (wanted, address) in names.iter().zip(&mut *found) {
                 if address.is_none() && wanted.as_bytes() == name {
                     *address = Some(symbol.address());
                 }
             }
             if found.iter().all(Option::is_some) {
                 break;
+            }
+        }
+    }
+
+    /// Place in the file of what has this address.
+    pub(crate) fn file_offset(&self, address: u64) -> Option<u64> {
+        self.parsed().segments().find_map(|segment| {
+            let (offset, size) = segment.file_range();
+            let inside = address.checked_sub(segment.address()).filter(|&inside| inside < size)?;
+            Some(offset + inside)
+        })
+    }
+
+    /// So many bytes of code, or what else is at an address.
+    pub(crate) fn code(&self, address: u64, length: u64) -> Option<&[u8]> {
+        let file = self.parsed();
+        file.segments().find_map(|segment| segment.data_range(address, length).ok()?)
+    }
+
+    /// Places of a probe that the file itself has in its code, as `.note.stapsdt` lists them.
+    pub(crate) fn usdt(&self, provider: &str, name: &str) -> Vec<Usdt> {
+        let wanted = [provider.as_bytes(), name.as_bytes()].map(|part| [part, &[0]].concat()).concat();
+        let file = self.parsed();
+        let base = file.section_by_name(".stapsdt.base").map(|section| section.address());
+        let Some((_, notes)) = self.section(b".note.stapsdt") else { return Vec::new() };
+        let Ok(mut notes) = NoteIterator::<FileHeader64<LittleEndian>>::new(LittleEndian, 4, &notes) else {
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        while let Ok(Some(note)) = notes.next() {
+            let Some((numbers, words)) = note.desc().split_first_chunk::<24>() else { continue };
+            if note.name() == b"stapsdt" && note.n_type(LittleEndian) == 3 && words.starts_with(&wanted) {
+                let word = |n: usize| u64::from_le_bytes(*numbers[n..].first_chunk().expect("one of three"));
+                // Whoever moved the file's sections has not corrected its notes.
+                let moved = base.map_or(0, |base| base.wrapping_sub(word(8)));
+                let semaphore = if word(16) == 0 { 0 } else { word(16).wrapping_add(moved) };
+                found.push(Usdt { location: word(0).wrapping_add(moved), semaphore });
             }
         }
         found
@@ -74,11 +127,7 @@ impl Elf {
         /// How much of the function is looked at, in bytes.
         const BEGINNING: u64 = 64;
 
-        let file = self.parsed();
-        let text = file
-            .segments()
-            .find(|segment| (segment.address()..segment.address() + segment.size()).contains(&function))?;
-        let code = text.data_range(function, BEGINNING).ok()??;
+        let code = self.code(function, BEGINNING)?;
         let size = before.len() + 4 + after.len();
         let (at, found) = code
             .windows(size)
@@ -99,6 +148,15 @@ impl Elf {
         let addresses = section.address()..section.address() + section.size();
         Some((addresses, Bytes { file: self.0.clone(), range }))
     }
+}
+
+/// One place of a probe that a file has in its code; addresses in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Usdt {
+    /// The instruction.
+    pub(crate) location: u64,
+    /// The counter of those who watch, 16 bits; 0 if there is none.
+    pub(crate) semaphore: u64,
 }
 
 /// Part of a mapped file, which it keeps mapped.

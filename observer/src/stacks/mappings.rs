@@ -11,15 +11,15 @@ use std::{
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 /// Which file it is: major and minor number of its device, and its inode.
-pub(super) type FileId = ((i32, i32), u64);
+pub(crate) type FileId = ((i32, i32), u64);
 
 /// When a file was last changed, in seconds and nanoseconds: inodes are used again for other files.
-pub(super) type Version = (i64, i64);
+pub(crate) type Version = (i64, i64);
 
 /// All mappings of a process, as they were when asked for.
 pub(crate) struct Mappings {
     /// Their process.
-    pub(super) pid: u32,
+    pub(crate) pid: u32,
     /// In order of address, never overlapping.
     maps: Vec<MemoryMap>,
 }
@@ -49,14 +49,14 @@ impl Mappings {
     }
 
     /// One mapping of code for each file that has any.
-    pub(super) fn modules(&self) -> impl Iterator<Item = &MemoryMap> {
+    pub(crate) fn modules(&self) -> impl Iterator<Item = &MemoryMap> {
         let mut seen = BTreeSet::new();
         let code = self.maps.iter().filter(|map| map.perms.contains(MMPermissions::EXECUTE));
         code.filter(move |map| matches!(map.pathname, MMapPath::Path(_)) && seen.insert(file_id(map)))
     }
 
     /// Which of all files that had the inode is mapped; `None` if there is no file or nobody may look.
-    pub(super) fn version(&self, map: &MemoryMap) -> Option<Version> {
+    pub(crate) fn version(&self, map: &MemoryMap) -> Option<Version> {
         let MMapPath::Path(path) = &map.pathname else { return None };
         let metadata =
             fs::metadata(self.by_range_path(map)).or_else(|_| fs::metadata(inside(self.pid, path)));
@@ -70,7 +70,7 @@ impl Mappings {
     }
 
     /// Opens the file behind a mapping, and no other that has taken its name since.
-    pub(super) fn open(&self, map: &MemoryMap) -> io::Result<File> {
+    pub(crate) fn open(&self, map: &MemoryMap) -> io::Result<File> {
         File::open(self.by_range_path(map)).or_else(|_| self.open_by_name(map))
     }
 
@@ -100,12 +100,12 @@ pub(super) fn inside(pid: u32, path: &Path) -> PathBuf {
 }
 
 /// Which file is mapped.
-pub(super) fn file_id(map: &MemoryMap) -> FileId {
+pub(crate) fn file_id(map: &MemoryMap) -> FileId {
     (map.dev, map.inode)
 }
 
 /// What people call the module a mapping belongs to; `None` for code that was made at run time.
-pub(super) fn module_name(map: &MemoryMap) -> Option<String> {
+pub(crate) fn module_name(map: &MemoryMap) -> Option<String> {
     match &map.pathname {
         MMapPath::Path(path) => {
             let name = path.file_name()?.to_string_lossy();

@@ -44,7 +44,7 @@ impl Live {
     }
 
     /// A C string that must be there and be one.
-    pub(super) fn c_string(&self, address: u64, what: &str) -> Result<String> {
+    pub(crate) fn c_string(&self, address: u64, what: &str) -> Result<String> {
         let mut bytes = Vec::new();
         while bytes.len() < STRING_MAX {
             // To the end of a cache line, so that no read crosses into a page that may be missing.

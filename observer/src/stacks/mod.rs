@@ -1,7 +1,8 @@
 //! What a stalled thread was doing, as frames people can read: native ones from registers and stack memory, and
 //! those of interpreters from the process's own data. Only reads; the observed process is never stopped.
 
-mod elf;
+pub(crate) mod code;
+pub(crate) mod elf;
 pub(crate) mod interpreter;
 pub(crate) mod mappings;
 pub(crate) mod memory;

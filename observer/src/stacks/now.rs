@@ -17,7 +17,10 @@ use super::{
     symbols::Symbols,
     unwind::{Registers, Unwinder},
 };
-use crate::model::{frame::Frame, snapshot::Look};
+use crate::{
+    model::{frame::Frame, snapshot::Look},
+    read::board::InSlice,
+};
 
 /// How long a process is taken to run the program that it was found to run; one that has another before fails to be
 /// read, and is looked at anew.
@@ -44,13 +47,14 @@ pub(super) enum Sight {
 
 impl Looker {
     /// Looks at a thread, which takes some 40 ms where code is met for the first time, and one or two later.
-    pub(super) fn look(&mut self, pid: u32, tid: u32) -> Sight {
+    pub(super) fn look(&mut self, slice: InSlice) -> Sight {
+        let InSlice { pid, tid, .. } = slice;
         match self.interpreted(pid, tid) {
             Ok(Some(frames)) => {
                 Sight::Stack(Look { frames, kernel: kernel_functions(pid, tid), missing: None })
             }
-            Ok(None) => self.native(pid, tid, None),
-            Err(why) => self.native(pid, tid, Some(format!("{why:#}"))),
+            Ok(None) => self.native(slice, None),
+            Err(why) => self.native(slice, Some(format!("{why:#}"))),
         }
     }
 
@@ -85,19 +89,24 @@ impl Looker {
     }
 
     /// Native functions of a thread, for want of better ones for this reason.
-    fn native(&mut self, pid: u32, tid: u32, why_native: Option<String>) -> Sight {
-        let (frames, cut) = match self.unwound(pid, tid) {
+    fn native(&mut self, slice: InSlice, why_native: Option<String>) -> Sight {
+        let (frames, cut) = match self.unwound(slice) {
             Ok(Some(unwound)) => unwound,
             Ok(None) => return Sight::Running,
             Err(why) => (Vec::new(), Some(format!("{why:#}"))),
         };
-        Sight::Stack(Look { frames, kernel: kernel_functions(pid, tid), missing: why_native.or(cut) })
+        Sight::Stack(Look {
+            frames,
+            kernel: kernel_functions(slice.pid, slice.tid),
+            missing: why_native.or(cut),
+        })
     }
 
     /// Functions of a blocked thread, innermost first, and why the outermost are missing; `None` if it runs.
-    fn unwound(&mut self, pid: u32, tid: u32) -> Result<Option<(Vec<Frame>, Option<String>)>> {
+    fn unwound(&mut self, slice: InSlice) -> Result<Option<(Vec<Frame>, Option<String>)>> {
+        let InSlice { pid, tid, frame_pointer, .. } = slice;
         let call = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).context("it is gone")?;
-        let Some(registers) = blocked_at(&call) else { return Ok(None) };
+        let Some(registers) = blocked_at(&call, frame_pointer) else { return Ok(None) };
         let (mappings, memory) = (Mappings::of(pid)?, Live::of(pid)?);
         let stack = self.unwinder.unwind(registers, &memory, &mappings);
         Ok(Some((self.symbols.of_process(&mappings, &stack.addresses), stack.cut)))
@@ -113,12 +122,12 @@ fn kernel_functions(pid: u32, tid: u32) -> Vec<String> {
 }
 
 /// Understands `/proc/PID/task/TID/syscall`, which ends in the stack and instruction pointers; `running` otherwise. The
-/// frame pointer it does not tell: where the tables ask for that, the stack ends.
-fn blocked_at(call: &str) -> Option<Registers> {
+/// frame pointer it does not tell: where the programs could not either, and the tables ask for it, the stack ends.
+fn blocked_at(call: &str, frame_pointer: u64) -> Option<Registers> {
     let mut words =
         call.split_whitespace().rev().map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok());
     let (ip, sp) = (words.next()??, words.next()??);
-    Some(Registers { ip, sp, bp: 0 })
+    Some(Registers { ip, sp, bp: frame_pointer })
 }
 
 #[cfg(test)]
@@ -127,9 +136,9 @@ mod tests {
 
     #[test]
     fn the_last_two_words_are_registers() {
-        let registers = blocked_at("35 0x1 0x2 0x0 0x0 0x0 0x0 0x7ffc10 0x7f0020\n").unwrap();
-        assert_eq!((registers.sp, registers.ip), (0x7f_fc10, 0x7f_0020));
-        assert!(blocked_at("running\n").is_none());
+        let registers = blocked_at("35 0x1 0x2 0x0 0x0 0x0 0x0 0x7ffc10 0x7f0020\n", 8).unwrap();
+        assert_eq!((registers.sp, registers.ip, registers.bp), (0x7f_fc10, 0x7f_0020, 8));
+        assert!(blocked_at("running\n", 8).is_none());
     }
 
     #[test]

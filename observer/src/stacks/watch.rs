@@ -15,8 +15,8 @@ use crate::{model::snapshot::Look, read::board::InSlice};
 /// Share of a threshold after which a slice is suspected, as (numerator, denominator): early enough for a look before
 /// the threshold, late enough to leave ordinary slices alone.
 const SUSPICION: (u64, u64) = (3, 5);
-/// How often in a threshold the board is looked at.
-const GLANCES: u32 = 5;
+/// How often in a threshold the board is looked at: often enough for a glance between suspicion and threshold.
+const GLANCES: u32 = 3;
 /// Bounds of the time between two glances.
 const FASTEST: Duration = Duration::from_millis(2);
 const SLOWEST: Duration = Duration::from_millis(250);
@@ -77,14 +77,19 @@ impl Watcher {
                 continue;
             }
             let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
-            if suspect.slice != slice {
+            if !suspect.slice.is(&slice) {
                 // The one before has ended unnoticed, and was too short if nobody has asked for it.
                 *suspect = Suspect::of(slice);
             }
+            suspect.slice = slice;
             suspect.is_over = false;
             if now_ns >= suspect.next_ns {
                 let began = Instant::now();
                 suspect.look(&mut self.looker);
+                if suspect.sights.is_empty() {
+                    // It ran, in native code: next time it may stand still, or the clock have seen it.
+                    continue;
+                }
                 let pause = began.elapsed() * THRIFT;
                 let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
                 suspect.next_ns = now_ns + pause_ns.max((now_ns - slice.since_ns) / AGEING);
@@ -107,7 +112,7 @@ impl Watcher {
     /// The same of one that goes on; looks now if nobody has yet.
     pub(crate) fn seen_so_far(&mut self, slice: InSlice) -> Look {
         let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
-        if suspect.slice != slice {
+        if !suspect.slice.is(&slice) {
             *suspect = Suspect::of(slice);
         }
         if suspect.sights.is_empty() {
@@ -124,8 +129,8 @@ impl Suspect {
 
     fn look(&mut self, looker: &mut Looker) {
         self.fetch(looker);
-        let InSlice { pid, tid, .. } = self.slice;
-        match looker.look(pid, tid) {
+        let tid = self.slice.tid;
+        match looker.look(self.slice) {
             Sight::Stack(look) => self.add(look),
             Sight::Running if self.sampler.is_none() => match Sampler::of(tid, SAMPLING) {
                 Ok(sampler) => self.sampler = Some(sampler),

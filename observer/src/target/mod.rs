@@ -4,3 +4,4 @@ pub(crate) mod calls;
 pub(crate) mod container;
 pub(crate) mod drops;
 pub(crate) mod process;
+pub(crate) mod runtime;

@@ -120,6 +120,14 @@ pub(crate) fn thread_name(pid: u32, tid: u32) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default().trim_end().into()
 }
 
+/// What people call a thread of whatever process: `stress (thread 4242)`.
+pub(crate) fn described(tid: u32) -> String {
+    match thread_name(tid, tid) {
+        name if name.is_empty() => format!("a thread that is gone ({tid})"),
+        name => format!("{name} (thread {tid})"),
+    }
+}
+
 fn open(pid: u32) -> Result<Proc, ProcError> {
     Proc::new(i32::try_from(pid).map_err(|_| ProcError::NotFound(None))?)
 }

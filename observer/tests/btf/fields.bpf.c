@@ -9,7 +9,7 @@ struct signal_struct { struct atomic live; };
 struct task_struct { void *stack; int pid; int tgid; struct files_struct *files; struct signal_struct *signal; u32 __state; };
 struct task_struct___old { long state; };
 struct inode { unsigned long i_ino; u16 i_mode; };
-struct pt_regs { unsigned long orig_ax, di, si, dx; };
+struct pt_regs { unsigned long orig_ax, di, si, dx, bp; };
 struct file { void *private_data; struct inode *f_inode; };
 struct ns_common { u32 inum; };
 struct net { struct ns_common ns; };
@@ -51,7 +51,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file);
     READ(us->peer); READ(k->sk_receive_queue.next); READ(b->sk); READ(q->file); READ(q->opcode); READ(q->flags); READ(q->ctx);
     READ(q->cqe.user_data); READ(qo->user_data); READ(q->cqe.fd); READ(ac->file_slot); READ(e->user_data); READ(e->res); READ(e->flags);
-    READ(t->stack); READ(i->i_mode); READ(p->orig_ax); READ(p->di); READ(p->si); READ(p->dx);
+    READ(t->stack); READ(i->i_mode); READ(p->orig_ax); READ(p->di); READ(p->si); READ(p->dx); READ(p->bp);
     return 0;
 }
 char LICENSE[] __attribute__((section("license"), used)) = "GPL";

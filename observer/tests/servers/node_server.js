@@ -1,6 +1,9 @@
-// A Node server that blocks its event loop on request, with the same paths and answers as asyncio_server.py.
+// A Node server that blocks its event loop on request, with the same paths and answers as asyncio_server.py. Besides,
+// GET /pool/N hashes in N threads of Node's pool.
 'use strict';
+const { pbkdf2 } = require('node:crypto');
 const http = require('node:http');
+const { promisify } = require('node:util');
 
 let connections = 0;
 
@@ -16,8 +19,13 @@ function block(kind, milliseconds) {
   return { wall: (performance.now() - wall) / 1e3, cpu: (used.user + used.system) / 1e6 };
 }
 
-const server = http.createServer((request, response) => {
+function hash(threads) {
+  return Promise.all(Array.from({ length: threads }, () => promisify(pbkdf2)('', '', 10_000, 64, 'sha512')));
+}
+
+const server = http.createServer(async (request, response) => {
   const [, kind, amount] = request.url.split('/');
+  if (kind === 'pool') await hash(Number(amount));
   const body = JSON.stringify({ ...block(kind, Number(amount ?? 0)), connections });
   response.writeHead(200, { Connection: 'close', 'Content-Length': Buffer.byteLength(body) });
   response.end(body);

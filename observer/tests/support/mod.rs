@@ -76,6 +76,13 @@ pub(crate) fn send(pid: u32, signal: nix::sys::signal::Signal) {
     nix::sys::signal::kill(pid, signal).unwrap();
 }
 
+/// How long a process's main thread was on a CPU, and runnable without one, in seconds, as the scheduler counts it.
+pub(crate) fn schedstat(pid: u32) -> (f64, f64) {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
+    let mut times = text.split(' ').map(|ns| Duration::from_nanos(ns.trim().parse().unwrap()).as_secs_f64());
+    (times.next().unwrap(), times.next().unwrap())
+}
+
 /// Asserts that a figure is within a share of what an independent source says, or within `slack` of it.
 #[track_caller]
 pub(crate) fn assert_close(what: &str, figure: f64, truth: f64, share: f64, slack: f64) {

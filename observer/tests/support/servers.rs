@@ -6,7 +6,7 @@ use std::{
     mem,
     net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
     time::Duration,
@@ -15,7 +15,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Process, http, wait_for};
+use super::{Process, example, http, wait_for};
 
 /// A port that was free a moment ago.
 pub(crate) fn free_port() -> u16 {
@@ -42,6 +42,14 @@ fn settled(who: &str, added_by_asking: u64, count: impl Fn() -> u64) -> u64 {
         }
         Some(last)
     })
+}
+
+/// What runs the event loop of a server whose blocks have causes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Runtime {
+    Native,
+    Python,
+    Ruby,
 }
 
 /// A server and the port it listens on.
@@ -260,14 +268,61 @@ impl Server {
         fs::metadata(self.files.as_ref().unwrap().path().join(file)).unwrap().len()
     }
 
-    /// A server of ours that prints its port.
+    /// A server that blocks its event loop for the cause it is told; see `servers/causes_server.py`.
+    pub(crate) fn causes(runtime: Runtime) -> Self {
+        Self::causes_by(runtime, &[])
+    }
+
+    /// The same pinned to one CPU.
+    pub(crate) fn causes_on_cpu(runtime: Runtime, cpu: usize) -> Self {
+        Self::causes_by(runtime, &["taskset", "-c", &cpu.to_string()])
+    }
+
+    fn causes_by(runtime: Runtime, launcher: &[&str]) -> Self {
+        let program = match runtime {
+            Runtime::Native => vec![example("causes_server")],
+            Runtime::Python => vec!["/usr/bin/python3".into(), path_of("causes_server.py")],
+            Runtime::Ruby => vec!["/usr/bin/ruby".into(), path_of("causes_server.rb")],
+        };
+        let mut words = launcher.iter().map(PathBuf::from).chain(program);
+        let files = tempfile::tempdir().unwrap();
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).env("TMPDIR", files.path());
+        let mut server = Self::of_ours(command);
+        server.files = Some(files);
+        server
+    }
+
+    /// The Python one of these under uvloop instead of asyncio's own loop.
+    pub(crate) fn uvloop() -> Self {
+        let run =
+            "import runpy, sys, uvloop; uvloop.install(); runpy.run_path(sys.argv[1], run_name='__main__')";
+        let mut command = Command::new("/usr/bin/python3");
+        command.args(["-c", run]);
+        Self::script(command, "causes_server.py", &[])
+    }
+
+    /// A server on tokio; see `servers/tokio_server.rs`.
+    pub(crate) fn tokio() -> Self {
+        Self::of_ours(Command::new(example("tokio_server")))
+    }
+
+    /// A server of ours that is a script.
     fn script(mut command: Command, name: &str, arguments: &[&Path]) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name);
-        command.arg(path).args(arguments);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect(name);
+        command.arg(path_of(name)).args(arguments);
+        Self::of_ours(command)
+    }
+
+    /// A server of ours that prints its port.
+    fn of_ours(mut command: Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let port = line.trim().parse().unwrap_or_else(|_| panic!("{name} prints {line:?} for its port"));
+        let port = line.trim().parse().unwrap_or_else(|_| panic!("{command:?} prints {line:?} for its port"));
         Self { process: Process(child), port, files: None }
     }
 
@@ -293,6 +348,11 @@ impl Drop for Server {
             }
         }
     }
+}
+
+/// A script of ours.
+fn path_of(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name)
 }
 
 /// Children of a process, as the kernel lists them.

@@ -118,6 +118,25 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
             more: None,
         },
         Panel {
+            title: "Garbage collection by loop",
+            description: "Share of the time that a loop spends on collecting garbage, part of its utilisation; 0 where nobody knows.",
+            look: Look::Lines,
+            unit: Unit::Share,
+            queries: &[(
+                "topk(10, rate(observer_reactor_gc_seconds_total{SELECTED}[$__rate_interval]))",
+                LOOP,
+            )],
+            more: None,
+        },
+        Panel {
+            title: "Garbage collections",
+            description: "Collections of each process, whichever of its threads they were in; only where the runtime can be watched.",
+            look: Look::Lines,
+            unit: Unit::PerSecond,
+            queries: &[("topk(10, rate(observer_gc_total{PROCESS}[$__rate_interval]))", "{{comm}} {{pid}}")],
+            more: None,
+        },
+        Panel {
             title: "Waits and events",
             description: "Waits for events, and events that they returned; a ring does not tell the latter.",
             look: Look::Lines,

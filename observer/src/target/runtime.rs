@@ -1,0 +1,191 @@
+//! Which runtime a process has, and where its garbage collector can be watched: a profile applied to what the process
+//! has mapped.
+
+use std::{collections::HashMap, fs::File, io, sync::Arc};
+
+use observer_common::gc::{PARTS, Totals as Places};
+use procfs::process::MemoryMap;
+
+use crate::{
+    kernel::uprobe::Site,
+    profiles::{Collector, Functions, PROFILES, Profile, Totals, Usdt},
+    stacks::{
+        code::{Chain, ENDBR64},
+        elf::Elf,
+        mappings::{FileId, Mappings, Version, file_id, module_name},
+        memory::Live,
+    },
+};
+
+/// Files that are remembered, so that each is read once and not for each process anew.
+const FILES: usize = 1024;
+
+/// Most places of one probe.
+const SITES: usize = 16;
+
+/// How much of a function's code is read, in bytes.
+const BEGINNING: u64 = 64;
+
+/// Finds runtimes.
+#[derive(Default)]
+pub(crate) struct Runtimes {
+    /// What is in the files that processes have mapped; `None` if that is no runtime.
+    files: HashMap<(FileId, Option<Version>), Option<Arc<Module>>>,
+}
+
+/// A file with a runtime in it.
+struct Module {
+    profile: &'static Profile,
+    /// Where its collector can be watched, or why nowhere.
+    collector: Result<Watchable, String>,
+}
+
+/// Where a collector can be watched, by places in a file.
+enum Watchable {
+    Probes(Probes),
+    Totals { profile: &'static Totals, version: u64, count: Chain },
+}
+
+/// Places where collections begin and end.
+#[derive(Clone, Debug)]
+pub(crate) struct Probes {
+    pub(crate) start: Vec<Site>,
+    pub(crate) done: Vec<Site>,
+}
+
+/// A process's runtime.
+pub(crate) struct Runtime {
+    /// Its name and the module it is in: `CPython in python3.11`.
+    pub(crate) name: String,
+    /// Where its collector can be watched, or why nowhere.
+    pub(crate) collector: Result<Watch, String>,
+}
+
+/// Where a process's collector can be watched.
+pub(crate) enum Watch {
+    /// By probes in this file.
+    Probes(File, Probes),
+    /// By totals in its memory.
+    Totals(Live, Places),
+    /// Nowhere yet: it has not started.
+    NotYet,
+}
+
+impl Runtimes {
+    /// Finds out what a process runs; `None` if that is nothing known here.
+    pub(crate) fn of(&mut self, pid: u32) -> io::Result<Option<Runtime>> {
+        let mappings = Mappings::of(pid)?;
+        for map in mappings.modules() {
+            let key = (file_id(map), mappings.version(map));
+            if !self.files.contains_key(&key) {
+                if self.files.len() >= FILES {
+                    self.files.clear();
+                }
+                self.files.insert(key, Module::in_file(&mappings, map).map(Arc::new));
+            }
+            if let Some(module) = &self.files[&key] {
+                return Ok(Some(module.in_process(&mappings, map)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Module {
+    /// Looks for a runtime in the file behind a mapping. One that cannot be read as ELF has none.
+    fn in_file(mappings: &Mappings, map: &MemoryMap) -> Option<Self> {
+        let elf = Elf::open(&mappings.open(map).ok()?).ok()?;
+        let markers: Vec<_> = PROFILES.iter().map(|profile| profile.marker.as_str()).collect();
+        let found = elf.all_symbols(&markers);
+        let (profile, _) = PROFILES.iter().zip(found).find(|(_, marker)| marker.is_some())?;
+        let collector = match &profile.gc {
+            Collector::Usdt(usdt) => usdt.find(&elf).map(Watchable::Probes),
+            Collector::Functions(functions) => functions.find(&elf).map(Watchable::Probes),
+            Collector::Totals(totals) => totals.find(&elf),
+        };
+        Some(Self { profile, collector })
+    }
+
+    fn in_process(&self, mappings: &Mappings, map: &MemoryMap) -> Runtime {
+        let module = module_name(map).unwrap_or_default();
+        let collector = self.collector.as_ref().map_err(Clone::clone);
+        Runtime {
+            name: format!("{} in {module}", self.profile.name),
+            collector: collector.and_then(|watchable| watchable.in_process(mappings, map)),
+        }
+    }
+}
+
+impl Watchable {
+    fn in_process(&self, mappings: &Mappings, map: &MemoryMap) -> Result<Watch, String> {
+        let told = |error: io::Error| error.to_string();
+        match self {
+            Self::Probes(probes) => Ok(Watch::Probes(mappings.open(map).map_err(told)?, probes.clone())),
+            Self::Totals { profile, version, count } => {
+                let elf = mappings.open(map).map_err(told)?;
+                let elf = Elf::open(&elf).map_err(|error| error.to_string())?;
+                let bias = elf.bias(map).ok_or("its mapping is not understood")?;
+                let memory = Live::of(mappings.pid).map_err(told)?;
+                let version = memory.c_string(version.wrapping_add(bias), "version");
+                let version = version.map_err(|error| format!("{error:#}"))?;
+                let offsets = profile.nanoseconds_of(&version);
+                let offsets =
+                    offsets.ok_or_else(|| format!("where {version} keeps its totals is not known"))?;
+                let Some(count) = count.follow(&memory, bias) else { return Ok(Watch::NotYet) };
+                let mut ns_addresses = [0; PARTS];
+                for (address, offset) in ns_addresses.iter_mut().zip(offsets) {
+                    *address = count + offset;
+                }
+                Ok(Watch::Totals(memory, Places { count_address: count, ns_addresses, count: 0, ns: 0 }))
+            }
+        }
+    }
+}
+
+impl Usdt {
+    fn find(&self, elf: &Elf) -> Result<Probes, String> {
+        let sites = |name: &str| {
+            let found = elf.usdt(&self.provider, name);
+            let offset = |address| elf.file_offset(address).ok_or("a probe of its own is not in its file");
+            let sites = found.iter().take(SITES).map(|probe| {
+                let counter = if probe.semaphore == 0 { 0 } else { offset(probe.semaphore)? };
+                Ok(Site { instruction: offset(probe.location)?, counter })
+            });
+            match sites.collect::<Result<Vec<_>, &str>>() {
+                Ok(sites) if sites.is_empty() => {
+                    Err(format!("it was built without the probe {}:{name}", self.provider))
+                }
+                other => other.map_err(Into::into),
+            }
+        };
+        Ok(Probes { start: sites(&self.start)?, done: sites(&self.done)? })
+    }
+}
+
+impl Functions {
+    fn find(&self, elf: &Elf) -> Result<Probes, String> {
+        let site = |names: &[String]| {
+            let names: Vec<_> = names.iter().map(String::as_str).collect();
+            let address = elf.all_symbols(&names).into_iter().flatten().next();
+            let address = address.ok_or_else(|| format!("it has no function {}", names.join(" or ")))?;
+            let is_checked = elf.code(address, ENDBR64.len() as u64) == Some(&ENDBR64);
+            // The mark itself is slow to step over.
+            let behind = if is_checked { address + ENDBR64.len() as u64 } else { address };
+            let instruction = elf.file_offset(behind).ok_or("a function is not in its file")?;
+            Ok::<_, String>(vec![Site { instruction, counter: 0 }])
+        };
+        Ok(Probes { start: site(&self.start)?, done: site(&self.done)? })
+    }
+}
+
+impl Totals {
+    fn find(&'static self, elf: &Elf) -> Result<Watchable, String> {
+        let [version, count] = elf.symbols([self.version.as_str(), self.count.as_str()]);
+        let version = version.ok_or_else(|| format!("it has no symbol {}", self.version))?;
+        let count = count.ok_or_else(|| format!("it has no function {}", self.count))?;
+        let chain = elf.code(count, BEGINNING).and_then(|code| Chain::of(code, count));
+        let count =
+            chain.ok_or_else(|| format!("the code of its function {} is not understood", self.count))?;
+        Ok(Watchable::Totals { profile: self, version, count })
+    }
+}

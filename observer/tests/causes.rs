@@ -1,0 +1,206 @@
+//! Causes injected into event loops: each block is one stall, with its cause and the function that is to blame.
+
+use std::{
+    env,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use procfs::process::Process as Proc;
+use serde_json::Value;
+
+use crate::support::{
+    Process, assert_close, is_emulated,
+    observer::Observer,
+    servers::{Runtime, Server},
+};
+
+/// Known operations.
+const STALLS: u32 = 23;
+
+/// How long each is, in milliseconds, and from where on it is a stall, in seconds: so that each is one and nothing else
+/// is. To look at an emulated stall takes several times as long, too.
+fn lengths() -> (u32, f64) {
+    if is_emulated() { (600, 0.25) } else { (120, 0.05) }
+}
+
+/// What observer says of a stall where it came too late.
+const UNSEEN: &str = "it was over before observer could look";
+
+/// What asking for a block costs besides, in seconds; of each block all but this is stall.
+fn slack() -> f64 {
+    if is_emulated() { 0.030 } else { 0.003 }
+}
+
+/// Whether a frame of a native, Python or Ruby function is that of this one.
+fn is_of(frame: &Value, function: &str) -> bool {
+    let name = frame["function"].as_str().unwrap_or_default();
+    name == function || name.ends_with(&format!("::{function}"))
+}
+
+/// How long a block took and where that time went, as the server measured it, and the cause that it was injected with.
+struct Truth {
+    wall: f64,
+    parts: [(&'static str, f64); 3],
+}
+
+impl Truth {
+    /// Blocks a server's loop, whose time off the CPU is for `cause`, unless it waits for the CPU.
+    fn of(server: &Server, injected: &str, cause: &'static str) -> Self {
+        let measured = server.block(injected, lengths().0);
+        let [wall, cpu, delay] = ["wall", "cpu", "delay"].map(|part| measured[part].as_f64().unwrap());
+        // Collections compute, under their own name.
+        let computing = if cause == "gc" { cause } else { "cpu" };
+        Self { wall, parts: [(computing, cpu), ("runqueue", delay), (cause, (wall - cpu - delay).max(0.0))] }
+    }
+
+    /// Whether this is its largest part, or as good as that: on a busy machine whatever is injected may wait for a CPU
+    /// longer than it lasts.
+    fn is_largest(&self, cause: &str) -> bool {
+        let largest = self.parts.iter().map(|(_, seconds)| *seconds).fold(0.0, f64::max);
+        self.parts.iter().any(|(part, seconds)| *part == cause && *seconds > largest - 0.1 * self.wall)
+    }
+}
+
+/// Blocks a server's loop for this cause and expects as many stalls that observer calls by this name.
+fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'static str) {
+    // What is compiled or loaded on first use is no part of the first stall.
+    server.block(injected, 1);
+    let pid = server.pid().to_string();
+    let (_, threshold) = lengths();
+    let asked_for = format!("{}ms", threshold * 1e3);
+    let observer = Observer::start(&["--no-listen", "--stall-threshold", &asked_for, "--pid", &pid]);
+    let truth: Vec<_> = (0..STALLS).map(|_| Truth::of(server, injected, cause)).collect();
+    // Whoever answers this has ended the slice that the last block was in.
+    server.block("none", 0);
+    let report = observer.finish();
+    report.assert_complete();
+    let stalls = &report.reactor(server.pid())["stalls"];
+    let what = format!("{runtime:?}, {injected}");
+    assert_eq!(stalls["threshold_seconds"], threshold, "{what}: {stalls:#}");
+    assert_eq!(stalls["count"], STALLS, "{what}: {stalls:#}");
+
+    let function = format!("cause_{injected}");
+    let recent = stalls["recent"].as_array().unwrap();
+    assert_eq!(recent.len(), STALLS as usize, "{what}: {stalls:#}");
+    let (mut unseen, mut disturbed) = (0, 0);
+    for (stall, truth) in recent.iter().zip(&truth) {
+        let told = stall["cause"].as_str().unwrap();
+        // The slice is longer than the block: on a busy machine the loop waits for a CPU before it or behind it, too.
+        let is_disturbed = stall["seconds"].as_f64().unwrap() > 1.2 * truth.wall;
+        disturbed += u32::from(is_disturbed);
+        assert!(is_disturbed || truth.is_largest(told), "{what}: {:?} is true of {stall:#}", truth.parts);
+        let site = stall["site"].as_u64().unwrap_or_else(|| panic!("{what}: nobody is to blame: {stall:#}"));
+        let site = &stalls["sites"][usize::try_from(site).unwrap()];
+        let frames = site["frames"].as_array().unwrap();
+        let is_seen = frames.iter().any(|frame| is_of(frame, &function));
+        // Emulated, there may have been one look at all, and that at what the server does around its block.
+        assert!(is_seen || is_emulated() || site["missing"] == UNSEEN, "{what}: {site:#}");
+        unseen += u32::from(!is_seen);
+    }
+    let causes: Vec<_> = recent.iter().map(|stall| stall["cause"].as_str().unwrap()).collect();
+    let right = causes.iter().filter(|&&told| told == cause).count();
+    eprintln!("{what}: {right} of {STALLS} stalls are {cause}, {unseen} unseen, all others in {function}");
+    // Where others compute all the time, observer too may get no CPU for as long as a stall lasts; it says so.
+    assert!(
+        unseen <= STALLS / 4 && disturbed <= STALLS / 4,
+        "{what}: {unseen} unseen, {disturbed} disturbed"
+    );
+    let total = |block: fn(&Value) -> f64| recent.iter().map(block).sum::<f64>();
+    let wall: f64 = truth.iter().map(|block| block.wall).sum();
+    if disturbed == 0 {
+        assert_close(
+            &what,
+            total(|stall| stall["seconds"].as_f64().unwrap()),
+            wall,
+            0.05,
+            slack() * f64::from(STALLS),
+        );
+    }
+}
+
+/// All runtimes here. On an emulated kernel the native one alone: how a kernel keeps a blocked call is what differs there.
+fn runtimes() -> &'static [Runtime] {
+    if is_emulated() { &[Runtime::Native] } else { &[Runtime::Native, Runtime::Python, Runtime::Ruby] }
+}
+
+fn assert_stalls_everywhere(injected: &str, cause: &'static str) {
+    for &runtime in runtimes() {
+        assert_stalls(&Server::causes(runtime), runtime, injected, cause);
+    }
+}
+
+/// Whether a folder is on a file system that has to read its files from somewhere.
+fn is_on_disk(folder: &Path) -> bool {
+    let mounts = Proc::myself().unwrap().mountinfo().unwrap();
+    let above = mounts.0.iter().filter(|mount| folder.starts_with(&mount.mount_point));
+    // Of several in one place the last one is seen.
+    let here = above.max_by_key(|mount| mount.mount_point.components().count()).unwrap();
+    !["ramfs", "rootfs", "tmpfs"].contains(&here.fs_type.as_str())
+}
+
+#[test]
+fn computing_is_cpu() {
+    assert_stalls_everywhere("spin", "cpu");
+}
+
+#[test]
+fn a_sleep_is_a_sleep() {
+    assert_stalls_everywhere("sleep", "sleep");
+}
+
+#[test]
+fn a_file_s_lock_is_a_lock() {
+    assert_stalls_everywhere("flock", "lock");
+}
+
+/// A mutex of Rust, a `threading.Lock`, a `Mutex` of Ruby.
+#[test]
+fn a_lock_that_another_thread_holds_is_a_lock() {
+    assert_stalls_everywhere("futex", "lock");
+}
+
+#[test]
+fn an_uncached_file_is_disk() {
+    let folder = env::temp_dir();
+    if !is_on_disk(&folder) {
+        eprintln!("skipped: an_uncached_file_is_disk: {} is in memory", folder.display());
+        return;
+    }
+    assert_stalls_everywhere("file", "disk");
+}
+
+#[test]
+fn a_resolver_that_does_not_answer_is_network() {
+    assert_stalls_everywhere("dns", "network");
+}
+
+/// Native programs have no collector.
+#[test]
+fn collecting_garbage_is_gc() {
+    if is_emulated() {
+        eprintln!("skipped: collecting_garbage_is_gc: it takes too long on an emulated kernel");
+        return;
+    }
+    for runtime in [Runtime::Python, Runtime::Ruby] {
+        assert_stalls(&Server::causes(runtime), runtime, "gc", "gc");
+    }
+}
+
+/// Several, so that the loop waits for the CPU longer than it has it.
+#[test]
+fn hogs_on_the_same_cpu_are_runqueue() {
+    const HOGS: usize = 3;
+    let hog = || {
+        Command::new("taskset")
+            .args(["-c", "0", "/usr/bin/python3", "-c", "while True: pass"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    for &runtime in runtimes() {
+        let server = Server::causes_on_cpu(runtime, 0);
+        let _hogs: [Process; HOGS] = std::array::from_fn(|_| Process(hog()));
+        assert_stalls(&server, runtime, "hog", "runqueue");
+    }
+}

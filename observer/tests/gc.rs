@@ -1,0 +1,277 @@
+//! Garbage collections, against what real runtimes count and measure themselves.
+
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    process::{ChildStdin, ChildStdout, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    Process, is_emulated,
+    observer::{BINARY, Observer, Report},
+    send,
+    servers::Server,
+    wait_for,
+};
+
+/// How often the runtimes are told to collect.
+const COLLECTIONS: u32 = 23;
+
+/// How far observer's sum may be from the runtime's own: a share, and seconds for each collection, in which the two are
+/// told that it begins one after the other.
+fn tolerance() -> (f64, f64) {
+    if is_emulated() { (0.25, 0.002) } else { (0.10, 0.0001) }
+}
+
+/// A process that collects garbage when told to; see `servers/gc_loop.*`.
+struct Loop {
+    process: Process,
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Loop {
+    fn start(mut command: Command, script: &str) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(script);
+        let mut child =
+            command.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a runtime");
+        let (commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let mut started = Self { process: Process(child), commands, answers: BufReader::new(answers) };
+        // When it has answered, it is where it will be waiting.
+        started.tell("collect 0");
+        started
+    }
+
+    fn python() -> Self {
+        Self::start(Command::new("/usr/bin/python3"), "gc_loop.py")
+    }
+
+    fn tell(&mut self, command: &str) -> Value {
+        writeln!(self.commands, "{command}").unwrap();
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).unwrap();
+        serde_json::from_str(&answer).unwrap_or_else(|_| panic!("{command} is answered by {answer:?}"))
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+}
+
+/// A runtime that tests need, and those whose paths a variable lists.
+fn runtimes(needed: &str, more: &str) -> Vec<PathBuf> {
+    let more = env::var_os(more).unwrap_or_default();
+    [needed.into()].into_iter().chain(env::split_paths(&more).filter(|path| path.is_file())).collect()
+}
+
+/// Lets a loop collect under observation and compares. Returns the report on it.
+fn assert_as_counted_inside(what: &str, command: &str, mut collecting: Loop, observer: Observer) -> Value {
+    let before = collecting.tell("collect 0");
+    let after = collecting.tell(&format!("{command} {COLLECTIONS}"));
+    let report = observer.finish();
+    report.assert_complete();
+    let target = report.target(collecting.pid());
+    let count = after["count"].as_u64().unwrap() - before["count"].as_u64().unwrap();
+    let inside = after["seconds"].as_f64().unwrap() - before["seconds"].as_f64().unwrap();
+    let outside = target["gc"]["seconds"].as_f64().unwrap_or_else(|| panic!("no gc in {:#}", report.0));
+    let in_slices = report.reactor(collecting.pid())["split_seconds"]["gc"].as_f64().unwrap();
+    let busy = report.reactor(collecting.pid())["busy_seconds"].as_f64().unwrap();
+    eprintln!(
+        "| {what} | {} of {count} | {:.2} ms of {:.2} ms | {:.2} ms of {:.2} ms busy | {after} |",
+        target["gc"]["count"],
+        outside * 1e3,
+        inside * 1e3,
+        in_slices * 1e3,
+        busy * 1e3
+    );
+    assert_eq!(target["gc"]["count"], count, "{after}");
+    let (share, each) = tolerance();
+    let slack = share * inside + f64::from(COLLECTIONS) * each;
+    assert!((outside - inside).abs() <= slack, "{outside} s outside, {inside} s inside");
+    // All of them are in slices, and nothing else is.
+    assert!((in_slices - outside).abs() <= 0.001 + 0.01 * outside, "{in_slices} s of {outside} s in slices");
+    assert!(in_slices <= busy, "{in_slices} of {busy}");
+    target.clone()
+}
+
+#[test]
+fn collections_of_cpython() {
+    let collecting = Loop::python();
+    let observer = Observer::of(collecting.pid());
+    let target = assert_as_counted_inside("CPython", "collect", collecting, observer);
+    assert_eq!(target["gc"]["count"], COLLECTIONS);
+    assert_eq!(target["gc"]["pause"]["count"], COLLECTIONS);
+}
+
+#[test]
+fn collections_of_node() {
+    for node in runtimes("node", "OBSERVER_TEST_NODES") {
+        for command in ["collect", "churn"] {
+            let mut program = Command::new(&node);
+            program.args(["--expose-gc", "--no-memory-reducer"]);
+            let collecting = Loop::start(program, "gc_loop.js");
+            let observer = Observer::of(collecting.pid());
+            let target = assert_as_counted_inside(&node.to_string_lossy(), command, collecting, observer);
+            assert!(target["gc"]["count"].as_u64().unwrap() > 10);
+            assert_eq!(target["gc"]["pause"]["count"], target["gc"]["count"]);
+        }
+    }
+}
+
+#[test]
+fn collections_of_ruby() {
+    for ruby in runtimes("/usr/bin/ruby", "OBSERVER_TEST_RUBIES") {
+        let mut command = Command::new(&ruby);
+        command.arg("--disable=gems,error_highlight,did_you_mean");
+        let collecting = Loop::start(command, "gc_loop.rb");
+        let pid = collecting.pid().to_string();
+        let observer = Observer::start(&["--pid", &pid, "--no-listen", "--reactor-calls", "poll,select"]);
+        let target = assert_as_counted_inside(&ruby.to_string_lossy(), "collect", collecting, observer);
+        assert_eq!(target["gc"]["count"], COLLECTIONS);
+        // Nobody knows how long each of them took.
+        assert_eq!(target["gc"]["pause"], Value::Null);
+    }
+}
+
+/// A CPython that is built without probes cannot be seen, and it is said so.
+#[test]
+fn a_python_without_probes_is_said_to_be_unseen() {
+    const PROBES: &str =
+        "import sys, sysconfig; print(sysconfig.get_config_var('WITH_DTRACE') or sys.executable)";
+    let asked = Command::new("python3").args(["-c", PROBES]).output();
+    let Some(python) = asked.ok().map(|asked| String::from_utf8(asked.stdout).unwrap()) else {
+        eprintln!("skipped: a_python_without_probes_is_said_to_be_unseen: no python3 on the PATH");
+        return;
+    };
+    if !python.starts_with('/') {
+        eprintln!(
+            "skipped: a_python_without_probes_is_said_to_be_unseen: the python3 on the PATH has probes"
+        );
+        return;
+    }
+    let mut collecting = Loop::start(Command::new(python.trim()), "gc_loop.py");
+    let observer = Observer::of(collecting.pid());
+    collecting.tell("collect 1");
+    let report = observer.finish();
+    assert_eq!(report.target(collecting.pid())["gc"], Value::Null);
+    let missing = report.0["self"]["missing"].to_string();
+    assert!(missing.contains("python:gc__start"), "{missing}");
+}
+
+/// Where the probes of Debian's python3, which is no position-independent executable, count those who watch.
+fn semaphore() -> u64 {
+    let file = fs::read("/usr/bin/python3").unwrap();
+    let name = b"python\0gc__start\0";
+    let at = file.windows(name.len()).position(|window| window == name).expect("a probe");
+    // The last of three numbers before the names.
+    u64::from_le_bytes(*file[at - 8..].first_chunk().unwrap())
+}
+
+/// How many watch a process's collections, as itself sees it.
+fn watchers(pid: u32) -> u16 {
+    let mut count = [0; 2];
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    memory.read_exact_at(&mut count, semaphore()).unwrap();
+    u16::from_le_bytes(count)
+}
+
+/// An observer that is killed can tidy up nothing. The kernel does: the process no longer asks for its probes.
+#[test]
+fn nobody_watches_when_observer_is_killed() {
+    let mut collecting = Loop::python();
+    assert_eq!(watchers(collecting.pid()), 0);
+    let observer = Observer::of(collecting.pid());
+    assert_eq!(watchers(collecting.pid()), 1);
+    // A child has a copy of all that, and is observed itself as soon as observer has looked.
+    let child = u32::try_from(collecting.tell("fork").as_u64().unwrap()).unwrap();
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(watchers(child), 1);
+    observer.kill();
+    for pid in [collecting.pid(), child] {
+        wait_for("the kernel to tidy up", || (watchers(pid) == 0).then_some(()));
+    }
+    assert_eq!(collecting.tell("collect 1")["count"], 1);
+    send(child, nix::sys::signal::Signal::SIGKILL);
+}
+
+#[test]
+fn a_child_that_comes_later_is_seen_too() {
+    let mut collecting = Loop::python();
+    let observer = Observer::of(collecting.pid());
+    let child = u32::try_from(collecting.tell("fork").as_u64().unwrap()).unwrap();
+    thread::sleep(Duration::from_secs(4));
+    let report = observer.finish();
+    send(child, nix::sys::signal::Signal::SIGKILL);
+    report.assert_complete();
+    assert!(report.target(child)["gc"]["count"].as_u64().unwrap() > 0, "{:#}", report.0);
+    // The child's are not its parent's.
+    assert_eq!(report.target(collecting.pid())["gc"]["count"], 0);
+}
+
+/// A shell that becomes the server, as many are started: what it was before has no collector.
+#[test]
+fn a_program_started_in_place_is_seen() {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "read go; exec /usr/bin/python3 \"$@\"", "sh"]);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/gc_loop.py");
+    let mut child = shell.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let process = Process(child);
+    let observer = Observer::start(&["--pid", &process.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    // Longer than it goes on looking for a runtime in the shell.
+    thread::sleep(Duration::from_secs(7));
+    commands.write_all(b"go\n").unwrap();
+    let mut collecting = Loop { process, commands, answers: BufReader::new(answers) };
+    collecting.tell("collect 0");
+    wait_for("observer to attach", || (watchers(collecting.pid()) == 1).then_some(()));
+    // If that was while it started, it has seen some already.
+    let before = observer.figure("observer_gc_total");
+    collecting.tell(&format!("collect {COLLECTIONS}"));
+    assert_eq!(observer.figure("observer_gc_total") - before, f64::from(COLLECTIONS));
+    observer.finish().assert_complete();
+}
+
+/// What an observer has attached to functions, as bpftool finds it.
+fn uprobes() -> usize {
+    let output = Command::new("bpftool").args(["-j", "perf", "show"]).output().unwrap();
+    let entries: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    entries.iter().filter(|entry| entry["fd_type"] == "uprobe").count()
+}
+
+#[test]
+fn only_processes_with_a_runtime_are_probed() {
+    let redis = Server::redis();
+    let observer = Observer::of(redis.pid());
+    assert_eq!(uprobes(), 0);
+    let report: Report = observer.finish();
+    assert_eq!(report.target(redis.pid())["gc"], Value::Null);
+
+    let python = Loop::python();
+    let observer = Observer::of(python.pid());
+    assert_eq!(uprobes(), 2);
+    observer.finish();
+    assert_eq!(uprobes(), 0);
+}
+
+#[test]
+fn the_text_tells_of_collections() {
+    let mut collecting = Loop::python();
+    let pid = collecting.pid().to_string();
+    let mut observer = Command::new(BINARY)
+        .args(["--pid", &pid, "--no-listen", "--duration", "2s"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while observer.try_wait().unwrap().is_none() {
+        collecting.tell("collect 1");
+    }
+    let text = String::from_utf8(observer.wait_with_output().unwrap().stdout).unwrap();
+    assert!(text.contains("; of which GC "), "{text}");
+    assert!(text.contains(" pauses: p50 "), "{text}");
+}

@@ -1,0 +1,39 @@
+//! A server on tokio's multi-threaded runtime. Each connection is answered, as JSON, by the ids of two threads: the worker
+//! that served it, and one of the pool for blocking calls that did some of its work. Prints its port.
+
+use std::{io, net::Ipv4Addr};
+
+use nix::unistd::gettid;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{TcpListener, TcpStream},
+    task::spawn_blocking,
+};
+
+async fn serve(client: TcpStream) -> io::Result<()> {
+    let mut client = BufReader::new(client);
+    let mut line = String::new();
+    while line != "\r\n" {
+        line.clear();
+        if client.read_line(&mut line).await? == 0 {
+            return Ok(());
+        }
+    }
+    let blocking = spawn_blocking(gettid).await?;
+    let body = format!("{{\"worker\": {}, \"blocking\": {blocking}}}", gettid());
+    let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}", body.len());
+    client.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).await
+}
+
+#[tokio::main(worker_threads = 3)]
+async fn main() -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    println!("{}", listener.local_addr()?.port());
+    // In a task, as servers do: what `main` waits for is run by its own thread, which is no worker.
+    tokio::spawn(async move {
+        loop {
+            tokio::spawn(serve(listener.accept().await?.0));
+        }
+    })
+    .await?
+}

@@ -243,6 +243,7 @@ mod tests {
             gc: None,
             listeners: Vec::new(),
             reactors,
+            gc: None,
         };
         let own = Own { version: "0", kernel: "0".into(), lost: Vec::new(), missing: Vec::new() };
         Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets: vec![target], own }

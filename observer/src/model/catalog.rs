@@ -63,6 +63,8 @@ pub(crate) enum Subject {
     Reactor,
     /// Processes.
     Target,
+    /// Processes, by what they run.
+    Program,
     /// Sources of figures.
     Source,
     /// observer itself, of which there is one.
@@ -76,6 +78,7 @@ impl Subject {
             Self::Listener => LISTENER.len(),
             Self::Reactor => REACTOR.len(),
             Self::Target => TARGET.len(),
+            Self::Program => PROGRAM.len(),
             Self::Source => SOURCE.len(),
             Self::Own => 0,
         }
@@ -85,7 +88,7 @@ impl Subject {
     pub(crate) const fn lasting_labels(self) -> &'static [usize] {
         match self {
             Self::Listener | Self::Reactor => &[0, 3],
-            Self::Target => &[0],
+            Self::Target | Self::Program => &[0],
             Self::Source => &[0, 1],
             Self::Own => &[],
         }
@@ -98,6 +101,7 @@ impl Family {
         let subjects = [
             (LISTENER, Subject::Listener),
             (REACTOR, Subject::Reactor),
+            (PROGRAM, Subject::Program),
             (TARGET, Subject::Target),
             (SOURCE, Subject::Source),
         ];
@@ -106,9 +110,10 @@ impl Family {
     }
 }
 
+const TARGET: &[&str] = &["pid", "comm", "container"];
 const LISTENER: &[&str] = &["pid", "comm", "container", "listener"];
 const REACTOR: &[&str] = &["pid", "comm", "container", "tid", "reactor"];
-const TARGET: &[&str] = &["pid", "comm", "container"];
+const PROGRAM: &[&str] = &["pid", "comm", "container", "exe"];
 const SOURCE: &[&str] = &["source", "reason"];
 
 /// All families, in the order of the reference page.
@@ -327,7 +332,7 @@ pub(crate) const CATALOG: &[Family] = &[
         name: "observer_target_info",
         help: "A process under observation; always 1, but for processes that are told together.",
         kind: Kind::Gauge(Together::Sum),
-        labels: &["pid", "comm", "container", "exe"],
+        labels: PROGRAM,
         collect: |s, sink| {
             for target in live(s) {
                 let mut labels = target_labels(target);

@@ -35,7 +35,8 @@ struct Panel {
     description: &'static str,
     look: Look,
     unit: Unit,
-    /// Queries, each with what its lines are called. `SELECTED` stands for what the dashboard's variables select.
+    /// Queries, each with what its lines are called. `SELECTED` stands for what the dashboard's variables select,
+    /// `PROCESS` for the same without the thread.
     queries: &'static [(&'static str, &'static str)],
     /// The dashboard to go to for one line: its name, title and labels it takes over.
     more: Option<&'static (&'static str, &'static str, &'static [&'static str])>,
@@ -175,7 +176,7 @@ impl Panel {
         let is_number = matches!(self.look, Look::Number { .. });
         let queries = self.queries.iter().zip('A'..).map(|((query, legend), name)| {
             json!({
-                "refId": name.to_string(), "datasource": data_source(), "expr": query.replace("SELECTED", selected),
+                "refId": name.to_string(), "datasource": data_source(), "expr": filled(query, selected),
                 "legendFormat": legend, "range": !is_number, "instant": is_number,
             })
         });
@@ -222,6 +223,10 @@ impl Panel {
     }
 }
 
+fn filled(query: &str, selected: &str) -> String {
+    query.replace("SELECTED", selected).replace("PROCESS", &selected.replace(", tid=~\"$tid\"", ""))
+}
+
 fn uid(name: &str) -> String {
     format!("{TAG}-{name}")
 }
@@ -247,7 +252,12 @@ mod tests {
     #[test]
     fn panels_are_bound_to_their_dashboard() {
         for panel in ALL.iter().flat_map(|dashboard| dashboard.panels) {
-            let selectors = |query: &str| (query.matches('{').count(), query.matches("{SELECTED}").count());
+            let selectors = |query: &str| {
+                (
+                    query.matches('{').count(),
+                    query.matches("{SELECTED}").count() + query.matches("{PROCESS}").count(),
+                )
+            };
             for (query, _) in panel.queries {
                 let (all, bound) = selectors(query);
                 assert!(all == bound && bound == query.matches("observer_").count(), "{query}");

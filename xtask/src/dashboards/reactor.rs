@@ -84,14 +84,6 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
             more: None,
         },
         Panel {
-            title: "Garbage collection",
-            description: "Time between waits that went into collections of CPython, V8 or Ruby; a part of the busy time. Zero also where the runtime is not known.",
-            look: Look::Lines,
-            unit: Unit::Share,
-            queries: &[("rate(observer_reactor_gc_seconds_total{SELECTED}[$__rate_interval])", LOOP)],
-            more: None,
-        },
-        Panel {
             title: "Slices",
             description: "Time between the return of a wait for events and the next wait: how long nothing else could run.",
             look: Look::Lines,
@@ -123,6 +115,25 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
                     "p99",
                 ),
             ],
+            more: None,
+        },
+        Panel {
+            title: "Garbage collection by loop",
+            description: "Share of the time that a loop spends on collecting garbage, part of its utilisation; 0 where nobody knows.",
+            look: Look::Lines,
+            unit: Unit::Share,
+            queries: &[(
+                "topk(10, rate(observer_reactor_gc_seconds_total{SELECTED}[$__rate_interval]))",
+                LOOP,
+            )],
+            more: None,
+        },
+        Panel {
+            title: "Garbage collections",
+            description: "Collections of each process, whichever of its threads they were in; only where the runtime can be watched.",
+            look: Look::Lines,
+            unit: Unit::PerSecond,
+            queries: &[("topk(10, rate(observer_gc_total{PROCESS}[$__rate_interval]))", "{{comm}} {{pid}}")],
             more: None,
         },
         Panel {

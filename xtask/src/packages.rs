@@ -21,6 +21,7 @@ const TESTS: &[&str] = &[
     "bpftool",
     "python3",
     "ruby",
+    "tmux",
     "iproute2",
     "util-linux",
 ];

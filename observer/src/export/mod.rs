@@ -1,6 +1,8 @@
-//! Brings snapshots out: to Prometheus, to people, to programs.
+//! Brings snapshots out: to Prometheus, to people (once or live), to programs.
 
 pub(crate) mod flame;
 pub(crate) mod json;
+pub(crate) mod live;
 pub(crate) mod prometheus;
 pub(crate) mod text;
+mod words;

@@ -10,6 +10,7 @@ mod exports;
 mod flood;
 mod lag;
 mod listener;
+mod live;
 mod process;
 mod reactor;
 mod ring;

@@ -265,7 +265,7 @@ mod tests {
         state.look(testing::snapshot(5.0, |reactor| testing::slept(reactor, 3)));
         let text = text(&state);
         for part in [
-            "Event loop reactor (thread 11) of app (10)",
+            "Event loop reactor (11) of app (10)",
             "/usr/bin/app",
             "late, last 5 s",
             "asleep                    80.0 %  ###########",

@@ -87,6 +87,8 @@ pub(crate) struct Recent {
 struct Track<G> {
     /// Its histogram of delays at the last look.
     delays: Histogram,
+    /// What the longest delays come from, at the last look.
+    events: Histogram,
     /// Its counters at the last look.
     counters: G,
     /// What grew from look to look.
@@ -99,6 +101,7 @@ struct Track<G> {
 struct Grown<G> {
     seconds: f64,
     delays: Growth,
+    longest: f64,
     counters: G,
 }
 
@@ -176,7 +179,11 @@ impl Recent {
                     stalls: reactor.stalls.count,
                 };
                 let track = self.loops.entry((target.pid, reactor.tid)).or_default();
-                track.look(seconds, &reactor.lag, counters, 0.0);
+                // A lag's counts are rounded, so that one may move between neighbours; events are counted exactly.
+                let events = [&reactor.slice, &reactor.wakeup].map(|h| h.since(&Histogram::default()));
+                let events = Histogram::grown(events.iter(), reactor.slice.max().max(reactor.wakeup.max()));
+                let age = reactor.current_slice_seconds.unwrap_or(0.0);
+                track.look(seconds, &reactor.lag, &events, counters, age);
             }
             for listener in target.listeners.iter().filter(|listener| !listener.closed) {
                 let counters = QueueGrowth {
@@ -186,7 +193,8 @@ impl Recent {
                 };
                 let track = self.queues.entry((target.pid, listener.name())).or_default();
                 // Those that still wait have waited so long, whenever they will be accepted.
-                track.look(seconds, &listener.wait, counters, listener.oldest_seconds.unwrap_or(0.0));
+                let oldest = listener.oldest_seconds.unwrap_or(0.0);
+                track.look(seconds, &listener.wait, &listener.wait, counters, oldest);
             }
         }
         forget_unseen(&mut self.loops);
@@ -196,7 +204,7 @@ impl Recent {
     /// The recent past of an event loop.
     pub(crate) fn of_loop(&self, pid: u32, reactor: &Reactor) -> LoopWindow {
         self.loops.get(&(pid, reactor.tid)).map_or_else(LoopWindow::default, |track| {
-            let (seconds, lag, sum) = track.window(reactor.lag.max());
+            let (seconds, lag, sum) = track.window();
             let total = sum.busy + sum.wait;
             let utilization = (total > 0.0).then(|| sum.busy / total);
             LoopWindow { seconds, lag, utilization, parts: sum.parts, stalls: sum.stalls }
@@ -206,7 +214,7 @@ impl Recent {
     /// The recent past of an accept queue.
     pub(crate) fn of_queue(&self, pid: u32, listener: &Listener) -> QueueWindow {
         self.queues.get(&(pid, listener.name())).map_or_else(QueueWindow::default, |track| {
-            let (seconds, wait, sum) = track.window(listener.wait.max());
+            let (seconds, wait, sum) = track.window();
             QueueWindow { seconds, wait, arrivals: sum.arrivals, accepts: sum.accepts, drops: sum.drops }
         })
     }
@@ -230,6 +238,7 @@ impl<G: Counters> Default for Track<G> {
     fn default() -> Self {
         Self {
             delays: Histogram::default(),
+            events: Histogram::default(),
             counters: G::default(),
             growths: VecDeque::new(),
             history: VecDeque::new(),
@@ -239,13 +248,17 @@ impl<G: Counters> Default for Track<G> {
 }
 
 impl<G: Counters> Track<G> {
-    fn look(&mut self, seconds: f64, delays: &Histogram, counters: G, at_least: f64) {
-        let growth =
-            Grown { seconds, delays: delays.since(&self.delays), counters: counters.since(self.counters) };
-        let second = Histogram::grown([&growth.delays].into_iter(), delays.max());
-        let max = second.max().max(at_least);
-        let p99 = if at_least > second.max() { at_least } else { second.quantile(0.99).unwrap_or(0.0) };
-        self.history.push_back(Point { p99, max });
+    fn look(&mut self, seconds: f64, delays: &Histogram, events: &Histogram, counters: G, at_least: f64) {
+        let events_growth = events.since(&self.events);
+        let longest = Histogram::grown([&events_growth].into_iter(), events.max()).max().max(at_least);
+        let growth = Grown {
+            seconds,
+            delays: delays.since(&self.delays),
+            longest,
+            counters: counters.since(self.counters),
+        };
+        let second = Histogram::grown([&growth.delays].into_iter(), longest);
+        self.history.push_back(Point { p99: second.quantile(0.99).unwrap_or(at_least), max: longest });
         let surplus = self.history.len().saturating_sub(HISTORY);
         self.history.drain(..surplus);
         self.growths.push_back(growth);
@@ -253,6 +266,7 @@ impl<G: Counters> Track<G> {
             self.growths.pop_front();
         }
         self.delays.clone_from(delays);
+        self.events.clone_from(events);
         self.counters = counters;
         self.is_seen = true;
     }
@@ -262,8 +276,9 @@ impl<G: Counters> Track<G> {
     }
 
     /// Length, delays and counters of the recent past.
-    fn window(&self, most: f64) -> (f64, Histogram, G) {
-        let delays = Histogram::grown(self.growths.iter().map(|growth| &growth.delays), most);
+    fn window(&self) -> (f64, Histogram, G) {
+        let longest = self.growths.iter().map(|growth| growth.longest).fold(0.0, f64::max);
+        let delays = Histogram::grown(self.growths.iter().map(|growth| &growth.delays), longest);
         let sum = self.growths.iter().fold(G::default(), |sum, growth| sum.plus(growth.counters));
         (self.seconds(), delays, sum)
     }

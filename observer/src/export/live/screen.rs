@@ -78,3 +78,51 @@ fn leave() {
         messages::release();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{env, process::Command, thread, time::Duration};
+
+    use super::*;
+
+    const INSIDE: &str = "OBSERVER_TEST_PANIC_IN_VIEW";
+
+    /// Runs itself again in a terminal, and panics there.
+    #[test]
+    fn a_panic_gives_the_terminal_back_and_can_be_read() {
+        if env::var_os(INSIDE).is_some() {
+            let _screen = Screen::take().unwrap();
+            io::Write::write_all(&mut messages::Messages, b"held back\n").unwrap();
+            panic!("on purpose");
+        }
+        let socket = format!("observer-panic-{}", std::process::id());
+        let tmux = |arguments: &[&str]| {
+            let output =
+                Command::new("tmux").args(["-L", &socket, "-f", "/dev/null"]).args(arguments).output();
+            output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let name = "export::live::screen::tests::a_panic_gives_the_terminal_back_and_can_be_read";
+        let exe = env::current_exe().unwrap();
+        let inside =
+            format!("{INSIDE}=1 {} --nocapture --exact {name}; stty -a; exec sleep 60", exe.display());
+        if tmux(&["new-session", "-d", "-x", "150", "-y", "50", &inside]).is_err() {
+            eprintln!("skipped: {name}: there is no tmux here");
+            return;
+        }
+        let mut screen = String::new();
+        for _ in 0..300 {
+            screen = tmux(&["display-message", "-p", "#{alternate_on} #{cursor_flag}"]).unwrap();
+            screen += &tmux(&["capture-pane", "-p"]).unwrap();
+            if screen.contains("icanon") {
+                break;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        tmux(&["kill-server"]).unwrap();
+        assert!(screen.starts_with("0 1\n"), "{screen}");
+        for part in ["held back", "on purpose", "icanon", " echo ", "isig"] {
+            assert!(screen.contains(part), "{part} is missing: {screen}");
+        }
+        assert!(!screen.contains("-icanon") && !screen.contains("-isig"), "{screen}");
+    }
+}

@@ -23,7 +23,8 @@ pub(super) fn histogram(durations: &[(u64, u64)]) -> Histogram {
 
 /// Makes a loop one that slept for 120 ms so often.
 pub(super) fn slept(reactor: &mut Reactor, times: u32) {
-    reactor.lag = histogram(&[(120, u64::from(times) * 10), (60, u64::from(times) * 50)]);
+    reactor.lag = histogram(&[(120, u64::from(times) * 10), (60, u64::from(times) * 130)]);
+    reactor.slice = histogram(&[(120, u64::from(times))]);
     reactor.busy_seconds = f64::from(times) * 0.15;
     reactor.split_seconds = split(f64::from(times));
     let frame = |function: &str, file: &str, line| Frame {

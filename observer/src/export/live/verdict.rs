@@ -1,13 +1,11 @@
 //! The first lines of the view: is it late, and whose fault is it? About the last seconds, unlike the report.
 
-use std::borrow::Cow;
-
 use super::{
     recent::{LoopWindow, WINDOW},
     state::{LoopRow, QueueRow, State},
 };
 use crate::{
-    export::words::{named, percent, reactor_name, span},
+    export::words::{named, percent, span},
     model::{
         lag::PROBE_SECONDS,
         snapshot::{LATE, Listener, Look, Reactor, Target},
@@ -65,9 +63,9 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
         let why = reactor.current_stack.as_ref().map(stack).unwrap_or_default();
         return Finding { what: format!("{who}: stuck for {} and still so", span(age)), why };
     }
-    let what = format!("{who}: up to {}, on average {}", span(lag.max()), span(lag.mean()));
+    let what = format!("{who}: up to {}, mean {}", span(lag.max()), span(lag.mean()));
     let why = culprit.map_or_else(
-        || main_causes(&row.window),
+        || without_stalls(reactor, &row.window),
         |(weight, site)| {
             let share = weight / (lag.sum() * PROBE_SECONDS).max(weight);
             format!("{} of that: {} {}", percent(share), cause(site), stack(&site.look))
@@ -121,12 +119,12 @@ fn culprit<'a>(reactor: &'a Reactor, window: &LoopWindow) -> Option<(f64, &'a Si
     worst.filter(|(weight, _)| *weight > 0.0)
 }
 
-/// `reactor (thread 12) of app (10)`; `app (10)` for a process's main loop.
+/// `reactor (12) of app (10)`; `app (10)` for a process's main loop.
 pub(super) fn loop_name(target: &Target, reactor: &Reactor) -> String {
     if reactor.tid == target.pid {
         format!("{} ({})", target.comm, target.pid)
     } else {
-        format!("{} of {} ({})", reactor_name(reactor), target.comm, target.pid)
+        format!("{} ({}) of {} ({})", reactor.name, reactor.tid, target.comm, target.pid)
     }
 }
 
@@ -136,14 +134,21 @@ pub(super) fn cause(site: &Site) -> String {
     call.map_or_else(|| named(site.cause).into(), |call| format!("{} ({call})", named(site.cause)))
 }
 
-/// Functions innermost first on one line, or why they are not known.
+/// Functions innermost first on one line, `?` where they are not known further; or why none is.
 pub(super) fn stack(look: &Look) -> String {
-    let frames: Vec<Cow<'_, str>> = look.frames.iter().map(|frame| frame.to_string().into()).collect();
+    let frames: Vec<String> = look.frames.iter().map(ToString::to_string).collect();
     match &look.missing {
         None => format!("in {}", frames.join(" < ")),
         Some(why) if frames.is_empty() => format!("(code not known: {why})"),
-        Some(why) => format!("in {} (not all is known: {why})", frames.join(" < ")),
+        Some(_) => format!("in {} < ?", frames.join(" < ")),
     }
+}
+
+/// What can be said of a loop in which no slice was a stall.
+fn without_stalls(reactor: &Reactor, window: &LoopWindow) -> String {
+    let wakeup = reactor.wakeup.max();
+    let woken = (wakeup >= LATE).then(|| format!("woken up to {} late since the start; ", span(wakeup)));
+    format!("{}{}", woken.unwrap_or_default(), main_causes(window))
 }
 
 /// The parts of busy time that matter, largest first.
@@ -180,9 +185,9 @@ mod tests {
         let state = of([testing::snapshot(1.0, |reactor| testing::slept(reactor, 3))]);
         let found = findings(&state);
         assert_eq!(found.len(), 1);
-        assert_eq!(found[0].what, "reactor (thread 11) of app (10): up to 120 ms, on average 70.0 ms");
+        assert_eq!(found[0].what, "reactor (11) of app (10): up to 120 ms, mean 64.3 ms");
         let why =
-            "17.1 % of that: asleep (clock_nanosleep) in sleep (app/db.py:12) < handle (app/server.py:40)";
+            "80.0 % of that: asleep (clock_nanosleep) in sleep (app/db.py:12) < handle (app/server.py:40)";
         assert_eq!(found[0].why, why);
     }
 
@@ -193,7 +198,7 @@ mod tests {
         assert!(findings(&state).is_empty());
         let well = all_is_well(&state);
         assert!(well.what.starts_with("in the last 10 s: no loop was away for 50.0 ms"), "{well:?}");
-        assert_eq!(well.why, "since the start up to 120 ms (reactor (thread 11) of app (10))");
+        assert_eq!(well.why, "since the start up to 120 ms (reactor (11) of app (10))");
     }
 
     #[test]
@@ -204,7 +209,7 @@ mod tests {
             reactor.current_stack = Some(Look::missing("it ran away"));
         })]);
         let found = findings(&state);
-        assert_eq!(found[0].what, "reactor (thread 11) of app (10): stuck for 2.50 s and still so");
+        assert_eq!(found[0].what, "reactor (11) of app (10): stuck for 2.50 s and still so");
         assert_eq!(found[0].why, "(code not known: it ran away)");
     }
 

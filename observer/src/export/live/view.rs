@@ -13,7 +13,7 @@ use super::{
     graph::{history, queue_bar, split_bar},
     state::{List, Page, State},
     theme::Theme,
-    verdict::{all_is_well, cause, findings, longest_wait, loop_name, rate, stack},
+    verdict::{all_is_well, cause, findings, longest_wait, rate, stack},
 };
 use crate::{
     export::words::{percent, span},
@@ -31,8 +31,7 @@ const LEAST: (u16, u16) = (50, 12);
 const WIDE: u16 = 104;
 const WIDER: u16 = 150;
 
-const KEYS: &str =
-    "q quit  p pause  s sort  / filter  Tab loops or queues  Up/Down select  Enter details  ? help";
+const KEYS: &str = "q quit  p pause  s sort  / filter  Tab lists  Up/Down  Enter details  ? help";
 
 /// What is shown beside the figures.
 #[derive(Debug, Default)]
@@ -150,12 +149,14 @@ fn overview(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     // At 80x24 there is room for a few of each; whatever is more goes where there is more to tell.
     let most = area.height.saturating_sub(u16::try_from(verdict.len()).unwrap_or(u16::MAX)) / 4;
     let graph = (area.height / 5).clamp(3, 10);
+    let has_stalls = stalling(state).is_some_and(|reactor| !reactor.stalls.sites.is_empty());
     let rows = [
         Constraint::Length(u16::try_from(verdict.len()).unwrap_or(u16::MAX)),
         Constraint::Length(loops.min(most.max(4))),
         Constraint::Length(if queues == 1 { 0 } else { queues.min(most.max(3)) }),
-        Constraint::Length(graph),
-        Constraint::Fill(1),
+        // Where there are no stalls to tell, the history gets their room.
+        if has_stalls { Constraint::Length(graph) } else { Constraint::Fill(1) },
+        if has_stalls { Constraint::Fill(1) } else { Constraint::Length(1) },
     ];
     let [top, loops, queues, graph, stalls] = Layout::vertical(rows).areas(area);
     frame.render_widget(Paragraph::new(verdict), top);
@@ -230,14 +231,14 @@ fn mark(is_selected: bool, is_active: bool, theme: Theme) -> (Cell<'static>, Sty
 
 fn draw_loops(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     let is_wide = area.width >= WIDE;
-    let heading = format!("EVENT LOOPS {}", state.sort.name());
-    let mut widths = vec![Constraint::Length(1), Constraint::Length(24)];
+    let heading = format!("LOOPS {}", state.sort.name());
+    let mut widths = vec![Constraint::Length(1), Constraint::Length(if is_wide { 24 } else { 21 })];
     let mut names = vec!["", heading.as_str()];
     if is_wide {
         widths.push(Constraint::Length(24));
         names.push("of process");
     }
-    widths.extend([8, 8, 8, 6].map(Constraint::Length));
+    widths.extend([8, 8, 8, 5].map(Constraint::Length));
     names.extend(["mean", "p99", "longest", "busy"]);
     if area.width >= WIDER {
         widths.extend([9, 8].map(Constraint::Length));
@@ -278,7 +279,7 @@ fn draw_loops(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
 
 fn draw_queues(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     let is_wide = area.width >= WIDE;
-    let mut widths = vec![Constraint::Length(1), Constraint::Length(24)];
+    let mut widths = vec![Constraint::Length(1), Constraint::Length(if is_wide { 24 } else { 21 })];
     let mut names = vec!["", "ACCEPT QUEUES"];
     if is_wide {
         widths.push(Constraint::Length(24));
@@ -335,7 +336,7 @@ fn heading(title: &str, rest: String, theme: Theme) -> Line<'static> {
 
 fn draw_history(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     let (width, height) = (usize::from(area.width), usize::from(area.height.saturating_sub(1)));
-    let legend = format!("a second each: up to p99, {} up to the longest", theme.light());
+    let legend = format!("a second each: {} p99, {} longest", theme.places().0, theme.light());
     let text = match state.list {
         List::Loops => state.loops().nth(state.selected_loop()).map(|(_, target, reactor)| {
             let points = state.history_of_loop((target.pid, reactor.tid));
@@ -355,8 +356,8 @@ fn draw_history(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) 
     }
 }
 
-/// The worst stalls of the selected loop, or of the first loop of the selected queue's process.
-fn draw_stalls(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
+/// The selected loop, or the first loop of the selected queue's process: the one whose stalls are shown.
+fn stalling(state: &State) -> Option<&Reactor> {
     let selected = match state.list {
         List::Loops => state.loops().nth(state.selected_loop()),
         List::Queues => {
@@ -364,9 +365,14 @@ fn draw_stalls(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
             queue.and_then(|(_, target, _)| state.all_loops().find(|(_, of, _)| of.pid == target.pid))
         }
     };
-    let Some((_, target, reactor)) = selected else { return };
+    selected.map(|(.., reactor)| reactor)
+}
+
+/// The worst stalls.
+fn draw_stalls(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
+    let Some(reactor) = stalling(state) else { return };
     let mut text =
-        vec![heading("STALLS", format!("of {}{}", loop_name(target, reactor), total(reactor)), theme)];
+        vec![heading("STALLS", format!("of {} {}{}", reactor.name, reactor.tid, total(reactor)), theme)];
     text.extend(stall_lines(&reactor.stalls, theme));
     frame.render_widget(Paragraph::new(text), area);
 }
@@ -428,9 +434,10 @@ mod tests {
             let text = screen(&mut late(), size, &Facts::default(), &[]);
             let lines: Vec<_> = text.lines().collect();
             assert!(lines[0].starts_with(" observer  app (10)"), "{text}");
-            assert!(lines[1].starts_with("LATE reactor (thread 11) of app (10): up to 120 ms"), "{text}");
+            assert!(lines[1].starts_with("LATE reactor (11) of app (10): up to 120 ms"), "{text}");
             assert!(lines[2].contains("asleep (clock_nanosleep) in sleep (app/db.py:12)"), "{text}");
-            for part in ["EVENT LOOPS", "ACCEPT QUEUES", "127.0.0.1:8080", " LAG ", " STALLS ", "asleep 80%"]
+            for part in
+                ["LOOPS latest first", "ACCEPT QUEUES", "127.0.0.1:8080", " LAG ", " STALLS ", "asleep 80%"]
             {
                 assert!(text.contains(part), "{part} is missing: {text}");
             }

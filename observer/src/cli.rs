@@ -29,8 +29,9 @@ pub(crate) struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  sudo observer --pid $(pidof -s nginx) --duration 30s     look for 30 seconds, then print a report
-  sudo observer --pid 4242                                 look until Ctrl-C; scrape http://127.0.0.1:9464/metrics meanwhile
+  sudo observer --pid $(pidof -s nginx)                    watch on a terminal until q; then print a report
+  sudo observer --pid 4242 --duration 30s --format text    look for 30 seconds, then print a report; figures meanwhile
+                                                           at http://127.0.0.1:9464/metrics
   sudo observer --pid 4242 --duration 10s --format json    a report for programs
   sudo observer demo                                       watch a server with known misbehaviour
 
@@ -43,6 +44,9 @@ Words:
   wake-up   the delay between an event making the loop runnable and the loop running
   depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait,
             oldest how long the first of them has waited
+
+The live view needs a terminal that can place text (TERM=dumb cannot) and at least 50 x 12 characters; ? in it tells
+its keys. NO_COLOR turns its colours off. Messages wait until the terminal is given back; the latest is shown.
 
 Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.";
 
@@ -109,9 +113,9 @@ pub(crate) struct Output {
     /// Print the report and stop after this time, such as 30s or 5m; without it, at Ctrl-C or when all targets are gone
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) duration: Option<Duration>,
-    /// Form of the report
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub(crate) format: Format,
+    /// What to show; without it, the live view on a terminal and text elsewhere
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<Format>,
     /// Write a flame graph of the lag into this file at the end: the wider a function, the more of the mean lag is its
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) flame: Option<PathBuf>,
@@ -126,12 +130,14 @@ pub(crate) struct Output {
     pub(crate) verbose: bool,
 }
 
-/// Form of the report.
+/// What to show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
-    /// For people
+    /// A view that follows what happens, and after it the report for people
+    Live,
+    /// A report for people
     Text,
-    /// For programs: one object, schema observer.report/1, seconds as floats
+    /// A report for programs: one object, schema observer.report/1, seconds as floats
     Json,
 }
 

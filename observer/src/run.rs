@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya_log::EbpfLogger;
+use env_logger::Target;
 use log::LevelFilter;
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -21,7 +22,11 @@ use tokio::{
 
 use crate::{
     cli::{Format, Observe, Output},
-    export::{endpoint, flame, json, text},
+    export::{
+        endpoint, flame, json,
+        live::{self, Live},
+        text,
+    },
     failure::Failure,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     observation::{Observation, Selection},
@@ -51,7 +56,9 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         // Ours and, by the name of their crate, the programs'.
         .filter_module("observer", own_level)
         .format_timestamp(None)
+        .target(Target::Pipe(Box::new(live::Messages)))
         .init();
+    let format = format(output);
     preflight(selection)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -67,21 +74,38 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         return_memory();
         // Before anybody is told how to end it.
         let signals = Signals::catch()?;
-        announce(&observation, output, endpoint.as_ref());
+        let view = if format == Format::Live {
+            Some(Live::start(endpoint.as_ref().and_then(figures), output.duration)?)
+        } else {
+            announce(&observation, output, endpoint.as_ref());
+            None
+        };
         let observation = Arc::new(Mutex::new(observation));
         if let Some(endpoint) = endpoint {
             tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation)));
         }
-        until_over(&observation, output.duration, signals).await?;
+        until_over(&observation, output.duration, signals, view).await?;
         let snapshot = lock(&observation).snapshot()?;
         if let Some(file) = &output.flame {
             flame::write(&snapshot, file)?;
         }
-        match output.format {
-            Format::Text => text::write(&snapshot, &mut stdout().lock()),
+        match format {
+            Format::Live | Format::Text => text::write(&snapshot, &mut stdout().lock()),
             Format::Json => json::write(&snapshot, &mut stdout().lock()),
         }
     })
+}
+
+/// What to show, here.
+fn format(output: &Output) -> Format {
+    match output.format {
+        Some(Format::Live) | None if live::is_possible() => Format::Live,
+        Some(Format::Live) => {
+            log::warn!("no live view: it needs a terminal, in the foreground, that can place text");
+            Format::Text
+        }
+        other => other.unwrap_or(Format::Text),
+    }
 }
 
 /// Finds out what would fail later, and says what to do about it. Runs before any thread is started.
@@ -145,13 +169,18 @@ fn announce(observation: &Observation, output: &Output, endpoint: Option<&TcpLis
     let more = names.len().saturating_sub(4);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     eprintln!("observing {shown}{more}");
-    if let Some(address) = endpoint.and_then(|endpoint| endpoint.local_addr().ok()) {
-        eprintln!("figures at http://{address}/metrics");
+    if let Some(address) = endpoint.and_then(figures) {
+        eprintln!("figures at {address}");
     }
     match output.duration {
         Some(duration) => eprintln!("report in {}, or at Ctrl-C", humantime::format_duration(duration)),
         None => eprintln!("report at Ctrl-C"),
     }
+}
+
+/// Where a scraper finds the figures.
+fn figures(endpoint: &TcpListener) -> Option<String> {
+    Some(format!("http://{}/metrics", endpoint.local_addr().ok()?))
 }
 
 /// The signals that end an observation in good order.
@@ -166,11 +195,12 @@ impl Signals {
     }
 }
 
-/// Returns when the time is up, a signal has come or all targets are gone.
+/// Returns when the time is up, a signal has come, all targets are gone or the user of the view has had enough.
 async fn until_over(
     observation: &Mutex<Observation>,
     duration: Option<Duration>,
     mut signals: Signals,
+    mut view: Option<Live>,
 ) -> Result<()> {
     let end = duration.and_then(|duration| Instant::now().checked_add(duration));
     let time_is_up = async {
@@ -190,14 +220,26 @@ async fn until_over(
             _ = signals.interrupt.recv() => return Ok(()),
             _ = signals.terminate.recv() => return Ok(()),
             _ = watch.tick() => lock(observation).watch(),
+            quit = until_quit(&mut view) => return quit,
             _ = housekeeping.tick() => {
                 let mut observation = lock(observation);
-                observation.refresh()?;
+                match &mut view {
+                    Some(view) => view.show(observation.snapshot()?)?,
+                    None => observation.refresh()?,
+                }
                 if observation.is_over() {
                     return Ok(());
                 }
             }
         }
+    }
+}
+
+/// Without a view nobody quits it.
+async fn until_quit(view: &mut Option<Live>) -> Result<()> {
+    match view {
+        Some(view) => view.until_quit().await,
+        None => pending().await,
     }
 }
 

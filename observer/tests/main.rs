@@ -13,6 +13,7 @@ mod flood;
 mod gc;
 mod lag;
 mod listener;
+mod live;
 mod process;
 mod prometheus;
 mod reactor;

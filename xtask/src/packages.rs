@@ -23,6 +23,7 @@ const TESTS: &[&str] = &[
     "python3",
     "ruby",
     "ruby-async",
+    "tmux",
     "iproute2",
     "prometheus",
     "python3-pip",

@@ -31,7 +31,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let selection = Selection { pids, follow: true, calls, stall_threshold: STALL_THRESHOLD };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
     run::run(&selection, &output)?;
-    if output.format == Format::Text {
+    if output.format != Some(Format::Json) {
         writeln!(stdout().lock(), "\n{}", explanation())?;
     }
     Ok(ExitCode::SUCCESS)

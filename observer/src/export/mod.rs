@@ -1,9 +1,11 @@
-//! Brings snapshots out: to Prometheus, to people, to programs.
+//! Brings snapshots out: to Prometheus, to people (once or live), to programs.
 
 pub(crate) mod endpoint;
 pub(crate) mod flame;
 pub(crate) mod json;
+pub(crate) mod live;
 pub(crate) mod prometheus;
 pub(crate) mod reference;
 pub(crate) mod series;
 pub(crate) mod text;
+mod words;

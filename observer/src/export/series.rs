@@ -240,7 +240,6 @@ mod tests {
             exe: "/server".into(),
             container: None,
             exited: false,
-            gc: None,
             listeners: Vec::new(),
             reactors,
             gc: None,

@@ -3,8 +3,8 @@
 use std::{collections::BTreeSet, io::Write};
 
 use anyhow::Result;
-use observer_common::block::Block;
 
+use super::words::{SHORT_ID, named, percent, reactor_name, span};
 use crate::model::{
     histogram::Histogram,
     snapshot::{Gc, LATE, Listener, Look, Reactor, Snapshot, Target},
@@ -17,9 +17,6 @@ const FRAMES_OF_SITE: usize = 4;
 
 /// Places in the code that are shown of each event loop.
 const SITES: usize = 4;
-
-/// Digits of a container's id that are enough for people, as `docker ps` shows it.
-const SHORT_ID: usize = 12;
 
 /// Writes the report.
 pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
@@ -206,35 +203,12 @@ fn oldest(listener: &Listener) -> String {
     format!("{at_least}{}", span(listener.oldest_seconds.unwrap_or(0.0)))
 }
 
-fn reactor_name(reactor: &Reactor) -> String {
-    if reactor.name.is_empty() {
-        format!("in thread {}", reactor.tid)
-    } else {
-        format!("{} (thread {})", reactor.name, reactor.tid)
-    }
-}
-
 /// Shares of busy time, in the order in which they are shown. What nothing was blocked in is left out.
 fn shares(reactor: &Reactor) -> Vec<(Cause, f64)> {
     let split = &reactor.split_seconds;
     let total = split.total().max(f64::MIN_POSITIVE);
     let all = Cause::PARTS.into_iter().map(|cause| (cause, split.of(cause) / total));
     all.filter(|(cause, share)| *share >= 0.0005 || !matches!(cause, Cause::Blocked(_))).collect()
-}
-
-/// What people call it.
-const fn named(cause: Cause) -> &'static str {
-    match cause {
-        Cause::Cpu => "on a CPU",
-        Cause::Runqueue => "waiting for a CPU",
-        Cause::Blocked(Block::Lock) => "blocked by a lock",
-        Cause::Blocked(Block::Disk) => "blocked by files",
-        Cause::Blocked(Block::Network) => "blocked by the network",
-        Cause::Blocked(Block::Sleep) => "asleep",
-        Cause::Blocked(Block::PageFault) => "blocked by page faults",
-        Cause::Blocked(Block::Other) => "blocked by something else",
-        Cause::Gc => "collecting garbage",
-    }
 }
 
 /// The parts of busy time that matter, largest first.
@@ -305,41 +279,5 @@ fn quantiles(histogram: &Histogram) -> String {
             format!(": p50 {}, p99 {}, longest {}", span(p50), span(p99), span(histogram.max()))
         }
         _ => String::new(),
-    }
-}
-
-fn percent(ratio: f64) -> String {
-    format!("{:.1} %", ratio * 100.0)
-}
-
-/// A duration with three significant digits in the unit that suits it.
-fn span(seconds: f64) -> String {
-    let (value, unit) = match seconds {
-        s if s >= 1.0 => (s, "s"),
-        s if s >= 1e-3 => (s * 1e3, "ms"),
-        s => (s * 1e6, "us"),
-    };
-    let decimals = if value >= 100.0 {
-        0
-    } else if value >= 10.0 {
-        1
-    } else {
-        2
-    };
-    format!("{value:.decimals$} {unit}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_are_short_and_have_a_unit() {
-        assert_eq!(span(0.0), "0.00 us");
-        assert_eq!(span(0.000_001_5), "1.50 us");
-        assert_eq!(span(0.012_34), "12.3 ms");
-        assert_eq!(span(0.120_4), "120 ms");
-        assert_eq!(span(15.02), "15.0 s");
-        assert_eq!(span(900.0), "900 s");
     }
 }

@@ -78,6 +78,40 @@ impl Histogram {
     }
 }
 
+/// What a histogram has grown by: in a short time few buckets, so only those are kept.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Growth {
+    counts: Vec<(usize, u64)>,
+    sum_ns: u64,
+}
+
+impl Histogram {
+    /// What has come since an earlier look.
+    pub(crate) fn since(&self, earlier: &Self) -> Growth {
+        let pairs = self.counts.iter().zip(&earlier.counts).enumerate();
+        let counts = pairs.map(|(bucket, (now, then))| (bucket, now.saturating_sub(*then)));
+        Growth {
+            counts: counts.filter(|(_, count)| *count > 0).collect(),
+            sum_ns: self.sum_ns.saturating_sub(earlier.sum_ns),
+        }
+    }
+
+    /// All that has come meanwhile. Its longest is known by its bucket only, and not more than `most` seconds.
+    pub(crate) fn grown<'a>(growths: impl Iterator<Item = &'a Growth>, most: f64) -> Self {
+        let mut sum = Self::default();
+        for growth in growths {
+            for (bucket, count) in &growth.counts {
+                sum.counts[*bucket] += count;
+            }
+            sum.sum_ns += growth.sum_ns;
+        }
+        let most_ns = nanoseconds(most);
+        let top = sum.counts.iter().rposition(|count| *count > 0);
+        sum.max_ns = top.map_or(0, |bucket| kernel::upper_bound(bucket).unwrap_or(most_ns).min(most_ns));
+        sum
+    }
+}
+
 impl From<&kernel::Histogram> for Histogram {
     fn from(raw: &kernel::Histogram) -> Self {
         Self {
@@ -117,6 +151,15 @@ impl Serialize for Histogram {
 /// Nanoseconds as seconds.
 pub(crate) fn seconds(ns: u64) -> f64 {
     float(ns) / NANOSECONDS
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "durations are not negative; a cast stops at the largest number"
+)]
+fn nanoseconds(seconds: f64) -> u64 {
+    (seconds * NANOSECONDS).round() as u64
 }
 
 #[expect(clippy::cast_precision_loss, reason = "exact up to 2^53 ns, which is 104 days")]
@@ -185,5 +228,17 @@ mod tests {
         assert_eq!(octaves.len(), 27);
         assert!(octaves.iter().all(|bound| all.contains(bound)));
         assert_eq!(octaves.last().unwrap().1, 3);
+    }
+
+    #[test]
+    fn growth_is_what_came_meanwhile() {
+        let before = of(&[MILLISECOND, 300 * MILLISECOND]);
+        let now = of(&[MILLISECOND, 300 * MILLISECOND, 2 * MILLISECOND, 100 * MILLISECOND]);
+        let recent = Histogram::grown([now.since(&before)].iter(), now.max());
+        assert_eq!(recent.count(), 2);
+        assert!((recent.sum() - 0.102).abs() < 1e-9);
+        assert!((0.1..0.1125).contains(&recent.max()), "{}", recent.max());
+        let nothing = Histogram::grown([now.since(&now)].iter(), now.max());
+        assert_eq!((nothing.count(), nothing.quantile(0.99)), (0, None));
     }
 }

@@ -1,0 +1,128 @@
+//! The terminal while the view has it, and its way back to the shell: after a quit, an error, a signal, a panic.
+
+use std::{
+    io::{self, Write as _, stdout},
+    panic,
+    sync::{
+        Once,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use ratatui::crossterm::{
+    cursor::{Hide, Show},
+    execute,
+    terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode},
+};
+
+use super::messages;
+
+static IS_TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Has the terminal until it is dropped.
+pub(super) struct Screen;
+
+impl Screen {
+    /// Takes the terminal.
+    pub(super) fn take() -> io::Result<Self> {
+        static HOOK: Once = Once::new();
+        HOOK.call_once(|| {
+            let tell = panic::take_hook();
+            // Whoever panics tells so on the shell's screen. If the view survives it, the view comes back.
+            panic::set_hook(Box::new(move |info| {
+                leave();
+                tell(info);
+            }));
+        });
+        enter()?;
+        Ok(Self)
+    }
+
+    /// Takes the terminal again if a panic gave it away; returns whether that was so.
+    pub(super) fn retake(&self) -> io::Result<bool> {
+        let is_lost = !is_taken();
+        if is_lost {
+            enter()?;
+        }
+        Ok(is_lost)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        leave();
+    }
+}
+
+/// Whether what is written now would be written into the view.
+pub(super) fn is_taken() -> bool {
+    IS_TAKEN.load(Ordering::SeqCst)
+}
+
+fn enter() -> io::Result<()> {
+    IS_TAKEN.store(true, Ordering::SeqCst);
+    let entered = enable_raw_mode().and_then(|()| execute!(stdout(), EnterAlternateScreen, Hide));
+    if entered.is_err() {
+        leave();
+    }
+    entered
+}
+
+/// Gives the terminal back as it was, and tells what had to wait for that. Does nothing the second time.
+fn leave() {
+    if IS_TAKEN.swap(false, Ordering::SeqCst) {
+        // The terminal may be gone: there is nobody to tell.
+        let _shown = execute!(stdout(), LeaveAlternateScreen, Show);
+        let _cooked = disable_raw_mode();
+        let _flushed = stdout().flush();
+        messages::release();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, process::Command, thread, time::Duration};
+
+    use super::*;
+
+    const INSIDE: &str = "OBSERVER_TEST_PANIC_IN_VIEW";
+
+    /// Runs itself again in a terminal, and panics there.
+    #[test]
+    fn a_panic_gives_the_terminal_back_and_can_be_read() {
+        if env::var_os(INSIDE).is_some() {
+            let _screen = Screen::take().unwrap();
+            io::Write::write_all(&mut messages::Messages, b"held back\n").unwrap();
+            panic!("on purpose");
+        }
+        let socket = format!("observer-panic-{}", std::process::id());
+        let tmux = |arguments: &[&str]| {
+            let output =
+                Command::new("tmux").args(["-L", &socket, "-f", "/dev/null"]).args(arguments).output();
+            output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let name = "export::live::screen::tests::a_panic_gives_the_terminal_back_and_can_be_read";
+        let exe = env::current_exe().unwrap();
+        let inside =
+            format!("{INSIDE}=1 {} --nocapture --exact {name}; stty -a; exec sleep 60", exe.display());
+        if tmux(&["new-session", "-d", "-x", "150", "-y", "50", &inside]).is_err() {
+            eprintln!("skipped: {name}: there is no tmux here");
+            return;
+        }
+        let mut screen = String::new();
+        for _ in 0..300 {
+            screen = tmux(&["display-message", "-p", "#{alternate_on} #{cursor_flag}"]).unwrap();
+            screen += &tmux(&["capture-pane", "-p"]).unwrap();
+            if screen.contains("icanon") {
+                break;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        tmux(&["kill-server"]).unwrap();
+        assert!(screen.starts_with("0 1\n"), "{screen}");
+        for part in ["held back", "on purpose", "icanon", " echo ", "isig"] {
+            assert!(screen.contains(part), "{part} is missing: {screen}");
+        }
+        assert!(!screen.contains("-icanon") && !screen.contains("-isig"), "{screen}");
+    }
+}

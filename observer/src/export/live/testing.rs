@@ -1,0 +1,121 @@
+//! A server of figures for the view's tests: one event loop, one accept queue.
+
+use crate::model::{
+    frame::Frame,
+    histogram::Histogram,
+    snapshot::{Depths, Listener, Look, Own, Reactor, SCHEMA, Snapshot, Split, Target},
+    stall::{Cause, Stall, Stalls},
+};
+use observer_common::{block::Block, histogram as kernel, listener::DEPTHS};
+
+/// Durations in milliseconds, each so many times.
+pub(super) fn histogram(durations: &[(u64, u64)]) -> Histogram {
+    let mut raw = kernel::Histogram::EMPTY;
+    for &(milliseconds, times) in durations {
+        let ns = milliseconds * 1_000_000;
+        let bucket = &mut raw.buckets[kernel::bucket_of(ns)];
+        bucket.count += times;
+        bucket.sum_ns += times * ns;
+        raw.max_ns = raw.max_ns.max(if times > 0 { ns } else { 0 });
+    }
+    Histogram::from(&raw)
+}
+
+/// Makes a loop one that slept for 120 ms so often.
+pub(super) fn slept(reactor: &mut Reactor, times: u32) {
+    reactor.lag = histogram(&[(120, u64::from(times) * 10), (60, u64::from(times) * 130)]);
+    reactor.slice = histogram(&[(120, u64::from(times))]);
+    reactor.busy_seconds = f64::from(times) * 0.15;
+    reactor.split_seconds = split(f64::from(times));
+    let frame = |function: &str, file: &str, line| Frame {
+        function: function.into(),
+        module: None,
+        file: Some(file.into()),
+        line: Some(line),
+    };
+    let look = Look {
+        frames: vec![frame("sleep", "/app/db.py", 12), frame("handle", "/app/server.py", 40)],
+        kernel: vec!["do_nanosleep".into()],
+        missing: None,
+    };
+    let mut stalls = Stalls::over(0.05);
+    for _ in 0..times {
+        let stall = Stall {
+            start: "2026-11-24T12:00:00Z".into(),
+            seconds: 0.12,
+            cause: Cause::Blocked(Block::Sleep),
+            syscall: Some("clock_nanosleep".into()),
+            behind: None,
+            split_seconds: split(1.0),
+            site: 0,
+        };
+        stalls.add(stall, look.clone());
+    }
+    reactor.stalls = stalls.ranked(reactor.lag.sum() * 0.001);
+}
+
+fn split(times: f64) -> Split {
+    let mut split = Split { cpu: 0.03 * times, ..Split::default() };
+    split.blocked.sleep = 0.12 * times;
+    split
+}
+
+/// Everything known so many seconds after the start.
+pub(super) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snapshot {
+    let mut reactor = Reactor {
+        tid: 11,
+        name: "reactor".into(),
+        slices: 0,
+        waits: 0,
+        events: 0,
+        wait_seconds: seconds,
+        busy_seconds: 0.0,
+        utilization: Some(0.0),
+        current_slice_seconds: None,
+        current_stack: None,
+        lag: Histogram::default(),
+        slice: Histogram::default(),
+        wakeup: Histogram::default(),
+        split_seconds: Split::default(),
+        stalls: Stalls::over(0.05),
+        exited: false,
+    };
+    change(&mut reactor);
+    let listener = Listener {
+        protocol: "tcp",
+        address: "127.0.0.1:8080".into(),
+        member: None,
+        limit: 128,
+        depth: 0,
+        peak: 9,
+        half_open: 0,
+        oldest_seconds: None,
+        oldest_is_lower_bound: false,
+        arrivals: 100,
+        accepts: 100,
+        accepts_unknown_wait: 0,
+        aborted: 0,
+        drops: 0,
+        overflows: None,
+        wait: histogram(&[(1, 100)]),
+        depth_on_accept: Depths { counts: [0; DEPTHS], sum: 0 },
+        closed: false,
+    };
+    let target = Target {
+        pid: 10,
+        comm: "app".into(),
+        exe: "/usr/bin/app".into(),
+        container: None,
+        exited: false,
+        listeners: vec![listener],
+        reactors: vec![reactor],
+        gc: None,
+    };
+    Snapshot {
+        schema: SCHEMA,
+        started: "2026-11-24T12:00:00Z".into(),
+        duration_seconds: seconds,
+        targets: vec![target],
+        own: Own { version: "0", kernel: "6.1".into(), lost: Vec::new(), missing: Vec::new() },
+    }
+}

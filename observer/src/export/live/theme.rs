@@ -1,0 +1,127 @@
+//! How things look: colours, unless NO_COLOR asks for none, and characters that the terminal's locale has. Nothing is
+//! told by colour alone.
+
+use std::env;
+
+use observer_common::block::Block;
+use ratatui::style::{Color, Modifier, Style};
+
+use crate::model::{snapshot::LATE, stall::Cause};
+
+/// From here on a delay is no longer nothing, in seconds.
+const NOTABLE: f64 = 0.010;
+
+/// What the terminal can show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Theme {
+    pub(super) has_colours: bool,
+    /// Whether block characters can be shown, or ASCII alone.
+    pub(super) has_blocks: bool,
+}
+
+impl Theme {
+    /// As the environment has it.
+    pub(super) fn of_environment() -> Self {
+        let is_set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
+        let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find(|name| is_set(name));
+        let locale = locale.and_then(|name| env::var(name).ok()).unwrap_or_default().to_lowercase();
+        Self {
+            has_colours: !is_set("NO_COLOR"),
+            has_blocks: locale.contains("utf-8") || locale.contains("utf8"),
+        }
+    }
+
+    fn coloured(self, colour: Color, otherwise: Modifier) -> Style {
+        if self.has_colours { Style::new().fg(colour) } else { Style::new().add_modifier(otherwise) }
+    }
+
+    pub(super) fn bad(self) -> Style {
+        self.coloured(Color::Red, Modifier::BOLD).add_modifier(Modifier::BOLD)
+    }
+
+    pub(super) fn good(self) -> Style {
+        self.coloured(Color::Green, Modifier::BOLD)
+    }
+
+    pub(super) fn heading(self) -> Style {
+        self.coloured(Color::Cyan, Modifier::UNDERLINED).add_modifier(Modifier::BOLD)
+    }
+
+    pub(super) fn quiet(self) -> Style {
+        self.coloured(Color::DarkGray, Modifier::empty())
+    }
+
+    pub(super) fn title(self) -> Style {
+        Style::new().add_modifier(Modifier::REVERSED)
+    }
+
+    pub(super) fn selected(self) -> Style {
+        Style::new().add_modifier(Modifier::BOLD)
+    }
+
+    pub(super) fn delay(self, seconds: f64) -> Style {
+        match seconds {
+            s if s >= LATE => self.bad(),
+            s if s >= NOTABLE => self.coloured(Color::Yellow, Modifier::empty()),
+            _ => Style::new(),
+        }
+    }
+
+    /// A part of a bar; without colours neighbours differ by being `reversed` in turn.
+    pub(super) fn part(self, cause: Cause, reversed: bool) -> Style {
+        if !self.has_colours {
+            return if reversed { Style::new().add_modifier(Modifier::REVERSED) } else { Style::new() };
+        }
+        let colour = match cause {
+            Cause::Cpu => Color::Green,
+            Cause::Runqueue => Color::Yellow,
+            Cause::Blocked(Block::Sleep) => Color::Magenta,
+            Cause::Blocked(Block::Lock) => Color::Red,
+            Cause::Blocked(Block::Disk) => Color::Cyan,
+            Cause::Blocked(Block::Network) => Color::Blue,
+            Cause::Blocked(Block::PageFault) => Color::LightRed,
+            Cause::Blocked(Block::Other) => Color::Gray,
+            Cause::Gc => Color::LightGreen,
+        };
+        Style::new().fg(Color::Black).bg(colour)
+    }
+
+    /// From nothing to a full cell.
+    pub(super) const fn levels(self) -> &'static [&'static str] {
+        if self.has_blocks {
+            &[" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"]
+        } else {
+            &[" ", ".", "o", "#"]
+        }
+    }
+
+    /// A cell up to which only the longest delays come.
+    pub(super) const fn light(self) -> &'static str {
+        if self.has_blocks { "░" } else { ":" }
+    }
+
+    /// A place that is taken in a queue, and one that is free.
+    pub(super) const fn places(self) -> (&'static str, &'static str) {
+        if self.has_blocks { ("█", "░") } else { ("#", ".") }
+    }
+
+    /// Marks what is selected.
+    pub(super) const fn mark(self) -> &'static str {
+        if self.has_blocks { "▶" } else { ">" }
+    }
+}
+
+/// Names short enough for a bar.
+pub(super) const fn short_name(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Cpu => "cpu",
+        Cause::Runqueue => "wait cpu",
+        Cause::Blocked(Block::Lock) => "lock",
+        Cause::Blocked(Block::Disk) => "files",
+        Cause::Blocked(Block::Network) => "network",
+        Cause::Blocked(Block::Sleep) => "asleep",
+        Cause::Blocked(Block::PageFault) => "page faults",
+        Cause::Blocked(Block::Other) => "other",
+        Cause::Gc => "gc",
+    }
+}

@@ -1,0 +1,69 @@
+//! Words and numbers as people read them, in the report and in the live view alike.
+
+use observer_common::block::Block;
+
+use crate::model::{snapshot::Reactor, stall::Cause};
+
+/// Digits of a container's id that are enough for people, as `docker ps` shows it.
+pub(crate) const SHORT_ID: usize = 12;
+
+/// `reactor (thread 16451)`.
+pub(crate) fn reactor_name(reactor: &Reactor) -> String {
+    if reactor.name.is_empty() {
+        format!("in thread {}", reactor.tid)
+    } else {
+        format!("{} (thread {})", reactor.name, reactor.tid)
+    }
+}
+
+/// What people call it.
+pub(crate) const fn named(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Cpu => "on a CPU",
+        Cause::Runqueue => "waiting for a CPU",
+        Cause::Blocked(Block::Lock) => "blocked by a lock",
+        Cause::Blocked(Block::Disk) => "blocked by files",
+        Cause::Blocked(Block::Network) => "blocked by the network",
+        Cause::Blocked(Block::Sleep) => "asleep",
+        Cause::Blocked(Block::PageFault) => "blocked by page faults",
+        Cause::Blocked(Block::Other) => "blocked by something else",
+        Cause::Gc => "collecting garbage",
+    }
+}
+
+/// A share with its sign.
+pub(crate) fn percent(ratio: f64) -> String {
+    format!("{:.1} %", ratio * 100.0)
+}
+
+/// A duration with three significant digits in the unit that suits it.
+pub(crate) fn span(seconds: f64) -> String {
+    let (value, unit) = match seconds {
+        s if s >= 1.0 => (s, "s"),
+        s if s >= 1e-3 => (s * 1e3, "ms"),
+        s => (s * 1e6, "us"),
+    };
+    let decimals = if value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.decimals$} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_short_and_have_a_unit() {
+        assert_eq!(span(0.0), "0.00 us");
+        assert_eq!(span(0.000_001_5), "1.50 us");
+        assert_eq!(span(0.012_34), "12.3 ms");
+        assert_eq!(span(0.120_4), "120 ms");
+        assert_eq!(span(15.02), "15.0 s");
+        assert_eq!(span(900.0), "900 s");
+    }
+}

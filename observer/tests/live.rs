@@ -1,0 +1,166 @@
+//! The live view of the real binary in a real terminal: what its first screen tells, and how it leaves.
+
+use std::{
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use nix::sys::signal::Signal;
+
+use crate::support::{observer::BINARY, send, servers::Server, wait_for};
+
+/// A terminal of its own, with observer in it and a look at its state after that.
+struct Terminal {
+    socket: String,
+}
+
+impl Terminal {
+    /// `None` where there is no tmux.
+    fn start(test: &str, environment: &str, pid: u32) -> Option<Self> {
+        let terminal = Self { socket: format!("observer-test-{}-{test}", std::process::id()) };
+        let inside = format!(
+            "env {environment} {BINARY} --pid {pid} --no-listen; echo ended with $?; stty -a; exec sleep 300"
+        );
+        let started = Command::new("tmux")
+            .args(["-L", &terminal.socket, "-f", "/dev/null"])
+            .args(["new-session", "-d", "-x", "80", "-y", "24", &inside])
+            .status();
+        match started {
+            Ok(status) if status.success() => Some(terminal),
+            failed => {
+                eprintln!("skipped: live::{test}: there is no tmux here ({failed:?})");
+                None
+            }
+        }
+    }
+
+    fn tmux(&self, arguments: &[&str]) -> String {
+        let output = Command::new("tmux")
+            .args(["-L", &self.socket])
+            .args(arguments)
+            .output()
+            .expect("tmux is installed");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn screen(&self) -> String {
+        self.tmux(&["capture-pane", "-p"])
+    }
+
+    fn press(&self, key: &str) {
+        self.tmux(&["send-keys", key]);
+    }
+
+    /// The screen, when it is as wanted.
+    fn wait(&self, what: &str, is_wanted: impl Fn(&str) -> bool) -> String {
+        wait_for(what, || Some(self.screen()).filter(|screen| is_wanted(screen)))
+    }
+
+    /// Asserts that observer has printed its report on a terminal as good as new.
+    #[track_caller]
+    fn assert_given_back(&self) {
+        self.wait("observer to end", |screen| screen.contains("icanon"));
+        let state = self.tmux(&["display-message", "-p", "#{alternate_on} #{cursor_flag}"]);
+        assert_eq!(state, "0 1\n");
+        let all = self.tmux(&["capture-pane", "-p", "-S", "-500"]);
+        for part in ["observed from", "LATE: ", "ended with 0", "icanon", "isig", " echo "] {
+            assert!(all.contains(part), "{part} is missing: {all}");
+        }
+        assert!(!all.contains("-icanon") && !all.contains("-isig"), "{all}");
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        self.tmux(&["kill-server"]);
+    }
+}
+
+/// While a server's loop sleeps 150 ms again and again.
+fn while_late(server: &Server, action: impl FnOnce()) {
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                server.block("sleep", 150);
+            }
+        });
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
+        done.store(true, Ordering::Relaxed);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+fn is_late(screen: &str) -> bool {
+    screen.lines().nth(1).is_some_and(|line| line.starts_with("LATE python3"))
+        && screen.lines().nth(2).is_some_and(|line| line.contains("asleep") && line.contains("block ("))
+}
+
+#[test]
+fn the_first_screen_names_the_late_loop_and_its_culprit() {
+    let server = Server::asyncio();
+    let Some(terminal) = Terminal::start("the_first_screen", "LANG=C.UTF-8", server.pid()) else { return };
+    while_late(&server, || {
+        let screen = terminal.wait("the first screen to tell", is_late);
+        assert!(screen.lines().next().unwrap().starts_with(" observer  python3"), "{screen}");
+        assert!(screen.contains(&format!("127.0.0.1:{}", server.port)), "{screen}");
+        assert!(screen.trim_end().lines().last().unwrap().starts_with("q quit"), "{screen}");
+        terminal.tmux(&["resize-window", "-x", "120", "-y", "40"]);
+        let wide = terminal.wait("the view to take the room", |screen| screen.contains("of process"));
+        assert!(wide.trim_end().lines().count() == 40 && is_late(&wide), "{wide}");
+        terminal.press("Enter");
+        terminal.wait("details", |screen| screen.contains("late, ever") && screen.contains("STALLS"));
+        terminal.tmux(&["resize-window", "-x", "40", "-y", "10"]);
+        terminal.wait("a complaint", |screen| screen.contains("too small"));
+        terminal.tmux(&["resize-window", "-x", "100", "-y", "30"]);
+        terminal.press("Escape");
+        terminal.wait("the overview", |screen| is_late(screen) && screen.contains("q quit"));
+        terminal.press("q");
+        terminal.assert_given_back();
+    });
+}
+
+#[test]
+fn ctrl_c_gives_the_terminal_back_and_colours_can_be_off() {
+    let server = Server::asyncio();
+    let Some(terminal) = Terminal::start("ctrl_c", "NO_COLOR=1 LC_ALL=C", server.pid()) else { return };
+    while_late(&server, || {
+        terminal.wait("the first screen to tell", is_late);
+        let styled = terminal.tmux(&["capture-pane", "-p", "-e"]);
+        let codes = styled.split("\u{1b}[").skip(1).filter_map(|rest| Some(rest.split_once('m')?.0));
+        let is_colour =
+            |code: &str| code.parse::<u32>().is_ok_and(|n| matches!(n, 30..=38 | 40..=48 | 90..=107));
+        assert!(!codes.flat_map(|code| code.split(';')).any(is_colour), "{styled:?}");
+        assert!(terminal.screen().is_ascii(), "{}", terminal.screen());
+        terminal.press("C-c");
+        terminal.assert_given_back();
+    });
+}
+
+#[test]
+fn a_signal_gives_the_terminal_back() {
+    let server = Server::asyncio();
+    let Some(terminal) = Terminal::start("a_signal", "LANG=C.UTF-8", server.pid()) else { return };
+    while_late(&server, || {
+        terminal.wait("the first screen to tell", is_late);
+        let shell = terminal.tmux(&["display-message", "-p", "#{pane_pid}"]).trim().parse().unwrap();
+        let observer = *crate::support::servers::children(shell).first().expect("observer is there");
+        send(observer, Signal::SIGTERM);
+        terminal.assert_given_back();
+    });
+}
+
+#[test]
+fn a_dumb_terminal_gets_text() {
+    let server = Server::asyncio();
+    let Some(terminal) = Terminal::start("a_dumb_terminal", "TERM=dumb", server.pid()) else { return };
+    while_late(&server, || {
+        terminal.wait("the announcement", |screen| screen.contains("report at Ctrl-C"));
+        server.block("sleep", 150);
+        terminal.press("C-c");
+        terminal.wait("the report", |screen| screen.contains("ended with 0") || screen.contains("icanon"));
+        let all = terminal.tmux(&["capture-pane", "-p", "-S", "-500"]);
+        assert!(all.contains("observing python3") && all.contains("LATE: "), "{all}");
+    });
+}

@@ -15,11 +15,15 @@ mod view;
 use std::{
     env,
     io::{IsTerminal as _, Stdin, Stdout, stdin, stdout},
+    os::fd::AsFd as _,
     time::Duration,
 };
 
 use anyhow::Result;
-use nix::unistd::{getpgrp, tcgetpgrp};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::{getpgrp, tcgetpgrp},
+};
 use ratatui::{
     Terminal,
     backend::CrosstermBackend,
@@ -126,9 +130,20 @@ impl Live {
     }
 }
 
+/// How long a key may take that has begun to arrive.
+const MOMENT: Duration = Duration::from_millis(20);
+
+/// Whether a key has begun to arrive.
+fn has_input() -> bool {
+    let stdin = stdin();
+    let mut input = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    poll(&mut input, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
 /// Takes in all keys that have been pressed.
 fn take_keys(state: &mut State) -> Result<Outcome> {
-    while event::poll(Duration::ZERO)? {
+    // Given no time, it does not even look.
+    while event::poll(if has_input() { MOMENT } else { Duration::ZERO })? {
         if let Event::Key(key) = event::read()?
             && key.kind == KeyEventKind::Press
             && state.press(key) == Outcome::Quit

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::support::{
-    Process, assert_close,
+    Process, assert_close, is_emulated,
     observer::{Observer, count_between},
     schedstat,
     servers::Server,
@@ -56,7 +56,7 @@ fn assert_slept(reactor: &Value, wall: f64) {
 
 /// Cost of the requests around the blocks, which is real work of the same loop.
 fn slack(times: u64) -> f64 {
-    let each = if crate::support::is_emulated() { 0.010 } else { 0.002 };
+    let each = if is_emulated() { 0.050 } else { 0.002 };
     each * f64::from(u32::try_from(times).unwrap())
 }
 
@@ -89,7 +89,9 @@ fn node_23_sleeps_are_23_slices_and_blocked() {
     // So that compiling the handler is not part of the first block.
     server.block("sleep", 1);
     let (reactor, wall, _) = block(&server, "sleep", BLOCKS);
-    assert_eq!(count_between(&reactor["slice"], BUCKET.0, f64::MAX), BLOCKS, "{reactor:#}");
+    let long = count_between(&reactor["slice"], BUCKET.0, f64::MAX);
+    // Emulated, compiling a function can take as long.
+    assert!(long == BLOCKS || (is_emulated() && long > BLOCKS), "{reactor:#}");
     assert_slept(&reactor, wall);
 }
 
@@ -149,7 +151,8 @@ fn the_split_adds_up_to_busy_time() {
 fn an_idle_loop_is_seen_and_idle() {
     let server = Server::asyncio();
     let observer = Observer::of(server.pid());
-    thread::sleep(Duration::from_millis(500));
+    // Emulated, it takes half a second from the first program to the last question at start.
+    thread::sleep(Duration::from_millis(if is_emulated() { 4_000 } else { 500 }));
     let report = observer.finish();
     let reactor = report.reactor(server.pid());
     assert_eq!(reactor["slices"], 0, "{reactor:#}");

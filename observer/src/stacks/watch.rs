@@ -27,7 +27,7 @@ const AGEING: u64 = 8;
 /// Different stacks kept of one slice.
 const SIGHTS: usize = 16;
 /// How often a thread that computes is interrupted while it is watched.
-const SAMPLING: Duration = Duration::from_millis(4);
+const SAMPLING: Duration = Duration::from_millis(1);
 
 /// Watches the slices of all reactors.
 pub(crate) struct Watcher {

@@ -16,7 +16,7 @@ use crate::{guest, observer, packages};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// Longer than any test run takes when emulated.
-const LIMIT: Duration = Duration::from_secs(25 * 60);
+const LIMIT: Duration = Duration::from_secs(35 * 60);
 
 /// What became of a guest.
 pub(crate) struct Outcome {

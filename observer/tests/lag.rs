@@ -22,7 +22,7 @@ fn tolerance() -> (f64, f64) {
 }
 
 /// From which share of its time on that a loop waits for a CPU its run was disturbed; and how many runs there are then.
-const CONTENTION: f64 = 0.01;
+const CONTENTION: f64 = 0.002;
 const RUNS: u32 = 3;
 
 /// A loop with a prober in it: what runs it, and the script.

@@ -49,9 +49,10 @@ impl Truth {
     fn of(server: &Server, injected: &str, cause: &'static str) -> Self {
         let measured = server.block(injected, lengths().0);
         let [wall, cpu, delay] = ["wall", "cpu", "delay"].map(|part| measured[part].as_f64().unwrap());
-        // Collections compute, under their own name.
-        let computing = if cause == "gc" { cause } else { "cpu" };
-        Self { wall, parts: [(computing, cpu), ("runqueue", delay), (cause, (wall - cpu - delay).max(0.0))] }
+        let other = (wall - cpu - delay).max(0.0);
+        // A collection is one from its beginning to its end, whether it has a CPU meanwhile or not.
+        let (computing, other) = if cause == "gc" { (0.0, wall) } else { (cpu, other) };
+        Self { wall, parts: [("cpu", computing), ("runqueue", delay), (cause, other)] }
     }
 
     /// Whether this is its largest part, or as good as that: on a busy machine whatever is injected may wait for a CPU

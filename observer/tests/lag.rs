@@ -22,7 +22,7 @@ fn tolerance() -> (f64, f64) {
 }
 
 /// From which share of its time on that a loop waits for a CPU its run was disturbed; and how many runs there are then.
-const CONTENTION: f64 = 0.002;
+const CONTENTION: f64 = 0.001;
 const RUNS: u32 = 3;
 
 /// A loop with a prober in it: what runs it, and the script.
@@ -113,9 +113,10 @@ impl Run {
         let (share, slack) = tolerance();
         let agrees = |(figure, inside, outside): (&str, f64, f64)| {
             let apart = slack.max(share * inside);
-            // Whoever has no timer due when the longest slice begins does not meet all of it.
-            let unmet = if figure == "max" { 2.0 * STRETCH } else { 0.0 };
-            (outside - apart - unmet..=outside + apart).contains(&inside)
+            // Whoever has no timer due when the longest slice begins does not meet all of it; whoever has one may be
+            // late by the loop's own rounding as well.
+            let (unmet, rounded) = if figure == "max" { (2.0 * STRETCH, 0.001) } else { (0.0, 0.0) };
+            (outside - apart - unmet..=outside + apart + rounded).contains(&inside)
         };
         let (figure, inside, outside) = self.rows.into_iter().find(|&row| !agrees(row))?;
         Some(format!("{figure} is {inside} s inside, {outside} s outside"))

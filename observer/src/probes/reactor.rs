@@ -61,7 +61,7 @@ const FIND_REGISTERS: &str = "find_registers";
 
 pub(super) const PROBE: Probe = Probe {
     name: "reactor",
-    purpose: "event loops: how late they are; how long between two waits, on a CPU, waiting for one, or blocked; how late after a wake-up",
+    purpose: "event loops: how late they are; how long between two waits, on a CPU, waiting for one, or blocked, and in what; which of that are stalls; how late after a wake-up",
     since: "5.5",
     when: When::Always,
     cost: "every wait for events, context switch and wake-up on the machine; one or two look-ups for a stranger's",

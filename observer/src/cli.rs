@@ -87,6 +87,12 @@ pub(crate) struct Observe {
     /// From which length on a slice is a stall, told with its cause and culprit
     #[arg(long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
     pub(crate) stall_threshold: Duration,
+    /// What runtimes are known by: `auto` for all built-in profiles, `none`, names, or files ending in .toml
+    ///
+    /// A profile tells how a runtime is recognised, how its garbage collections can be watched, and where it puts work
+    /// off; `observer profiles` lists the built-in ones. A process without such a runtime is not touched.
+    #[arg(long = "profile", value_name = "PROFILES", value_delimiter = ',', default_value = "auto")]
+    pub(crate) profiles: Vec<String>,
     #[command(flatten)]
     pub(crate) output: Output,
 }

@@ -30,6 +30,7 @@ use crate::{
     failure::Failure,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     observation::{Observation, Selection},
+    profiles,
     target::process::ensure_observable,
 };
 
@@ -43,6 +44,7 @@ pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
         follow: !observe.no_follow,
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
+        profiles: profiles::chosen(&observe.profiles)?,
     };
     run(&selection, &observe.output)?;
     Ok(ExitCode::SUCCESS)

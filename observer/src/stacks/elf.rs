@@ -1,11 +1,11 @@
 //! ELF files, mapped so that only what is looked at takes memory.
 
-use std::{fs::File, ops::Range, sync::Arc};
+use std::{collections::BTreeSet, fs::File, ops::Range, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use memmap2::{Mmap, MmapMut};
 use object::{
-    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _,
+    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _, SymbolKind,
     elf::FileHeader64,
     read::elf::{ElfFile64, NoteIterator},
 };
@@ -73,7 +73,7 @@ impl Elf {
         for symbol in file.dynamic_symbols().chain(file.symbols()).filter(|symbol| symbol.is_definition()) {
             let Ok(name) = symbol.name_bytes() else { continue };
             for (wanted, address) in names.iter().zip(&mut *found) {
-                if address.is_none() && wanted.as_bytes() == name {
+                if address.is_none() && is_meant(wanted, name) {
                     *address = Some(symbol.address());
                 }
             }
@@ -83,12 +83,39 @@ impl Elf {
         }
     }
 
+    /// Addresses in the file of all functions it defines that this name, or the beginning of one before a `*`, stands
+    /// for; each once.
+    pub(crate) fn functions(&self, name: &str) -> Vec<u64> {
+        let file = self.parsed();
+        let all = file.dynamic_symbols().chain(file.symbols());
+        let functions = all.filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Text);
+        let meant = functions.filter(|symbol| symbol.name_bytes().is_ok_and(|found| is_meant(name, found)));
+        meant.map(|symbol| symbol.address()).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// What tells this build from all others, as the name of a file with its symbols has it: `ab/cdef.debug`.
+    pub(crate) fn debug_name(&self) -> Option<String> {
+        let file = self.parsed();
+        let id = file.build_id().ok()??;
+        let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        Some(format!("{}/{}.debug", digits.get(..2)?, &digits[2..]))
+    }
+
     /// Place in the file of what has this address.
     pub(crate) fn file_offset(&self, address: u64) -> Option<u64> {
         self.parsed().segments().find_map(|segment| {
             let (offset, size) = segment.file_range();
             let inside = address.checked_sub(segment.address()).filter(|&inside| inside < size)?;
             Some(offset + inside)
+        })
+    }
+
+    /// All code, or what else is there, from an address to the end of its segment.
+    pub(crate) fn code_from(&self, address: u64) -> Option<&[u8]> {
+        let file = self.parsed();
+        file.segments().find_map(|segment| {
+            let inside = usize::try_from(address.checked_sub(segment.address())?).ok()?;
+            segment.data().ok()?.get(inside..).filter(|rest| !rest.is_empty())
         })
     }
 
@@ -147,6 +174,14 @@ impl Elf {
         let range = start..start.checked_add(size).filter(|&end| end <= self.0.len())?;
         let addresses = section.address()..section.address() + section.size();
         Some((addresses, Bytes { file: self.0.clone(), range }))
+    }
+}
+
+/// Whether a name is the wanted one, or begins as it does before a `*`.
+fn is_meant(wanted: &str, name: &[u8]) -> bool {
+    match wanted.strip_suffix('*') {
+        Some(beginning) => name.starts_with(beginning.as_bytes()),
+        None => name == wanted.as_bytes(),
     }
 }
 

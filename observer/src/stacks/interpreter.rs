@@ -2,7 +2,7 @@
 
 use std::{fs, io};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use procfs::process::MemoryMap;
 
 use super::{
@@ -12,7 +12,7 @@ use super::{
     python::{self, Python},
     ruby::{self, Ruby},
 };
-use crate::model::frame::Frame;
+use crate::{model::frame::Frame, profiles::Naming};
 
 /// An interpreter in a process. It belongs to the program the process ran when it was found: after an exec it fails,
 /// and has to be looked for again.
@@ -55,6 +55,18 @@ impl Interpreter {
             Reader::Ruby(ruby) => ruby.frames(&self.memory, inside, tid == self.pid),
         };
         frames.map_err(|error| error.context(format!("frames of {} cannot be read", self.name)))
+    }
+}
+
+impl Interpreter {
+    /// What people call something of the interpreter's. An error says why nobody knows.
+    pub(crate) fn name(&self, naming: Naming, value: u64) -> Result<String> {
+        let reader = self.reader.as_ref().map_err(|why| anyhow!("{why}"))?;
+        match (reader, naming) {
+            (Reader::Python(python), Naming::PythonCode) => python.code_name(&self.memory, value),
+            (Reader::Python(python), Naming::PythonType) => python.type_name(&self.memory, value),
+            _ => bail!("{} has no such thing", self.name),
+        }
     }
 }
 

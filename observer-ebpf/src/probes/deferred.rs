@@ -1,0 +1,339 @@
+//! *deferred*: work that is put off, followed from where it is put off to where it is done. One program stands at all
+//! places that profiles name; what a place means, and how to read it, the loader has written into maps.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
+    helpers::bpf_ktime_get_ns,
+    macros::{map, uprobe},
+    maps::{Array, HashMap, RingBuf},
+    programs::ProbeContext,
+};
+use observer_common::{
+    deferred::{
+        Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place, RECIPES as MOST_RECIPES,
+        Recipe, Step, UNITS as MOST, Unit, UnitKey, Verb, Work,
+    },
+    loss::Loss,
+};
+
+use super::origin;
+use crate::{
+    emit::{add, lost, record},
+    kernel, work,
+};
+
+/// What it means to come to a place, by process and address; kept by the loader.
+#[map]
+static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MOST_HOOKS, 0);
+
+/// How to read places; kept by the loader.
+#[map]
+static RECIPES: Array<Recipe> = Array::with_max_entries(MOST_RECIPES, 0);
+
+/// Deferred work in flight.
+#[map]
+static UNITS: HashMap<UnitKey, Unit> = HashMap::with_max_entries(MOST, 0);
+
+/// Figures by kind of work. For each process the loader makes an entry for those that find no room.
+#[map]
+static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSES, 0);
+
+/// Deferred work that is over, of requests.
+#[map]
+static LINKS: RingBuf = RingBuf::with_byte_size(512 * 1024, 0);
+
+/// What a new entry starts from: too large for the stack.
+static NEW: Class = Class::EMPTY;
+
+#[uprobe]
+fn deferred(ctx: ProbeContext) -> u32 {
+    let (tgid, tid) = kernel::current();
+    let place = Place { address: kernel::instruction(&ctx), tgid, reserved: 0 };
+    // One that has run another program since has other things there.
+    let Some(hook) = HOOKS.get_ptr_mut(place) else { return 0 };
+    // SAFETY: a live map value, that only the loader writes but for its counters.
+    let (verb, space, once, recipe) = unsafe {
+        add(&raw mut (*hook).hits, 1);
+        ((*hook).verb, (*hook).space, (*hook).once, (*hook).recipe)
+    };
+    let Some(recipe) = RECIPES.get_ptr(recipe) else { return 0 };
+    // SAFETY: a live map value.
+    let key = unsafe { follow((&raw const (*recipe).key).cast(), KEY, &ctx) };
+    let key = key.map(|(key, _)| UnitKey { key, tgid, space });
+    let at = At { tid, once, recipe, ctx: &ctx };
+    if at.comes_to(verb, key).is_some() {
+        // SAFETY: as above.
+        unsafe { add(&raw mut (*hook).matches, 1) };
+    }
+    0
+}
+
+const KEY: usize = observer_common::deferred::KEY_STEPS;
+const CLASS: usize = observer_common::deferred::CLASS_STEPS;
+
+/// The current thread at one of the places.
+struct At<'a> {
+    tid: u32,
+    once: u32,
+    recipe: *const Recipe,
+    ctx: &'a ProbeContext,
+}
+
+impl At<'_> {
+    /// Does what the place means. `None` if that came to nothing.
+    #[inline(always)]
+    fn comes_to(&self, verb: u32, key: Option<UnitKey>) -> Option<()> {
+        if verb == Verb::Snapshot as u32 {
+            self.snapshot(key?)
+        } else if verb == Verb::Restore as u32 {
+            self.restore(key?)
+        } else if verb == Verb::Leave as u32 {
+            self.leave(key)
+        } else if verb == Verb::Forget as u32 {
+            self.forget(key?)
+        } else {
+            turn_from(self.tid);
+            Some(())
+        }
+    }
+
+    #[inline(always)]
+    fn snapshot(&self, key: UnitKey) -> Option<()> {
+        // Nothing can be put off twice: another has its place in memory.
+        if let Some(before) = UNITS.get_ptr_mut(key) {
+            end(before, &key);
+        }
+        let current = work::current(self.tid);
+        // SAFETY: has no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        let unit = Unit {
+            id: work::number(self.tid),
+            parent: current.unit,
+            origin: origin::kept(key.tgid, &current.origin),
+            class: self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 }),
+            queued_ns: now,
+            once: self.once,
+            ..Unit::default()
+        };
+        if UNITS.insert(key, &unit, u64::from(BPF_ANY)).is_err() {
+            lost(Loss::UnitsFull);
+            return None;
+        }
+        let class = figures(&unit.class)?;
+        // SAFETY: a live map value, counted in atomically.
+        unsafe {
+            add(&raw mut (*class).pending, 1);
+            if unit.class.naming != 0 {
+                add(&raw mut (*class).enqueued, 1);
+            }
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn restore(&self, key: UnitKey) -> Option<()> {
+        let outer = work::current(self.tid);
+        end_if_once(&outer.key);
+        let Some(unit) = UNITS.get_ptr_mut(key) else {
+            // It works for somebody, but nobody knows for whom.
+            work::turn_to(self.tid, &Work::NONE);
+            return None;
+        };
+        // SAFETY: a live map value; work is done by one thread at a time.
+        unsafe {
+            if (*unit).started_ns == 0 {
+                self.start(unit, &key);
+            }
+            // Entered again while it is current it would lead back to itself.
+            if outer.unit != (*unit).id {
+                (*unit).outer = outer;
+            }
+            (*unit).once = self.once;
+            let origin = origin::present(key.tgid, &(*unit).origin);
+            work::turn_to(self.tid, &Work { origin, unit: (*unit).id, key, since_ns: 0 });
+        }
+        Some(())
+    }
+
+    /// # Safety
+    /// `unit` points to a live map value that nobody else writes now.
+    #[inline(always)]
+    unsafe fn start(&self, unit: *mut Unit, key: &UnitKey) {
+        // SAFETY: by contract; figures are live map values, counted in atomically.
+        unsafe {
+            let now = bpf_ktime_get_ns();
+            (*unit).started_ns = now;
+            if let Some(class) = figures(&(*unit).class) {
+                add(&raw mut (*class).pending, u64::MAX);
+            }
+            let was_told = (*unit).class.naming != 0;
+            if !was_told && let Some(class) = self.class(*key) {
+                (*unit).class = class;
+            }
+            if let Some(class) = figures(&(*unit).class) {
+                if !was_told {
+                    add(&raw mut (*class).enqueued, 1);
+                }
+                add(&raw mut (*class).started, 1);
+                record(&raw mut (*class).wait, now.saturating_sub((*unit).queued_ns));
+            }
+        }
+    }
+
+    /// What the thread works on pauses, or what has this key does.
+    #[inline(always)]
+    fn leave(&self, key: Option<UnitKey>) -> Option<()> {
+        let current = work::current(self.tid);
+        let key = key.unwrap_or(current.key);
+        let unit = UNITS.get_ptr_mut(key)?;
+        // SAFETY: a live map value; work is done by one thread at a time.
+        unsafe {
+            (*unit).left_ns = bpf_ktime_get_ns();
+            if (*unit).id == current.unit {
+                work::turn_to(self.tid, &(*unit).outer);
+            }
+        }
+        end_if_once(&key);
+        Some(())
+    }
+
+    #[inline(always)]
+    fn forget(&self, key: UnitKey) -> Option<()> {
+        let unit = UNITS.get_ptr_mut(key)?;
+        // SAFETY: a live map value; nobody works on what is forgotten.
+        unsafe {
+            if (*unit).id == work::current(self.tid).unit {
+                (*unit).left_ns = bpf_ktime_get_ns();
+                work::turn_to(self.tid, &(*unit).outer);
+            }
+        }
+        end(unit, &key);
+        Some(())
+    }
+
+    /// The class that can be read at this place.
+    #[inline(always)]
+    fn class(&self, key: UnitKey) -> Option<ClassKey> {
+        // SAFETY: a live map value.
+        let found = unsafe { follow((&raw const (*self.recipe).class).cast(), CLASS, self.ctx) };
+        found.map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
+    }
+}
+
+/// The current thread works for nobody from here on: its slice has ended, or the runtime says so.
+#[inline(always)]
+pub(super) fn turn_from(tid: u32) {
+    let current = work::current(tid);
+    if current.unit != 0
+        && let Some(unit) = UNITS.get_ptr_mut(current.key)
+    {
+        // SAFETY: a live map value; only this thread works on it.
+        unsafe {
+            if (*unit).id == current.unit {
+                (*unit).left_ns = bpf_ktime_get_ns();
+            }
+        }
+    }
+    work::turn_to(tid, &Work::NONE);
+    end_if_once(&current.key);
+}
+
+/// Ends work that nothing else ends.
+#[inline(always)]
+fn end_if_once(key: &UnitKey) {
+    if let Some(unit) = UNITS.get_ptr_mut(*key) {
+        // SAFETY: a live map value; only this thread works on it.
+        let is_over = unsafe { (*unit).once != 0 && (*unit).started_ns != 0 };
+        if is_over {
+            end(unit, key);
+        }
+    }
+}
+
+/// A piece of work is over.
+#[inline(always)]
+fn end(unit: *mut Unit, key: &UnitKey) {
+    // SAFETY: a live map value, that nobody works on any more; figures are counted in atomically.
+    unsafe {
+        let has_started = (*unit).started_ns != 0;
+        if let Some(class) = figures(&(*unit).class) {
+            if has_started {
+                add(&raw mut (*class).finished, 1);
+                record(&raw mut (*class).run, (*unit).left_ns.saturating_sub((*unit).started_ns));
+            } else {
+                add(&raw mut (*class).orphaned, 1);
+                add(&raw mut (*class).pending, u64::MAX);
+                if (*unit).class.naming == 0 {
+                    add(&raw mut (*class).enqueued, 1);
+                }
+            }
+        }
+        if (*unit).origin.request != 0 {
+            let link = Link {
+                id: (*unit).id,
+                parent: (*unit).parent,
+                request: (*unit).origin.request,
+                class: (*unit).class,
+                queued_ns: (*unit).queued_ns,
+                started_ns: (*unit).started_ns,
+                ended_ns: if has_started { (*unit).left_ns } else { bpf_ktime_get_ns() },
+            };
+            if LINKS.output::<Link>(&link, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
+                lost(Loss::LinksFull);
+            }
+        }
+    }
+    let _present = UNITS.remove(key);
+}
+
+/// Figures of a class, made if there are none; those of all others if there is no room.
+#[inline(always)]
+#[expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "by value it would be copied to the stack first"
+)]
+fn figures(key: &ClassKey) -> Option<*mut Class> {
+    if let Some(class) = CLASSES.get_ptr_mut(*key) {
+        return Some(class);
+    }
+    let _full = CLASSES.insert(*key, &NEW, u64::from(BPF_NOEXIST));
+    CLASSES.get_ptr_mut(*key).or_else(|| {
+        lost(Loss::ClassesFull);
+        CLASSES.get_ptr_mut(ClassKey { value: 0, naming: ClassKey::OTHERS, ..*key })
+    })
+}
+
+/// Takes steps from the registers of the current thread on; `None` if they lead nowhere.
+///
+/// # Safety
+/// `steps` points to so many in a live map value.
+#[inline(always)]
+unsafe fn follow(steps: *const Step, count: usize, ctx: &ProbeContext) -> Option<(u64, u32)> {
+    let mut value = 0;
+    let mut has_failed = false;
+    for n in 0..count {
+        // SAFETY: by contract.
+        let step = unsafe { &*steps.add(n) };
+        if step.action == Action::End as u32 {
+            break;
+        }
+        if step.action == Action::Case as u32 {
+            has_failed = false;
+        } else if has_failed {
+            continue;
+        } else if step.action == Action::Register as u32 {
+            value = kernel::register(ctx, step.value);
+        } else if step.action == Action::Load as u32 {
+            match kernel::pointed::<u64>(value.wrapping_add_signed(step.offset.into())) {
+                Some(word) => value = word,
+                None => has_failed = true,
+            }
+        } else if step.action == Action::Test as u32 {
+            has_failed = value & step.mask != step.value;
+        } else {
+            #[expect(clippy::cast_possible_truncation, reason = "the loader writes small numbers there")]
+            return Some((value, step.value as u32));
+        }
+    }
+    None
+}

@@ -1,0 +1,53 @@
+//! Names of what stands for a kind of deferred work in a process's memory.
+
+use std::collections::HashMap;
+
+use anyhow::{Context as _, Result};
+
+use super::{
+    interpreter::Interpreter,
+    mappings::Mappings,
+    memory::{Live, Memory as _},
+    symbols::Symbols,
+};
+use crate::profiles::Naming;
+
+/// Makes names.
+#[derive(Default)]
+pub(crate) struct Names {
+    symbols: Symbols,
+    /// By process id; `None` for one without an interpreter.
+    interpreters: HashMap<u32, Option<Interpreter>>,
+}
+
+impl Names {
+    /// What people call a value. An error says why nobody knows.
+    pub(crate) fn of(&mut self, pid: u32, naming: Naming, value: u64) -> Result<String> {
+        match naming {
+            Naming::PythonCode | Naming::PythonType | Naming::RubyClass | Naming::RubyBlock => {
+                if !self.interpreters.contains_key(&pid) {
+                    self.interpreters.insert(pid, Interpreter::of(pid)?);
+                }
+                let interpreter = self.interpreters[&pid].as_ref();
+                interpreter.context("no interpreter is there")?.name(naming, value)
+            }
+            Naming::Function => self.function(pid, value),
+            Naming::Vtable => {
+                let function = Live::of(pid)?.word(value).context("its table is not there")?;
+                self.function(pid, function)
+            }
+            Naming::String => Live::of(pid)?.c_string(value, "name"),
+        }
+    }
+
+    /// A process is gone, or runs another program now.
+    pub(crate) fn forget(&mut self, pid: u32) {
+        self.interpreters.remove(&pid);
+    }
+
+    fn function(&mut self, pid: u32, address: u64) -> Result<String> {
+        let frames = self.symbols.of_process(&Mappings::of(pid)?, &[address]);
+        // What was inlined there is part of it.
+        frames.into_iter().next_back().map(|frame| frame.function).context("nothing is there")
+    }
+}

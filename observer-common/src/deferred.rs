@@ -19,7 +19,7 @@ pub const RECIPES: u32 = 1024;
 pub const KEY_STEPS: usize = 6;
 
 /// Most steps that lead to a class.
-pub const CLASS_STEPS: usize = 32;
+pub const CLASS_STEPS: usize = 48;
 
 /// What a place in a runtime means.
 #[repr(u32)]

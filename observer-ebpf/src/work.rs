@@ -1,12 +1,7 @@
 //! What each thread works for now: set by *origin* when a request comes in and by *deferred* when put-off work goes on,
 //! ended by the slice. Shared by both, and by *reactor* to say what a stall was for.
 
-use aya_ebpf::{
-    bindings::BPF_ANY,
-    helpers::bpf_ktime_get_ns,
-    macros::map,
-    maps::HashMap,
-};
+use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns, macros::map, maps::HashMap};
 use observer_common::{deferred::Work, loss::Loss, origin::Origin};
 
 use crate::{emit::lost, probes::reactor};

@@ -30,7 +30,7 @@ use crate::{
     failure::Failure,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     observation::{Observation, Selection},
-    profiles,
+    profiles::{self, Profile},
     target::process::ensure_observable,
 };
 
@@ -44,10 +44,19 @@ pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
         follow: !observe.no_follow,
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
-        profiles: profiles::chosen(&observe.profiles)?,
+        profiles: profiles(observe)?,
     };
     run(&selection, &observe.output)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What runtimes are known by: what was chosen, and a library of the user's own.
+fn profiles(observe: &Observe) -> Result<Vec<Arc<Profile>>> {
+    let mut chosen = profiles::chosen(&observe.profiles)?;
+    if let (Some(snapshot), Some(restore)) = (&observe.snapshot, &observe.restore) {
+        chosen.push(Arc::new(Profile::of_own_library(snapshot, restore, observe.forget.as_ref())));
+    }
+    Ok(chosen)
 }
 
 /// Observes until the time is up, a signal comes or all targets are gone; then prints the report.
@@ -87,7 +96,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
             tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation)));
         }
         until_over(&observation, output.duration, signals, view).await?;
-        let snapshot = lock(&observation).snapshot()?;
+        let snapshot = lock(&observation).report()?;
         if let Some(file) = &output.flame {
             flame::write(&snapshot, file)?;
         }

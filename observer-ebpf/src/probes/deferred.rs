@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use observer_common::{
     deferred::{
-        Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place, RECIPES as MOST_RECIPES,
-        Recipe, Step, UNITS as MOST, Unit, UnitKey, Verb, Work,
+        Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place,
+        RECIPES as MOST_RECIPES, Recipe, Step, UNITS as MOST, Unit, UnitKey, Verb, Work,
     },
     loss::Loss,
 };

@@ -112,8 +112,7 @@ pub(super) fn accepted(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
 #[inline(always)]
 fn remember(tgid: u32, fd: u32, inode: u64) -> bool {
     let connection = Connection { inode, ..Connection::default() };
-    let has_room =
-        CONNECTIONS.insert(Descriptor { tgid, fd }, &connection, u64::from(BPF_ANY)).is_ok();
+    let has_room = CONNECTIONS.insert(Descriptor { tgid, fd }, &connection, u64::from(BPF_ANY)).is_ok();
     if !has_room {
         lost(Loss::ConnectionsFull);
     }
@@ -244,8 +243,11 @@ impl Read {
         let request = unsafe {
             let connection = self.connection;
             let is_first = (*connection).request == 0;
-            let is_more = !is_http && !is_first && ((*connection).is_http != 0 || (*connection).is_answered == 0);
-            if !is_more {
+            let is_more =
+                !is_http && !is_first && ((*connection).is_http != 0 || (*connection).is_answered == 0);
+            if is_more {
+                self.keep_more(buffer, length);
+            } else {
                 if !is_first && (*connection).is_answered == 0 {
                     (*connection).overlaps = 1;
                 }
@@ -283,14 +285,44 @@ impl Read {
             (*request).tgid = self.tgid;
             (*request).fd = self.fd;
             (*request).received = self.received;
-            let length = length.min(u64::from(self.received));
-            // Volatile, so that the verifier sees the bound that the compiler can prove.
-            let length = core::ptr::read_volatile(&raw const length);
-            let kept = if length < HEAD as u64 { length as usize } else { HEAD };
-            let bytes = core::slice::from_raw_parts_mut((&raw mut (*request).bytes).cast::<u8>(), kept);
-            let is_read = kept > 0 && bpf_probe_read_user_buf(buffer as *const u8, bytes).is_ok();
-            (*request).kept = if is_read { kept as u32 } else { 0 };
+            (*request).kept = self.copy(buffer, length, (&raw mut (*request).bytes).cast(), HEAD);
         }
+    }
+
+    /// Keeps more of the connection's latest request, if its beginning came in small pieces.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    unsafe fn keep_more(&self, buffer: u64, length: u64) {
+        // SAFETY: by contract; as much as is copied at most fits behind what may be there.
+        unsafe {
+            let Some(request) = HEADS.get_ptr_mut((*self.connection).head) else { return };
+            let kept = (&raw const (*request).kept).read_volatile() as usize;
+            if (*request).id == (*self.connection).request {
+                (*request).received = (*request).received.saturating_add(self.received);
+                if kept < HEAD / 2 {
+                    let behind = (&raw mut (*request).bytes).cast::<u8>().add(kept);
+                    (*request).kept += self.copy(buffer, length, behind, HEAD / 2);
+                }
+            }
+        }
+    }
+
+    /// Copies what was read. Returns how much that was.
+    ///
+    /// # Safety
+    /// There is room for `most` bytes.
+    #[inline(always)]
+    unsafe fn copy(&self, buffer: u64, length: u64, to: *mut u8, most: usize) -> u32 {
+        let length = length.min(u64::from(self.received));
+        // SAFETY: reads a local. Volatile, so that the verifier sees the bound that the compiler can prove.
+        let length = unsafe { core::ptr::read_volatile(&raw const length) };
+        let kept = if length < most as u64 { length as usize } else { most };
+        // SAFETY: by contract.
+        let bytes = unsafe { core::slice::from_raw_parts_mut(to, kept) };
+        let is_read = kept > 0 && unsafe { bpf_probe_read_user_buf(buffer as *const u8, bytes) }.is_ok();
+        if is_read { kept as u32 } else { 0 }
     }
 }
 

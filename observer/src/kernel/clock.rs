@@ -25,11 +25,6 @@ pub(crate) fn written(monotonic: u64) -> String {
     humantime::format_rfc3339_millis(wall_time(monotonic)).to_string()
 }
 
-/// The same in nanoseconds.
-pub(crate) fn written_exactly(monotonic: u64) -> String {
-    humantime::format_rfc3339_nanos(wall_time(monotonic)).to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::{histogram::Histogram, request::Request};
 
@@ -27,7 +27,7 @@ pub(crate) struct Deferred {
     pub(crate) wait: Histogram,
     /// Started -> worked on for the last time, in seconds, of those that have ended.
     pub(crate) run: Histogram,
-    /// The latest pieces that are over and whose request is known, oldest first.
+    /// The latest pieces that are over and whose request is known, oldest first; only in a report.
     pub(crate) links: Vec<Link>,
 }
 
@@ -35,17 +35,30 @@ pub(crate) struct Deferred {
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Link {
     /// Its number.
-    pub(crate) id: String,
+    #[serde(serialize_with = "hexadecimal")]
+    pub(crate) id: u64,
     /// The number of the piece that put it off; `None` if the request itself did.
-    pub(crate) parent: Option<String>,
+    #[serde(serialize_with = "hexadecimal_or_none")]
+    pub(crate) parent: Option<u64>,
     /// The request.
     pub(crate) origin: Arc<Request>,
-    /// When it was put off, wall time, RFC 3339.
-    pub(crate) queued: String,
+    /// When it was put off, monotonic nanoseconds.
+    pub(crate) queued_ns: u64,
     /// How long it waited: until it started or, if it never did, until it was forgotten. In seconds.
     pub(crate) wait_seconds: f64,
     /// How long it ran; `None` if it never started.
     pub(crate) run_seconds: Option<f64>,
+}
+
+pub(super) fn hexadecimal<S: Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{number:016x}"))
+}
+
+fn hexadecimal_or_none<S: Serializer>(number: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+    match number {
+        Some(number) => hexadecimal(number, serializer),
+        None => serializer.serialize_none(),
+    }
 }
 
 /// A place in a runtime that is watched.

@@ -3,6 +3,8 @@
 
 use serde::Serialize;
 
+use super::deferred::hexadecimal;
+
 /// Most headers of a request that are looked at.
 const HEADERS: usize = 64;
 
@@ -13,7 +15,8 @@ const PATH_MAX: usize = 256;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Request {
     /// Its number, the same in all that it caused.
-    pub(crate) id: String,
+    #[serde(serialize_with = "hexadecimal")]
+    pub(crate) id: u64,
     /// When its first bytes had been read, wall time, RFC 3339.
     pub(crate) time: String,
     /// The same, monotonic nanoseconds.
@@ -49,7 +52,9 @@ impl Head {
             Ok(httparse::Status::Complete(length)) => Some(length),
             Ok(httparse::Status::Partial) => {
                 // Cut behind its last whole line it is one that can be understood.
-                let Some(end) = bytes.windows(2).rposition(|pair| pair == b"\r\n") else { return Self::default() };
+                let Some(end) = bytes.windows(2).rposition(|pair| pair == b"\r\n") else {
+                    return Self::default();
+                };
                 closed = [&bytes[..end], b"\r\n\r\n"].concat();
                 request = httparse::Request::new(&mut headers);
                 if !matches!(request.parse(&closed), Ok(httparse::Status::Complete(_))) {

@@ -258,7 +258,16 @@ mod tests {
 
     fn stall(seconds: f64, split_seconds: Split) -> Stall {
         let cause = Cause::of(&split_seconds);
-        Stall { start: String::new(), seconds, cause, syscall: None, behind: None, split_seconds, site: 0 }
+        Stall {
+            start: String::new(),
+            seconds,
+            cause,
+            syscall: None,
+            behind: None,
+            split_seconds,
+            origin: None,
+            site: 0,
+        }
     }
 
     fn look(function: &str, line: u32) -> Look {

@@ -39,7 +39,7 @@ use crate::{
 const LOOKS: u32 = 5;
 
 /// Requests, and pieces of work that are over, that are kept for the report; of each the latest so many.
-const KEPT: usize = 16_384;
+const KEPT: usize = 32_768;
 
 /// Names of kinds of work that are remembered for each process.
 const NAMES: usize = 1024;
@@ -56,7 +56,8 @@ pub(super) struct Follower {
     /// How many spaces of keys have been given out.
     spaces: u32,
     requests: Requests,
-    links: VecDeque<(u32, ClassKey, Link)>,
+    /// Pieces of work that are over, each with its process and what its kind is called.
+    links: VecDeque<(u32, Arc<str>, Link)>,
     /// Final figures of processes that are gone, by their ids.
     finished: Vec<(u32, Figures)>,
 }
@@ -79,7 +80,7 @@ struct Process {
     looks: u32,
     hooks: Vec<Attached>,
     /// What its kinds of work are called.
-    names: HashMap<ClassKey, String>,
+    names: HashMap<ClassKey, Arc<str>>,
     /// What work is called whose kind is not told, by its space.
     spaces: HashMap<u64, String>,
 }
@@ -218,41 +219,44 @@ impl Follower {
 
     fn link(&mut self, raw: &RawLink) {
         let pid = raw.class.tgid;
-        self.name(raw.class);
+        let task = self.name(raw.class);
         // One that nobody told of was counted as lost.
         let Some(request) = self.requests.by_number.get(&raw.request) else { return };
         let has_started = raw.started_ns != 0;
         let waited_until = if has_started { raw.started_ns } else { raw.ended_ns };
         let link = Link {
-            id: format!("{:016x}", raw.id),
-            parent: (raw.parent != 0).then(|| format!("{:016x}", raw.parent)),
+            id: raw.id,
+            parent: (raw.parent != 0).then_some(raw.parent),
             origin: Arc::clone(request),
-            queued: clock::written_exactly(raw.queued_ns),
+            queued_ns: raw.queued_ns,
             wait_seconds: seconds(waited_until.saturating_sub(raw.queued_ns)),
             run_seconds: has_started.then(|| seconds(raw.ended_ns.saturating_sub(raw.started_ns))),
         };
-        self.links.push_back((pid, raw.class, link));
+        self.links.push_back((pid, task, link));
         if self.links.len() > KEPT {
             self.links.pop_front();
         }
     }
 
     /// Makes a name of a kind of work, while that is still in the process's memory.
-    fn name(&mut self, class: ClassKey) -> String {
+    fn name(&mut self, class: ClassKey) -> Arc<str> {
         let pid = class.tgid;
         let Some(process) = self.processes.get_mut(&pid) else { return UNKNOWN.into() };
         if let Some(name) = process.names.get(&class) {
-            return name.clone();
+            return Arc::clone(name);
         }
-        let name = if class.naming == ClassKey::OTHERS {
+        let name: Arc<str> = if class.naming == ClassKey::OTHERS {
             "other".into()
         } else if class.naming == 0 {
-            process.spaces.get(&class.value).map_or(UNKNOWN.into(), |profile| format!("{profile} work"))
+            process
+                .spaces
+                .get(&class.value)
+                .map_or(UNKNOWN.into(), |profile| format!("{profile} work").into())
         } else {
             let naming = Naming::of(class.naming);
             let named = naming.map(|naming| self.names.of(pid, naming, class.value));
             match named {
-                Some(Ok(name)) => name,
+                Some(Ok(name)) => name.into(),
                 Some(Err(why)) => {
                     log::debug!("what {:#x} of process {pid} is called is not known: {why:#}", class.value);
                     UNKNOWN.into()
@@ -261,7 +265,7 @@ impl Follower {
             }
         };
         if process.names.len() < NAMES {
-            process.names.insert(class, name.clone());
+            process.names.insert(class, Arc::clone(&name));
         }
         name
     }
@@ -284,11 +288,12 @@ impl Follower {
     pub(super) fn figures(&mut self, maps: &Maps, pid: u32) -> Figures {
         let followed = self.processes.get(&pid).filter(|process| !process.hooks.is_empty());
         let Some(process) = followed else { return Figures::default() };
-        let hooks: Vec<_> = process.hooks.iter().map(|hook| (hook.is_restore(), hook.figures(maps))).collect();
+        let hooks: Vec<_> =
+            process.hooks.iter().map(|hook| (hook.is_restore(), hook.figures(maps))).collect();
         let unmatched = hooks.iter().filter(|(is_restore, _)| *is_restore);
         let unmatched = unmatched.map(|(_, hook)| hook.hits.saturating_sub(hook.matches)).sum();
         let of_process = entries(&maps.classes).into_iter().filter(|(key, _)| key.tgid == pid);
-        let mut classes = BTreeMap::<String, (RawClass, Option<u64>)>::new();
+        let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>)>::new();
         let mut is_waiting = false;
         for (key, raw) in of_process {
             is_waiting |= raw.pending > 0;
@@ -302,20 +307,21 @@ impl Follower {
                 }
             }
         }
-        let mut deferred: Vec<_> = classes
+        let deferred = classes
             .into_iter()
             .filter(|(_, (raw, _))| raw.enqueued > 0 || raw.pending > 0)
-            .map(|(name, (raw, oldest))| deferred::decode(name, &raw, oldest))
+            .map(|(name, (raw, oldest))| deferred::decode(&name, &raw, oldest))
             .collect();
-        let links: Vec<_> =
-            self.links.iter().filter(|(of, ..)| *of == pid).map(|(_, class, link)| (*class, link.clone())).collect();
-        for (class, link) in links {
-            let name = self.name(class);
-            if let Some(of_class) = deferred.iter_mut().find(|of_class| of_class.task == name) {
-                of_class.links.push(link);
+        Figures { deferred, hooks: hooks.into_iter().map(|(_, hook)| hook).collect(), unmatched }
+    }
+
+    /// Adds the pieces that are over to a live target's figures.
+    pub(super) fn add_links(&self, pid: u32, deferred: &mut [Deferred]) {
+        for (_, task, link) in self.links.iter().filter(|(of, ..)| *of == pid) {
+            if let Some(kind) = deferred.iter_mut().find(|kind| kind.task == **task) {
+                kind.links.push(link.clone());
             }
         }
-        Figures { deferred, hooks: hooks.into_iter().map(|(_, hook)| hook).collect(), unmatched }
     }
 
     /// The same of a target that is gone.
@@ -328,7 +334,9 @@ impl Follower {
     pub(super) fn exited(&mut self, maps: &mut Maps, pid: u32, keep: usize) {
         if self.processes.contains_key(&pid) {
             self.orphan(maps, pid);
-            let figures = self.figures(maps, pid);
+            let mut figures = self.figures(maps, pid);
+            self.add_links(pid, &mut figures.deferred);
+            self.links.retain(|(of, ..)| *of != pid);
             self.finished.push((pid, figures));
             let surplus = self.finished.len().saturating_sub(keep);
             self.finished.drain(..surplus);

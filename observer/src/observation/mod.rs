@@ -14,9 +14,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned, util::nr_cpus};
 use nix::sys::utsname::uname;
-use observer_common::{
-    loss::Loss, origin::HEADS_PER_CPU, process::Target as RawTarget, ring::RingShape,
-};
+use observer_common::{loss::Loss, origin::HEADS_PER_CPU, process::Target as RawTarget, ring::RingShape};
 
 use crate::{
     kernel::{calls as system_calls, clock, layout},
@@ -294,7 +292,8 @@ impl Observation {
                 self.follower.figures(&self.maps, pid)
             };
             for hook in hooks.iter().filter(|hook| hook.never_matches()) {
-                let reason = format!("{} was come to {} times and never meant anything", hook.place, hook.hits);
+                let reason =
+                    format!("{} was come to {} times and never meant anything", hook.place, hook.hits);
                 self.note_missing(format!("deferred work of {}, by {}", process.comm, hook.verb), reason);
             }
             targets.push(Target {
@@ -326,6 +325,15 @@ impl Observation {
             targets,
             own: self.own()?,
         })
+    }
+
+    /// The same with every piece of deferred work that is over.
+    pub(crate) fn report(&mut self) -> Result<Snapshot> {
+        let mut snapshot = self.snapshot()?;
+        for target in snapshot.targets.iter_mut().filter(|target| !target.exited) {
+            self.follower.add_links(target.pid, &mut target.deferred);
+        }
+        Ok(snapshot)
     }
 
     fn own(&self) -> Result<Own> {

@@ -6,7 +6,9 @@ use std::os::fd::AsFd as _;
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Ebpf, programs::UProbe};
 use observer_common::{
-    deferred::{Class as RawClass, ClassKey, Hook as RawHook, Link as RawLink, Place, RECIPES, Unit, UnitKey, Verb},
+    deferred::{
+        Class as RawClass, ClassKey, Hook as RawHook, Link as RawLink, Place, RECIPES, Unit, UnitKey, Verb,
+    },
     histogram::Histogram as RawHistogram,
 };
 
@@ -145,10 +147,10 @@ impl Attached {
 }
 
 /// Figures of a kind of work, of which the oldest piece that waits was put off at `oldest_ns`.
-pub(crate) fn decode(task: String, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
+pub(crate) fn decode(task: &str, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
     let now = clock::monotonic_ns();
     Deferred {
-        task,
+        task: task.to_owned(),
         enqueued: raw.enqueued,
         started: raw.started,
         finished: raw.finished,

@@ -38,12 +38,5 @@ pub(crate) fn decode(raw: &Raw) -> Request {
     let kept = usize::try_from(raw.kept).unwrap_or(0).min(raw.bytes.len());
     let Head { method, path, traceparent } =
         Head::of(&raw.bytes[..kept], usize::try_from(raw.received).unwrap_or(usize::MAX));
-    Request {
-        id: format!("{:016x}", raw.id),
-        time: clock::written(raw.at_ns),
-        at_ns: raw.at_ns,
-        method,
-        path,
-        traceparent,
-    }
+    Request { id: raw.id, time: clock::written(raw.at_ns), at_ns: raw.at_ns, method, path, traceparent }
 }

@@ -108,7 +108,9 @@ fn register_number(name: &str) -> Result<u64, String> {
             let other = register::NAMES.iter().position(|register| *register == name)?;
             Some(register::OTHERS + argument(other))
         })
-        .ok_or_else(|| format!("`{name}` is no register: arg0 to arg5, result, or one by its own name, such as rbx"))
+        .ok_or_else(|| {
+            format!("`{name}` is no register: arg0 to arg5, result, or one by its own name, such as rbx")
+        })
 }
 
 /// A number, decimal or with `0x`.

@@ -183,7 +183,9 @@ impl TryFrom<Written> for Hook {
             WrittenVerb::Clear => Verb::Clear,
         };
         match (verb, &written.key) {
-            (Verb::Snapshot | Verb::Restore | Verb::Forget, None) => return Err("this verb takes a `key`".into()),
+            (Verb::Snapshot | Verb::Restore | Verb::Forget, None) => {
+                return Err("this verb takes a `key`".into());
+            }
             (Verb::Clear, Some(_)) => return Err("`clear` takes no `key`".into()),
             // The register and the answer take a step each.
             (_, Some(key)) if key.offsets.len() + 2 > KEY_STEPS => {
@@ -226,9 +228,8 @@ impl Case {
 impl Hook {
     /// Whether a version has it. Without a version only what all have is had.
     pub(crate) fn is_in(&self, version: Option<&str>) -> bool {
-        let number = |version: &str| -> Vec<u32> {
-            version.split('.').map_while(|part| part.parse().ok()).collect()
-        };
+        let number =
+            |version: &str| -> Vec<u32> { version.split('.').map_while(|part| part.parse().ok()).collect() };
         match version.map(number) {
             None => self.since.is_none() && self.until.is_none(),
             Some(version) => {
@@ -243,6 +244,16 @@ impl Hook {
         match &self.site {
             Site::Named(names) | Site::BehindJump(names) => names.join(" or "),
             Site::InTable(table) => format!("a function in {}", table.symbol),
+        }
+    }
+
+    /// Which versions have it, for people; empty if all have.
+    pub(crate) fn versions(&self) -> String {
+        match (&self.since, &self.until) {
+            (Some(since), Some(until)) => format!(" (from {since}, before {until})"),
+            (Some(since), None) => format!(" (from {since})"),
+            (None, Some(until)) => format!(" (before {until})"),
+            (None, None) => String::new(),
         }
     }
 
@@ -269,9 +280,14 @@ mod tests {
     #[test]
     fn versions_are_numbers() {
         let hook = hook("function = 'f'\nsince = '3.9'\nuntil = '3.13'").unwrap();
-        for (version, expected) in
-            [("3.8.1", false), ("3.9", true), ("3.11.2", true), ("3.12.9rc", true), ("3.13.0", false), ("4", false)]
-        {
+        for (version, expected) in [
+            ("3.8.1", false),
+            ("3.9", true),
+            ("3.11.2", true),
+            ("3.12.9rc", true),
+            ("3.13.0", false),
+            ("4", false),
+        ] {
             assert_eq!(hook.is_in(Some(version)), expected, "{version}");
         }
         assert!(!hook.is_in(None));

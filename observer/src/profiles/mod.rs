@@ -2,6 +2,7 @@
 //! users' own. How a runtime is recognised, where its garbage collector can be watched, and how it puts work off.
 
 mod expression;
+mod generic;
 mod hook;
 
 use std::{
@@ -14,6 +15,7 @@ use std::{
 use serde::Deserialize;
 
 pub(crate) use expression::{Operand, Path as Steps, Test};
+pub(crate) use generic::OwnHook;
 pub(crate) use hook::{At, Case, Hook, Naming, Site, Table};
 
 use crate::failure::Failure;
@@ -200,7 +202,9 @@ mod tests {
         assert!(fault(&format!("{head}colour = 'red'\n")).contains("colour"));
         let key = fault(&format!("{head}[[hook]]\nverb = 'snapshot'\nfunction = 'f'\nkey = 'arg9'\n"));
         assert!(key.contains("line 7") && key.contains("arg9"), "{key}");
-        let both = format!("{head}[[hook]]\nverb = 'clear'\nfunction = 'f'\ntable = {{ symbol = 't', path = [8] }}\n");
+        let both = format!(
+            "{head}[[hook]]\nverb = 'clear'\nfunction = 'f'\ntable = {{ symbol = 't', path = [8] }}\n"
+        );
         assert!(fault(&both).contains("either"), "{}", fault(&both));
         let no_key = fault(&format!("{head}[[hook]]\nverb = 'restore'\nfunction = 'f'\n"));
         assert!(no_key.contains("key"), "{no_key}");

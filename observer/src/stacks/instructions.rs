@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
-    Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register,
 };
 
 use super::elf::Elf;
@@ -17,15 +17,8 @@ const MOST: usize = 4096;
 const BEGINNING: usize = 8;
 
 /// Registers that arguments are passed in, and the one with the answer.
-const PASSED: [Register; 7] = [
-    Register::RDI,
-    Register::RSI,
-    Register::RDX,
-    Register::RCX,
-    Register::R8,
-    Register::R9,
-    Register::RAX,
-];
+const PASSED: [Register; 7] =
+    [Register::RDI, Register::RSI, Register::RDX, Register::RCX, Register::R8, Register::R9, Register::RAX];
 
 /// The place for a probe at the beginning of a function: the first instruction that the kernel need not step over (it
 /// knows what a `push` or `nop` does), if no argument is overwritten before it; else the first one behind the mark for

@@ -1,6 +1,6 @@
 //! Names of what stands for a kind of deferred work in a process's memory.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 
 use anyhow::{Context as _, Result};
 
@@ -25,11 +25,11 @@ impl Names {
     pub(crate) fn of(&mut self, pid: u32, naming: Naming, value: u64) -> Result<String> {
         match naming {
             Naming::PythonCode | Naming::PythonType | Naming::RubyClass | Naming::RubyBlock => {
-                if !self.interpreters.contains_key(&pid) {
-                    self.interpreters.insert(pid, Interpreter::of(pid)?);
-                }
-                let interpreter = self.interpreters[&pid].as_ref();
-                interpreter.context("no interpreter is there")?.name(naming, value)
+                let interpreter = match self.interpreters.entry(pid) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(place) => place.insert(Interpreter::of(pid)?),
+                };
+                interpreter.as_ref().context("no interpreter is there")?.name(naming, value)
             }
             Naming::Function => self.function(pid, value),
             Naming::Vtable => {

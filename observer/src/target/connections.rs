@@ -48,6 +48,9 @@ mod tests {
         let found = accepted(std::process::id(), &HashSet::from([address.port()]));
         let descriptors: Vec<_> = found.iter().map(|(fd, _)| i32::try_from(*fd).unwrap()).collect();
         assert_eq!(descriptors, [server.as_raw_fd()]);
-        assert!(accepted(std::process::id(), &HashSet::from([client.local_addr().unwrap().port() ^ 1])).is_empty());
+        assert!(
+            accepted(std::process::id(), &HashSet::from([client.local_addr().unwrap().port() ^ 1]))
+                .is_empty()
+        );
     }
 }

@@ -79,10 +79,9 @@ impl<'a> Finder<'a> {
     pub(crate) fn find<'p>(&self, hook: &'p Hook) -> Result<Found<'p>, String> {
         let home = match &hook.module {
             None => &self.runtime.module,
-            Some(beginning) => self
-                .mappings
-                .module(beginning)
-                .ok_or_else(|| format!("no module {beginning} is loaded"))?,
+            Some(beginning) => {
+                self.mappings.module(beginning).ok_or_else(|| format!("no module {beginning} is loaded"))?
+            }
         };
         let (module, functions) = match &hook.site {
             Wanted::Named(names) => {

@@ -15,8 +15,8 @@ pub const HOOKS: u32 = 4096;
 /// Most ways to read a place, of all targets together.
 pub const RECIPES: u32 = 1024;
 
-/// Most steps that lead to a key.
-pub const KEY_STEPS: usize = 6;
+/// Most steps that lead to a key, conditions included.
+pub const KEY_STEPS: usize = 12;
 
 /// Most steps that lead to a class.
 pub const CLASS_STEPS: usize = 48;
@@ -62,7 +62,7 @@ pub struct Hook {
     pub once: u32,
     /// Index into `RECIPES`.
     pub recipe: u32,
-    /// How often it was come to.
+    /// How often it was come to, and meant.
     pub hits: u64,
     /// How often that meant something: a key could be read and, but for a snapshot, was known.
     pub matches: u64,
@@ -85,6 +85,8 @@ pub enum Action {
     Test = 4,
     /// The value is the answer, to be understood as `value` says.
     Take = 5,
+    /// The value is that and `offset`.
+    Add = 6,
 }
 
 /// A step on the way to a key or a class.
@@ -121,7 +123,7 @@ pub mod register {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recipe {
-    /// Steps to the key; none if there is none to read.
+    /// Steps to the key; none if there is none to read. A place where a test fails means nothing.
     pub key: [Step; KEY_STEPS],
     /// Steps to the class; none if it is not told there.
     pub class: [Step; CLASS_STEPS],

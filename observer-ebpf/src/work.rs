@@ -22,7 +22,7 @@ pub(crate) fn current(tid: u32) -> Work {
 pub(crate) fn turn_to(tid: u32, next: &Work) {
     // SAFETY: has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    let is_nothing = next.origin.inode == 0 && next.unit == 0;
+    let is_nothing = next.origin.inode == 0 && next.key.tgid == 0;
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe {

@@ -80,7 +80,7 @@ pub(crate) fn profiles() -> Result<ExitCode> {
     let mut out = stdout().lock();
     for profile in PROFILES.iter() {
         writeln!(out, "{}: {}", profile.name, profile.about)?;
-        writeln!(out, "  where   a module defines {}", profile.marker)?;
+        writeln!(out, "  where   a module defines {}", profile.marker.as_slice().join(" or "))?;
         if let Some(needs) = &profile.needs {
             writeln!(out, "          and {needs} is loaded")?;
         }

@@ -14,6 +14,7 @@ use observer_common::{
         RECIPES as MOST_RECIPES, Recipe, Step, UNITS as MOST, Unit, UnitKey, Verb, Work,
     },
     loss::Loss,
+    origin::Origin,
 };
 
 use super::origin;
@@ -52,14 +53,16 @@ fn deferred(ctx: ProbeContext) -> u32 {
     // One that has run another program since has other things there.
     let Some(hook) = HOOKS.get_ptr_mut(place) else { return 0 };
     // SAFETY: a live map value, that only the loader writes but for its counters.
-    let (verb, space, once, recipe) = unsafe {
-        add(&raw mut (*hook).hits, 1);
-        ((*hook).verb, (*hook).space, (*hook).once, (*hook).recipe)
-    };
+    let (verb, space, once, recipe) = unsafe { ((*hook).verb, (*hook).space, (*hook).once, (*hook).recipe) };
     let Some(recipe) = RECIPES.get_ptr(recipe) else { return 0 };
     // SAFETY: a live map value.
     let key = unsafe { follow((&raw const (*recipe).key).cast(), KEY, &ctx) };
-    let key = key.map(|(key, _)| UnitKey { key, tgid, space });
+    if matches!(key, Found::Excluded) {
+        return 0;
+    }
+    // SAFETY: as above.
+    unsafe { add(&raw mut (*hook).hits, 1) };
+    let key = key.value().map(|(key, _)| UnitKey { key, tgid, space });
     let at = At { tid, once, recipe, ctx: &ctx };
     if at.comes_to(verb, key).is_some() {
         // SAFETY: as above.
@@ -70,6 +73,26 @@ fn deferred(ctx: ProbeContext) -> u32 {
 
 const KEY: usize = observer_common::deferred::KEY_STEPS;
 const CLASS: usize = observer_common::deferred::CLASS_STEPS;
+
+/// Where steps have led.
+enum Found {
+    /// To a value, to be understood as the number says.
+    Value(u64, u32),
+    /// Nowhere.
+    Nothing,
+    /// To a condition that does not hold.
+    Excluded,
+}
+
+impl Found {
+    #[inline(always)]
+    fn value(self) -> Option<(u64, u32)> {
+        match self {
+            Self::Value(value, naming) => Some((value, naming)),
+            Self::Nothing | Self::Excluded => None,
+        }
+    }
+}
 
 /// The current thread at one of the places.
 struct At<'a> {
@@ -130,13 +153,16 @@ impl At<'_> {
         Some(())
     }
 
+    /// Some runtimes read from a connection while they work on nothing, and then go on in a context that all connections
+    /// share: that is for what was read.
     #[inline(always)]
     fn restore(&self, key: UnitKey) -> Option<()> {
-        let outer = work::current(self.tid);
-        end_if_once(&outer.key);
+        let before = work::current(self.tid);
+        end_if_once(&before.key);
+        let has_read = if before.unit == 0 { before.origin } else { Origin::NONE };
         let Some(unit) = UNITS.get_ptr_mut(key) else {
             // It works for somebody, but nobody knows for whom.
-            work::turn_to(self.tid, &Work::NONE);
+            work::turn_to(self.tid, &Work { origin: has_read, unit: 0, key, since_ns: 0 });
             return None;
         };
         // SAFETY: a live map value; work is done by one thread at a time.
@@ -145,11 +171,13 @@ impl At<'_> {
                 self.start(unit, &key);
             }
             // Entered again while it is current it would lead back to itself.
-            if outer.unit != (*unit).id {
-                (*unit).outer = outer;
+            if before.unit != (*unit).id {
+                // What was not a piece of work itself is over: nobody knows what the thread turns to when it leaves this.
+                (*unit).outer = if before.unit == 0 { Work::NONE } else { before };
             }
             (*unit).once = self.once;
-            let origin = origin::present(key.tgid, &(*unit).origin);
+            let own = origin::present(key.tgid, &(*unit).origin);
+            let origin = if own.inode == 0 { has_read } else { own };
             work::turn_to(self.tid, &Work { origin, unit: (*unit).id, key, since_ns: 0 });
         }
         Some(())
@@ -180,16 +208,22 @@ impl At<'_> {
         }
     }
 
-    /// What the thread works on pauses, or what has this key does.
+    /// What the thread works on pauses, if it has this key.
     #[inline(always)]
     fn leave(&self, key: Option<UnitKey>) -> Option<()> {
         let current = work::current(self.tid);
         let key = key.unwrap_or(current.key);
-        let unit = UNITS.get_ptr_mut(key)?;
+        if key != current.key {
+            return None;
+        }
+        let Some(unit) = UNITS.get_ptr_mut(key) else {
+            work::turn_to(self.tid, &Work::NONE);
+            return None;
+        };
         // SAFETY: a live map value; work is done by one thread at a time.
         unsafe {
-            (*unit).left_ns = bpf_ktime_get_ns();
             if (*unit).id == current.unit {
+                (*unit).left_ns = bpf_ktime_get_ns();
                 work::turn_to(self.tid, &(*unit).outer);
             }
         }
@@ -216,7 +250,7 @@ impl At<'_> {
     fn class(&self, key: UnitKey) -> Option<ClassKey> {
         // SAFETY: a live map value.
         let found = unsafe { follow((&raw const (*self.recipe).class).cast(), CLASS, self.ctx) };
-        found.map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
+        found.value().map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
     }
 }
 
@@ -303,14 +337,15 @@ fn figures(key: &ClassKey) -> Option<*mut Class> {
     })
 }
 
-/// Takes steps from the registers of the current thread on; `None` if they lead nowhere.
+/// Takes steps from the registers of the current thread on.
 ///
 /// # Safety
 /// `steps` points to so many in a live map value.
 #[inline(always)]
-unsafe fn follow(steps: *const Step, count: usize, ctx: &ProbeContext) -> Option<(u64, u32)> {
+unsafe fn follow(steps: *const Step, count: usize, ctx: &ProbeContext) -> Found {
     let mut value = 0;
     let mut has_failed = false;
+    let mut outcome = Found::Nothing;
     for n in 0..count {
         // SAFETY: by contract.
         let step = unsafe { &*steps.add(n) };
@@ -323,17 +358,22 @@ unsafe fn follow(steps: *const Step, count: usize, ctx: &ProbeContext) -> Option
             continue;
         } else if step.action == Action::Register as u32 {
             value = kernel::register(ctx, step.value);
+        } else if step.action == Action::Add as u32 {
+            value = value.wrapping_add_signed(step.offset.into());
         } else if step.action == Action::Load as u32 {
             match kernel::pointed::<u64>(value.wrapping_add_signed(step.offset.into())) {
                 Some(word) => value = word,
                 None => has_failed = true,
             }
         } else if step.action == Action::Test as u32 {
-            has_failed = value & step.mask != step.value;
+            if value & step.mask != step.value {
+                has_failed = true;
+                outcome = Found::Excluded;
+            }
         } else {
             #[expect(clippy::cast_possible_truncation, reason = "the loader writes small numbers there")]
-            return Some((value, step.value as u32));
+            return Found::Value(value, step.value as u32);
         }
     }
-    None
+    outcome
 }

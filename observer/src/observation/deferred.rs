@@ -162,13 +162,19 @@ impl Follower {
         let finder = Finder::of(mappings, runtime).map_err(|why| anyhow!(why))?;
         let version = finder.version().map_err(|why| anyhow!(why))?;
         let profile = &runtime.profile;
-        let wanted: Vec<&Hook> = profile.hooks.iter().filter(|hook| hook.is_in(version.as_deref())).collect();
+        let mut wanted = Vec::<&Hook>::new();
+        for hook in profile.hooks.iter().filter(|hook| hook.is_in(version.as_deref())) {
+            if finder.is_needed(hook).map_err(|why| anyhow!(why))? {
+                wanted.push(hook);
+            }
+        }
         if wanted.is_empty() {
             let version = version.unwrap_or_default();
             return Err(anyhow!("how version {version} puts work off is not known"));
         }
-        let found = wanted.iter().map(|hook| finder.find(hook)).collect::<Result<Vec<_>, _>>();
-        let found = found.map_err(|why| anyhow!(why))?;
+        let found = wanted.iter().map(|hook| (hook.optional, finder.find(hook)));
+        let found = found.filter(|(optional, found)| !optional || found.is_ok()).map(|(_, found)| found);
+        let found = found.collect::<Result<Vec<_>, _>>().map_err(|why| anyhow!(why))?;
         let spaces: HashSet<&str> = wanted.iter().map(|hook| hook.space.as_str()).collect();
         let mut numbers = HashMap::new();
         for space in spaces {

@@ -1,4 +1,4 @@
-//! How a profile says where something is: a register and a chain of pointers, `arg0->8->-56`, and a test of what is
+//! How a profile says where something is: a register and a chain of pointers, `arg0+16->8->-56`, and a test of what is
 //! there, `arg0->0 & 0x1f == 7`.
 
 use std::str::FromStr;
@@ -15,6 +15,8 @@ const MOST: usize = 8;
 pub(crate) struct Path {
     /// Number of the register, as `observer_common::deferred` has it.
     pub(crate) register: u64,
+    /// What to add to what it holds, in bytes.
+    pub(crate) add: i32,
     /// What to add to each pointer, in bytes, before the word there is read.
     pub(crate) offsets: Vec<i32>,
 }
@@ -36,8 +38,8 @@ pub(crate) struct Test {
 pub(crate) enum Operand {
     /// A number.
     Number(u64),
-    /// The address of a symbol.
-    Symbol(String),
+    /// The address so many bytes behind a symbol.
+    Symbol(String, u64),
 }
 
 impl FromStr for Path {
@@ -45,12 +47,17 @@ impl FromStr for Path {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split("->").map(str::trim);
-        let register = register_number(parts.next().unwrap_or_default())?;
+        let start = parts.next().unwrap_or_default();
+        let (register, add) = match start.split_once('+') {
+            Some((register, add)) => (register.trim(), offset(add.trim())?),
+            None => (start, 0),
+        };
+        let register = register_number(register)?;
         let offsets = parts.map(offset).collect::<Result<Vec<_>, _>>()?;
         if offsets.len() > MOST {
             return Err(format!("`{text}` follows more than {MOST} pointers"));
         }
-        Ok(Self { register, offsets })
+        Ok(Self { register, add, offsets })
     }
 }
 
@@ -70,7 +77,11 @@ impl FromStr for Test {
         } else if right.is_empty() {
             return Err(format!("`{text}` compares with nothing"));
         } else {
-            Operand::Symbol(right.to_owned())
+            let (name, add) = match right.split_once('+') {
+                Some((name, add)) => (name.trim(), number(add.trim())?),
+                None => (right, 0),
+            };
+            Operand::Symbol(name.to_owned(), add)
         };
         Ok(Self { path: path.parse()?, mask, with })
     }
@@ -139,12 +150,15 @@ mod tests {
     #[test]
     fn paths_begin_in_registers() {
         let path = |text: &str| text.parse::<Path>();
-        assert_eq!(path("arg1").unwrap(), Path { register: 1, offsets: vec![] });
+        assert_eq!(path("arg1").unwrap(), Path { register: 1, add: 0, offsets: vec![] });
+        assert_eq!(path("arg1+88->8").unwrap(), Path { register: 1, add: 88, offsets: vec![8] });
         assert_eq!(path("rsi").unwrap(), path("arg1").unwrap());
-        assert_eq!(path("result->8").unwrap(), Path { register: register::RESULT, offsets: vec![8] });
+        assert_eq!(path("result->8").unwrap(), Path { register: register::RESULT, add: 0, offsets: vec![8] });
         let far = path("rbx -> 0x28 -> -56").unwrap();
-        assert_eq!(far, Path { register: register::OTHERS, offsets: vec![0x28, -56] });
-        for wrong in ["", "arg6", "arg", "8", "arg0->", "arg0->x", "arg0->99999999999", "arg0 8"] {
+        assert_eq!(far, Path { register: register::OTHERS, add: 0, offsets: vec![0x28, -56] });
+        for wrong in
+            ["", "arg6", "arg", "8", "arg0->", "arg0->x", "arg0->99999999999", "arg0 8", "arg0+", "arg0+x"]
+        {
             assert!(path(wrong).is_err(), "{wrong}");
         }
         assert!(path(&format!("arg0{}", "->0".repeat(9))).is_err());
@@ -156,8 +170,8 @@ mod tests {
         let path: Path = "arg0->0".parse().unwrap();
         let flags = Test { path: path.clone(), mask: 0x1f, with: Operand::Number(7) };
         assert_eq!(test("arg0->0 & 0x1f == 7").unwrap(), flags);
-        let kind = Test { path, mask: u64::MAX, with: Operand::Symbol("PyFunction_Type".into()) };
-        assert_eq!(test("arg0->0 == PyFunction_Type").unwrap(), kind);
+        let kind = Test { path, mask: u64::MAX, with: Operand::Symbol("_ZTV6Parser".into(), 16) };
+        assert_eq!(test("arg0->0 == _ZTV6Parser+16").unwrap(), kind);
         for wrong in ["arg0", "arg0 == ", "arg0 & == 1", "arg0 & x == 1", "arg0 == 1x"] {
             assert!(test(wrong).is_err(), "{wrong}");
         }

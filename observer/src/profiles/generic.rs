@@ -7,7 +7,7 @@ use observer_common::deferred::Verb;
 use super::{
     Profile,
     expression::Path,
-    hook::{At, Hook, Site},
+    hook::{At, Hook, Names, Site},
 };
 
 /// A function and what its work is known by: `libtask.so:task_enqueue:arg0`.
@@ -41,7 +41,10 @@ impl OwnHook {
             verb,
             site: Site::Named(vec![self.function.clone()]),
             module: Some(self.module.clone()),
+            optional: false,
+            unless: Vec::new(),
             at: At::Entry,
+            when: Vec::new(),
             key: Some(self.key.clone()),
             class: Vec::new(),
             since: None,
@@ -61,7 +64,7 @@ impl Profile {
         Self {
             name: "generic".into(),
             about: "a library of one's own".into(),
-            marker: snapshot.function.clone(),
+            marker: Names::One(snapshot.function.clone()),
             needs: None,
             version: None,
             gc: None,

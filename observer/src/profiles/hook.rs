@@ -15,8 +15,14 @@ pub(crate) struct Hook {
     pub(crate) site: Site,
     /// How the name of the module begins that it is in; `None` for the one with the marker.
     pub(crate) module: Option<String>,
+    /// Whether there may be no such function.
+    pub(crate) optional: bool,
+    /// Functions whose presence makes it needless.
+    pub(crate) unless: Vec<String>,
     /// Where in the function.
     pub(crate) at: At,
+    /// What must hold there; else it means nothing.
+    pub(crate) when: Vec<Test>,
     /// What the work is known by; `None` where that is whatever the thread works on.
     pub(crate) key: Option<Path>,
     /// How its kind is told, by the first case that fits; none if it is not.
@@ -34,7 +40,7 @@ pub(crate) struct Hook {
 /// A function.
 #[derive(Clone, Debug)]
 pub(crate) enum Site {
-    /// By its name: the first of these that is defined. One that ends in `*` stands for all that begin so.
+    /// By its name: the first of these that is defined. One with a `*` in it stands for all that are like it.
     Named(Vec<String>),
     /// The one that a function of this name jumps to.
     BehindJump(Vec<String>),
@@ -125,7 +131,13 @@ struct Written {
     table: Option<Table>,
     module: Option<String>,
     #[serde(default)]
+    optional: bool,
+    #[serde(default)]
+    unless: Vec<String>,
+    #[serde(default)]
     at: At,
+    #[serde(default)]
+    when: Vec<Test>,
     key: Option<Path>,
     #[serde(default)]
     class: Vec<Case>,
@@ -153,21 +165,31 @@ enum Through {
     Jump,
 }
 
-#[derive(Deserialize)]
+/// One name, or several of which the first that is there counts. A `*` in them stands for anything.
+#[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
-enum Names {
+pub(crate) enum Names {
+    /// Just one.
     One(String),
+    /// In order.
     Several(Vec<String>),
+}
+
+impl Names {
+    /// All of them.
+    pub(crate) fn as_slice(&self) -> &[String] {
+        match self {
+            Self::One(name) => std::slice::from_ref(name),
+            Self::Several(names) => names,
+        }
+    }
 }
 
 impl TryFrom<Written> for Hook {
     type Error = String;
 
     fn try_from(written: Written) -> Result<Self, String> {
-        let names = written.function.map(|names| match names {
-            Names::One(name) => vec![name],
-            Names::Several(names) => names,
-        });
+        let names = written.function.map(|names| names.as_slice().to_vec());
         let site = match (names, written.table, written.through) {
             (Some(names), None, None) => Site::Named(names),
             (Some(names), None, Some(Through::Jump)) => Site::BehindJump(names),
@@ -187,9 +209,12 @@ impl TryFrom<Written> for Hook {
                 return Err("this verb takes a `key`".into());
             }
             (Verb::Clear, Some(_)) => return Err("`clear` takes no `key`".into()),
-            // The register and the answer take a step each.
-            (_, Some(key)) if key.offsets.len() + 2 > KEY_STEPS => {
-                return Err(format!("the key follows more than {} pointers", KEY_STEPS - 2));
+            (_, None) if !written.when.is_empty() => return Err("a condition takes a `key`".into()),
+            // The answer is a step as well.
+            (_, Some(key))
+                if steps(key) + written.when.iter().map(Test::steps).sum::<usize>() + 1 > KEY_STEPS =>
+            {
+                return Err(format!("key and conditions take more than {} steps", KEY_STEPS - 1));
             }
             _ => {}
         }
@@ -197,15 +222,18 @@ impl TryFrom<Written> for Hook {
         if !tells && (!written.class.is_empty() || written.once) {
             return Err("only `snapshot` and `restore` have a `class` or are `once`".into());
         }
-        let steps: usize = written.class.iter().map(Case::steps).sum();
-        if steps > CLASS_STEPS {
-            return Err(format!("the class takes {steps} steps, and {CLASS_STEPS} are the most"));
+        let needed: usize = written.class.iter().map(Case::steps).sum();
+        if needed > CLASS_STEPS {
+            return Err(format!("the class takes {needed} steps, and {CLASS_STEPS} are the most"));
         }
         Ok(Self {
             verb,
             site,
             module: written.module,
+            optional: written.optional,
+            unless: written.unless,
             at: written.at,
+            when: written.when,
             key: written.key,
             class: written.class,
             since: written.since,
@@ -216,12 +244,21 @@ impl TryFrom<Written> for Hook {
     }
 }
 
-impl Case {
-    /// How many steps the programs need for it.
+/// How many steps the programs take to a value.
+fn steps(path: &Path) -> usize {
+    1 + usize::from(path.add != 0) + path.offsets.len()
+}
+
+impl Test {
     fn steps(&self) -> usize {
-        let tests: usize = self.when.iter().map(|test| 2 + test.path.offsets.len()).sum();
-        // The beginning of the case, the register and the answer.
-        3 + tests + self.is.offsets.len()
+        steps(&self.path) + 1
+    }
+}
+
+impl Case {
+    /// How many steps the programs need for it, its beginning and the answer included.
+    fn steps(&self) -> usize {
+        2 + self.when.iter().map(Test::steps).sum::<usize>() + steps(&self.is)
     }
 }
 
@@ -300,8 +337,10 @@ mod tests {
         assert!(hook("table = { symbol = 't', path = [] }").is_err());
         assert!(hook("").is_err());
         assert!(hook("function = 'f'\nthrough = 'call'").is_err());
-        let long = "{ when = ['arg0->0->0->0->0->0->0 == 1'], is = 'arg0->0->0->0', named = 'string' }";
+        let long = "{ when = ['arg0->0->0->0->0->0->0->0 == 1'], is = 'arg0->0->0->0->0', named = 'string' }";
         assert!(hook(&format!("function = 'f'\nclass = [{long}, {long}]")).is_ok());
+        assert!(hook("function = 'f'\nwhen = ['arg0 == 1']").is_ok());
+        assert!(hook("function = 'f'\nwhen = ['arg0->0->0->0->0->0->0->0->0 == 1']").is_err());
         let error = hook(&format!("function = 'f'\nclass = [{long}, {long}, {long}]")).unwrap_err();
         assert!(error.contains("steps"), "{error}");
     }

@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 pub(crate) use expression::{Operand, Path as Steps, Test};
 pub(crate) use generic::OwnHook;
-pub(crate) use hook::{At, Case, Hook, Naming, Site, Table};
+pub(crate) use hook::{At, Case, Hook, Names, Naming, Site, Table};
 
 use crate::failure::Failure;
 
@@ -38,8 +38,8 @@ pub(crate) struct Profile {
     pub(crate) name: String,
     /// What it is good for, in one line.
     pub(crate) about: String,
-    /// A symbol that the module with the runtime in it defines, and no other module.
-    pub(crate) marker: String,
+    /// A symbol that the module with the runtime in it defines, and no other module; by all names it has had.
+    pub(crate) marker: Names,
     /// How the name of another module begins that must be there as well.
     pub(crate) needs: Option<String>,
     /// Where it tells its version.
@@ -218,7 +218,7 @@ mod tests {
         };
         assert_eq!(names(&["auto"]).unwrap(), PROFILES.len());
         assert_eq!(names(&["none"]).unwrap(), 0);
-        assert_eq!(names(&["ruby", "Node"]).map_err(|e| e.to_string()).unwrap_or(0), 2);
+        assert_eq!(names(&["Ruby", "node"]).map_err(|e| e.to_string()).unwrap_or(0), 2);
         assert!(names(&["cobol"]).is_err());
         assert!(names(&["/no/such/profile.toml"]).is_err());
     }

@@ -83,8 +83,8 @@ impl Elf {
         }
     }
 
-    /// Addresses in the file of all functions it defines that this name, or the beginning of one before a `*`, stands
-    /// for; each once.
+    /// Addresses in the file of all functions it defines that this name stands for, in which a `*`
+    /// stands for anything; each once.
     pub(crate) fn functions(&self, name: &str) -> Vec<u64> {
         let file = self.parsed();
         let all = file.dynamic_symbols().chain(file.symbols());
@@ -177,12 +177,18 @@ impl Elf {
     }
 }
 
-/// Whether a name is the wanted one, or begins as it does before a `*`.
+/// Whether a name is the wanted one, in which a `*` stands for anything.
 fn is_meant(wanted: &str, name: &[u8]) -> bool {
-    match wanted.strip_suffix('*') {
-        Some(beginning) => name.starts_with(beginning.as_bytes()),
-        None => name == wanted.as_bytes(),
+    let Some((beginning, rest)) = wanted.split_once('*') else { return name == wanted.as_bytes() };
+    let Some(mut name) = name.strip_prefix(beginning.as_bytes()) else { return false };
+    let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+    for part in middle.split('*').filter(|part| !part.is_empty()) {
+        let Some(at) = name.windows(part.len()).position(|window| window == part.as_bytes()) else {
+            return false;
+        };
+        name = &name[at + part.len()..];
     }
+    name.ends_with(end.as_bytes())
 }
 
 /// One place of a probe that a file has in its code; addresses in the file.
@@ -226,6 +232,24 @@ mod tests {
         assert_eq!(none, None);
         assert!(!elf.section(b".eh_frame").unwrap().1.is_empty());
         assert!(elf.section(b".no_such_section").is_none());
+    }
+
+    #[test]
+    fn a_star_stands_for_anything() {
+        for (wanted, name, expected) in [
+            ("f", "f", true),
+            ("f", "fg", false),
+            ("f*", "fg", true),
+            ("f*", "gf", false),
+            ("f*h", "fgh", true),
+            ("f*h", "fhg", false),
+            ("a*b*c", "a1b2c", true),
+            ("a*b*c", "a1c2b", false),
+            ("a*b*", "ab", true),
+            ("ab*ba", "aba", false),
+        ] {
+            assert_eq!(is_meant(wanted, name.as_bytes()), expected, "{wanted} {name}");
+        }
     }
 
     #[test]

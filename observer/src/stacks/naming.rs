@@ -34,7 +34,9 @@ impl Names {
             Naming::Function => self.function(pid, value),
             Naming::Vtable => {
                 let function = Live::of(pid)?.word(value).context("its table is not there")?;
-                self.function(pid, function)
+                let name = self.function(pid, function)?;
+                // Symbols without types are the same for all types.
+                Ok(if name.contains('<') { name } else { format!("{name} by {:#x}", value & 0xff_ffff) })
             }
             Naming::String => Live::of(pid)?.c_string(value, "name"),
         }

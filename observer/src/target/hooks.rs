@@ -75,6 +75,14 @@ impl<'a> Finder<'a> {
         }
     }
 
+    /// Whether a hook has a part in this process.
+    pub(crate) fn is_needed(&self, hook: &Hook) -> Result<bool, String> {
+        if hook.unless.is_empty() {
+            return Ok(true);
+        }
+        Ok(self.open(&self.runtime.module)?.functions(&hook.unless).is_err())
+    }
+
     /// Finds one hook. An error says what is missing.
     pub(crate) fn find<'p>(&self, hook: &'p Hook) -> Result<Found<'p>, String> {
         let home = match &hook.module {
@@ -150,14 +158,20 @@ impl<'a> Finder<'a> {
 
     /// The steps that the programs take at a hook.
     fn recipe(&self, hook: &Hook) -> Result<Recipe, String> {
-        let key = hook.key.iter().flat_map(|key| steps(key).chain([take(0)]));
+        let mut key = Vec::new();
+        for test in &hook.when {
+            key.extend(self.test(test)?);
+        }
+        if let Some(path) = &hook.key {
+            key.extend(steps(path).chain([take(0)]));
+        }
         let mut class = Vec::new();
         for case in &hook.class {
             class.extend(self.case(case)?);
         }
         let (mut recipe, class) =
             (Recipe { key: [Step::END; KEY_STEPS], class: [Step::END; CLASS_STEPS] }, class.into_iter());
-        recipe.key.iter_mut().zip(key).for_each(|(place, step)| *place = step);
+        recipe.key.iter_mut().zip(key.into_iter()).for_each(|(place, step)| *place = step);
         recipe.class.iter_mut().zip(class).for_each(|(place, step)| *place = step);
         Ok(recipe)
     }
@@ -175,10 +189,11 @@ impl<'a> Finder<'a> {
     fn test(&self, test: &Test) -> Result<Vec<Step>, String> {
         let value = match &test.with {
             Operand::Number(number) => *number,
-            Operand::Symbol(name) => self
+            Operand::Symbol(name, add) => self
                 .open(&self.runtime.module)?
                 .symbol(name)
-                .ok_or_else(|| format!("it has no symbol {name}"))?,
+                .ok_or_else(|| format!("it has no symbol {name}"))?
+                .wrapping_add(*add),
         };
         let compare = Step { action: Action::Test as u32, offset: 0, mask: test.mask, value };
         Ok(steps(&test.path).chain([compare]).collect())
@@ -211,7 +226,8 @@ impl Module<'_> {
 fn steps(path: &Steps) -> impl Iterator<Item = Step> + '_ {
     let register = Step { action: Action::Register as u32, value: path.register, ..Step::END };
     let load = |&offset| Step { action: Action::Load as u32, offset, ..Step::END };
-    iter::once(register).chain(path.offsets.iter().map(load))
+    let add = (path.add != 0).then_some(Step { action: Action::Add as u32, offset: path.add, ..Step::END });
+    iter::once(register).chain(add).chain(path.offsets.iter().map(load))
 }
 
 /// The last step.

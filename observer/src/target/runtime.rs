@@ -107,10 +107,15 @@ impl Runtimes {
         let Some(elf) = mappings.open(map).ok().and_then(|file| Elf::open(&file).ok()) else {
             return Vec::new();
         };
-        let markers: Vec<_> = self.profiles.iter().map(|profile| profile.marker.as_str()).collect();
-        let found = self.profiles.iter().zip(elf.all_symbols(&markers));
-        let profiles = found.filter(|(_, marker)| marker.is_some()).map(|(profile, _)| profile);
-        profiles.map(|profile| Arc::new(Module::of(profile, &elf))).collect()
+        let markers: Vec<_> = self.profiles.iter().flat_map(|profile| profile.marker.as_slice()).collect();
+        let markers: Vec<_> = markers.into_iter().map(String::as_str).collect();
+        let mut found = elf.all_symbols(&markers).into_iter();
+        let is_there = |profile: &&Arc<Profile>| {
+            let markers = found.by_ref().take(profile.marker.as_slice().len());
+            // Each profile takes its own.
+            markers.filter(Option::is_some).count() > 0
+        };
+        self.profiles.iter().filter(is_there).map(|profile| Arc::new(Module::of(profile, &elf))).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, hash_map::Entry};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use super::{
     interpreter::Interpreter,
@@ -39,6 +39,7 @@ impl Names {
                 Ok(if name.contains('<') { name } else { format!("{name} by {:#x}", value & 0xff_ffff) })
             }
             Naming::String => Live::of(pid)?.c_string(value, "name"),
+            Naming::SameWork => bail!("it is no work of its own"),
         }
     }
 

@@ -35,6 +35,8 @@ pub enum Verb {
     Forget = 4,
     /// The thread works for nobody now.
     Clear = 5,
+    /// The work outlives its key, which may be another's soon: it ends where its thread forgets it without one.
+    Detach = 6,
 }
 
 /// Key of `HOOKS`: an instruction of a process.
@@ -58,8 +60,8 @@ pub struct Hook {
     pub verb: u32,
     /// Which keys these are: those of different spaces never meet.
     pub space: u32,
-    /// 1 if work ends where its thread turns to something else, because nothing else tells.
-    pub once: u32,
+    /// [`Hook::ONCE`] and [`Hook::TAKES_OVER`].
+    pub flags: u32,
     /// Index into `RECIPES`.
     pub recipe: u32,
     /// How often it was come to, and meant.
@@ -68,6 +70,13 @@ pub struct Hook {
     pub matches: u64,
 }
 crate::shared!(Hook, 32);
+
+impl Hook {
+    /// Work ends where its thread turns to something else, because nothing else tells.
+    pub const ONCE: u32 = 1;
+    /// Work of unknown origin goes on for what its thread has read while it worked on nothing.
+    pub const TAKES_OVER: u32 = 2;
+}
 
 /// What a [`Step`] does with the value at hand.
 #[repr(u32)]
@@ -180,6 +189,8 @@ crate::shared!(ClassKey, 16);
 impl ClassKey {
     /// What `naming` is for the classes that found no room.
     pub const OTHERS: u32 = u32::MAX;
+    /// What it is for what is no piece of work of its own: what put it off goes on in it.
+    pub const SAME_WORK: u32 = 8;
 }
 
 /// Value of `CLASSES`: figures of a kind of deferred work.
@@ -238,7 +249,7 @@ pub struct Unit {
     pub once: u32,
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
-    /// What its thread worked on before it.
+    /// The piece of work that its thread worked on before it; of what is no piece of its own, what goes on in it.
     pub outer: Work,
 }
 crate::shared!(Unit, 144);

@@ -2,7 +2,11 @@
 //! ended by the slice. Shared by both, and by *reactor* to say what a stall was for.
 
 use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns, macros::map, maps::HashMap};
-use observer_common::{deferred::Work, loss::Loss, origin::Origin};
+use observer_common::{
+    deferred::{UnitKey, Work},
+    loss::Loss,
+    origin::Origin,
+};
 
 use crate::{emit::lost, probes::reactor};
 
@@ -37,6 +41,15 @@ pub(crate) fn turn_to(tid: u32, next: &Work) {
             return;
         }
         reactor::worked(tid, &Origin::NONE, 0, true);
+    }
+}
+
+/// What the current thread works on has got another key.
+#[inline(always)]
+pub(crate) fn is_known_by(tid: u32, key: UnitKey) {
+    if let Some(work) = WORK.get_ptr_mut(tid) {
+        // SAFETY: a live map value that only this thread writes.
+        unsafe { (*work).key = key };
     }
 }
 

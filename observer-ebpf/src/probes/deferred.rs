@@ -53,7 +53,8 @@ fn deferred(ctx: ProbeContext) -> u32 {
     // One that has run another program since has other things there.
     let Some(hook) = HOOKS.get_ptr_mut(place) else { return 0 };
     // SAFETY: a live map value, that only the loader writes but for its counters.
-    let (verb, space, once, recipe) = unsafe { ((*hook).verb, (*hook).space, (*hook).once, (*hook).recipe) };
+    let (verb, space, flags, recipe) =
+        unsafe { ((*hook).verb, (*hook).space, (*hook).flags, (*hook).recipe) };
     let Some(recipe) = RECIPES.get_ptr(recipe) else { return 0 };
     // SAFETY: a live map value.
     let key = unsafe { follow((&raw const (*recipe).key).cast(), KEY, &ctx) };
@@ -63,13 +64,16 @@ fn deferred(ctx: ProbeContext) -> u32 {
     // SAFETY: as above.
     unsafe { add(&raw mut (*hook).hits, 1) };
     let key = key.value().map(|(key, _)| UnitKey { key, tgid, space });
-    let at = At { tid, once, recipe, ctx: &ctx };
+    let at = At { tid, flags, recipe, ctx: &ctx };
     if at.comes_to(verb, key).is_some() {
         // SAFETY: as above.
         unsafe { add(&raw mut (*hook).matches, 1) };
     }
     0
 }
+
+/// The space of keys that are numbers of units; those of profiles begin at 1.
+const DETACHED: u32 = 0;
 
 const KEY: usize = observer_common::deferred::KEY_STEPS;
 const CLASS: usize = observer_common::deferred::CLASS_STEPS;
@@ -97,7 +101,7 @@ impl Found {
 /// The current thread at one of the places.
 struct At<'a> {
     tid: u32,
-    once: u32,
+    flags: u32,
     recipe: *const Recipe,
     ctx: &'a ProbeContext,
 }
@@ -113,7 +117,9 @@ impl At<'_> {
         } else if verb == Verb::Leave as u32 {
             self.leave(key)
         } else if verb == Verb::Forget as u32 {
-            self.forget(key?)
+            self.forget(key)
+        } else if verb == Verb::Detach as u32 {
+            self.detach()
         } else {
             turn_from(self.tid);
             Some(())
@@ -135,12 +141,16 @@ impl At<'_> {
             origin: origin::kept(key.tgid, &current.origin),
             class: self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 }),
             queued_ns: now,
-            once: self.once,
+            once: self.flags & Hook::ONCE,
+            outer: current,
             ..Unit::default()
         };
         if UNITS.insert(key, &unit, u64::from(BPF_ANY)).is_err() {
             lost(Loss::UnitsFull);
             return None;
+        }
+        if unit.class.naming == ClassKey::SAME_WORK {
+            return Some(());
         }
         let class = figures(&unit.class)?;
         // SAFETY: a live map value, counted in atomically.
@@ -153,20 +163,27 @@ impl At<'_> {
         Some(())
     }
 
-    /// Some runtimes read from a connection while they work on nothing, and then go on in a context that all connections
-    /// share: that is for what was read.
     #[inline(always)]
     fn restore(&self, key: UnitKey) -> Option<()> {
         let before = work::current(self.tid);
         end_if_once(&before.key);
-        let has_read = if before.unit == 0 { before.origin } else { Origin::NONE };
+        // Some runtimes read from a connection while they work on nothing, and go on in a context that all connections
+        // share: that is for what was read.
+        let takes_over = self.flags & Hook::TAKES_OVER != 0 && before.unit == 0;
+        let has_read = if takes_over { before.origin } else { Origin::NONE };
         let Some(unit) = UNITS.get_ptr_mut(key) else {
             // It works for somebody, but nobody knows for whom.
             work::turn_to(self.tid, &Work { origin: has_read, unit: 0, key, since_ns: 0 });
-            return None;
+            // If it was no piece of work of its own, none is missing.
+            return self.class(key).filter(|class| class.naming == ClassKey::SAME_WORK).map(|_| ());
         };
         // SAFETY: a live map value; work is done by one thread at a time.
         unsafe {
+            if (*unit).class.naming == ClassKey::SAME_WORK {
+                let origin = origin::present(key.tgid, &(*unit).origin);
+                work::turn_to(self.tid, &Work { origin, ..(*unit).outer });
+                return Some(());
+            }
             if (*unit).started_ns == 0 {
                 self.start(unit, &key);
             }
@@ -175,7 +192,7 @@ impl At<'_> {
                 // What was not a piece of work itself is over: nobody knows what the thread turns to when it leaves this.
                 (*unit).outer = if before.unit == 0 { Work::NONE } else { before };
             }
-            (*unit).once = self.once;
+            (*unit).once = self.flags & Hook::ONCE;
             let own = origin::present(key.tgid, &(*unit).origin);
             let origin = if own.inode == 0 { has_read } else { own };
             work::turn_to(self.tid, &Work { origin, unit: (*unit).id, key, since_ns: 0 });
@@ -232,16 +249,44 @@ impl At<'_> {
     }
 
     #[inline(always)]
-    fn forget(&self, key: UnitKey) -> Option<()> {
+    fn forget(&self, key: Option<UnitKey>) -> Option<()> {
+        let current = work::current(self.tid);
+        let has_key = key.is_some();
+        let key = key.unwrap_or(current.key);
         let unit = UNITS.get_ptr_mut(key)?;
         // SAFETY: a live map value; nobody works on what is forgotten.
         unsafe {
-            if (*unit).id == work::current(self.tid).unit {
+            let is_current = (*unit).id == current.unit;
+            if !is_current && !has_key {
+                return None;
+            }
+            if is_current {
                 (*unit).left_ns = bpf_ktime_get_ns();
                 work::turn_to(self.tid, &(*unit).outer);
             }
         }
         end(unit, &key);
+        Some(())
+    }
+
+    /// What the thread works on is known by its own number from here on.
+    #[inline(always)]
+    fn detach(&self) -> Option<()> {
+        let current = work::current(self.tid);
+        let unit = UNITS.get_ptr(current.key)?;
+        let key = UnitKey { key: current.unit, space: DETACHED, ..current.key };
+        // SAFETY: a live map value, that only this thread works on.
+        unsafe {
+            if (*unit).id != current.unit {
+                return None;
+            }
+            if UNITS.insert(key, &*unit, u64::from(BPF_ANY)).is_err() {
+                lost(Loss::UnitsFull);
+                return None;
+            }
+        }
+        let _present = UNITS.remove(current.key);
+        work::is_known_by(self.tid, key);
         Some(())
     }
 
@@ -289,6 +334,10 @@ fn end_if_once(key: &UnitKey) {
 fn end(unit: *mut Unit, key: &UnitKey) {
     // SAFETY: a live map value, that nobody works on any more; figures are counted in atomically.
     unsafe {
+        if (*unit).class.naming == ClassKey::SAME_WORK {
+            let _present = UNITS.remove(key);
+            return;
+        }
         let has_started = (*unit).started_ns != 0;
         if let Some(class) = figures(&(*unit).class) {
             if has_started {

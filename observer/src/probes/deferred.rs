@@ -84,8 +84,9 @@ impl Attached {
         let recipe = recipes.0.pop().context("there are too many hooks already")?;
         maps.recipes.set(recipe, found.recipe, 0)?;
         let hook = found.hook;
-        let entry =
-            RawHook { verb: hook.verb as u32, space, once: hook.once.into(), recipe, hits: 0, matches: 0 };
+        let once = if hook.once { RawHook::ONCE } else { 0 };
+        let flags = once | if hook.takes_over { RawHook::TAKES_OVER } else { 0 };
+        let entry = RawHook { verb: hook.verb as u32, space, flags, recipe, hits: 0, matches: 0 };
         let mut attached = Self {
             profile: profile.to_owned(),
             verb: hook.verb,
@@ -188,7 +189,7 @@ fn add_durations(sum: &mut RawHistogram, more: &RawHistogram) {
 
 /// What becomes of a piece of work whose process is gone at `now`: what had not started never will.
 pub(crate) fn orphan(unit: &Unit, now: u64) -> Option<RawLink> {
-    (unit.started_ns == 0).then_some(RawLink {
+    is_ahead(unit).then_some(RawLink {
         id: unit.id,
         parent: unit.parent,
         request: unit.origin.request,
@@ -206,5 +207,10 @@ pub(crate) const fn others(pid: u32) -> ClassKey {
 
 /// Whether a piece of work waits to be started.
 pub(crate) fn waits((key, unit): &(UnitKey, Unit), pid: u32) -> bool {
-    key.tgid == pid && unit.started_ns == 0
+    key.tgid == pid && is_ahead(unit)
+}
+
+/// Whether this is a piece of work of its own that has not started.
+const fn is_ahead(unit: &Unit) -> bool {
+    unit.started_ns == 0 && unit.class.naming != ClassKey::SAME_WORK
 }

@@ -51,6 +51,7 @@ impl OwnHook {
             until: None,
             space: String::new(),
             once,
+            takes_over: false,
         }
     }
 }

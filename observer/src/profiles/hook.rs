@@ -1,6 +1,6 @@
 //! A place in a runtime and what it means: one `[[hook]]` of a profile.
 
-use observer_common::deferred::{CLASS_STEPS, KEY_STEPS, Verb};
+use observer_common::deferred::{CLASS_STEPS, ClassKey, KEY_STEPS, Verb};
 use serde::Deserialize;
 
 use super::expression::{Path, Test};
@@ -35,6 +35,8 @@ pub(crate) struct Hook {
     pub(crate) space: String,
     /// Whether the work ends where its thread turns to something else.
     pub(crate) once: bool,
+    /// Whether work of unknown origin goes on here for what its thread has just read.
+    pub(crate) takes_over: bool,
 }
 
 /// A function.
@@ -101,11 +103,13 @@ pub(crate) enum Naming {
     Vtable = 6,
     /// A C string.
     String = 7,
+    /// It is no kind: what put it off goes on in it, as code that waited does.
+    SameWork = ClassKey::SAME_WORK,
 }
 
 impl Naming {
     /// All of them.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::PythonCode,
         Self::PythonType,
         Self::RubyClass,
@@ -113,6 +117,7 @@ impl Naming {
         Self::Function,
         Self::Vtable,
         Self::String,
+        Self::SameWork,
     ];
 
     /// The one the programs passed on.
@@ -147,6 +152,8 @@ struct Written {
     space: String,
     #[serde(default)]
     once: bool,
+    #[serde(default)]
+    takes_over: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -157,6 +164,7 @@ enum WrittenVerb {
     Leave,
     Forget,
     Clear,
+    Detach,
 }
 
 #[derive(Deserialize)]
@@ -203,12 +211,11 @@ impl TryFrom<Written> for Hook {
             WrittenVerb::Leave => Verb::Leave,
             WrittenVerb::Forget => Verb::Forget,
             WrittenVerb::Clear => Verb::Clear,
+            WrittenVerb::Detach => Verb::Detach,
         };
         match (verb, &written.key) {
-            (Verb::Snapshot | Verb::Restore | Verb::Forget, None) => {
-                return Err("this verb takes a `key`".into());
-            }
-            (Verb::Clear, Some(_)) => return Err("`clear` takes no `key`".into()),
+            (Verb::Snapshot | Verb::Restore, None) => return Err("this verb takes a `key`".into()),
+            (Verb::Clear | Verb::Detach, Some(_)) => return Err("this verb takes no `key`".into()),
             (_, None) if !written.when.is_empty() => return Err("a condition takes a `key`".into()),
             // The answer is a step as well.
             (_, Some(key))
@@ -219,6 +226,9 @@ impl TryFrom<Written> for Hook {
             _ => {}
         }
         let tells = matches!(verb, Verb::Snapshot | Verb::Restore);
+        if written.takes_over && verb != Verb::Restore {
+            return Err("only `restore` has `takes_over`".into());
+        }
         if !tells && (!written.class.is_empty() || written.once) {
             return Err("only `snapshot` and `restore` have a `class` or are `once`".into());
         }
@@ -240,6 +250,7 @@ impl TryFrom<Written> for Hook {
             until: written.until,
             space: written.space,
             once: written.once,
+            takes_over: written.takes_over,
         })
     }
 }
@@ -302,6 +313,7 @@ impl Hook {
             Verb::Leave => "leave",
             Verb::Forget => "forget",
             Verb::Clear => "clear",
+            Verb::Detach => "detach",
         }
     }
 }

@@ -171,7 +171,7 @@ impl<'a> Finder<'a> {
         }
         let (mut recipe, class) =
             (Recipe { key: [Step::END; KEY_STEPS], class: [Step::END; CLASS_STEPS] }, class.into_iter());
-        recipe.key.iter_mut().zip(key.into_iter()).for_each(|(place, step)| *place = step);
+        recipe.key.iter_mut().zip(key).for_each(|(place, step)| *place = step);
         recipe.class.iter_mut().zip(class).for_each(|(place, step)| *place = step);
         Ok(recipe)
     }

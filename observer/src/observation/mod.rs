@@ -234,6 +234,7 @@ impl Observation {
         self.collect_finished()?;
         self.note_namespaces();
         self.refresh_listeners(changed)?;
+        self.follower.adopt_connections(&mut self.maps);
         let surplus = self.exited.len().saturating_sub(ENDED);
         self.exited.drain(..surplus);
         Ok(())

@@ -1,6 +1,7 @@
 //! What was measured, in seconds and connections: knows neither where figures come from nor where they go.
 
 pub(crate) mod catalog;
+pub(crate) mod delivery;
 pub(crate) mod frame;
 pub(crate) mod histogram;
 pub(crate) mod lag;

@@ -6,7 +6,8 @@ mod reactors;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map},
     mem,
-    time::Duration,
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result};
@@ -17,6 +18,7 @@ use observer_common::{loss::Loss, process::Target as RawTarget, ring::RingShape}
 use crate::{
     kernel::{calls as system_calls, clock, layout},
     model::{
+        delivery::Ledger,
         histogram::seconds,
         snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
     },
@@ -83,6 +85,8 @@ pub(crate) struct Observation {
     finished: Vec<(u32, Reactor)>,
     /// Of each reactor's thread what is not in the kernel, kept for when it is gone.
     threads: HashMap<u32, Thread>,
+    /// What becomes of what is pushed.
+    ledgers: Vec<Arc<Ledger>>,
 }
 
 impl Observation {
@@ -138,6 +142,7 @@ impl Observation {
             drops_before: HashMap::new(),
             finished: Vec::new(),
             threads: HashMap::new(),
+            ledgers: Vec::new(),
         };
         observation.adopt_processes(selection)?;
         observation.refresh()?;
@@ -149,6 +154,16 @@ impl Observation {
     /// The programs, for whoever wants their diagnostics.
     pub(crate) fn programs(&mut self) -> &mut Ebpf {
         &mut self.ebpf
+    }
+
+    /// Wall time at which the programs were attached.
+    pub(crate) fn started(&self) -> SystemTime {
+        clock::wall_time(self.attached_ns)
+    }
+
+    /// From now on tells what becomes of what is pushed, too.
+    pub(crate) fn tell_of(&mut self, ledger: Arc<Ledger>) {
+        self.ledgers.push(ledger);
     }
 
     /// Whether all targets are gone.
@@ -297,6 +312,7 @@ impl Observation {
             kernel: self.kernel.clone(),
             lost,
             missing: self.missing.clone(),
+            otlp: self.ledgers.iter().map(|ledger| ledger.read()).collect(),
         })
     }
 }

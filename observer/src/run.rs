@@ -65,7 +65,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
     let collector = Settings::find(output)?.map(Collector::find).transpose()?;
     preflight(selection)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
         if let Some(file) = &output.flame {
             flame::ensure_writable(file)?;
@@ -98,7 +98,10 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
             push.finish(&snapshot).await;
         }
         reported
-    })
+    });
+    // Whoever looks a name up that nobody knows may take long over it.
+    runtime.shutdown_background();
+    outcome
 }
 
 /// Writes what was asked for.

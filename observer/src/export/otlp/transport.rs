@@ -1,6 +1,8 @@
 //! Brings one encoded request to a collector, over gRPC or plain HTTP, and tells whether to try again. It knows neither
 //! what is in the request nor how often it was tried.
 
+#[cfg(target_env = "gnu")]
+use std::ffi::{c_char, c_int};
 use std::{
     error::Error,
     fs,
@@ -75,6 +77,7 @@ pub(super) enum Problem {
 
 impl Transport {
     pub(super) fn new(endpoint: Endpoint) -> Result<Self, Failure> {
+        let_names_be_found();
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
@@ -160,6 +163,23 @@ impl Transport {
             return Ok(S::Response::decode(body).unwrap_or_default());
         }
         Err(of_code(head.status, &head.headers, &body))
+    }
+}
+
+/// Has the C library look names up by itself, in `/etc/hosts` and by DNS. It would load what else `/etc/nsswitch.conf`
+/// names, which was made for the C library of the machine and not for the one in a static executable.
+fn let_names_be_found() {
+    #[cfg(target_env = "gnu")]
+    {
+        unsafe extern "C" {
+            /// As in `nss.h`: whoever passes a database and its services has these used in this process.
+            fn __nss_configure_lookup(database: *const c_char, services: *const c_char) -> c_int;
+        }
+        // SAFETY: both are strings that end; nobody looks a name up yet.
+        let status = unsafe { __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr()) };
+        if status != 0 {
+            log::debug!("names are looked up as /etc/nsswitch.conf says");
+        }
     }
 }
 

@@ -194,7 +194,8 @@ pub(crate) fn pushed(requests: &[Value]) -> BTreeMap<u64, Figures> {
             Some("1") => name += "_ratio",
             _ => {}
         }
-        let figures = all.entry(number(&point["timeUnixNano"]) as u64).or_default();
+        let moment = point["timeUnixNano"].as_str().unwrap().parse().unwrap();
+        let figures = all.entry(moment).or_default();
         let mut add = |name: String, labels: BTreeMap<String, String>, value: f64| {
             let last = figures.insert((name, labels), value);
             assert_eq!(last, None, "twice at once: {point:#}");

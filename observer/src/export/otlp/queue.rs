@@ -13,7 +13,7 @@ use tokio::{
     select,
     sync::Notify,
     task::JoinHandle,
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 
 use super::{
@@ -140,17 +140,16 @@ impl Shared {
         }
     }
 
-    /// Waits so long, or until the end comes into sight; returns whether there is time for another attempt.
-    async fn pause(&self, pause: Duration) -> bool {
+    /// Waits so long, or until the end comes if that may cut it short; returns whether there is time for another attempt.
+    async fn pause(&self, pause: Duration, may_be_cut: bool) -> bool {
         let until = Instant::now() + pause;
         loop {
             let end = self.lock().end;
             if let Some(end) = end {
-                // What a collector asked for is not cut short.
-                return until < end && timeout_at(end, sleep(until - Instant::now())).await.is_ok();
+                return may_be_cut || (until < end && timeout_at(end, sleep_until(until)).await.is_ok());
             }
             select! {
-                () = sleep(until.saturating_duration_since(Instant::now())) => return true,
+                () = sleep_until(until) => return true,
                 () = self.news.notified() => {}
             }
         }
@@ -193,9 +192,11 @@ async fn deliver<S: Signal>(shared: Arc<Shared>) {
                         Problem::Later { why, after } => (why, after),
                     };
                     warned.of(&format!("{why}; what waits is kept and sent again"));
+                    // One last attempt is made, unless the collector asked to be left alone.
+                    let may_be_cut = after.is_none() && !begun_at_the_end;
                     let pause = after.unwrap_or_else(|| jittered(longest));
                     longest = (longest * 2).min(LONGEST_PAUSE);
-                    if !shared.pause(pause).await {
+                    if !shared.pause(pause, may_be_cut).await {
                         return;
                     }
                 }
@@ -234,6 +235,7 @@ impl Warned<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::otlp::{metrics::Request, testing::settings};
 
     fn batch(bytes: usize, items: u64) -> Batch {
         Batch { bytes: vec![0; bytes].into(), items }
@@ -247,6 +249,26 @@ mod tests {
         assert_eq!(state.push(batch(1, 4)), 1);
         assert_eq!(state.push(batch(BUFFER, 8)), 6);
         assert_eq!((state.waiting.len(), state.bytes), (1, BUFFER));
+    }
+
+    /// Whoever waits before trying again makes one more attempt when the end comes, and nobody is waited for in vain.
+    #[test]
+    fn the_end_cuts_a_pause_short() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let ledger = Arc::new(Ledger::of(Request::NAME));
+            let transport = Transport::new(settings().metrics).unwrap();
+            let queue = Queue::start::<Request>(transport, Arc::clone(&ledger));
+            queue.push(batch(10, 3));
+            queue.push(batch(10, 4));
+            while ledger.read().failures == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            let begin = Instant::now();
+            assert_eq!(queue.finish(begin + Duration::from_secs(60)).await, 7);
+            assert!(begin.elapsed() < FIRST_PAUSE / 2, "{:?}", begin.elapsed());
+            assert_eq!(ledger.read().failures, 2);
+        });
     }
 
     #[test]

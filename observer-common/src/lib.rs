@@ -4,11 +4,13 @@
 
 pub mod accept;
 pub mod block;
+pub mod deferred;
 pub mod gc;
 pub mod histogram;
 pub mod layout;
 pub mod listener;
 pub mod loss;
+pub mod origin;
 pub mod process;
 pub mod reactor;
 pub mod ring;

@@ -22,10 +22,24 @@ pub enum Loss {
     GcBegunFull,
     /// A runtime's totals were not where they had been: what a slice spent in collections is not known.
     GcTotalsUnread,
+    /// A connection that a target accepted found no room in `CONNECTIONS`: its requests are nobody's.
+    ConnectionsFull,
+    /// A request found no room in `REQUESTS`, or a newer one had its place: what it asked for is not known.
+    RequestsFull,
+    /// Requests of one connection overlapped: which of them is worked on is not known.
+    RequestsOverlap,
+    /// A thread that began to work for something found no room in `WORK`: what it puts off is nobody's.
+    WorkFull,
+    /// A piece of deferred work found no room in `UNITS`: it is not seen to start.
+    UnitsFull,
+    /// A piece of deferred work that was over found no room in `LINKS`.
+    LinksFull,
+    /// A kind of deferred work found no room in `CLASSES`: it is counted with others.
+    ClassesFull,
 }
 
 /// Number of causes, the size of the `LOSSES` map.
-pub const LOSSES: u32 = 9;
+pub const LOSSES: u32 = 16;
 
 impl Loss {
     /// Every cause, in index order, with the name used in metrics and reports.
@@ -39,5 +53,12 @@ impl Loss {
         (Self::StallsFull, "stalls_full"),
         (Self::GcBegunFull, "gc_begun_full"),
         (Self::GcTotalsUnread, "gc_totals_unread"),
+        (Self::ConnectionsFull, "connections_full"),
+        (Self::RequestsFull, "requests_full"),
+        (Self::RequestsOverlap, "requests_overlap"),
+        (Self::WorkFull, "work_full"),
+        (Self::UnitsFull, "units_full"),
+        (Self::LinksFull, "links_full"),
+        (Self::ClassesFull, "classes_full"),
     ];
 }

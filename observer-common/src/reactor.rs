@@ -4,6 +4,7 @@
 use crate::{
     block::{BLOCKS, NO_CALL},
     histogram::Histogram,
+    origin::Origin,
 };
 
 /// What a reactor is doing.
@@ -160,6 +161,14 @@ pub struct Reactor {
     pub longest_block_call: u32,
     /// The thread that had the CPU before it after the longest wait for one; 0 if there was none.
     pub longest_queue_after: u32,
+    /// 1 while its thread is known to work for something.
+    pub works: u32,
+    /// Zero; keeps the size free of padding.
+    pub reserved: u32,
+    /// What it worked for in the present slice, longest at once.
+    pub longest_work_for: Origin,
+    /// How long that was, nanoseconds.
+    pub longest_work_ns: u64,
     /// Of the time in slices, what went into garbage collections, nanoseconds.
     pub gc_ns: u64,
     /// The same as it was when the present slice began.
@@ -174,7 +183,7 @@ pub struct Reactor {
     /// over if that ended it, else from being made runnable.
     pub reply: Histogram,
 }
-crate::shared!(Reactor, 144 + 16 * PARTS + 3 * size_of::<Histogram>());
+crate::shared!(Reactor, 184 + 16 * PARTS + 3 * size_of::<Histogram>());
 
 impl Reactor {
     /// One that has done nothing.
@@ -199,6 +208,10 @@ impl Reactor {
         longest_queue_ns: 0,
         longest_block_call: NO_CALL,
         longest_queue_after: 0,
+        works: 0,
+        reserved: 0,
+        longest_work_for: Origin::NONE,
+        longest_work_ns: 0,
         gc_ns: 0,
         gc_at_start_ns: 0,
         gc_before_ns: GC_UNKNOWN,
@@ -228,8 +241,10 @@ pub struct Stall {
     pub longest_block_call: u32,
     /// The thread that had the CPU before it after its longest wait for one; 0 if there was none.
     pub longest_queue_after: u32,
+    /// The request it worked for, longest at once; 0 if none is known.
+    pub request: u64,
 }
-crate::shared!(Stall, 40 + 8 * PARTS);
+crate::shared!(Stall, 48 + 8 * PARTS);
 
 /// One place on the board `BOARD`, which the user side has mapped: who is in a slice, and since when. As large as a
 /// cache line, so that threads do not get into each other's way.

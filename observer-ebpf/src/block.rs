@@ -32,6 +32,12 @@ fn find_registers(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+/// The call that the current thread is in, or returns from.
+#[inline(always)]
+pub(crate) fn call_in_progress() -> Option<CallInProgress> {
+    CallInProgress::current(*REGISTERS.get(0).filter(|&&place| place != 0)?)
+}
+
 /// Where a thread blocks.
 #[derive(Clone, Copy)]
 pub(crate) struct Blocked {

@@ -13,8 +13,8 @@ static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(CAUSES, 0);
 #[inline(always)]
 pub(crate) fn lost(cause: Loss) {
     if let Some(count) = LOSSES.get_ptr_mut(cause as u32) {
-        // SAFETY: this CPU's slot, and programs do not preempt each other on one CPU in the same context.
-        unsafe { *count += 1 };
+        // SAFETY: a live map value. This CPU's, but a uprobe's program may be preempted by another's.
+        unsafe { add(count, 1) };
     }
 }
 

@@ -10,11 +10,12 @@ use core::{
 };
 
 use aya_ebpf::{
+    bindings::pt_regs,
     helpers::{
         bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_kernel_buf,
         bpf_probe_read_user,
     },
-    programs::{BtfTracePointContext, TracePointContext},
+    programs::{BtfTracePointContext, ProbeContext, TracePointContext},
 };
 use observer_common::{
     block::Block,
@@ -168,6 +169,15 @@ impl CallInProgress {
         Self(stack.wrapping_add(place as usize))
     }
 
+    /// Of the current thread, where no program is handed its `struct task_struct`.
+    #[inline(always)]
+    pub(crate) fn current(place: u32) -> Option<Self> {
+        // SAFETY: has no preconditions.
+        let task = unsafe { bpf_get_current_task() } as *const u8;
+        let stack: *const u8 = probe(task, offset(&LAYOUT.task_stack))?;
+        Some(Self(stack.wrapping_add(place as usize)))
+    }
+
     /// Its number; `None` outside of any call, that is in the handling of a fault.
     #[inline(always)]
     pub(crate) fn number(&self) -> Option<u32> {
@@ -278,6 +288,64 @@ pub(crate) fn fd_argument(ctx: &TracePointContext) -> Option<u32> {
 pub(crate) fn arguments<const N: usize>(ctx: &TracePointContext) -> Option<[u64; N]> {
     // SAFETY: the helper checks the address.
     unsafe { ctx.read_at(offset(&LAYOUT.enter_arguments)) }.ok()
+}
+
+/// Address of the instruction that a uprobe stands at, in the process.
+#[inline(always)]
+pub(crate) fn instruction(ctx: &ProbeContext) -> u64 {
+    // SAFETY: the registers are the program's own context.
+    unsafe { (*ctx.regs).rip }
+}
+
+/// Reads one register of the context. Each read is an instruction of its own: the compiler would fold the reads into
+/// one at a computed place, which the verifier does not let pass.
+macro_rules! read {
+    ($ctx:ident, $field:ident) => {{
+        #[cfg(target_arch = "bpf")]
+        {
+            let value: u64;
+            // SAFETY: a field of the program's own context.
+            unsafe {
+                core::arch::asm!(
+                    "{} = *(u64 *)({} + {})",
+                    out(reg) value,
+                    in(reg) $ctx.regs,
+                    const core::mem::offset_of!(pt_regs, $field),
+                    options(nostack, readonly)
+                );
+            }
+            value
+        }
+        // Where this is only linted, never run.
+        #[cfg(not(target_arch = "bpf"))]
+        // SAFETY: as above.
+        unsafe {
+            (*$ctx.regs).$field
+        }
+    }};
+}
+
+/// A register of the thread that has come to a uprobe, by its number in `observer_common::deferred`.
+#[inline(always)]
+pub(crate) fn register(ctx: &ProbeContext, number: u64) -> u64 {
+    match number {
+        0 => read!(ctx, rdi),
+        1 => read!(ctx, rsi),
+        2 => read!(ctx, rdx),
+        3 => read!(ctx, rcx),
+        4 => read!(ctx, r8),
+        5 => read!(ctx, r9),
+        6 => read!(ctx, rax),
+        7 => read!(ctx, rbx),
+        8 => read!(ctx, rbp),
+        9 => read!(ctx, rsp),
+        10 => read!(ctx, r10),
+        11 => read!(ctx, r11),
+        12 => read!(ctx, r12),
+        13 => read!(ctx, r13),
+        14 => read!(ctx, r14),
+        _ => read!(ctx, r15),
+    }
 }
 
 /// Reads what an argument of a system call points to in the caller's memory; `None` if it is not there now.

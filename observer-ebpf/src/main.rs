@@ -8,6 +8,7 @@ mod block;
 mod emit;
 mod kernel;
 mod probes;
+mod work;
 
 #[cfg(not(test))]
 #[panic_handler]

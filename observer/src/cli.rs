@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::probes::reactor::Calls;
+use crate::{probes::reactor::Calls, profiles::OwnHook};
 
 /// What a command line asks for.
 #[derive(Debug, Parser)]
@@ -62,6 +62,8 @@ pub(crate) enum Command {
     Check,
     /// List the probes: what each tells, what it hooks, what it costs
     Probes,
+    /// List the built-in profiles: which runtimes are known, by what, and where they put work off
+    Profiles,
     /// Write the reference page of all metrics
     #[command(hide = true)]
     Metrics,
@@ -92,6 +94,26 @@ pub(crate) struct Observe {
     /// From which length on a slice is a stall, told with its cause and culprit
     #[arg(long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
     pub(crate) stall_threshold: Duration,
+    /// What runtimes are known by: `auto` for all built-in profiles, `none`, names, or files ending in .toml
+    ///
+    /// A profile tells how a runtime is recognised, how its garbage collections can be watched, and where it puts work
+    /// off; `observer profiles` lists the built-in ones. A process without such a runtime is not touched.
+    #[arg(long = "profile", value_name = "PROFILES", value_delimiter = ',', default_value = "auto")]
+    pub(crate) profiles: Vec<String>,
+    /// Function of a library of one's own that puts work off, and what the work is known by
+    ///
+    /// LIBRARY is how the name of the library's or the program's file begins; KEY is an argument, arg0 to arg5, perhaps
+    /// with pointers to follow from there, such as arg0->8. Work that is put off is due to the request that was handled
+    /// at the time. More can be said in a profile, see --profile.
+    #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "restore")]
+    pub(crate) snapshot: Option<OwnHook>,
+    /// Function that goes on with work that was put off; it ends with --forget or, without that, where its thread turns
+    /// to something else
+    #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
+    pub(crate) restore: Option<OwnHook>,
+    /// Function after which the work is no more
+    #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
+    pub(crate) forget: Option<OwnHook>,
     #[command(flatten)]
     pub(crate) output: Output,
 }

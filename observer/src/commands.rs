@@ -1,4 +1,4 @@
-//! The small commands: `check`, `probes` and `metrics`.
+//! The small commands: `check`, `probes`, `profiles` and `metrics`.
 
 use std::{
     io::{Write as _, stdout},
@@ -11,6 +11,7 @@ use crate::{
     export::reference,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     probes::{Events, PROBES},
+    profiles::PROFILES,
 };
 
 /// Prints what this kernel and these rights allow, each no with its reason and its cure.
@@ -69,6 +70,25 @@ pub(crate) fn probes() -> Result<ExitCode> {
                 Events::Plain(events) => events.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(", "),
             };
             writeln!(out, "  hook    {:<14} on {events}", hook.program)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Lists the profiles.
+pub(crate) fn profiles() -> Result<ExitCode> {
+    let mut out = stdout().lock();
+    for profile in PROFILES.iter() {
+        writeln!(out, "{}: {}", profile.name, profile.about)?;
+        writeln!(out, "  where   a module defines {}", profile.marker.as_slice().join(" or "))?;
+        if let Some(needs) = &profile.needs {
+            writeln!(out, "          and {needs} is loaded")?;
+        }
+        if profile.gc.is_some() {
+            writeln!(out, "  gc      watched")?;
+        }
+        for hook in &profile.hooks {
+            writeln!(out, "  hook    {:<10} {}{}", hook.verb_name(), hook.place(), hook.versions())?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -49,6 +49,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         None => run::observe(&cli.observe),
         Some(Command::Check) => commands::check(),
         Some(Command::Probes) => commands::probes(),
+        Some(Command::Profiles) => commands::profiles(),
         Some(Command::Metrics) => commands::metrics(),
         Some(Command::Demo(demo)) => demo::run(demo.output),
         Some(Command::DemoServer) => demo::server::run(),

@@ -33,6 +33,7 @@ use crate::{
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
+    profiles::{self, Profile},
     target::process::ensure_observable,
 };
 
@@ -46,9 +47,19 @@ pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
         follow: !observe.no_follow,
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
+        profiles: profiles(observe)?,
     };
     run(&selection, &observe.output)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What runtimes are known by: what was chosen, and a library of the user's own.
+fn profiles(observe: &Observe) -> Result<Vec<Arc<Profile>>> {
+    let mut chosen = profiles::chosen(&observe.profiles)?;
+    if let (Some(snapshot), Some(restore)) = (&observe.snapshot, &observe.restore) {
+        chosen.push(Arc::new(Profile::of_own_library(snapshot, restore, observe.forget.as_ref())));
+    }
+    Ok(chosen)
 }
 
 /// Observes until the time is up, a signal comes or all targets are gone; then prints the report.
@@ -92,7 +103,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
             tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation), cap));
         }
         until_over(&observation, output.duration, signals, view, &mut push).await?;
-        let snapshot = lock(&observation).snapshot()?;
+        let snapshot = lock(&observation).report()?;
         let reported = report(&snapshot, output, format);
         if let Some(push) = push {
             push.finish(&snapshot).await;

@@ -14,7 +14,7 @@ use observer_common::{
     loss::Loss,
 };
 
-use super::{listener, process};
+use super::{listener, origin, process};
 use crate::{
     emit::{add, lost, record},
     kernel::{self, OpenFile, Sock, Socket},
@@ -117,6 +117,7 @@ fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     let listener = listener::listener_with(call.inode)?;
     // SAFETY: a live map value.
     unsafe { count(listener, file.known_socket(), call.depth, tgid) };
+    origin::accepted(tgid, tid, fd, file);
     Some(())
 }
 

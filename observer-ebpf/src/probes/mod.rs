@@ -2,8 +2,10 @@
 
 mod accept;
 mod connect;
+mod deferred;
 mod gc;
 mod listener;
+mod origin;
 mod process;
-mod reactor;
+pub(crate) mod reactor;
 mod ring;

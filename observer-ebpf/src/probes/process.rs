@@ -10,7 +10,7 @@ use aya_log_ebpf::warn;
 use observer_common::{loss::Loss, process::Target};
 
 use super::{accept, gc, reactor};
-use crate::{emit::lost, kernel::Task};
+use crate::{emit::lost, kernel::Task, work};
 
 /// Processes under observation, by id in the initial pid namespace.
 #[map]
@@ -60,6 +60,7 @@ fn process_exit(ctx: BtfTracePointContext) -> u32 {
     reactor::thread_exited(task.tid());
     accept::thread_exited(task.tid());
     gc::thread_exited(task.tid());
+    work::thread_exited(task.tid());
     if task.live_threads() == 0 {
         // SAFETY: a live map value; only the last thread of a process gets here.
         unsafe { (*target).exited = 1 };

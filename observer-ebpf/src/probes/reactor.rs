@@ -11,10 +11,11 @@ use aya_ebpf::{
 use observer_common::{
     block::NO_CALL,
     loss::Loss,
+    origin::Origin,
     reactor::{Call, FOREVER, Kind, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall},
 };
 
-use super::{gc, process};
+use super::{deferred, gc, origin, process};
 use crate::{
     block::Blocked,
     emit::{lost, record},
@@ -270,6 +271,9 @@ impl Thread {
             if (*reactor).phase == Phase::Slice as u32 {
                 turn(reactor, Run::Cpu, now);
                 gc::slice_ends(reactor, now);
+                if (*reactor).works != 0 {
+                    deferred::turn_from(self.tid);
+                }
                 let length = now.saturating_sub((*reactor).phase_since_ns);
                 record(&raw mut (*reactor).slice, length);
                 post(reactor, 0);
@@ -324,6 +328,8 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
         (*reactor).longest_block_call = NO_CALL;
         (*reactor).longest_queue_ns = 0;
         (*reactor).longest_queue_after = 0;
+        (*reactor).longest_work_for = Origin::NONE;
+        (*reactor).longest_work_ns = 0;
         post(reactor, now);
     }
 }
@@ -354,6 +360,7 @@ unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
     };
     // SAFETY: the place is ours until it is submitted, and large enough; `reactor` by contract.
     unsafe {
+        origin::stalled((*reactor).tgid, &(*reactor).longest_work_for);
         let stall = entry.as_mut_ptr();
         (*stall).tid = tid;
         (*stall).tgid = (*reactor).tgid;
@@ -365,6 +372,7 @@ unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
         (*stall).gc_ns = (*reactor).gc_ns - (*reactor).gc_at_start_ns;
         (*stall).longest_block_call = (*reactor).longest_block_call;
         (*stall).longest_queue_after = (*reactor).longest_queue_after;
+        (*stall).request = (*reactor).longest_work_for.request;
     }
     // Rare, and fetched by the clock: waking the user side would cost more than all the rest.
     entry.submit(u64::from(BPF_RB_NO_WAKEUP));
@@ -496,6 +504,21 @@ pub(super) fn collected(tid: u32, since: u64, now: u64) {
         unsafe {
             if (*reactor).phase == Phase::Slice as u32 {
                 (*reactor).gc_ns += now.saturating_sub(since.max((*reactor).phase_since_ns));
+            }
+        }
+    }
+}
+
+/// The current thread has worked for this origin so long at once; whether it turns to other work now, or to none.
+#[inline(always)]
+pub(crate) fn worked(tid: u32, origin: &Origin, elapsed_ns: u64, works: bool) {
+    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
+        // SAFETY: a live map value that only this thread writes while it runs.
+        unsafe {
+            (*reactor).works = u32::from(works);
+            if origin.request != 0 && elapsed_ns > (*reactor).longest_work_ns {
+                (*reactor).longest_work_ns = elapsed_ns;
+                (*reactor).longest_work_for = *origin;
             }
         }
     }

@@ -17,6 +17,7 @@ use crate::{
     cli::{Format, Output, STALL_THRESHOLD},
     observation::Selection,
     probes::reactor::Calls,
+    profiles::PROFILES,
     run,
 };
 
@@ -28,7 +29,8 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     load::start(server.ports)?;
     let pids = BTreeSet::from([server.child.id()]);
     let calls = Calls::DEFAULT.to_vec();
-    let selection = Selection { pids, follow: true, calls, stall_threshold: STALL_THRESHOLD };
+    let profiles = PROFILES.clone();
+    let selection = Selection { pids, follow: true, calls, stall_threshold: STALL_THRESHOLD, profiles };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
     run::run(&selection, &output)?;
     if output.format != Some(Format::Json) {

@@ -242,6 +242,9 @@ mod tests {
             exited: false,
             listeners: Vec::new(),
             reactors,
+            deferred: Vec::new(),
+            unmatched: 0,
+            hooks: Vec::new(),
             gc: None,
         };
         let own =

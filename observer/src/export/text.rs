@@ -1,11 +1,12 @@
 //! The report for people. The first lines answer: is it late, and whose fault is it?
 
-use std::{collections::BTreeSet, io::Write};
+use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 
 use anyhow::Result;
 
-use super::words::{SHORT_ID, named, percent, reactor_name, span};
+use super::words::{SHORT_ID, named, percent, reactor_name, request_name, span};
 use crate::model::{
+    deferred::Deferred,
     histogram::Histogram,
     snapshot::{Gc, LATE, Listener, Look, Reactor, Snapshot, Target},
     stall::{Cause, Stalls},
@@ -14,6 +15,9 @@ use crate::model::{
 /// Functions of a stack that are shown, innermost first: of one that is stuck now, and of one that was.
 const FRAMES: usize = 8;
 const FRAMES_OF_SITE: usize = 4;
+
+/// Kinds of deferred work that are shown of each process.
+const KINDS: usize = 6;
 
 /// Places in the code that are shown of each event loop.
 const SITES: usize = 4;
@@ -103,7 +107,58 @@ fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
     for listener in &target.listeners {
         write_listener(listener, out)?;
     }
+    write_deferred(target, out)
+}
+
+/// What matters most of deferred work: the kinds of which most waits, or has run.
+fn write_deferred(target: &Target, out: &mut impl Write) -> Result<()> {
+    let mut kinds: Vec<&Deferred> = target.deferred.iter().collect();
+    kinds.sort_by_key(|kind| Reverse((kind.orphaned.min(1), kind.links.len(), kind.enqueued + kind.pending)));
+    for kind in kinds.iter().take(KINDS) {
+        writeln!(out, "  deferred work {}", kind.task)?;
+        let oldest =
+            kind.oldest_seconds.map(|age| format!(", the oldest for {}", span(age))).unwrap_or_default();
+        writeln!(
+            out,
+            "    pieces      {} put off, {} started, {} ended; {} pending{oldest}",
+            kind.enqueued, kind.started, kind.finished, kind.pending
+        )?;
+        if kind.orphaned > 0 {
+            writeln!(out, "                {} were forgotten before they started", kind.orphaned)?;
+        }
+        if kind.wait.count() > 0 {
+            writeln!(out, "    waits       {}{}", kind.wait.count(), quantiles(&kind.wait))?;
+        }
+        if kind.run.count() > 0 {
+            writeln!(out, "    runs        {}{}", kind.run.count(), quantiles(&kind.run))?;
+        }
+        if let Some(slowest) = kind.links.iter().max_by(|a, b| a.wait_seconds.total_cmp(&b.wait_seconds)) {
+            writeln!(
+                out,
+                "    for         {} requests; longest waited {} after {}",
+                requests(kind),
+                span(slowest.wait_seconds),
+                request_name(&slowest.origin)
+            )?;
+        }
+    }
+    let more = kinds.len().saturating_sub(KINDS);
+    if more > 0 {
+        writeln!(out, "  deferred work of {more} more kinds")?;
+    }
+    if target.unmatched > 0 {
+        writeln!(
+            out,
+            "  deferred work went on {} times without being known: most of that was put off before observer came",
+            target.unmatched
+        )?;
+    }
     Ok(())
+}
+
+/// How many requests the latest pieces are due to.
+fn requests(kind: &Deferred) -> usize {
+    kind.links.iter().map(|link| link.origin.id).collect::<BTreeSet<_>>().len()
 }
 
 fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {

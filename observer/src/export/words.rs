@@ -2,7 +2,7 @@
 
 use observer_common::block::Block;
 
-use crate::model::{snapshot::Reactor, stall::Cause};
+use crate::model::{request::Request, snapshot::Reactor, stall::Cause};
 
 /// Digits of a container's id that are enough for people, as `docker ps` shows it.
 pub(crate) const SHORT_ID: usize = 12;
@@ -13,6 +13,14 @@ pub(crate) fn reactor_name(reactor: &Reactor) -> String {
         format!("in thread {}", reactor.tid)
     } else {
         format!("{} (thread {})", reactor.name, reactor.tid)
+    }
+}
+
+/// `GET /job/7`, or when it came, if nothing else is known.
+pub(crate) fn request_name(request: &Request) -> String {
+    match (&request.method, &request.path) {
+        (Some(method), Some(path)) => format!("{method} {path}"),
+        _ => format!("a request at {}", request.time),
     }
 }
 

@@ -2,6 +2,7 @@
 //! reference page read this one table.
 
 use super::{
+    deferred::{Deferred, HookFigures},
     histogram::Histogram,
     snapshot::{Depths, Gc, Listener, Reactor, Snapshot, Target},
     stall::Cause,
@@ -65,6 +66,10 @@ pub(crate) enum Subject {
     Listener,
     /// Event loops.
     Reactor,
+    /// Kinds of deferred work.
+    Task,
+    /// Places that are watched in runtimes.
+    Hook,
     /// Processes.
     Target,
     /// Processes, by what they run.
@@ -81,6 +86,8 @@ impl Subject {
         match self {
             Self::Listener => LISTENER.len(),
             Self::Reactor => REACTOR.len(),
+            Self::Task => TASK.len(),
+            Self::Hook => HOOK.len(),
             Self::Target => TARGET.len(),
             Self::Program => PROGRAM.len(),
             Self::Source => SOURCE.len(),
@@ -91,7 +98,8 @@ impl Subject {
     /// Which of them stay the same as long as it lives: names may change.
     pub(crate) const fn lasting_labels(self) -> &'static [usize] {
         match self {
-            Self::Listener | Self::Reactor => &[0, 3],
+            Self::Listener | Self::Reactor | Self::Task => &[0, 3],
+            Self::Hook => &[0, 3, 4, 5],
             Self::Target | Self::Program => &[0],
             Self::Source => &[0, 1],
             Self::Own => &[],
@@ -105,6 +113,8 @@ impl Family {
         let subjects = [
             (LISTENER, Subject::Listener),
             (REACTOR, Subject::Reactor),
+            (TASK, Subject::Task),
+            (HOOK, Subject::Hook),
             (PROGRAM, Subject::Program),
             (TARGET, Subject::Target),
             (SOURCE, Subject::Source),
@@ -117,6 +127,8 @@ impl Family {
 const TARGET: &[&str] = &["pid", "comm", "container"];
 const LISTENER: &[&str] = &["pid", "comm", "container", "listener"];
 const REACTOR: &[&str] = &["pid", "comm", "container", "tid", "reactor"];
+const TASK: &[&str] = &["pid", "comm", "container", "task"];
+const HOOK: &[&str] = &["pid", "comm", "container", "profile", "verb", "place"];
 const PROGRAM: &[&str] = &["pid", "comm", "container", "exe"];
 const SOURCE: &[&str] = &["source", "reason"];
 
@@ -358,6 +370,109 @@ pub(crate) const CATALOG: &[Family] = &[
         },
     },
     Family {
+        name: "observer_deferred_enqueued_total",
+        otlp: "observer.deferred.enqueued",
+        unit: "{task}",
+        help: "Pieces of work put off; where only their start tells the kind, those that have started.",
+        kind: Kind::Counter,
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| count(d.enqueued)),
+    },
+    Family {
+        name: "observer_deferred_started_total",
+        otlp: "observer.deferred.started",
+        unit: "{task}",
+        help: "Pieces of deferred work that have started.",
+        kind: Kind::Counter,
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| count(d.started)),
+    },
+    Family {
+        name: "observer_deferred_finished_total",
+        otlp: "observer.deferred.finished",
+        unit: "{task}",
+        help: "Pieces of deferred work that have ended.",
+        kind: Kind::Counter,
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| count(d.finished)),
+    },
+    Family {
+        name: "observer_deferred_orphaned_total",
+        otlp: "observer.deferred.orphaned",
+        unit: "{task}",
+        help: "Pieces of deferred work that were forgotten before they started.",
+        kind: Kind::Counter,
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| count(d.orphaned)),
+    },
+    Family {
+        name: "observer_deferred_pending",
+        otlp: "observer.deferred.pending",
+        unit: "{task}",
+        help: "Pieces of deferred work that have not started.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| count(d.pending)),
+    },
+    Family {
+        name: "observer_deferred_oldest_seconds",
+        otlp: "observer.deferred.oldest",
+        unit: "s",
+        help: "How long the piece of deferred work has waited that has waited longest and not started.",
+        kind: Kind::Gauge(Together::Max),
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| Value::Number(d.oldest_seconds.unwrap_or(0.0))),
+    },
+    Family {
+        name: "observer_deferred_wait_seconds",
+        otlp: "observer.deferred.wait",
+        unit: "s",
+        help: "Time between being put off and the start.",
+        kind: Kind::Histogram,
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| Value::Histogram(&d.wait)),
+    },
+    Family {
+        name: "observer_deferred_run_seconds",
+        otlp: "observer.deferred.run",
+        unit: "s",
+        help: "Time between the start of deferred work and the last of it, pauses included, of what has ended.",
+        kind: Kind::Histogram,
+        labels: TASK,
+        collect: |s, sink| tasks(s, sink, |d| Value::Histogram(&d.run)),
+    },
+    Family {
+        name: "observer_deferred_unmatched_total",
+        otlp: "observer.deferred.unmatched",
+        unit: "{time}",
+        help: "Times that work went on which was not known to have been put off: what it was for is unknown.",
+        kind: Kind::Counter,
+        labels: TARGET,
+        collect: |s, sink| {
+            for target in live(s).filter(|target| !target.hooks.is_empty()) {
+                sink(target_labels(target), count(target.unmatched));
+            }
+        },
+    },
+    Family {
+        name: "observer_deferred_hook_hits_total",
+        otlp: "observer.deferred.hook_hits",
+        unit: "{hit}",
+        help: "Times that a process came to a place which its profile names.",
+        kind: Kind::Counter,
+        labels: HOOK,
+        collect: |s, sink| hooks(s, sink, |hook| hook.hits),
+    },
+    Family {
+        name: "observer_deferred_hook_matches_total",
+        otlp: "observer.deferred.hook_matches",
+        unit: "{hit}",
+        help: "Of those, the ones that meant something: but for a snapshot, that what was meant was known.",
+        kind: Kind::Counter,
+        labels: HOOK,
+        collect: |s, sink| hooks(s, sink, |hook| hook.matches),
+    },
+    Family {
         name: "observer_gc_pause_seconds",
         otlp: "observer.gc.pause",
         unit: "s",
@@ -512,6 +627,26 @@ fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'g> fn(&'g G
     for target in live(snapshot) {
         if let Some(figure) = target.gc.as_ref().and_then(figure) {
             sink(target_labels(target), figure);
+        }
+    }
+}
+
+fn tasks(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'d> fn(&'d Deferred) -> Value<'d>) {
+    for target in live(snapshot) {
+        for deferred in &target.deferred {
+            let mut labels = target_labels(target);
+            labels.push(deferred.task.clone());
+            sink(labels, figure(deferred));
+        }
+    }
+}
+
+fn hooks(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: fn(&HookFigures) -> u64) {
+    for target in live(snapshot) {
+        for hook in &target.hooks {
+            let mut labels = target_labels(target);
+            labels.extend([hook.profile.clone(), hook.verb.into(), hook.place.clone()]);
+            sink(labels, count(figure(hook)));
         }
     }
 }

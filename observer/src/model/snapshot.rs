@@ -7,6 +7,7 @@ use observer_common::{
 use serde::Serialize;
 
 use super::{
+    deferred::{Deferred, HookFigures},
     delivery::Delivery,
     frame::Frame,
     histogram::Histogram,
@@ -52,6 +53,12 @@ pub(crate) struct Target {
     pub(crate) listeners: Vec<Listener>,
     /// Its threads that wait for events.
     pub(crate) reactors: Vec<Reactor>,
+    /// Work that it puts off, by kind.
+    pub(crate) deferred: Vec<Deferred>,
+    /// Times that work went on which was not known to have been put off: mostly before observer came.
+    pub(crate) unmatched: u64,
+    /// Places in its runtime that are watched for that.
+    pub(crate) hooks: Vec<HookFigures>,
     /// Garbage collections of its runtime; `None` if it has no such, or nobody knows how to watch it.
     pub(crate) gc: Option<Gc>,
 }
@@ -306,6 +313,6 @@ impl Listener {
 impl Target {
     /// Whether there is anything to tell about it.
     pub(crate) fn is_silent(&self) -> bool {
-        self.listeners.is_empty() && self.reactors.is_empty()
+        self.listeners.is_empty() && self.reactors.is_empty() && self.deferred.is_empty()
     }
 }

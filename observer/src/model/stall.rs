@@ -1,12 +1,13 @@
 //! Slices that took too long: why, in which code, and how much of the lag each such place accounts for.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use observer_common::block::Block;
 use serde::{Serialize, Serializer};
 
 use super::{
     frame::Frame,
+    request::Request,
     snapshot::{Look, Split},
 };
 
@@ -107,6 +108,9 @@ pub(crate) struct Stall {
     pub(crate) behind: Option<String>,
     /// Where the time went.
     pub(crate) split_seconds: Split,
+    /// The request that it worked for, longest at once; `None` if none is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) origin: Option<Arc<Request>>,
     /// Which of the sites it belongs to.
     pub(crate) site: usize,
 }
@@ -254,7 +258,16 @@ mod tests {
 
     fn stall(seconds: f64, split_seconds: Split) -> Stall {
         let cause = Cause::of(&split_seconds);
-        Stall { start: String::new(), seconds, cause, syscall: None, behind: None, split_seconds, site: 0 }
+        Stall {
+            start: String::new(),
+            seconds,
+            cause,
+            syscall: None,
+            behind: None,
+            split_seconds,
+            origin: None,
+            site: 0,
+        }
     }
 
     fn look(function: &str, line: u32) -> Look {

@@ -1,5 +1,6 @@
 //! One observation: the programs in the kernel, the targets, and how a snapshot of them is put together.
 
+mod deferred;
 mod listeners;
 mod reactors;
 
@@ -11,9 +12,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use aya::{Ebpf, EbpfLoader, include_bytes_aligned, util::nr_cpus};
 use nix::sys::utsname::uname;
-use observer_common::{loss::Loss, process::Target as RawTarget, ring::RingShape};
+use observer_common::{loss::Loss, origin::HEADS_PER_CPU, process::Target as RawTarget, ring::RingShape};
 
 use crate::{
     kernel::{calls as system_calls, clock, layout},
@@ -27,14 +28,17 @@ use crate::{
         gc::{self, Collectors},
         reactor::{self, Calls},
     },
+    profiles::Profile,
     read::maps::{self, Maps, entries, insert_new},
     stacks::watch::Watcher,
     target::{
         drops::ListenDrops,
         process::{self, Process},
+        runtime::Runtimes,
     },
 };
 
+use deferred::{Figures, Follower};
 use listeners::{Known, numbered};
 use reactors::Thread;
 
@@ -55,6 +59,8 @@ pub(crate) struct Selection {
     pub(crate) calls: Vec<Calls>,
     /// From which length on a slice is a stall.
     pub(crate) stall_threshold: Duration,
+    /// What runtimes are known by.
+    pub(crate) profiles: Vec<Arc<Profile>>,
 }
 
 /// A running observation. Dropping it takes everything of ours out of the kernel.
@@ -63,7 +69,9 @@ pub(crate) struct Observation {
     maps: Maps,
     watcher: Watcher,
     stall_threshold: Duration,
+    runtimes: Runtimes,
     collectors: Collectors,
+    follower: Follower,
     attached_ns: u64,
     /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
     unix_since_ns: Option<u64>,
@@ -97,7 +105,10 @@ impl Observation {
         let follow = u8::from(selection.follow);
         let log_level: u8 = if verbose { u8::MAX } else { 0 };
         let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
+        let cpus = nr_cpus().map_err(|(_, error)| error).context("cannot count the CPUs")?;
+        let heads = u32::try_from(cpus)?.saturating_mul(HEADS_PER_CPU);
         let mut ebpf = EbpfLoader::new()
+            .map_max_entries("HEADS", heads)
             .override_global("LAYOUT", &layout, true)
             .override_global("FOLLOW", &follow, true)
             .override_global("CLUES", &system_calls::clues(), true)
@@ -125,7 +136,9 @@ impl Observation {
             maps,
             watcher: Watcher::new(selection.stall_threshold),
             stall_threshold: selection.stall_threshold,
+            runtimes: Runtimes::of_profiles(selection.profiles.clone()),
             collectors: Collectors::default(),
+            follower: Follower::default(),
             attached_ns: clock::monotonic_ns(),
             unix_since_ns: None,
             unattributed_before: 0,
@@ -218,6 +231,7 @@ impl Observation {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
                 self.exited.push(known);
                 self.collectors.exited(&mut self.maps, pid, ENDED);
+                self.follower.exited(&mut self.maps, pid, ENDED);
                 changed = true;
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
@@ -225,18 +239,28 @@ impl Observation {
                 place.insert(Process::of(pid));
                 changed = true;
             }
-            if raw.exited == 0
-                && let Some(missing) = self.collectors.refresh(&mut self.ebpf, &mut self.maps, pid, raw.execs)
-            {
-                self.note_missing(missing.source, missing.reason);
+            if raw.exited == 0 {
+                self.refresh_runtime(pid, raw.execs);
             }
         }
+        self.follower.collect(&mut self.maps);
+        self.follower.name_all(&self.maps);
         self.collect_finished()?;
         self.note_namespaces();
         self.refresh_listeners(changed)?;
         let surplus = self.exited.len().saturating_sub(ENDED);
         self.exited.drain(..surplus);
         Ok(())
+    }
+
+    /// Watches what the runtime of a target does, which has started so many programs by now.
+    fn refresh_runtime(&mut self, pid: u32, execs: u32) {
+        let (runtimes, ebpf, maps) = (&mut self.runtimes, &mut self.ebpf, &mut self.maps);
+        let mut missing = self.follower.refresh(runtimes, ebpf, maps, pid, execs);
+        missing.extend(self.collectors.refresh(runtimes, ebpf, maps, pid, execs));
+        for missing in missing {
+            self.note_missing(missing.source, missing.reason);
+        }
     }
 
     /// Asks for names again: a process may have started another program, a thread may have renamed itself.
@@ -271,23 +295,39 @@ impl Observation {
         for (known, figures) in self.listeners.values().zip(decoded) {
             listeners.entry(self.owner(&known.raw)).or_default().push(figures);
         }
-        let processes = self.exited.iter().map(|p| (p, true)).chain(self.live.values().map(|p| (p, false)));
-        let mut targets: Vec<Target> = processes
-            .map(|(process, exited)| Target {
-                pid: process.pid,
-                comm: process.comm.clone(),
-                exe: process.exe.clone(),
-                container: process.container.clone(),
+        let exited = self.exited.iter().map(|process| (process.clone(), true));
+        let processes: Vec<_> = exited.chain(self.live.values().map(|p| (p.clone(), false))).collect();
+        let mut targets: Vec<Target> = Vec::new();
+        for (process, exited) in processes {
+            let pid = process.pid;
+            let Figures { deferred, hooks, unmatched } = if exited {
+                self.follower.final_figures(pid)
+            } else {
+                self.follower.figures(&self.maps, pid)
+            };
+            for hook in hooks.iter().filter(|hook| hook.never_matches()) {
+                let reason =
+                    format!("{} was come to {} times and never meant anything", hook.place, hook.hits);
+                self.note_missing(format!("deferred work of {}, by {}", process.comm, hook.verb), reason);
+            }
+            targets.push(Target {
+                pid,
+                comm: process.comm,
+                exe: process.exe,
+                container: process.container,
                 exited,
-                listeners: numbered(listeners.remove(&process.pid).unwrap_or_default()),
-                reactors: mem::take(reactors.entry(process.pid).or_default()),
+                listeners: numbered(listeners.remove(&pid).unwrap_or_default()),
+                reactors: mem::take(reactors.entry(pid).or_default()),
+                deferred,
+                unmatched,
+                hooks,
                 gc: if exited {
-                    self.collectors.final_figures(process.pid)
+                    self.collectors.final_figures(pid)
                 } else {
-                    self.collectors.figures(&self.maps, process.pid)
+                    self.collectors.figures(&self.maps, pid)
                 },
-            })
-            .collect();
+            });
+        }
         targets.sort_by_key(|target| target.pid);
         for target in &mut targets {
             target.reactors.sort_by_key(|reactor| reactor.tid);
@@ -299,6 +339,15 @@ impl Observation {
             targets,
             own: self.own()?,
         })
+    }
+
+    /// The same with every piece of deferred work that is over.
+    pub(crate) fn report(&mut self) -> Result<Snapshot> {
+        let mut snapshot = self.snapshot()?;
+        for target in snapshot.targets.iter_mut().filter(|target| !target.exited) {
+            self.follower.add_links(target.pid, &mut target.deferred);
+        }
+        Ok(snapshot)
     }
 
     fn own(&self) -> Result<Own> {

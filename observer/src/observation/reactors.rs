@@ -69,6 +69,7 @@ impl Observation {
 
     /// Takes in the stalls that have ended, and looks at slices that may become one.
     pub(crate) fn watch(&mut self) {
+        self.follower.collect(&mut self.maps);
         self.collect_stalls();
         self.watcher.glance(self.maps.board.in_slices(), clock::monotonic_ns());
     }
@@ -77,8 +78,9 @@ impl Observation {
     fn collect_stalls(&mut self) {
         for raw in self.maps.stalls() {
             let look = self.watcher.seen(raw.tid, raw.start_ns);
+            let origin = self.follower.request(raw.request);
             let stalls = &mut self.thread(raw.tid, raw.tgid).stalls;
-            stalls.add(reactor::stall(&raw), look);
+            stalls.add(reactor::stall(&raw, origin), look);
         }
     }
 

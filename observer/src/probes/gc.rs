@@ -18,7 +18,10 @@ use crate::{
         snapshot::{Gc, Missing},
     },
     read::maps::{Maps, insert_new},
-    stacks::memory::{Live, Memory as _},
+    stacks::{
+        mappings::Mappings,
+        memory::{Live, Memory as _},
+    },
     target::{
         process::is_there,
         runtime::{Probes, Runtimes, Watch},
@@ -46,7 +49,6 @@ const LOOKS: u32 = 5;
 /// The collectors that are watched.
 #[derive(Default)]
 pub(crate) struct Collectors {
-    runtimes: Runtimes,
     /// By process id.
     processes: HashMap<u32, Process>,
     /// Whether the kernel has taken the programs; `None` while nobody needs them.
@@ -87,6 +89,7 @@ impl Collectors {
     /// Brings a target up to date, which has started so many programs by now. Tells what goes unseen.
     pub(crate) fn refresh(
         &mut self,
+        runtimes: &mut Runtimes,
         ebpf: &mut Ebpf,
         maps: &mut Maps,
         pid: u32,
@@ -105,8 +108,10 @@ impl Collectors {
         }
         process.looks += 1;
         // One that is going has nothing mapped any more.
-        let runtime = self.runtimes.of(pid).ok().flatten()?;
-        let watched = runtime.collector.map_err(|why| anyhow!(why)).and_then(|watch| {
+        let found = runtimes.of(&Mappings::of(pid).ok()?);
+        let (name, collector) =
+            found.into_iter().find_map(|runtime| Some((runtime.name, runtime.collector?)))?;
+        let watched = collector.map_err(|why| anyhow!(why)).and_then(|watch| {
             if watched_now >= PROCESSES as usize {
                 bail!("no more than {PROCESSES} processes are watched at a time");
             }
@@ -122,7 +127,7 @@ impl Collectors {
             Err(_) if !is_there(pid) => {}
             Err(why) => {
                 process.looks = LOOKS;
-                let source = format!("garbage collections of {}", runtime.name);
+                let source = format!("garbage collections of {name}");
                 return Some(Missing { source, reason: format!("{why:#}") });
             }
         }

@@ -11,8 +11,10 @@ use crate::{kernel::tracefs, model::snapshot::Missing};
 
 pub(crate) mod accept;
 pub(crate) mod connect;
+pub(crate) mod deferred;
 pub(crate) mod gc;
 pub(crate) mod listener;
+pub(crate) mod origin;
 pub(crate) mod process;
 pub(crate) mod reactor;
 pub(crate) mod ring;
@@ -46,6 +48,8 @@ pub(crate) enum When {
     UnixListener,
     /// A target whose runtime's garbage collector can be probed.
     Collector,
+    /// A target whose runtime puts work off in a way that is known.
+    Deferring,
 }
 
 /// A program and where it is attached.
@@ -76,8 +80,17 @@ pub(crate) enum Events {
 const VERIFIER_LINES: usize = 5;
 
 /// All probes, in the order in which they are attached.
-pub(crate) const PROBES: &[Probe] =
-    &[process::PROBE, listener::PROBE, accept::PROBE, ring::PROBE, connect::PROBE, gc::PROBE, reactor::PROBE];
+pub(crate) const PROBES: &[Probe] = &[
+    process::PROBE,
+    listener::PROBE,
+    accept::PROBE,
+    ring::PROBE,
+    connect::PROBE,
+    gc::PROBE,
+    reactor::PROBE,
+    origin::PROBE,
+    deferred::PROBE,
+];
 
 /// Loads and attaches the programs of the probes that wait for this, of waits those for the given calls. Tells which
 /// optional tracepoints the running kernel lacks. What is attached stays so until `ebpf` is dropped.

@@ -1,6 +1,6 @@
 //! *reactor*: threads that wait for events, and what they do between two waits.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -21,6 +21,7 @@ use crate::{
     model::{
         histogram::{Histogram, seconds},
         lag::{Observed, Prober},
+        request::Request,
         snapshot::{Blocked, Reactor, Split},
         stall::{Cause, Stall, Stalls},
     },
@@ -206,8 +207,8 @@ fn split(parts_ns: &[u64; PARTS], gc_ns: u64) -> Split {
     }
 }
 
-/// A stall that has ended.
-pub(crate) fn stall(raw: &RawStall) -> Stall {
+/// A stall that has ended, and the request it worked for, longest at once.
+pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>) -> Stall {
     let split_seconds = split(&raw.parts_ns, raw.gc_ns);
     Stall {
         start: clock::written(raw.start_ns),
@@ -216,6 +217,7 @@ pub(crate) fn stall(raw: &RawStall) -> Stall {
         syscall: call_name(raw.longest_block_call),
         behind: (raw.longest_queue_after != 0).then(|| process::described(raw.longest_queue_after)),
         split_seconds,
+        origin,
         site: 0,
     }
 }
@@ -231,7 +233,7 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
         *running += present_ns;
     }
     let is_longest = raw.run == Run::Blocked as u32 && present_ns > raw.longest_block_ns;
-    stall(&RawStall {
+    let raw = RawStall {
         tid: 0,
         tgid: raw.tgid,
         start_ns: raw.phase_since_ns,
@@ -240,7 +242,10 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
         gc_ns: raw.gc_ns.saturating_sub(raw.gc_at_start_ns),
         longest_block_call: if is_longest { raw.call } else { raw.longest_block_call },
         longest_queue_after: raw.longest_queue_after,
-    })
+        request: 0,
+    };
+    // What it works for is told when it ends.
+    stall(&raw, None)
 }
 
 /// Whether a slice is in progress.

@@ -1,18 +1,33 @@
-//! What differs between runtimes, as data: one file for each in `observer/profiles`, all of which are embedded. How a
-//! runtime is recognised, and where its garbage collector can be watched.
+//! What differs between runtimes, as data: one file for each in `observer/profiles`, all of which are embedded, and
+//! users' own. How a runtime is recognised, where its garbage collector can be watched, and how it puts work off.
 
-use std::{collections::BTreeMap, sync::LazyLock};
+mod expression;
+mod generic;
+mod hook;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{Arc, LazyLock},
+};
 
 use serde::Deserialize;
+
+pub(crate) use expression::{Operand, Path as Steps, Test};
+pub(crate) use generic::OwnHook;
+pub(crate) use hook::{At, Case, Hook, Names, Naming, Site, Table};
+
+use crate::failure::Failure;
 
 /// Names and contents of all files, as the build script finds them.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/profiles.rs"));
 
-/// All profiles.
-pub(crate) static PROFILES: LazyLock<Vec<Profile>> = LazyLock::new(|| {
+/// All profiles that are built in.
+pub(crate) static PROFILES: LazyLock<Vec<Arc<Profile>>> = LazyLock::new(|| {
     let parsed =
         FILES.iter().map(|(name, text)| toml::from_str(text).unwrap_or_else(|e| panic!("{name}: {e}")));
-    parsed.collect()
+    parsed.map(Arc::new).collect()
 });
 
 /// A runtime.
@@ -21,10 +36,39 @@ pub(crate) static PROFILES: LazyLock<Vec<Profile>> = LazyLock::new(|| {
 pub(crate) struct Profile {
     /// What people call it.
     pub(crate) name: String,
-    /// A symbol that the module with the runtime in it defines, and no other module.
-    pub(crate) marker: String,
+    /// What it is good for, in one line.
+    pub(crate) about: String,
+    /// A symbol that the module with the runtime in it defines, and no other module; by all names it has had.
+    pub(crate) marker: Names,
+    /// How the name of another module begins that must be there as well.
+    pub(crate) needs: Option<String>,
+    /// Where it tells its version.
+    pub(crate) version: Option<Version>,
     /// Its garbage collector.
-    pub(crate) gc: Collector,
+    pub(crate) gc: Option<Collector>,
+    /// How it puts work off.
+    #[serde(default, rename = "hook")]
+    pub(crate) hooks: Vec<Hook>,
+}
+
+/// Where a runtime tells its version.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Version {
+    /// A symbol of the module.
+    pub(crate) symbol: String,
+    /// What is there.
+    pub(crate) is: VersionKind,
+}
+
+/// How a version is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum VersionKind {
+    /// Four bytes, the major number in the highest: `0x030b02f0` is 3.11.2.
+    Hex,
+    /// A C string.
+    String,
 }
 
 /// How a runtime's collections can be watched.
@@ -62,7 +106,7 @@ pub(crate) struct Functions {
 }
 
 /// Numbers in the runtime's memory that only grow.
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Totals {
     /// Symbol of a C string: the runtime's version.
@@ -81,6 +125,43 @@ impl Totals {
     }
 }
 
+/// The profiles that the command line asks for: `auto` for all that are built in, `none`, names, and files. Those of
+/// files come first: they may describe better what is built in as well.
+pub(crate) fn chosen(wanted: &[String]) -> Result<Vec<Arc<Profile>>, Failure> {
+    let mut files = Vec::new();
+    let mut named = Vec::new();
+    for wanted in wanted {
+        match wanted.as_str() {
+            "auto" => named.extend(PROFILES.iter().cloned()),
+            "none" => {}
+            file if Path::new(file).extension().is_some_and(|extension| extension == "toml") => {
+                files.push(Arc::new(read(Path::new(file))?));
+            }
+            name => {
+                let found = PROFILES.iter().find(|profile| profile.name.eq_ignore_ascii_case(name));
+                named.push(Arc::clone(found.ok_or_else(|| {
+                    Failure::new(
+                        format!("there is no profile {name}"),
+                        "`observer profiles` lists them; the name of a file ends in .toml",
+                    )
+                })?));
+            }
+        }
+    }
+    let built_in: Vec<_> =
+        named.into_iter().filter(|profile| files.iter().all(|own| own.name != profile.name)).collect();
+    files.extend(built_in);
+    Ok(files)
+}
+
+/// Reads a profile of the user's own.
+fn read(file: &Path) -> Result<Profile, Failure> {
+    let cure = "see docs/profiles.md for what a profile looks like";
+    let told = |why: String| Failure::new(format!("the profile {}: {why}", file.display()), cure);
+    let text = fs::read_to_string(file).map_err(|error| told(error.to_string()))?;
+    toml::from_str(&text).map_err(|error| told(error.to_string().trim_end().to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -93,14 +174,15 @@ mod tests {
     #[test]
     fn every_file_is_understood() {
         assert!(FILES.iter().all(|(name, _)| name.ends_with(".toml")));
-        let markers: BTreeSet<_> = PROFILES.iter().map(|profile| &profile.marker).collect();
-        assert_eq!(markers.len(), FILES.len(), "a marker tells one runtime from all others");
+        let names: BTreeSet<_> = PROFILES.iter().map(|profile| profile.name.to_lowercase()).collect();
+        assert_eq!(names.len(), FILES.len(), "a name tells one profile from all others");
+        assert!(PROFILES.iter().all(|profile| profile.gc.is_some() || !profile.hooks.is_empty()));
     }
 
     #[test]
     fn totals_are_known_by_the_beginning_of_the_version() {
         let totals = PROFILES.iter().find_map(|profile| match &profile.gc {
-            Collector::Totals(totals) => Some(totals),
+            Some(Collector::Totals(totals)) => Some(totals),
             _ => None,
         });
         let totals = totals.unwrap();
@@ -113,10 +195,31 @@ mod tests {
     #[test]
     fn a_malformed_profile_is_told_by_its_fault() {
         let fault = |text: &str| toml::from_str::<Profile>(text).unwrap_err().to_string();
-        let head = "name = 'X'\nmarker = 'x'\n";
-        assert!(fault(head).contains("gc"));
+        let head = "name = 'X'\nabout = 'a test'\nmarker = 'x'\n";
+        assert!(toml::from_str::<Profile>(head).is_ok());
         assert!(fault(&format!("{head}[gc.usdt]\nprovider = 'x'\nstart = 'a'\n")).contains("done"));
         assert!(fault(&format!("{head}[gc.kprobes]\nstart = 'a'\n")).contains("kprobes"));
         assert!(fault(&format!("{head}colour = 'red'\n")).contains("colour"));
+        let key = fault(&format!("{head}[[hook]]\nverb = 'snapshot'\nfunction = 'f'\nkey = 'arg9'\n"));
+        assert!(key.contains("line 7") && key.contains("arg9"), "{key}");
+        let both = format!(
+            "{head}[[hook]]\nverb = 'clear'\nfunction = 'f'\ntable = {{ symbol = 't', path = [8] }}\n"
+        );
+        assert!(fault(&both).contains("either"), "{}", fault(&both));
+        let no_key = fault(&format!("{head}[[hook]]\nverb = 'restore'\nfunction = 'f'\n"));
+        assert!(no_key.contains("key"), "{no_key}");
+    }
+
+    #[test]
+    fn profiles_are_chosen_by_name_and_by_file() {
+        let names = |wanted: &[&str]| {
+            let wanted: Vec<_> = wanted.iter().map(|&name| name.to_owned()).collect();
+            chosen(&wanted).map(|profiles| profiles.len())
+        };
+        assert_eq!(names(&["auto"]).unwrap(), PROFILES.len());
+        assert_eq!(names(&["none"]).unwrap(), 0);
+        assert_eq!(names(&["Ruby", "node"]).map_err(|e| e.to_string()).unwrap_or(0), 2);
+        assert!(names(&["cobol"]).is_err());
+        assert!(names(&["/no/such/profile.toml"]).is_err());
     }
 }

@@ -9,10 +9,12 @@ use aya::{
 use nix::libc;
 use observer_common::{
     accept::{Accepting, Arrival, PortKey},
+    deferred::{Class, ClassKey, Hook, Link, Place, Recipe, Unit, UnitKey},
     gc::{Begun, Totals},
     histogram::Histogram,
     listener::Listener,
     loss::Loss,
+    origin::{Connection, Descriptor, Request},
     process::Target,
     reactor::{PLACES, Reactor, Stall},
 };
@@ -56,6 +58,20 @@ pub(crate) struct Maps {
     pub(crate) gc_totals: HashMap<MapData, u32, Totals>,
     /// Whether there have been any.
     pub(crate) gc_totals_used: Array<MapData, u32>,
+    /// Processes whose deferred work is followed, by id.
+    pub(crate) followed: HashMap<MapData, u32, u32>,
+    /// Connections that such processes have accepted.
+    pub(crate) connections: HashMap<MapData, Descriptor, Connection>,
+    /// Places in runtimes, and what they mean.
+    pub(crate) hooks: HashMap<MapData, Place, Hook>,
+    /// How to read those places.
+    pub(crate) recipes: Array<MapData, Recipe>,
+    /// Deferred work in flight.
+    pub(crate) units: HashMap<MapData, UnitKey, Unit>,
+    /// Figures of deferred work, by kind.
+    pub(crate) classes: HashMap<MapData, ClassKey, Class>,
+    requests: RingBuf<MapData>,
+    links: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
 }
 
@@ -82,6 +98,14 @@ impl Maps {
             gc_begun: HashMap::try_from(take(ebpf, "GC_BEGUN")?)?,
             gc_totals: HashMap::try_from(take(ebpf, "GC_TOTALS")?)?,
             gc_totals_used: Array::try_from(take(ebpf, "GC_TOTALS_USED")?)?,
+            followed: HashMap::try_from(take(ebpf, "FOLLOWED")?)?,
+            connections: HashMap::try_from(take(ebpf, "CONNECTIONS")?)?,
+            hooks: HashMap::try_from(take(ebpf, "HOOKS")?)?,
+            recipes: Array::try_from(take(ebpf, "RECIPES")?)?,
+            units: HashMap::try_from(take(ebpf, "UNITS")?)?,
+            classes: HashMap::try_from(take(ebpf, "CLASSES")?)?,
+            requests: RingBuf::try_from(take(ebpf, "REQUESTS")?)?,
+            links: RingBuf::try_from(take(ebpf, "LINKS")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
         })
     }
@@ -103,18 +127,35 @@ impl Maps {
 
     /// Stalls that have ended since the last time.
     pub(crate) fn stalls(&mut self) -> Vec<Stall> {
-        let mut stalls = Vec::new();
-        while let Some(entry) = self.stalls.next() {
-            // SAFETY: programs send nothing else through this ring, and any bytes are a `Stall`.
-            stalls.push(unsafe { entry.as_ptr().cast::<Stall>().read_unaligned() });
-        }
-        stalls
+        drain(&mut self.stalls)
+    }
+
+    /// Requests that something was put off for since the last time.
+    pub(crate) fn requests(&mut self) -> Vec<Request> {
+        drain(&mut self.requests)
+    }
+
+    /// Deferred work that has ended since the last time.
+    pub(crate) fn links(&mut self) -> Vec<Link> {
+        drain(&mut self.links)
     }
 
     /// How often the programs could not keep something for this cause.
     pub(crate) fn lost(&self, cause: Loss) -> Result<u64> {
         Ok(self.losses.get(&(cause as u32), 0)?.iter().sum())
     }
+}
+
+/// All that programs have sent through a ring which is for nothing else.
+fn drain<T: aya::Pod>(ring: &mut RingBuf<MapData>) -> Vec<T> {
+    let mut all = Vec::new();
+    while let Some(entry) = ring.next() {
+        if entry.len() >= size_of::<T>() {
+            // SAFETY: as many bytes as that, and any bytes are one of these.
+            all.push(unsafe { entry.as_ptr().cast::<T>().read_unaligned() });
+        }
+    }
+    all
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {

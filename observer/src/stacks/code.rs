@@ -7,7 +7,7 @@ use super::memory::Memory;
 const INSTRUCTIONS: usize = 8;
 
 /// What x86-64 functions begin with where indirect jumps are checked.
-pub(crate) const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 
 /// A number at the end of a chain of pointers.
 #[derive(Clone, Debug, PartialEq, Eq)]

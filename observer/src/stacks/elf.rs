@@ -1,11 +1,11 @@
 //! ELF files, mapped so that only what is looked at takes memory.
 
-use std::{fs::File, ops::Range, sync::Arc};
+use std::{collections::BTreeSet, fs::File, ops::Range, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use memmap2::{Mmap, MmapMut};
 use object::{
-    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _,
+    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _, SymbolKind,
     elf::FileHeader64,
     read::elf::{ElfFile64, NoteIterator},
 };
@@ -73,7 +73,7 @@ impl Elf {
         for symbol in file.dynamic_symbols().chain(file.symbols()).filter(|symbol| symbol.is_definition()) {
             let Ok(name) = symbol.name_bytes() else { continue };
             for (wanted, address) in names.iter().zip(&mut *found) {
-                if address.is_none() && wanted.as_bytes() == name {
+                if address.is_none() && is_meant(wanted, name) {
                     *address = Some(symbol.address());
                 }
             }
@@ -83,12 +83,39 @@ impl Elf {
         }
     }
 
+    /// Addresses in the file of all functions it defines that this name stands for, in which a `*`
+    /// stands for anything; each once.
+    pub(crate) fn functions(&self, name: &str) -> Vec<u64> {
+        let file = self.parsed();
+        let all = file.dynamic_symbols().chain(file.symbols());
+        let functions = all.filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Text);
+        let meant = functions.filter(|symbol| symbol.name_bytes().is_ok_and(|found| is_meant(name, found)));
+        meant.map(|symbol| symbol.address()).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// What tells this build from all others, as the name of a file with its symbols has it: `ab/cdef.debug`.
+    pub(crate) fn debug_name(&self) -> Option<String> {
+        let file = self.parsed();
+        let id = file.build_id().ok()??;
+        let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        Some(format!("{}/{}.debug", digits.get(..2)?, &digits[2..]))
+    }
+
     /// Place in the file of what has this address.
     pub(crate) fn file_offset(&self, address: u64) -> Option<u64> {
         self.parsed().segments().find_map(|segment| {
             let (offset, size) = segment.file_range();
             let inside = address.checked_sub(segment.address()).filter(|&inside| inside < size)?;
             Some(offset + inside)
+        })
+    }
+
+    /// All code, or what else is there, from an address to the end of its segment.
+    pub(crate) fn code_from(&self, address: u64) -> Option<&[u8]> {
+        let file = self.parsed();
+        file.segments().find_map(|segment| {
+            let inside = usize::try_from(address.checked_sub(segment.address())?).ok()?;
+            segment.data().ok()?.get(inside..).filter(|rest| !rest.is_empty())
         })
     }
 
@@ -150,6 +177,20 @@ impl Elf {
     }
 }
 
+/// Whether a name is the wanted one, in which a `*` stands for anything.
+fn is_meant(wanted: &str, name: &[u8]) -> bool {
+    let Some((beginning, rest)) = wanted.split_once('*') else { return name == wanted.as_bytes() };
+    let Some(mut name) = name.strip_prefix(beginning.as_bytes()) else { return false };
+    let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+    for part in middle.split('*').filter(|part| !part.is_empty()) {
+        let Some(at) = name.windows(part.len()).position(|window| window == part.as_bytes()) else {
+            return false;
+        };
+        name = &name[at + part.len()..];
+    }
+    name.ends_with(end.as_bytes())
+}
+
 /// One place of a probe that a file has in its code; addresses in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Usdt {
@@ -191,6 +232,24 @@ mod tests {
         assert_eq!(none, None);
         assert!(!elf.section(b".eh_frame").unwrap().1.is_empty());
         assert!(elf.section(b".no_such_section").is_none());
+    }
+
+    #[test]
+    fn a_star_stands_for_anything() {
+        for (wanted, name, expected) in [
+            ("f", "f", true),
+            ("f", "fg", false),
+            ("f*", "fg", true),
+            ("f*", "gf", false),
+            ("f*h", "fgh", true),
+            ("f*h", "fhg", false),
+            ("a*b*c", "a1b2c", true),
+            ("a*b*c", "a1c2b", false),
+            ("a*b*", "ab", true),
+            ("ab*ba", "aba", false),
+        ] {
+            assert_eq!(is_meant(wanted, name.as_bytes()), expected, "{wanted} {name}");
+        }
     }
 
     #[test]

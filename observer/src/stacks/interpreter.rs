@@ -2,7 +2,7 @@
 
 use std::{fs, io};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use procfs::process::MemoryMap;
 
 use super::{
@@ -12,7 +12,7 @@ use super::{
     python::{self, Python},
     ruby::{self, Ruby},
 };
-use crate::model::frame::Frame;
+use crate::{model::frame::Frame, profiles::Naming};
 
 /// An interpreter in a process. It belongs to the program the process ran when it was found: after an exec it fails,
 /// and has to be looked for again.
@@ -55,6 +55,20 @@ impl Interpreter {
             Reader::Ruby(ruby) => ruby.frames(&self.memory, inside, tid == self.pid),
         };
         frames.map_err(|error| error.context(format!("frames of {} cannot be read", self.name)))
+    }
+}
+
+impl Interpreter {
+    /// What people call something of the interpreter's. An error says why nobody knows.
+    pub(crate) fn name(&self, naming: Naming, value: u64) -> Result<String> {
+        let reader = self.reader.as_ref().map_err(|why| anyhow!("{why}"))?;
+        match (reader, naming) {
+            (Reader::Python(python), Naming::PythonCode) => python.code_name(&self.memory, value),
+            (Reader::Python(python), Naming::PythonType) => python.type_name(&self.memory, value),
+            (Reader::Ruby(ruby), Naming::RubyClass) => ruby.class_name(&self.memory, value),
+            (Reader::Ruby(ruby), Naming::RubyBlock) => ruby.block_name(&self.memory, value),
+            _ => bail!("{} has no such thing", self.name),
+        }
     }
 }
 
@@ -153,6 +167,23 @@ when 'thread' then Thread.new { outer }.join
 when 'fork' then (fork { outer }; Process.wait)
 else outer
 end
+";
+
+    /// Tells the addresses of a class with a variable before its name is asked for, of one of Ruby's own, of one without
+    /// a name and of a block.
+    const NAMES_OF_RUBY: &str = "require 'objspace'
+module Outer
+  class Übung
+    BLOCK = proc do
+    end
+    @variable = 1
+  end
+end
+found = [Outer::Übung, String, Class.new, Outer::Übung::BLOCK].map do |object|
+  ObjectSpace.dump(object)[/\"address\":\"0x(\\h+)/, 1]
+end
+File.write(ARGV[0], found.join(\"\\n\"))
+sleep
 ";
 
     /// The process, and the thread in it, that do the work.
@@ -267,6 +298,32 @@ end
                 &["sleep:0", "inner:2", "block in middle:13", "each:0", "middle:12", "outer:18"],
                 &["inner", "block in middle", "each", "middle", "outer"],
             );
+        }
+    }
+
+    #[test]
+    fn names_of_ruby() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = source(folder.path(), "names.rb", NAMES_OF_RUBY);
+        for ruby in interpreters("names_of_ruby", "ruby", "OBSERVER_TEST_RUBIES") {
+            let told = folder.path().join("told");
+            let program = Program::start(Command::new(&ruby).args([&script, &told]));
+            let text = wait_for("addresses", || {
+                fs::read_to_string(&told).ok().filter(|text| text.lines().count() == 4)
+            });
+            let addresses: Vec<_> = text.lines().map(|line| u64::from_str_radix(line, 16).unwrap()).collect();
+            let interpreter = Interpreter::of(program.pid()).unwrap().unwrap();
+            let class = |index: usize| interpreter.name(Naming::RubyClass, addresses[index]);
+            assert_eq!(class(0).unwrap(), "Outer::Übung");
+            assert_eq!(class(1).unwrap(), "String");
+            assert!(class(2).unwrap_err().to_string().contains("has no name"));
+            assert!(class(3).is_err());
+            // A `Proc`'s data: what it is called on, its variables, its code.
+            let data = interpreter.memory.field(addresses[3], 32, "block").unwrap();
+            let code = interpreter.memory.field(data, 16, "block").unwrap();
+            let block = interpreter.name(Naming::RubyBlock, code).unwrap();
+            assert_eq!(block, "block in <class:Übung> (names.rb:4)");
+            assert!(interpreter.name(Naming::RubyBlock, addresses[0]).is_err());
         }
     }
 

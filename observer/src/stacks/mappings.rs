@@ -39,7 +39,7 @@ impl Mappings {
     }
 
     /// The mapping of code an address is in.
-    pub(super) fn code(&self, address: u64) -> Option<&MemoryMap> {
+    pub(crate) fn code(&self, address: u64) -> Option<&MemoryMap> {
         self.find(address).filter(|map| map.perms.contains(MMPermissions::EXECUTE))
     }
 
@@ -53,6 +53,11 @@ impl Mappings {
         let mut seen = BTreeSet::new();
         let code = self.maps.iter().filter(|map| map.perms.contains(MMPermissions::EXECUTE));
         code.filter(move |map| matches!(map.pathname, MMapPath::Path(_)) && seen.insert(file_id(map)))
+    }
+
+    /// A mapping of code of the module whose file name begins so.
+    pub(crate) fn module(&self, beginning: &str) -> Option<&MemoryMap> {
+        self.modules().find(|map| module_name(map).is_some_and(|name| name.starts_with(beginning)))
     }
 
     /// Which of all files that had the inode is mapped; `None` if there is no file or nobody may look.
@@ -95,7 +100,7 @@ impl Mappings {
 }
 
 /// A path of a process, as seen from here, whatever its root is.
-pub(super) fn inside(pid: u32, path: &Path) -> PathBuf {
+pub(crate) fn inside(pid: u32, path: &Path) -> PathBuf {
     Path::new(&format!("/proc/{pid}/root")).join(path.strip_prefix("/").unwrap_or(path))
 }
 

@@ -3,9 +3,11 @@
 
 pub(crate) mod code;
 pub(crate) mod elf;
+pub(crate) mod instructions;
 pub(crate) mod interpreter;
 pub(crate) mod mappings;
 pub(crate) mod memory;
+pub(crate) mod naming;
 pub(crate) mod now;
 mod python;
 mod ruby;

@@ -212,6 +212,19 @@ impl Python {
         })
     }
 
+    /// Name of a function, by its code.
+    pub(super) fn code_name(&self, memory: &Live, code: u64) -> Result<String> {
+        self.check_type(memory, code, "code")?;
+        let name = memory.field(code, self.offsets.code_qualname, "function name")?;
+        self.string(memory, name, "function name")
+    }
+
+    /// Name of a type.
+    pub(super) fn type_name(&self, memory: &Live, kind: u64) -> Result<String> {
+        self.check_type(memory, kind, "type")?;
+        memory.c_string(memory.field(kind, self.offsets.type_name, "type name")?, "type name")
+    }
+
     /// Makes sure that an object is what it should be.
     fn check_type(&self, memory: &Live, object: u64, wanted: &str) -> Result<()> {
         let kind = memory.field(object, self.offsets.object_type, "type")?;

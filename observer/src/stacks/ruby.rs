@@ -16,8 +16,12 @@ const LIST_MAX: usize = 4096;
 /// Most control frames that are read: what fits into a default stack of a thread, 1 MiB.
 const CHAIN_MAX: u64 = 16_384;
 
+/// Most variables of a class among which its name is looked for; it is the first that a class gets.
+const VARIABLES_MAX: u64 = 256;
+
 /// Where Ruby keeps what: offsets in bytes into its structures, on x86-64. They were printed from the bindings in
-/// rbspy's `rbspy-ruby-structs` 0.55 for 3.1.0 to 3.1.7 and 3.3.0 to 3.3.13, and do not differ among those.
+/// rbspy's `rbspy-ruby-structs` 0.55 for 3.1.0 to 3.1.7 and 3.3.0 to 3.3.13, and do not differ among those; where names
+/// of classes and first lines are was found in Debian's 3.1.2 and 3.3.8.
 #[derive(Clone, Copy, Debug)]
 struct Offsets {
     /// In the ractor: its list of threads. In a thread: its link in that list comes first.
@@ -33,6 +37,10 @@ struct Offsets {
     body_insns: u64,
     /// Whether a string's length stands before its content even if that is in place.
     string_has_length: bool,
+    /// In a class: its name, if that has a place of its own and is none of the class's variables.
+    class_name: Option<u64>,
+    /// Whether the line a method begins at is an object, as numbers in Ruby are.
+    first_line_is_object: bool,
 }
 
 const V3_1: Offsets = Offsets {
@@ -44,6 +52,8 @@ const V3_1: Offsets = Offsets {
     frame_size: 0x40,
     body_insns: 0x78,
     string_has_length: false,
+    class_name: None,
+    first_line_is_object: true,
 };
 
 const V3_3: Offsets = Offsets {
@@ -55,6 +65,8 @@ const V3_3: Offsets = Offsets {
     frame_size: 0x38,
     body_insns: 0x70,
     string_has_length: true,
+    class_name: Some(0x98),
+    first_line_is_object: false,
 };
 
 // Offsets that all these versions share.
@@ -70,6 +82,7 @@ const ISEQ_BODY: u64 = 0x10;
 const BODY_CODE: u64 = 0x8;
 const BODY_PATH: u64 = 0x40;
 const BODY_LABEL: u64 = 0x50;
+const BODY_FIRST_LINE: u64 = 0x58;
 const INSNS_SIZE: u64 = 0x10;
 const INSNS_INDEX: u64 = 0x18;
 const METHOD_DEFINITION: u64 = 0x10;
@@ -77,6 +90,8 @@ const DEFINITION_ID: u64 = 0x20;
 
 /// Bits of an object's flags: its type; a string or array elsewhere than in place, in place.
 const TYPE: u64 = 0x1f;
+const T_CLASS: u64 = 0x02;
+const T_MODULE: u64 = 0x03;
 const T_STRING: u64 = 0x05;
 const T_ARRAY: u64 = 0x07;
 const T_IMEMO: u64 = 0x1a;
@@ -203,16 +218,75 @@ impl Ruby {
         if line == 0 {
             return Ok(None);
         }
-        let path = memory.field(body, BODY_PATH, "path")?;
-        // The path, or an array of the path as given and in full.
-        let path = if kind(memory, path)? == T_ARRAY { element(memory, path, 0)? } else { path };
         let label = memory.field(body, BODY_LABEL, "label")?;
         Ok(Some(Frame {
             function: self.string(memory, label, "label")?,
             module: None,
-            file: Some(self.string(memory, path, "path")?),
+            file: Some(self.path(memory, body)?),
             line: Some(line),
         }))
+    }
+
+    /// The file a method is in, as its path was given.
+    fn path(&self, memory: &Live, body: u64) -> Result<String> {
+        let path = memory.field(body, BODY_PATH, "path")?;
+        // The path, or an array of the path as given and in full.
+        let path = if kind(memory, path)? == T_ARRAY { element(memory, path, 0)? } else { path };
+        self.string(memory, path, "path")
+    }
+
+    /// What people call a block, by its code: of those in one method each is at another line.
+    pub(super) fn block_name(&self, memory: &Live, code: u64) -> Result<String> {
+        check_imemo(memory, code, IMEMO_ISEQ)?;
+        let body = memory.field(code, ISEQ_BODY, "block")?;
+        let label = self.string(memory, memory.field(body, BODY_LABEL, "label")?, "label")?;
+        let path = self.path(memory, body)?;
+        let line = memory.field(body, BODY_FIRST_LINE, "first line")?;
+        let line = if self.offsets.first_line_is_object { line >> 1 } else { line & u64::from(u32::MAX) };
+        let file = path.rsplit_once('/').map_or(path.as_str(), |(_, file)| file);
+        Ok(format!("{label} ({file}:{line})"))
+    }
+
+    /// Name of a class.
+    pub(super) fn class_name(&self, memory: &Live, class: u64) -> Result<String> {
+        ensure!(matches!(kind(memory, class)?, T_CLASS | T_MODULE), "what should be a class is none");
+        let name = match self.offsets.class_name {
+            Some(offset) => memory.field(class, offset, "class name")?,
+            None => self.name_variable(memory, class)?,
+        };
+        ensure!(name != 0, "a class has no name");
+        self.string(memory, name, "class name")
+    }
+
+    /// What a class's variable is that has its name; zero if there is none.
+    fn name_variable(&self, memory: &Live, class: u64) -> Result<u64> {
+        /// No Ruby code can give a variable this name.
+        const NAME: &str = "__classpath__";
+        const CLASS_MORE: u64 = 24;
+        const MORE_VARIABLES: u64 = 8;
+        /// Of a table: where its entries are, and how many there are.
+        const ENTRIES_END: u64 = 40;
+        const ENTRIES: u64 = 48;
+        /// Size of an entry: a hash, the name's id, the value.
+        const ENTRY: u64 = 24;
+
+        let names = self.names.context("where the names of variables are is not known")?;
+        let more = memory.field(class, CLASS_MORE, "class")?;
+        let variables = memory.field(more, MORE_VARIABLES, "variables")?;
+        if variables == 0 {
+            return Ok(0);
+        }
+        let entries = memory.field(variables, ENTRIES, "variables")?;
+        let end = memory.field(variables, ENTRIES_END, "variables")?;
+        for number in 0..end.min(VARIABLES_MAX) {
+            let entry = entries + number * ENTRY;
+            let id = memory.field(entry, 8, "variable")?;
+            // What was removed has no name.
+            if self.name(memory, names, id).is_ok_and(|name| name == NAME) {
+                return memory.field(entry, 16, "class name");
+            }
+        }
+        Ok(0)
     }
 
     /// A method written in C, by its Ruby name.

@@ -1,7 +1,9 @@
 //! The processes under observation, as `/proc` and the kernel's socket tables show them.
 
 pub(crate) mod calls;
+pub(crate) mod connections;
 pub(crate) mod container;
 pub(crate) mod drops;
+pub(crate) mod hooks;
 pub(crate) mod process;
 pub(crate) mod runtime;

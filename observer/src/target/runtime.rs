@@ -8,10 +8,11 @@ use procfs::process::MemoryMap;
 
 use crate::{
     kernel::uprobe::Site,
-    profiles::{Collector, Functions, PROFILES, Profile, Totals, Usdt},
+    profiles::{Collector, Functions, Profile, Totals, Usdt},
     stacks::{
-        code::{Chain, ENDBR64},
+        code::Chain,
         elf::Elf,
+        instructions,
         mappings::{FileId, Mappings, Version, file_id, module_name},
         memory::Live,
     },
@@ -27,23 +28,23 @@ const SITES: usize = 16;
 const BEGINNING: u64 = 64;
 
 /// Finds runtimes.
-#[derive(Default)]
 pub(crate) struct Runtimes {
-    /// What is in the files that processes have mapped; `None` if that is no runtime.
-    files: HashMap<(FileId, Option<Version>), Option<Arc<Module>>>,
+    profiles: Vec<Arc<Profile>>,
+    /// What is in the files that processes have mapped; nothing if that is no runtime.
+    files: HashMap<(FileId, Option<Version>), Vec<Arc<Module>>>,
 }
 
 /// A file with a runtime in it.
 struct Module {
-    profile: &'static Profile,
-    /// Where its collector can be watched, or why nowhere.
-    collector: Result<Watchable, String>,
+    profile: Arc<Profile>,
+    /// Where its collector can be watched, or why nowhere; `None` if its profile does not ask.
+    collector: Option<Result<Watchable, String>>,
 }
 
 /// Where a collector can be watched, by places in a file.
 enum Watchable {
     Probes(Probes),
-    Totals { profile: &'static Totals, version: u64, count: Chain },
+    Totals { totals: Totals, version: u64, count: Chain },
 }
 
 /// Places where collections begin and end.
@@ -57,8 +58,12 @@ pub(crate) struct Probes {
 pub(crate) struct Runtime {
     /// Its name and the module it is in: `CPython in python3.11`.
     pub(crate) name: String,
-    /// Where its collector can be watched, or why nowhere.
-    pub(crate) collector: Result<Watch, String>,
+    /// What describes it.
+    pub(crate) profile: Arc<Profile>,
+    /// A mapping of the module's code.
+    pub(crate) module: MemoryMap,
+    /// Where its collector can be watched, or why nowhere; `None` if its profile does not ask.
+    pub(crate) collector: Option<Result<Watch, String>>,
 }
 
 /// Where a process's collector can be watched.
@@ -72,46 +77,69 @@ pub(crate) enum Watch {
 }
 
 impl Runtimes {
-    /// Finds out what a process runs; `None` if that is nothing known here.
-    pub(crate) fn of(&mut self, pid: u32) -> io::Result<Option<Runtime>> {
-        let mappings = Mappings::of(pid)?;
+    /// Finds those that these profiles describe.
+    pub(crate) fn of_profiles(profiles: Vec<Arc<Profile>>) -> Self {
+        Self { profiles, files: HashMap::new() }
+    }
+
+    /// Finds out what a process runs; nothing if that is nothing known here.
+    pub(crate) fn of(&mut self, mappings: &Mappings) -> Vec<Runtime> {
+        let mut found = Vec::new();
         for map in mappings.modules() {
             let key = (file_id(map), mappings.version(map));
             if !self.files.contains_key(&key) {
                 if self.files.len() >= FILES {
                     self.files.clear();
                 }
-                self.files.insert(key, Module::in_file(&mappings, map).map(Arc::new));
+                self.files.insert(key, self.in_file(mappings, map));
             }
-            if let Some(module) = &self.files[&key] {
-                return Ok(Some(module.in_process(&mappings, map)));
-            }
+            found.extend(self.files[&key].iter().map(|module| module.in_process(mappings, map)));
         }
-        Ok(None)
+        found.retain(|runtime| {
+            let needs = runtime.profile.needs.as_deref();
+            needs.is_none_or(|needs| mappings.module(needs).is_some())
+        });
+        found
+    }
+
+    /// Looks for runtimes in the file behind a mapping. One that cannot be read as ELF has none.
+    fn in_file(&self, mappings: &Mappings, map: &MemoryMap) -> Vec<Arc<Module>> {
+        let Some(elf) = mappings.open(map).ok().and_then(|file| Elf::open(&file).ok()) else {
+            return Vec::new();
+        };
+        let markers: Vec<_> = self.profiles.iter().flat_map(|profile| profile.marker.as_slice()).collect();
+        let markers: Vec<_> = markers.into_iter().map(String::as_str).collect();
+        let mut found = elf.all_symbols(&markers).into_iter();
+        let is_there = |profile: &&Arc<Profile>| {
+            let markers = found.by_ref().take(profile.marker.as_slice().len());
+            // Each profile takes its own.
+            markers.filter(Option::is_some).count() > 0
+        };
+        self.profiles.iter().filter(is_there).map(|profile| Arc::new(Module::of(profile, &elf))).collect()
     }
 }
 
 impl Module {
-    /// Looks for a runtime in the file behind a mapping. One that cannot be read as ELF has none.
-    fn in_file(mappings: &Mappings, map: &MemoryMap) -> Option<Self> {
-        let elf = Elf::open(&mappings.open(map).ok()?).ok()?;
-        let markers: Vec<_> = PROFILES.iter().map(|profile| profile.marker.as_str()).collect();
-        let found = elf.all_symbols(&markers);
-        let (profile, _) = PROFILES.iter().zip(found).find(|(_, marker)| marker.is_some())?;
-        let collector = match &profile.gc {
-            Collector::Usdt(usdt) => usdt.find(&elf).map(Watchable::Probes),
-            Collector::Functions(functions) => functions.find(&elf).map(Watchable::Probes),
-            Collector::Totals(totals) => totals.find(&elf),
-        };
-        Some(Self { profile, collector })
+    fn of(profile: &Arc<Profile>, elf: &Elf) -> Self {
+        let collector = profile.gc.as_ref().map(|collector| match collector {
+            Collector::Usdt(usdt) => usdt.find(elf).map(Watchable::Probes),
+            Collector::Functions(functions) => functions.find(elf).map(Watchable::Probes),
+            Collector::Totals(totals) => totals.find(elf),
+        });
+        Self { profile: Arc::clone(profile), collector }
     }
 
     fn in_process(&self, mappings: &Mappings, map: &MemoryMap) -> Runtime {
         let module = module_name(map).unwrap_or_default();
-        let collector = self.collector.as_ref().map_err(Clone::clone);
+        let collector = self.collector.as_ref().map(|collector| {
+            let collector = collector.as_ref().map_err(Clone::clone);
+            collector.and_then(|watchable| watchable.in_process(mappings, map))
+        });
         Runtime {
             name: format!("{} in {module}", self.profile.name),
-            collector: collector.and_then(|watchable| watchable.in_process(mappings, map)),
+            profile: Arc::clone(&self.profile),
+            module: map.clone(),
+            collector,
         }
     }
 }
@@ -121,14 +149,14 @@ impl Watchable {
         let told = |error: io::Error| error.to_string();
         match self {
             Self::Probes(probes) => Ok(Watch::Probes(mappings.open(map).map_err(told)?, probes.clone())),
-            Self::Totals { profile, version, count } => {
+            Self::Totals { totals, version, count } => {
                 let elf = mappings.open(map).map_err(told)?;
                 let elf = Elf::open(&elf).map_err(|error| error.to_string())?;
                 let bias = elf.bias(map).ok_or("its mapping is not understood")?;
                 let memory = Live::of(mappings.pid).map_err(told)?;
                 let version = memory.c_string(version.wrapping_add(bias), "version");
                 let version = version.map_err(|error| format!("{error:#}"))?;
-                let offsets = profile.nanoseconds_of(&version);
+                let offsets = totals.nanoseconds_of(&version);
                 let offsets =
                     offsets.ok_or_else(|| format!("where {version} keeps its totals is not known"))?;
                 let Some(count) = count.follow(&memory, bias) else { return Ok(Watch::NotYet) };
@@ -168,10 +196,8 @@ impl Functions {
             let names: Vec<_> = names.iter().map(String::as_str).collect();
             let address = elf.all_symbols(&names).into_iter().flatten().next();
             let address = address.ok_or_else(|| format!("it has no function {}", names.join(" or ")))?;
-            let is_checked = elf.code(address, ENDBR64.len() as u64) == Some(&ENDBR64);
-            // The mark itself is slow to step over.
-            let behind = if is_checked { address + ENDBR64.len() as u64 } else { address };
-            let instruction = elf.file_offset(behind).ok_or("a function is not in its file")?;
+            let first = instructions::entry(elf, address).ok_or("a function is not in its file")?;
+            let instruction = elf.file_offset(first).ok_or("a function is not in its file")?;
             Ok::<_, String>(vec![Site { instruction, counter: 0 }])
         };
         Ok(Probes { start: site(&self.start)?, done: site(&self.done)? })
@@ -179,13 +205,13 @@ impl Functions {
 }
 
 impl Totals {
-    fn find(&'static self, elf: &Elf) -> Result<Watchable, String> {
+    fn find(&self, elf: &Elf) -> Result<Watchable, String> {
         let [version, count] = elf.symbols([self.version.as_str(), self.count.as_str()]);
         let version = version.ok_or_else(|| format!("it has no symbol {}", self.version))?;
         let count = count.ok_or_else(|| format!("it has no function {}", self.count))?;
         let chain = elf.code(count, BEGINNING).and_then(|code| Chain::of(code, count));
         let count =
             chain.ok_or_else(|| format!("the code of its function {} is not understood", self.count))?;
-        Ok(Watchable::Totals { profile: self, version, count })
+        Ok(Watchable::Totals { totals: self.clone(), version, count })
     }
 }

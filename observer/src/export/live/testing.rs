@@ -47,6 +47,7 @@ pub(super) fn slept(reactor: &mut Reactor, times: u32) {
             syscall: Some("clock_nanosleep".into()),
             behind: None,
             split_seconds: split(1.0),
+            origin: None,
             site: 0,
         };
         stalls.add(stall, look.clone());
@@ -109,6 +110,9 @@ pub(super) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         exited: false,
         listeners: vec![listener],
         reactors: vec![reactor],
+        deferred: Vec::new(),
+        unmatched: 0,
+        hooks: Vec::new(),
         gc: None,
     };
     Snapshot {

@@ -107,12 +107,8 @@ fn of_resources(
 
 /// Which process a series is of; `None` if it is observer's own or that of several told together.
 fn pid(family: &Family, series: &Series) -> Option<u32> {
-    match family.subject() {
-        Subject::Listener | Subject::Reactor | Subject::Target | Subject::Program => {
-            series.labels[0].parse().ok()
-        }
-        Subject::Source | Subject::Own => None,
-    }
+    let has_pid = family.labels.first() == Some(&"pid");
+    has_pid.then(|| series.labels[0].parse().ok()).flatten()
 }
 
 /// What all data points of a resource have in common.

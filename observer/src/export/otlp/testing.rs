@@ -37,6 +37,9 @@ pub(super) fn target(pid: u32) -> Target {
         exited: false,
         listeners: Vec::new(),
         reactors: Vec::new(),
+        deferred: Vec::new(),
+        unmatched: 0,
+        hooks: Vec::new(),
         gc: None,
     }
 }

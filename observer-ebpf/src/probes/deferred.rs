@@ -1,0 +1,428 @@
+//! *deferred*: work that is put off, followed from where it is put off to where it is done. One program stands at all
+//! places that profiles name; what a place means, and how to read it, the loader has written into maps.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
+    helpers::bpf_ktime_get_ns,
+    macros::{map, uprobe},
+    maps::{Array, HashMap, RingBuf},
+    programs::ProbeContext,
+};
+use observer_common::{
+    deferred::{
+        Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place,
+        RECIPES as MOST_RECIPES, Recipe, Step, UNITS as MOST, Unit, UnitKey, Verb, Work,
+    },
+    loss::Loss,
+    origin::Origin,
+};
+
+use super::origin;
+use crate::{
+    emit::{add, lost, record},
+    kernel, work,
+};
+
+/// What it means to come to a place, by process and address; kept by the loader.
+#[map]
+static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MOST_HOOKS, 0);
+
+/// How to read places; kept by the loader.
+#[map]
+static RECIPES: Array<Recipe> = Array::with_max_entries(MOST_RECIPES, 0);
+
+/// Deferred work in flight.
+#[map]
+static UNITS: HashMap<UnitKey, Unit> = HashMap::with_max_entries(MOST, 0);
+
+/// Figures by kind of work. For each process the loader makes an entry for those that find no room.
+#[map]
+static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSES, 0);
+
+/// Deferred work that is over, of requests.
+#[map]
+static LINKS: RingBuf = RingBuf::with_byte_size(512 * 1024, 0);
+
+/// What a new entry starts from: too large for the stack.
+static NEW: Class = Class::EMPTY;
+
+#[uprobe]
+fn deferred(ctx: ProbeContext) -> u32 {
+    let (tgid, tid) = kernel::current();
+    let place = Place { address: kernel::instruction(&ctx), tgid, reserved: 0 };
+    // One that has run another program since has other things there.
+    let Some(hook) = HOOKS.get_ptr_mut(place) else { return 0 };
+    // SAFETY: a live map value, that only the loader writes but for its counters.
+    let (verb, space, flags, recipe) =
+        unsafe { ((*hook).verb, (*hook).space, (*hook).flags, (*hook).recipe) };
+    let Some(recipe) = RECIPES.get_ptr(recipe) else { return 0 };
+    // SAFETY: a live map value.
+    let key = unsafe { follow((&raw const (*recipe).key).cast(), KEY, &ctx) };
+    if matches!(key, Found::Excluded) {
+        return 0;
+    }
+    // SAFETY: as above.
+    unsafe { add(&raw mut (*hook).hits, 1) };
+    let key = key.value().map(|(key, _)| UnitKey { key, tgid, space });
+    let at = At { tid, flags, recipe, ctx: &ctx };
+    if at.comes_to(verb, key).is_some() {
+        // SAFETY: as above.
+        unsafe { add(&raw mut (*hook).matches, 1) };
+    }
+    0
+}
+
+/// The space of keys that are numbers of units; those of profiles begin at 1.
+const DETACHED: u32 = 0;
+
+const KEY: usize = observer_common::deferred::KEY_STEPS;
+const CLASS: usize = observer_common::deferred::CLASS_STEPS;
+
+/// Where steps have led.
+enum Found {
+    /// To a value, to be understood as the number says.
+    Value(u64, u32),
+    /// Nowhere.
+    Nothing,
+    /// To a condition that does not hold.
+    Excluded,
+}
+
+impl Found {
+    #[inline(always)]
+    fn value(self) -> Option<(u64, u32)> {
+        match self {
+            Self::Value(value, naming) => Some((value, naming)),
+            Self::Nothing | Self::Excluded => None,
+        }
+    }
+}
+
+/// The current thread at one of the places.
+struct At<'a> {
+    tid: u32,
+    flags: u32,
+    recipe: *const Recipe,
+    ctx: &'a ProbeContext,
+}
+
+impl At<'_> {
+    /// Does what the place means. `None` if that came to nothing.
+    #[inline(always)]
+    fn comes_to(&self, verb: u32, key: Option<UnitKey>) -> Option<()> {
+        if verb == Verb::Snapshot as u32 {
+            self.snapshot(key?)
+        } else if verb == Verb::Restore as u32 {
+            self.restore(key?)
+        } else if verb == Verb::Leave as u32 {
+            self.leave(key)
+        } else if verb == Verb::Forget as u32 {
+            self.forget(key)
+        } else if verb == Verb::Detach as u32 {
+            self.detach()
+        } else {
+            turn_from(self.tid);
+            Some(())
+        }
+    }
+
+    #[inline(always)]
+    fn snapshot(&self, key: UnitKey) -> Option<()> {
+        // Nothing can be put off twice: another has its place in memory.
+        if let Some(before) = UNITS.get_ptr_mut(key) {
+            end(before, &key);
+        }
+        let current = work::current(self.tid);
+        // SAFETY: has no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        let unit = Unit {
+            id: work::number(self.tid),
+            parent: current.unit,
+            origin: origin::kept(key.tgid, &current.origin),
+            class: self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 }),
+            queued_ns: now,
+            once: self.flags & Hook::ONCE,
+            outer: current,
+            ..Unit::default()
+        };
+        if UNITS.insert(key, &unit, u64::from(BPF_ANY)).is_err() {
+            lost(Loss::UnitsFull);
+            return None;
+        }
+        if unit.class.naming == ClassKey::SAME_WORK {
+            return Some(());
+        }
+        let class = figures(&unit.class)?;
+        // SAFETY: a live map value, counted in atomically.
+        unsafe {
+            add(&raw mut (*class).pending, 1);
+            if unit.class.naming != 0 {
+                add(&raw mut (*class).enqueued, 1);
+            }
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn restore(&self, key: UnitKey) -> Option<()> {
+        let before = work::current(self.tid);
+        end_if_once(&before.key);
+        // Some runtimes read from a connection while they work on nothing, and go on in a context that all connections
+        // share: that is for what was read.
+        let takes_over = self.flags & Hook::TAKES_OVER != 0 && before.unit == 0;
+        let has_read = if takes_over { before.origin } else { Origin::NONE };
+        let Some(unit) = UNITS.get_ptr_mut(key) else {
+            // It works for somebody, but nobody knows for whom.
+            work::turn_to(self.tid, &Work { origin: has_read, unit: 0, key, since_ns: 0 });
+            // If it was no piece of work of its own, none is missing.
+            return self.class(key).filter(|class| class.naming == ClassKey::SAME_WORK).map(|_| ());
+        };
+        // SAFETY: a live map value; work is done by one thread at a time.
+        unsafe {
+            if (*unit).class.naming == ClassKey::SAME_WORK {
+                let origin = origin::present(key.tgid, &(*unit).origin);
+                work::turn_to(self.tid, &Work { origin, ..(*unit).outer });
+                return Some(());
+            }
+            if (*unit).started_ns == 0 {
+                self.start(unit, &key);
+            }
+            // Entered again while it is current it would lead back to itself.
+            if before.unit != (*unit).id {
+                // What was not a piece of work itself is over: nobody knows what the thread turns to when it leaves this.
+                (*unit).outer = if before.unit == 0 { Work::NONE } else { before };
+            }
+            (*unit).once = self.flags & Hook::ONCE;
+            let own = origin::present(key.tgid, &(*unit).origin);
+            let origin = if own.inode == 0 { has_read } else { own };
+            work::turn_to(self.tid, &Work { origin, unit: (*unit).id, key, since_ns: 0 });
+        }
+        Some(())
+    }
+
+    /// # Safety
+    /// `unit` points to a live map value that nobody else writes now.
+    #[inline(always)]
+    unsafe fn start(&self, unit: *mut Unit, key: &UnitKey) {
+        // SAFETY: by contract; figures are live map values, counted in atomically.
+        unsafe {
+            let now = bpf_ktime_get_ns();
+            (*unit).started_ns = now;
+            if let Some(class) = figures(&(*unit).class) {
+                add(&raw mut (*class).pending, u64::MAX);
+            }
+            let was_told = (*unit).class.naming != 0;
+            if !was_told && let Some(class) = self.class(*key) {
+                (*unit).class = class;
+            }
+            if let Some(class) = figures(&(*unit).class) {
+                if !was_told {
+                    add(&raw mut (*class).enqueued, 1);
+                }
+                add(&raw mut (*class).started, 1);
+                record(&raw mut (*class).wait, now.saturating_sub((*unit).queued_ns));
+            }
+        }
+    }
+
+    /// What the thread works on pauses, if it has this key.
+    #[inline(always)]
+    fn leave(&self, key: Option<UnitKey>) -> Option<()> {
+        let current = work::current(self.tid);
+        let key = key.unwrap_or(current.key);
+        if key != current.key {
+            return None;
+        }
+        let Some(unit) = UNITS.get_ptr_mut(key) else {
+            work::turn_to(self.tid, &Work::NONE);
+            return None;
+        };
+        // SAFETY: a live map value; work is done by one thread at a time.
+        unsafe {
+            if (*unit).id == current.unit {
+                (*unit).left_ns = bpf_ktime_get_ns();
+                work::turn_to(self.tid, &(*unit).outer);
+            }
+        }
+        end_if_once(&key);
+        Some(())
+    }
+
+    #[inline(always)]
+    fn forget(&self, key: Option<UnitKey>) -> Option<()> {
+        let current = work::current(self.tid);
+        let has_key = key.is_some();
+        let key = key.unwrap_or(current.key);
+        let unit = UNITS.get_ptr_mut(key)?;
+        // SAFETY: a live map value; nobody works on what is forgotten.
+        unsafe {
+            let is_current = (*unit).id == current.unit;
+            if !is_current && !has_key {
+                return None;
+            }
+            if is_current {
+                (*unit).left_ns = bpf_ktime_get_ns();
+                work::turn_to(self.tid, &(*unit).outer);
+            }
+        }
+        end(unit, &key);
+        Some(())
+    }
+
+    /// What the thread works on is known by its own number from here on.
+    #[inline(always)]
+    fn detach(&self) -> Option<()> {
+        let current = work::current(self.tid);
+        let unit = UNITS.get_ptr(current.key)?;
+        let key = UnitKey { key: current.unit, space: DETACHED, ..current.key };
+        // SAFETY: a live map value, that only this thread works on.
+        unsafe {
+            if (*unit).id != current.unit {
+                return None;
+            }
+            if UNITS.insert(key, &*unit, u64::from(BPF_ANY)).is_err() {
+                lost(Loss::UnitsFull);
+                return None;
+            }
+        }
+        let _present = UNITS.remove(current.key);
+        work::is_known_by(self.tid, key);
+        Some(())
+    }
+
+    /// The class that can be read at this place.
+    #[inline(always)]
+    fn class(&self, key: UnitKey) -> Option<ClassKey> {
+        // SAFETY: a live map value.
+        let found = unsafe { follow((&raw const (*self.recipe).class).cast(), CLASS, self.ctx) };
+        found.value().map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
+    }
+}
+
+/// The current thread works for nobody from here on: its slice has ended, or the runtime says so.
+#[inline(always)]
+pub(super) fn turn_from(tid: u32) {
+    let current = work::current(tid);
+    if current.unit != 0
+        && let Some(unit) = UNITS.get_ptr_mut(current.key)
+    {
+        // SAFETY: a live map value; only this thread works on it.
+        unsafe {
+            if (*unit).id == current.unit {
+                (*unit).left_ns = bpf_ktime_get_ns();
+            }
+        }
+    }
+    work::turn_to(tid, &Work::NONE);
+    end_if_once(&current.key);
+}
+
+/// Ends work that nothing else ends.
+#[inline(always)]
+fn end_if_once(key: &UnitKey) {
+    if let Some(unit) = UNITS.get_ptr_mut(*key) {
+        // SAFETY: a live map value; only this thread works on it.
+        let is_over = unsafe { (*unit).once != 0 && (*unit).started_ns != 0 };
+        if is_over {
+            end(unit, key);
+        }
+    }
+}
+
+/// A piece of work is over.
+#[inline(always)]
+fn end(unit: *mut Unit, key: &UnitKey) {
+    // SAFETY: a live map value, that nobody works on any more; figures are counted in atomically.
+    unsafe {
+        if (*unit).class.naming == ClassKey::SAME_WORK {
+            let _present = UNITS.remove(key);
+            return;
+        }
+        let has_started = (*unit).started_ns != 0;
+        if let Some(class) = figures(&(*unit).class) {
+            if has_started {
+                add(&raw mut (*class).finished, 1);
+                record(&raw mut (*class).run, (*unit).left_ns.saturating_sub((*unit).started_ns));
+            } else {
+                add(&raw mut (*class).orphaned, 1);
+                add(&raw mut (*class).pending, u64::MAX);
+                if (*unit).class.naming == 0 {
+                    add(&raw mut (*class).enqueued, 1);
+                }
+            }
+        }
+        if (*unit).origin.request != 0 {
+            let link = Link {
+                id: (*unit).id,
+                parent: (*unit).parent,
+                request: (*unit).origin.request,
+                class: (*unit).class,
+                queued_ns: (*unit).queued_ns,
+                started_ns: (*unit).started_ns,
+                ended_ns: if has_started { (*unit).left_ns } else { bpf_ktime_get_ns() },
+            };
+            if LINKS.output::<Link>(&link, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
+                lost(Loss::LinksFull);
+            }
+        }
+    }
+    let _present = UNITS.remove(key);
+}
+
+/// Figures of a class, made if there are none; those of all others if there is no room.
+#[inline(always)]
+#[expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "by value it would be copied to the stack first"
+)]
+fn figures(key: &ClassKey) -> Option<*mut Class> {
+    if let Some(class) = CLASSES.get_ptr_mut(*key) {
+        return Some(class);
+    }
+    let _full = CLASSES.insert(*key, &NEW, u64::from(BPF_NOEXIST));
+    CLASSES.get_ptr_mut(*key).or_else(|| {
+        lost(Loss::ClassesFull);
+        CLASSES.get_ptr_mut(ClassKey { value: 0, naming: ClassKey::OTHERS, ..*key })
+    })
+}
+
+/// Takes steps from the registers of the current thread on.
+///
+/// # Safety
+/// `steps` points to so many in a live map value.
+#[inline(always)]
+unsafe fn follow(steps: *const Step, count: usize, ctx: &ProbeContext) -> Found {
+    let mut value = 0;
+    let mut has_failed = false;
+    let mut outcome = Found::Nothing;
+    for n in 0..count {
+        // SAFETY: by contract.
+        let step = unsafe { &*steps.add(n) };
+        if step.action == Action::End as u32 {
+            break;
+        }
+        if step.action == Action::Case as u32 {
+            has_failed = false;
+        } else if has_failed {
+            continue;
+        } else if step.action == Action::Register as u32 {
+            value = kernel::register(ctx, step.value);
+        } else if step.action == Action::Add as u32 {
+            value = value.wrapping_add_signed(step.offset.into());
+        } else if step.action == Action::Load as u32 {
+            match kernel::pointed::<u64>(value.wrapping_add_signed(step.offset.into())) {
+                Some(word) => value = word,
+                None => has_failed = true,
+            }
+        } else if step.action == Action::Test as u32 {
+            if value & step.mask != step.value {
+                has_failed = true;
+                outcome = Found::Excluded;
+            }
+        } else {
+            #[expect(clippy::cast_possible_truncation, reason = "the loader writes small numbers there")]
+            return Found::Value(value, step.value as u32);
+        }
+    }
+    outcome
+}

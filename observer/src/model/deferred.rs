@@ -1,0 +1,87 @@
+//! Work that was put off: how much of which kind, how long it waited and ran, and which request each piece is due to.
+
+use std::sync::Arc;
+
+use serde::{Serialize, Serializer};
+
+use super::{histogram::Histogram, request::Request};
+
+/// One kind of deferred work of a process.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Deferred {
+    /// What the kind is called.
+    pub(crate) task: String,
+    /// Pieces put off; where only their start tells the kind, those that have started.
+    pub(crate) enqueued: u64,
+    /// Of these, the ones that have started.
+    pub(crate) started: u64,
+    /// Of these, the ones that have ended.
+    pub(crate) finished: u64,
+    /// Pieces that were forgotten, or whose process ended, before they started.
+    pub(crate) orphaned: u64,
+    /// Pieces that have not started, now.
+    pub(crate) pending: u64,
+    /// How long the longest waiting of those has waited, in seconds; `None` if none waits.
+    pub(crate) oldest_seconds: Option<f64>,
+    /// Put off -> started, in seconds.
+    pub(crate) wait: Histogram,
+    /// Started -> worked on for the last time, in seconds, of those that have ended.
+    pub(crate) run: Histogram,
+    /// The latest pieces that are over and whose request is known, oldest first; only in a report.
+    pub(crate) links: Vec<Link>,
+}
+
+/// A piece of deferred work that is over, and the request it is due to.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Link {
+    /// Its number.
+    #[serde(serialize_with = "hexadecimal")]
+    pub(crate) id: u64,
+    /// The number of the piece that put it off; `None` if the request itself did.
+    #[serde(serialize_with = "hexadecimal_or_none")]
+    pub(crate) parent: Option<u64>,
+    /// The request.
+    pub(crate) origin: Arc<Request>,
+    /// When it was put off, monotonic nanoseconds.
+    pub(crate) queued_ns: u64,
+    /// How long it waited: until it started or, if it never did, until it was forgotten. In seconds.
+    pub(crate) wait_seconds: f64,
+    /// How long it ran; `None` if it never started.
+    pub(crate) run_seconds: Option<f64>,
+}
+
+pub(super) fn hexadecimal<S: Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{number:016x}"))
+}
+
+fn hexadecimal_or_none<S: Serializer>(number: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+    match number {
+        Some(number) => hexadecimal(number, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
+/// A place in a runtime that is watched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct HookFigures {
+    /// The profile that names it.
+    pub(crate) profile: String,
+    /// What it means: `snapshot`, `restore`, `leave`, `forget` or `clear`.
+    pub(crate) verb: &'static str,
+    /// The function and its module.
+    pub(crate) place: String,
+    /// How often the process came there.
+    pub(crate) hits: u64,
+    /// How often that meant something: for all but a snapshot, that what was meant was known.
+    pub(crate) matches: u64,
+}
+
+impl HookFigures {
+    /// Whether work that went on was never known: something about this runtime is not as its profile says.
+    pub(crate) fn never_matches(&self) -> bool {
+        /// From so many hits on: before that it may be work from before observer came.
+        const ENOUGH: u64 = 100;
+
+        self.matches == 0 && self.hits >= ENOUGH && matches!(self.verb, "snapshot" | "restore")
+    }
+}

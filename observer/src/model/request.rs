@@ -1,0 +1,170 @@
+//! What a request asked for, as far as anybody may know: its method, its path without the query, and the trace it belongs
+//! to. Everything else that it brought along is dropped here.
+
+use serde::Serialize;
+
+use super::deferred::hexadecimal;
+
+/// Most headers of a request that are looked at.
+const HEADERS: usize = 64;
+
+/// Longest path that is kept, in bytes.
+const PATH_MAX: usize = 256;
+
+/// A request of a client.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Request {
+    /// Its number, the same in all that it caused.
+    #[serde(serialize_with = "hexadecimal")]
+    pub(crate) id: u64,
+    /// When its first bytes had been read, wall time, RFC 3339.
+    pub(crate) time: String,
+    /// The same, monotonic nanoseconds.
+    #[serde(skip)]
+    pub(crate) at_ns: u64,
+    /// `GET`; `None` if it is no plain HTTP/1, or if several came at once.
+    pub(crate) method: Option<String>,
+    /// Path without query, likewise.
+    pub(crate) path: Option<String>,
+    /// W3C trace context, if there is a valid one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) traceparent: Option<String>,
+}
+
+/// What the beginning of a request says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Head {
+    /// As in [`Request`].
+    pub(crate) method: Option<String>,
+    /// As in [`Request`].
+    pub(crate) path: Option<String>,
+    /// As in [`Request`].
+    pub(crate) traceparent: Option<String>,
+}
+
+impl Head {
+    /// Understands the first bytes of what was read at once, which were `received` bytes.
+    pub(crate) fn of(bytes: &[u8], received: usize) -> Self {
+        let mut headers = [httparse::EMPTY_HEADER; HEADERS];
+        let mut request = httparse::Request::new(&mut headers);
+        let closed;
+        let whole = match request.parse(bytes) {
+            Ok(httparse::Status::Complete(length)) => Some(length),
+            Ok(httparse::Status::Partial) => {
+                // Cut behind its last whole line it is one that can be understood.
+                let Some(end) = bytes.windows(2).rposition(|pair| pair == b"\r\n") else {
+                    return Self::default();
+                };
+                closed = [&bytes[..end], b"\r\n\r\n"].concat();
+                request = httparse::Request::new(&mut headers);
+                if !matches!(request.parse(&closed), Ok(httparse::Status::Complete(_))) {
+                    return Self::default();
+                }
+                None
+            }
+            Err(_) => return Self::default(),
+        };
+        let header = |name: &str| {
+            let found = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+            str::from_utf8(found.value).ok().map(str::trim)
+        };
+        let body = header("content-length").and_then(|length| length.parse().ok());
+        let is_chunked = header("transfer-encoding").is_some();
+        let is_alone = |length: usize| is_chunked || received <= length.saturating_add(body.unwrap_or(0));
+        if !whole.is_none_or(is_alone) {
+            // More than one came: which is worked on when, nobody can see.
+            return Self::default();
+        }
+        Self {
+            method: request.method.map(str::to_owned),
+            path: request.path.map(without_query),
+            traceparent: header("traceparent").filter(|value| is_traceparent(value)).map(str::to_owned),
+        }
+    }
+}
+
+fn without_query(path: &str) -> String {
+    let end = path.find(['?', '#']).unwrap_or(path.len());
+    let end = path.floor_char_boundary(end.min(PATH_MAX));
+    path[..end].to_owned()
+}
+
+/// Whether this is a trace context as <https://www.w3.org/TR/trace-context/> has it.
+fn is_traceparent(value: &str) -> bool {
+    let is_hex = |part: &str, length: usize| {
+        part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let is_some = |part: &str| part.bytes().any(|byte| byte != b'0');
+    let mut parts = value.split('-');
+    let (Some(version), Some(trace), Some(parent), Some(flags)) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    is_hex(version, 2)
+        && version != "ff"
+        && is_hex(trace, 32)
+        && is_some(trace)
+        && is_hex(parent, 16)
+        && is_some(parent)
+        && is_hex(flags, 2)
+        // Later versions may say more.
+        && (version != "00" || parts.next().is_none())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    fn head(text: &str) -> Head {
+        Head::of(text.as_bytes(), text.len())
+    }
+
+    #[test]
+    fn the_query_never_stays() {
+        let found = head("GET /a/b?token=secret#x HTTP/1.1\r\nHost: x\r\nCookie: secret\r\n\r\n");
+        assert_eq!(found, Head { method: Some("GET".into()), path: Some("/a/b".into()), traceparent: None });
+        let absolute = head("GET /?q HTTP/1.0\r\n\r\n");
+        assert_eq!(absolute.path.as_deref(), Some("/"));
+    }
+
+    #[test]
+    fn a_trace_is_taken_if_it_is_one() {
+        let with = |value: &str| head(&format!("GET / HTTP/1.1\r\nTraceparent: {value}\r\n\r\n")).traceparent;
+        assert_eq!(with(TRACE).as_deref(), Some(TRACE));
+        assert_eq!(with(&format!("01{}-more", &TRACE[2..])).unwrap().len(), TRACE.len() + 5);
+        for wrong in [
+            String::new(),
+            TRACE.to_uppercase(),
+            format!("{TRACE}-more"),
+            format!("ff{}", &TRACE[2..]),
+            format!("00-{}-b7ad6b7169203331-01", "0".repeat(32)),
+            TRACE.replace("b7ad6b7169203331", "0000000000000000"),
+            TRACE.replace("-01", ""),
+        ] {
+            assert_eq!(with(&wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_request_that_was_cut_is_understood_as_far_as_it_goes() {
+        let text = format!("POST /job/7 HTTP/1.1\r\nHost: x\r\ntraceparent: {TRACE}\r\nCookie: endle");
+        let found = Head::of(text.as_bytes(), 5000);
+        assert_eq!((found.path.as_deref(), found.traceparent.as_deref()), (Some("/job/7"), Some(TRACE)));
+        assert_eq!(head("GET /a/long/path/that/goes/on/and"), Head::default());
+        assert_eq!(head("\x16\x03\x01\x02"), Head::default());
+        assert_eq!(head(""), Head::default());
+    }
+
+    #[test]
+    fn of_several_at_once_none_is_told() {
+        let one = "GET /1 HTTP/1.1\r\nHost: x\r\n\r\n";
+        assert!(head(one).path.is_some());
+        assert_eq!(head(&one.repeat(2)), Head::default());
+        let with_body = "POST /1 HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello";
+        assert!(head(with_body).path.is_some());
+        assert_eq!(head(&format!("{with_body}{one}")), Head::default());
+    }
+}

@@ -1,0 +1,216 @@
+//! *deferred*: work that targets put off, followed to where it is done. Attached to one process at a time, at the places
+//! that the profile of its runtime names.
+
+use std::os::fd::AsFd as _;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::{Ebpf, programs::UProbe};
+use observer_common::{
+    deferred::{
+        Class as RawClass, ClassKey, Hook as RawHook, Link as RawLink, Place, RECIPES, Unit, UnitKey, Verb,
+    },
+    histogram::Histogram as RawHistogram,
+};
+
+use super::{Events, Hook, Probe, When};
+use crate::{
+    kernel::{
+        clock,
+        uprobe::{self, Site, Uprobe},
+    },
+    model::{
+        deferred::{Deferred, HookFigures},
+        histogram::{Histogram, seconds},
+    },
+    read::maps::Maps,
+    target::hooks::Found,
+};
+
+const PROGRAM: &str = "deferred";
+
+pub(super) const PROBE: Probe = Probe {
+    name: "deferred",
+    purpose: "work that is put off: how much, how long it waits and runs, and which request it is due to",
+    since: "5.10",
+    when: When::Deferring,
+    cost: "a trap into the kernel, 1 to 2 us, each time a target comes to a place that its runtime's profile names; nobody else pays",
+    hooks: &[Hook {
+        program: PROGRAM,
+        events: Events::Runtime("the places that the profile of a target's runtime names"),
+    }],
+};
+
+/// Loads the programs, and attaches those that do not wait for a runtime.
+pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
+    uprobe::is_supported().map_err(|why| anyhow!(why))?;
+    super::attach(ebpf, When::Deferring, &[])?;
+    Ok(())
+}
+
+/// Numbers of recipes that nobody uses.
+pub(crate) struct Recipes(Vec<u32>);
+
+impl Default for Recipes {
+    fn default() -> Self {
+        Self((0..RECIPES).rev().collect())
+    }
+}
+
+/// A hook of a profile in a process. Dropping it detaches it.
+pub(crate) struct Attached {
+    profile: String,
+    verb: Verb,
+    verb_name: &'static str,
+    name: String,
+    recipe: u32,
+    places: Vec<Place>,
+    /// They stay attached while these are kept.
+    probes: Vec<Uprobe>,
+}
+
+impl Attached {
+    /// Attaches to all places of a hook. `space` is that of its keys.
+    pub(crate) fn to(
+        ebpf: &Ebpf,
+        maps: &mut Maps,
+        recipes: &mut Recipes,
+        pid: u32,
+        profile: &str,
+        found: &Found<'_>,
+        space: u32,
+    ) -> Result<Self> {
+        let program: &UProbe = ebpf.program(PROGRAM).context("no such program")?.try_into()?;
+        let program = program.fd()?.as_fd();
+        let recipe = recipes.0.pop().context("there are too many hooks already")?;
+        maps.recipes.set(recipe, found.recipe, 0)?;
+        let hook = found.hook;
+        let once = if hook.once { RawHook::ONCE } else { 0 };
+        let flags = once | if hook.takes_over { RawHook::TAKES_OVER } else { 0 };
+        let entry = RawHook { verb: hook.verb as u32, space, flags, recipe, hits: 0, matches: 0 };
+        let mut attached = Self {
+            profile: profile.to_owned(),
+            verb: hook.verb,
+            verb_name: hook.verb_name(),
+            name: found.name.clone(),
+            recipe,
+            places: Vec::new(),
+            probes: Vec::new(),
+        };
+        let outcome = found.places.iter().try_for_each(|&(instruction, address)| {
+            let place = Place { address, tgid: pid, reserved: 0 };
+            if maps.hooks.get(&place, 0).is_ok() {
+                bail!("two hooks meet at one place");
+            }
+            maps.hooks.insert(place, entry, 0).context("there are too many hooks already")?;
+            attached.places.push(place);
+            let site = Site { instruction, counter: 0 };
+            let probe = Uprobe::attach(program, &found.file, site, pid);
+            attached.probes.push(probe.context("the kernel does not attach to it")?);
+            Ok(())
+        });
+        match outcome {
+            Ok(()) => Ok(attached),
+            Err(error) => {
+                attached.detach(maps, recipes);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes it out of the kernel, and what the programs know of it.
+    pub(crate) fn detach(self, maps: &mut Maps, recipes: &mut Recipes) {
+        for place in &self.places {
+            let _present = maps.hooks.remove(place);
+        }
+        recipes.0.push(self.recipe);
+    }
+
+    /// How often the process came there, and how often that meant something.
+    pub(crate) fn figures(&self, maps: &Maps) -> HookFigures {
+        let (mut hits, mut matches) = (0, 0);
+        for hook in self.places.iter().filter_map(|place| maps.hooks.get(place, 0).ok()) {
+            hits += hook.hits;
+            matches += hook.matches;
+        }
+        HookFigures {
+            profile: self.profile.clone(),
+            verb: self.verb_name,
+            place: self.name.clone(),
+            hits,
+            matches,
+        }
+    }
+
+    /// Whether work goes on here.
+    pub(crate) fn is_restore(&self) -> bool {
+        self.verb == Verb::Restore
+    }
+}
+
+/// Figures of a kind of work, of which the oldest piece that waits was put off at `oldest_ns`.
+pub(crate) fn decode(task: &str, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
+    let now = clock::monotonic_ns();
+    Deferred {
+        task: task.to_owned(),
+        enqueued: raw.enqueued,
+        started: raw.started,
+        finished: raw.finished,
+        orphaned: raw.orphaned,
+        pending: raw.pending,
+        oldest_seconds: oldest_ns.map(|queued| seconds(now.saturating_sub(queued))),
+        wait: Histogram::from(&raw.wait),
+        run: Histogram::from(&raw.run),
+        links: Vec::new(),
+    }
+}
+
+/// Adds what was counted of a kind of work under another key.
+pub(crate) fn add(sum: &mut RawClass, more: &RawClass) {
+    sum.enqueued += more.enqueued;
+    sum.started += more.started;
+    sum.finished += more.finished;
+    sum.orphaned += more.orphaned;
+    sum.pending = sum.pending.wrapping_add(more.pending);
+    add_durations(&mut sum.wait, &more.wait);
+    add_durations(&mut sum.run, &more.run);
+}
+
+fn add_durations(sum: &mut RawHistogram, more: &RawHistogram) {
+    for (sum, more) in sum.buckets.iter_mut().zip(&more.buckets) {
+        sum.count += more.count;
+        sum.sum_ns += more.sum_ns;
+    }
+    sum.max_ns = sum.max_ns.max(more.max_ns);
+    sum.min_ns = match (sum.min_ns, more.min_ns) {
+        (0, min) | (min, 0) => min,
+        (one, other) => one.min(other),
+    };
+}
+
+/// What becomes of a piece of work whose process is gone at `now`: what had not started never will.
+pub(crate) fn orphan(unit: &Unit, now: u64) -> Option<RawLink> {
+    is_ahead(unit).then_some(RawLink {
+        id: unit.id,
+        parent: unit.parent,
+        request: unit.origin.request,
+        class: unit.class,
+        queued_ns: unit.queued_ns,
+        started_ns: 0,
+        ended_ns: now,
+    })
+}
+
+/// The class of those that find no room.
+pub(crate) const fn others(pid: u32) -> ClassKey {
+    ClassKey { value: 0, tgid: pid, naming: ClassKey::OTHERS }
+}
+
+/// Whether a piece of work waits to be started.
+pub(crate) fn waits((key, unit): &(UnitKey, Unit), pid: u32) -> bool {
+    key.tgid == pid && is_ahead(unit)
+}
+
+/// Whether this is a piece of work of its own that has not started.
+const fn is_ahead(unit: &Unit) -> bool {
+    unit.started_ns == 0 && unit.class.naming != ClassKey::SAME_WORK
+}

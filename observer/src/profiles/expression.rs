@@ -1,0 +1,179 @@
+//! How a profile says where something is: a register and a chain of pointers, `arg0+16->8->-56`, and a test of what is
+//! there, `arg0->0 & 0x1f == 7`.
+
+use std::str::FromStr;
+
+use observer_common::deferred::register;
+use serde::Deserialize;
+
+/// Most pointers that one path follows.
+const MOST: usize = 8;
+
+/// A value: what a register holds, or what is found by following pointers from there.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Path {
+    /// Number of the register, as `observer_common::deferred` has it.
+    pub(crate) register: u64,
+    /// What to add to what it holds, in bytes.
+    pub(crate) add: i32,
+    /// What to add to each pointer, in bytes, before the word there is read.
+    pub(crate) offsets: Vec<i32>,
+}
+
+/// A condition on a value.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Test {
+    /// What is compared.
+    pub(crate) path: Path,
+    /// Which bits of it.
+    pub(crate) mask: u64,
+    /// With what.
+    pub(crate) with: Operand,
+}
+
+/// What a value is compared with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Operand {
+    /// A number.
+    Number(u64),
+    /// The address so many bytes behind a symbol.
+    Symbol(String, u64),
+}
+
+impl FromStr for Path {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split("->").map(str::trim);
+        let start = parts.next().unwrap_or_default();
+        let (register, add) = match start.split_once('+') {
+            Some((register, add)) => (register.trim(), offset(add.trim())?),
+            None => (start, 0),
+        };
+        let register = register_number(register)?;
+        let offsets = parts.map(offset).collect::<Result<Vec<_>, _>>()?;
+        if offsets.len() > MOST {
+            return Err(format!("`{text}` follows more than {MOST} pointers"));
+        }
+        Ok(Self { register, add, offsets })
+    }
+}
+
+impl FromStr for Test {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (left, right) =
+            text.split_once("==").ok_or_else(|| format!("`{text}` is no comparison: it has no =="))?;
+        let (path, mask) = match left.split_once('&') {
+            Some((path, mask)) => (path, number(mask.trim())?),
+            None => (left, u64::MAX),
+        };
+        let right = right.trim();
+        let with = if right.starts_with(|c: char| c.is_ascii_digit()) {
+            Operand::Number(number(right)?)
+        } else if right.is_empty() {
+            return Err(format!("`{text}` compares with nothing"));
+        } else {
+            let (name, add) = match right.split_once('+') {
+                Some((name, add)) => (name.trim(), number(add.trim())?),
+                None => (right, 0),
+            };
+            Operand::Symbol(name.to_owned(), add)
+        };
+        Ok(Self { path: path.parse()?, mask, with })
+    }
+}
+
+impl TryFrom<String> for Path {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl TryFrom<String> for Test {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+fn register_number(name: &str) -> Result<u64, String> {
+    /// Registers by the number of the argument that is passed in them.
+    const ARGUMENTS: [&str; 6] = ["rdi", "rsi", "rdx", "rcx", "r8", "r9"];
+
+    let argument = |n: usize| u64::try_from(n).expect("a small number");
+    if name == "result" || name == "rax" {
+        return Ok(register::RESULT);
+    }
+    let numbered = name.strip_prefix("arg").and_then(|n| n.parse().ok()).filter(|&n| n < ARGUMENTS.len());
+    numbered
+        .or_else(|| ARGUMENTS.iter().position(|register| *register == name))
+        .map(argument)
+        .or_else(|| {
+            let other = register::NAMES.iter().position(|register| *register == name)?;
+            Some(register::OTHERS + argument(other))
+        })
+        .ok_or_else(|| {
+            format!("`{name}` is no register: arg0 to arg5, result, or one by its own name, such as rbx")
+        })
+}
+
+/// A number, decimal or with `0x`.
+fn number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| format!("`{text}` is no number"))
+}
+
+/// The same, which may be negative.
+fn offset(text: &str) -> Result<i32, String> {
+    let (is_negative, digits) = match text.strip_prefix('-') {
+        Some(digits) => (true, digits),
+        None => (false, text),
+    };
+    let size = i32::try_from(number(digits)?).map_err(|_| format!("`{text}` is too far away"))?;
+    Ok(if is_negative { -size } else { size })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_begin_in_registers() {
+        let path = |text: &str| text.parse::<Path>();
+        assert_eq!(path("arg1").unwrap(), Path { register: 1, add: 0, offsets: vec![] });
+        assert_eq!(path("arg1+88->8").unwrap(), Path { register: 1, add: 88, offsets: vec![8] });
+        assert_eq!(path("rsi").unwrap(), path("arg1").unwrap());
+        assert_eq!(path("result->8").unwrap(), Path { register: register::RESULT, add: 0, offsets: vec![8] });
+        let far = path("rbx -> 0x28 -> -56").unwrap();
+        assert_eq!(far, Path { register: register::OTHERS, add: 0, offsets: vec![0x28, -56] });
+        for wrong in
+            ["", "arg6", "arg", "8", "arg0->", "arg0->x", "arg0->99999999999", "arg0 8", "arg0+", "arg0+x"]
+        {
+            assert!(path(wrong).is_err(), "{wrong}");
+        }
+        assert!(path(&format!("arg0{}", "->0".repeat(9))).is_err());
+    }
+
+    #[test]
+    fn tests_compare_with_numbers_and_symbols() {
+        let test = |text: &str| text.parse::<Test>();
+        let path: Path = "arg0->0".parse().unwrap();
+        let flags = Test { path: path.clone(), mask: 0x1f, with: Operand::Number(7) };
+        assert_eq!(test("arg0->0 & 0x1f == 7").unwrap(), flags);
+        let kind = Test { path, mask: u64::MAX, with: Operand::Symbol("_ZTV6Parser".into(), 16) };
+        assert_eq!(test("arg0->0 == _ZTV6Parser+16").unwrap(), kind);
+        for wrong in ["arg0", "arg0 == ", "arg0 & == 1", "arg0 & x == 1", "arg0 == 1x"] {
+            assert!(test(wrong).is_err(), "{wrong}");
+        }
+    }
+}

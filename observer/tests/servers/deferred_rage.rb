@@ -1,0 +1,180 @@
+# An application of Rage whose requests leave work for later, with what it did as its own truth: PORT, the file for the
+# truth and how many workers are its arguments. /job/ID?how=KIND asks for work; each run of a task is a line of JSON,
+# where depth counts the enqueuings between the request and the run.
+
+require "fileutils"
+require "json"
+require "tmpdir"
+
+PORT, TRUTH, WORKERS = ARGV[0].to_i, ARGV[1], ARGV.fetch(2, "1").to_i
+
+# What Rage wants to find in the folder of an application.
+ROOT = Dir.mktmpdir
+at_exit { FileUtils.rm_rf(ROOT) if Process.pid == MASTER }
+MASTER = Process.pid
+%w[app config/environments config/initializers storage].each { |folder| FileUtils.mkdir_p("#{ROOT}/#{folder}") }
+%w[config/environments/production config/routes].each { |file| File.write("#{ROOT}/#{file}.rb", "") }
+Dir.chdir(ROOT)
+ENV["RAGE_ENV"] = "production"
+
+require "rage/all"
+
+Rage.configure do
+  config.logger = Rage::Logger.new(nil)
+  config.deferred.backend = :disk, { path: "#{ROOT}/storage" }
+end
+require "rage/setup"
+
+def now
+  Process.clock_gettime(Process::CLOCK_MONOTONIC, :nanosecond)
+end
+
+# In an ordinary fiber it would only let the loop go on.
+def blocking(&)
+  Fiber.new(blocking: true, &).resume
+end
+
+def spin(seconds)
+  finish = now + seconds * 1_000_000_000
+  nil while now < finish
+end
+
+class Job
+  include Rage::Deferred::Task
+  max_retries 3
+
+  FILE = File.open(TRUTH, "a")
+
+  def self.retry_interval(_, attempt:)
+    1
+  end
+
+  def self.from(id, depth, **options)
+    enqueue(id, depth, now, **options)
+  end
+
+  def perform(id, depth, enqueued)
+    start = now
+    enqueued, depth = RETRIED.delete(id), depth + meta.retries if meta.retrying?
+    work(id, depth)
+  ensure
+    run = now - start
+    line = JSON.generate(id:, task: self.class.name, depth:, enqueued:, start:, run:, pid: Process.pid)
+    blocking { FILE.syswrite("#{line}\n") }
+  end
+
+  # When the run that failed did so.
+  RETRIED = {}
+end
+
+class Short < Job
+  def work(_, _)
+    spin(0.005)
+  end
+end
+
+class First < Job
+  def work(id, depth)
+    Second.from(id, depth + 1)
+  end
+end
+
+class Second < Job
+  def work(id, depth)
+    Third.from(id, depth + 1, delay: 1)
+  end
+end
+
+class Third < Job
+  def work(_, _)
+    spin(0.002)
+  end
+end
+
+class Failing < Job
+  def __deferred_suppress_exception_logging?
+    true
+  end
+
+  def work(id, depth)
+    return if meta.retrying?
+
+    RETRIED[id] = now
+    raise "once"
+  end
+end
+
+# Stops until a timer, then until a pipe has something to say; what comes later is still the same request's.
+class Parked < Job
+  def work(id, depth)
+    sleep(0.15)
+    Short.from(id, depth + 1)
+    reader, writer = IO.pipe
+    Thread.new { sleep(0.1).then { writer.close } }
+    reader.read
+    Third.from(id, depth + 1)
+  end
+end
+
+class Compacting < Job
+  def work(id, depth)
+    GC.start
+    GC.compact
+    Short.from(id, depth + 1)
+    GC.compact
+  end
+end
+
+HOW = {
+  "none" => ->(_) {},
+  "now" => ->(id) { Short.from(id, 1) },
+  "delay" => ->(id) { Short.from(id, 1, delay: 1) },
+  "chain" => ->(id) { First.from(id, 1) },
+  "retry" => ->(id) { Failing.from(id, 1) },
+  "park" => ->(id) { Parked.from(id, 1) },
+  "compact" => ->(id) { Compacting.from(id, 1) },
+  "burst" => ->(id) { 50.times { Short.from(id, 1) } },
+  # The handler itself stops before it enqueues.
+  "late" => lambda { |id|
+    sleep(0.1)
+    Short.from(id, 1)
+  },
+  "await" => lambda { |id|
+    Fiber.await([Fiber.schedule { sleep(0.1) }, Fiber.schedule { sleep(0.05).then { Short.from(id, 1) } }])
+    Third.from(id, 1)
+  },
+  "lock" => lambda { |id|
+    LOCK.synchronize { sleep(0.05) }
+    Short.from(id, 1)
+  },
+  # The answer is sent long before it enqueues.
+  "after" => lambda { |id|
+    Fiber.schedule { sleep(0.2).then { Short.from(id, 1) } }
+  },
+}.freeze
+LOCK = Mutex.new
+
+class JobsController < RageController::API
+  def show
+    HOW.fetch(params[:how]).call(params[:id].to_i)
+    render plain: "#{Process.pid}\n"
+  end
+
+  def backlog
+    render plain: "#{Rage::Deferred.__queue.backlog_size}\n"
+  end
+end
+
+Rage.routes.draw do
+  get "/job/:id", to: "jobs#show"
+  get "/backlog", to: "jobs#backlog"
+end
+
+Iodine.on_state(:pre_start) do
+  $stdout.puts(PORT)
+  $stdout.flush
+end
+Iodine.listen(service: :http, handler: Rage.application, port: PORT.to_s, address: "127.0.0.1", timeout: 10)
+Iodine.threads = 1
+Iodine.workers = WORKERS
+Iodine.start

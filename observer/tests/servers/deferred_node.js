@@ -4,11 +4,10 @@
 // `node deferred_node.js TRUTH`: the file for that, a JSON line a piece. GET /job/ID starts all kinds of work and is
 // answered at once; `through` says how a piece was handed on: in one go by native callbacks, or also by timers or promises.
 'use strict';
-const { pbkdf2, randomBytes } = require('node:crypto');
+const { hkdf, pbkdf2, randomBytes } = require('node:crypto');
 const { lookup } = require('node:dns');
 const fs = require('node:fs');
 const http = require('node:http');
-const { deflate } = require('node:zlib');
 
 const truth = fs.openSync(process.argv[2], 'a');
 // Nanoseconds of CLOCK_MONOTONIC.
@@ -39,7 +38,7 @@ function enqueue(request) {
   defer(request, 'lookup', 'native', (callback) => lookup('localhost', callback));
   defer(request, 'pbkdf2', 'native', hash);
   defer(request, 'random', 'native', (callback) => randomBytes(16, callback));
-  defer(request, 'deflate', 'native', (callback) => deflate('deferred', callback));
+  defer(request, 'hkdf', 'native', (callback) => hkdf('sha512', 'key', 'salt', 'info', 64, callback));
   defer(request, 'chain', 'native', stat, 1, () => {
     defer(request, 'chain', 'native', hash, 2, () => { defer(request, 'chain', 'native', stat, 3); });
   });
@@ -47,7 +46,7 @@ function enqueue(request) {
   defer(request, 'timer', 'timer', timer, 1, () => {
     defer(request, 'timer', 'timer', timer, 2, () => { defer(request, 'after_timers', 'timer', stat, 3); });
   });
-  defer(request, 'tick', 'tick', process.nextTick, 1, () => { defer(request, 'after_tick', 'tick', stat, 2); });
+  defer(request, 'tick', 'tick', process.nextTick, 1, () => { defer(request, 'after_tick', 'native', stat, 2); });
   awaiting(request);
 }
 

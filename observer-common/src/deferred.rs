@@ -233,7 +233,7 @@ impl Class {
 pub struct Unit {
     /// Tells it from all others.
     pub id: u64,
-    /// The piece that put it off; 0 if none did.
+    /// The piece that put it off, if that is for the same request; 0 if none did.
     pub parent: u64,
     /// What it is for.
     pub origin: Origin,

@@ -36,10 +36,12 @@ pub enum Loss {
     LinksFull,
     /// A kind of deferred work found no room in `CLASSES`: it is counted with others.
     ClassesFull,
+    /// A request's answer found no room in `ANSWERS`: when it was answered is not known.
+    AnswersFull,
 }
 
 /// Number of causes, the size of the `LOSSES` map.
-pub const LOSSES: u32 = 16;
+pub const LOSSES: u32 = 17;
 
 impl Loss {
     /// Every cause, in index order, with the name used in metrics and reports.
@@ -60,5 +62,6 @@ impl Loss {
         (Self::UnitsFull, "units_full"),
         (Self::LinksFull, "links_full"),
         (Self::ClassesFull, "classes_full"),
+        (Self::AnswersFull, "answers_full"),
     ];
 }

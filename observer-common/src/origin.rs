@@ -69,6 +69,8 @@ pub struct Request {
     pub id: u64,
     /// When its first bytes had been read, monotonic nanoseconds.
     pub at_ns: u64,
+    /// When something was about to be written for the first time after that, likewise; 0 if nothing was.
+    pub answered_ns: u64,
     /// Inode number of its connection's socket.
     pub inode: u64,
     /// Process that read it.
@@ -82,4 +84,15 @@ pub struct Request {
     /// Its beginning.
     pub bytes: [u8; HEAD],
 }
-crate::shared!(Request, 40 + HEAD);
+crate::shared!(Request, 48 + HEAD);
+
+/// A request that was answered after the user side had been told of it, as `ANSWERS` passes it on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// As in [`Request`].
+    pub request: u64,
+    /// As in [`Request`].
+    pub answered_ns: u64,
+}
+crate::shared!(Answer, 16);

@@ -25,7 +25,7 @@ use crate::{
     export::{
         endpoint, flame, json,
         live::{self, Live},
-        otlp::{Collector, Push, settings::Settings},
+        otlp::{Collector, Due, Push, settings::Settings},
         series::Cap,
         text,
     },
@@ -105,8 +105,9 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         until_over(&observation, output.duration, signals, view, &mut push).await?;
         let snapshot = lock(&observation).report()?;
         let reported = report(&snapshot, output, format);
-        if let Some(push) = push {
-            push.finish(&snapshot).await;
+        if let Some(mut push) = push {
+            push.push_last(&snapshot, &mut lock(&observation));
+            push.finish().await;
         }
         reported
     });
@@ -252,7 +253,7 @@ async fn until_over(
             _ = signals.terminate.recv() => return Ok(()),
             _ = watch.tick() => lock(observation).watch(),
             quit = until_quit(&mut view) => return quit,
-            push = until_due(push) => push.push(&lock(observation).snapshot()?),
+            (push, due) = until_due(push) => push.push(due, &mut lock(observation))?,
             _ = housekeeping.tick() => {
                 let mut observation = lock(observation);
                 match &mut view {
@@ -276,11 +277,11 @@ async fn until_quit(view: &mut Option<Live>) -> Result<()> {
 }
 
 /// Without a collector nothing is ever due.
-async fn until_due(push: &mut Option<Push>) -> &mut Push {
+async fn until_due(push: &mut Option<Push>) -> (&mut Push, Due) {
     match push {
         Some(push) => {
-            push.due().await;
-            push
+            let due = push.due().await;
+            (push, due)
         }
         None => pending().await,
     }

@@ -29,23 +29,23 @@ const SLACK: f64 = 0.1;
 const SLACK_OF_HALF: f64 = 0.002;
 
 /// A server that defers work and writes down for whom.
-struct Deferring {
+pub(crate) struct Deferring {
     process: Process,
     /// Kept open: what the server prints has to go somewhere.
     _output: BufReader<ChildStdout>,
-    port: u16,
+    pub(crate) port: u16,
     truth: PathBuf,
     _files: TempDir,
 }
 
 /// What a server wrote down of one piece of work.
 #[derive(Clone, Debug)]
-struct Piece {
-    request: String,
-    task: String,
+pub(crate) struct Piece {
+    pub(crate) request: String,
+    pub(crate) task: String,
     /// Whether the profile of its runtime says that it cannot follow such work.
     is_lost: bool,
-    start_ns: f64,
+    pub(crate) start_ns: f64,
 }
 
 impl Deferring {
@@ -69,12 +69,17 @@ impl Deferring {
         Self::start(command)
     }
 
-    fn pid(&self) -> u32 {
+    /// The one on asyncio.
+    pub(crate) fn asyncio() -> Self {
+        Self::script("/usr/bin/python3", "deferred_asyncio.py")
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
     /// What it has written down so far.
-    fn pieces(&self) -> Vec<Piece> {
+    pub(crate) fn pieces(&self) -> Vec<Piece> {
         let text = fs::read_to_string(&self.truth).unwrap_or_default();
         let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         lines
@@ -104,23 +109,33 @@ impl Deferring {
                 });
             }
         });
+        self.wait_for(jobs * pieces_of_job);
+    }
+
+    /// Waits until so many pieces of work have started, and no more.
+    pub(crate) fn wait_for(&self, pieces: usize) {
         let mut seen = 0;
         wait_for("the work that was put off", || {
             let now = self.pieces().len();
             // An emulated machine takes longer than any wait for all of them at once.
             assert!(now >= seen);
             seen = now;
-            (seen >= jobs * pieces_of_job).then_some(())
+            (seen >= pieces).then_some(())
         });
-        assert_eq!(seen, jobs * pieces_of_job, "the server's own count");
+        assert_eq!(seen, pieces, "the server's own count");
         // What has started has to end, too.
         thread::sleep(Duration::from_millis(500));
     }
 }
 
 /// One request on a connection that is kept alive.
-fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
+pub(crate) fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
     write!(connection.get_mut(), "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    read_answer(connection);
+}
+
+/// The whole of the next answer.
+pub(crate) fn read_answer(connection: &mut BufReader<TcpStream>) {
     let mut length = 0;
     loop {
         let mut line = String::new();
@@ -232,7 +247,7 @@ fn jobs_for(pieces: usize, of_job: usize) -> usize {
 #[test]
 fn asyncio_links_each_piece_to_its_request() {
     let of_job = 15;
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let server = Deferring::asyncio();
     let observer = Observer::of(server.pid());
     let jobs = jobs_for(10_000, of_job);
     server.load(jobs, of_job);

@@ -16,6 +16,7 @@ mod lag;
 mod listener;
 mod live;
 mod otlp;
+mod otlp_traces;
 mod process;
 mod prometheus;
 mod reactor;

@@ -17,29 +17,30 @@ use crate::support::{
     servers::{Server, free_port},
 };
 
-const PROTOCOLS: [&str; 2] = ["grpc", "http/protobuf"];
+pub(crate) const PROTOCOLS: [&str; 2] = ["grpc", "http/protobuf"];
 
 /// Between two pushes.
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// Whether the test goes without: guests have no collector aboard.
-fn is_skipped(test: &str) -> bool {
+pub(crate) fn is_skipped(test: &str) -> bool {
     if is_emulated() {
         eprintln!("skipped: otlp::{test}: no collector in guests");
     }
     is_emulated()
 }
 
-/// observer at work on a server, pushing often.
+/// observer at work on a server, pushing metrics often.
 fn push(server: &Server, address: &str, protocol: &str, variables: &[(&str, &str)]) -> Observer {
     let pid = server.pid().to_string();
     let flags =
         ["--pid", &pid, "--listen", "127.0.0.1:0", "--otlp-endpoint", address, "--otlp-protocol", protocol];
     let interval = INTERVAL.as_millis().to_string();
-    Observer::start_with(&flags, &[variables, &[("OTEL_METRIC_EXPORT_INTERVAL", &interval)]].concat())
+    let others = [("OTEL_METRIC_EXPORT_INTERVAL", interval.as_str()), ("OTEL_TRACES_EXPORTER", "none")];
+    Observer::start_with(&flags, &[variables, &others].concat())
 }
 
-fn url(port: u16) -> String {
+pub(crate) fn url(port: u16) -> String {
     format!("http://127.0.0.1:{port}")
 }
 
@@ -197,7 +198,7 @@ fn a_collector_may_ask_to_wait() {
 }
 
 /// observer's own figures by name; those of several reasons added up.
-fn figures_of(observer: &Observer) -> BTreeMap<String, f64> {
+pub(crate) fn figures_of(observer: &Observer) -> BTreeMap<String, f64> {
     let mut figures = BTreeMap::new();
     for ((name, _), value) in scraped(&http::get(observer.port(), "/metrics")) {
         *figures.entry(name).or_default() += value;

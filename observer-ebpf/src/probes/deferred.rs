@@ -135,10 +135,11 @@ impl At<'_> {
         let current = work::current(self.tid);
         // SAFETY: has no preconditions.
         let now = unsafe { bpf_ktime_get_ns() };
+        let origin = origin::kept(key.tgid, &current.origin);
         let unit = Unit {
             id: work::number(self.tid),
-            parent: current.unit,
-            origin: origin::kept(key.tgid, &current.origin),
+            parent: parent(&current, &origin),
+            origin,
             class: self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 }),
             queued_ns: now,
             once: self.flags & Hook::ONCE,
@@ -296,6 +297,19 @@ impl At<'_> {
         // SAFETY: a live map value.
         let found = unsafe { follow((&raw const (*self.recipe).class).cast(), CLASS, self.ctx) };
         found.value().map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
+    }
+}
+
+/// The piece that puts off another one for this origin, if it is due to the same request; 0 if it serves a connection,
+/// whose requests come and go.
+#[inline(always)]
+fn parent(current: &Work, origin: &Origin) -> u64 {
+    match UNITS.get_ptr(current.key) {
+        // SAFETY: a live map value; what is read never changes.
+        Some(unit) if unsafe { (*unit).id == current.unit && (*unit).origin.request == origin.request } => {
+            current.unit
+        }
+        _ => 0,
     }
 }
 

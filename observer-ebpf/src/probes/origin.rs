@@ -11,7 +11,7 @@ use aya_ebpf::{
 use observer_common::{
     deferred::Work,
     loss::Loss,
-    origin::{Connection, Descriptor, HEAD, HEADS_PER_CPU, Origin, Request},
+    origin::{Answer, Connection, Descriptor, HEAD, HEADS_PER_CPU, Origin, Request},
 };
 
 use crate::{
@@ -45,6 +45,10 @@ static NEXT_HEAD: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 /// Requests that something was put off for, or that stalled.
 #[map]
 static REQUESTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+
+/// Answers to requests that have been passed on already.
+#[map]
+static ANSWERS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 
 /// The current thread returns from `read` or `recvfrom`, whose second argument is where to.
 #[tracepoint]
@@ -88,10 +92,44 @@ fn answer_enter(ctx: TracePointContext) -> u32 {
         && let Some(fd) = kernel::fd_argument(&ctx)
         && let Some(connection) = CONNECTIONS.get_ptr_mut(Descriptor { tgid, fd })
     {
-        // SAFETY: a live map value; one word.
-        unsafe { (*connection).is_answered = 1 };
+        // SAFETY: a live map value.
+        unsafe { answer(connection, fd) };
     }
     0
+}
+
+/// The first of what is written after a request is its answer.
+///
+/// # Safety
+/// `connection` points to a live map value, and is what was known of this descriptor.
+#[inline(always)]
+unsafe fn answer(connection: *mut Connection, fd: u32) {
+    // SAFETY: by contract; the request's place is a live map value as well.
+    unsafe {
+        if (*connection).is_answered != 0 {
+            return;
+        }
+        let inode = OpenFile::of(fd).and_then(|file| file.inode());
+        if inode != Some((*connection).inode) {
+            return;
+        }
+        (*connection).is_answered = 1;
+        let request = (*connection).request;
+        let answered_ns = bpf_ktime_get_ns();
+        if let Some(head) = HEADS.get_ptr_mut((*connection).head)
+            && (*head).id == request
+        {
+            (*head).answered_ns = answered_ns;
+        }
+        // Read last: whoever tells of the request meanwhile sees the answer above, or is seen here.
+        let is_told = (&raw const (*connection).is_told).read_volatile() != 0;
+        if is_told {
+            let answer = Answer { request, answered_ns };
+            if ANSWERS.output::<Answer>(&answer, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
+                lost(Loss::AnswersFull);
+            }
+        }
+    }
 }
 
 /// Whether a process's deferred work is followed.
@@ -285,6 +323,7 @@ impl Read {
             let Some(request) = HEADS.get_ptr_mut(head) else { return };
             (*request).id = id;
             (*request).at_ns = bpf_ktime_get_ns();
+            (*request).answered_ns = 0;
             (*request).inode = (*self.connection).inode;
             (*request).tgid = self.tgid;
             (*request).fd = self.fd;

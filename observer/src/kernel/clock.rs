@@ -1,6 +1,10 @@
-//! Kernel timestamps are monotonic; people want wall time. One offset between the two, sampled anew when asked.
+//! Kernel timestamps are monotonic; people want wall time. One offset between the two for the whole program, so that what
+//! belongs together does not drift apart, and sampled anew now and then, because wall time is set and steered.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -10,14 +14,38 @@ pub(crate) fn monotonic_ns() -> u64 {
     u64::try_from(Duration::from(now).as_nanos()).expect("584 years of uptime")
 }
 
-/// Wall time of a monotonic timestamp, as the clocks stand now.
+/// How long an offset is good for, in nanoseconds.
+const GOOD_FOR: u64 = 10_000_000_000;
+
+/// How often the clocks are read for one: the quickest reading, which nothing came in between of, is the best.
+const READINGS: usize = 5;
+
+/// When the offset was sampled, and what it is: wall time when the monotonic clock began.
+static OFFSET: Mutex<Option<(u64, Duration)>> = Mutex::new(None);
+
+/// Wall time of a monotonic timestamp, as the clocks stood a few seconds ago at most.
 pub(crate) fn wall_time(monotonic: u64) -> SystemTime {
-    let (now, wall) = (monotonic_ns(), SystemTime::now());
-    if monotonic <= now {
-        wall - Duration::from_nanos(now - monotonic)
-    } else {
-        wall + Duration::from_nanos(monotonic - now)
-    }
+    let now = monotonic_ns();
+    let mut known = OFFSET.lock().unwrap_or_else(PoisonError::into_inner);
+    let offset = match *known {
+        Some((sampled, offset)) if now.saturating_sub(sampled) < GOOD_FOR => offset,
+        _ => {
+            let offset = sample();
+            *known = Some((now, offset));
+            offset
+        }
+    };
+    UNIX_EPOCH + offset + Duration::from_nanos(monotonic)
+}
+
+/// Wall time when the monotonic clock began, as the clocks stand now.
+fn sample() -> Duration {
+    let readings = (0..READINGS).map(|_| {
+        let (before, wall, after) = (monotonic_ns(), SystemTime::now(), monotonic_ns());
+        let wall = wall.duration_since(UNIX_EPOCH).unwrap_or_default();
+        (after - before, wall.saturating_sub(Duration::from_nanos(before.midpoint(after))))
+    });
+    readings.min().map(|(_, offset)| offset).unwrap_or_default()
 }
 
 /// Wall time of a moment so long after the machine's start, time asleep included, as `/proc` counts it.
@@ -39,7 +67,9 @@ mod tests {
     fn wall_time_moves_with_the_monotonic_clock() {
         let now = monotonic_ns();
         let second = wall_time(now + 1_000_000_000).duration_since(wall_time(now)).unwrap();
-        // Both clocks are read anew in between: allow for being interrupted there.
-        assert!((0.9..1.1).contains(&second.as_secs_f64()), "{second:?}");
+        // It may be sampled anew in between.
+        assert!((0.999..1.001).contains(&second.as_secs_f64()), "{second:?}");
+        let late = SystemTime::now().duration_since(wall_time(monotonic_ns())).unwrap_or_default();
+        assert!(late < Duration::from_millis(100), "{late:?}");
     }
 }

@@ -565,7 +565,7 @@ pub(crate) const CATALOG: &[Family] = &[
         name: "observer_self_otlp_delivered_total",
         otlp: "observer.self.otlp_delivered",
         unit: "{item}",
-        help: "Data points that an OTLP collector has taken.",
+        help: "Data points and spans that an OTLP collector has taken.",
         kind: Kind::Counter,
         labels: &["signal"],
         collect: |s, sink| {
@@ -578,7 +578,7 @@ pub(crate) const CATALOG: &[Family] = &[
         name: "observer_self_otlp_dropped_total",
         otlp: "observer.self.otlp_dropped",
         unit: "{item}",
-        help: "Data points for an OTLP collector that were dropped, because it was away for too long or will not have them.",
+        help: "Data points and spans for an OTLP collector that were dropped, because it was away for too long, there were too many at once, or it will not have them.",
         kind: Kind::Counter,
         labels: &["signal", "reason"],
         collect: |s, sink| {

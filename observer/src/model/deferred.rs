@@ -37,7 +37,7 @@ pub(crate) struct Link {
     /// Its number.
     #[serde(serialize_with = "hexadecimal")]
     pub(crate) id: u64,
-    /// The number of the piece that put it off; `None` if the request itself did.
+    /// The number of the piece that put it off, for the same request; `None` if the request itself did.
     #[serde(serialize_with = "hexadecimal_or_none")]
     pub(crate) parent: Option<u64>,
     /// The request.

@@ -7,7 +7,7 @@ use serde::Serialize;
 /// Why something was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
-    /// The collector was away for so long that there was no more room to keep it.
+    /// The collector was away for so long, or so much came at once, that there was no more room to keep it.
     BufferFull,
     /// The collector will not have it.
     Refused,

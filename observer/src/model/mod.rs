@@ -9,3 +9,4 @@ pub(crate) mod lag;
 pub(crate) mod request;
 pub(crate) mod snapshot;
 pub(crate) mod stall;
+pub(crate) mod trace;

@@ -1,6 +1,8 @@
 //! What a request asked for, as far as anybody may know: its method, its path without the query, and the trace it belongs
 //! to. Everything else that it brought along is dropped here.
 
+use std::sync::OnceLock;
+
 use serde::Serialize;
 
 use super::deferred::hexadecimal;
@@ -22,6 +24,9 @@ pub(crate) struct Request {
     /// The same, monotonic nanoseconds.
     #[serde(skip)]
     pub(crate) at_ns: u64,
+    /// When the first of its answer was written, likewise; nothing if that has not been seen, or not yet.
+    #[serde(skip)]
+    pub(crate) answered: OnceLock<u64>,
     /// `GET`; `None` if it is no plain HTTP/1, or if several came at once.
     pub(crate) method: Option<String>,
     /// Path without query, likewise.

@@ -20,6 +20,7 @@ use crate::{
         histogram::seconds,
         request::Request,
         snapshot::Missing,
+        trace::{Event, Events, What, Work},
     },
     probes::{
         deferred::{self, Attached, Recipes},
@@ -61,6 +62,8 @@ pub(super) struct Follower {
     requests: Requests,
     /// Pieces of work that are over, each with its process and what its kind is called.
     links: VecDeque<(u32, Arc<str>, Link)>,
+    /// What somebody wants to trace; `None` if nobody does.
+    events: Option<Events>,
     /// Final figures of processes that are gone, by their ids.
     finished: Vec<(u32, Figures)>,
 }
@@ -220,11 +223,36 @@ impl Follower {
 
     /// Takes in what the programs have passed on.
     pub(super) fn collect(&mut self, maps: &mut Maps) {
+        // Requests are told before what refers to them, so they are fetched after that.
+        let (answers, links) = (maps.answers(), maps.links());
         for raw in maps.requests() {
             self.requests.add(raw.id, origin::decode(&raw));
         }
-        for raw in maps.links() {
+        for raw in answers {
+            if let Some(request) = self.requests.by_number.get(&raw.request) {
+                // It may have been told with the request, too.
+                let _the_same = request.answered.set(raw.answered_ns);
+            }
+        }
+        for raw in links {
             self.link(&raw);
+        }
+    }
+
+    /// From now on keeps what can be traced.
+    pub(super) fn trace(&mut self, events: Events) {
+        self.events = Some(events);
+    }
+
+    /// What can be traced since the last time.
+    pub(super) fn events(&mut self) -> VecDeque<Event> {
+        self.events.as_mut().map(Events::take).unwrap_or_default()
+    }
+
+    /// Something happened for a request of a process.
+    pub(super) fn happened(&mut self, pid: u32, request: &Arc<Request>, what: impl FnOnce() -> What) {
+        if let Some(events) = &mut self.events {
+            events.add(Event { pid, request: Arc::clone(request), what: what() });
         }
     }
 
@@ -232,13 +260,24 @@ impl Follower {
         let pid = raw.class.tgid;
         let task = self.name(raw.class);
         // One that nobody told of was counted as lost.
-        let Some(request) = self.requests.by_number.get(&raw.request) else { return };
+        let Some(request) = self.requests.by_number.get(&raw.request).cloned() else { return };
         let has_started = raw.started_ns != 0;
         let waited_until = if has_started { raw.started_ns } else { raw.ended_ns };
+        let parent = (raw.parent != 0).then_some(raw.parent);
+        self.happened(pid, &request, || {
+            What::Work(Work {
+                id: raw.id,
+                parent,
+                task: Arc::clone(&task),
+                queued_ns: raw.queued_ns,
+                started_ns: has_started.then_some(raw.started_ns),
+                ended_ns: raw.ended_ns,
+            })
+        });
         let link = Link {
             id: raw.id,
-            parent: (raw.parent != 0).then_some(raw.parent),
-            origin: Arc::clone(request),
+            parent,
+            origin: request,
             queued_ns: raw.queued_ns,
             wait_seconds: seconds(waited_until.saturating_sub(raw.queued_ns)),
             run_seconds: has_started.then(|| seconds(raw.ended_ns.saturating_sub(raw.started_ns))),

@@ -5,7 +5,7 @@ mod listeners;
 mod reactors;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, btree_map},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque, btree_map},
     mem,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -22,6 +22,7 @@ use crate::{
         delivery::Ledger,
         histogram::seconds,
         snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+        trace::{Event, Events},
     },
     probes::{
         self, When,
@@ -179,6 +180,21 @@ impl Observation {
         self.ledgers.push(ledger);
     }
 
+    /// From now on keeps what can be traced; what there is no room for is counted there.
+    pub(crate) fn trace(&mut self, ledger: Arc<Ledger>) {
+        self.follower.trace(Events::counted_in(ledger));
+    }
+
+    /// What can be traced since the last time.
+    pub(crate) fn events(&mut self) -> VecDeque<Event> {
+        self.follower.events()
+    }
+
+    /// A process that is or was under observation, as far as it is remembered.
+    pub(crate) fn process(&self, pid: u32) -> Option<&Process> {
+        self.live.get(&pid).or_else(|| self.exited.iter().rfind(|process| process.pid == pid))
+    }
+
     /// Whether all targets are gone.
     pub(crate) fn is_over(&self) -> bool {
         self.live.is_empty()
@@ -243,9 +259,8 @@ impl Observation {
                 self.refresh_runtime(pid, raw.execs);
             }
         }
-        self.follower.collect(&mut self.maps);
-        self.follower.name_all(&self.maps);
         self.collect_finished()?;
+        self.follower.name_all(&self.maps);
         self.note_namespaces();
         self.refresh_listeners(changed)?;
         self.follower.adopt_connections(&mut self.maps);

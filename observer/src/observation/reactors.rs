@@ -13,6 +13,7 @@ use crate::{
         lag::{PROBE_SECONDS, Prober},
         snapshot::Reactor,
         stall::Stalls,
+        trace::What,
     },
     probes::reactor::{self, Calls},
     read::{
@@ -69,18 +70,24 @@ impl Observation {
 
     /// Takes in the stalls that have ended, and looks at slices that may become one.
     pub(crate) fn watch(&mut self) {
-        self.follower.collect(&mut self.maps);
         self.collect_stalls();
         self.watcher.glance(self.maps.board.in_slices(), clock::monotonic_ns());
     }
 
     /// Puts each stall that has ended down to what was seen of it.
     fn collect_stalls(&mut self) {
-        for raw in self.maps.stalls() {
+        let stalls = self.maps.stalls();
+        // Requests are told before the stalls that are due to them.
+        self.follower.collect(&mut self.maps);
+        for raw in stalls {
             let look = self.watcher.seen(raw.tid, raw.start_ns);
             let origin = self.follower.request(raw.request);
-            let stalls = &mut self.thread(raw.tid, raw.tgid).stalls;
-            stalls.add(reactor::stall(&raw, origin), look);
+            let stall = reactor::stall(&raw, origin);
+            if let Some(request) = &stall.origin {
+                let what = || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone()));
+                self.follower.happened(raw.tgid, request, what);
+            }
+            self.thread(raw.tid, raw.tgid).stalls.add(stall, look);
         }
     }
 

@@ -1,5 +1,7 @@
 //! *origin*: requests that arrive on connections which a target has accepted, for the work that is put off for them.
 
+use std::sync::OnceLock;
+
 use super::{Events, Hook, Probe, When};
 use crate::{
     kernel::clock,
@@ -12,7 +14,7 @@ pub(super) const PROBE: Probe = Probe {
     purpose: "requests, as far as deferred work or a stall is due to them: method, path without query, trace context",
     since: "5.10",
     when: When::Deferring,
-    cost: "every read, recvfrom, recvmsg, readv, write, writev, sendto, sendmsg and sendfile on the machine looks into a map; reads of targets whose deferred work is followed copy the first KiB of each request",
+    cost: "every read, recvfrom, recvmsg, readv, write, writev, sendto, sendmsg and sendfile on the machine looks into a map; reads of targets whose deferred work is followed copy the first KiB of each request, and the first write of each answer looks at the clock",
     hooks: &[
         Hook {
             program: "received_exit",
@@ -38,5 +40,17 @@ pub(crate) fn decode(raw: &Raw) -> Request {
     let kept = usize::try_from(raw.kept).unwrap_or(0).min(raw.bytes.len());
     let Head { method, path, traceparent } =
         Head::of(&raw.bytes[..kept], usize::try_from(raw.received).unwrap_or(usize::MAX));
-    Request { id: raw.id, time: clock::written(raw.at_ns), at_ns: raw.at_ns, method, path, traceparent }
+    let answered = OnceLock::new();
+    if raw.answered_ns != 0 {
+        let _first = answered.set(raw.answered_ns);
+    }
+    Request {
+        id: raw.id,
+        time: clock::written(raw.at_ns),
+        at_ns: raw.at_ns,
+        answered,
+        method,
+        path,
+        traceparent,
+    }
 }

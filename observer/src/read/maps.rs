@@ -14,7 +14,7 @@ use observer_common::{
     histogram::Histogram,
     listener::Listener,
     loss::Loss,
-    origin::{Connection, Descriptor, Request},
+    origin::{Answer, Connection, Descriptor, Request},
     process::Target,
     reactor::{PLACES, Reactor, Stall},
 };
@@ -71,6 +71,7 @@ pub(crate) struct Maps {
     /// Figures of deferred work, by kind.
     pub(crate) classes: HashMap<MapData, ClassKey, Class>,
     requests: RingBuf<MapData>,
+    answers: RingBuf<MapData>,
     links: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
 }
@@ -105,6 +106,7 @@ impl Maps {
             units: HashMap::try_from(take(ebpf, "UNITS")?)?,
             classes: HashMap::try_from(take(ebpf, "CLASSES")?)?,
             requests: RingBuf::try_from(take(ebpf, "REQUESTS")?)?,
+            answers: RingBuf::try_from(take(ebpf, "ANSWERS")?)?,
             links: RingBuf::try_from(take(ebpf, "LINKS")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
         })
@@ -133,6 +135,11 @@ impl Maps {
     /// Requests that something was put off for since the last time.
     pub(crate) fn requests(&mut self) -> Vec<Request> {
         drain(&mut self.requests)
+    }
+
+    /// Answers to such requests since the last time.
+    pub(crate) fn answers(&mut self) -> Vec<Answer> {
+        drain(&mut self.answers)
     }
 
     /// Deferred work that has ended since the last time.

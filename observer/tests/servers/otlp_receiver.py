@@ -4,6 +4,7 @@ OpenTelemetry's own classes, what is in it. Answers as it is told: a word and a 
 Arguments: grpc or http, a port or 0, and, for TLS, a file with certificate and key. Prints its port first.
 """
 
+import base64
 import gzip
 import json
 import ssl
@@ -15,7 +16,9 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2, json_format
 from google.rpc import error_details_pb2, status_pb2
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as service
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as metrics_service
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as traces_service
 
 PROTOCOL, PORT, *TLS = sys.argv[1:3] + [argument for argument in sys.argv[3:] if argument.endswith(".pem")]
 # `503=1`: that status, and to come back after a second; without a number, nothing is said about that.
@@ -23,24 +26,51 @@ ANSWERS = [argument.partition("=")[::2] for argument in sys.argv[3:] if not argu
 
 
 def show(headers, request):
-    print(json.dumps({"headers": headers, "request": json_format.MessageToDict(request)}), flush=True)
+    print(json.dumps({"headers": headers, "request": readable(json_format.MessageToDict(request))}), flush=True)
 
 
-class Grpc(service.MetricsServiceServicer):
+def readable(value):
+    """Ids as OpenTelemetry writes them."""
+    if isinstance(value, list):
+        return [readable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: base64.b64decode(item).hex() if key in IDS else readable(item) for key, item in value.items()}
+    return value
+
+
+IDS = {"traceId", "spanId", "parentSpanId"}
+
+
+def take(request, answer, context):
+    if ANSWERS:
+        code, delay = ANSWERS.pop(0)
+        status = status_pb2.Status(code=int(code), message="not now")
+        if delay:
+            info = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=int(delay)))
+            detail = any_pb2.Any()
+            detail.Pack(info)
+            status.details.append(detail)
+        context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
+        codes = {code.value[0]: code for code in grpc.StatusCode}
+        context.abort(codes[int(code)], "not now")
+    show({key: value for key, value in context.invocation_metadata() if isinstance(value, str)}, request)
+    return answer
+
+
+class Metrics(metrics_service.MetricsServiceServicer):
     def Export(self, request, context):
-        if ANSWERS:
-            code, delay = ANSWERS.pop(0)
-            status = status_pb2.Status(code=int(code), message="not now")
-            if delay:
-                info = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=int(delay)))
-                detail = any_pb2.Any()
-                detail.Pack(info)
-                status.details.append(detail)
-            context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
-            codes = {code.value[0]: code for code in grpc.StatusCode}
-            context.abort(codes[int(code)], "not now")
-        show({key: value for key, value in context.invocation_metadata() if isinstance(value, str)}, request)
-        return metrics.ExportMetricsServiceResponse()
+        return take(request, metrics.ExportMetricsServiceResponse(), context)
+
+
+class Traces(traces_service.TraceServiceServicer):
+    def Export(self, request, context):
+        return take(request, traces.ExportTraceServiceResponse(), context)
+
+
+SIGNALS = {
+    "/v1/metrics": (metrics.ExportMetricsServiceRequest, metrics.ExportMetricsServiceResponse),
+    "/v1/traces": (traces.ExportTraceServiceRequest, traces.ExportTraceServiceResponse),
+}
 
 
 class Http(BaseHTTPRequestHandler):
@@ -56,13 +86,14 @@ class Http(BaseHTTPRequestHandler):
             self.send_header("content-length", "0")
             self.end_headers()
             return
-        if self.path != "/v1/metrics":
+        if self.path not in SIGNALS:
             self.send_error(404)
             return
         if self.headers["content-encoding"] == "gzip":
             body = gzip.decompress(body)
-        show({key.lower(): value for key, value in self.headers.items()}, metrics.ExportMetricsServiceRequest.FromString(body))
-        answer = metrics.ExportMetricsServiceResponse().SerializeToString()
+        request, response = SIGNALS[self.path]
+        show({key.lower(): value for key, value in self.headers.items()}, request.FromString(body))
+        answer = response().SerializeToString()
         self.send_response(200)
         self.send_header("content-type", "application/x-protobuf")
         self.send_header("content-length", str(len(answer)))
@@ -75,7 +106,8 @@ class Http(BaseHTTPRequestHandler):
 
 if PROTOCOL == "grpc":
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
-    service.add_MetricsServiceServicer_to_server(Grpc(), server)
+    metrics_service.add_MetricsServiceServicer_to_server(Metrics(), server)
+    traces_service.add_TraceServiceServicer_to_server(Traces(), server)
     if TLS:
         pem = open(TLS[0], "rb").read()
         port = server.add_secure_port(f"127.0.0.1:{PORT}", grpc.ssl_server_credentials([(pem, pem)]))

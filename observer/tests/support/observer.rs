@@ -96,6 +96,13 @@ impl Observer {
         self.report()
     }
 
+    /// The same with what it said besides.
+    pub(crate) fn finish_talking(mut self) -> (Report, Vec<String>) {
+        let messages = std::mem::replace(&mut self.messages, mpsc::channel().1);
+        let report = self.finish();
+        (report, messages.iter().collect())
+    }
+
     /// The report of one that ends by itself.
     pub(crate) fn report(mut self) -> Report {
         let mut stdout = self.process.0.stdout.take().unwrap();

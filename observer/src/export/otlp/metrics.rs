@@ -15,6 +15,7 @@ use opentelemetry_proto::tonic::{
 use prost::Message as _;
 
 use super::{
+    exemplars::Exemplars,
     queue::Batch,
     resource::{Resources, attribute, nanoseconds, text},
 };
@@ -22,8 +23,9 @@ use crate::{
     export::series::{Cap, Distribution, Figure, Series},
     model::{
         catalog::{CATALOG, Family, Kind, Subject},
-        snapshot::Snapshot,
+        snapshot::{Snapshot, Target},
     },
+    target::process::Process,
 };
 
 /// What metrics are sent as.
@@ -33,11 +35,16 @@ pub(super) type Request = ExportMetricsServiceRequest;
 const REQUEST: usize = 1 << 20;
 
 /// All figures of a snapshot as requests.
-pub(super) fn encode(snapshot: &Snapshot, cap: &mut Cap, resources: &mut Resources) -> Vec<Batch> {
+pub(super) fn encode(
+    snapshot: &Snapshot,
+    cap: &mut Cap,
+    resources: &mut Resources,
+    exemplars: &Exemplars,
+) -> Vec<Batch> {
     let now = nanoseconds(SystemTime::now());
     let mut batches = Vec::new();
     let (mut request, mut bytes, mut items) = (Request::default(), 0, 0);
-    for one in of_resources(snapshot, cap, resources, now) {
+    for one in of_resources(snapshot, cap, resources, exemplars, now) {
         let size = one.encoded_len();
         if bytes > 0 && bytes + size > REQUEST {
             batches.push(batch(&std::mem::take(&mut request), items));
@@ -71,6 +78,7 @@ fn of_resources(
     snapshot: &Snapshot,
     cap: &mut Cap,
     resources: &mut Resources,
+    exemplars: &Exemplars,
     now: u64,
 ) -> Vec<ResourceMetrics> {
     let mut by_pid = BTreeMap::<Option<u32>, Vec<(&Family, Vec<Series>)>>::new();
@@ -83,16 +91,17 @@ fn of_resources(
             by_pid.entry(pid).or_default().push((family, series));
         }
     }
-    resources.keep(|pid| by_pid.contains_key(&Some(pid)));
+    // What those did that are gone may be told yet.
+    resources.keep(|pid| snapshot.targets.iter().any(|target| target.pid == pid));
     let mut all = Vec::new();
     for (pid, families) in by_pid {
         let target =
             pid.and_then(|pid| snapshot.targets.iter().rfind(|target| target.pid == pid && !target.exited));
         let (resource, start) = match target {
-            Some(target) => resources.of(target),
+            Some(target) => resources.of(&process(target)),
             None => (resources.own(), resources.started()),
         };
-        let whose = Whose { is_in_resource: target.is_some(), start, now };
+        let whose = Whose { is_in_resource: target.is_some(), start, now, exemplars };
         let metrics = families.into_iter().map(|(family, series)| whose.metric(family, series)).collect();
         let scope = InstrumentationScope {
             name: "observer".into(),
@@ -111,15 +120,21 @@ fn pid(family: &Family, series: &Series) -> Option<u32> {
     has_pid.then(|| series.labels[0].parse().ok()).flatten()
 }
 
+fn process(target: &Target) -> Process {
+    let Target { pid, comm, exe, container, .. } = target;
+    Process { pid: *pid, comm: comm.clone(), exe: exe.clone(), container: container.clone() }
+}
+
 /// What all data points of a resource have in common.
-struct Whose {
+struct Whose<'e> {
     /// Whether the resource tells which process it is.
     is_in_resource: bool,
     start: u64,
     now: u64,
+    exemplars: &'e Exemplars,
 }
 
-impl Whose {
+impl Whose<'_> {
     fn metric(&self, family: &Family, series: Vec<Series>) -> Metric {
         let data = match family.kind {
             Kind::Gauge(_) => {
@@ -164,6 +179,7 @@ impl Whose {
         let points = series.into_iter().filter_map(|series| {
             let Figure::Distribution(distribution) = series.figure else { return None };
             Some(HistogramDataPoint {
+                exemplars: self.exemplars.of(family.name, &series.labels),
                 attributes: self.attributes(family, series.labels),
                 start_time_unix_nano: self.start,
                 time_unix_nano: self.now,
@@ -227,7 +243,7 @@ mod tests {
     #[test]
     fn each_process_has_a_resource_and_observer_another() {
         let snapshot = snapshot(vec![target(7), target(8)]);
-        let all = of_resources(&snapshot, &mut Cap::default(), &mut resources(), 1);
+        let all = of_resources(&snapshot, &mut Cap::default(), &mut resources(), &Exemplars::default(), 1);
         assert_eq!(all.len(), 3);
         let names = |n: usize| -> Vec<_> {
             all[n].scope_metrics[0].metrics.iter().map(|metric| metric.name.as_str()).collect()
@@ -247,7 +263,7 @@ mod tests {
         for target in &mut snapshot.targets {
             target.exe = "/x".repeat(8 << 10);
         }
-        let batches = encode(&snapshot, &mut Cap::default(), &mut resources());
+        let batches = encode(&snapshot, &mut Cap::default(), &mut resources(), &Exemplars::default());
         assert!(batches.len() > 1);
         assert!(batches.iter().all(|batch| batch.bytes.len() <= REQUEST + 1024));
         let items: u64 = batches.iter().map(|batch| batch.items).sum();

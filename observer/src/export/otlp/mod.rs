@@ -1,6 +1,8 @@
-//! Pushes to an OpenTelemetry collector: settings say where, `metrics` what, `queue` keeps it until `transport` has
-//! delivered it. Nobody who observes waits for any of that.
+//! Pushes to an OpenTelemetry collector: settings say where, `metrics` and `traces` what, `queue` keeps it until `transport`
+//! has delivered it. Nobody who observes waits for any of that.
 
+mod context;
+mod exemplars;
 mod metrics;
 mod queue;
 mod resource;
@@ -8,23 +10,36 @@ pub(crate) mod settings;
 mod signal;
 #[cfg(test)]
 mod testing;
+mod traces;
 mod transport;
 
 use std::{
+    future::pending,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use anyhow::Result;
+use tokio::{
+    join, select,
+    time::{Instant, Interval, MissedTickBehavior, interval},
+};
 
 use self::{
-    queue::Queue, resource::Resources, settings::Settings, signal::Signal as _, transport::Transport,
+    exemplars::Exemplars,
+    queue::Queue,
+    resource::Resources,
+    settings::{Endpoint, Settings},
+    signal::Signal,
+    traces::Tracer,
+    transport::Transport,
 };
 use super::series::Cap;
 use crate::{
     failure::Failure,
     model::{delivery::Ledger, snapshot::Snapshot},
     observation::Observation,
+    target::process::Process,
 };
 
 /// How long the end of an observation may wait for what is not delivered yet.
@@ -33,59 +48,154 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// The way to the collector, found before anything is attached: what is wrong with it is the cheapest to find.
 pub(crate) struct Collector {
     settings: Settings,
-    transport: Transport,
+    metrics: Option<Transport>,
+    traces: Option<Transport>,
 }
 
 impl Collector {
     /// Reads certificates; connects to nobody yet.
     pub(crate) fn find(settings: Settings) -> Result<Self, Failure> {
-        let transport = Transport::new(settings.metrics.clone())?;
-        Ok(Self { settings, transport })
+        let way = |endpoint: &Option<Endpoint>| endpoint.clone().map(Transport::new).transpose();
+        let (metrics, traces) = (way(&settings.metrics)?, way(&settings.traces)?);
+        Ok(Self { settings, metrics, traces })
     }
 }
 
 /// A push that goes on until it is finished.
 pub(crate) struct Push {
-    queue: Queue,
-    resources: Resources,
+    metrics: Option<Way>,
+    traces: Option<Way>,
     cap: Arc<Mutex<Cap>>,
+    tracer: Tracer,
+    exemplars: Exemplars,
+    resources: Resources,
+}
+
+/// How one signal is sent, and when.
+struct Way {
+    queue: Queue,
     due: Interval,
 }
 
+/// What is to be pushed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Due {
+    /// Figures.
+    Metrics,
+    /// What has happened since the last time.
+    Traces,
+}
+
 impl Push {
-    /// Figures are due at once and then at each interval.
+    /// Figures are due at once and then at each interval, and so are traces.
     pub(crate) fn start(collector: Collector, observation: &mut Observation, cap: Arc<Mutex<Cap>>) -> Self {
-        let ledger = Arc::new(Ledger::of(metrics::Request::NAME));
-        observation.tell_of(Arc::clone(&ledger));
-        let mut due = interval(collector.settings.interval);
-        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let Collector { settings, metrics, traces } = collector;
+        let metrics =
+            metrics.map(|way| Way::start::<metrics::Request>(way, settings.interval, observation).0);
+        let traces = traces.map(|way| {
+            let (way, ledger) = Way::start::<traces::Request>(way, settings.delay, observation);
+            observation.trace(ledger);
+            way
+        });
         Self {
-            queue: Queue::start::<metrics::Request>(collector.transport, ledger),
-            resources: Resources::new(&collector.settings, observation.started()),
+            metrics,
+            traces,
             cap,
-            due,
+            tracer: Tracer::default(),
+            exemplars: Exemplars::default(),
+            resources: Resources::new(&settings, observation.started()),
         }
     }
 
-    /// Returns when figures are due.
-    pub(crate) async fn due(&mut self) {
-        self.due.tick().await;
+    /// Returns when something is due.
+    pub(crate) async fn due(&mut self) -> Due {
+        select! {
+            () = due(&mut self.metrics) => Due::Metrics,
+            () = due(&mut self.traces) => Due::Traces,
+        }
     }
 
-    /// Sends figures, some time soon.
-    pub(crate) fn push(&mut self, snapshot: &Snapshot) {
+    /// Sends what is due, some time soon.
+    pub(crate) fn push(&mut self, what: Due, observation: &mut Observation) -> Result<()> {
+        match what {
+            Due::Metrics => self.push_metrics(&observation.snapshot()?),
+            Due::Traces => self.push_traces(observation, false),
+        }
+        Ok(())
+    }
+
+    /// Sends what is the last there is.
+    pub(crate) fn push_last(&mut self, snapshot: &Snapshot, observation: &mut Observation) {
+        self.push_traces(observation, true);
+        self.push_metrics(snapshot);
+    }
+
+    fn push_metrics(&mut self, snapshot: &Snapshot) {
+        let Some(way) = &self.metrics else { return };
         let mut cap = self.cap.lock().unwrap_or_else(PoisonError::into_inner);
-        for batch in metrics::encode(snapshot, &mut cap, &mut self.resources) {
-            self.queue.push(batch);
+        for batch in metrics::encode(snapshot, &mut cap, &mut self.resources, &self.exemplars) {
+            way.queue.push(batch);
+        }
+        self.exemplars.clear();
+    }
+
+    fn push_traces(&mut self, observation: &mut Observation, are_last: bool) {
+        let Some(way) = &self.traces else { return };
+        let events = observation.events();
+        // Asked while it is there, a process that is gone later is still known.
+        for process in observation.live() {
+            self.resources.of(process);
+        }
+        let spans = self.tracer.spans(events, &mut self.exemplars, are_last);
+        let process = |pid| observation.process(pid).cloned().unwrap_or_else(|| Process::of(pid));
+        for batch in traces::encode(spans, &mut self.resources, process) {
+            way.queue.push(batch);
+        }
+        if self.metrics.is_none() {
+            self.resources.keep(|pid| observation.process(pid).is_some());
         }
     }
 
-    /// Sends the last figures and delivers what is left, for a limited time.
-    pub(crate) async fn finish(mut self, snapshot: &Snapshot) {
-        self.push(snapshot);
-        let lost = self.queue.finish(Instant::now() + LAST_WORDS).await;
-        if lost > 0 {
-            log::warn!("{lost} data points were not delivered: the collector did not take them in time");
+    /// Delivers what is left, for a limited time.
+    pub(crate) async fn finish(self) {
+        let end = Instant::now() + LAST_WORDS;
+        let (points, spans) = join!(finish(self.metrics, end), finish(self.traces, end));
+        for (lost, what) in [(points, "data points"), (spans, "spans")] {
+            if lost > 0 {
+                log::warn!("{lost} {what} were not delivered: the collector did not take them in time");
+            }
         }
+    }
+}
+
+impl Way {
+    fn start<S: Signal>(
+        transport: Transport,
+        period: Duration,
+        observation: &mut Observation,
+    ) -> (Self, Arc<Ledger>) {
+        let ledger = Arc::new(Ledger::of(S::NAME));
+        observation.tell_of(Arc::clone(&ledger));
+        let mut due = interval(period);
+        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        (Self { queue: Queue::start::<S>(transport, Arc::clone(&ledger)), due }, ledger)
+    }
+}
+
+/// What goes nowhere is never due.
+async fn due(way: &mut Option<Way>) {
+    match way {
+        Some(way) => {
+            way.due.tick().await;
+        }
+        None => pending().await,
+    }
+}
+
+/// Returns how many items are not delivered.
+async fn finish(way: Option<Way>, end: Instant) -> u64 {
+    match way {
+        Some(way) => way.queue.finish(end).await,
+        None => 0,
     }
 }

@@ -235,7 +235,7 @@ impl Warned<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::otlp::{metrics::Request, testing::settings};
+    use crate::export::otlp::{metrics::Request, testing::endpoint};
 
     fn batch(bytes: usize, items: u64) -> Batch {
         Batch { bytes: vec![0; bytes].into(), items }
@@ -257,7 +257,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let ledger = Arc::new(Ledger::of(Request::NAME));
-            let transport = Transport::new(settings().metrics).unwrap();
+            let transport = Transport::new(endpoint()).unwrap();
             let queue = Queue::start::<Request>(transport, Arc::clone(&ledger));
             queue.push(batch(10, 3));
             queue.push(batch(10, 4));

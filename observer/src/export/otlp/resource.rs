@@ -15,7 +15,10 @@ use opentelemetry_proto::tonic::{
 };
 
 use super::settings::{Pairs, Settings, pairs};
-use crate::{kernel::clock, model::snapshot::Target, target::process};
+use crate::{
+    kernel::clock,
+    target::process::{self, Process},
+};
 
 /// Resources, as far as they are known.
 pub(super) struct Resources {
@@ -65,11 +68,12 @@ impl Resources {
     }
 
     /// That of a process, and since when it is observed.
-    pub(super) fn of(&mut self, target: &Target) -> (Resource, u64) {
+    pub(super) fn of(&mut self, target: &Process) -> (Resource, u64) {
         let ticks = process::start_ticks(target.pid);
-        let last = self.known.remove(&target.pid).filter(|known| known.ticks == ticks);
+        // One that is gone cannot be asked any more.
+        let last = self.known.remove(&target.pid).filter(|known| ticks.is_none() || known.ticks == ticks);
         let known = match last {
-            Some(known) if known.exe == target.exe => known,
+            Some(known) if ticks.is_none() || known.exe == target.exe => known,
             // Counts go on when it runs another program.
             last => Known {
                 ticks,
@@ -96,7 +100,7 @@ impl Resources {
     }
 
     /// Its own word on itself comes first, but for what is known for certain.
-    fn describe(&self, target: &Target, environment: &HashMap<OsString, OsString>) -> Resource {
+    fn describe(&self, target: &Process, environment: &HashMap<OsString, OsString>) -> Resource {
         let variable = |name: &str| {
             let value = environment.get(OsString::from(name).as_os_str())?.to_string_lossy().into_owned();
             Some(value).filter(|value| !value.is_empty())
@@ -170,12 +174,12 @@ pub(super) fn nanoseconds(time: SystemTime) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::otlp::testing::{settings, target};
+    use crate::export::otlp::testing::{process, settings};
 
     fn described(settings: &Settings, environment: &[(&str, &str)]) -> HashMap<String, String> {
         let resources = Resources::new(settings, SystemTime::now());
         let variables = environment.iter().map(|(name, value)| (name.into(), value.into())).collect();
-        plain(resources.describe(&target(7), &variables))
+        plain(resources.describe(&process(7), &variables))
     }
 
     fn plain(resource: Resource) -> HashMap<String, String> {
@@ -228,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_series_starts_with_observer_or_with_its_process() {
-        let me = Target { pid: std::process::id(), ..target(0) };
+        let me = process(std::process::id());
         let now = SystemTime::now();
         let mut resources = Resources::new(&settings(), now);
         assert_eq!(resources.of(&me).1, nanoseconds(now));
@@ -237,5 +241,30 @@ mod tests {
         let start = resources.of(&me).1;
         assert!(start > nanoseconds(long_ago) && start <= nanoseconds(SystemTime::now()));
         assert_eq!(resources.of(&me).1, start);
+    }
+
+    #[test]
+    fn a_process_that_is_gone_is_what_it_was() {
+        let mut child = std::process::Command::new("/bin/cat")
+            .env("OTEL_SERVICE_NAME", "till")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let it = process(child.id());
+        let mut resources = Resources::new(&settings(), SystemTime::now());
+        // The variables are those of the program once that has been started.
+        let is_started = |pid| {
+            super::process::environment(pid).contains_key(OsString::from("OTEL_SERVICE_NAME").as_os_str())
+        };
+        while !is_started(it.pid) {
+            std::thread::yield_now();
+        }
+        let before = plain(resources.of(&it).0);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert_eq!(before["service.name"], "till");
+        assert_eq!(plain(resources.of(&it).0), before);
+        resources.keep(|_| false);
+        assert_eq!(plain(resources.of(&it).0)["service.name"], "app");
     }
 }

@@ -18,6 +18,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// How often metrics are pushed, unless told otherwise.
 const INTERVAL: Duration = Duration::from_secs(60);
 
+/// How often traces are.
+const DELAY: Duration = Duration::from_secs(1);
+
 /// The port where collectors listen for gRPC.
 const GRPC_PORT: u16 = 4317;
 
@@ -27,10 +30,14 @@ pub(super) type Pairs = Vec<(String, String)>;
 /// Everything but where.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Settings {
-    /// Where metrics go.
-    pub(super) metrics: Endpoint,
+    /// Where metrics go, if anywhere.
+    pub(super) metrics: Option<Endpoint>,
     /// How often.
     pub(super) interval: Duration,
+    /// Where traces go, if anywhere.
+    pub(super) traces: Option<Endpoint>,
+    /// How often.
+    pub(super) delay: Duration,
     /// Attributes of all resources.
     pub(super) attributes: Pairs,
     /// observer's own name.
@@ -71,18 +78,20 @@ impl Settings {
         let lookup: Lookup<'_> =
             &|name| Some(lookup(name)?.trim().to_owned()).filter(|value| !value.is_empty());
         let is_off = output.otlp_endpoint.is_none()
-            && (lookup("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
-                || lookup("OTEL_METRICS_EXPORTER").is_some_and(|value| value != "otlp"));
+            && lookup("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
         if is_off {
             return Ok(None);
         }
-        let name = super::metrics::Request::NAME;
-        let Some(metrics) = Endpoint::from(name, super::metrics::Request::HTTP, output, lookup)? else {
+        let metrics = Endpoint::of::<super::metrics::Request>(output, lookup)?;
+        let traces = Endpoint::of::<super::traces::Request>(output, lookup)?;
+        if metrics.is_none() && traces.is_none() {
             return Ok(None);
-        };
+        }
         Ok(Some(Self {
             metrics,
             interval: milliseconds("OTEL_METRIC_EXPORT_INTERVAL", lookup)?.unwrap_or(INTERVAL),
+            traces,
+            delay: milliseconds("OTEL_BSP_SCHEDULE_DELAY", lookup)?.unwrap_or(DELAY),
             attributes: lookup("OTEL_RESOURCE_ATTRIBUTES").map_or_else(Vec::new, |text| pairs(&text)),
             service_name: lookup("OTEL_SERVICE_NAME"),
         }))
@@ -90,7 +99,15 @@ impl Settings {
 }
 
 impl Endpoint {
-    /// Where a signal goes; `None` if nobody says.
+    /// Where a signal goes; `None` if nobody says, or if it is to go nowhere.
+    fn of<S: Signal>(output: &Output, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
+        let exporter = lookup(&format!("OTEL_{}_EXPORTER", S::NAME.to_uppercase()));
+        if exporter.is_some_and(|exporter| exporter != "otlp") {
+            return Ok(None);
+        }
+        Self::from(S::NAME, S::HTTP, output, lookup)
+    }
+
     fn from(signal: &str, path: &str, output: &Output, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
         let own = |name: &str| format!("OTEL_EXPORTER_OTLP_{}_{name}", signal.to_uppercase());
         let find = |name: &str| -> Option<(String, String)> {
@@ -230,7 +247,7 @@ mod tests {
 
     #[track_caller]
     fn metrics(arguments: &[&str], variables: &[(&str, &str)]) -> Endpoint {
-        find(arguments, variables).unwrap().unwrap().metrics
+        find(arguments, variables).unwrap().unwrap().metrics.unwrap()
     }
 
     const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
@@ -239,8 +256,24 @@ mod tests {
     fn nothing_is_pushed_unless_somebody_says_where() {
         assert_eq!(find(&[], &[]).unwrap(), None);
         assert_eq!(find(&[], &[(ENDPOINT, "")]).unwrap(), None);
-        assert_eq!(find(&[], &[(ENDPOINT, "http://c"), ("OTEL_METRICS_EXPORTER", "none")]).unwrap(), None);
+        let none = [("OTEL_METRICS_EXPORTER", "none"), ("OTEL_TRACES_EXPORTER", "none")];
+        assert_eq!(find(&[], &[&[(ENDPOINT, "http://c")], &none[..]].concat()).unwrap(), None);
+        assert_eq!(find(&["--otlp-endpoint", "http://c"], &none).unwrap(), None);
         assert_eq!(find(&[], &[(ENDPOINT, "http://c"), ("OTEL_SDK_DISABLED", "true")]).unwrap(), None);
+    }
+
+    #[test]
+    fn each_signal_goes_its_own_way() {
+        let told = |variables: &[(&str, &str)]| {
+            let settings = find(&[], variables).unwrap().unwrap();
+            [settings.metrics, settings.traces].map(|endpoint| endpoint.map(|found| found.uri.to_string()))
+        };
+        let both = [Some("http://c/v1/metrics".into()), Some("http://c/v1/traces".into())];
+        assert_eq!(told(&[(ENDPOINT, "http://c")]), both);
+        let without = [(ENDPOINT, "http://c"), ("OTEL_TRACES_EXPORTER", "none")];
+        assert_eq!(told(&without), [both[0].clone(), None]);
+        let alone = [("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://t/in")];
+        assert_eq!(told(&alone), [None, Some("http://t/in".into())]);
     }
 
     #[test]

@@ -6,25 +6,38 @@ use super::settings::{Endpoint, Settings};
 use crate::{
     cli::Protocol,
     model::snapshot::{Own, SCHEMA, Snapshot, Target},
+    target::process::Process,
 };
+
+/// Nobody is there.
+pub(super) fn endpoint() -> Endpoint {
+    Endpoint {
+        uri: "http://127.0.0.1:1/v1/metrics".parse().unwrap(),
+        protocol: Protocol::HttpProtobuf,
+        headers: http::HeaderMap::new(),
+        timeout: Duration::from_secs(10),
+        gzip: false,
+        certificate: None,
+        client: None,
+        hint: "",
+    }
+}
 
 /// A collector that nobody asks.
 pub(super) fn settings() -> Settings {
     Settings {
-        metrics: Endpoint {
-            uri: "http://127.0.0.1:1/v1/metrics".parse().unwrap(),
-            protocol: Protocol::HttpProtobuf,
-            headers: http::HeaderMap::new(),
-            timeout: Duration::from_secs(10),
-            gzip: false,
-            certificate: None,
-            client: None,
-            hint: "",
-        },
+        metrics: Some(endpoint()),
         interval: Duration::from_secs(60),
+        traces: None,
+        delay: Duration::from_secs(1),
         attributes: Vec::new(),
         service_name: None,
     }
+}
+
+/// Who a process is.
+pub(super) fn process(pid: u32) -> Process {
+    Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), container: None }
 }
 
 /// A process without anything to tell.

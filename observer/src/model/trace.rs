@@ -1,0 +1,97 @@
+//! What is handed on to whoever traces: work that is over and stalls, with the requests they are due to.
+
+use std::{collections::VecDeque, mem, sync::Arc};
+
+use super::{
+    delivery::{Ledger, Reason},
+    request::Request,
+    stall::Stall,
+};
+
+/// Most events that wait to be fetched.
+const EVENTS: usize = 32_768;
+
+/// Something that happened for a request.
+#[derive(Clone, Debug)]
+pub(crate) struct Event {
+    /// Process.
+    pub(crate) pid: u32,
+    /// The request.
+    pub(crate) request: Arc<Request>,
+    /// What happened.
+    pub(crate) what: What,
+}
+
+/// What happened for a request.
+#[derive(Clone, Debug)]
+pub(crate) enum What {
+    /// A piece of deferred work is over.
+    Work(Work),
+    /// A thread stalled: since when, monotonic nanoseconds, and all else that is known.
+    Stall(u32, u64, Box<Stall>),
+}
+
+/// A piece of deferred work that is over; times are monotonic nanoseconds.
+#[derive(Clone, Debug)]
+pub(crate) struct Work {
+    /// Its number.
+    pub(crate) id: u64,
+    /// The number of the piece that put it off, `None` if the request itself did.
+    pub(crate) parent: Option<u64>,
+    /// What its kind is called.
+    pub(crate) task: Arc<str>,
+    /// When it was put off.
+    pub(crate) queued_ns: u64,
+    /// When it started; `None` if it never did.
+    pub(crate) started_ns: Option<u64>,
+    /// When it was worked on for the last time or, if it never started, forgotten.
+    pub(crate) ended_ns: u64,
+}
+
+/// Events that have not been fetched.
+#[derive(Debug)]
+pub(crate) struct Events {
+    waiting: VecDeque<Event>,
+    ledger: Arc<Ledger>,
+}
+
+impl Events {
+    /// None yet. What finds no room will be counted there.
+    pub(crate) fn counted_in(ledger: Arc<Ledger>) -> Self {
+        Self { waiting: VecDeque::new(), ledger }
+    }
+
+    /// Adds one. If there is no room it is dropped: those before it may be what it is due to.
+    pub(crate) fn add(&mut self, event: Event) {
+        if self.waiting.len() < EVENTS {
+            self.waiting.push_back(event);
+        } else {
+            self.ledger.dropped(Reason::BufferFull, 1);
+        }
+    }
+
+    /// All of them.
+    pub(crate) fn take(&mut self) -> VecDeque<Event> {
+        mem::take(&mut self.waiting)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_finds_no_room_is_counted() {
+        let ledger = Arc::new(Ledger::of("traces"));
+        let mut events = Events::counted_in(Arc::clone(&ledger));
+        let work =
+            Work { id: 1, parent: None, task: "task".into(), queued_ns: 1, started_ns: Some(2), ended_ns: 3 };
+        for _ in 0..EVENTS + 3 {
+            let what = What::Work(work.clone());
+            events.add(Event { pid: 1, request: Arc::default(), what });
+        }
+        assert_eq!(events.take().len(), EVENTS);
+        assert_eq!(ledger.read().dropped[0].count, 3);
+        assert!(events.take().is_empty());
+    }
+}

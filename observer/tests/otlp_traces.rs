@@ -1,0 +1,340 @@
+//! Traces that are pushed to OpenTelemetry collectors, against what servers themselves write down.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufReader, Write as _},
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nix::time::{ClockId, clock_gettime};
+use serde_json::Value;
+
+use crate::{
+    deferred::{Deferring, Piece, ask, read_answer},
+    otlp::{PROTOCOLS, figures_of, is_skipped, url},
+    support::{
+        http,
+        observer::Observer,
+        otlp::{Receiver, Rotel, attributes, for_each_point},
+        servers::{Server, free_port},
+    },
+};
+
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const SENDER: &str = "b7ad6b7169203331";
+
+/// Pieces of work that each job of the server leaves behind.
+const PIECES: usize = 15;
+
+/// How far from the truth a time may be, and how far half of them.
+const SLACK: Duration = Duration::from_millis(100);
+const SLACK_OF_HALF: Duration = Duration::from_millis(2);
+
+/// Between two pushes.
+const DELAY: &str = "200";
+
+fn trace(pid: u32, address: &str, protocol: &str, variables: &[(&str, &str)]) -> Observer {
+    let pid = pid.to_string();
+    let flags =
+        ["--pid", &pid, "--listen", "127.0.0.1:0", "--otlp-endpoint", address, "--otlp-protocol", protocol];
+    let often = [("OTEL_BSP_SCHEDULE_DELAY", DELAY), ("OTEL_METRIC_EXPORT_INTERVAL", "500")];
+    Observer::start_with(&flags, &[variables, &often].concat())
+}
+
+/// One request on a connection that is kept alive, within a trace.
+fn ask_within(connection: &mut BufReader<std::net::TcpStream>, path: &str, traceparent: &str) {
+    write!(
+        connection.get_mut(),
+        "GET {path} HTTP/1.1\r\nHost: test\r\ntraceparent: {traceparent}\r\nCookie: secret\r\n\r\n"
+    )
+    .unwrap();
+    read_answer(connection);
+}
+
+/// All spans, each with the attributes of its resource.
+fn spans(requests: &[Value]) -> Vec<(BTreeMap<String, String>, Value)> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let mut all = Vec::new();
+    for resource in requests.iter().flat_map(|request| list(&request["request"]["resourceSpans"])) {
+        let whose = attributes(&resource["resource"]["attributes"]);
+        for span in list(&resource["scopeSpans"]).iter().flat_map(|scope| list(&scope["spans"])) {
+            all.push((whose.clone(), span));
+        }
+    }
+    all
+}
+
+fn text<'s>(span: &'s Value, key: &str) -> &'s str {
+    span[key].as_str().unwrap_or_default()
+}
+
+fn time(span: &Value, key: &str) -> u64 {
+    text(span, key).parse().unwrap()
+}
+
+/// Wall time when the monotonic clock began.
+fn offset() -> u64 {
+    let monotonic: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap().into();
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    (wall - monotonic).as_nanos().try_into().unwrap()
+}
+
+/// What must have put each task of the server off; `None` for what the request itself did.
+fn parent_of(task: &str) -> Option<&'static str> {
+    match task {
+        "receipt" => Some("mail"),
+        "archive" => Some("receipt"),
+        "resize" => Some("thumbnail"),
+        "notify" => Some("follow"),
+        "store" => Some("index"),
+        _ => None,
+    }
+}
+
+/// Asserts that these are the spans of one request, as the server wrote it down. Returns by how much each start is off.
+#[track_caller]
+fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&str>) -> Vec<Duration> {
+    let by_id: BTreeMap<&str, &Value> = spans.iter().map(|span| (text(span, "spanId"), *span)).collect();
+    assert_eq!(by_id.len(), spans.len(), "a span came twice");
+    let servers: Vec<_> = spans.iter().filter(|span| span["kind"] == "SPAN_KIND_SERVER").collect();
+    assert_eq!(servers.len(), 1, "{servers:#?}");
+    let server = servers[0];
+    assert_eq!(server["name"], "GET");
+    let told = attributes(&server["attributes"]);
+    assert_eq!((told["http.request.method"].as_str(), told["url.path"].as_str()), ("GET", path));
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert_eq!(server.get("parentSpanId").and_then(Value::as_str), sender, "{server:#}");
+    // Recorded; whether the parent is another process's is known, and so it is, if there is one.
+    assert_eq!(server["flags"], if sender.is_some() { 0x301 } else { 0x101 });
+    let (begin, end) = (time(server, "startTimeUnixNano"), time(server, "endTimeUnixNano"));
+    assert!(begin < end && end - begin < 100_000_000, "{server:#}");
+
+    let mut starts = BTreeMap::<&str, Vec<u64>>::new();
+    for span in spans.iter().filter(|span| span["kind"] != "SPAN_KIND_SERVER") {
+        assert_eq!(span["kind"], "SPAN_KIND_CONSUMER", "{span:#}");
+        let (name, parent) = (text(span, "name"), text(span, "parentSpanId"));
+        let parent = by_id.get(parent).unwrap_or_else(|| panic!("no parent of {span:#}"));
+        let links = span["links"].as_array().unwrap();
+        assert_eq!(links.len(), 1);
+        assert_eq!((&links[0]["traceId"], &links[0]["spanId"]), (&span["traceId"], &parent["spanId"]));
+        match parent_of(name) {
+            Some(expected) => assert_eq!(parent["name"], expected, "{span:#}"),
+            // It may be tried again by itself.
+            None => {
+                assert!(parent["name"] == "GET" || (name == "charge" && parent["name"] == name), "{span:#}")
+            }
+        }
+        let (start, end) = (time(span, "startTimeUnixNano"), time(span, "endTimeUnixNano"));
+        assert!(begin <= start && start <= end, "{span:#}");
+        let wait = span["attributes"][0]["value"]["doubleValue"].as_f64().unwrap();
+        assert_eq!(span["attributes"][0]["key"], "observer.deferred.wait");
+        assert!((0.0..1.0).contains(&wait), "{span:#}");
+        starts.entry(name).or_default().push(start);
+    }
+    let offset = offset();
+    let mut off = Vec::new();
+    for piece in pieces {
+        let start = piece.start_ns as u64 + offset;
+        let found = starts.get_mut(piece.task.as_str()).unwrap_or_else(|| panic!("no {}", piece.task));
+        let nearest = (0..found.len()).min_by_key(|&at| found[at].abs_diff(start)).expect("one for each");
+        off.push(Duration::from_nanos(found.remove(nearest).abs_diff(start)));
+    }
+    assert!(starts.values().all(Vec::is_empty), "more than the server knows of: {starts:?}");
+    off
+}
+
+#[test]
+fn a_request_and_what_it_put_off_are_one_trace() {
+    if is_skipped("a_request_and_what_it_put_off_are_one_trace") {
+        return;
+    }
+    for protocol in PROTOCOLS {
+        let receiver = Receiver::start("http", &[]);
+        let rotel = Rotel::before(receiver.port);
+        let server = Deferring::asyncio();
+        let observer = trace(server.pid(), &url(rotel.port(protocol)), protocol, &[]);
+        let mut connection = BufReader::new(http::connect(server.port));
+        ask(&mut connection, "/job/0?token=secret");
+        ask_within(&mut connection, "/job/1?token=secret", &format!("00-{TRACE}-{SENDER}-01"));
+        // Who sent this does not want it recorded.
+        ask_within(&mut connection, "/job/2", &format!("00-{}-{SENDER}-00", TRACE.replace("0a", "0b")));
+        ask(&mut connection, "/nothing");
+        server.wait_for(3 * PIECES);
+        // An exemplar is pushed once, with the figures after it.
+        thread::sleep(Duration::from_millis(1500));
+        let pid = server.pid();
+        observer.finish();
+        thread::sleep(Duration::from_secs(1));
+        let requests = receiver.stop();
+        let all = spans(&requests);
+        assert!(!format!("{all:?}").contains("secret"));
+        let mut traces = BTreeMap::<&str, Vec<&Value>>::new();
+        for (resource, span) in &all {
+            assert_eq!(resource["process.pid"], pid.to_string());
+            assert!(resource["service.name"].starts_with("python3"), "{resource:?}");
+            traces.entry(text(span, "traceId")).or_default().push(span);
+        }
+        let given = traces.remove(TRACE).expect("the trace that was begun");
+        assert_eq!(traces.len(), 1, "{:?}", traces.keys());
+        let drawn = traces.into_values().next().unwrap();
+        let pieces = server.pieces();
+        let of = |request: &str| -> Vec<_> {
+            pieces.iter().filter(|piece| piece.request == request).cloned().collect()
+        };
+        let mut off = assert_trace(&drawn, "/job/0", &of("0"), None);
+        off.extend(assert_trace(&given, "/job/1", &of("1"), Some(SENDER)));
+        off.sort();
+        eprintln!(
+            "{protocol}: {} starts, off by {:?}, at most {:?}",
+            off.len(),
+            off[off.len() / 2],
+            off.last()
+        );
+        assert!(off[off.len() / 2] <= SLACK_OF_HALF && *off.last().unwrap() <= SLACK, "{off:?}");
+
+        // Figures lead to these spans.
+        let known: BTreeMap<_, _> =
+            all.iter().map(|(_, span)| ((text(span, "traceId"), text(span, "spanId")), span)).collect();
+        let mut found = BTreeSet::new();
+        for_each_point(&requests, |_, metric, _, point| {
+            for exemplar in point["exemplars"].as_array().into_iter().flatten() {
+                let span = known[&(text(exemplar, "traceId"), text(exemplar, "spanId"))];
+                let name = text(metric, "name");
+                assert_eq!(attributes(&point["attributes"])["task"], text(span, "name"));
+                let value = exemplar["asDouble"].as_f64().unwrap();
+                let (start, end) = (time(span, "startTimeUnixNano"), time(span, "endTimeUnixNano"));
+                match name {
+                    "observer.deferred.wait" => {
+                        let wait = span["attributes"][0]["value"]["doubleValue"].as_f64().unwrap();
+                        assert_eq!((value, time(exemplar, "timeUnixNano")), (wait, start));
+                    }
+                    "observer.deferred.run" => {
+                        assert!((value - (end - start) as f64 / 1e9).abs() < 1e-6);
+                        assert_eq!(time(exemplar, "timeUnixNano"), end);
+                    }
+                    other => panic!("an exemplar of {other}"),
+                }
+                found.insert((name.to_owned(), text(span, "name").to_owned()));
+            }
+        });
+        // Each kind of work waited and ran.
+        let kinds: BTreeSet<_> = pieces.iter().map(|piece| &piece.task).collect();
+        assert_eq!(found.len(), 2 * kinds.len(), "{found:?}");
+    }
+}
+
+/// Those of requests come in the end, whenever a collector is there to take them.
+#[test]
+fn a_collector_may_come_late() {
+    if is_skipped("a_collector_may_come_late") {
+        return;
+    }
+    for protocol in PROTOCOLS {
+        let port = free_port();
+        let server = Deferring::asyncio();
+        let observer = trace(server.pid(), &url(port), protocol, &[("OTEL_METRICS_EXPORTER", "none")]);
+        let mut connection = BufReader::new(http::connect(server.port));
+        ask(&mut connection, "/job/0");
+        assert!(observer.message().contains("no traces to"));
+        let mut receiver = Receiver::start_at(port, protocol, &[]);
+        assert!(observer.message().contains("takes traces again"));
+        let mut all = receiver.within(Duration::from_secs(1));
+        all.extend(receiver.stop());
+        ask(&mut connection, "/job/1");
+        assert!(observer.message().contains("no traces to"));
+        ask(&mut connection, "/job/2");
+        server.wait_for(3 * PIECES);
+        thread::sleep(Duration::from_secs(2));
+        receiver = Receiver::start_at(port, protocol, &[]);
+        assert!(observer.message().contains("takes traces again"));
+        all.extend(receiver.within(Duration::from_secs(1)));
+        let figures = figures_of(&observer);
+        assert_eq!(figures["observer_self_otlp_dropped_total"], 0.0);
+        let told = &observer.finish().0["self"]["otlp"];
+        all.extend(receiver.within(Duration::from_secs(1)));
+        let spans = spans(&all);
+        assert_eq!(spans.len(), 3 * (PIECES + 1), "{protocol}: {told}");
+        assert_eq!(
+            (&told[0]["signal"], told[0]["delivered"].as_u64()),
+            (&"traces".into(), Some(spans.len() as u64))
+        );
+        let requests = spans.iter().filter(|(_, span)| span["kind"] == "SPAN_KIND_SERVER");
+        assert_eq!(requests.count(), 3);
+    }
+}
+
+/// What nobody takes in time is told, and the end does not wait for it.
+#[test]
+fn what_is_not_delivered_is_told() {
+    if is_skipped("what_is_not_delivered_is_told") {
+        return;
+    }
+    let server = Deferring::asyncio();
+    let none = [("OTEL_METRICS_EXPORTER", "none")];
+    let observer = trace(server.pid(), &url(free_port()), "http/protobuf", &none);
+    let mut connection = BufReader::new(http::connect(server.port));
+    ask(&mut connection, "/job/0");
+    server.wait_for(PIECES);
+    assert!(observer.message().contains("no traces to"));
+    thread::sleep(Duration::from_secs(1));
+    let begin = Instant::now();
+    let (report, messages) = observer.finish_talking();
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    assert_eq!(report.0["self"]["otlp"][0]["delivered"], 0);
+    let expected = format!("{} spans were not delivered", PIECES + 1);
+    assert!(messages.iter().any(|message| message.contains(&expected)), "{messages:?}");
+}
+
+/// A stall is an event of the request that it hit.
+#[test]
+fn a_stall_is_told_with_its_request() {
+    if is_skipped("a_stall_is_told_with_its_request") {
+        return;
+    }
+    let server = Server::asyncio();
+    let receiver = Receiver::start("http", &[]);
+    let observer = trace(server.pid(), &url(receiver.port), "http/protobuf", &[]);
+    server.block("sleep", 120);
+    thread::sleep(Duration::from_secs(2));
+    observer.finish();
+    let requests = receiver.stop();
+    let all = spans(&requests);
+    let (_, server) = all.iter().find(|(_, span)| span["kind"] == "SPAN_KIND_SERVER").expect("a request");
+    let own = all.iter().map(|(_, span)| span).find(|span| span["name"] == "stall");
+    let (begin, seconds, told) = match (&server["events"][0], own) {
+        (event, None) => {
+            assert_eq!(event["name"], "stall", "{all:#?}");
+            let told = event["attributes"].as_array().unwrap();
+            let seconds = told.iter().find(|one| one["key"] == "observer.stall.duration").unwrap();
+            (
+                time(event, "timeUnixNano"),
+                seconds["value"]["doubleValue"].as_f64().unwrap(),
+                &event["attributes"],
+            )
+        }
+        (_, Some(span)) => {
+            assert_eq!(span["parentSpanId"], server["spanId"]);
+            assert_eq!(span["traceId"], server["traceId"]);
+            let begin = time(span, "startTimeUnixNano");
+            (begin, (time(span, "endTimeUnixNano") - begin) as f64 / 1e9, &span["attributes"])
+        }
+    };
+    assert!((0.12..0.2).contains(&seconds), "{seconds}");
+    assert_eq!(attributes(told)["observer.stall.cause"], "sleep");
+    assert!(begin.abs_diff(time(server, "startTimeUnixNano")) < 100_000_000, "{server:#}");
+    let mut exemplars = 0;
+    for_each_point(&requests, |_, metric, _, point| {
+        for exemplar in point["exemplars"].as_array().into_iter().flatten() {
+            if metric["name"] == "observer.reactor.slice" {
+                assert_eq!(
+                    (&exemplar["traceId"], &exemplar["spanId"]),
+                    (&server["traceId"], &server["spanId"])
+                );
+                assert!((exemplar["asDouble"].as_f64().unwrap() - seconds).abs() < 1e-6);
+                exemplars += 1;
+            }
+        }
+    });
+    assert_eq!(exemplars, 1);
+}

@@ -110,8 +110,11 @@ fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&
     let (begin, end) = (time(server, "startTimeUnixNano"), time(server, "endTimeUnixNano"));
     assert!(begin < end && end - begin < 100_000_000, "{server:#}");
 
+    let tasks: BTreeSet<_> = pieces.iter().map(|piece| piece.task.as_str()).collect();
     let mut starts = BTreeMap::<&str, Vec<u64>>::new();
-    for span in spans.iter().filter(|span| span["kind"] != "SPAN_KIND_SERVER") {
+    // Where others keep it from its CPU, it stalls.
+    let is_own = |span: &&&Value| span["kind"] != "SPAN_KIND_SERVER" && span["name"] != "stall";
+    for span in spans.iter().filter(is_own) {
         assert_eq!(span["kind"], "SPAN_KIND_CONSUMER", "{span:#}");
         let (name, parent) = (text(span, "name"), text(span, "parentSpanId"));
         let parent = by_id.get(parent).unwrap_or_else(|| panic!("no parent of {span:#}"));
@@ -119,6 +122,8 @@ fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&
         assert_eq!(links.len(), 1);
         assert_eq!((&links[0]["traceId"], &links[0]["spanId"]), (&span["traceId"], &parent["spanId"]));
         match parent_of(name) {
+            // The library's own, of which the server knows nothing.
+            _ if !tasks.contains(name) => continue,
             Some(expected) => assert_eq!(parent["name"], expected, "{span:#}"),
             // It may be tried again by itself.
             None => {
@@ -201,6 +206,10 @@ fn a_request_and_what_it_put_off_are_one_trace() {
             for exemplar in point["exemplars"].as_array().into_iter().flatten() {
                 let span = known[&(text(exemplar, "traceId"), text(exemplar, "spanId"))];
                 let name = text(metric, "name");
+                if name == "observer.reactor.slice" {
+                    assert_eq!(span["kind"], "SPAN_KIND_SERVER");
+                    continue;
+                }
                 assert_eq!(attributes(&point["attributes"])["task"], text(span, "name"));
                 let value = exemplar["asDouble"].as_f64().unwrap();
                 let (start, end) = (time(span, "startTimeUnixNano"), time(span, "endTimeUnixNano"));
@@ -218,9 +227,11 @@ fn a_request_and_what_it_put_off_are_one_trace() {
                 found.insert((name.to_owned(), text(span, "name").to_owned()));
             }
         });
-        // Each kind of work waited and ran.
-        let kinds: BTreeSet<_> = pieces.iter().map(|piece| &piece.task).collect();
-        assert_eq!(found.len(), 2 * kinds.len(), "{found:?}");
+        for task in pieces.iter().map(|piece| &piece.task) {
+            for name in ["observer.deferred.wait", "observer.deferred.run"] {
+                assert!(found.contains(&(name.to_owned(), task.clone())), "{name} of {task}");
+            }
+        }
     }
 }
 
@@ -251,16 +262,22 @@ fn a_collector_may_come_late() {
         all.extend(receiver.within(Duration::from_secs(1)));
         let figures = figures_of(&observer);
         assert_eq!(figures["observer_self_otlp_dropped_total"], 0.0);
-        let told = &observer.finish().0["self"]["otlp"];
+        let report = observer.finish();
+        let told = &report.0["self"]["otlp"];
         all.extend(receiver.within(Duration::from_secs(1)));
         let spans = spans(&all);
-        assert_eq!(spans.len(), 3 * (PIECES + 1), "{protocol}: {told}");
-        assert_eq!(
-            (&told[0]["signal"], told[0]["delivered"].as_u64()),
-            (&"traces".into(), Some(spans.len() as u64))
-        );
-        let requests = spans.iter().filter(|(_, span)| span["kind"] == "SPAN_KIND_SERVER");
-        assert_eq!(requests.count(), 3);
+        assert_eq!(told[0]["signal"], "traces");
+        assert_eq!(told[0]["delivered"].as_u64(), Some(spans.len() as u64), "{protocol}: {told}");
+        let pieces = server.pieces();
+        for request in ["0", "1", "2"] {
+            let path = format!("/job/{request}");
+            let is_asked = |span: &Value| attributes(&span["attributes"]).get("url.path") == Some(&path);
+            let (_, asked) = spans.iter().find(|(_, span)| is_asked(span)).expect("each request");
+            let trace = spans.iter().map(|(_, span)| span).filter(|span| span["traceId"] == asked["traceId"]);
+            let of_request = |piece: &&Piece| piece.request == request;
+            let pieces: Vec<_> = pieces.iter().filter(of_request).cloned().collect();
+            assert_eq!(assert_trace(&trace.collect::<Vec<_>>(), &path, &pieces, None).len(), PIECES);
+        }
     }
 }
 
@@ -282,8 +299,11 @@ fn what_is_not_delivered_is_told() {
     let (report, messages) = observer.finish_talking();
     assert!(begin.elapsed() < Duration::from_secs(5));
     assert_eq!(report.0["self"]["otlp"][0]["delivered"], 0);
-    let expected = format!("{} spans were not delivered", PIECES + 1);
-    assert!(messages.iter().any(|message| message.contains(&expected)), "{messages:?}");
+    let told =
+        messages.iter().find_map(|message| message.strip_suffix(": the collector did not take them in time"));
+    let told = told.unwrap_or_else(|| panic!("{messages:?}"));
+    let lost = told.strip_suffix(" spans were not delivered").unwrap().rsplit(' ').next().unwrap();
+    assert!(lost.parse::<usize>().unwrap() > PIECES, "{told}");
 }
 
 /// A stall is an event of the request that it hit.

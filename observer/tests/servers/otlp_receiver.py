@@ -10,7 +10,7 @@ import json
 import ssl
 import sys
 from concurrent import futures
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2, json_format
@@ -26,7 +26,10 @@ ANSWERS = [argument.partition("=")[::2] for argument in sys.argv[3:] if not argu
 
 
 def show(headers, request):
-    print(json.dumps({"headers": headers, "request": readable(json_format.MessageToDict(request))}), flush=True)
+    line = json.dumps({"headers": headers, "request": readable(json_format.MessageToDict(request))})
+    # At once: several threads write.
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def readable(value):
@@ -117,7 +120,7 @@ if PROTOCOL == "grpc":
     print(port, flush=True)
     server.wait_for_termination()
 else:
-    server = HTTPServer(("127.0.0.1", int(PORT)), Http)
+    server = ThreadingHTTPServer(("127.0.0.1", int(PORT)), Http)
     if TLS:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(TLS[0])

@@ -253,9 +253,8 @@ mod tests {
         let it = process(child.id());
         let mut resources = Resources::new(&settings(), SystemTime::now());
         // The variables are those of the program once that has been started.
-        let is_started = |pid| {
-            super::process::environment(pid).contains_key(OsString::from("OTEL_SERVICE_NAME").as_os_str())
-        };
+        let is_started =
+            |pid| process::environment(pid).contains_key(OsString::from("OTEL_SERVICE_NAME").as_os_str());
         while !is_started(it.pid) {
             std::thread::yield_now();
         }

@@ -376,7 +376,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::export::otlp::testing::settings;
+    use crate::export::otlp::testing::endpoint;
 
     fn details(seconds: i64) -> Bytes {
         let info = RetryInfo { retry_delay: Some(Delay { seconds, nanos: 5 }) };
@@ -450,7 +450,7 @@ mod tests {
                 String::from_utf8_lossy(&seen).into_owned()
             });
             let uri = format!("http://127.0.0.1:{port}/{}", ExportTraceServiceRequest::HTTP).parse().unwrap();
-            let transport = Transport::new(Endpoint { uri, ..settings().metrics }).unwrap();
+            let transport = Transport::new(Endpoint { uri, ..endpoint() }).unwrap();
             let rejected = transport.send::<ExportTraceServiceRequest>(sent).await;
             assert_eq!(rejected, Ok(Rejected { items: 3, why: "late".into() }));
             let seen = receiver.await.unwrap();

@@ -152,7 +152,7 @@ pub(crate) struct Output {
     /// No Prometheus endpoint
     #[arg(long, conflicts_with = "listen")]
     pub(crate) no_listen: bool,
-    /// Push metrics to the OpenTelemetry collector at this address, such as http://localhost:4318
+    /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
     ///
     /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.
     #[arg(long, value_name = "URL")]

@@ -74,10 +74,10 @@ fn time(span: &Value, key: &str) -> u64 {
 }
 
 /// Wall time when the monotonic clock began.
-fn offset() -> u64 {
+fn offset() -> Duration {
     let monotonic: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap().into();
     let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    (wall - monotonic).as_nanos().try_into().unwrap()
+    wall - monotonic
 }
 
 /// What must have put each task of the server off; `None` for what the request itself did.
@@ -140,7 +140,8 @@ fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&
     let offset = offset();
     let mut off = Vec::new();
     for piece in pieces {
-        let start = piece.start_ns as u64 + offset;
+        let start = offset + Duration::from_secs_f64(piece.start_ns / 1e9);
+        let start = u64::try_from(start.as_nanos()).unwrap();
         let found = starts.get_mut(piece.task.as_str()).unwrap_or_else(|| panic!("no {}", piece.task));
         let nearest = (0..found.len()).min_by_key(|&at| found[at].abs_diff(start)).expect("one for each");
         off.push(Duration::from_nanos(found.remove(nearest).abs_diff(start)));

@@ -220,10 +220,12 @@ impl Follower {
 
     /// Takes in what the programs have passed on.
     pub(super) fn collect(&mut self, maps: &mut Maps) {
+        // What is over first: its request was passed on before it, and so is among those fetched after.
+        let links = maps.links();
         for raw in maps.requests() {
             self.requests.add(raw.id, origin::decode(&raw));
         }
-        for raw in maps.links() {
+        for raw in links {
             self.link(&raw);
         }
     }

@@ -48,6 +48,7 @@ pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
         profiles: profiles(observe)?,
+        is_limited: observe.profiles.iter().any(|profile| profile == "auto"),
     };
     run(&selection, &observe.output)?;
     Ok(ExitCode::SUCCESS)

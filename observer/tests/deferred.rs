@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -71,6 +71,11 @@ impl Deferring {
 
     fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// Observes it by this profile, at any cost.
+    fn observe(&self, profile: &str) -> Observer {
+        Observer::start(&["--pid", &self.pid().to_string(), "--no-listen", "--profile", profile])
     }
 
     /// What it has written down so far.
@@ -233,7 +238,7 @@ fn jobs_for(pieces: usize, of_job: usize) -> usize {
 fn asyncio_links_each_piece_to_its_request() {
     let of_job = 15;
     let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
-    let observer = Observer::of(server.pid());
+    let observer = server.observe("asyncio");
     let jobs = jobs_for(10_000, of_job);
     server.load(jobs, of_job);
     let report = observer.finish();
@@ -249,7 +254,7 @@ fn tokio_links(flavour: &str) {
     let mut command = Command::new(example("deferred_tokio"));
     command.arg(flavour);
     let server = Deferring::start(command);
-    let observer = Observer::of(server.pid());
+    let observer = server.observe("tokio");
     server.load(jobs_for(10_000, of_job), of_job);
     let report = observer.finish();
     let pieces = server.pieces();
@@ -271,7 +276,7 @@ fn tokio_links_each_task_of_several_threads() {
 fn node_links_what_its_pool_of_threads_does() {
     let of_job = 17;
     let server = Deferring::script("node", "deferred_node.js");
-    let observer = Observer::of(server.pid());
+    let observer = server.observe("node");
     server.load(jobs_for(20_000, of_job), of_job);
     let report = observer.finish();
     // What timers and promises handed on has no link to anything.
@@ -345,4 +350,31 @@ fn requests_that_overlap_are_nobodys() {
     assert_eq!(links.len(), 4, "{links:?}");
     // It is known when they came, but not which it was.
     assert!(links.iter().all(|link| link["origin"]["path"].is_null()), "{links:?}");
+}
+
+#[test]
+fn what_costs_too_much_is_no_longer_followed_unless_it_is_asked_for() {
+    if is_emulated() {
+        eprintln!(
+            "skipped: what_costs_too_much_is_no_longer_followed: an emulated machine is too slow to cost so much"
+        );
+        return;
+    }
+    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let observer = Observer::of(server.pid());
+    // Far more than 25,000 traps a second, for longer than three seconds.
+    let end = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < end {
+        thread::scope(|scope| {
+            for _ in 0..CLIENTS {
+                scope.spawn(|| http::get_many(server.port, "/job/1", 20));
+            }
+        });
+    }
+    let report = observer.finish();
+    let missing = report.0["self"]["missing"].as_array().unwrap();
+    let missing: Vec<_> = missing.iter().filter_map(|missing| missing["reason"].as_str()).collect();
+    assert!(missing.iter().any(|reason| reason.contains("--profile asyncio")), "{missing:?}");
+    assert_eq!(report.target(server.pid())["hooks"].as_array().unwrap().len(), 0);
+    assert!(report.reactor(server.pid())["slices"].as_u64().unwrap() > 100);
 }

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     mem,
     sync::Arc,
+    time::Instant,
 };
 
 use anyhow::{Result, anyhow};
@@ -45,9 +46,18 @@ const KEPT: usize = 32_768;
 /// Names of kinds of work that are remembered for each process.
 const NAMES: usize = 1024;
 
+/// How often a process may come to the places of a profile that nobody asked for by name, a second: each time costs it
+/// about 2 us, all of them 5 % of a CPU.
+const HITS_PER_SECOND: u64 = 25_000;
+
+/// How often in a row it may be more than that.
+const PATIENCE: u32 = 3;
+
 /// Whose deferred work is followed.
 #[derive(Default)]
 pub(super) struct Follower {
+    /// Whether it is followed only where that costs little.
+    is_limited: bool,
     /// By process id.
     processes: HashMap<u32, Process>,
     /// Of these, the ones whose connections have not been looked at.
@@ -82,6 +92,10 @@ struct Process {
     /// How often it has been looked at.
     looks: u32,
     hooks: Vec<Attached>,
+    /// How often it had come to them when last looked at, and when that was.
+    hits: Option<(u64, Instant)>,
+    /// How often in a row it has come there too often.
+    excesses: u32,
     /// What its kinds of work are called.
     names: HashMap<ClassKey, Arc<str>>,
     /// What work is called whose kind is not told, by its space.
@@ -109,6 +123,11 @@ impl Requests {
 }
 
 impl Follower {
+    /// Follows nobody yet, and later, if it is limited, only where that costs little.
+    pub(super) fn new(is_limited: bool) -> Self {
+        Self { is_limited, ..Self::default() }
+    }
+
     /// Brings a target up to date, which has started so many programs by now. Tells what
     /// goes unseen.
     pub(super) fn refresh(
@@ -124,7 +143,10 @@ impl Follower {
             self.end(maps, pid);
         }
         let process = self.processes.entry(pid).or_insert_with(|| Process { execs, ..Process::default() });
-        if !process.hooks.is_empty() || process.looks == LOOKS {
+        if !process.hooks.is_empty() {
+            return self.limit(maps, pid).into_iter().collect();
+        }
+        if process.looks == LOOKS {
             return Vec::new();
         }
         process.looks += 1;
@@ -148,6 +170,29 @@ impl Follower {
             process.looks = LOOKS;
         }
         missing
+    }
+
+    /// Follows a process no longer if that costs it too much.
+    fn limit(&mut self, maps: &mut Maps, pid: u32) -> Option<Missing> {
+        let process = self.processes.get_mut(&pid).filter(|_| self.is_limited)?;
+        let hits = process.hooks.iter().map(|hook| hook.figures(maps).hits).sum::<u64>();
+        let (before, since) = process.hits.replace((hits, Instant::now()))?;
+        let milliseconds = u64::try_from(since.elapsed().as_millis()).ok()?.max(1);
+        let rate = hits.saturating_sub(before) * 1000 / milliseconds;
+        process.excesses = if rate > HITS_PER_SECOND { process.excesses + 1 } else { 0 };
+        if process.excesses < PATIENCE {
+            return None;
+        }
+        let (execs, profile) = (process.execs, process.hooks.first()?.profile().to_owned());
+        self.end(maps, pid);
+        self.processes.insert(pid, Process { execs, looks: LOOKS, ..Process::default() });
+        Some(Missing {
+            source: format!("deferred work of process {pid}"),
+            reason: format!(
+                "{rate} traps a second into the kernel would cost it {} % of a CPU; --profile {profile} follows it all the same",
+                rate / 5_000
+            ),
+        })
     }
 
     /// Attaches to all places of a runtime, or to none: half of them would tell half-truths.

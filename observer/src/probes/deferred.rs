@@ -153,6 +153,11 @@ impl Attached {
         }
     }
 
+    /// Name of the profile.
+    pub(crate) fn profile(&self) -> &str {
+        &self.profile
+    }
+
     /// Whether work goes on here.
     pub(crate) fn is_restore(&self) -> bool {
         self.verb == Verb::Restore

@@ -299,24 +299,25 @@ impl Follower {
         let unmatched = hooks.iter().filter(|(is_restore, _)| *is_restore);
         let unmatched = unmatched.map(|(_, hook)| hook.hits.saturating_sub(hook.matches)).sum();
         let of_process = entries(&maps.classes).into_iter().filter(|(key, _)| key.tgid == pid);
-        let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>)>::new();
+        let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>, bool)>::new();
         let mut is_waiting = false;
         for (key, raw) in of_process {
             is_waiting |= raw.pending > 0;
-            let (sum, _) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None));
+            let (sum, _, is_told) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None, true));
             deferred::add(sum, &raw);
+            *is_told &= !matches!(key.naming, 0 | ClassKey::OTHERS);
         }
         if is_waiting {
             for (_, unit) in entries(&maps.units).iter().filter(|entry| deferred::waits(entry, pid)) {
-                if let Some((_, oldest)) = classes.get_mut(&self.name(unit.class)) {
+                if let Some((_, oldest, _)) = classes.get_mut(&self.name(unit.class)) {
                     *oldest = Some(oldest.map_or(unit.queued_ns, |oldest| oldest.min(unit.queued_ns)));
                 }
             }
         }
         let deferred = classes
             .into_iter()
-            .filter(|(_, (raw, _))| raw.enqueued > 0 || raw.pending > 0)
-            .map(|(name, (raw, oldest))| deferred::decode(&name, &raw, oldest))
+            .filter(|(_, (raw, ..))| raw.enqueued > 0 || raw.pending > 0)
+            .map(|(name, (raw, oldest, is_told))| deferred::decode(&name, is_told, &raw, oldest))
             .collect();
         Figures { deferred, hooks: hooks.into_iter().map(|(_, hook)| hook).collect(), unmatched }
     }

@@ -11,7 +11,7 @@ use super::{histogram::Histogram, request::Request, snapshot::LATE};
 pub(crate) struct Deferred {
     /// What the kind is called.
     pub(crate) task: String,
-    /// Whether that is known from where the work is put off. Else this is work of any kind that has not started.
+    /// Whether it is one kind. Else this is work of any kind, told when it starts, that has not started.
     #[serde(skip)]
     pub(crate) is_told: bool,
     /// Pieces put off; where only their start tells the kind, those that have started.
@@ -55,7 +55,9 @@ impl Deferred {
         const LONG: f64 = 1.0;
 
         let limit = (FAR * self.wait.max()).max(LONG);
-        self.wait.count() >= ENOUGH && self.oldest_seconds.is_some_and(|oldest| oldest >= limit)
+        self.is_told
+            && self.wait.count() >= ENOUGH
+            && self.oldest_seconds.is_some_and(|oldest| oldest >= limit)
     }
 
     /// Of so many pieces that were forgotten, those that somebody has to know of. Not of work of any kind: timers that are

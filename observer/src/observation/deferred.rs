@@ -81,8 +81,16 @@ struct Process {
     hooks: Vec<Attached>,
     /// What its kinds of work are called.
     names: HashMap<ClassKey, Arc<str>>,
-    /// What work is called whose kind is not told, by its space.
-    spaces: HashMap<u64, String>,
+    /// Spaces of its keys, by number.
+    spaces: HashMap<u64, Space>,
+}
+
+/// Work whose kind is not told where it is put off.
+struct Space {
+    /// What it is called.
+    work: String,
+    /// Whether its kind is told when it starts.
+    is_told_later: bool,
 }
 
 /// The latest requests, by number.
@@ -197,7 +205,10 @@ impl Follower {
         }
         let process = self.processes.entry(pid).or_default();
         process.hooks.extend(attached.into_iter().rev());
-        process.spaces.extend(numbers.values().map(|&number| (number.into(), profile.name.clone())));
+        let is_told_later = wanted.iter().any(|hook| hook.tells_later());
+        let work = format!("{} work", profile.name);
+        let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_told_later }));
+        process.spaces.extend(spaces);
         self.adopt_connections(maps, pid);
         Ok(())
     }
@@ -254,10 +265,7 @@ impl Follower {
         let name: Arc<str> = if class.naming == ClassKey::OTHERS {
             "other".into()
         } else if class.naming == 0 {
-            process
-                .spaces
-                .get(&class.value)
-                .map_or(UNKNOWN.into(), |profile| format!("{profile} work").into())
+            process.spaces.get(&class.value).map_or(UNKNOWN.into(), |space| space.work.as_str().into())
         } else {
             let naming = Naming::of(class.naming);
             let named = naming.map(|naming| self.names.of(pid, naming, class.value));
@@ -274,6 +282,16 @@ impl Follower {
             process.names.insert(class, Arc::clone(&name));
         }
         name
+    }
+
+    /// Whether this is work of one kind, and not of any.
+    fn is_told(&self, class: ClassKey) -> bool {
+        let space = self.processes.get(&class.tgid).and_then(|process| process.spaces.get(&class.value));
+        match class.naming {
+            ClassKey::OTHERS => false,
+            0 => space.is_some_and(|space| !space.is_told_later),
+            _ => true,
+        }
     }
 
     /// The request of this number, if anything tells of it.
@@ -305,7 +323,7 @@ impl Follower {
             is_waiting |= raw.pending > 0;
             let (sum, _, is_told) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None, true));
             deferred::add(sum, &raw);
-            *is_told &= !matches!(key.naming, 0 | ClassKey::OTHERS);
+            *is_told &= self.is_told(key);
         }
         if is_waiting {
             for (_, unit) in entries(&maps.units).iter().filter(|entry| deferred::waits(entry, pid)) {

@@ -287,6 +287,11 @@ impl Hook {
         }
     }
 
+    /// Whether it tells the kind of work that has been put off before.
+    pub(crate) fn tells_later(&self) -> bool {
+        self.verb == Verb::Restore && self.class.iter().any(|case| case.named != Naming::SameWork)
+    }
+
     /// What people call the place.
     pub(crate) fn place(&self) -> String {
         match &self.site {

@@ -58,7 +58,7 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
             look: Look::Lines,
             unit: Unit::Seconds,
             queries: &[(
-                "topk(10, histogram_quantile(0.99, sum by (le, job, instance, comm, container, pid, task) (rate(observer_deferred_wait_seconds_bucket{SELECTED}[$__rate_interval]))))",
+                "topk(10, histogram_quantile(0.99, sum by (le, job, instance, comm, container, pid, task) (rate(observer_deferred_wait_seconds_bucket{SELECTED}[$__rate_interval]))) >= 0)",
                 KIND,
             )],
             more: Some(&("reactor", "Event loops of this process", &["instance", "comm", "pid"])),
@@ -69,7 +69,7 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
             look: Look::Lines,
             unit: Unit::Seconds,
             queries: &[(
-                "topk(10, histogram_quantile(0.99, sum by (le, job, instance, comm, container, pid, task) (rate(observer_deferred_run_seconds_bucket{SELECTED}[$__rate_interval]))))",
+                "topk(10, histogram_quantile(0.99, sum by (le, job, instance, comm, container, pid, task) (rate(observer_deferred_run_seconds_bucket{SELECTED}[$__rate_interval]))) >= 0)",
                 KIND,
             )],
             more: None,

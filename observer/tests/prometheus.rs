@@ -89,11 +89,11 @@ impl<'s> Load<'s> {
 
 /// Asks for a few jobs a second, each of which leaves work behind.
 fn defer(server: &Deferring, is_over: &AtomicBool) {
-    let mut connection = BufReader::new(http::connect(server.port));
     for job in 0.. {
         if is_over.load(Ordering::Relaxed) {
             break;
         }
+        let mut connection = BufReader::new(http::connect(server.port));
         ask(&mut connection, &format!("/job/{job}"));
         thread::sleep(Duration::from_millis(250));
     }

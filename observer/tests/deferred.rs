@@ -81,7 +81,7 @@ impl Deferring {
             .map(|line| Piece {
                 // Servers that write down the query know more than observer may.
                 request: line["request"].as_str().unwrap().split('?').next().unwrap().to_owned(),
-                task: line["class"].as_str().unwrap_or_default().to_owned(),
+                task: line["class"].as_str().or(line["name"].as_str()).unwrap_or_default().to_owned(),
                 is_lost: line["through"].as_str().is_some_and(|through| through != "native"),
                 start_ns: line["start"].as_f64().unwrap(),
             })
@@ -188,7 +188,8 @@ fn compare(report: &Report, pid: u32, pieces: &[Piece], task_of: impl Fn(&str) -
                     verdict.matched += 1;
                 }
                 None => {
-                    eprintln!("unmatched: {key:?} at {start}");
+                    let who = pieces.iter().find(|piece| piece.start_ns.to_bits() == start.to_bits());
+                    eprintln!("unmatched: {key:?}: {who:?}");
                     verdict.unmatched += 1;
                 }
             }
@@ -277,4 +278,71 @@ fn node_links_what_its_pool_of_threads_does() {
     let pieces: Vec<_> = server.pieces().into_iter().filter(|piece| !piece.is_lost).collect();
     let verdict = compare(&report, server.pid(), &pieces, |_| None);
     assert_true("node", &report, server.pid(), &verdict, pieces.len());
+}
+
+#[test]
+fn a_library_of_ones_own_is_named_on_the_command_line() {
+    let of_job = 4;
+    let server = Deferring::start(Command::new(example("deferred_library")));
+    let pid = server.pid().to_string();
+    let hooks = [
+        "--snapshot",
+        "deferred_lib:context_snapshot:arg0",
+        "--restore",
+        "deferred_lib:context_restore:arg0",
+    ];
+    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    server.load(jobs_for(10_000, of_job), of_job);
+    let report = observer.finish();
+    let pieces = server.pieces();
+    let verdict = compare(&report, server.pid(), &pieces, |_| None);
+    assert_true("a library", &report, server.pid(), &verdict, pieces.len());
+    let kind = &report.target(server.pid())["deferred"][0];
+    assert_eq!(kind["enqueued"], pieces.len(), "{kind:#}");
+    assert_eq!((&kind["started"], &kind["finished"]), (&kind["enqueued"], &kind["enqueued"]), "{kind:#}");
+}
+
+#[test]
+fn connections_from_before_are_known_as_well() {
+    let server = Deferring::start(Command::new(example("deferred_library")));
+    let mut connection = BufReader::new(http::connect(server.port));
+    ask(&mut connection, "/job/before");
+    let pid = server.pid().to_string();
+    let hooks = [
+        "--snapshot",
+        "deferred_lib:context_snapshot:arg0",
+        "--restore",
+        "deferred_lib:context_restore:arg0",
+    ];
+    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    ask(&mut connection, "/job/after");
+    wait_for("the tasks", || (server.pieces().len() == 8).then_some(()));
+    let report = observer.finish();
+    let pieces: Vec<_> = server.pieces().into_iter().filter(|piece| piece.request == "after").collect();
+    let verdict = compare(&report, server.pid(), &pieces, |_| None);
+    assert_eq!((verdict.matched, verdict.wrong, verdict.unmatched), (4, 0, 0));
+}
+
+#[test]
+fn requests_that_overlap_are_nobodys() {
+    let server = Deferring::start(Command::new(example("deferred_library")));
+    let pid = server.pid().to_string();
+    let hooks = [
+        "--snapshot",
+        "deferred_lib:context_snapshot:arg0",
+        "--restore",
+        "deferred_lib:context_restore:arg0",
+    ];
+    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    let mut connection = http::connect(server.port);
+    // Two in one go: the server, which looks at the first alone, works for one of them.
+    let two = "GET /job/1 HTTP/1.1\r\nHost: test\r\n\r\n".repeat(2);
+    connection.write_all(two.as_bytes()).unwrap();
+    wait_for("the tasks", || (server.pieces().len() >= 4).then_some(()));
+    let report = observer.finish();
+    let links = &report.target(server.pid())["deferred"][0]["links"];
+    let links = links.as_array().unwrap();
+    assert_eq!(links.len(), 4, "{links:?}");
+    // It is known when they came, but not which it was.
+    assert!(links.iter().all(|link| link["origin"]["path"].is_null()), "{links:?}");
 }

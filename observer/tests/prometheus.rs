@@ -99,7 +99,7 @@ fn defer(server: &Deferring, is_over: &AtomicBool) {
     }
 }
 
-/// A program with a library of its own for deferred work: see `servers/deferred_library.rs`.
+/// A program with a library of its own for deferred work: see `servers/told_library.rs`.
 struct Library {
     process: Process,
     commands: ChildStdin,
@@ -110,15 +110,15 @@ impl Library {
     /// What observer has to be told of it.
     const HOOKS: [&str; 6] = [
         "--snapshot",
-        "deferred_library:task_submit:arg0",
+        "told_library:task_submit:arg0",
         "--restore",
-        "deferred_library:task_execute:arg0",
+        "told_library:task_execute:arg0",
         "--forget",
-        "deferred_library:task_free:arg0",
+        "told_library:task_free:arg0",
     ];
 
     fn start() -> Self {
-        let mut command = Command::new(example("deferred_library"));
+        let mut command = Command::new(example("told_library"));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
         let mut library = Self { process: Process(child), commands, answers: BufReader::new(answers) };

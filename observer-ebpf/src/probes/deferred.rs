@@ -145,7 +145,7 @@ impl At<'_> {
             outer: current,
             ..Unit::default()
         };
-        if UNITS.insert(key, &unit, u64::from(BPF_ANY)).is_err() {
+        if UNITS.insert(key, unit, u64::from(BPF_ANY)).is_err() {
             lost(Loss::UnitsFull);
             return None;
         }
@@ -280,7 +280,7 @@ impl At<'_> {
             if (*unit).id != current.unit {
                 return None;
             }
-            if UNITS.insert(key, &*unit, u64::from(BPF_ANY)).is_err() {
+            if UNITS.insert(key, *unit, u64::from(BPF_ANY)).is_err() {
                 lost(Loss::UnitsFull);
                 return None;
             }

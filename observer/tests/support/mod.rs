@@ -5,6 +5,7 @@ pub(crate) mod acceptor;
 pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod observer;
+pub(crate) mod otlp;
 pub(crate) mod prometheus;
 pub(crate) mod servers;
 

@@ -29,11 +29,11 @@ const SLACK: f64 = 0.1;
 const SLACK_OF_HALF: f64 = 0.002;
 
 /// A server that defers work and writes down for whom.
-struct Deferring {
+pub(crate) struct Deferring {
     process: Process,
     /// Kept open: what the server prints has to go somewhere.
     _output: BufReader<ChildStdout>,
-    port: u16,
+    pub(crate) port: u16,
     truth: PathBuf,
     _files: TempDir,
 }
@@ -63,13 +63,13 @@ impl Deferring {
         Self { process, _output: output, port, truth, _files: files }
     }
 
-    fn script(program: &str, name: &str) -> Self {
+    pub(crate) fn script(program: &str, name: &str) -> Self {
         let mut command = Command::new(program);
         command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name));
         Self::start(command)
     }
 
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
@@ -124,7 +124,7 @@ impl Deferring {
 }
 
 /// One request on a connection that is kept alive.
-fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
+pub(crate) fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
     write!(connection.get_mut(), "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
     let mut length = 0;
     loop {

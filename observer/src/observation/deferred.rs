@@ -98,8 +98,16 @@ struct Process {
     excesses: u32,
     /// What its kinds of work are called.
     names: HashMap<ClassKey, Arc<str>>,
-    /// What work is called whose kind is not told, by its space.
-    spaces: HashMap<u64, String>,
+    /// Spaces of its keys, by number.
+    spaces: HashMap<u64, Space>,
+}
+
+/// Work whose kind is not told where it is put off.
+struct Space {
+    /// What it is called.
+    work: String,
+    /// Whether its kind is told when it starts.
+    is_told_later: bool,
 }
 
 /// The latest requests, by number.
@@ -245,7 +253,10 @@ impl Follower {
         }
         let process = self.processes.entry(pid).or_default();
         process.hooks.extend(attached.into_iter().rev());
-        process.spaces.extend(numbers.values().map(|&number| (number.into(), profile.name.clone())));
+        let is_told_later = wanted.iter().any(|hook| hook.tells_later());
+        let work = format!("{} work", profile.name);
+        let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_told_later }));
+        process.spaces.extend(spaces);
         self.new.push(pid);
         Ok(())
     }
@@ -306,10 +317,7 @@ impl Follower {
         let name: Arc<str> = if class.naming == ClassKey::OTHERS {
             "other".into()
         } else if class.naming == 0 {
-            process
-                .spaces
-                .get(&class.value)
-                .map_or(UNKNOWN.into(), |profile| format!("{profile} work").into())
+            process.spaces.get(&class.value).map_or(UNKNOWN.into(), |space| space.work.as_str().into())
         } else {
             let naming = Naming::of(class.naming);
             let named = naming.map(|naming| self.names.of(pid, naming, class.value));
@@ -326,6 +334,16 @@ impl Follower {
             process.names.insert(class, Arc::clone(&name));
         }
         name
+    }
+
+    /// Whether this is work of one kind, and not of any.
+    fn is_told(&self, class: ClassKey) -> bool {
+        let space = self.processes.get(&class.tgid).and_then(|process| process.spaces.get(&class.value));
+        match class.naming {
+            ClassKey::OTHERS => false,
+            0 => space.is_some_and(|space| !space.is_told_later),
+            _ => true,
+        }
     }
 
     /// The request of this number, if anything tells of it.
@@ -351,24 +369,25 @@ impl Follower {
         let unmatched = hooks.iter().filter(|(is_restore, _)| *is_restore);
         let unmatched = unmatched.map(|(_, hook)| hook.hits.saturating_sub(hook.matches)).sum();
         let of_process = entries(&maps.classes).into_iter().filter(|(key, _)| key.tgid == pid);
-        let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>)>::new();
+        let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>, bool)>::new();
         let mut is_waiting = false;
         for (key, raw) in of_process {
             is_waiting |= raw.pending > 0;
-            let (sum, _) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None));
+            let (sum, _, is_told) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None, true));
             deferred::add(sum, &raw);
+            *is_told &= self.is_told(key);
         }
         if is_waiting {
             for (_, unit) in entries(&maps.units).iter().filter(|entry| deferred::waits(entry, pid)) {
-                if let Some((_, oldest)) = classes.get_mut(&self.name(unit.class)) {
+                if let Some((_, oldest, _)) = classes.get_mut(&self.name(unit.class)) {
                     *oldest = Some(oldest.map_or(unit.queued_ns, |oldest| oldest.min(unit.queued_ns)));
                 }
             }
         }
         let deferred = classes
             .into_iter()
-            .filter(|(_, (raw, _))| raw.enqueued > 0 || raw.pending > 0)
-            .map(|(name, (raw, oldest))| deferred::decode(&name, &raw, oldest))
+            .filter(|(_, (raw, ..))| raw.enqueued > 0 || raw.pending > 0)
+            .map(|(name, (raw, oldest, is_told))| deferred::decode(&name, is_told, &raw, oldest))
             .collect();
         Figures { deferred, hooks: hooks.into_iter().map(|(_, hook)| hook).collect(), unmatched }
     }

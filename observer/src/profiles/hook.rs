@@ -287,6 +287,11 @@ impl Hook {
         }
     }
 
+    /// Whether it tells the kind of work that has been put off before.
+    pub(crate) fn tells_later(&self) -> bool {
+        self.verb == Verb::Restore && self.class.iter().any(|case| case.named != Naming::SameWork)
+    }
+
     /// What people call the place.
     pub(crate) fn place(&self) -> String {
         match &self.site {
@@ -352,7 +357,7 @@ mod tests {
         let long = "{ when = ['arg0->0->0->0->0->0->0->0 == 1'], is = 'arg0->0->0->0->0', named = 'string' }";
         assert!(hook(&format!("function = 'f'\nclass = [{long}, {long}]")).is_ok());
         assert!(hook("function = 'f'\nwhen = ['arg0 == 1']").is_ok());
-        assert!(hook("function = 'f'\nwhen = ['arg0->0->0->0->0->0->0->0->0 == 1']").is_err());
+        assert!(hook("function = 'f'\nwhen = ['arg0+8->0->0->0->0->0->0->0->0 == 1']").is_err());
         let error = hook(&format!("function = 'f'\nclass = [{long}, {long}, {long}]")).unwrap_err();
         assert!(error.contains("steps"), "{error}");
     }

@@ -10,7 +10,6 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::pt_regs,
     helpers::{
         bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_kernel_buf,
         bpf_probe_read_user,
@@ -310,7 +309,7 @@ macro_rules! read {
                     "{} = *(u64 *)({} + {})",
                     out(reg) value,
                     in(reg) $ctx.regs,
-                    const core::mem::offset_of!(pt_regs, $field),
+                    const core::mem::offset_of!(aya_ebpf::bindings::pt_regs, $field),
                     options(nostack, readonly)
                 );
             }

@@ -36,7 +36,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work) {
         }
     } else if !is_nothing {
         let work = Work { since_ns: now, ..*next };
-        if WORK.insert(tid, &work, u64::from(BPF_ANY)).is_err() {
+        if WORK.insert(tid, work, u64::from(BPF_ANY)).is_err() {
             lost(Loss::WorkFull);
             return;
         }

@@ -48,6 +48,11 @@ Words:
 The live view needs a terminal that can place text (TERM=dumb cannot) and at least 50 x 12 characters; ? in it tells
 its keys. NO_COLOR turns its colours off. Messages wait until the terminal is given back; the latest is shown.
 
+Pushing: these variables are respected, those of OTEL_EXPORTER_OTLP_ also as OTEL_EXPORTER_OTLP_METRICS_…, which comes first:
+OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS, _TIMEOUT, _COMPRESSION (gzip), _CERTIFICATE, _CLIENT_CERTIFICATE,
+_CLIENT_KEY; OTEL_METRIC_EXPORT_INTERVAL (milliseconds; a minute without it), OTEL_RESOURCE_ATTRIBUTES, OTEL_SERVICE_NAME
+(of observer itself), OTEL_METRICS_EXPORTER=none, OTEL_SDK_DISABLED. Mind that sudo does not pass variables on unless told so.
+
 Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.";
 
 /// Anything but the main job.
@@ -147,9 +152,27 @@ pub(crate) struct Output {
     /// No Prometheus endpoint
     #[arg(long, conflicts_with = "listen")]
     pub(crate) no_listen: bool,
+    /// Push metrics to the OpenTelemetry collector at this address, such as http://localhost:4318
+    ///
+    /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.
+    #[arg(long, value_name = "URL")]
+    pub(crate) otlp_endpoint: Option<String>,
+    /// How to speak to it; without this and its variable, http/protobuf
+    #[arg(long, value_enum, value_name = "PROTOCOL")]
+    pub(crate) otlp_protocol: Option<Protocol>,
     /// Tell more about what observer does, the eBPF programs' own diagnostics included, on standard error
     #[arg(short, long)]
     pub(crate) verbose: bool,
+}
+
+/// How to speak to an OpenTelemetry collector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Protocol {
+    /// gRPC, usually at port 4317
+    Grpc,
+    /// Plain HTTP with encoded messages, usually at port 4318; paths such as /v1/metrics are added to the address
+    #[value(name = "http/protobuf")]
+    HttpProtobuf,
 }
 
 /// What to show.

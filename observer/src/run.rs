@@ -25,10 +25,13 @@ use crate::{
     export::{
         endpoint, flame, json,
         live::{self, Live},
+        otlp::{Collector, Push, settings::Settings},
+        series::Cap,
         text,
     },
     failure::Failure,
     kernel::{features::FEATURES, preflight::REQUIREMENTS},
+    model::snapshot::Snapshot,
     observation::{Observation, Selection},
     profiles::{self, Profile},
     target::process::ensure_observable,
@@ -70,9 +73,10 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         .target(Target::Pipe(Box::new(live::Messages)))
         .init();
     let format = format(output);
+    let collector = Settings::find(output)?.map(Collector::find).transpose()?;
     preflight(selection)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
         if let Some(file) = &output.flame {
             flame::ensure_writable(file)?;
@@ -91,20 +95,35 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
             announce(&observation, output, endpoint.as_ref());
             None
         };
+        // Whoever is told by name is so everywhere.
+        let cap = Arc::new(Mutex::new(Cap::default()));
+        let mut push = collector.map(|collector| Push::start(collector, &mut observation, Arc::clone(&cap)));
         let observation = Arc::new(Mutex::new(observation));
         if let Some(endpoint) = endpoint {
-            tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation)));
+            tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation), cap));
         }
-        until_over(&observation, output.duration, signals, view).await?;
+        until_over(&observation, output.duration, signals, view, &mut push).await?;
         let snapshot = lock(&observation).report()?;
-        if let Some(file) = &output.flame {
-            flame::write(&snapshot, file)?;
+        let reported = report(&snapshot, output, format);
+        if let Some(push) = push {
+            push.finish(&snapshot).await;
         }
-        match format {
-            Format::Live | Format::Text => text::write(&snapshot, &mut stdout().lock()),
-            Format::Json => json::write(&snapshot, &mut stdout().lock()),
-        }
-    })
+        reported
+    });
+    // Whoever looks a name up that nobody knows may take long over it.
+    runtime.shutdown_background();
+    outcome
+}
+
+/// Writes what was asked for.
+fn report(snapshot: &Snapshot, output: &Output, format: Format) -> Result<()> {
+    if let Some(file) = &output.flame {
+        flame::write(snapshot, file)?;
+    }
+    match format {
+        Format::Live | Format::Text => text::write(snapshot, &mut stdout().lock()),
+        Format::Json => json::write(snapshot, &mut stdout().lock()),
+    }
 }
 
 /// What to show, here.
@@ -212,6 +231,7 @@ async fn until_over(
     duration: Option<Duration>,
     mut signals: Signals,
     mut view: Option<Live>,
+    push: &mut Option<Push>,
 ) -> Result<()> {
     let end = duration.and_then(|duration| Instant::now().checked_add(duration));
     let time_is_up = async {
@@ -240,6 +260,7 @@ async fn until_over(
             }
             _ = watch.tick() => lock(observation).watch(),
             quit = until_quit(&mut view) => return quit,
+            push = until_due(push) => push.push(&lock(observation).snapshot()?),
             _ = housekeeping.tick() => {
                 let mut observation = lock(observation);
                 match &mut view {
@@ -258,6 +279,17 @@ async fn until_over(
 async fn until_quit(view: &mut Option<Live>) -> Result<()> {
     match view {
         Some(view) => view.until_quit().await,
+        None => pending().await,
+    }
+}
+
+/// Without a collector nothing is ever due.
+async fn until_due(push: &mut Option<Push>) -> &mut Push {
+    match push {
+        Some(push) => {
+            push.due().await;
+            push
+        }
         None => pending().await,
     }
 }

@@ -1,14 +1,18 @@
 //! Deferred work, link by link against what the servers themselves write down: which request each piece belongs to.
 
-use std::process::Command;
+use std::{
+    io::{BufReader, Write as _},
+    process::Command,
+};
 
 use serde_json::json;
 
 use crate::support::{
-    deferred::{Deferring, assert_true, compare, jobs_for},
+    deferred::{Deferring, ask, assert_true, compare, jobs_for},
     example, http,
     observer::Observer,
     servers::Server,
+    wait_for,
 };
 
 #[test]
@@ -78,4 +82,71 @@ fn a_server_without_a_known_runtime_is_left_alone() {
         assert_eq!(target["hooks"], json!([]), "{target:#}");
         assert_eq!(target["deferred"], json!([]), "{target:#}");
     }
+}
+
+#[test]
+fn a_library_of_ones_own_is_named_on_the_command_line() {
+    let of_job = 4;
+    let server = Deferring::start(Command::new(example("deferred_library")));
+    let pid = server.pid().to_string();
+    let hooks = [
+        "--snapshot",
+        "deferred_lib:context_snapshot:arg0",
+        "--restore",
+        "deferred_lib:context_restore:arg0",
+    ];
+    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    server.load(jobs_for(10_000, of_job), of_job);
+    let report = observer.finish();
+    let pieces = server.pieces();
+    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
+    assert_true("a library", &report, &[server.pid()], &verdict, pieces.len());
+    let kind = &report.target(server.pid())["deferred"][0];
+    assert_eq!(kind["enqueued"], pieces.len(), "{kind:#}");
+    assert_eq!((&kind["started"], &kind["finished"]), (&kind["enqueued"], &kind["enqueued"]), "{kind:#}");
+}
+
+#[test]
+fn connections_from_before_are_known_as_well() {
+    let server = Deferring::start(Command::new(example("deferred_library")));
+    let mut connection = BufReader::new(http::connect(server.port));
+    ask(&mut connection, "/job/before");
+    let pid = server.pid().to_string();
+    let hooks = [
+        "--snapshot",
+        "deferred_lib:context_snapshot:arg0",
+        "--restore",
+        "deferred_lib:context_restore:arg0",
+    ];
+    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    ask(&mut connection, "/job/after");
+    wait_for("the tasks", || (server.pieces().len() == 8).then_some(()));
+    let report = observer.finish();
+    let pieces: Vec<_> = server.pieces().into_iter().filter(|piece| piece.request == "after").collect();
+    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
+    assert_eq!((verdict.matched, verdict.wrong, verdict.unmatched), (4, 0, 0));
+}
+
+#[test]
+fn requests_that_overlap_are_nobodys() {
+    let server = Deferring::start(Command::new(example("deferred_library")));
+    let pid = server.pid().to_string();
+    let hooks = [
+        "--snapshot",
+        "deferred_lib:context_snapshot:arg0",
+        "--restore",
+        "deferred_lib:context_restore:arg0",
+    ];
+    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    let mut connection = http::connect(server.port);
+    // Two in one go: the server, which looks at the first alone, works for one of them.
+    let two = "GET /job/1 HTTP/1.1\r\nHost: test\r\n\r\n".repeat(2);
+    connection.write_all(two.as_bytes()).unwrap();
+    wait_for("the tasks", || (server.pieces().len() >= 4).then_some(()));
+    let report = observer.finish();
+    let links = &report.target(server.pid())["deferred"][0]["links"];
+    let links = links.as_array().unwrap();
+    assert_eq!(links.len(), 4, "{links:?}");
+    // It is known when they came, but not which it was.
+    assert!(links.iter().all(|link| link["origin"]["path"].is_null()), "{links:?}");
 }

@@ -16,6 +16,7 @@ mod gc;
 mod lag;
 mod listener;
 mod live;
+mod otlp;
 mod process;
 mod prometheus;
 mod reactor;

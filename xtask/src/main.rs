@@ -9,6 +9,7 @@ mod image;
 mod kernel;
 mod observer;
 mod packages;
+mod python;
 mod report;
 mod shell;
 mod suite;

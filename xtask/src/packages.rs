@@ -27,6 +27,8 @@ const TESTS: &[&str] = &[
     "iproute2",
     "prometheus",
     "python3-pip",
+    "libpython3-dev",
+    "openssl",
     "util-linux",
 ];
 

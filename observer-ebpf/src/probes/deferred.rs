@@ -150,7 +150,7 @@ impl At<'_> {
             outer: current,
             ..Unit::default()
         };
-        if UNITS.insert(key, &unit, u64::from(BPF_ANY)).is_err() {
+        if UNITS.insert(key, unit, u64::from(BPF_ANY)).is_err() {
             lost(Loss::UnitsFull);
             return None;
         }
@@ -285,7 +285,7 @@ impl At<'_> {
             if (*unit).id != current.unit {
                 return None;
             }
-            if UNITS.insert(key, &*unit, u64::from(BPF_ANY)).is_err() {
+            if UNITS.insert(key, *unit, u64::from(BPF_ANY)).is_err() {
                 lost(Loss::UnitsFull);
                 return None;
             }

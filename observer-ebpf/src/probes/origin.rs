@@ -21,6 +21,10 @@ use crate::{
     work,
 };
 
+/// How much of a request is copied at once, in bytes.
+const MOST: u32 = 1024;
+const _: () = assert!(MOST as usize == HEAD);
+
 /// Processes whose deferred work is followed, by id; kept by the loader.
 #[map]
 static FOLLOWED: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0);
@@ -112,7 +116,7 @@ pub(super) fn accepted(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
 #[inline(always)]
 fn remember(tgid: u32, fd: u32, inode: u64) -> bool {
     let connection = Connection { inode, ..Connection::default() };
-    let has_room = CONNECTIONS.insert(Descriptor { tgid, fd }, &connection, u64::from(BPF_ANY)).is_ok();
+    let has_room = CONNECTIONS.insert(Descriptor { tgid, fd }, connection, u64::from(BPF_ANY)).is_ok();
     if !has_room {
         lost(Loss::ConnectionsFull);
     }
@@ -285,7 +289,7 @@ impl Read {
             (*request).tgid = self.tgid;
             (*request).fd = self.fd;
             (*request).received = self.received;
-            (*request).kept = self.copy(buffer, length, (&raw mut (*request).bytes).cast(), HEAD);
+            (*request).kept = self.copy(buffer, length, (&raw mut (*request).bytes).cast(), MOST);
         }
     }
 
@@ -303,7 +307,7 @@ impl Read {
                 (*request).received = (*request).received.saturating_add(self.received);
                 if kept < HEAD / 2 {
                     let behind = (&raw mut (*request).bytes).cast::<u8>().add(kept);
-                    (*request).kept += self.copy(buffer, length, behind, HEAD / 2);
+                    (*request).kept += self.copy(buffer, length, behind, MOST / 2);
                 }
             }
         }
@@ -314,15 +318,21 @@ impl Read {
     /// # Safety
     /// There is room for `most` bytes.
     #[inline(always)]
-    unsafe fn copy(&self, buffer: u64, length: u64, to: *mut u8, most: usize) -> u32 {
-        let length = length.min(u64::from(self.received));
+    unsafe fn copy(&self, buffer: u64, length: u64, to: *mut u8, most: u32) -> u32 {
+        #[expect(clippy::cast_possible_truncation, reason = "no more than was received, which has 32 bits")]
+        let length = length.min(u64::from(self.received)) as u32;
         // SAFETY: reads a local. Volatile, so that the verifier sees the bound that the compiler can prove.
         let length = unsafe { core::ptr::read_volatile(&raw const length) };
-        let kept = if length < most as u64 { length as usize } else { most };
-        // SAFETY: by contract.
-        let bytes = unsafe { core::slice::from_raw_parts_mut(to, kept) };
-        let is_read = kept > 0 && unsafe { bpf_probe_read_user_buf(buffer as *const u8, bytes) }.is_ok();
-        if is_read { kept as u32 } else { 0 }
+        let kept = if length < most { length } else { most };
+        if kept == 0 {
+            return 0;
+        }
+        // SAFETY: by contract; the helper checks the other address.
+        let outcome = unsafe {
+            let bytes = core::slice::from_raw_parts_mut(to, kept as usize);
+            bpf_probe_read_user_buf(buffer as *const u8, bytes)
+        };
+        if outcome.is_ok() { kept } else { 0 }
     }
 }
 

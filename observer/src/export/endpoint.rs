@@ -61,8 +61,8 @@ const AGE_OF_COSTS: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers until it is dropped.
-pub(crate) async fn serve(listener: TcpListener, observation: Shared) {
-    let scrapes = Arc::new(Scrapes { observation, last: Mutex::default() });
+pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<Mutex<Cap>>) {
+    let scrapes = Arc::new(Scrapes { observation, cap, last: Mutex::default() });
     let routes = Router::new()
         .route("/", get(landing))
         .route("/metrics", get(metrics))
@@ -149,14 +149,9 @@ fn takes_gzip(headers: &HeaderMap) -> bool {
 /// Makes what scrapes answer.
 struct Scrapes {
     observation: Shared,
-    last: Mutex<Last>,
-}
-
-/// What the last scrape answered. Others get the same until it is too old.
-#[derive(Default)]
-struct Last {
-    cap: Cap,
-    page: Option<(Instant, Result<Page, String>)>,
+    cap: Arc<Mutex<Cap>>,
+    /// What the last scrape answered, and until when others get the same.
+    last: Mutex<Option<(Instant, Result<Page, String>)>>,
 }
 
 /// All figures, ready to be sent to any number of clients.
@@ -171,20 +166,21 @@ impl Scrapes {
     fn page(&self) -> Result<Page, String> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let begin = Instant::now();
-        if let Some((until, page)) = &last.page
+        if let Some((until, page)) = &*last
             && begin < *until
         {
             return page.clone();
         }
-        let page = self.read(&mut last.cap).map_err(|error| format!("{error:#}\n"));
+        let page = self.read().map_err(|error| format!("{error:#}\n"));
         let fresh = AGE.max(begin.elapsed() * AGE_OF_COSTS);
-        last.page = Some((begin + fresh, page.clone()));
+        *last = Some((begin + fresh, page.clone()));
         page
     }
 
-    fn read(&self, cap: &mut Cap) -> Result<Page> {
+    fn read(&self) -> Result<Page> {
         let snapshot = self.observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
-        let plain = prometheus::encode(&snapshot, cap)?;
+        let mut cap = self.cap.lock().unwrap_or_else(PoisonError::into_inner);
+        let plain = prometheus::encode(&snapshot, &mut cap)?;
         let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
         gzip.write_all(&plain)?;
         Ok(Page { plain: plain.into(), gzip: gzip.finish()?.into() })

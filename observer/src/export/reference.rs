@@ -19,6 +19,8 @@ Made by `cargo xtask docs` from `observer/src/model/catalog.rs`; do not edit.
 Prometheus' text format, compressed for those who ask for gzip. `/healthz` answers while observer is alive, `/readyz` while
 figures can be read. Durations are seconds, names tell the unit.
 
+What is pushed to OpenTelemetry collectors has the names under *pushed as*; `docs/otlp.md` tells how.
+
 - **Lag** counts once for each millisecond observed, so `histogram_quantile(0.99, rate(observer_reactor_lag_seconds_bucket[5m]))`
   is the delay that 99 % of all instants do not exceed, and `rate(…_sum[5m]) / rate(…_count[5m])` the mean. It grows while a loop
   is stuck, too.
@@ -38,7 +40,7 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
          time; scrapes in between get the same ones. Of more than {CONNECTIONS} connections the oldest ends; none lasts longer than {} s.\n",
         (LIFE + GRACE).as_secs()
     )?;
-    writeln!(out, "| name | type | labels | what it tells |\n| --- | --- | --- | --- |")?;
+    writeln!(out, "| name | type | labels | pushed as | what it tells |\n| --- | --- | --- | --- | --- |")?;
     for family in CATALOG {
         let kind = match family.kind {
             Kind::Counter => "counter",
@@ -53,7 +55,15 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
             _ => "",
         };
         let labels: Vec<_> = family.labels.iter().map(|label| format!("`{label}`")).collect();
-        writeln!(out, "| `{}` | {kind} | {} | {}{together} |", family.name, labels.join(" "), family.help)?;
+        let unit = if family.unit.is_empty() { String::new() } else { format!(" in `{}`", family.unit) };
+        writeln!(
+            out,
+            "| `{}` | {kind} | {} | `{}`{unit} | {}{together} |",
+            family.name,
+            labels.join(" "),
+            family.otlp,
+            family.help
+        )?;
     }
     Ok(())
 }

@@ -247,7 +247,8 @@ mod tests {
             hooks: Vec::new(),
             gc: None,
         };
-        let own = Own { version: "0", kernel: "0".into(), lost: Vec::new(), missing: Vec::new() };
+        let own =
+            Own { version: "0", kernel: "0".into(), lost: Vec::new(), missing: Vec::new(), otlp: Vec::new() };
         Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets: vec![target], own }
     }
 

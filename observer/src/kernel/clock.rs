@@ -20,6 +20,12 @@ pub(crate) fn wall_time(monotonic: u64) -> SystemTime {
     }
 }
 
+/// Wall time of a moment so long after the machine's start, time asleep included, as `/proc` counts it.
+pub(crate) fn wall_time_after_boot(elapsed: Duration) -> SystemTime {
+    let up = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("every kernel has this clock");
+    SystemTime::now() - Duration::from(up).saturating_sub(elapsed)
+}
+
 /// The same as people and programs read it: RFC 3339, in milliseconds.
 pub(crate) fn written(monotonic: u64) -> String {
     humantime::format_rfc3339_millis(wall_time(monotonic)).to_string()

@@ -45,6 +45,10 @@ pub(crate) type Sink<'s> = dyn FnMut(Vec<String>, Value<'_>) + 's;
 pub(crate) struct Family {
     /// Its name in Prometheus' form, unit included.
     pub(crate) name: &'static str,
+    /// Its name in OpenTelemetry's form, without the unit: what Prometheus makes of both is `name` again.
+    pub(crate) otlp: &'static str,
+    /// Its unit by the Unified Code for Units of Measure, what is counted in braces; empty if it has none.
+    pub(crate) unit: &'static str,
     /// What it tells, in one line.
     pub(crate) help: &'static str,
     /// What kind it is.
@@ -132,6 +136,8 @@ const SOURCE: &[&str] = &["source", "reason"];
 pub(crate) const CATALOG: &[Family] = &[
     Family {
         name: "observer_accept_queue_depth",
+        otlp: "observer.accept_queue.depth",
+        unit: "{connection}",
         help: "Connections that wait to be accepted.",
         kind: Kind::Gauge(Together::Sum),
         labels: LISTENER,
@@ -139,6 +145,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_limit",
+        otlp: "observer.accept_queue.limit",
+        unit: "{connection}",
         help: "Most connections that may wait to be accepted.",
         kind: Kind::Gauge(Together::Sum),
         labels: LISTENER,
@@ -146,6 +154,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_peak",
+        otlp: "observer.accept_queue.peak",
+        unit: "{connection}",
         help: "Most connections seen to wait to be accepted.",
         kind: Kind::Gauge(Together::Max),
         labels: LISTENER,
@@ -153,6 +163,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_oldest_seconds",
+        otlp: "observer.accept_queue.oldest",
+        unit: "s",
         help: "How long the connection that waits longest has waited; at least, if it waited before observer came.",
         kind: Kind::Gauge(Together::Max),
         labels: LISTENER,
@@ -160,6 +172,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_half_open",
+        otlp: "observer.accept_queue.half_open",
+        unit: "{handshake}",
         help: "Handshakes that have begun and are not done.",
         kind: Kind::Gauge(Together::Sum),
         labels: LISTENER,
@@ -167,6 +181,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_arrivals_total",
+        otlp: "observer.accept_queue.arrivals",
+        unit: "{connection}",
         help: "Connections that joined the accept queue.",
         kind: Kind::Counter,
         labels: LISTENER,
@@ -174,6 +190,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_accepts_total",
+        otlp: "observer.accept_queue.accepts",
+        unit: "{connection}",
         help: "Connections accepted.",
         kind: Kind::Counter,
         labels: LISTENER,
@@ -181,6 +199,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_accepts_unknown_wait_total",
+        otlp: "observer.accept_queue.accepts_unknown_wait",
+        unit: "{connection}",
         help: "Accepted connections that were queued before observer looked; not in the wait histogram.",
         kind: Kind::Counter,
         labels: LISTENER,
@@ -188,6 +208,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_aborted_total",
+        otlp: "observer.accept_queue.aborted",
+        unit: "{connection}",
         help: "Connections that their clients reset while they waited to be accepted.",
         kind: Kind::Counter,
         labels: LISTENER,
@@ -195,6 +217,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_drops_total",
+        otlp: "observer.accept_queue.drops",
+        unit: "{segment}",
         help: "What the kernel dropped because of the listener, for any reason: connections, and segments that begin none.",
         kind: Kind::Counter,
         labels: LISTENER,
@@ -202,6 +226,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_overflows_total",
+        otlp: "observer.accept_queue.overflows",
+        unit: "{connection}",
         help: "Connections dropped because the accept queue was full; only where they can be no other listener's.",
         kind: Kind::Counter,
         labels: LISTENER,
@@ -215,6 +241,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_depth_on_accept",
+        otlp: "observer.accept_queue.depth_on_accept",
+        unit: "{connection}",
         help: "Connections that waited when one was accepted, that one included.",
         kind: Kind::Histogram,
         labels: LISTENER,
@@ -222,6 +250,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_accept_queue_wait_seconds",
+        otlp: "observer.accept_queue.wait",
+        unit: "s",
         help: "Time between the end of the handshake and the return of accept.",
         kind: Kind::Histogram,
         labels: LISTENER,
@@ -229,6 +259,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_lag_seconds",
+        otlp: "observer.reactor.lag",
+        unit: "s",
         help: "Delay that something due at a random instant meets; one count for each millisecond observed.",
         kind: Kind::Histogram,
         labels: REACTOR,
@@ -236,6 +268,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_slice_seconds",
+        otlp: "observer.reactor.slice",
+        unit: "s",
         help: "Time between the return of a wait for events and the next wait: how long nothing else could run.",
         kind: Kind::Histogram,
         labels: REACTOR,
@@ -243,6 +277,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_wakeup_seconds",
+        otlp: "observer.reactor.wakeup",
+        unit: "s",
         help: "Time between being made runnable and running, after a wait for events.",
         kind: Kind::Histogram,
         labels: REACTOR,
@@ -250,6 +286,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_wait_seconds_total",
+        otlp: "observer.reactor.wait",
+        unit: "s",
         help: "Time spent waiting for events.",
         kind: Kind::Counter,
         labels: REACTOR,
@@ -257,6 +295,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_busy_seconds_total",
+        otlp: "observer.reactor.busy",
+        unit: "s",
         help: "Time spent between waits, by what the thread was doing: on a CPU, waiting for one, or blocked, and in what.",
         kind: Kind::Counter,
         labels: &["pid", "comm", "container", "tid", "reactor", "state", "cause"],
@@ -272,6 +312,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_stalls_total",
+        otlp: "observer.reactor.stalls",
+        unit: "{stall}",
         help: "Slices as long as the threshold or longer, by what took most of their time.",
         kind: Kind::Counter,
         labels: &["pid", "comm", "container", "tid", "reactor", "cause"],
@@ -287,6 +329,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_gc_seconds_total",
+        otlp: "observer.reactor.gc",
+        unit: "s",
         help: "Time between waits that went into garbage collections; part of the busy time, whatever its state.",
         kind: Kind::Counter,
         labels: REACTOR,
@@ -294,6 +338,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_waits_total",
+        otlp: "observer.reactor.waits",
+        unit: "{wait}",
         help: "Waits for events.",
         kind: Kind::Counter,
         labels: REACTOR,
@@ -301,6 +347,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_events_total",
+        otlp: "observer.reactor.events",
+        unit: "{event}",
         help: "Events that waits returned.",
         kind: Kind::Counter,
         labels: REACTOR,
@@ -308,6 +356,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_reactor_utilization_ratio",
+        otlp: "observer.reactor.utilization",
+        unit: "1",
         help: "Busy time as a share of busy and waiting time, since observer attached.",
         kind: Kind::Gauge(Together::Max),
         labels: REACTOR,
@@ -321,6 +371,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_enqueued_total",
+        otlp: "observer.deferred.enqueued",
+        unit: "{task}",
         help: "Pieces of work put off; where only their start tells the kind, those that have started.",
         kind: Kind::Counter,
         labels: TASK,
@@ -328,6 +380,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_started_total",
+        otlp: "observer.deferred.started",
+        unit: "{task}",
         help: "Pieces of deferred work that have started.",
         kind: Kind::Counter,
         labels: TASK,
@@ -335,6 +389,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_finished_total",
+        otlp: "observer.deferred.finished",
+        unit: "{task}",
         help: "Pieces of deferred work that have ended.",
         kind: Kind::Counter,
         labels: TASK,
@@ -342,6 +398,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_orphaned_total",
+        otlp: "observer.deferred.orphaned",
+        unit: "{task}",
         help: "Pieces of deferred work that were forgotten before they started.",
         kind: Kind::Counter,
         labels: TASK,
@@ -349,6 +407,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_pending",
+        otlp: "observer.deferred.pending",
+        unit: "{task}",
         help: "Pieces of deferred work that have not started.",
         kind: Kind::Gauge(Together::Sum),
         labels: TASK,
@@ -356,6 +416,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_oldest_seconds",
+        otlp: "observer.deferred.oldest",
+        unit: "s",
         help: "How long the piece of deferred work has waited that has waited longest and not started.",
         kind: Kind::Gauge(Together::Max),
         labels: TASK,
@@ -363,6 +425,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_wait_seconds",
+        otlp: "observer.deferred.wait",
+        unit: "s",
         help: "Time between being put off and the start.",
         kind: Kind::Histogram,
         labels: TASK,
@@ -370,6 +434,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_run_seconds",
+        otlp: "observer.deferred.run",
+        unit: "s",
         help: "Time between the start of deferred work and the last of it, pauses included, of what has ended.",
         kind: Kind::Histogram,
         labels: TASK,
@@ -377,6 +443,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_unmatched_total",
+        otlp: "observer.deferred.unmatched",
+        unit: "{time}",
         help: "Times that work went on which was not known to have been put off: what it was for is unknown.",
         kind: Kind::Counter,
         labels: TARGET,
@@ -388,6 +456,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_hook_hits_total",
+        otlp: "observer.deferred.hook_hits",
+        unit: "{hit}",
         help: "Times that a process came to a place which its profile names.",
         kind: Kind::Counter,
         labels: HOOK,
@@ -395,6 +465,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_deferred_hook_matches_total",
+        otlp: "observer.deferred.hook_matches",
+        unit: "{hit}",
         help: "Of those, the ones that meant something: but for a snapshot, that what was meant was known.",
         kind: Kind::Counter,
         labels: HOOK,
@@ -402,6 +474,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_gc_pause_seconds",
+        otlp: "observer.gc.pause",
+        unit: "s",
         help: "How long each garbage collection kept its thread, where that is known of each.",
         kind: Kind::Histogram,
         labels: TARGET,
@@ -409,6 +483,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_gc_total",
+        otlp: "observer.gc",
+        unit: "{collection}",
         help: "Garbage collections.",
         kind: Kind::Counter,
         labels: TARGET,
@@ -416,6 +492,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_gc_seconds_total",
+        otlp: "observer.gc.seconds",
+        unit: "s",
         help: "Time that garbage collections took.",
         kind: Kind::Counter,
         labels: TARGET,
@@ -423,6 +501,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_target_info",
+        otlp: "observer.target.info",
+        unit: "",
         help: "A process under observation; always 1, but for processes that are told together.",
         kind: Kind::Gauge(Together::Sum),
         labels: PROGRAM,
@@ -436,6 +516,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_build_info",
+        otlp: "observer.build.info",
+        unit: "",
         help: "Version of observer and release of the kernel it runs on; always 1.",
         kind: Kind::Gauge(Together::Sum),
         labels: &["version", "kernel"],
@@ -443,6 +525,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_self_lost_total",
+        otlp: "observer.self.lost",
+        unit: "{event}",
         help: "What the programs in the kernel could not keep, by cause.",
         kind: Kind::Counter,
         labels: &["cause"],
@@ -454,6 +538,8 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_self_missing",
+        otlp: "observer.self.missing",
+        unit: "{source}",
         help: "A source of figures that is not to be had here; always 1, but for sources that are told together.",
         kind: Kind::Gauge(Together::Sum),
         labels: SOURCE,
@@ -465,12 +551,55 @@ pub(crate) const CATALOG: &[Family] = &[
     },
     Family {
         name: "observer_self_targets",
+        otlp: "observer.self.targets",
+        unit: "{process}",
         help: "Processes under observation.",
         kind: Kind::Gauge(Together::Sum),
         labels: &[],
         collect: |s, sink| {
             let targets = u32::try_from(live(s).count()).unwrap_or(u32::MAX);
             sink(Vec::new(), Value::Number(targets.into()));
+        },
+    },
+    Family {
+        name: "observer_self_otlp_delivered_total",
+        otlp: "observer.self.otlp_delivered",
+        unit: "{item}",
+        help: "Data points that an OTLP collector has taken.",
+        kind: Kind::Counter,
+        labels: &["signal"],
+        collect: |s, sink| {
+            for delivery in &s.own.otlp {
+                sink(vec![delivery.signal.into()], count(delivery.delivered));
+            }
+        },
+    },
+    Family {
+        name: "observer_self_otlp_dropped_total",
+        otlp: "observer.self.otlp_dropped",
+        unit: "{item}",
+        help: "Data points for an OTLP collector that were dropped, because it was away for too long or will not have them.",
+        kind: Kind::Counter,
+        labels: &["signal", "reason"],
+        collect: |s, sink| {
+            for delivery in &s.own.otlp {
+                for dropped in &delivery.dropped {
+                    sink(vec![delivery.signal.into(), dropped.reason.into()], count(dropped.count));
+                }
+            }
+        },
+    },
+    Family {
+        name: "observer_self_otlp_failures_total",
+        otlp: "observer.self.otlp_failures",
+        unit: "{attempt}",
+        help: "Attempts to reach an OTLP collector that failed; what is not dropped is tried again.",
+        kind: Kind::Counter,
+        labels: &["signal"],
+        collect: |s, sink| {
+            for delivery in &s.own.otlp {
+                sink(vec![delivery.signal.into()], count(delivery.failures));
+            }
         },
     },
 ];
@@ -549,5 +678,29 @@ fn listener_labels(target: &Target, listener: &Listener) -> Vec<String> {
 fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'l> fn(&'l Listener) -> Value<'l>) {
     for (target, listener) in live_listeners(snapshot) {
         sink(listener_labels(target, listener), figure(listener));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What Prometheus calls an OTLP metric.
+    fn in_prometheus(family: &Family) -> String {
+        let unit = match (family.unit, family.kind) {
+            ("s", _) => "_seconds",
+            ("1", Kind::Gauge(_)) => "_ratio",
+            _ => "",
+        };
+        let name = family.otlp.replace('.', "_");
+        let name = if name.ends_with(unit) { name } else { name + unit };
+        if family.kind == Kind::Counter { name + "_total" } else { name }
+    }
+
+    #[test]
+    fn a_collector_makes_the_same_names_for_prometheus() {
+        for family in CATALOG {
+            assert_eq!(in_prometheus(family), family.name);
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod catalog;
 pub(crate) mod deferred;
+pub(crate) mod delivery;
 pub(crate) mod frame;
 pub(crate) mod histogram;
 pub(crate) mod lag;

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::{
     deferred::{Deferred, HookFigures},
+    delivery::Delivery,
     frame::Frame,
     histogram::Histogram,
     stall::{Cause, Stalls, are_alike},
@@ -276,6 +277,9 @@ pub(crate) struct Own {
     pub(crate) lost: Vec<Lost>,
     /// What goes unseen here, each with its reason.
     pub(crate) missing: Vec<Missing>,
+    /// What became of what was pushed, by signal; nothing if nothing is to be pushed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) otlp: Vec<Delivery>,
 }
 
 /// Something the programs could not keep.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    mem,
     sync::Arc,
 };
 
@@ -49,6 +50,8 @@ const NAMES: usize = 1024;
 pub(super) struct Follower {
     /// By process id.
     processes: HashMap<u32, Process>,
+    /// Of these, the ones whose connections have not been looked at.
+    new: Vec<u32>,
     /// Whether the kernel has taken the programs; `None` while nobody needs them.
     loaded: Option<Result<(), String>>,
     recipes: Recipes,
@@ -203,28 +206,32 @@ impl Follower {
         let process = self.processes.entry(pid).or_default();
         process.hooks.extend(attached.into_iter().rev());
         process.spaces.extend(numbers.values().map(|&number| (number.into(), profile.name.clone())));
-        self.adopt_connections(maps, pid);
+        self.new.push(pid);
         Ok(())
     }
 
-    /// Adds the connections that a process had accepted before.
-    fn adopt_connections(&self, maps: &mut Maps, pid: u32) {
-        let tcp = entries(&maps.listeners).into_iter().filter(|(_, raw)| raw.unix_name == 0);
-        let ports = tcp.map(|(_, raw)| raw.port).collect();
-        for (fd, inode) in connections::accepted(pid, &ports) {
-            let connection = Connection { inode, ..Connection::default() };
-            // Accepted meanwhile, it is there already; where there is no room, others are counted as lost.
-            let _no_matter = insert_new(&mut maps.connections, Descriptor { tgid: pid, fd }, connection);
+    /// Adds the connections that processes had accepted before they were followed, now that their listeners are known.
+    pub(super) fn adopt_connections(&mut self, maps: &mut Maps) {
+        for pid in mem::take(&mut self.new) {
+            let tcp = entries(&maps.listeners).into_iter().filter(|(_, raw)| raw.unix_name == 0);
+            let ports = tcp.map(|(_, raw)| raw.port).collect();
+            for (fd, inode) in connections::accepted(pid, &ports) {
+                let connection = Connection { inode, ..Connection::default() };
+                // Accepted meanwhile, it is there already; where there is no room, others are counted as lost.
+                let _no_matter = insert_new(&mut maps.connections, Descriptor { tgid: pid, fd }, connection);
+            }
         }
     }
 
     /// Takes in what the programs have passed on.
     pub(super) fn collect(&mut self, maps: &mut Maps) {
         self.name_new(maps);
+        // What is over first: its request was passed on before it, and so is among those fetched after.
+        let links = maps.links();
         for raw in maps.requests() {
             self.requests.add(raw.id, origin::decode(&raw));
         }
-        for raw in maps.links() {
+        for raw in links {
             self.link(&raw);
         }
     }

@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map},
     mem,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result};
@@ -19,6 +19,7 @@ use observer_common::{loss::Loss, origin::HEADS_PER_CPU, process::Target as RawT
 use crate::{
     kernel::{calls as system_calls, clock, layout},
     model::{
+        delivery::Ledger,
         histogram::seconds,
         snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
     },
@@ -92,6 +93,8 @@ pub(crate) struct Observation {
     finished: Vec<(u32, Reactor)>,
     /// Of each reactor's thread what is not in the kernel, kept for when it is gone.
     threads: HashMap<u32, Thread>,
+    /// What becomes of what is pushed.
+    ledgers: Vec<Arc<Ledger>>,
 }
 
 impl Observation {
@@ -152,6 +155,7 @@ impl Observation {
             drops_before: HashMap::new(),
             finished: Vec::new(),
             threads: HashMap::new(),
+            ledgers: Vec::new(),
         };
         observation.adopt_processes(selection)?;
         observation.refresh()?;
@@ -163,6 +167,16 @@ impl Observation {
     /// The programs, for whoever wants their diagnostics.
     pub(crate) fn programs(&mut self) -> &mut Ebpf {
         &mut self.ebpf
+    }
+
+    /// Wall time at which the programs were attached.
+    pub(crate) fn started(&self) -> SystemTime {
+        clock::wall_time(self.attached_ns)
+    }
+
+    /// From now on tells what becomes of what is pushed, too.
+    pub(crate) fn tell_of(&mut self, ledger: Arc<Ledger>) {
+        self.ledgers.push(ledger);
     }
 
     /// Whether all targets are gone.
@@ -234,6 +248,7 @@ impl Observation {
         self.collect_finished()?;
         self.note_namespaces();
         self.refresh_listeners(changed)?;
+        self.follower.adopt_connections(&mut self.maps);
         let surplus = self.exited.len().saturating_sub(ENDED);
         self.exited.drain(..surplus);
         Ok(())
@@ -347,6 +362,7 @@ impl Observation {
             kernel: self.kernel.clone(),
             lost,
             missing: self.missing.clone(),
+            otlp: self.ledgers.iter().map(|ledger| ledger.read()).collect(),
         })
     }
 }

@@ -79,14 +79,16 @@ impl Observation {
 
     /// Takes in the stalls that have ended, and looks at slices that may become one.
     pub(crate) fn watch(&mut self) {
-        self.follower.collect(&mut self.maps);
         self.collect_stalls();
         self.watcher.glance(self.maps.board.in_slices(), clock::monotonic_ns());
     }
 
     /// Puts each stall that has ended down to what was seen of it.
     fn collect_stalls(&mut self) {
-        for raw in self.maps.stalls() {
+        let stalls = self.maps.stalls();
+        // Their requests were passed on before them.
+        self.follower.collect(&mut self.maps);
+        for raw in stalls {
             let look = self.watcher.seen(raw.tid, raw.start_ns);
             let origin = self.follower.request(raw.request);
             let stalls = &mut self.thread(raw.tid, raw.tgid).stalls;

@@ -30,7 +30,11 @@ pub(crate) fn entry(elf: &Elf, function: u64) -> Option<u64> {
         if instruction.code() == Code::Endbr64 {
             continue;
         }
-        first = first.or(Some(instruction.ip()));
+        // The kernel puts no probe on an instruction with such a prefix.
+        let is_refused = instruction.has_lock_prefix() || instruction.segment_prefix() != Register::None;
+        if !is_refused {
+            first = first.or(Some(instruction.ip()));
+        }
         let is_push = instruction.mnemonic() == Mnemonic::Push && instruction.op0_kind() == OpKind::Register;
         if is_push || instruction.mnemonic() == Mnemonic::Nop {
             return Some(instruction.ip());

@@ -1,7 +1,8 @@
 //! Who a process is, whether it can be a target, and which processes descend from it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ffi::OsString,
     os::unix::fs::MetadataExt as _,
 };
 
@@ -98,6 +99,16 @@ pub(crate) fn descendants(of: &BTreeSet<u32>) -> BTreeSet<u32> {
         }
     }
     found
+}
+
+/// Variables that a process was started with; none if it is gone.
+pub(crate) fn environment(pid: u32) -> HashMap<OsString, OsString> {
+    open(pid).and_then(|proc| proc.environ()).unwrap_or_default()
+}
+
+/// When a process was started, in ticks of the kernel; the same as long as it is the same process. `None` if it is gone.
+pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
+    Some(open(pid).ok()?.stat().ok()?.starttime)
 }
 
 /// Inode number of the network namespace a process is in; `None` if it is gone.

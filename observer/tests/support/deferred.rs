@@ -105,7 +105,7 @@ impl Deferring {
             .map(|line| Piece {
                 // Servers that write down the query know more than observer may.
                 request: line["request"].as_str().unwrap().split('?').next().unwrap().to_owned(),
-                task: line["class"].as_str().unwrap_or_default().to_owned(),
+                task: line["class"].as_str().or(line["name"].as_str()).unwrap_or_default().to_owned(),
                 is_lost: line["through"].as_str().is_some_and(|through| through != "native"),
                 depth: line["depth"].as_u64(),
                 start_ns: line["start"].as_f64().unwrap(),
@@ -161,7 +161,7 @@ impl Drop for Deferring {
 }
 
 /// One request on a connection that is kept alive.
-fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
+pub(crate) fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
     write!(connection.get_mut(), "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
     let mut length = 0;
     loop {

@@ -6,6 +6,7 @@ pub(crate) mod deferred;
 pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod observer;
+pub(crate) mod otlp;
 pub(crate) mod prometheus;
 pub(crate) mod servers;
 

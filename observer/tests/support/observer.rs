@@ -19,6 +19,8 @@ pub(crate) struct Observer {
     process: Process,
     /// Lines it wrote to standard error until it was ready.
     pub(crate) announcement: Vec<String>,
+    /// Those that it wrote after that.
+    messages: mpsc::Receiver<String>,
 }
 
 impl Observer {
@@ -29,8 +31,14 @@ impl Observer {
 
     /// Starts with these arguments; returns when the programs are attached.
     pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::start_with(arguments, &[])
+    }
+
+    /// The same with these variables in its environment.
+    pub(crate) fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut child = Command::new(BINARY)
             .args(arguments)
+            .envs(variables.iter().copied())
             .args(["--format", "json"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -38,7 +46,7 @@ impl Observer {
             .unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let process = Process(child);
-        let (sender, lines) = mpsc::channel();
+        let (sender, messages) = mpsc::channel();
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 eprintln!("observer: {line}");
@@ -47,10 +55,16 @@ impl Observer {
         });
         let mut announcement = Vec::new();
         while !announcement.last().is_some_and(|line: &String| line.starts_with("report ")) {
-            let line = lines.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("not ready: {announcement:?}"));
+            let line = messages.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("not ready: {announcement:?}"));
             announcement.push(line);
         }
-        Self { process, announcement }
+        Self { process, announcement, messages }
+    }
+
+    /// Waits for the next message.
+    #[track_caller]
+    pub(crate) fn message(&self) -> String {
+        self.messages.recv_timeout(LIMIT).expect("a message")
     }
 
     /// Port of the scrape endpoint, as announced.

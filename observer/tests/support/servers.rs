@@ -199,6 +199,13 @@ impl Server {
         Self::asyncio_by(Command::new("/usr/bin/python3"))
     }
 
+    /// The same with these variables in its environment.
+    pub(crate) fn asyncio_with(variables: &[(&str, &str)]) -> Self {
+        let mut command = Command::new("/usr/bin/python3");
+        command.envs(variables.iter().copied());
+        Self::asyncio_by(command)
+    }
+
     /// The same pinned to one CPU.
     pub(crate) fn asyncio_on_cpu(cpu: usize) -> Self {
         let mut command = Command::new("taskset");

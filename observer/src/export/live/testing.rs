@@ -120,6 +120,12 @@ pub(super) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         started: "2026-11-24T12:00:00Z".into(),
         duration_seconds: seconds,
         targets: vec![target],
-        own: Own { version: "0", kernel: "6.1".into(), lost: Vec::new(), missing: Vec::new() },
+        own: Own {
+            version: "0",
+            kernel: "6.1".into(),
+            lost: Vec::new(),
+            missing: Vec::new(),
+            otlp: Vec::new(),
+        },
     }
 }

@@ -1,0 +1,241 @@
+//! Whom figures are of: a resource for each process under observation, and one for observer itself. What identifies a
+//! series must not change while it lasts, so a process is asked once, and again only when it runs another program.
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use nix::sys::utsname::uname;
+use opentelemetry_proto::tonic::{
+    common::v1::{AnyValue, KeyValue, any_value::Value},
+    resource::v1::Resource,
+};
+
+use super::settings::{Pairs, Settings, pairs};
+use crate::{kernel::clock, model::snapshot::Target, target::process};
+
+/// Resources, as far as they are known.
+pub(super) struct Resources {
+    known: HashMap<u32, Known>,
+    own: Resource,
+    /// Attributes of all of them.
+    common: Pairs,
+    host: String,
+    /// When the programs were attached.
+    started: SystemTime,
+}
+
+/// A process, and what it was when it was asked.
+struct Known {
+    ticks: Option<u64>,
+    exe: String,
+    resource: Resource,
+    start: SystemTime,
+}
+
+impl Resources {
+    pub(super) fn new(settings: &Settings, started: SystemTime) -> Self {
+        let host = uname().map(|name| name.nodename().to_string_lossy().into_owned()).unwrap_or_default();
+        let name = settings.service_name.clone();
+        let given = |wanted: &str| settings.attributes.iter().find(|(name, _)| name == wanted);
+        let name = name.or_else(|| Some(given("service.name")?.1.clone()));
+        let mut own = Attributes::default();
+        own.add("service.name", name.unwrap_or_else(|| "observer".into()));
+        own.add("service.version", env!("CARGO_PKG_VERSION"));
+        own.add("service.instance.id", format!("{host}:{}", std::process::id()));
+        own.add("host.name", host.as_str());
+        own.add_number("process.pid", std::process::id());
+        own.add_missing(&settings.attributes);
+        // What names observer names nobody else.
+        let common = settings.attributes.iter().filter(|(name, _)| !name.starts_with("service."));
+        Self { known: HashMap::new(), own: own.into(), common: common.cloned().collect(), host, started }
+    }
+
+    /// observer's own.
+    pub(super) fn own(&self) -> Resource {
+        self.own.clone()
+    }
+
+    /// Since when observer counts.
+    pub(super) fn started(&self) -> u64 {
+        nanoseconds(self.started)
+    }
+
+    /// That of a process, and since when it is observed.
+    pub(super) fn of(&mut self, target: &Target) -> (Resource, u64) {
+        let ticks = process::start_ticks(target.pid);
+        let last = self.known.remove(&target.pid).filter(|known| known.ticks == ticks);
+        let known = match last {
+            Some(known) if known.exe == target.exe => known,
+            // Counts go on when it runs another program.
+            last => Known {
+                ticks,
+                exe: target.exe.clone(),
+                resource: self.describe(target, &process::environment(target.pid)),
+                start: last.map_or_else(|| self.start(ticks), |last| last.start),
+            },
+        };
+        let answer = (known.resource.clone(), nanoseconds(known.start));
+        self.known.insert(target.pid, known);
+        answer
+    }
+
+    /// Forgets all others.
+    pub(super) fn keep(&mut self, is_there: impl Fn(u32) -> bool) {
+        self.known.retain(|&pid, _| is_there(pid));
+    }
+
+    /// Since when a process is observed: since observer came, if it was there already.
+    fn start(&self, ticks: Option<u64>) -> SystemTime {
+        let since_boot = |ticks: u64| Duration::from_millis(ticks * 1000 / procfs::ticks_per_second().max(1));
+        let start = ticks.map(|ticks| clock::wall_time_after_boot(since_boot(ticks)));
+        start.map_or(self.started, |start| start.max(self.started))
+    }
+
+    /// Its own word on itself comes first, but for what is known for certain.
+    fn describe(&self, target: &Target, environment: &HashMap<OsString, OsString>) -> Resource {
+        let variable = |name: &str| {
+            let value = environment.get(OsString::from(name).as_os_str())?.to_string_lossy().into_owned();
+            Some(value).filter(|value| !value.is_empty())
+        };
+        let said = variable("OTEL_RESOURCE_ATTRIBUTES").map_or_else(Vec::new, |text| pairs(&text));
+        let name = variable("OTEL_SERVICE_NAME")
+            .or_else(|| said.iter().find(|(name, _)| name == "service.name").map(|(_, value)| value.clone()));
+        let mut attributes = Attributes::default();
+        attributes.add("service.name", name.unwrap_or_else(|| target.comm.clone()));
+        // Processes of the same service have to be told apart; its own id is that of what it tells itself.
+        attributes.add("service.instance.id", format!("{}:{}", self.host, target.pid));
+        attributes.add("host.name", self.host.as_str());
+        attributes.add_number("process.pid", target.pid);
+        if let Some(file) = Path::new(&target.exe).file_name() {
+            attributes.add("process.executable.name", file.to_string_lossy());
+            attributes.add("process.executable.path", target.exe.as_str());
+        }
+        if let Some(container) = &target.container {
+            attributes.add("container.id", container.as_str());
+        }
+        attributes.add_missing(&said);
+        attributes.add_missing(&self.common);
+        attributes.into()
+    }
+}
+
+/// Attributes, each once.
+#[derive(Default)]
+struct Attributes(Vec<KeyValue>);
+
+impl Attributes {
+    fn add(&mut self, key: &str, value: impl Into<String>) {
+        self.0.push(text(key, value));
+    }
+
+    fn add_number(&mut self, key: &str, number: u32) {
+        self.0.push(attribute(key, Value::IntValue(number.into())));
+    }
+
+    fn add_missing(&mut self, pairs: &Pairs) {
+        for (name, value) in pairs {
+            if !self.0.iter().any(|known| known.key == *name) {
+                self.add(name, value.as_str());
+            }
+        }
+    }
+}
+
+impl From<Attributes> for Resource {
+    fn from(attributes: Attributes) -> Self {
+        Self { attributes: attributes.0, ..Self::default() }
+    }
+}
+
+/// An attribute that is text.
+pub(super) fn text(key: &str, value: impl Into<String>) -> KeyValue {
+    attribute(key, Value::StringValue(value.into()))
+}
+
+/// An attribute of whatever kind.
+pub(super) fn attribute(key: &str, value: Value) -> KeyValue {
+    KeyValue { key: key.into(), value: Some(AnyValue { value: Some(value) }), ..KeyValue::default() }
+}
+
+/// A moment as OTLP has it.
+pub(super) fn nanoseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos().try_into().unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::otlp::testing::{settings, target};
+
+    fn described(settings: &Settings, environment: &[(&str, &str)]) -> HashMap<String, String> {
+        let resources = Resources::new(settings, SystemTime::now());
+        let variables = environment.iter().map(|(name, value)| (name.into(), value.into())).collect();
+        plain(resources.describe(&target(7), &variables))
+    }
+
+    fn plain(resource: Resource) -> HashMap<String, String> {
+        let attributes = resource.attributes.into_iter().map(|attribute| {
+            let value = match attribute.value.unwrap().value.unwrap() {
+                Value::StringValue(text) => text,
+                Value::IntValue(number) => number.to_string(),
+                other => panic!("{other:?}"),
+            };
+            (attribute.key, value)
+        });
+        let count = attributes.len();
+        let all: HashMap<_, _> = attributes.collect();
+        assert_eq!(all.len(), count, "an attribute twice in {all:?}");
+        all
+    }
+
+    #[test]
+    fn a_process_is_called_what_it_calls_itself() {
+        let name = |environment: &[(&str, &str)]| described(&settings(), environment)["service.name"].clone();
+        assert_eq!(name(&[]), "app");
+        let attributes = ("OTEL_RESOURCE_ATTRIBUTES", "service.name=shop,k8s.pod.name=shop-0");
+        assert_eq!(name(&[attributes]), "shop");
+        assert_eq!(name(&[attributes, ("OTEL_SERVICE_NAME", "till")]), "till");
+        assert_eq!(described(&settings(), &[attributes])["k8s.pod.name"], "shop-0");
+    }
+
+    #[test]
+    fn what_is_certain_cannot_be_denied() {
+        let lies = [("OTEL_RESOURCE_ATTRIBUTES", "process.pid=1,service.instance.id=x")];
+        let resource = described(&settings(), &lies);
+        assert_eq!(resource["process.pid"], "7");
+        assert!(resource["service.instance.id"].ends_with(":7"));
+        assert_eq!(resource["process.executable.name"], "app");
+        assert_eq!(resource["process.executable.path"], "/usr/bin/app");
+    }
+
+    #[test]
+    fn attributes_of_the_surroundings_are_everybodys() {
+        let given = pairs("deployment.environment.name=test,service.name=mine,service.namespace=ours");
+        let settings = Settings { attributes: given, ..settings() };
+        let resource = described(&settings, &[]);
+        assert_eq!(resource["deployment.environment.name"], "test");
+        assert_eq!(resource["service.name"], "app");
+        assert!(!resource.contains_key("service.namespace"));
+        let own = plain(Resources::new(&settings, SystemTime::now()).own());
+        assert_eq!((own["service.name"].as_str(), own["service.namespace"].as_str()), ("mine", "ours"));
+        assert_eq!(own["deployment.environment.name"], "test");
+    }
+
+    #[test]
+    fn a_series_starts_with_observer_or_with_its_process() {
+        let me = Target { pid: std::process::id(), ..target(0) };
+        let now = SystemTime::now();
+        let mut resources = Resources::new(&settings(), now);
+        assert_eq!(resources.of(&me).1, nanoseconds(now));
+        let long_ago = now - Duration::from_secs(1 << 30);
+        let mut resources = Resources::new(&settings(), long_ago);
+        let start = resources.of(&me).1;
+        assert!(start > nanoseconds(long_ago) && start <= nanoseconds(SystemTime::now()));
+        assert_eq!(resources.of(&me).1, start);
+    }
+}

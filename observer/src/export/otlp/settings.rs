@@ -1,0 +1,302 @@
+//! Where to push and how, from flags and the variables that OpenTelemetry has for this. A flag comes before a variable,
+//! a signal's own variable before the one for all.
+
+use std::{env, path::PathBuf, str::FromStr, time::Duration};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use percent_encoding::percent_decode_str;
+
+use super::signal::Signal;
+use crate::{
+    cli::{Output, Protocol},
+    failure::Failure,
+};
+
+/// How long a request may take, unless told otherwise.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often metrics are pushed, unless told otherwise.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// The port where collectors listen for gRPC.
+const GRPC_PORT: u16 = 4317;
+
+/// Names and values in the form that headers and resource attributes have in variables.
+pub(super) type Pairs = Vec<(String, String)>;
+
+/// Everything but where.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Settings {
+    /// Where metrics go.
+    pub(super) metrics: Endpoint,
+    /// How often.
+    pub(super) interval: Duration,
+    /// Attributes of all resources.
+    pub(super) attributes: Pairs,
+    /// observer's own name.
+    pub(super) service_name: Option<String>,
+}
+
+/// Where one signal goes.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Endpoint {
+    /// For gRPC its path means nothing.
+    pub(super) uri: Uri,
+    pub(super) protocol: Protocol,
+    /// To be sent along; they may be secret.
+    pub(super) headers: HeaderMap,
+    /// For one request.
+    pub(super) timeout: Duration,
+    /// Whether requests are compressed.
+    pub(super) gzip: bool,
+    /// Authorities to trust instead of the system's.
+    pub(super) certificate: Option<PathBuf>,
+    /// Certificate and key to show to the collector.
+    pub(super) client: Option<(PathBuf, PathBuf)>,
+    /// What may be wrong with it, for whoever finds that nothing arrives.
+    pub(super) hint: &'static str,
+}
+
+/// Finds a variable.
+type Lookup<'l> = &'l dyn Fn(&str) -> Option<String>;
+
+impl Settings {
+    /// What flags and this process's environment say; `None` if nothing is to be pushed.
+    pub(crate) fn find(output: &Output) -> Result<Option<Self>, Failure> {
+        Self::from(output, &|name| env::var(name).ok())
+    }
+
+    fn from(output: &Output, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
+        // An empty variable is one that is not set.
+        let lookup: Lookup<'_> =
+            &|name| Some(lookup(name)?.trim().to_owned()).filter(|value| !value.is_empty());
+        let is_off = output.otlp_endpoint.is_none()
+            && (lookup("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
+                || lookup("OTEL_METRICS_EXPORTER").is_some_and(|value| value != "otlp"));
+        if is_off {
+            return Ok(None);
+        }
+        let name = super::metrics::Request::NAME;
+        let Some(metrics) = Endpoint::from(name, super::metrics::Request::HTTP, output, lookup)? else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            metrics,
+            interval: milliseconds("OTEL_METRIC_EXPORT_INTERVAL", lookup)?.unwrap_or(INTERVAL),
+            attributes: lookup("OTEL_RESOURCE_ATTRIBUTES").map_or_else(Vec::new, |text| pairs(&text)),
+            service_name: lookup("OTEL_SERVICE_NAME"),
+        }))
+    }
+}
+
+impl Endpoint {
+    /// Where a signal goes; `None` if nobody says.
+    fn from(signal: &str, path: &str, output: &Output, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
+        let own = |name: &str| format!("OTEL_EXPORTER_OTLP_{}_{name}", signal.to_uppercase());
+        let find = |name: &str| -> Option<(String, String)> {
+            [own(name), format!("OTEL_EXPORTER_OTLP_{name}")]
+                .into_iter()
+                .find_map(|variable| Some((lookup(&variable)?, variable)))
+        };
+        let given = output.otlp_endpoint.clone().map(|url| (url, "--otlp-endpoint".to_owned()));
+        let Some((url, origin)) = given.or_else(|| find("ENDPOINT")) else { return Ok(None) };
+        let protocol = match (output.otlp_protocol, find("PROTOCOL")) {
+            (Some(protocol), _) => Some(protocol),
+            (None, Some((name, variable))) => Some(protocol_of(&name, &variable)?),
+            (None, None) => None,
+        };
+        let uri = uri(&url, &origin)?;
+        let is_unlikely = protocol.is_none() && uri.port_u16() == Some(GRPC_PORT);
+        let protocol = protocol.unwrap_or(Protocol::HttpProtobuf);
+        // Only the variable of a signal has the whole of its path.
+        let uri =
+            if protocol == Protocol::Grpc || origin == own("ENDPOINT") { uri } else { below(&uri, path)? };
+        let file = |name: &str| find(name).map(|(path, _)| PathBuf::from(path));
+        let client = match (file("CLIENT_CERTIFICATE"), file("CLIENT_KEY")) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            _ => {
+                return Err(Failure::new(
+                    "of OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY one is missing",
+                    "set both, or none",
+                ));
+            }
+        };
+        let timeout = match find("TIMEOUT") {
+            Some((_, variable)) => milliseconds(&variable, lookup)?,
+            None => None,
+        };
+        Ok(Some(Self {
+            uri,
+            protocol,
+            headers: find("HEADERS")
+                .map_or_else(|| Ok(HeaderMap::new()), |(text, from)| headers(&text, &from))?,
+            timeout: timeout.unwrap_or(TIMEOUT),
+            gzip: find("COMPRESSION").map_or(Ok(false), |(name, variable)| is_gzip(&name, &variable))?,
+            certificate: file("CERTIFICATE"),
+            client,
+            hint: if is_unlikely { "; 4317 is the usual port of gRPC: --otlp-protocol grpc" } else { "" },
+        }))
+    }
+}
+
+fn uri(url: &str, origin: &str) -> Result<Uri, Failure> {
+    let uri = Uri::from_str(url).ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
+    uri.ok_or_else(|| {
+        Failure::new(
+            format!("{url:?} is no address of a collector ({origin})"),
+            "give a URL, such as http://localhost:4318 or, for gRPC, http://localhost:4317",
+        )
+    })
+}
+
+/// The address of a signal below the one for all.
+fn below(base: &Uri, path: &str) -> Result<Uri, Failure> {
+    let mut parts = base.clone().into_parts();
+    let whole = format!("{}/{path}", base.path().trim_end_matches('/'));
+    parts.path_and_query = whole.parse().ok();
+    Uri::from_parts(parts).map_err(|error| {
+        Failure::new(
+            format!("{base} is no address of a collector: {error}"),
+            "give one like http://localhost:4318",
+        )
+    })
+}
+
+fn protocol_of(name: &str, variable: &str) -> Result<Protocol, Failure> {
+    match name {
+        "grpc" => Ok(Protocol::Grpc),
+        "http/protobuf" => Ok(Protocol::HttpProtobuf),
+        _ => Err(Failure::new(
+            format!("observer does not speak the protocol {name:?} ({variable})"),
+            "choose grpc or http/protobuf",
+        )),
+    }
+}
+
+fn is_gzip(name: &str, variable: &str) -> Result<bool, Failure> {
+    match name {
+        "gzip" => Ok(true),
+        "none" => Ok(false),
+        _ => Err(Failure::new(
+            format!("no compression is called {name:?} ({variable})"),
+            "choose gzip or none",
+        )),
+    }
+}
+
+fn milliseconds(variable: &str, lookup: Lookup<'_>) -> Result<Option<Duration>, Failure> {
+    let Some(text) = lookup(variable) else { return Ok(None) };
+    let given = text.parse().ok().filter(|&ms: &u64| ms > 0).map(Duration::from_millis);
+    let wrong =
+        || Failure::new(format!("{text:?} is no time ({variable})"), "give milliseconds, such as 10000");
+    given.map(Some).ok_or_else(wrong)
+}
+
+/// `name=value,name=value`, the values encoded as in URLs; what has no name is left out.
+pub(super) fn pairs(text: &str) -> Pairs {
+    let decoded = |part: &str| percent_decode_str(part.trim()).decode_utf8_lossy().into_owned();
+    let split = text.split(',').filter_map(|pair| pair.split_once('='));
+    split.map(|(name, value)| (decoded(name), decoded(value))).filter(|(name, _)| !name.is_empty()).collect()
+}
+
+fn headers(text: &str, variable: &str) -> Result<HeaderMap, Failure> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in pairs(text) {
+        // The value may be secret: no message has it.
+        let wrong =
+            || Failure::new(format!("{name:?} is no header ({variable})"), "give name=value,name=value");
+        let mut value = HeaderValue::from_str(&value).map_err(|_| wrong())?;
+        value.set_sensitive(true);
+        headers.append(HeaderName::from_str(&name).map_err(|_| wrong())?, value);
+    }
+    Ok(headers)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    fn find(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Option<Settings>, Failure> {
+        let all = ["observer", "--pid", "1"].iter().chain(arguments);
+        let output = Cli::try_parse_from(all).unwrap().observe.output;
+        Settings::from(&output, &|name| {
+            variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+        })
+    }
+
+    #[track_caller]
+    fn metrics(arguments: &[&str], variables: &[(&str, &str)]) -> Endpoint {
+        find(arguments, variables).unwrap().unwrap().metrics
+    }
+
+    const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+
+    #[test]
+    fn nothing_is_pushed_unless_somebody_says_where() {
+        assert_eq!(find(&[], &[]).unwrap(), None);
+        assert_eq!(find(&[], &[(ENDPOINT, "")]).unwrap(), None);
+        assert_eq!(find(&[], &[(ENDPOINT, "http://c"), ("OTEL_METRICS_EXPORTER", "none")]).unwrap(), None);
+        assert_eq!(find(&[], &[(ENDPOINT, "http://c"), ("OTEL_SDK_DISABLED", "true")]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_signal_has_its_path_below_the_address_for_all() {
+        let uri = |variables: &[(&str, &str)]| metrics(&[], variables).uri.to_string();
+        assert_eq!(uri(&[(ENDPOINT, "http://c:4318")]), "http://c:4318/v1/metrics");
+        assert_eq!(uri(&[(ENDPOINT, "https://c/otlp/")]), "https://c/otlp/v1/metrics");
+        let own = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://m:4318/in");
+        assert_eq!(uri(&[(ENDPOINT, "http://c:4318"), own]), "http://m:4318/in");
+        let grpc = [(ENDPOINT, "http://c:4317"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")];
+        assert_eq!(uri(&grpc), "http://c:4317/");
+    }
+
+    #[test]
+    fn flags_come_first_and_a_signals_own_variable_second() {
+        let variables = [
+            (ENDPOINT, "http://c:4318"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+            ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/protobuf"),
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "1500"),
+            ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "500"),
+        ];
+        let endpoint = metrics(&[], &variables);
+        assert_eq!((endpoint.protocol, endpoint.timeout.as_millis()), (Protocol::HttpProtobuf, 500));
+        let flags = ["--otlp-endpoint", "http://d:1", "--otlp-protocol", "grpc"];
+        let endpoint = metrics(&flags, &variables);
+        assert_eq!((endpoint.protocol, endpoint.uri.to_string().as_str()), (Protocol::Grpc, "http://d:1/"));
+    }
+
+    #[test]
+    fn headers_are_decoded_and_kept_secret() {
+        let given = "Authorization=Basic%20eA%3D%3D, x-tenant=a=b";
+        let endpoint = metrics(&[], &[(ENDPOINT, "http://c"), ("OTEL_EXPORTER_OTLP_HEADERS", given)]);
+        assert_eq!(endpoint.headers["authorization"], "Basic eA==");
+        assert_eq!(endpoint.headers["x-tenant"], "a=b");
+        assert!(!format!("{endpoint:?}").contains("eA=="));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_a_failure() {
+        let fails = |name: &str, value: &str| find(&[], &[(ENDPOINT, "http://c"), (name, value)]).is_err();
+        assert!(find(&[], &[(ENDPOINT, "localhost:4317")]).is_err());
+        assert!(find(&["--otlp-endpoint", "ftp://c"], &[]).is_err());
+        assert!(fails("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"));
+        assert!(fails("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"));
+        assert!(fails("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"));
+        assert!(fails("OTEL_METRIC_EXPORT_INTERVAL", "0"));
+        assert!(fails("OTEL_EXPORTER_OTLP_CLIENT_KEY", "key.pem"));
+        assert!(fails("OTEL_EXPORTER_OTLP_HEADERS", "a b=c"));
+        assert!(!fails("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"));
+    }
+
+    #[test]
+    fn the_usual_port_of_grpc_is_remarked_on() {
+        let hint = |arguments: &[&str]| metrics(arguments, &[(ENDPOINT, "http://c:4317")]).hint;
+        assert!(hint(&[]).contains("--otlp-protocol grpc"));
+        assert_eq!(hint(&["--otlp-protocol", "http/protobuf"]), "");
+    }
+}

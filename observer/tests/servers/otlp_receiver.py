@@ -1,0 +1,94 @@
+"""Takes OTLP requests over gRPC (grpcio) or plain HTTP and prints each as a line of JSON: its headers and, decoded by
+OpenTelemetry's own classes, what is in it. Answers as it is told: a word and a number for each of the first requests.
+
+Arguments: grpc or http, a port or 0, and, for TLS, a file with certificate and key. Prints its port first.
+"""
+
+import gzip
+import json
+import ssl
+import sys
+from concurrent import futures
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2, json_format
+from google.rpc import error_details_pb2, status_pb2
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as service
+
+PROTOCOL, PORT, *TLS = sys.argv[1:3] + [argument for argument in sys.argv[3:] if argument.endswith(".pem")]
+# `503=1`: that status, and to come back after a second; without a number, nothing is said about that.
+ANSWERS = [argument.partition("=")[::2] for argument in sys.argv[3:] if not argument.endswith(".pem")]
+
+
+def show(headers, request):
+    print(json.dumps({"headers": headers, "request": json_format.MessageToDict(request)}), flush=True)
+
+
+class Grpc(service.MetricsServiceServicer):
+    def Export(self, request, context):
+        if ANSWERS:
+            code, delay = ANSWERS.pop(0)
+            status = status_pb2.Status(code=int(code), message="not now")
+            if delay:
+                info = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=int(delay)))
+                detail = any_pb2.Any()
+                detail.Pack(info)
+                status.details.append(detail)
+            context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
+            codes = {code.value[0]: code for code in grpc.StatusCode}
+            context.abort(codes[int(code)], "not now")
+        show({key: value for key, value in context.invocation_metadata() if isinstance(value, str)}, request)
+        return metrics.ExportMetricsServiceResponse()
+
+
+class Http(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if ANSWERS:
+            code, delay = ANSWERS.pop(0)
+            self.send_response(int(code))
+            if delay:
+                self.send_header("retry-after", delay)
+            self.send_header("content-length", "0")
+            self.end_headers()
+            return
+        if self.path != "/v1/metrics":
+            self.send_error(404)
+            return
+        if self.headers["content-encoding"] == "gzip":
+            body = gzip.decompress(body)
+        show({key.lower(): value for key, value in self.headers.items()}, metrics.ExportMetricsServiceRequest.FromString(body))
+        answer = metrics.ExportMetricsServiceResponse().SerializeToString()
+        self.send_response(200)
+        self.send_header("content-type", "application/x-protobuf")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+if PROTOCOL == "grpc":
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
+    service.add_MetricsServiceServicer_to_server(Grpc(), server)
+    if TLS:
+        pem = open(TLS[0], "rb").read()
+        port = server.add_secure_port(f"127.0.0.1:{PORT}", grpc.ssl_server_credentials([(pem, pem)]))
+    else:
+        port = server.add_insecure_port(f"127.0.0.1:{PORT}")
+    server.start()
+    print(port, flush=True)
+    server.wait_for_termination()
+else:
+    server = HTTPServer(("127.0.0.1", int(PORT)), Http)
+    if TLS:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(TLS[0])
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    print(server.server_address[1], flush=True)
+    server.serve_forever()

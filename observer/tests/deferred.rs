@@ -70,7 +70,7 @@ fn node_links_what_its_pool_of_threads_does() {
 fn a_server_without_a_known_runtime_is_left_alone() {
     let server = Server::nginx(1);
     let observer = Observer::of(server.pid());
-    http::get_many(server.port, "/", 1000);
+    http::get_many(server.port, "/", 50);
     let report = observer.finish();
     report.assert_complete();
     let missing = report.0["self"]["missing"].as_array().unwrap();

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::support::{
-    deferred::{Deferring, Piece, TRUTH, assert_true, compare},
+    deferred::{CLIENTS, Deferring, Piece, TRUTH, assert_true, compare},
     http,
     observer::{Observer, Report},
     servers::{children, free_port},
@@ -95,7 +95,7 @@ fn kind_of(job: usize, bursts: bool) -> (&'static str, usize) {
     }
 }
 
-/// Sends as many jobs as leave so many tasks behind, or a tenth of that where bursts are too much.
+/// Sends as many jobs as leave so many tasks behind, or a tenth of that, one by one, where bursts are too much.
 fn load(server: &Deferring, tasks: usize) {
     let bursts = takes_bursts(server);
     let wanted = if bursts { tasks } else { tasks / 10 };
@@ -104,7 +104,7 @@ fn load(server: &Deferring, tasks: usize) {
         pieces += kind_of(jobs, bursts).1;
         jobs += 1;
     }
-    server.send(0..jobs, |job| kind_of(job, bursts).0);
+    server.send(0..jobs, if bursts { CLIENTS } else { 1 }, |job| kind_of(job, bursts).0);
     server.wait_for_pieces(pieces);
 }
 
@@ -249,7 +249,7 @@ fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
     // What it had written to the disk is done now; whom that is for is in nobody's memory any more.
     let again = start(&rage, files, 1, &[]);
     let observer = Observer::of(again.pid());
-    again.send(NEW, |_| "now");
+    again.send(NEW, CLIENTS, |_| "now");
     wait_for("the last task of before", || {
         let pieces = again.pieces();
         let is_done = |job| pieces.iter().any(|piece: &Piece| piece.request == format!("{job}"));

@@ -117,19 +117,24 @@ impl Deferring {
 
     /// Sends so many jobs, from many clients at once, and waits until all that they left behind has started.
     pub(crate) fn load(&self, jobs: usize, pieces_of_job: usize) {
-        self.send(0..jobs, |_| "");
+        self.send(0..jobs, CLIENTS, |_| "");
         self.wait_for_pieces(jobs * pieces_of_job);
     }
 
-    /// Sends jobs of these numbers, each of the kind that `kind_of` tells, from many clients at once.
-    pub(crate) fn send(&self, jobs: Range<usize>, kind_of: impl Fn(usize) -> &'static str + Sync) {
+    /// Sends jobs of these numbers, each of the kind that `kind_of` tells, from so many clients at once.
+    pub(crate) fn send(
+        &self,
+        jobs: Range<usize>,
+        clients: usize,
+        kind_of: impl Fn(usize) -> &'static str + Sync,
+    ) {
         let port = self.port;
         thread::scope(|scope| {
-            for client in 0..CLIENTS {
+            for client in 0..clients {
                 let (jobs, kind_of) = (jobs.clone(), &kind_of);
                 scope.spawn(move || {
                     let mut connection = BufReader::new(http::connect(port));
-                    for job in jobs.skip(client).step_by(CLIENTS) {
+                    for job in jobs.skip(client).step_by(clients) {
                         // Whatever else is asked in between has no part in it.
                         ask(&mut connection, &format!("/job/{job}?how={}&secret=1", kind_of(job)));
                         if job % 7 == 0 {

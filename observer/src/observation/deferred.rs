@@ -239,6 +239,11 @@ impl Follower {
         }
         insert_new(&mut maps.classes, deferred::others(pid), RawClass::EMPTY)?;
         maps.followed.insert(pid, 1, 0)?;
+        if wanted.iter().flat_map(|hook| &hook.class).any(|case| case.named.is_interpreted())
+            && let Err(why) = self.names.prepare(pid)
+        {
+            log::debug!("names in process {pid} are not known: {why:#}");
+        }
         let mut attached = Vec::new();
         // The end first: of whatever is seen to begin the end is seen, too.
         for found in found.iter().rev() {
@@ -276,6 +281,7 @@ impl Follower {
 
     /// Takes in what the programs have passed on.
     pub(super) fn collect(&mut self, maps: &mut Maps) {
+        self.name_new(maps);
         // What is over first: its request was passed on before it, and so is among those fetched after.
         let links = maps.links();
         for raw in maps.requests() {
@@ -283,6 +289,13 @@ impl Follower {
         }
         for raw in links {
             self.link(&raw);
+        }
+    }
+
+    /// Makes names of kinds of work that were met for the first time.
+    pub(super) fn name_new(&mut self, maps: &mut Maps) {
+        for class in maps.kinds() {
+            self.name(class);
         }
     }
 

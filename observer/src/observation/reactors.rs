@@ -1,6 +1,6 @@
 //! The reactors of an observation: what their threads were doing before it began, their stalls, and their last figures.
 
-use std::time::Duration;
+use std::{io, os::fd::OwnedFd, time::Duration};
 
 use anyhow::Result;
 use observer_common::{accept::Accepting, reactor::Reactor as RawReactor};
@@ -65,6 +65,16 @@ impl Observation {
     /// How often to [`watch`](Self::watch).
     pub(crate) fn watch_period(&self) -> Duration {
         self.watcher.period()
+    }
+
+    /// What is readable when [`name_new`](Self::name_new) has something to do.
+    pub(crate) fn kinds_descriptor(&self) -> io::Result<OwnedFd> {
+        self.maps.kinds_descriptor()
+    }
+
+    /// Finds out what new kinds of deferred work are called, before that can change.
+    pub(crate) fn name_new(&mut self) {
+        self.follower.name_new(&mut self.maps);
     }
 
     /// Takes in the stalls that have ended, and looks at slices that may become one.

@@ -124,6 +124,11 @@ impl Naming {
     pub(crate) fn of(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|naming| *naming as u32 == number)
     }
+
+    /// Whether it takes an interpreter's own data to make a name of it.
+    pub(crate) const fn is_interpreted(self) -> bool {
+        matches!(self, Self::PythonCode | Self::PythonType | Self::RubyClass | Self::RubyBlock)
+    }
 }
 
 /// A hook as it is written.

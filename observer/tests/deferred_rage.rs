@@ -8,7 +8,7 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     process::Command,
-    rc::Rc,
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -42,7 +42,7 @@ fn folder(test: &str) -> Option<PathBuf> {
 }
 
 /// Starts the application with so many workers, and with what it had left in its folder.
-fn start(rage: &Path, files: Rc<TempDir>, workers: usize, options: &[(&str, String)]) -> Deferring {
+fn start(rage: &Path, files: Arc<TempDir>, workers: usize, options: &[(&str, String)]) -> Deferring {
     let mut command = Command::new(rage.join("run"));
     command
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/deferred_rage.rb"))
@@ -60,7 +60,7 @@ fn start(rage: &Path, files: Rc<TempDir>, workers: usize, options: &[(&str, Stri
 }
 
 fn start_new(rage: &Path, workers: usize) -> Deferring {
-    start(rage, Rc::new(tempfile::tempdir().unwrap()), workers, &[])
+    start(rage, Arc::new(tempfile::tempdir().unwrap()), workers, &[])
 }
 
 /// Whether it works as it is meant to: before Ruby 3.2 what Rage needs is there by halves, and it stops in bursts.
@@ -123,7 +123,7 @@ fn assert_links(what: &str, report: &Report, pids: &[u32], server: &Deferring) {
 fn links_each_task_to_its_request() {
     let Some(rage) = folder("links_each_task_to_its_request") else { return };
     let server = start_new(&rage, 1);
-    let observer = Observer::of(server.pid());
+    let observer = server.observe("rage");
     load(&server, 10_000);
     assert_links("Rage", &observer.finish(), &[server.pid()], &server);
 }
@@ -133,7 +133,7 @@ fn links_the_tasks_of_several_workers() {
     let Some(rage) = folder("links_the_tasks_of_several_workers") else { return };
     let server = start_new(&rage, 2);
     let workers = children(server.pid());
-    let observer = Observer::of(server.pid());
+    let observer = server.observe("rage");
     load(&server, 10_000);
     assert_links("Rage with two workers", &observer.finish(), &workers, &server);
 }
@@ -144,7 +144,8 @@ fn two_runtimes_do_not_disturb_each_other() {
     let rage = start_new(&folder, 1);
     let python = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
     let (pid, other) = (rage.pid().to_string(), python.pid().to_string());
-    let observer = Observer::start(&["--pid", &pid, "--pid", &other, "--no-listen"]);
+    let observer =
+        Observer::start(&["--pid", &pid, "--pid", &other, "--no-listen", "--profile", "rage,asyncio"]);
     thread::scope(|scope| {
         let port = python.port;
         scope.spawn(move || (0..200).for_each(|job| http::get_many(port, &format!("/job/{job}"), 1)));
@@ -222,7 +223,7 @@ fn sum(report: &Report, pid: u32, figure: &str) -> u64 {
 fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
     let test = "tasks_that_never_start_are_orphans_and_link_nothing_later";
     let Some((rage, server)) = start_for_burst(test) else { return };
-    let observer = Observer::of(server.pid());
+    let observer = server.observe("rage");
     for job in LATER {
         http::get(server.port, &format!("/job/{job}?how=later"));
     }
@@ -248,7 +249,7 @@ fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
 
     // What it had written to the disk is done now; whom that is for is in nobody's memory any more.
     let again = start(&rage, files, 1, &[]);
-    let observer = Observer::of(again.pid());
+    let observer = again.observe("rage");
     again.send(NEW, CLIENTS, |_| "now");
     wait_for("the last task of before", || {
         let pieces = again.pieces();
@@ -279,7 +280,7 @@ fn is_among(piece: &Piece, jobs: Range<usize>) -> bool {
 fn without_symbols_all_but_deferred_work_is_seen() {
     let test = "without_symbols_all_but_deferred_work_is_seen";
     let Some(rage) = folder(test) else { return };
-    let files = Rc::new(tempfile::tempdir().unwrap());
+    let files = Arc::new(tempfile::tempdir().unwrap());
     let whole = start_new(&rage, 1);
     let extension = http::get(whole.port, "/extension");
     let library = Path::new(&extension).ancestors().nth(2).unwrap();
@@ -298,7 +299,7 @@ fn without_symbols_all_but_deferred_work_is_seen() {
     let server = start(&rage, files, 1, &[("RUBYOPT", format!("-r{}", first.display()))]);
     assert!(Path::new(&http::get(server.port, "/extension")).starts_with(&copied));
 
-    let observer = Observer::of(server.pid());
+    let observer = server.observe("rage");
     for job in NEW {
         http::get(server.port, &format!("/job/{job}?how=now"));
     }

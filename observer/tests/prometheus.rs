@@ -12,17 +12,15 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{
+use crate::support::{
+    Process,
+    acceptor::Acceptor,
     deferred::{Deferring, ask},
-    support::{
-        Process,
-        acceptor::Acceptor,
-        example, http, is_emulated,
-        observer::Observer,
-        prometheus::{Prometheus, RANGE, dashboards},
-        servers::Server,
-        wait_for,
-    },
+    example, http, is_emulated,
+    observer::Observer,
+    prometheus::{Prometheus, RANGE, dashboards},
+    servers::Server,
+    wait_for,
 };
 
 /// Whether the test goes without: guests have no Prometheus aboard.

@@ -9,7 +9,7 @@ use std::{
     ops::Range,
     path::Path,
     process::{Child, ChildStdout, Command, Stdio},
-    rc::Rc,
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -42,7 +42,7 @@ pub(crate) struct Deferring {
     /// Kept open: what the server prints has to go somewhere.
     _output: BufReader<ChildStdout>,
     pub(crate) port: u16,
-    files: Rc<TempDir>,
+    files: Arc<TempDir>,
 }
 
 /// What a server wrote down of one piece of work.
@@ -63,13 +63,13 @@ pub(crate) struct Piece {
 impl Deferring {
     /// Starts a server that takes the name of a file and prints its port.
     pub(crate) fn start(mut command: Command) -> Self {
-        let files = Rc::new(tempfile::tempdir().unwrap());
+        let files = Arc::new(tempfile::tempdir().unwrap());
         command.arg(files.path().join(TRUTH));
         Self::start_in(files, command)
     }
 
     /// Starts a server that prints its port and writes what it does to a file of this name in a folder of its own.
-    pub(crate) fn start_in(files: Rc<TempDir>, mut command: Command) -> Self {
+    pub(crate) fn start_in(files: Arc<TempDir>, mut command: Command) -> Self {
         let mut child: Child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("a runtime");
         let mut output = BufReader::new(child.stdout.take().unwrap());
@@ -101,10 +101,10 @@ impl Deferring {
     }
 
     /// Ends it as nobody can prepare for; the folder stays.
-    pub(crate) fn kill(mut self) -> Rc<TempDir> {
+    pub(crate) fn kill(mut self) -> Arc<TempDir> {
         self.process.signal(Signal::SIGKILL);
         self.process.0.wait().unwrap();
-        Rc::clone(&self.files)
+        Arc::clone(&self.files)
     }
 
     /// What it has written down so far.

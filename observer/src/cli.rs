@@ -97,7 +97,9 @@ pub(crate) struct Observe {
     /// What runtimes are known by: `auto` for all built-in profiles, `none`, names, or files ending in .toml
     ///
     /// A profile tells how a runtime is recognised, how its garbage collections can be watched, and where it puts work
-    /// off; `observer profiles` lists the built-in ones. A process without such a runtime is not touched.
+    /// off; `observer profiles` lists the built-in ones. A process without such a runtime is not touched. With `auto`,
+    /// deferred work of a process is no longer followed once that takes more than 25,000 traps into the kernel a second
+    /// (about 5 % of a CPU) for three seconds; a profile that is named is followed at any cost.
     #[arg(long = "profile", value_name = "PROFILES", value_delimiter = ',', default_value = "auto")]
     pub(crate) profiles: Vec<String>,
     /// Function of a library of one's own that puts work off, and what the work is known by

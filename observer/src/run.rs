@@ -48,6 +48,7 @@ pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
         profiles: profiles(observe)?,
+        is_limited: observe.profiles.iter().any(|profile| profile == "auto"),
     };
     run(&selection, &observe.output)?;
     Ok(ExitCode::SUCCESS)
@@ -246,11 +247,19 @@ async fn until_over(
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut watch = interval(lock(observation).watch_period());
     watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let kinds = lock(observation).kinds_descriptor()?;
+    // SAFETY: it owns the descriptor, which nobody closes before it is dropped itself.
+    let kinds = unsafe { AsyncFd::register_with_interest(kinds, Interest::READABLE) }
+        .map_err(|error| error.into_parts().1)?;
     loop {
         select! {
             () = &mut time_is_up => return Ok(()),
             _ = signals.interrupt.recv() => return Ok(()),
             _ = signals.terminate.recv() => return Ok(()),
+            ready = kinds.readable() => {
+                ready?.clear_ready();
+                lock(observation).name_new();
+            }
             _ = watch.tick() => lock(observation).watch(),
             quit = until_quit(&mut view) => return quit,
             (push, due) = until_due(push) => push.push(due, &mut lock(observation))?,

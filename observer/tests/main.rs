@@ -7,6 +7,7 @@ mod causes;
 mod cli;
 mod container;
 mod deferred;
+mod deferred_rage;
 mod drops;
 mod endpoint;
 mod exports;

@@ -11,9 +11,9 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
 use crate::{
-    deferred::{Deferring, Piece, ask, read_answer},
     otlp::{PROTOCOLS, figures_of, is_skipped, url},
     support::{
+        deferred::{Deferring, Piece, ask, read_answer},
         http,
         observer::Observer,
         otlp::{Receiver, Rotel, attributes, for_each_point},
@@ -158,7 +158,7 @@ fn a_request_and_what_it_put_off_are_one_trace() {
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);
         let rotel = Rotel::before(receiver.port);
-        let server = Deferring::asyncio();
+        let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
         let observer = trace(server.pid(), &url(rotel.port(protocol)), protocol, &[]);
         let mut connection = BufReader::new(http::connect(server.port));
         ask(&mut connection, "/job/0?token=secret");
@@ -166,7 +166,7 @@ fn a_request_and_what_it_put_off_are_one_trace() {
         // Who sent this does not want it recorded.
         ask_within(&mut connection, "/job/2", &format!("00-{}-{SENDER}-00", TRACE.replace("0a", "0b")));
         ask(&mut connection, "/nothing");
-        server.wait_for(3 * PIECES);
+        server.wait_for_pieces(3 * PIECES);
         // An exemplar is pushed once, with the figures after it.
         thread::sleep(Duration::from_millis(1500));
         let pid = server.pid();
@@ -244,7 +244,7 @@ fn a_collector_may_come_late() {
     }
     for protocol in PROTOCOLS {
         let port = free_port();
-        let server = Deferring::asyncio();
+        let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
         let observer = trace(server.pid(), &url(port), protocol, &[("OTEL_METRICS_EXPORTER", "none")]);
         let mut connection = BufReader::new(http::connect(server.port));
         ask(&mut connection, "/job/0");
@@ -256,7 +256,7 @@ fn a_collector_may_come_late() {
         ask(&mut connection, "/job/1");
         assert!(observer.message().contains("no traces to"));
         ask(&mut connection, "/job/2");
-        server.wait_for(3 * PIECES);
+        server.wait_for_pieces(3 * PIECES);
         thread::sleep(Duration::from_secs(2));
         receiver = Receiver::start_at(port, protocol, &[]);
         assert!(observer.message().contains("takes traces again"));
@@ -288,12 +288,12 @@ fn what_is_not_delivered_is_told() {
     if is_skipped("what_is_not_delivered_is_told") {
         return;
     }
-    let server = Deferring::asyncio();
+    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
     let none = [("OTEL_METRICS_EXPORTER", "none")];
     let observer = trace(server.pid(), &url(free_port()), "http/protobuf", &none);
     let mut connection = BufReader::new(http::connect(server.port));
     ask(&mut connection, "/job/0");
-    server.wait_for(PIECES);
+    server.wait_for_pieces(PIECES);
     assert!(observer.message().contains("no traces to"));
     thread::sleep(Duration::from_secs(1));
     let begin = Instant::now();

@@ -2,7 +2,7 @@
 //! places that profiles name; what a place means, and how to read it, the loader has written into maps.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
+    bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
     macros::{map, uprobe},
     maps::{Array, HashMap, RingBuf},
@@ -42,6 +42,11 @@ static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSE
 /// Deferred work that is over, of requests.
 #[map]
 static LINKS: RingBuf = RingBuf::with_byte_size(512 * 1024, 0);
+
+/// Kinds of work that were met for the first time. What they are called is to be found out at once: what tells may be
+/// elsewhere soon. Where one finds no room here it is asked for later.
+#[map]
+static KINDS: RingBuf = RingBuf::with_byte_size(4096, 0);
 
 /// What a new entry starts from: too large for the stack.
 static NEW: Class = Class::EMPTY;
@@ -393,7 +398,9 @@ fn figures(key: &ClassKey) -> Option<*mut Class> {
     if let Some(class) = CLASSES.get_ptr_mut(*key) {
         return Some(class);
     }
-    let _full = CLASSES.insert(*key, &NEW, u64::from(BPF_NOEXIST));
+    if CLASSES.insert(*key, &NEW, u64::from(BPF_NOEXIST)).is_ok() {
+        let _no_room = KINDS.output::<ClassKey>(key, u64::from(BPF_RB_FORCE_WAKEUP));
+    }
     CLASSES.get_ptr_mut(*key).or_else(|| {
         lost(Loss::ClassesFull);
         CLASSES.get_ptr_mut(ClassKey { value: 0, naming: ClassKey::OTHERS, ..*key })

@@ -30,7 +30,8 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let pids = BTreeSet::from([server.child.id()]);
     let calls = Calls::DEFAULT.to_vec();
     let profiles = PROFILES.clone();
-    let selection = Selection { pids, follow: true, calls, stall_threshold: STALL_THRESHOLD, profiles };
+    let selection =
+        Selection { pids, follow: true, calls, stall_threshold: STALL_THRESHOLD, profiles, is_limited: true };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
     run::run(&selection, &output)?;
     if output.format != Some(Format::Json) {

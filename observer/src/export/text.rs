@@ -4,9 +4,9 @@ use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 
 use anyhow::Result;
 
-use super::words::{SHORT_ID, named, percent, reactor_name, request_name, span};
+use super::words::{SHORT_ID, due_to, named, percent, reactor_name, request_name, span};
 use crate::model::{
-    deferred::Deferred,
+    deferred::{Deferred, is_held_up},
     histogram::Histogram,
     snapshot::{Gc, LATE, Listener, Look, Reactor, Snapshot, Target},
     stall::{Cause, Stalls},
@@ -44,6 +44,9 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     }
     for finding in &findings {
         writeln!(out, "LATE: {finding}")?;
+    }
+    for dropped in snapshot.targets.iter().flat_map(dropped) {
+        writeln!(out, "LOST: {dropped}")?;
     }
     let (silent, telling): (Vec<_>, Vec<_>) = snapshot.targets.iter().partition(|target| target.is_silent());
     for target in telling {
@@ -90,7 +93,40 @@ fn findings(target: &Target) -> Vec<String> {
     });
     let dropped = target.listeners.iter().filter(|l| l.drops > 0);
     let dropped = dropped.map(|l| format!("{} of {who} had {} connections dropped", l.name(), l.drops));
-    reactors.chain(waits).chain(stuck).chain(dropped).collect()
+    reactors.chain(waits).chain(stuck).chain(dropped).chain(late_work(target)).collect()
+}
+
+/// Which deferred work of a target started later than it should, one sentence each.
+fn late_work(target: &Target) -> impl Iterator<Item = String> + '_ {
+    let lag = target.reactors.iter().map(|reactor| reactor.lag.max()).fold(0.0, f64::max);
+    target.deferred.iter().filter_map(move |kind| {
+        let who = format!("deferred work {} of {} ({})", kind.task, target.comm, target.pid);
+        if kind.is_overdue() {
+            let (oldest, most) = (span(kind.oldest_seconds.unwrap_or(0.0)), span(kind.wait.max()));
+            let pending = kind.pending;
+            return Some(format!(
+                "{who} has {pending} pending, the oldest for {oldest}; no other waited for more than {most}"
+            ));
+        }
+        let half = kind.wait.quantile(0.5).filter(|_| is_held_up(&kind.wait, lag))?;
+        Some(format!(
+            "{who} started up to {} after it was put off, half of it within {}; event loops were up to {} late",
+            span(kind.wait.max()),
+            span(half),
+            span(lag)
+        ))
+    })
+}
+
+/// What a target was to do and never will, one sentence each.
+fn dropped(target: &Target) -> impl Iterator<Item = String> + '_ {
+    let kinds = target.deferred.iter().filter(|kind| kind.dropped(kind.orphaned) > 0);
+    let because = if target.exited { ", which has ended," } else { "" };
+    kinds.map(move |kind| {
+        let count = format!("{} of {} pieces", kind.orphaned, kind.enqueued);
+        let who = format!("{} ({}){because}", target.comm, target.pid);
+        format!("{count} of deferred work {} of {who} were forgotten before they started", kind.task)
+    })
 }
 
 fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
@@ -124,7 +160,8 @@ fn write_deferred(target: &Target, out: &mut impl Write) -> Result<()> {
             kind.enqueued, kind.started, kind.finished, kind.pending
         )?;
         if kind.orphaned > 0 {
-            writeln!(out, "                {} were forgotten before they started", kind.orphaned)?;
+            let timers = if kind.is_told { "" } else { ", as timers are that are cancelled" };
+            writeln!(out, "                {} were forgotten before they started{timers}", kind.orphaned)?;
         }
         if kind.wait.count() > 0 {
             writeln!(out, "    waits       {}{}", kind.wait.count(), quantiles(&kind.wait))?;
@@ -302,7 +339,7 @@ fn write_stalls(stalls: &Stalls, out: &mut impl Write) -> Result<()> {
             span(stalls.seconds)
         )?;
     }
-    for site in stalls.sites.iter().take(SITES) {
+    for (place, site) in stalls.sites.iter().enumerate().take(SITES) {
         let detail = match site.cause {
             Cause::Blocked(_) => &site.syscall,
             Cause::Runqueue => &site.behind.as_ref().map(|thread| format!("behind {thread}")),
@@ -311,11 +348,12 @@ fn write_stalls(stalls: &Stalls, out: &mut impl Write) -> Result<()> {
         let detail = detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
         writeln!(
             out,
-            "      {} of the lag: {} times, {} together, {}{detail}",
+            "      {} of the lag: {} times, {} together, {}{detail}{}",
             percent(site.lag_share),
             site.count,
             span(site.seconds),
-            named(site.cause)
+            named(site.cause),
+            due_to(&stalls.requests_of(place))
         )?;
         write_look(&site.look, FRAMES_OF_SITE, out)?;
     }
@@ -334,5 +372,50 @@ fn quantiles(histogram: &Histogram) -> String {
             format!(": p50 {}, p99 {}, longest {}", span(p50), span(p99), span(histogram.max()))
         }
         _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::live::testing, *};
+
+    fn report(snapshot: &Snapshot) -> String {
+        let mut text = Vec::new();
+        write(snapshot, &mut text).unwrap();
+        String::from_utf8(text).unwrap()
+    }
+
+    #[test]
+    fn stalls_are_told_with_the_request_they_were_for() {
+        let text = report(&testing::snapshot(5.0, |reactor| testing::slept(reactor, 3)));
+        assert!(text.contains("360 ms together, asleep (clock_nanosleep) for GET /job/7\n"), "{text}");
+    }
+
+    #[test]
+    fn late_and_forgotten_work_is_found_and_timers_are_no_fault() {
+        let mut snapshot = testing::snapshot(5.0, |reactor| testing::slept(reactor, 3));
+        let mut mail = testing::kind("mail", 50);
+        mail.wait = testing::histogram(&[(1, 90), (110, 10)]);
+        let mut sweep = testing::kind("sweep", 0);
+        (sweep.wait, sweep.oldest_seconds) = (testing::histogram(&[(110, 100)]), Some(3600.0));
+        let mut any = testing::kind("asyncio work", 500);
+        (any.is_told, any.started, any.wait) = (false, 0, testing::histogram(&[]));
+        snapshot.targets[0].deferred = vec![mail, sweep, any];
+        let text = report(&snapshot);
+        let found = |head: &str| text.lines().filter(|line| line.starts_with(head)).collect::<Vec<_>>();
+        let (late, lost) = (found("LATE: "), found("LOST: "));
+        assert_eq!(late.len(), 3, "{text}");
+        assert!(
+            late[1].starts_with("LATE: deferred work mail of app (10) started up to 110 ms after"),
+            "{text}"
+        );
+        assert!(late[2].contains("work sweep of app (10) has 0 pending, the oldest for 3600 s"), "{text}");
+        assert_eq!(
+            lost,
+            ["LOST: 10 of 60 pieces of deferred work mail of app (10) were forgotten before they started"]
+        );
+        assert!(text.contains("100 were forgotten before they started, as timers are that are cancelled"));
+        snapshot.targets[0].exited = true;
+        assert!(report(&snapshot).contains("of app (10), which has ended, were forgotten"));
     }
 }

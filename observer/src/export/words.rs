@@ -24,6 +24,14 @@ pub(crate) fn request_name(request: &Request) -> String {
     }
 }
 
+/// ` for GET /job/7 and others`, the latest of some requests; empty if there is none.
+pub(crate) fn due_to(requests: &[&Request]) -> String {
+    let Some(latest) = requests.last().map(|request| request_name(request)) else { return String::new() };
+    let others =
+        if requests.iter().any(|request| request_name(request) != latest) { " and others" } else { "" };
+    format!(" for {latest}{others}")
+}
+
 /// What people call it.
 pub(crate) const fn named(cause: Cause) -> &'static str {
     match cause {
@@ -64,6 +72,21 @@ pub(crate) fn span(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn requests_are_told_by_the_latest() {
+        let request = |path: &str| Request {
+            method: Some("GET".into()),
+            path: Some(path.into()),
+            ..Request::default()
+        };
+        let (one, other) = (request("/1"), request("/2"));
+        assert_eq!(due_to(&[]), "");
+        assert_eq!(due_to(&[&one, &one]), " for GET /1");
+        assert_eq!(due_to(&[&one, &other]), " for GET /2 and others");
+        let unknown = Request { time: "2026-11-24T12:00:00Z".into(), ..Request::default() };
+        assert_eq!(due_to(&[&unknown]), " for a request at 2026-11-24T12:00:00Z");
+    }
 
     #[test]
     fn durations_are_short_and_have_a_unit() {

@@ -4,13 +4,16 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use super::{histogram::Histogram, request::Request};
+use super::{histogram::Histogram, request::Request, snapshot::LATE};
 
 /// One kind of deferred work of a process.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Deferred {
     /// What the kind is called.
     pub(crate) task: String,
+    /// Whether it is one kind. Else this is work of any kind, told when it starts, that has not started.
+    #[serde(skip)]
+    pub(crate) is_told: bool,
     /// Pieces put off; where only their start tells the kind, those that have started.
     pub(crate) enqueued: u64,
     /// Of these, the ones that have started.
@@ -29,6 +32,39 @@ pub(crate) struct Deferred {
     pub(crate) run: Histogram,
     /// The latest pieces that are over and whose request is known, oldest first; only in a report.
     pub(crate) links: Vec<Link>,
+}
+
+/// Half of the work that is put off to be done soon starts in less than this, in seconds.
+const SOON: f64 = 0.010;
+
+/// Whether work that waited like this was to be done soon and could not: it has to be when event loops were this late.
+/// Timers wait because they are meant to.
+pub(crate) fn is_held_up(wait: &Histogram, lag: f64) -> bool {
+    let is_soon = wait.quantile(0.5).is_some_and(|half| half < SOON);
+    // What waited for much longer did not wait for the loop alone.
+    is_soon && lag >= LATE && wait.max() >= LATE && wait.max() <= 2.0 * lag
+}
+
+impl Deferred {
+    /// Whether a piece waits for far longer than any that has started: the kind is one that starts sooner.
+    pub(crate) fn is_overdue(&self) -> bool {
+        /// From so many on it is known how long they wait.
+        const ENOUGH: u64 = 20;
+        /// Times the longest wait, and seconds.
+        const FAR: f64 = 10.0;
+        const LONG: f64 = 1.0;
+
+        let limit = (FAR * self.wait.max()).max(LONG);
+        self.is_told
+            && self.wait.count() >= ENOUGH
+            && self.oldest_seconds.is_some_and(|oldest| oldest >= limit)
+    }
+
+    /// Of so many pieces that were forgotten, those that somebody has to know of. Not of work of any kind: timers that are
+    /// cancelled are such, and few that are set are not.
+    pub(crate) const fn dropped(&self, orphaned: u64) -> u64 {
+        if self.is_told { orphaned } else { 0 }
+    }
 }
 
 /// A piece of deferred work that is over, and the request it is due to.

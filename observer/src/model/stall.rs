@@ -176,6 +176,12 @@ impl Stalls {
         self.counts[cause.index()]
     }
 
+    /// The requests that the latest stalls in this site were for, as far as they are known, oldest first.
+    pub(crate) fn requests_of(&self, site: usize) -> Vec<&Request> {
+        let of_site = self.recent.iter().filter(|stall| stall.site == site);
+        of_site.filter_map(|stall| stall.origin.as_deref()).collect()
+    }
+
     /// Adds a stall that has ended.
     pub(crate) fn add(&mut self, mut stall: Stall, look: Look) {
         self.count += 1;

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     mem,
     sync::Arc,
+    time::Instant,
 };
 
 use anyhow::{Result, anyhow};
@@ -46,9 +47,18 @@ const KEPT: usize = 32_768;
 /// Names of kinds of work that are remembered for each process.
 const NAMES: usize = 1024;
 
+/// How often a process may come to the places of a profile that nobody asked for by name, a second: each time costs it
+/// about 2 us, all of them 5 % of a CPU.
+const HITS_PER_SECOND: u64 = 25_000;
+
+/// How often in a row it may be more than that.
+const PATIENCE: u32 = 3;
+
 /// Whose deferred work is followed.
 #[derive(Default)]
 pub(super) struct Follower {
+    /// Whether it is followed only where that costs little.
+    is_limited: bool,
     /// By process id.
     processes: HashMap<u32, Process>,
     /// Of these, the ones whose connections have not been looked at.
@@ -85,10 +95,22 @@ struct Process {
     /// How often it has been looked at.
     looks: u32,
     hooks: Vec<Attached>,
+    /// How often it had come to them when last looked at, and when that was.
+    hits: Option<(u64, Instant)>,
+    /// How often in a row it has come there too often.
+    excesses: u32,
     /// What its kinds of work are called.
     names: HashMap<ClassKey, Arc<str>>,
-    /// What work is called whose kind is not told, by its space.
-    spaces: HashMap<u64, String>,
+    /// Spaces of its keys, by number.
+    spaces: HashMap<u64, Space>,
+}
+
+/// Work whose kind is not told where it is put off.
+struct Space {
+    /// What it is called.
+    work: String,
+    /// Whether its kind is told when it starts.
+    is_told_later: bool,
 }
 
 /// The latest requests, by number.
@@ -112,6 +134,11 @@ impl Requests {
 }
 
 impl Follower {
+    /// Follows nobody yet, and later, if it is limited, only where that costs little.
+    pub(super) fn new(is_limited: bool) -> Self {
+        Self { is_limited, ..Self::default() }
+    }
+
     /// Brings a target up to date, which has started so many programs by now. Tells what
     /// goes unseen.
     pub(super) fn refresh(
@@ -127,7 +154,10 @@ impl Follower {
             self.end(maps, pid);
         }
         let process = self.processes.entry(pid).or_insert_with(|| Process { execs, ..Process::default() });
-        if !process.hooks.is_empty() || process.looks == LOOKS {
+        if !process.hooks.is_empty() {
+            return self.limit(maps, pid).into_iter().collect();
+        }
+        if process.looks == LOOKS {
             return Vec::new();
         }
         process.looks += 1;
@@ -151,6 +181,29 @@ impl Follower {
             process.looks = LOOKS;
         }
         missing
+    }
+
+    /// Follows a process no longer if that costs it too much.
+    fn limit(&mut self, maps: &mut Maps, pid: u32) -> Option<Missing> {
+        let process = self.processes.get_mut(&pid).filter(|_| self.is_limited)?;
+        let hits = process.hooks.iter().map(|hook| hook.figures(maps).hits).sum::<u64>();
+        let (before, since) = process.hits.replace((hits, Instant::now()))?;
+        let milliseconds = u64::try_from(since.elapsed().as_millis()).ok()?.max(1);
+        let rate = hits.saturating_sub(before) * 1000 / milliseconds;
+        process.excesses = if rate > HITS_PER_SECOND { process.excesses + 1 } else { 0 };
+        if process.excesses < PATIENCE {
+            return None;
+        }
+        let (execs, profile) = (process.execs, process.hooks.first()?.profile().to_owned());
+        self.end(maps, pid);
+        self.processes.insert(pid, Process { execs, looks: LOOKS, ..Process::default() });
+        Some(Missing {
+            source: format!("deferred work of process {pid}"),
+            reason: format!(
+                "{rate} traps a second into the kernel would cost it {} % of a CPU; --profile {profile} follows it all the same",
+                rate / 5_000
+            ),
+        })
     }
 
     /// Attaches to all places of a runtime, or to none: half of them would tell half-truths.
@@ -189,6 +242,11 @@ impl Follower {
         }
         insert_new(&mut maps.classes, deferred::others(pid), RawClass::EMPTY)?;
         maps.followed.insert(pid, 1, 0)?;
+        if wanted.iter().flat_map(|hook| &hook.class).any(|case| case.named.is_interpreted())
+            && let Err(why) = self.names.prepare(pid)
+        {
+            log::debug!("names in process {pid} are not known: {why:#}");
+        }
         let mut attached = Vec::new();
         // The end first: of whatever is seen to begin the end is seen, too.
         for found in found.iter().rev() {
@@ -203,7 +261,10 @@ impl Follower {
         }
         let process = self.processes.entry(pid).or_default();
         process.hooks.extend(attached.into_iter().rev());
-        process.spaces.extend(numbers.values().map(|&number| (number.into(), profile.name.clone())));
+        let is_told_later = wanted.iter().any(|hook| hook.tells_later());
+        let work = format!("{} work", profile.name);
+        let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_told_later }));
+        process.spaces.extend(spaces);
         self.new.push(pid);
         Ok(())
     }
@@ -223,7 +284,8 @@ impl Follower {
 
     /// Takes in what the programs have passed on.
     pub(super) fn collect(&mut self, maps: &mut Maps) {
-        // Requests are told before what refers to them, so they are fetched after that.
+        self.name_new(maps);
+        // What refers to requests first: those were passed on before it, and so are among those fetched after.
         let (answers, links) = (maps.answers(), maps.links());
         for raw in maps.requests() {
             self.requests.add(raw.id, origin::decode(&raw));
@@ -253,6 +315,13 @@ impl Follower {
     pub(super) fn happened(&mut self, pid: u32, request: &Arc<Request>, what: impl FnOnce() -> What) {
         if let Some(events) = &mut self.events {
             events.add(Event { pid, request: Arc::clone(request), what: what() });
+        }
+    }
+
+    /// Makes names of kinds of work that were met for the first time.
+    pub(super) fn name_new(&mut self, maps: &mut Maps) {
+        for class in maps.kinds() {
+            self.name(class);
         }
     }
 
@@ -298,10 +367,7 @@ impl Follower {
         let name: Arc<str> = if class.naming == ClassKey::OTHERS {
             "other".into()
         } else if class.naming == 0 {
-            process
-                .spaces
-                .get(&class.value)
-                .map_or(UNKNOWN.into(), |profile| format!("{profile} work").into())
+            process.spaces.get(&class.value).map_or(UNKNOWN.into(), |space| space.work.as_str().into())
         } else {
             let naming = Naming::of(class.naming);
             let named = naming.map(|naming| self.names.of(pid, naming, class.value));
@@ -318,6 +384,16 @@ impl Follower {
             process.names.insert(class, Arc::clone(&name));
         }
         name
+    }
+
+    /// Whether this is work of one kind, and not of any.
+    fn is_told(&self, class: ClassKey) -> bool {
+        let space = self.processes.get(&class.tgid).and_then(|process| process.spaces.get(&class.value));
+        match class.naming {
+            ClassKey::OTHERS => false,
+            0 => space.is_some_and(|space| !space.is_told_later),
+            _ => true,
+        }
     }
 
     /// The request of this number, if anything tells of it.
@@ -343,24 +419,25 @@ impl Follower {
         let unmatched = hooks.iter().filter(|(is_restore, _)| *is_restore);
         let unmatched = unmatched.map(|(_, hook)| hook.hits.saturating_sub(hook.matches)).sum();
         let of_process = entries(&maps.classes).into_iter().filter(|(key, _)| key.tgid == pid);
-        let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>)>::new();
+        let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>, bool)>::new();
         let mut is_waiting = false;
         for (key, raw) in of_process {
             is_waiting |= raw.pending > 0;
-            let (sum, _) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None));
+            let (sum, _, is_told) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None, true));
             deferred::add(sum, &raw);
+            *is_told &= self.is_told(key);
         }
         if is_waiting {
             for (_, unit) in entries(&maps.units).iter().filter(|entry| deferred::waits(entry, pid)) {
-                if let Some((_, oldest)) = classes.get_mut(&self.name(unit.class)) {
+                if let Some((_, oldest, _)) = classes.get_mut(&self.name(unit.class)) {
                     *oldest = Some(oldest.map_or(unit.queued_ns, |oldest| oldest.min(unit.queued_ns)));
                 }
             }
         }
         let deferred = classes
             .into_iter()
-            .filter(|(_, (raw, _))| raw.enqueued > 0 || raw.pending > 0)
-            .map(|(name, (raw, oldest))| deferred::decode(&name, &raw, oldest))
+            .filter(|(_, (raw, ..))| raw.enqueued > 0 || raw.pending > 0)
+            .map(|(name, (raw, oldest, is_told))| deferred::decode(&name, is_told, &raw, oldest))
             .collect();
         Figures { deferred, hooks: hooks.into_iter().map(|(_, hook)| hook).collect(), unmatched }
     }

@@ -62,6 +62,8 @@ pub(crate) struct Selection {
     pub(crate) stall_threshold: Duration,
     /// What runtimes are known by.
     pub(crate) profiles: Vec<Arc<Profile>>,
+    /// Whether deferred work is followed only where that costs little.
+    pub(crate) is_limited: bool,
 }
 
 /// A running observation. Dropping it takes everything of ours out of the kernel.
@@ -139,7 +141,7 @@ impl Observation {
             stall_threshold: selection.stall_threshold,
             runtimes: Runtimes::of_profiles(selection.profiles.clone()),
             collectors: Collectors::default(),
-            follower: Follower::default(),
+            follower: Follower::new(selection.is_limited),
             attached_ns: clock::monotonic_ns(),
             unix_since_ns: None,
             unattributed_before: 0,

@@ -1,6 +1,6 @@
 //! The reactors of an observation: what their threads were doing before it began, their stalls, and their last figures.
 
-use std::time::Duration;
+use std::{io, os::fd::OwnedFd, time::Duration};
 
 use anyhow::Result;
 use observer_common::{accept::Accepting, reactor::Reactor as RawReactor};
@@ -68,6 +68,16 @@ impl Observation {
         self.watcher.period()
     }
 
+    /// What is readable when [`name_new`](Self::name_new) has something to do.
+    pub(crate) fn kinds_descriptor(&self) -> io::Result<OwnedFd> {
+        self.maps.kinds_descriptor()
+    }
+
+    /// Finds out what new kinds of deferred work are called, before that can change.
+    pub(crate) fn name_new(&mut self) {
+        self.follower.name_new(&mut self.maps);
+    }
+
     /// Takes in the stalls that have ended, and looks at slices that may become one.
     pub(crate) fn watch(&mut self) {
         self.collect_stalls();
@@ -77,7 +87,7 @@ impl Observation {
     /// Puts each stall that has ended down to what was seen of it.
     fn collect_stalls(&mut self) {
         let stalls = self.maps.stalls();
-        // Requests are told before the stalls that are due to them.
+        // Their requests were passed on before them.
         self.follower.collect(&mut self.maps);
         for raw in stalls {
             let look = self.watcher.seen(raw.tid, raw.start_ns);

@@ -1,7 +1,10 @@
 //! *deferred*: work that targets put off, followed to where it is done. Attached to one process at a time, at the places
 //! that the profile of its runtime names.
 
-use std::os::fd::AsFd as _;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    os::fd::AsFd as _,
+};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Ebpf, programs::UProbe};
@@ -62,7 +65,7 @@ pub(crate) struct Attached {
     verb: Verb,
     verb_name: &'static str,
     name: String,
-    recipe: u32,
+    recipes: Vec<u32>,
     places: Vec<Place>,
     /// They stay attached while these are kept.
     probes: Vec<Uprobe>,
@@ -81,29 +84,38 @@ impl Attached {
     ) -> Result<Self> {
         let program: &UProbe = ebpf.program(PROGRAM).context("no such program")?.try_into()?;
         let program = program.fd()?.as_fd();
-        let recipe = recipes.0.pop().context("there are too many hooks already")?;
-        maps.recipes.set(recipe, found.recipe, 0)?;
         let hook = found.hook;
         let once = if hook.once { RawHook::ONCE } else { 0 };
         let flags = once | if hook.takes_over { RawHook::TAKES_OVER } else { 0 };
-        let entry = RawHook { verb: hook.verb as u32, space, flags, recipe, hits: 0, matches: 0 };
         let mut attached = Self {
             profile: profile.to_owned(),
             verb: hook.verb,
             verb_name: hook.verb_name(),
             name: found.name.clone(),
-            recipe,
+            recipes: Vec::new(),
             places: Vec::new(),
             probes: Vec::new(),
         };
-        let outcome = found.places.iter().try_for_each(|&(instruction, address)| {
-            let place = Place { address, tgid: pid, reserved: 0 };
+        // One for each register that an answer is in.
+        let mut by_result = HashMap::new();
+        let outcome = found.places.iter().try_for_each(|at| {
+            let recipe = match by_result.entry(at.result) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(place) => {
+                    let recipe = recipes.0.pop().context("there are too many hooks already")?;
+                    attached.recipes.push(recipe);
+                    maps.recipes.set(recipe, at.recipe(&found.recipe), 0)?;
+                    *place.insert(recipe)
+                }
+            };
+            let entry = RawHook { verb: hook.verb as u32, space, flags, recipe, hits: 0, matches: 0 };
+            let place = Place { address: at.address, tgid: pid, reserved: 0 };
             if maps.hooks.get(&place, 0).is_ok() {
                 bail!("two hooks meet at one place");
             }
             maps.hooks.insert(place, entry, 0).context("there are too many hooks already")?;
             attached.places.push(place);
-            let site = Site { instruction, counter: 0 };
+            let site = Site { instruction: at.offset, counter: 0 };
             let probe = Uprobe::attach(program, &found.file, site, pid);
             attached.probes.push(probe.context("the kernel does not attach to it")?);
             Ok(())
@@ -122,7 +134,7 @@ impl Attached {
         for place in &self.places {
             let _present = maps.hooks.remove(place);
         }
-        recipes.0.push(self.recipe);
+        recipes.0.extend(self.recipes);
     }
 
     /// How often the process came there, and how often that meant something.
@@ -141,6 +153,11 @@ impl Attached {
         }
     }
 
+    /// Name of the profile.
+    pub(crate) fn profile(&self) -> &str {
+        &self.profile
+    }
+
     /// Whether work goes on here.
     pub(crate) fn is_restore(&self) -> bool {
         self.verb == Verb::Restore
@@ -148,10 +165,11 @@ impl Attached {
 }
 
 /// Figures of a kind of work, of which the oldest piece that waits was put off at `oldest_ns`.
-pub(crate) fn decode(task: &str, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
+pub(crate) fn decode(task: &str, is_told: bool, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
     let now = clock::monotonic_ns();
     Deferred {
         task: task.to_owned(),
+        is_told,
         enqueued: raw.enqueued,
         started: raw.started,
         finished: raw.finished,

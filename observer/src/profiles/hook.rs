@@ -124,6 +124,11 @@ impl Naming {
     pub(crate) fn of(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|naming| *naming as u32 == number)
     }
+
+    /// Whether it takes an interpreter's own data to make a name of it.
+    pub(crate) const fn is_interpreted(self) -> bool {
+        matches!(self, Self::PythonCode | Self::PythonType | Self::RubyClass | Self::RubyBlock)
+    }
 }
 
 /// A hook as it is written.
@@ -287,6 +292,11 @@ impl Hook {
         }
     }
 
+    /// Whether it tells the kind of work that has been put off before.
+    pub(crate) fn tells_later(&self) -> bool {
+        self.verb == Verb::Restore && self.class.iter().any(|case| case.named != Naming::SameWork)
+    }
+
     /// What people call the place.
     pub(crate) fn place(&self) -> String {
         match &self.site {
@@ -352,7 +362,7 @@ mod tests {
         let long = "{ when = ['arg0->0->0->0->0->0->0->0 == 1'], is = 'arg0->0->0->0->0', named = 'string' }";
         assert!(hook(&format!("function = 'f'\nclass = [{long}, {long}]")).is_ok());
         assert!(hook("function = 'f'\nwhen = ['arg0 == 1']").is_ok());
-        assert!(hook("function = 'f'\nwhen = ['arg0->0->0->0->0->0->0->0->0 == 1']").is_err());
+        assert!(hook("function = 'f'\nwhen = ['arg0+8->0->0->0->0->0->0->0->0 == 1']").is_err());
         let error = hook(&format!("function = 'f'\nclass = [{long}, {long}, {long}]")).unwrap_err();
         assert!(error.contains("steps"), "{error}");
     }

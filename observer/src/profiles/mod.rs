@@ -179,6 +179,31 @@ mod tests {
         assert!(PROFILES.iter().all(|profile| profile.gc.is_some() || !profile.hooks.is_empty()));
     }
 
+    /// Whole profiles are marked as TOML in the page that describes them.
+    #[test]
+    fn the_profiles_in_the_documentation_are_understood() {
+        const PAGE: &str = include_str!("../../../docs/profiles.md");
+        let blocks = PAGE.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+        let parsed =
+            blocks.map(|text| toml::from_str::<Profile>(text).unwrap_or_else(|e| panic!("{text}: {e}")));
+        let hooks: Vec<_> = parsed.flat_map(|profile| profile.hooks).collect();
+        let verbs: BTreeSet<_> = hooks.iter().map(Hook::verb_name).collect();
+        assert!(verbs.len() >= 5 && hooks.len() >= 10, "{verbs:?}");
+    }
+
+    /// What is built in has a chapter.
+    #[test]
+    fn the_documentation_tells_of_every_profile_and_verb() {
+        const PAGE: &str = include_str!("../../../docs/profiles.md");
+        for profile in PROFILES.iter() {
+            let is_told = PAGE.lines().any(|line| line.starts_with("### ") && line.contains(&profile.name));
+            assert!(is_told, "{}", profile.name);
+        }
+        for verb in ["snapshot", "restore", "leave", "forget", "clear", "detach"] {
+            assert!(PAGE.contains(&format!("| `{verb}` |")), "{verb}");
+        }
+    }
+
     #[test]
     fn totals_are_known_by_the_beginning_of_the_version() {
         let totals = PROFILES.iter().find_map(|profile| match &profile.gc {

@@ -1,6 +1,11 @@
 //! The maps shared with the programs, typed. Reading is a copy, value by value, while the programs go on: figures
 //! of one value may be a few events apart from each other, never wrong by more than what happens meanwhile.
 
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
+};
+
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
@@ -73,6 +78,7 @@ pub(crate) struct Maps {
     requests: RingBuf<MapData>,
     answers: RingBuf<MapData>,
     links: RingBuf<MapData>,
+    kinds: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
 }
 
@@ -108,6 +114,7 @@ impl Maps {
             requests: RingBuf::try_from(take(ebpf, "REQUESTS")?)?,
             answers: RingBuf::try_from(take(ebpf, "ANSWERS")?)?,
             links: RingBuf::try_from(take(ebpf, "LINKS")?)?,
+            kinds: RingBuf::try_from(take(ebpf, "KINDS")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
         })
     }
@@ -145,6 +152,17 @@ impl Maps {
     /// Deferred work that has ended since the last time.
     pub(crate) fn links(&mut self) -> Vec<Link> {
         drain(&mut self.links)
+    }
+
+    /// Kinds of deferred work that were met for the first time since the last time.
+    pub(crate) fn kinds(&mut self) -> Vec<ClassKey> {
+        drain(&mut self.kinds)
+    }
+
+    /// What is readable when there are any.
+    pub(crate) fn kinds_descriptor(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the ring keeps its descriptor open while it is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.kinds.as_raw_fd()) }.try_clone_to_owned()
     }
 
     /// How often the programs could not keep something for this cause.

@@ -1,5 +1,6 @@
-//! Where in a function a probe may stand, read from its instructions: a cheap one near its beginning, all those that
-//! return, or the function that it only jumps to.
+//! Where in a function a probe may stand, read from its instructions: near its beginning, near each of its ends, or in
+//! the function that it only jumps to. The kernel steps over most instructions by two traps, which take 5 us and more;
+//! those it need not step over, because it knows what they do, take one of less than 1 us. So such are looked for.
 
 use std::collections::BTreeSet;
 
@@ -7,86 +8,96 @@ use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
     OpKind, Register,
 };
+use observer_common::deferred::register;
 
 use super::elf::Elf;
 
 /// Most instructions of a function that are looked at.
 const MOST: usize = 4096;
 
-/// How far from the beginning of a function a probe for it may stand, in instructions.
-const BEGINNING: usize = 8;
+/// How far from the beginning or an end of a function a probe for it may stand, in instructions.
+const NEAR: usize = 16;
 
-/// Registers that arguments are passed in, and the one with the answer.
-const PASSED: [Register; 7] =
-    [Register::RDI, Register::RSI, Register::RDX, Register::RCX, Register::R8, Register::R9, Register::RAX];
+/// Registers by their numbers in `observer_common::deferred`.
+const REGISTERS: [Register; 16] = [
+    Register::RDI,
+    Register::RSI,
+    Register::RDX,
+    Register::RCX,
+    Register::R8,
+    Register::R9,
+    Register::RAX,
+    Register::RBX,
+    Register::RBP,
+    Register::RSP,
+    Register::R10,
+    Register::R11,
+    Register::R12,
+    Register::R13,
+    Register::R14,
+    Register::R15,
+];
 
-/// The place for a probe at the beginning of a function: the first instruction that the kernel need not step over (it
-/// knows what a `push` or `nop` does), if no argument is overwritten before it; else the first one behind the mark for
-/// indirect jumps.
+/// Registers that hold after a call what they held before.
+const KEPT: [Register; 6] =
+    [Register::RBX, Register::RBP, Register::R12, Register::R13, Register::R14, Register::R15];
+
+/// A place for a probe near an end of a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct End {
+    /// Address of the instruction.
+    pub(crate) address: u64,
+    /// Number of the register that holds there what the function will return.
+    pub(crate) result: u64,
+}
+
+/// The place for a probe at the beginning of a function: the first instruction that the kernel need not step over, if no
+/// argument is overwritten before it; else the first one that a probe can stand at.
 pub(crate) fn entry(elf: &Elf, function: u64) -> Option<u64> {
     let mut info = InstructionInfoFactory::new();
     let mut first = None;
-    for instruction in decoder(elf, function)?.into_iter().take(BEGINNING) {
+    for instruction in decoder(elf, function)?.into_iter().take(NEAR) {
         if instruction.code() == Code::Endbr64 {
             continue;
         }
-        // The kernel puts no probe on an instruction with such a prefix.
-        let is_refused = instruction.has_lock_prefix() || instruction.segment_prefix() != Register::None;
-        if !is_refused {
-            first = first.or(Some(instruction.ip()));
-        }
-        let is_push = instruction.mnemonic() == Mnemonic::Push && instruction.op0_kind() == OpKind::Register;
-        if is_push || instruction.mnemonic() == Mnemonic::Nop {
+        if is_cheap(&instruction) {
             return Some(instruction.ip());
         }
-        let overwrites = info.info(&instruction).used_registers().iter().any(|used| {
-            let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None);
-            writes && PASSED.contains(&used.register().full_register())
-        });
-        if instruction.flow_control() != FlowControl::Next || overwrites {
+        if !is_refused(&instruction) {
+            first = first.or(Some(instruction.ip()));
+        }
+        let arguments = &REGISTERS[..7];
+        if instruction.flow_control() != FlowControl::Next
+            || arguments.iter().any(|&argument| writes(&mut info, &instruction, argument))
+        {
             break;
         }
     }
     first
 }
 
-/// All instructions that return from a function, also those of functions that it ends by jumping to. An error says why
-/// they are not known.
-pub(crate) fn returns(elf: &Elf, function: u64) -> Result<Vec<u64>, String> {
-    let mut returns = BTreeSet::new();
-    let mut seen = BTreeSet::new();
-    let mut to_do = vec![function];
-    while let Some(start) = to_do.pop() {
-        let decoder = decoder(elf, start).ok_or("its code is not in its file")?;
-        for instruction in decoder {
-            if instruction.is_invalid() || seen.len() >= MOST {
-                return Err("its code is not understood".into());
-            }
-            if !seen.insert(instruction.ip()) {
-                break;
-            }
-            match instruction.flow_control() {
-                FlowControl::Return => {
-                    returns.insert(instruction.ip());
-                    break;
-                }
-                FlowControl::UnconditionalBranch => {
-                    to_do.push(instruction.near_branch_target());
-                    break;
-                }
-                FlowControl::ConditionalBranch => to_do.push(instruction.near_branch_target()),
-                FlowControl::IndirectBranch => return Err("it jumps to places that are computed".into()),
-                FlowControl::Exception => break,
-                _ => {}
-            }
-        }
+/// Places for probes where a function ends, also those of functions that it ends by jumping to, so that one is come to
+/// each time it returns. `needs_result` tells whether its answer has to be in a register there. An error says why they
+/// are not known.
+///
+/// Of the part of a function that its compiler has put elsewhere because it is hardly ever run, only the returns
+/// themselves are taken.
+pub(crate) fn ends(elf: &Elf, function: u64, needs_result: bool) -> Result<Vec<End>, String> {
+    let mut ends = BTreeSet::new();
+    for (start, end) in returns(elf, function)? {
+        let code: Vec<_> = decoder(elf, start)
+            .ok_or("its code is not in its file")?
+            .into_iter()
+            .take_while(|instruction| instruction.ip() <= end)
+            .collect();
+        ends.insert(cheap_end(&code, needs_result).unwrap_or(End { address: end, result: register::RESULT }));
     }
-    if returns.is_empty() { Err("it never returns".into()) } else { Ok(returns.into_iter().collect()) }
+    Ok(ends.into_iter().collect())
 }
 
 /// The function that one only jumps to, having arranged its arguments.
 pub(crate) fn jump_target(elf: &Elf, function: u64) -> Option<u64> {
-    for instruction in decoder(elf, function)?.into_iter().take(BEGINNING) {
+    for instruction in decoder(elf, function)?.into_iter().take(NEAR) {
         match instruction.flow_control() {
             FlowControl::Next => {}
             FlowControl::UnconditionalBranch => return Some(instruction.near_branch_target()),
@@ -96,10 +107,161 @@ pub(crate) fn jump_target(elf: &Elf, function: u64) -> Option<u64> {
     None
 }
 
+/// All instructions that return from a function, each with where the straight code before it begins that was come to
+/// from the function's beginning.
+fn returns(elf: &Elf, function: u64) -> Result<BTreeSet<(u64, u64)>, String> {
+    let mut returns = BTreeSet::new();
+    let mut seen = BTreeSet::new();
+    let mut to_do = vec![(function, function)];
+    while let Some((home, start)) = to_do.pop() {
+        let decoder = decoder(elf, start).ok_or("its code is not in its file")?;
+        for instruction in decoder {
+            if instruction.is_invalid() || seen.len() >= MOST {
+                return Err("its code is not understood".into());
+            }
+            if !seen.insert(instruction.ip()) {
+                break;
+            }
+            let target = instruction.near_branch_target();
+            // Behind it and not far away it is the same function.
+            let home_of =
+                |target: u64| if (home..home + MOST as u64).contains(&target) { home } else { target };
+            match instruction.flow_control() {
+                FlowControl::Return => {
+                    let home = if home <= instruction.ip() { home } else { start };
+                    returns.insert((home, instruction.ip()));
+                    break;
+                }
+                FlowControl::UnconditionalBranch => {
+                    to_do.push((home_of(target), target));
+                    break;
+                }
+                FlowControl::ConditionalBranch => to_do.push((home_of(target), target)),
+                FlowControl::IndirectBranch => return Err("it jumps to places that are computed".into()),
+                FlowControl::Exception => break,
+                _ => {}
+            }
+        }
+    }
+    if returns.is_empty() { Err("it never returns".into()) } else { Ok(returns) }
+}
+
+/// The last instruction before a return that the kernel need not step over, if all ways to that return lead over it.
+/// `code` is all code from the beginning of the function to the return.
+fn cheap_end(code: &[Instruction], needs_result: bool) -> Option<End> {
+    let mut info = InstructionInfoFactory::new();
+    let (last, before) = code.split_last()?;
+    let mut result = Register::RAX;
+    for (index, instruction) in before.iter().enumerate().rev().take(NEAR) {
+        let is_call = instruction.flow_control() == FlowControl::Call;
+        let into = |jump: &Instruction| {
+            let target = jump.near_branch_target();
+            instruction.ip() < target && target <= last.ip()
+        };
+        let is_jump = |other: &Instruction| {
+            matches!(other.flow_control(), FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch)
+        };
+        // Somebody who comes from before it comes past it.
+        let is_passed = before[..index].iter().any(|other| is_jump(other) && into(other));
+        if is_cheap(instruction) && !is_call && !is_passed {
+            let number = REGISTERS.iter().position(|&register| register == result)?;
+            return Some(End { address: instruction.ip(), result: u64::try_from(number).ok()? });
+        }
+        match instruction.flow_control() {
+            FlowControl::Next => {}
+            FlowControl::ConditionalBranch => continue,
+            // What it calls may do anything, but it leaves some registers as they were.
+            FlowControl::Call if needs_result && KEPT.contains(&result) => continue,
+            _ => return None,
+        }
+        let is_copy = instruction.code() == Code::Mov_r64_rm64
+            && instruction.op0_register() == result
+            && instruction.op1_kind() == OpKind::Register;
+        let is_copy = is_copy
+            || instruction.code() == Code::Mov_rm64_r64
+                && instruction.op0_kind() == OpKind::Register
+                && instruction.op0_register() == result;
+        if is_copy {
+            result = instruction.op1_register();
+        } else if needs_result && writes(&mut info, instruction, result) {
+            return None;
+        }
+    }
+    None
+}
+
+/// Whether the kernel knows what an instruction does.
+fn is_cheap(instruction: &Instruction) -> bool {
+    let is_push = instruction.mnemonic() == Mnemonic::Push && instruction.op0_kind() == OpKind::Register;
+    let is_jump = matches!(
+        instruction.flow_control(),
+        FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch | FlowControl::Call
+    );
+    is_push || instruction.code() == Code::Nopd || is_jump && instruction.op0_kind() == OpKind::NearBranch64
+}
+
+/// Whether the kernel puts no probe on an instruction, because of a prefix.
+fn is_refused(instruction: &Instruction) -> bool {
+    instruction.has_lock_prefix() || instruction.segment_prefix() != Register::None
+}
+
+fn writes(info: &mut InstructionInfoFactory, instruction: &Instruction, register: Register) -> bool {
+    info.info(instruction).used_registers().iter().any(|used| {
+        let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None);
+        writes && used.register().full_register() == register
+    })
+}
+
 /// The instructions from an address on.
 fn decoder(elf: &Elf, address: u64) -> Option<impl IntoIterator<Item = Instruction>> {
     let code = elf.code_from(address)?;
     // Far more than any function that is looked at.
     let code = &code[..code.len().min(1 << 20)];
     Some(Decoder::with_ip(64, code, address, DecoderOptions::NONE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decoded(code: &[u8], address: u64) -> Vec<Instruction> {
+        Decoder::with_ip(64, code, address, DecoderOptions::NONE).into_iter().collect()
+    }
+
+    /// The end of `context_new_from_vars` of CPython 3.11 as Debian builds it.
+    const NEW_CONTEXT: &[u8] = &[
+        0x55, // push %rbp
+        0x48, 0x89, 0xfd, // mov %rdi,%rbp
+        0x53, 0x51, // push %rbx; push %rcx
+        0xe8, 0, 0, 0, 0, // call
+        0x48, 0x89, 0xc3, // mov %rax,%rbx
+        0x48, 0x85, 0xc0, // test %rax,%rax
+        0x74, 0x11, // je 0x24
+        0x48, 0x83, 0x45, 0x00, 0x01, // addq $1,0(%rbp)
+        0x48, 0x89, 0xc7, // mov %rax,%rdi
+        0x48, 0x89, 0x68, 0x18, // mov %rbp,0x18(%rax)
+        0xe8, 0, 0, 0, 0, // call
+        0x48, 0x89, 0xd8, // 0x24: mov %rbx,%rax
+        0x5a, 0x5b, 0x5d, 0xc3, // pop, pop, pop, ret
+    ];
+
+    #[test]
+    fn an_answer_is_followed_back_to_a_cheap_instruction() {
+        let code = decoded(NEW_CONTEXT, 0x1000);
+        let rbx = register::OTHERS;
+        assert_eq!(cheap_end(&code, true), Some(End { address: 0x1011, result: rbx }));
+        // Without need for the answer nothing tells what is done behind the last call.
+        assert_eq!(cheap_end(&code, false), None);
+    }
+
+    #[test]
+    fn what_can_be_passed_by_is_not_taken() {
+        // je over the nop; nop; ret.
+        let code = decoded(&[0x74, 0x01, 0x90, 0xc3], 0x1000);
+        assert_eq!(cheap_end(&code, false).map(|end| end.address), Some(0x1000));
+        let straight = decoded(&[0x90, 0x58, 0xc3], 0x1000);
+        assert_eq!(cheap_end(&straight, false).map(|end| end.address), Some(0x1000));
+        // pop %rax: the answer comes from elsewhere.
+        assert_eq!(cheap_end(&straight, true), None);
+    }
 }

@@ -25,11 +25,7 @@ impl Names {
     pub(crate) fn of(&mut self, pid: u32, naming: Naming, value: u64) -> Result<String> {
         match naming {
             Naming::PythonCode | Naming::PythonType | Naming::RubyClass | Naming::RubyBlock => {
-                let interpreter = match self.interpreters.entry(pid) {
-                    Entry::Occupied(known) => known.into_mut(),
-                    Entry::Vacant(place) => place.insert(Interpreter::of(pid)?),
-                };
-                interpreter.as_ref().context("no interpreter is there")?.name(naming, value)
+                self.prepare(pid)?.context("no interpreter is there")?.name(naming, value)
             }
             Naming::Function => self.function(pid, value),
             Naming::Vtable => {
@@ -41,6 +37,15 @@ impl Names {
             Naming::String => Live::of(pid)?.c_string(value, "name"),
             Naming::SameWork => bail!("it is no work of its own"),
         }
+    }
+
+    /// Finds the interpreter of a process, which takes longer than to ask it for a name.
+    pub(crate) fn prepare(&mut self, pid: u32) -> Result<Option<&Interpreter>> {
+        let interpreter = match self.interpreters.entry(pid) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(Interpreter::of(pid)?),
+        };
+        Ok(interpreter.as_ref())
     }
 
     /// A process is gone, or runs another program now.

@@ -95,6 +95,9 @@ const T_MODULE: u64 = 0x03;
 const T_STRING: u64 = 0x05;
 const T_ARRAY: u64 = 0x07;
 const T_IMEMO: u64 = 0x1a;
+/// What stays behind where something was moved away when memory was compacted, and where in it the new place is.
+const T_MOVED: u64 = 0x1e;
+const MOVED_TO: u64 = 16;
 const USER_1: u64 = 1 << 13;
 
 /// Kinds of internal objects, above the type.
@@ -249,6 +252,11 @@ impl Ruby {
 
     /// Name of a class.
     pub(super) fn class_name(&self, memory: &Live, class: u64) -> Result<String> {
+        // While nothing else has its place, what was moved has left word of where it is.
+        let class = match kind(memory, class)? {
+            T_MOVED => memory.field(class, MOVED_TO, "class")?,
+            _ => class,
+        };
         ensure!(matches!(kind(memory, class)?, T_CLASS | T_MODULE), "what should be a class is none");
         let name = match self.offsets.class_name {
             Some(offset) => memory.field(class, offset, "class name")?,

@@ -2,7 +2,7 @@
 
 use std::{fs::File, iter};
 
-use observer_common::deferred::{Action, CLASS_STEPS, KEY_STEPS, Recipe, Step};
+use observer_common::deferred::{Action, CLASS_STEPS, KEY_STEPS, Recipe, Step, register};
 use procfs::process::MemoryMap;
 
 use super::runtime::Runtime;
@@ -27,10 +27,34 @@ pub(crate) struct Found<'p> {
     pub(crate) name: String,
     /// The file it is in.
     pub(crate) file: File,
-    /// Each place: in the file, and its address in the process.
-    pub(crate) places: Vec<(u64, u64)>,
-    /// How to read it.
+    /// The places.
+    pub(crate) places: Vec<FoundPlace>,
+    /// How to read them, if what a function returns is in its own register.
     pub(crate) recipe: Recipe,
+}
+
+/// A place of a hook.
+#[derive(Clone, Copy)]
+pub(crate) struct FoundPlace {
+    /// In the file.
+    pub(crate) offset: u64,
+    /// Address in the process.
+    pub(crate) address: u64,
+    /// Number of the register that holds there what the function will return.
+    pub(crate) result: u64,
+}
+
+impl FoundPlace {
+    /// How to read this one.
+    pub(crate) fn recipe(self, of_hook: &Recipe) -> Recipe {
+        let mut recipe = *of_hook;
+        for step in recipe.key.iter_mut().chain(&mut recipe.class) {
+            if step.action == Action::Register as u32 && step.value == register::RESULT {
+                step.value = self.result;
+            }
+        }
+        recipe
+    }
 }
 
 /// The files of a process that its hooks are in.
@@ -111,14 +135,21 @@ impl<'a> Finder<'a> {
         let mut places = Vec::new();
         for function in functions {
             let elf = &module.elf;
+            let needs_result = hook.key.as_ref().is_some_and(|key| key.register == register::RESULT);
             let addresses = match hook.at {
-                At::Entry => instructions::entry(elf, function).into_iter().collect(),
-                At::Return => instructions::returns(elf, function)
-                    .map_err(|why| format!("where {} returns is not known: {why}", hook.place()))?,
+                At::Entry => {
+                    let entry = instructions::entry(elf, function);
+                    entry.into_iter().map(|address| (address, register::RESULT)).collect()
+                }
+                At::Return => instructions::ends(elf, function, needs_result)
+                    .map_err(|why| format!("where {} returns is not known: {why}", hook.place()))?
+                    .into_iter()
+                    .map(|end| (end.address, end.result))
+                    .collect::<Vec<_>>(),
             };
-            for address in addresses {
+            for (address, result) in addresses {
                 let offset = elf.file_offset(address).ok_or("a function is not in its file")?;
-                places.push((offset, address.wrapping_add(module.bias)));
+                places.push(FoundPlace { offset, address: address.wrapping_add(module.bias), result });
             }
         }
         if places.is_empty() || places.len() > PLACES {

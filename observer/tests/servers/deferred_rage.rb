@@ -1,17 +1,13 @@
 # An application of Rage whose requests leave work for later, with what it did as its own truth: PORT, the file for the
-# truth and how many workers are its arguments. /job/ID?how=KIND asks for work; each run of a task is a line of JSON,
-# where depth counts the enqueuings between the request and the run.
+# truth, how many workers, and an application's folder to be made or found are its arguments. /job/ID?how=KIND asks for
+# work; each run of a task is a line of JSON, where depth counts the enqueuings between the request and the run.
 
 require "fileutils"
 require "json"
-require "tmpdir"
 
-PORT, TRUTH, WORKERS = ARGV[0].to_i, ARGV[1], ARGV.fetch(2, "1").to_i
+PORT, TRUTH, WORKERS, ROOT = ARGV[0].to_i, ARGV[1], ARGV[2].to_i, ARGV[3]
 
 # What Rage wants to find in the folder of an application.
-ROOT = Dir.mktmpdir
-at_exit { FileUtils.rm_rf(ROOT) if Process.pid == MASTER }
-MASTER = Process.pid
 %w[app config/environments config/initializers storage].each { |folder| FileUtils.mkdir_p("#{ROOT}/#{folder}") }
 %w[config/environments/production config/routes].each { |file| File.write("#{ROOT}/#{file}.rb", "") }
 Dir.chdir(ROOT)
@@ -59,7 +55,7 @@ class Job
     work(id, depth)
   ensure
     run = now - start
-    line = JSON.generate(id:, task: self.class.name, depth:, enqueued:, start:, run:, pid: Process.pid)
+    line = JSON.generate(request: id.to_s, class: self.class.name, depth:, enqueued:, start:, run:)
     blocking { FILE.syswrite("#{line}\n") }
   end
 
@@ -125,6 +121,20 @@ class Compacting < Job
   end
 end
 
+# Nothing else goes on for a while, and how much Rage has to do then is written down.
+def hold
+  blocking do
+    File.write("#{TRUTH}.backlog", "#{Rage::Deferred.__queue.backlog_size}\n", mode: "a")
+    sleep(1.5)
+  end
+end
+
+class Holding < Job
+  def work(_, _)
+    hold
+  end
+end
+
 HOW = {
   "none" => ->(_) {},
   "now" => ->(id) { Short.from(id, 1) },
@@ -134,6 +144,14 @@ HOW = {
   "park" => ->(id) { Parked.from(id, 1) },
   "compact" => ->(id) { Compacting.from(id, 1) },
   "burst" => ->(id) { 50.times { Short.from(id, 1) } },
+  "hold" => lambda { |id|
+    250.times { Short.from(id, 1) }
+    Holding.from(id, 1)
+    249.times { Short.from(id, 1) }
+    hold
+  },
+  # Later than it takes to start the application again.
+  "later" => ->(id) { Short.from(id, 1, delay: 12) },
   # The handler itself stops before it enqueues.
   "late" => lambda { |id|
     sleep(0.1)
@@ -160,14 +178,19 @@ class JobsController < RageController::API
     render plain: "#{Process.pid}\n"
   end
 
-  def backlog
-    render plain: "#{Rage::Deferred.__queue.backlog_size}\n"
+  def version
+    render plain: RUBY_VERSION
+  end
+
+  def extension
+    render plain: $LOADED_FEATURES.grep(/iodine_ext/).first
   end
 end
 
 Rage.routes.draw do
   get "/job/:id", to: "jobs#show"
-  get "/backlog", to: "jobs#backlog"
+  get "/version", to: "jobs#version"
+  get "/extension", to: "jobs#extension"
 end
 
 Iodine.on_state(:pre_start) do

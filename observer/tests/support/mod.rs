@@ -2,6 +2,7 @@
 //! ended when it is dropped, and every wait has a limit.
 
 pub(crate) mod acceptor;
+pub(crate) mod deferred;
 pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod observer;

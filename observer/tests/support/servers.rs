@@ -339,20 +339,24 @@ impl Server {
     }
 }
 
-/// nginx leaves its workers alone when it is killed; it is asked first.
 impl Drop for Server {
     fn drop(&mut self) {
-        if matches!(self.process.0.try_wait(), Ok(None)) {
-            for pid in children(self.pid()) {
-                super::send(pid, nix::sys::signal::Signal::SIGCONT);
-            }
-            self.process.signal(nix::sys::signal::Signal::SIGTERM);
-            if super::exit_within(&mut self.process.0, Duration::from_secs(10)).is_none() {
-                eprintln!("process {} does not end when asked and is killed", self.pid());
-                children(self.pid())
-                    .into_iter()
-                    .for_each(|pid| super::send(pid, nix::sys::signal::Signal::SIGKILL));
-            }
+        end(&mut self.process);
+    }
+}
+
+/// Ends a server with its workers, which some leave alone when they are killed; it is asked first.
+pub(crate) fn end(server: &mut Process) {
+    if matches!(server.0.try_wait(), Ok(None)) {
+        for pid in children(server.pid()) {
+            super::send(pid, nix::sys::signal::Signal::SIGCONT);
+        }
+        server.signal(nix::sys::signal::Signal::SIGTERM);
+        if super::exit_within(&mut server.0, Duration::from_secs(10)).is_none() {
+            eprintln!("process {} does not end when asked and is killed", server.pid());
+            children(server.pid())
+                .into_iter()
+                .for_each(|pid| super::send(pid, nix::sys::signal::Signal::SIGKILL));
         }
     }
 }
@@ -362,8 +366,11 @@ fn path_of(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name)
 }
 
-/// Children of a process, as the kernel lists them.
+/// Children of a process, as the kernel lists them for each of its threads.
 pub(crate) fn children(pid: u32) -> Vec<u32> {
-    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    list.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
+        .collect()
 }

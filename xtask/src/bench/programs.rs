@@ -32,11 +32,13 @@ pub(super) enum Load {
     OnRing,
     /// Requests to Node.js on connections that stay.
     Node,
+    /// Requests to asyncio on connections that stay, each with a deferred task.
+    Asyncio,
 }
 
 impl Load {
-    pub(super) const ALL: [Self; 5] =
-        [Self::Connections, Self::BesideSocket, Self::OnSocket, Self::OnRing, Self::Node];
+    pub(super) const ALL: [Self; 6] =
+        [Self::Connections, Self::BesideSocket, Self::OnSocket, Self::OnRing, Self::Node, Self::Asyncio];
 
     pub(super) fn title(self) -> &'static str {
         match self {
@@ -47,12 +49,13 @@ impl Load {
             Self::OnSocket => "nginx, unix connections",
             Self::OnRing => "TCP connections accepted through io_uring",
             Self::Node => "Node.js, requests on connections that stay",
+            Self::Asyncio => "asyncio, requests on connections that stay, each with a deferred task",
         }
     }
 
     pub(super) fn operation(self) -> &'static str {
         match self {
-            Self::Node => "request",
+            Self::Node | Self::Asyncio => "request",
             _ => "connection",
         }
     }
@@ -210,6 +213,11 @@ impl Bench<'_> {
             }
             Load::Node => {
                 let server = Server::node(cpu)?;
+                let wrk = Wrk::prepare(load_cpu, server.port, self.seconds, true)?;
+                count(&watch(&[server.pid(), wrk.pid()])?, || Ok(wrk.run()?.requests))
+            }
+            Load::Asyncio => {
+                let server = Server::asyncio(cpu)?;
                 let wrk = Wrk::prepare(load_cpu, server.port, self.seconds, true)?;
                 count(&watch(&[server.pid(), wrk.pid()])?, || Ok(wrk.run()?.requests))
             }

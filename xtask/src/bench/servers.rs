@@ -16,6 +16,25 @@ use crate::workspace::kept;
 const NODE: &str = "require('node:http').createServer((_, response) => response.end('ok'))\
 .listen(Number(process.argv[1]), '127.0.0.1')";
 
+/// An HTTP server of CPython's asyncio each of whose requests puts off one task.
+const ASYNCIO: &str = r"
+import asyncio, sys
+
+async def task():
+    pass
+
+async def serve(reader, writer):
+    while await reader.readuntil(b'\r\n\r\n'):
+        asyncio.create_task(task())
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok')
+
+async def main():
+    server = await asyncio.start_server(serve, '127.0.0.1', int(sys.argv[1]))
+    await server.serve_forever()
+
+asyncio.run(main())
+";
+
 /// A server that listens.
 pub(super) struct Server {
     process: Process,
@@ -89,6 +108,15 @@ impl Server {
         let mut command = program("node", cpu);
         command.args(["-e", NODE, &port.to_string()]);
         Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("node")
+    }
+
+    /// CPython's asyncio, with a deferred task for each request.
+    pub(super) fn asyncio(cpu: Option<u32>) -> Result<Self> {
+        let (port, files, socket) = place()?;
+        let mut command = program("/usr/bin/python3", cpu);
+        // Clients that go away are told of as errors.
+        command.args(["-c", ASYNCIO, &port.to_string()]).stderr(Stdio::null());
+        Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("asyncio")
     }
 
     fn listening(self, name: &str) -> Result<Self> {

@@ -89,7 +89,11 @@ impl Bench<'_> {
 
         let node = Server::node(cpu)?;
         let node = self.server("Node.js", &node, &most, || wrk(&node))?;
-        Ok(vec![nginx, redis, node])
+
+        let asyncio = Server::asyncio(cpu)?;
+        let asyncio =
+            self.server("asyncio, a deferred task for each request", &asyncio, &most, || wrk(&asyncio))?;
+        Ok(vec![nginx, redis, node, asyncio])
     }
 
     fn server(

@@ -7,6 +7,8 @@ type More = (&'static str, &'static str, &'static [&'static str]);
 const REACTOR: &More = &("reactor", "Event loops of this workload", &["instance", "comm"]);
 const ACCEPT_QUEUE: &More = &("accept-queue", "Accept queues of this workload", &["instance", "comm"]);
 
+const DEFERRED: &More = &("deferred-work", "Deferred work of this workload", &["instance", "comm"]);
+
 const WORKLOAD: &str = "{{comm}} {{instance}}";
 
 pub(super) const DASHBOARD: Dashboard = Dashboard {
@@ -96,6 +98,28 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
                 WORKLOAD,
             )],
             more: Some(ACCEPT_QUEUE),
+        },
+        Panel {
+            title: "Deferred work that starts",
+            description: "Pieces of work that requests left behind, which start now. Only of runtimes that a profile knows.",
+            look: Look::Lines,
+            unit: Unit::PerSecond,
+            queries: &[(
+                "topk(10, sum by (job, instance, comm, container) (rate(observer_deferred_started_total{SELECTED}[$__rate_interval])))",
+                WORKLOAD,
+            )],
+            more: Some(DEFERRED),
+        },
+        Panel {
+            title: "Orphaned work",
+            description: "Pieces of work that were forgotten before they started. Cancelled timers are such, where a runtime does not tell them apart.",
+            look: Look::Lines,
+            unit: Unit::PerMinute,
+            queries: &[(
+                "topk(10, 60 * sum by (job, instance, comm, container) (rate(observer_deferred_orphaned_total{SELECTED}[$__rate_interval])))",
+                WORKLOAD,
+            )],
+            more: Some(DEFERRED),
         },
     ],
 };

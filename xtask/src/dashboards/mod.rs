@@ -2,6 +2,7 @@
 //! Every panel has a unit and says what it shows; every query is bound to the data source and the job of its dashboard.
 
 mod accept_queue;
+mod deferred_work;
 mod fleet;
 mod reactor;
 
@@ -36,7 +37,7 @@ struct Panel {
     look: Look,
     unit: Unit,
     /// Queries, each with what its lines are called. `SELECTED` stands for what the dashboard's variables select,
-    /// `PROCESS` for the same without the thread.
+    /// `PROCESS` for the same without thread and kind of work.
     queries: &'static [(&'static str, &'static str)],
     /// The dashboard to go to for one line: its name, title and labels it takes over.
     more: Option<&'static (&'static str, &'static str, &'static [&'static str])>,
@@ -77,7 +78,8 @@ impl Unit {
 }
 
 /// All of them.
-const ALL: &[&Dashboard] = &[&fleet::DASHBOARD, &reactor::DASHBOARD, &accept_queue::DASHBOARD];
+const ALL: &[&Dashboard] =
+    &[&fleet::DASHBOARD, &reactor::DASHBOARD, &accept_queue::DASHBOARD, &deferred_work::DASHBOARD];
 
 /// Writes them into their folder.
 pub(crate) fn write() -> Result<()> {
@@ -224,7 +226,8 @@ impl Panel {
 }
 
 fn filled(query: &str, selected: &str) -> String {
-    query.replace("SELECTED", selected).replace("PROCESS", &selected.replace(", tid=~\"$tid\"", ""))
+    let process = selected.replace(", tid=~\"$tid\"", "").replace(", task=~\"$task\"", "");
+    query.replace("SELECTED", selected).replace("PROCESS", &process)
 }
 
 fn uid(name: &str) -> String {

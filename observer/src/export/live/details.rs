@@ -5,14 +5,15 @@ use ratatui::text::{Line, Span};
 use super::{
     graph::history,
     recent::{LoopWindow, Parts, parts},
-    state::{List, LoopRow, QueueRow, State},
+    state::{KindRow, List, LoopRow, QueueRow, State},
     theme::Theme,
     verdict::{cause, loop_name, rate},
     view::total,
 };
 use crate::{
-    export::words::{SHORT_ID, named, percent, span},
+    export::words::{SHORT_ID, due_to, named, percent, span},
     model::{
+        deferred::Deferred,
         histogram::Histogram,
         snapshot::{Listener, Look, Reactor, Target},
         stall::Cause,
@@ -32,7 +33,7 @@ const HELP: &str = "
  p, Space       stop the picture and let it go on; nothing is missed meanwhile
  s              sort by lateness, by load, by name
  /, f           filter by a part of a name, an address or a process id; Esc ends it
- Tab            go from event loops to accept queues and back
+ Tab            go from event loops to accept queues, to deferred work, and back
  Up, Down       select (k and j as well, PageUp, PageDown, Home, End)
  Enter          all about what is selected: quantiles, causes, stalls with their stacks
  Esc            back
@@ -47,6 +48,10 @@ const HELP: &str = "
                 is the share of the mean lag that would be gone with that code mended
  oldest         how long the first of those that wait to be accepted has waited; p99 and longest are waits too
  depth          connections that wait now and how many may; | in the bar is the most that were seen
+ DEFERRED WORK  kinds of work that was put off: pieces that have not started (pending) and how long the first of them
+                has waited (oldest), how many start, how long they waited and ran; orphans were forgotten before they
+                started. Timers wait on purpose, and many are cancelled: neither is a fault. Kinds that only the start
+                tells are pending as work of any kind
 ";
 
 pub(super) fn help() -> Vec<Line<'static>> {
@@ -64,6 +69,11 @@ pub(super) fn of_selection(state: &State, width: usize, theme: Theme) -> Vec<Lin
             let key = (target.pid, listener.name());
             let graph = history(state.history_of_queue(&key), width, HISTORY, theme);
             of_queue(row, target, listener, graph, theme)
+        }),
+        List::Kinds => state.kinds().nth(state.selected_kind()).map(|(row, target, kind)| {
+            let key = (target.pid, kind.task.clone());
+            let graph = history(state.history_of_kind(&key), width, HISTORY, theme);
+            of_kind(row, target, kind, graph, theme)
         }),
     };
     text.unwrap_or_else(|| vec![Line::raw(" It is gone; Esc leads back.")])
@@ -93,11 +103,15 @@ fn of_loop(
     text.extend(graph);
     text.push(Line::raw(""));
     text.push(title(&format!("STALLS{}", total(reactor)), theme));
-    for site in &reactor.stalls.sites {
+    for (place, site) in reactor.stalls.sites.iter().enumerate() {
         let share = Span::styled(format!(" {} ", percent(site.lag_share)), theme.selected());
         let what =
             format!("of the lag: {} times, {} together, {}", site.count, span(site.seconds), cause(site));
         text.push(Line::from(vec![share, Span::raw(what)]));
+        let requests = due_to(&reactor.stalls.requests_of(place));
+        if !requests.is_empty() {
+            text.push(Line::raw(format!("    {requests}")));
+        }
         text.extend(look(&site.look));
     }
     if !reactor.stalls.recent.is_empty() {
@@ -109,7 +123,8 @@ fn of_loop(
         let length = format!(" {}  {:>8}  {}{call}", stall.start, span(stall.seconds), named(stall.cause));
         let code = reactor.stalls.sites.get(stall.site).and_then(|site| site.look.frames.first());
         let code = code.map(|frame| format!(" in {frame}")).unwrap_or_default();
-        text.push(Line::raw(length + &code));
+        let request = due_to(stall.origin.as_deref().as_slice());
+        text.push(Line::raw(length + &request + &code));
     }
     text
 }
@@ -166,6 +181,61 @@ fn of_queue(
     text
 }
 
+fn of_kind(
+    row: &KindRow,
+    target: &Target,
+    kind: &Deferred,
+    graph: Vec<Line<'static>>,
+    theme: Theme,
+) -> Vec<Line<'static>> {
+    let window = &row.window;
+    let name = format!("Deferred work {} of {} ({})", kind.task, target.comm, target.pid);
+    let mut text = about(&name, target, theme);
+    let row = |name: &str, text: String| Line::raw(format!(" {name:<18}{text}"));
+    text.push(row("pending", format!("{} have not started", kind.pending)));
+    if let Some(age) = kind.oldest_seconds {
+        text.push(row("oldest", format!("was put off {} ago", span(age))));
+    }
+    text.push(row(
+        "now",
+        format!(
+            "{} put off, {} start (last {:.0} s)",
+            rate(window.enqueued, window.seconds),
+            rate(window.started, window.seconds),
+            window.seconds
+        ),
+    ));
+    text.push(row(
+        "since the start",
+        format!(
+            "{} put off, {} started, {} ended, {} forgotten before they started",
+            kind.enqueued, kind.started, kind.finished, kind.orphaned
+        ),
+    ));
+    if !kind.is_told {
+        text.push(Line::raw(
+            " Only the start of this work tells its kind: it is counted there. What is left here",
+        ));
+        text.push(Line::raw(" waits, timers included, or was forgotten, as timers are that are cancelled."));
+    }
+    text.push(Line::raw(""));
+    text.push(quantile_heading(theme));
+    text.push(plain_quantiles(&format!("waits, last {:.0} s", window.seconds), &window.wait));
+    text.push(plain_quantiles("waits, ever", &kind.wait));
+    text.push(plain_quantiles(&format!("runs, last {:.0} s", window.seconds), &window.run));
+    text.push(plain_quantiles("runs, ever", &kind.run));
+    text.push(Line::raw(""));
+    text.push(title("WAITS, a second each", theme));
+    text.extend(graph);
+    text.push(Line::raw(""));
+    text.push(title("PLACES that are watched for it, and how often they were come to and known", theme));
+    for hook in &target.hooks {
+        let counts = format!(" {:<9}{:>10}{:>10}", hook.verb, hook.hits, hook.matches);
+        text.push(Line::raw(format!("{counts}  {}", hook.place)));
+    }
+    text
+}
+
 /// Whose it is.
 fn about(name: &str, target: &Target, theme: Theme) -> Vec<Line<'static>> {
     let container =
@@ -180,6 +250,11 @@ fn title(text: &str, theme: Theme) -> Line<'static> {
 fn quantile_heading(theme: Theme) -> Line<'static> {
     let names = ["mean", "p50", "p90", "p99", "longest"].map(|name| format!("{name:>9}")).concat();
     Line::styled(format!(" {:<18}{names}{:>12}", "", "count"), theme.heading())
+}
+
+/// Quantiles of times that may be long on purpose.
+fn plain_quantiles(name: &str, histogram: &Histogram) -> Line<'static> {
+    Line::raw(quantiles(name, histogram, Theme { has_colours: false, has_blocks: false }).to_string())
 }
 
 fn quantiles(name: &str, histogram: &Histogram, theme: Theme) -> Line<'static> {
@@ -252,6 +327,7 @@ mod tests {
     use ratatui::crossterm::event::KeyCode;
 
     use super::{super::testing, *};
+    use crate::model::deferred::HookFigures;
 
     const PLAIN: Theme = Theme { has_colours: false, has_blocks: false };
 
@@ -273,12 +349,46 @@ mod tests {
             "     in sleep (app/db.py:12)",
             "     by handle (app/server.py:40)",
             "     kernel: do_nanosleep",
+            "     for GET /job/7\n     in sleep",
             "LATEST STALLS",
+            "asleep (clock_nanosleep) for GET /job/7 in sleep (app/db.py:12)",
         ] {
             assert!(text.contains(part), "{part} is missing: {text}");
         }
         // What nothing was blocked in is left out.
         assert!(!text.contains("blocked by a lock"), "{text}");
+    }
+
+    #[test]
+    fn a_kind_of_work_is_told_with_its_places() {
+        let mut state = State::default();
+        let mut snapshot = testing::snapshot(5.0, |_| {});
+        let mut kind = testing::kind("mail", 50);
+        (kind.pending, kind.oldest_seconds) = (3, Some(0.5));
+        snapshot.targets[0].deferred = vec![kind];
+        snapshot.targets[0].hooks = vec![HookFigures {
+            profile: "generic".into(),
+            verb: "restore",
+            place: "task_run in libtask.so".into(),
+            hits: 51,
+            matches: 50,
+        }];
+        state.look(snapshot);
+        state.press(KeyCode::BackTab.into());
+        let text = text(&state);
+        for part in [
+            "Deferred work mail of app (10)",
+            "3 have not started",
+            "was put off 500 ms ago",
+            "12.0/s put off, 10.0/s start (last 5 s)",
+            "60 put off, 50 started, 50 ended, 10 forgotten before they started",
+            "waits, last 5 s",
+            "runs, ever",
+            "restore          51        50  task_run in libtask.so",
+        ] {
+            assert!(text.contains(part), "{part} is missing: {text}");
+        }
+        assert!(!text.contains("tells its kind"), "{text}");
     }
 
     #[test]

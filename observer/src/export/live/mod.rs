@@ -6,11 +6,13 @@ mod messages;
 mod recent;
 mod screen;
 mod state;
+mod tables;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod theme;
 mod verdict;
 mod view;
+mod work;
 
 use std::{
     env,

@@ -7,6 +7,7 @@ use std::{
 };
 
 use crate::model::{
+    deferred::Deferred,
     histogram::{Growth, Histogram},
     snapshot::{Listener, Reactor, Snapshot, Split},
     stall::Cause,
@@ -26,6 +27,9 @@ pub(crate) type LoopKey = (u32, u32);
 
 /// An accept queue: process and listener's name.
 pub(crate) type QueueKey = (u32, String);
+
+/// A kind of deferred work: process and what it is called.
+pub(crate) type KindKey = (u32, String);
 
 /// One second of a history, in seconds of delay.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -74,6 +78,23 @@ pub(crate) struct QueueWindow {
     pub(crate) drops: u64,
 }
 
+/// The recent past of a kind of deferred work.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct KindWindow {
+    /// How long it is.
+    pub(crate) seconds: f64,
+    /// Waits that ended in it, because the work started.
+    pub(crate) wait: Histogram,
+    /// Work that ended in it: how long it ran.
+    pub(crate) run: Histogram,
+    /// Pieces put off.
+    pub(crate) enqueued: u64,
+    /// Pieces that started.
+    pub(crate) started: u64,
+    /// Pieces forgotten before they started.
+    pub(crate) orphaned: u64,
+}
+
 /// The latest looks at everything, each with what it showed to be new.
 #[derive(Default)]
 pub(crate) struct Recent {
@@ -81,9 +102,11 @@ pub(crate) struct Recent {
     looked: f64,
     loops: HashMap<LoopKey, Track<LoopGrowth>>,
     queues: HashMap<QueueKey, Track<QueueGrowth>>,
+    kinds: HashMap<KindKey, Track<KindGrowth>>,
+    runs: HashMap<KindKey, Track<()>>,
 }
 
-/// What is kept of one loop or queue.
+/// What is kept of one loop, queue or kind of work.
 struct Track<G> {
     /// Its histogram of delays at the last look.
     delays: Histogram,
@@ -118,6 +141,13 @@ struct QueueGrowth {
     arrivals: u64,
     accepts: u64,
     drops: u64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct KindGrowth {
+    enqueued: u64,
+    started: u64,
+    orphaned: u64,
 }
 
 /// Counters that can be compared and summed up.
@@ -165,6 +195,30 @@ impl Counters for QueueGrowth {
     }
 }
 
+impl Counters for KindGrowth {
+    fn since(self, earlier: Self) -> Self {
+        Self {
+            enqueued: self.enqueued.saturating_sub(earlier.enqueued),
+            started: self.started.saturating_sub(earlier.started),
+            orphaned: self.orphaned.saturating_sub(earlier.orphaned),
+        }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            enqueued: self.enqueued + other.enqueued,
+            started: self.started + other.started,
+            orphaned: self.orphaned + other.orphaned,
+        }
+    }
+}
+
+impl Counters for () {
+    fn since(self, (): Self) -> Self {}
+
+    fn plus(self, (): Self) -> Self {}
+}
+
 impl Recent {
     /// Takes in what is new in a snapshot, and forgets what is no longer in it.
     pub(crate) fn look(&mut self, snapshot: &Snapshot) {
@@ -196,9 +250,20 @@ impl Recent {
                 let oldest = listener.oldest_seconds.unwrap_or(0.0);
                 track.look(seconds, &listener.wait, &listener.wait, counters, oldest);
             }
+            for kind in target.deferred.iter().filter(|_| !target.exited) {
+                let counters =
+                    KindGrowth { enqueued: kind.enqueued, started: kind.started, orphaned: kind.orphaned };
+                // What still waits may be meant to: a timer does.
+                let key = (target.pid, kind.task.clone());
+                let track = self.kinds.entry(key.clone()).or_default();
+                track.look(seconds, &kind.wait, &kind.wait, counters, 0.0);
+                self.runs.entry(key).or_default().look(seconds, &kind.run, &kind.run, (), 0.0);
+            }
         }
         forget_unseen(&mut self.loops);
         forget_unseen(&mut self.queues);
+        forget_unseen(&mut self.kinds);
+        forget_unseen(&mut self.runs);
     }
 
     /// The recent past of an event loop.
@@ -219,6 +284,17 @@ impl Recent {
         })
     }
 
+    /// The recent past of a kind of deferred work.
+    pub(crate) fn of_kind(&self, pid: u32, kind: &Deferred) -> KindWindow {
+        let key = (pid, kind.task.clone());
+        let (Some(waits), Some(runs)) = (self.kinds.get(&key), self.runs.get(&key)) else {
+            return KindWindow::default();
+        };
+        let ((seconds, wait, sum), (_, run, ())) = (waits.window(), runs.window());
+        let KindGrowth { enqueued, started, orphaned } = sum;
+        KindWindow { seconds, wait, run, enqueued, started, orphaned }
+    }
+
     /// The lag of an event loop second by second, oldest first.
     pub(crate) fn history_of_loop(&self, key: LoopKey) -> impl DoubleEndedIterator<Item = Point> {
         self.loops.get(&key).into_iter().flat_map(|track| track.history.iter().copied())
@@ -227,6 +303,11 @@ impl Recent {
     /// The waits in an accept queue second by second, oldest first.
     pub(crate) fn history_of_queue(&self, key: &QueueKey) -> impl DoubleEndedIterator<Item = Point> {
         self.queues.get(key).into_iter().flat_map(|track| track.history.iter().copied())
+    }
+
+    /// The waits of a kind of work second by second, oldest first.
+    pub(crate) fn history_of_kind(&self, key: &KindKey) -> impl DoubleEndedIterator<Item = Point> {
+        self.kinds.get(key).into_iter().flat_map(|track| track.history.iter().copied())
     }
 }
 
@@ -318,6 +399,25 @@ mod tests {
         recent.look(&testing::snapshot(1001.0, |reactor| reactor.exited = true));
         assert!(recent.loops.is_empty());
         assert!(!recent.queues.is_empty());
+    }
+
+    #[test]
+    fn deferred_work_has_a_recent_past() {
+        let mut recent = Recent::default();
+        for second in 1..=20u32 {
+            let mut snapshot = testing::snapshot(f64::from(second), |_| {});
+            snapshot.targets[0].deferred = vec![testing::kind("mail", u64::from(second) * 5)];
+            snapshot.targets[0].deferred[0].oldest_seconds = Some(3600.0);
+            recent.look(&snapshot);
+        }
+        let now = recent.of_kind(10, &testing::kind("mail", 100));
+        assert_eq!((now.enqueued, now.started, now.orphaned), (60, 50, 10));
+        assert_eq!((now.wait.count(), now.run.count()), (50, 50));
+        // Work that is put off for an hour is not late.
+        let key = (10, "mail".to_owned());
+        assert!(recent.history_of_kind(&key).all(|point| point.max < 0.1));
+        recent.look(&testing::snapshot(21.0, |_| {}));
+        assert!(recent.kinds.is_empty() && recent.runs.is_empty());
     }
 
     #[test]

@@ -4,8 +4,11 @@ use std::cmp::Ordering;
 
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
-use super::recent::{LoopKey, LoopWindow, Point, QueueKey, QueueWindow, Recent};
-use crate::model::snapshot::{Listener, Reactor, Snapshot, Target};
+use super::recent::{KindKey, KindWindow, LoopKey, LoopWindow, Point, QueueKey, QueueWindow, Recent};
+use crate::model::{
+    deferred::Deferred,
+    snapshot::{Listener, Reactor, Snapshot, Target},
+};
 
 /// The order of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +40,16 @@ impl Sort {
     }
 }
 
-/// One of the two lists.
+/// One of the lists, in the order in which they are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum List {
     Loops,
     Queues,
+    Kinds,
+}
+
+impl List {
+    const ALL: [Self; 3] = [Self::Loops, Self::Queues, Self::Kinds];
 }
 
 /// What fills the screen.
@@ -74,6 +82,13 @@ pub(super) struct QueueRow {
     pub(super) window: QueueWindow,
 }
 
+/// A kind of deferred work, by its places in the snapshot.
+pub(super) struct KindRow {
+    target: usize,
+    kind: usize,
+    pub(super) window: KindWindow,
+}
+
 /// Everything that decides what the screen shows.
 pub(super) struct State {
     recent: Recent,
@@ -81,6 +96,7 @@ pub(super) struct State {
     snapshot: Option<Snapshot>,
     loops: Vec<LoopRow>,
     queues: Vec<QueueRow>,
+    kinds: Vec<KindRow>,
     /// Looks taken since the picture was stopped; `None` while it moves.
     paused: Option<usize>,
     pub(super) page: Page,
@@ -92,6 +108,7 @@ pub(super) struct State {
     /// What the user has chosen; where there is none or it is gone, the first row is.
     chosen_loop: Option<LoopKey>,
     chosen_queue: Option<QueueKey>,
+    chosen_kind: Option<KindKey>,
     /// Lines of a long page that are above the screen; drawing limits it.
     pub(super) scrolled: u16,
 }
@@ -103,6 +120,7 @@ impl Default for State {
             snapshot: None,
             loops: Vec::new(),
             queues: Vec::new(),
+            kinds: Vec::new(),
             paused: None,
             page: Page::Overview,
             list: List::Loops,
@@ -111,6 +129,7 @@ impl Default for State {
             is_typing: false,
             chosen_loop: None,
             chosen_queue: None,
+            chosen_kind: None,
             scrolled: 0,
         }
     }
@@ -139,6 +158,14 @@ impl State {
             .map(|(target, t, listener)| {
                 let window = self.recent.of_queue(t.pid, &t.listeners[listener]);
                 QueueRow { target, listener, window }
+            })
+            .collect();
+        self.kinds = targets()
+            .filter(|(_, t)| !t.exited)
+            .flat_map(|(target, t)| (0..t.deferred.len()).map(move |kind| (target, t, kind)))
+            .map(|(target, t, kind)| {
+                let window = self.recent.of_kind(t.pid, &t.deferred[kind]);
+                KindRow { target, kind, window }
             })
             .collect();
         self.snapshot = Some(snapshot);
@@ -171,6 +198,15 @@ impl State {
         })
     }
 
+    /// All kinds of deferred work there are, in their order, whatever the filter says.
+    pub(super) fn all_kinds(&self) -> impl Iterator<Item = (&KindRow, &Target, &Deferred)> {
+        let targets = self.snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.targets);
+        self.kinds.iter().map(|row| {
+            let target = &targets[row.target];
+            (row, target, &target.deferred[row.kind])
+        })
+    }
+
     /// Those whose name or process the filter finds.
     pub(super) fn loops(&self) -> impl Iterator<Item = (&LoopRow, &Target, &Reactor)> {
         self.all_loops()
@@ -180,6 +216,11 @@ impl State {
     /// Those whose address or process the filter finds.
     pub(super) fn queues(&self) -> impl Iterator<Item = (&QueueRow, &Target, &Listener)> {
         self.all_queues().filter(|(_, target, listener)| self.is_wanted(target, &[&listener.name()]))
+    }
+
+    /// Those whose name or process the filter finds.
+    pub(super) fn kinds(&self) -> impl Iterator<Item = (&KindRow, &Target, &Deferred)> {
+        self.all_kinds().filter(|(_, target, kind)| self.is_wanted(target, &[&kind.task]))
     }
 
     fn is_wanted(&self, target: &Target, names: &[&str]) -> bool {
@@ -207,6 +248,14 @@ impl State {
         place.unwrap_or(0)
     }
 
+    /// Place of the selected kind of work among those shown.
+    pub(super) fn selected_kind(&self) -> usize {
+        let place = self.kinds().position(|(_, target, kind)| {
+            self.chosen_kind.as_ref().is_some_and(|(pid, task)| *pid == target.pid && *task == kind.task)
+        });
+        place.unwrap_or(0)
+    }
+
     /// Delays of a loop second by second, newest first.
     pub(super) fn history_of_loop(&self, key: LoopKey) -> impl Iterator<Item = Point> {
         self.recent.history_of_loop(key).rev().skip(self.paused.unwrap_or(0))
@@ -215,6 +264,11 @@ impl State {
     /// Waits in a queue second by second, newest first.
     pub(super) fn history_of_queue(&self, key: &QueueKey) -> impl Iterator<Item = Point> {
         self.recent.history_of_queue(key).rev().skip(self.paused.unwrap_or(0))
+    }
+
+    /// Waits of a kind of work second by second, newest first.
+    pub(super) fn history_of_kind(&self, key: &KindKey) -> impl Iterator<Item = Point> {
+        self.recent.history_of_kind(key).rev().skip(self.paused.unwrap_or(0))
     }
 
     /// Brings rows into their order.
@@ -250,6 +304,16 @@ impl State {
             let key = |row: &QueueRow| (names(row.target), listener(row).name());
             order.then_with(|| key(a).cmp(&key(b)))
         });
+        self.kinds.sort_by(|a, b| {
+            let kind = |row: &KindRow| &targets[row.target].deferred[row.kind];
+            let order = match sort {
+                Sort::Late => descending(a.window.wait.max(), b.window.wait.max()),
+                Sort::Busy => b.window.started.cmp(&a.window.started),
+                Sort::Name => Ordering::Equal,
+            };
+            let key = |row: &KindRow| (names(row.target), &kind(row).task);
+            order.then_with(|| key(a).cmp(&key(b)))
+        });
     }
 
     /// Does what a key asks for.
@@ -282,7 +346,8 @@ impl State {
             KeyCode::Enter | KeyCode::Right if self.page == Page::Overview && self.has_selection() => {
                 self.show(Page::Details);
             }
-            KeyCode::Tab | KeyCode::BackTab => self.change_list(),
+            KeyCode::Tab => self.change_list(1),
+            KeyCode::BackTab => self.change_list(List::ALL.len() - 1),
             KeyCode::Up | KeyCode::Char('k') => self.go(-1),
             KeyCode::Down | KeyCode::Char('j') => self.go(1),
             KeyCode::PageUp => self.go(-10),
@@ -314,19 +379,23 @@ impl State {
         self.scrolled = 0;
     }
 
-    fn change_list(&mut self) {
+    /// Goes so many lists on, or as many again where there is nothing in that one.
+    fn change_list(&mut self, by: usize) {
         self.scrolled = 0;
-        self.list = match self.list {
-            List::Loops if self.queues().next().is_some() => List::Queues,
-            List::Queues if self.loops().next().is_some() => List::Loops,
-            same => same,
-        };
+        for _ in List::ALL {
+            let place = List::ALL.iter().position(|list| *list == self.list).unwrap_or(0);
+            self.list = List::ALL[(place + by) % List::ALL.len()];
+            if self.has_selection() {
+                return;
+            }
+        }
     }
 
     fn has_selection(&self) -> bool {
         match self.list {
             List::Loops => self.loops().next().is_some(),
             List::Queues => self.queues().next().is_some(),
+            List::Kinds => self.kinds().next().is_some(),
         }
     }
 
@@ -351,6 +420,11 @@ impl State {
                 let place = moved(self.selected_queue(), self.queues().count());
                 let chosen = self.queues().nth(place);
                 self.chosen_queue = chosen.map(|(_, target, listener)| (target.pid, listener.name()));
+            }
+            List::Kinds => {
+                let place = moved(self.selected_kind(), self.kinds().count());
+                let chosen = self.kinds().nth(place);
+                self.chosen_kind = chosen.map(|(_, target, kind)| (target.pid, kind.task.clone()));
             }
         }
     }
@@ -442,6 +516,33 @@ mod tests {
         press(&mut state, &[KeyCode::Esc]);
         assert_eq!(state.page, Page::Overview);
         assert_eq!(state.press(KeyCode::Char('q').into()), Outcome::Quit);
+    }
+
+    #[test]
+    fn kinds_of_work_are_a_list_of_their_own() {
+        let mut snapshot = testing::snapshot(1.0, |_| {});
+        snapshot.targets[0].deferred = vec![testing::kind("archive", 5), testing::kind("mail", 50)];
+        let mut state = State::default();
+        state.look(snapshot);
+        let tasks = |state: &State| state.kinds().map(|(.., kind)| kind.task.clone()).collect::<Vec<_>>();
+        assert_eq!(tasks(&state), ["archive", "mail"]);
+        press(&mut state, &[KeyCode::BackTab, KeyCode::Down, KeyCode::Char('s')]);
+        assert_eq!((state.list, tasks(&state)), (List::Kinds, vec!["mail".into(), "archive".into()]));
+        assert_eq!(state.selected_kind(), 0);
+        press(&mut state, &[KeyCode::Tab]);
+        assert_eq!(state.list, List::Loops);
+        press(&mut state, &[KeyCode::Char('/')]);
+        typed(&mut state, "arch");
+        press(&mut state, &[KeyCode::Enter, KeyCode::Tab, KeyCode::Enter]);
+        assert_eq!(
+            (tasks(&state), state.list, state.page),
+            (vec!["archive".into()], List::Kinds, Page::Details)
+        );
+        state.look(testing::snapshot(2.0, |_| {}));
+        assert_eq!(state.kinds().count(), 0);
+        // Where the list is empty the next one is gone to.
+        press(&mut state, &[KeyCode::Esc, KeyCode::Esc, KeyCode::Tab]);
+        assert_eq!(state.list, List::Loops);
     }
 
     #[test]

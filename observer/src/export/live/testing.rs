@@ -1,15 +1,19 @@
-//! A server of figures for the view's tests: one event loop, one accept queue.
+//! A server of figures for the view's tests: one event loop, one accept queue, and a kind of deferred work where asked.
+
+use std::sync::Arc;
 
 use crate::model::{
+    deferred::Deferred,
     frame::Frame,
     histogram::Histogram,
+    request::Request,
     snapshot::{Depths, Listener, Look, Own, Reactor, SCHEMA, Snapshot, Split, Target},
     stall::{Cause, Stall, Stalls},
 };
 use observer_common::{block::Block, histogram as kernel, listener::DEPTHS};
 
 /// Durations in milliseconds, each so many times.
-pub(super) fn histogram(durations: &[(u64, u64)]) -> Histogram {
+pub(crate) fn histogram(durations: &[(u64, u64)]) -> Histogram {
     let mut raw = kernel::Histogram::EMPTY;
     for &(milliseconds, times) in durations {
         let ns = milliseconds * 1_000_000;
@@ -22,7 +26,7 @@ pub(super) fn histogram(durations: &[(u64, u64)]) -> Histogram {
 }
 
 /// Makes a loop one that slept for 120 ms so often.
-pub(super) fn slept(reactor: &mut Reactor, times: u32) {
+pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
     reactor.lag = histogram(&[(120, u64::from(times) * 10), (60, u64::from(times) * 130)]);
     reactor.slice = histogram(&[(120, u64::from(times))]);
     reactor.busy_seconds = f64::from(times) * 0.15;
@@ -47,12 +51,17 @@ pub(super) fn slept(reactor: &mut Reactor, times: u32) {
             syscall: Some("clock_nanosleep".into()),
             behind: None,
             split_seconds: split(1.0),
-            origin: None,
+            origin: Some(Arc::new(request())),
             site: 0,
         };
         stalls.add(stall, look.clone());
     }
     reactor.stalls = stalls.ranked(reactor.lag.sum() * 0.001);
+}
+
+/// The request that all stalls are for.
+fn request() -> Request {
+    Request { id: 7, method: Some("GET".into()), path: Some("/job/7".into()), ..Request::default() }
 }
 
 fn split(times: f64) -> Split {
@@ -61,8 +70,25 @@ fn split(times: f64) -> Split {
     split
 }
 
+/// A kind of work of which so many pieces started, each after 2 ms, and a fifth as many were forgotten.
+pub(crate) fn kind(task: &str, started: u64) -> Deferred {
+    Deferred {
+        task: task.into(),
+        is_told: true,
+        enqueued: started + started / 5,
+        started,
+        finished: started,
+        orphaned: started / 5,
+        pending: 0,
+        oldest_seconds: None,
+        wait: histogram(&[(2, started)]),
+        run: histogram(&[(30, started)]),
+        links: Vec::new(),
+    }
+}
+
 /// Everything known so many seconds after the start.
-pub(super) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snapshot {
+pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snapshot {
     let mut reactor = Reactor {
         tid: 11,
         name: "reactor".into(),

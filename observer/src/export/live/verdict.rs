@@ -3,6 +3,7 @@
 use super::{
     recent::{LoopWindow, WINDOW},
     state::{LoopRow, QueueRow, State},
+    work,
 };
 use crate::{
     export::words::{named, percent, span},
@@ -13,14 +14,17 @@ use crate::{
     },
 };
 
-/// Something that is late: what, and whose fault that is.
+/// Something that is late, or never done: what, and whose fault that is.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Finding {
+    /// Whether it is late.
+    pub(super) is_late: bool,
     pub(super) what: String,
     pub(super) why: String,
 }
 
-/// All that is late, the worst event loop first, the worst accept queue second.
+/// All that is late, the worst event loop first, the worst accept queue second, deferred work third; and, last, what is
+/// never done.
 pub(super) fn findings(state: &State) -> Vec<Finding> {
     let mut loops: Vec<_> = state
         .all_loops()
@@ -36,7 +40,9 @@ pub(super) fn findings(state: &State) -> Vec<Finding> {
     let harm = |row: &QueueRow, listener: &Listener| longest_wait(row, listener);
     queues.sort_by(|(a, _, of_a), (b, _, of_b)| harm(b, of_b).total_cmp(&harm(a, of_a)));
     let mut queues = queues.into_iter().map(|(row, target, listener)| of_queue(row, target, listener));
-    loops.next().into_iter().chain(queues.next()).chain(loops).chain(queues).collect()
+    let mut kinds = work::late(state).into_iter();
+    let worst = loops.next().into_iter().chain(queues.next()).chain(kinds.next());
+    worst.chain(loops).chain(queues).chain(kinds).chain(work::dropped(state)).collect()
 }
 
 /// Where nothing is late: that, and whether anything was.
@@ -49,7 +55,7 @@ pub(super) fn all_is_well(state: &State) -> Finding {
     let why = worst.filter(|(.., reactor)| reactor.lag.count() > 0).map(|(_, target, reactor)| {
         format!("since the start up to {} ({})", span(reactor.lag.max()), loop_name(target, reactor))
     });
-    Finding { what, why: why.unwrap_or_default() }
+    Finding { is_late: false, what, why: why.unwrap_or_default() }
 }
 
 fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
@@ -61,7 +67,8 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
     let is_worst = |age: f64| culprit.is_none_or(|(weight, _)| age * age / 2.0 > weight);
     if let Some(age) = stuck.filter(|&age| is_worst(age)) {
         let why = reactor.current_stack.as_ref().map(stack).unwrap_or_default();
-        return Finding { what: format!("{who}: stuck for {} and still so", span(age)), why };
+        let what = format!("{who}: stuck for {} and still so", span(age));
+        return Finding { is_late: true, what, why };
     }
     let what = format!("{who}: up to {}, mean {}", span(lag.max()), span(lag.mean()));
     let why = culprit.map_or_else(
@@ -71,7 +78,7 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
             format!("{} of that: {} {}", percent(share), cause(site), stack(&site.look))
         },
     );
-    Finding { what, why }
+    Finding { is_late: true, what, why }
 }
 
 fn of_queue(row: &QueueRow, target: &Target, listener: &Listener) -> Finding {
@@ -92,7 +99,7 @@ fn of_queue(row: &QueueRow, target: &Target, listener: &Listener) -> Finding {
         rate(row.window.arrivals, row.window.seconds),
         rate(row.window.accepts, row.window.seconds),
     );
-    Finding { what, why }
+    Finding { is_late: true, what, why }
 }
 
 /// How long the longest wait was, those that still wait included.
@@ -100,7 +107,8 @@ pub(super) fn longest_wait(row: &QueueRow, listener: &Listener) -> f64 {
     row.window.wait.max().max(listener.oldest_seconds.unwrap_or(0.0))
 }
 
-fn age(reactor: &Reactor) -> f64 {
+/// How long it has been in its slice.
+pub(super) fn age(reactor: &Reactor) -> f64 {
     reactor.current_slice_seconds.unwrap_or(0.0)
 }
 

@@ -1,24 +1,23 @@
-//! The overview: the verdict, event loops, accept queues, and the history and stalls of what is selected.
+//! The overview: the verdict, the lists, and the history and stalls of what is selected.
 
 use ratatui::{
     Frame,
-    layout::{Alignment, Constraint, Layout, Rect},
-    style::Style,
+    layout::{Constraint, Layout, Rect},
     text::{Line, Span},
-    widgets::{Cell, Paragraph, Row, Table, TableState},
+    widgets::Paragraph,
 };
 
 use super::{
     details,
-    graph::{history, queue_bar, split_bar},
+    graph::history,
     state::{List, Page, State},
+    tables::{WIDE, draw_kinds, draw_loops, draw_queues},
     theme::Theme,
-    verdict::{all_is_well, cause, findings, longest_wait, rate, stack},
+    verdict::{Finding, all_is_well, cause, findings, stack},
 };
 use crate::{
-    export::words::{percent, span},
+    export::words::{due_to, percent, span},
     model::{
-        histogram::Histogram,
         snapshot::{Reactor, Snapshot},
         stall::Stalls,
     },
@@ -26,10 +25,6 @@ use crate::{
 
 /// The least that anything can be told in.
 const LEAST: (u16, u16) = (50, 12);
-
-/// From these widths on there is room for more columns.
-const WIDE: u16 = 104;
-const WIDER: u16 = 150;
 
 const KEYS: &str = "q quit  p pause  s sort  / filter  Tab lists  Up/Down  Enter details  ? help";
 
@@ -145,188 +140,59 @@ fn note(state: &State, facts: &Facts) -> Option<String> {
 
 fn overview(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     let verdict = verdict(state, usize::from((area.height / 5).max(2)), theme);
-    let (loops, queues) = (height(state.loops().count()), height(state.queues().count()));
+    let kinds = state.kinds().count();
     // At 80x24 there is room for a few of each; whatever is more goes where there is more to tell.
-    let most = area.height.saturating_sub(u16::try_from(verdict.len()).unwrap_or(u16::MAX)) / 4;
+    let lists = if kinds > 0 { 5 } else { 4 };
+    let most = area.height.saturating_sub(u16::try_from(verdict.len()).unwrap_or(u16::MAX)) / lists;
     let graph = (area.height / 5).clamp(3, 10);
     let has_stalls = stalling(state).is_some_and(|reactor| !reactor.stalls.sites.is_empty());
+    let list = |rows: usize, least: u16| Constraint::Length(height(rows).min(most.max(least)));
     let rows = [
         Constraint::Length(u16::try_from(verdict.len()).unwrap_or(u16::MAX)),
-        Constraint::Length(loops.min(most.max(4))),
-        Constraint::Length(if queues == 1 { 0 } else { queues.min(most.max(3)) }),
+        list(state.loops().count().max(1), 4),
+        list(state.queues().count(), 3),
+        list(kinds, 4),
         // Where there are no stalls to tell, the history gets their room.
         if has_stalls { Constraint::Length(graph) } else { Constraint::Fill(1) },
         if has_stalls { Constraint::Fill(1) } else { Constraint::Length(1) },
     ];
-    let [top, loops, queues, graph, stalls] = Layout::vertical(rows).areas(area);
+    let [top, loops, queues, kinds, graph, stalls] = Layout::vertical(rows).areas(area);
     frame.render_widget(Paragraph::new(verdict), top);
     draw_loops(frame, loops, state, theme);
     draw_queues(frame, queues, state, theme);
+    draw_kinds(frame, kinds, state, theme);
     draw_history(frame, graph, state, theme);
     draw_stalls(frame, stalls, state, theme);
 }
 
-/// A list's rows and its heading.
+/// A list's rows and its heading; nothing of an empty one.
 fn height(rows: usize) -> u16 {
-    u16::try_from(rows.max(1)).unwrap_or(u16::MAX).saturating_add(1)
+    if rows == 0 { 0 } else { u16::try_from(rows).unwrap_or(u16::MAX).saturating_add(1) }
 }
 
 fn verdict(state: &State, most: usize, theme: Theme) -> Vec<Line<'static>> {
     let findings = findings(state);
-    if findings.is_empty() {
+    let shown = (most / 2).max(1);
+    let mut text = Vec::new();
+    let is_late = findings.iter().any(|finding| finding.is_late);
+    if !is_late {
         let well = all_is_well(state);
         let head = Span::styled("NOT LATE ", theme.good());
-        return vec![
-            Line::from(vec![head, Span::raw(well.what)]),
-            Line::styled(format!("         {}", well.why), theme.quiet()),
-        ];
+        text.push(Line::from(vec![head, Span::raw(well.what)]));
+        text.push(Line::styled(format!("         {}", well.why), theme.quiet()));
     }
-    let shown = (most / 2).max(1);
-    let more = findings.len().saturating_sub(shown);
-    let mut text: Vec<_> = findings
-        .into_iter()
-        .take(shown)
-        .flat_map(|finding| {
-            let head = Span::styled("LATE ", theme.bad());
-            [Line::from(vec![head, Span::raw(finding.what)]), Line::raw(format!("     {}", finding.why))]
-        })
-        .collect();
+    let room = shown.saturating_sub(usize::from(!is_late));
+    let more = findings.len().saturating_sub(room);
+    text.extend(findings.into_iter().take(room).flat_map(|finding| told(finding, theme)));
     if more > 0 {
         text.push(Line::styled(format!("     and {more} more"), theme.bad()));
     }
     text
 }
 
-fn right(text: impl Into<String>) -> Cell<'static> {
-    Cell::from(Line::raw(text.into()).alignment(Alignment::Right))
-}
-
-/// A delay; nothing where nothing was delayed.
-fn delay(seconds: Option<f64>, theme: Theme) -> Cell<'static> {
-    seconds.map_or_else(|| right("-"), |seconds| right(span(seconds)).style(theme.delay(seconds)))
-}
-
-fn longest(histogram: &Histogram) -> Option<f64> {
-    (histogram.count() > 0).then(|| histogram.max())
-}
-
-fn head(names: &[&str], theme: Theme) -> Row<'static> {
-    let cells = names.iter().enumerate().map(|(place, name)| {
-        let is_text = place < 2 || name.contains(' ');
-        let alignment = if is_text { Alignment::Left } else { Alignment::Right };
-        Cell::from(Line::raw((*name).to_owned()).alignment(alignment))
-    });
-    Row::new(cells).style(theme.heading())
-}
-
-/// Draws a list so that the selected row is in sight.
-fn list(frame: &mut Frame<'_>, area: Rect, table: Table<'_>, selected: usize) {
-    let mut place = TableState::new().with_selected(selected);
-    frame.render_stateful_widget(table, area, &mut place);
-}
-
-fn mark(is_selected: bool, is_active: bool, theme: Theme) -> (Cell<'static>, Style) {
-    if is_selected && is_active { (theme.mark().into(), theme.selected()) } else { ("".into(), Style::new()) }
-}
-
-fn draw_loops(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
-    let is_wide = area.width >= WIDE;
-    let heading = format!("LOOPS {}", state.sort.name());
-    let mut widths = vec![Constraint::Length(1), Constraint::Length(if is_wide { 24 } else { 21 })];
-    let mut names = vec!["", heading.as_str()];
-    if is_wide {
-        widths.push(Constraint::Length(24));
-        names.push("of process");
-    }
-    widths.extend([8, 8, 8, 5].map(Constraint::Length));
-    names.extend(["mean", "p99", "longest", "busy"]);
-    if area.width >= WIDER {
-        widths.extend([9, 8].map(Constraint::Length));
-        names.extend(["ever", "stalls"]);
-    }
-    widths.push(Constraint::Fill(1));
-    names.push("where busy time goes");
-    let fixed: u16 =
-        widths.iter().map(|width| if let Constraint::Length(n) = width { n + 1 } else { 0 }).sum();
-    let bar = usize::from(area.width.saturating_sub(fixed));
-    let selected = state.selected_loop();
-    let rows = state.loops().enumerate().map(|(place, (row, target, reactor))| {
-        let (mark, style) = mark(place == selected, state.list == List::Loops, theme);
-        let window = &row.window;
-        let mut cells = vec![mark, format!("{} {}", reactor.name, reactor.tid).into()];
-        if is_wide {
-            cells.push(format!("{} {}", target.comm, target.pid).into());
-        }
-        cells.extend([
-            delay(longest(&window.lag).map(|_| window.lag.mean()), theme),
-            delay(window.lag.quantile(0.99), theme),
-            delay(longest(&window.lag), theme),
-            right(window.utilization.map_or("-".into(), |share| format!("{:.0} %", share * 100.0))),
-        ]);
-        if area.width >= WIDER {
-            cells.extend([delay(longest(&reactor.lag), theme), right(reactor.stalls.count.to_string())]);
-        }
-        cells.push(Line::from(split_bar(&window.parts, bar, theme)).into());
-        Row::new(cells).style(style)
-    });
-    let mut rows: Vec<_> = rows.collect();
-    if rows.is_empty() {
-        let why = if state.filter.is_empty() { "none has waited for events yet" } else { "none found" };
-        rows.push(Row::new(["", why]));
-    }
-    list(frame, area, Table::new(rows, widths).header(head(&names, theme)), selected);
-}
-
-fn draw_queues(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
-    let is_wide = area.width >= WIDE;
-    let mut widths = vec![Constraint::Length(1), Constraint::Length(if is_wide { 24 } else { 21 })];
-    let mut names = vec!["", "ACCEPT QUEUES"];
-    if is_wide {
-        widths.push(Constraint::Length(24));
-        names.push("of process");
-    }
-    widths.extend([8, 8, 8, 11].map(Constraint::Length));
-    names.extend(["oldest", "p99", "longest", "depth"]);
-    if is_wide {
-        widths.extend([9, 8].map(Constraint::Length));
-        names.extend(["accepts", "dropped"]);
-    }
-    if area.width >= WIDER {
-        widths.extend([9, 8].map(Constraint::Length));
-        names.extend(["arrivals", "resets"]);
-    }
-    widths.push(Constraint::Fill(1));
-    names.push("of the limit");
-    let fixed: u16 =
-        widths.iter().map(|width| if let Constraint::Length(n) = width { n + 1 } else { 0 }).sum();
-    let bar = usize::from(area.width.saturating_sub(fixed));
-    let selected = state.selected_queue();
-    let rows = state.queues().enumerate().map(|(place, (row, target, listener))| {
-        let (mark, style) = mark(place == selected, state.list == List::Queues, theme);
-        let window = &row.window;
-        let mut cells = vec![mark, listener.name().into()];
-        if is_wide {
-            cells.push(format!("{} {}", target.comm, target.pid).into());
-        }
-        let longest = longest_wait(row, listener);
-        cells.extend([
-            delay(listener.oldest_seconds, theme),
-            delay(window.wait.quantile(0.99), theme),
-            delay((longest > 0.0).then_some(longest), theme),
-            right(format!("{}/{}", listener.depth, listener.limit)),
-        ]);
-        if is_wide {
-            let dropped = right(listener.drops.to_string());
-            let dropped = if window.drops > 0 { dropped.style(theme.bad()) } else { dropped };
-            cells.extend([right(rate(window.accepts, window.seconds)), dropped]);
-        }
-        if area.width >= WIDER {
-            cells.extend([right(rate(window.arrivals, window.seconds)), right(listener.aborted.to_string())]);
-        }
-        cells.push(queue_bar(listener.depth, listener.peak, listener.limit, bar, theme).into());
-        Row::new(cells).style(style)
-    });
-    list(frame, area, Table::new(rows, widths).header(head(&names, theme)), selected);
+fn told(finding: Finding, theme: Theme) -> [Line<'static>; 2] {
+    let head = Span::styled(if finding.is_late { "LATE " } else { "LOST " }, theme.bad());
+    [Line::from(vec![head, Span::raw(finding.what)]), Line::raw(format!("     {}", finding.why))]
 }
 
 /// A heading and what is selected.
@@ -349,6 +215,12 @@ fn draw_history(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) 
             let title = heading("WAITS", format!("at {}, {legend}", listener.name()), theme);
             (title, history(points, width, height, theme))
         }),
+        List::Kinds => state.kinds().nth(state.selected_kind()).map(|(_, target, kind)| {
+            let key = (target.pid, kind.task.clone());
+            let points = state.history_of_kind(&key);
+            let title = heading("WAITS", format!("of {}, {legend}", kind.task), theme);
+            (title, history(points, width, height, theme))
+        }),
     };
     if let Some((title, graph)) = text {
         let text: Vec<_> = std::iter::once(title).chain(graph).collect();
@@ -356,13 +228,18 @@ fn draw_history(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) 
     }
 }
 
-/// The selected loop, or the first loop of the selected queue's process: the one whose stalls are shown.
+/// The selected loop, or the first loop of the process of what is selected: the one whose stalls are shown.
 fn stalling(state: &State) -> Option<&Reactor> {
+    let first_of = |pid: u32| state.all_loops().find(|(_, of, _)| of.pid == pid);
     let selected = match state.list {
         List::Loops => state.loops().nth(state.selected_loop()),
         List::Queues => {
             let queue = state.queues().nth(state.selected_queue());
-            queue.and_then(|(_, target, _)| state.all_loops().find(|(_, of, _)| of.pid == target.pid))
+            queue.and_then(|(_, target, _)| first_of(target.pid))
+        }
+        List::Kinds => {
+            let kind = state.kinds().nth(state.selected_kind());
+            kind.and_then(|(_, target, _)| first_of(target.pid))
         }
     };
     selected.map(|(.., reactor)| reactor)
@@ -387,15 +264,16 @@ pub(super) fn total(reactor: &Reactor) -> String {
     }
 }
 
-/// Two lines each: what it was, and in which code.
+/// Two lines each: what it was, and for whom in which code.
 fn stall_lines(stalls: &Stalls, theme: Theme) -> impl Iterator<Item = Line<'static>> + '_ {
-    stalls.sites.iter().flat_map(move |site| {
+    stalls.sites.iter().enumerate().flat_map(move |(place, site)| {
         let what =
             format!("of the lag: {} times, {} together, {}", site.count, span(site.seconds), cause(site));
         let share = Span::styled(format!(" {:>7} ", percent(site.lag_share)), theme.selected());
+        let requests = due_to(&stalls.requests_of(place));
         [
             Line::from(vec![share, Span::raw(what)]),
-            Line::styled(format!("         {}", stack(&site.look)), theme.quiet()),
+            Line::styled(format!("        {requests} {}", stack(&site.look)), theme.quiet()),
         ]
     })
 }
@@ -443,6 +321,50 @@ mod tests {
             }
             assert!(lines.last().unwrap().starts_with("q quit"), "{text}");
         }
+    }
+
+    #[test]
+    fn deferred_work_is_a_list_where_there_is_any() {
+        let with_work = || {
+            let mut state = late();
+            let mut snapshot = testing::snapshot(3.0, |reactor| testing::slept(reactor, 9));
+            let mut pending = testing::kind("thumbnail", 0);
+            (pending.pending, pending.oldest_seconds) = (7, Some(2.5));
+            snapshot.targets[0].deferred = vec![testing::kind("mail", 300), pending];
+            state.look(snapshot);
+            state
+        };
+        for size in [(80, 24), (120, 40), (200, 60)] {
+            assert!(!screen(&mut late(), size, &Facts::default(), &[]).contains("DEFERRED WORK"));
+            let text = screen(&mut with_work(), size, &Facts::default(), &[]);
+            let line = |part: &str| {
+                let found = text.lines().find(|line| line.contains(part));
+                found.unwrap_or_else(|| panic!("{part} is missing: {text}")).to_owned()
+            };
+            for part in ["pending", "oldest", "wait p99", "run p99", "orphans"] {
+                assert!(line("DEFERRED WORK").contains(part), "{part} is missing: {text}");
+            }
+            for part in ["2.00 ms", "30.0 ms", "300/s", " 60 "] {
+                assert!((line("  mail ") + " ").contains(part), "{part} is missing: {text}");
+            }
+            assert!(line("  thumbnail ").contains("2.50 s"), "{text}");
+            assert!(
+                text.contains(" STALLS ") && text.contains("         for GET /job/7 in sleep (app/db.py:12)")
+            );
+            let text = screen(&mut with_work(), size, &Facts::default(), &[KeyCode::BackTab]);
+            assert!(text.contains("> mail") && text.contains(" WAITS of mail"), "{text}");
+        }
+        // Nothing is late: that is said first, and then what was forgotten.
+        let mut state = State::default();
+        let mut snapshot = testing::snapshot(1.0, |_| {});
+        snapshot.targets[0].deferred = vec![testing::kind("mail", 50)];
+        state.look(snapshot);
+        let text = screen(&mut state, (80, 24), &Facts::default(), &[]);
+        let lines: Vec<_> = text.lines().collect();
+        assert!(
+            lines[1].starts_with("NOT LATE so far") && lines[3].starts_with("LOST mail of app (10)"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -1,0 +1,322 @@
+//! Deferred tasks of a real application of Rage, which is not part of this: OBSERVER_RAGE names a folder with a program
+//! `run` that becomes Ruby and runs the application it is given, with its arguments, where /tmp is the same as here.
+
+use std::{
+    fs,
+    io::Write as _,
+    net::TcpStream,
+    ops::Range,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::{
+    deferred::{CLIENTS, Deferring, Piece, TRUTH, assert_true, compare},
+    http,
+    observer::{Observer, Report},
+    servers::{children, free_port},
+    wait_for,
+};
+
+/// How far waits and runs that observer saw may be from those that the application writes down, in seconds: those of
+/// half of the tasks, and of nearly all, whose thread another may have kept from its CPU in between.
+const SLACK: f64 = 0.002;
+const SLACK_OF_MOST: f64 = 0.02;
+
+/// Tasks that a job of kind `hold` leaves behind.
+const HELD: usize = 500;
+
+/// Folder of Rage; without it the test is skipped.
+fn folder(test: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("OBSERVER_RAGE").map(PathBuf::from);
+    if folder.is_none() {
+        eprintln!("skipped: deferred_rage::{test}: OBSERVER_RAGE names no folder of Rage");
+    }
+    folder
+}
+
+/// Starts the application with so many workers, and with what it had left in its folder.
+fn start(rage: &Path, files: Arc<TempDir>, workers: usize, options: &[(&str, String)]) -> Deferring {
+    let mut command = Command::new(rage.join("run"));
+    command
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/deferred_rage.rb"))
+        .arg(free_port().to_string())
+        .arg(files.path().join(TRUTH))
+        .arg(workers.to_string())
+        .arg(files.path().join("application"))
+        .envs(options.iter().map(|(name, value)| (name, value)));
+    let server = Deferring::start_in(files, command);
+    wait_for("Rage", || TcpStream::connect(("127.0.0.1", server.port)).ok());
+    if workers > 1 {
+        wait_for("Rage's workers", || (children(server.pid()).len() >= workers).then_some(()));
+    }
+    server
+}
+
+fn start_new(rage: &Path, workers: usize) -> Deferring {
+    start(rage, Arc::new(tempfile::tempdir().unwrap()), workers, &[])
+}
+
+/// Whether it works as it is meant to: before Ruby 3.2 what Rage needs is there by halves, and it stops in bursts.
+fn takes_bursts(server: &Deferring) -> bool {
+    let version = http::get(server.port, "/version");
+    eprintln!("Rage on Ruby {version}");
+    !version.starts_with("3.1")
+}
+
+/// Kinds of jobs, and how many tasks each leaves behind.
+const KINDS: [(&str, usize); 10] = [
+    ("now", 1),
+    ("delay", 1),
+    ("chain", 3),
+    ("retry", 2),
+    ("park", 3),
+    ("late", 1),
+    ("await", 2),
+    ("lock", 1),
+    ("after", 1),
+    ("none", 0),
+];
+
+/// Of which kind a job is: now and then a burst, or memory is compacted.
+fn kind_of(job: usize, bursts: bool) -> (&'static str, usize) {
+    if job % 97 == 13 {
+        ("compact", 2)
+    } else if job % 31 == 7 && bursts {
+        ("burst", 50)
+    } else {
+        KINDS[job % KINDS.len()]
+    }
+}
+
+/// Sends as many jobs as leave so many tasks behind, or a tenth of that, one by one, where bursts are too much.
+fn load(server: &Deferring, tasks: usize) {
+    let bursts = takes_bursts(server);
+    let wanted = if bursts { tasks } else { tasks / 10 };
+    let (mut jobs, mut pieces) = (0, 0);
+    while pieces < wanted {
+        pieces += kind_of(jobs, bursts).1;
+        jobs += 1;
+    }
+    server.send(0..jobs, if bursts { CLIENTS } else { 1 }, |job| kind_of(job, bursts).0);
+    server.wait_for_pieces(pieces);
+}
+
+/// Compares with what the application wrote down.
+fn assert_links(what: &str, report: &Report, pids: &[u32], server: &Deferring) {
+    let pieces = server.pieces();
+    let verdict = compare(report, pids, &pieces, true, |task| Some(task.to_owned()));
+    assert_true(what, report, pids, &verdict, pieces.len());
+    for errors in [&verdict.waits, &verdict.runs] {
+        assert!(errors.quantile(0.5) <= SLACK, "{verdict:?}");
+        assert!(errors.quantile(0.99) <= SLACK_OF_MOST, "{verdict:?}");
+    }
+}
+
+#[test]
+fn links_each_task_to_its_request() {
+    let Some(rage) = folder("links_each_task_to_its_request") else { return };
+    let server = start_new(&rage, 1);
+    let observer = server.observe("rage");
+    load(&server, 10_000);
+    assert_links("Rage", &observer.finish(), &[server.pid()], &server);
+}
+
+#[test]
+fn links_the_tasks_of_several_workers() {
+    let Some(rage) = folder("links_the_tasks_of_several_workers") else { return };
+    let server = start_new(&rage, 2);
+    let workers = children(server.pid());
+    let observer = server.observe("rage");
+    load(&server, 10_000);
+    assert_links("Rage with two workers", &observer.finish(), &workers, &server);
+}
+
+#[test]
+fn two_runtimes_do_not_disturb_each_other() {
+    let Some(folder) = folder("two_runtimes_do_not_disturb_each_other") else { return };
+    let rage = start_new(&folder, 1);
+    let python = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let (pid, other) = (rage.pid().to_string(), python.pid().to_string());
+    let observer =
+        Observer::start(&["--pid", &pid, "--pid", &other, "--no-listen", "--profile", "rage,asyncio"]);
+    thread::scope(|scope| {
+        let port = python.port;
+        scope.spawn(move || (0..200).for_each(|job| http::get_many(port, &format!("/job/{job}"), 1)));
+        load(&rage, 2000);
+    });
+    python.wait_for_pieces(200 * 15);
+    let report = observer.finish();
+    assert_links("Rage beside asyncio", &report, &[rage.pid()], &rage);
+    let pieces = python.pieces();
+    let verdict = compare(&report, &[python.pid()], &pieces, false, |task| Some(task.to_owned()));
+    assert_true("asyncio beside Rage", &report, &[python.pid()], &verdict, pieces.len());
+}
+
+/// Waits until the application stands still for the so-manieth time; returns its own count of what it has to do then.
+fn backlog(server: &Deferring, time: usize) -> u64 {
+    wait_for("the application to stand still", || {
+        let text = fs::read_to_string(server.folder().join(format!("{TRUTH}.backlog"))).ok()?;
+        text.lines().nth(time)?.parse().ok()
+    })
+}
+
+/// All tasks that wait, as scraped now.
+fn pending(observer: &Observer) -> u64 {
+    // A page may be a little old.
+    thread::sleep(Duration::from_millis(300));
+    let scrape = http::get(observer.port(), "/metrics");
+    let series = scrape.lines().filter(|line| line.starts_with("observer_deferred_pending{"));
+    series.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+/// Starts an application that is asked for a burst of tasks next. `None` where that is too much.
+fn start_for_burst(test: &str) -> Option<(PathBuf, Deferring)> {
+    let rage = folder(test)?;
+    let server = start_new(&rage, 1);
+    if !takes_bursts(&server) {
+        eprintln!(
+            "skipped: deferred_rage::{test}: Rage stops in bursts on this Ruby, with or without observer"
+        );
+        return None;
+    }
+    Some((rage, server))
+}
+
+/// Asks for a burst of tasks; the answer comes on the connection.
+fn burst(server: &Deferring) -> TcpStream {
+    let mut connection = http::connect(server.port);
+    connection.write_all(b"GET /job/0?how=hold HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    connection
+}
+
+#[test]
+fn pending_is_the_backlog() {
+    let Some((_, server)) = start_for_burst("pending_is_the_backlog") else { return };
+    let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    let _connection = burst(&server);
+    let all = backlog(&server, 0);
+    assert_eq!(pending(&observer), all);
+    let rest = backlog(&server, 1);
+    assert_eq!(pending(&observer), rest);
+    eprintln!("| pending | {all} when all were put off, {rest} in the middle | both as Rage counts them |");
+    assert_eq!(all, HELD as u64);
+    assert!((1..all).contains(&rest), "{rest}");
+    server.wait_for_pieces(HELD);
+    assert_eq!(pending(&observer), 0);
+    assert_links("a burst of Rage's", &observer.finish(), &[server.pid()], &server);
+}
+
+/// Sum of a figure over all kinds of tasks.
+fn sum(report: &Report, pid: u32, figure: &str) -> u64 {
+    let kinds = report.target(pid)["deferred"].as_array().unwrap();
+    kinds.iter().map(|kind| kind[figure].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
+    let test = "tasks_that_never_start_are_orphans_and_link_nothing_later";
+    let Some((rage, server)) = start_for_burst(test) else { return };
+    let observer = server.observe("rage");
+    for job in LATER {
+        http::get(server.port, &format!("/job/{job}?how=later"));
+    }
+    // Until that is on the disk.
+    thread::sleep(Duration::from_secs(1));
+    let _connection = burst(&server);
+    backlog(&server, 0);
+    let rest = backlog(&server, 1);
+    let pid = server.pid();
+    let files = server.kill();
+    let report = observer.report();
+    report.assert_complete();
+    let orphaned = sum(&report, pid, "orphaned");
+    // Those that are to wait are in no backlog.
+    let never_started = rest + LATER.count() as u64;
+    eprintln!("| killed | {orphaned} orphans, {never_started} had not started |");
+    assert_eq!(orphaned, never_started);
+    assert_eq!(sum(&report, pid, "pending"), 0);
+    let kinds = report.target(pid)["deferred"].as_array().unwrap().iter();
+    let links = kinds.flat_map(|kind| kind["links"].as_array().unwrap());
+    let never_ran = links.filter(|link| link["run_seconds"].is_null()).count();
+    assert_eq!(never_ran as u64, never_started);
+
+    // What it had written to the disk is done now; whom that is for is in nobody's memory any more.
+    let again = start(&rage, files, 1, &[]);
+    let observer = again.observe("rage");
+    again.send(NEW, CLIENTS, |_| "now");
+    wait_for("the last task of before", || {
+        let pieces = again.pieces();
+        let is_done = |job| pieces.iter().any(|piece: &Piece| piece.request == format!("{job}"));
+        LATER.chain(NEW).all(is_done).then_some(())
+    });
+    thread::sleep(Duration::from_millis(500));
+    let report = observer.finish();
+    let new: Vec<_> = again.pieces().into_iter().filter(|piece| is_among(piece, NEW)).collect();
+    let verdict = compare(&report, &[again.pid()], &new, true, |task| Some(task.to_owned()));
+    assert_true("Rage started again", &report, &[again.pid()], &verdict, NEW.count());
+    let unmatched = report.target(again.pid())["unmatched"].as_u64().unwrap();
+    eprintln!("| started again | {unmatched} tasks of before known to be of nobody known |");
+    assert!(unmatched >= LATER.count() as u64, "{unmatched}");
+    let names: Vec<_> = report.target(again.pid())["deferred"].as_array().unwrap().iter().collect();
+    assert!(names.iter().all(|kind| kind["task"] == "Short" || kind["links"] == json!([])), "{names:?}");
+}
+
+/// Jobs whose tasks are left to the next run, and those of that run itself.
+const LATER: Range<usize> = 1..6;
+const NEW: Range<usize> = 100..116;
+
+fn is_among(piece: &Piece, jobs: Range<usize>) -> bool {
+    piece.request.parse().is_ok_and(|job| jobs.contains(&job))
+}
+
+#[test]
+fn without_symbols_all_but_deferred_work_is_seen() {
+    let test = "without_symbols_all_but_deferred_work_is_seen";
+    let Some(rage) = folder(test) else { return };
+    let files = Arc::new(tempfile::tempdir().unwrap());
+    let whole = start_new(&rage, 1);
+    let extension = http::get(whole.port, "/extension");
+    let library = Path::new(&extension).ancestors().nth(2).unwrap();
+    let library = format!("/proc/{}/root{}", whole.pid(), library.display());
+    let copied = files.path().join("lib");
+    assert!(Command::new("cp").arg("-r").arg(library).arg(&copied).status().unwrap().success());
+    match Command::new("strip").arg(copied.join("iodine/iodine_ext.so")).status() {
+        Ok(status) => assert!(status.success()),
+        Err(why) => {
+            eprintln!("skipped: deferred_rage::{test}: strip: {why}");
+            return;
+        }
+    }
+    let first = files.path().join("first.rb");
+    fs::write(&first, format!("$LOAD_PATH.unshift({:?})", copied.display().to_string())).unwrap();
+    let server = start(&rage, files, 1, &[("RUBYOPT", format!("-r{}", first.display()))]);
+    assert!(Path::new(&http::get(server.port, "/extension")).starts_with(&copied));
+
+    let observer = server.observe("rage");
+    for job in NEW {
+        http::get(server.port, &format!("/job/{job}?how=now"));
+    }
+    let report = observer.finish();
+    report.assert_complete();
+    let missing = report.0["self"]["missing"].as_array().unwrap();
+    let of_rage = |missing: &Value| {
+        missing["source"].as_str().is_some_and(|source| source.starts_with("deferred work of rage"))
+    };
+    let missing = missing.iter().find(|missing| of_rage(missing)).unwrap();
+    eprintln!("| without symbols | {missing} |");
+    let reason = missing["reason"].as_str().unwrap();
+    assert!(reason.contains("iodine_ext.so") && reason.contains("symbols were taken out"), "{reason}");
+    assert_eq!(report.target(server.pid())["hooks"], json!([]));
+    let listener = report.listener(server.port);
+    assert_eq!(listener["accepts"], NEW.count(), "{listener:#}");
+    assert_eq!(listener["wait"]["count"], NEW.count(), "{listener:#}");
+    let slices = report.reactor(server.pid())["slices"].as_u64().unwrap();
+    assert!(slices >= NEW.count() as u64, "{slices}");
+}

@@ -1,0 +1,371 @@
+//! Servers that put work off and write down for whom, and the comparison of that with what observer links, one by one.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt, fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    iter,
+    net::TcpStream,
+    ops::Range,
+    path::Path,
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{
+    Process, http, is_emulated,
+    observer::{Observer, Report},
+    servers::end,
+    wait_for,
+};
+
+/// Clients at a time.
+pub(crate) const CLIENTS: usize = 16;
+
+/// How far a start that observer saw may be from the one that the server writes down: of any piece, which another thread
+/// may have kept from its CPU in between, and of half of them; in seconds.
+const SLACK: f64 = 0.1;
+const SLACK_OF_HALF: f64 = 0.002;
+
+/// What a server's file with what it does is called.
+pub(crate) const TRUTH: &str = "truth";
+
+/// A server that defers work and writes down for whom.
+pub(crate) struct Deferring {
+    process: Process,
+    /// Kept open: what the server prints has to go somewhere.
+    _output: BufReader<ChildStdout>,
+    pub(crate) port: u16,
+    files: Arc<TempDir>,
+}
+
+/// What a server wrote down of one piece of work.
+#[derive(Clone, Debug)]
+pub(crate) struct Piece {
+    pub(crate) request: String,
+    pub(crate) task: String,
+    /// How many pieces led to it, itself included, where the server tells.
+    depth: Option<u64>,
+    /// Whether the profile of its runtime says that it cannot follow such work.
+    pub(crate) is_lost: bool,
+    pub(crate) start_ns: f64,
+    /// How long it waited and ran, where the server tells.
+    wait_ns: Option<f64>,
+    run_ns: Option<f64>,
+}
+
+impl Deferring {
+    /// Starts a server that takes the name of a file and prints its port.
+    pub(crate) fn start(mut command: Command) -> Self {
+        let files = Arc::new(tempfile::tempdir().unwrap());
+        command.arg(files.path().join(TRUTH));
+        Self::start_in(files, command)
+    }
+
+    /// Starts a server that prints its port and writes what it does to a file of this name in a folder of its own.
+    pub(crate) fn start_in(files: Arc<TempDir>, mut command: Command) -> Self {
+        let mut child: Child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("a runtime");
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let process = Process(child);
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        let port = line.trim().parse().unwrap_or_else(|_| panic!("no port: {line:?}"));
+        Self { process, _output: output, port, files }
+    }
+
+    pub(crate) fn script(program: &str, name: &str) -> Self {
+        let mut command = Command::new(program);
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name));
+        Self::start(command)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Observes it by this profile, at any cost.
+    pub(crate) fn observe(&self, profile: &str) -> Observer {
+        Observer::start(&["--pid", &self.pid().to_string(), "--no-listen", "--profile", profile])
+    }
+
+    /// The folder it writes to.
+    pub(crate) fn folder(&self) -> &Path {
+        self.files.path()
+    }
+
+    /// Ends it as nobody can prepare for; the folder stays.
+    pub(crate) fn kill(mut self) -> Arc<TempDir> {
+        self.process.signal(Signal::SIGKILL);
+        self.process.0.wait().unwrap();
+        Arc::clone(&self.files)
+    }
+
+    /// What it has written down so far.
+    pub(crate) fn pieces(&self) -> Vec<Piece> {
+        let text = fs::read_to_string(self.folder().join(TRUTH)).unwrap_or_default();
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines
+            .map(|line| Piece {
+                // Servers that write down the query know more than observer may.
+                request: line["request"].as_str().unwrap().split('?').next().unwrap().to_owned(),
+                task: line["class"].as_str().or(line["name"].as_str()).unwrap_or_default().to_owned(),
+                is_lost: line["through"].as_str().is_some_and(|through| through != "native"),
+                depth: line["depth"].as_u64(),
+                start_ns: line["start"].as_f64().unwrap(),
+                wait_ns: line["enqueued"].as_f64().map(|queued| line["start"].as_f64().unwrap() - queued),
+                run_ns: line["run"].as_f64(),
+            })
+            .collect()
+    }
+
+    /// Sends so many jobs, from many clients at once, and waits until all that they left behind has started.
+    pub(crate) fn load(&self, jobs: usize, pieces_of_job: usize) {
+        self.send(0..jobs, CLIENTS, |_| "");
+        self.wait_for_pieces(jobs * pieces_of_job);
+    }
+
+    /// Sends jobs of these numbers, each of the kind that `kind_of` tells, from so many clients at once.
+    pub(crate) fn send(
+        &self,
+        jobs: Range<usize>,
+        clients: usize,
+        kind_of: impl Fn(usize) -> &'static str + Sync,
+    ) {
+        let port = self.port;
+        thread::scope(|scope| {
+            for client in 0..clients {
+                let (jobs, kind_of) = (jobs.clone(), &kind_of);
+                scope.spawn(move || {
+                    let mut connection = BufReader::new(http::connect(port));
+                    for job in jobs.skip(client).step_by(clients) {
+                        // Whatever else is asked in between has no part in it.
+                        ask(&mut connection, &format!("/job/{job}?how={}&secret=1", kind_of(job)));
+                        if job % 7 == 0 {
+                            ask(&mut connection, "/nothing");
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    /// Waits until so many pieces have started, and what has started has ended.
+    pub(crate) fn wait_for_pieces(&self, pieces: usize) {
+        let mut seen = 0;
+        wait_for("the work that was put off", || {
+            seen = self.pieces().len();
+            (seen >= pieces).then_some(())
+        });
+        assert_eq!(seen, pieces, "the server's own count");
+        thread::sleep(Duration::from_millis(500));
+    }
+}
+
+/// Workers do not end with those who started them.
+impl Drop for Deferring {
+    fn drop(&mut self) {
+        end(&mut self.process);
+    }
+}
+
+/// One request on a connection that is kept alive.
+pub(crate) fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
+    write!(connection.get_mut(), "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    read_answer(connection);
+}
+
+/// The whole of the next answer.
+pub(crate) fn read_answer(connection: &mut BufReader<TcpStream>) {
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        connection.read_line(&mut line).unwrap();
+        assert!(!line.is_empty(), "the server hung up");
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+        if line == "\r\n" {
+            break;
+        }
+    }
+    connection.read_exact(&mut vec![0; length]).unwrap();
+}
+
+/// What came of a comparison.
+#[derive(Debug, Default)]
+pub(crate) struct Verdict {
+    pub(crate) matched: usize,
+    pub(crate) wrong: usize,
+    pub(crate) unmatched: usize,
+    /// How far what observer saw is from what was written down.
+    pub(crate) starts: Errors,
+    pub(crate) waits: Errors,
+    pub(crate) runs: Errors,
+}
+
+/// Errors in seconds.
+#[derive(Default)]
+pub(crate) struct Errors(Vec<f64>);
+
+impl Errors {
+    fn add(&mut self, seen_ns: f64, true_ns: f64) {
+        self.0.push((seen_ns - true_ns).abs() / 1e9);
+    }
+
+    /// The error that such a share of all errors is below.
+    pub(crate) fn quantile(&self, share: f64) -> f64 {
+        let mut errors = self.0.clone();
+        errors.sort_by(f64::total_cmp);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a position in a list"
+        )]
+        let at = (share * errors.len() as f64) as usize;
+        errors.get(at.min(errors.len().saturating_sub(1))).copied().unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for Errors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [half, most, nearly_all, all] = [0.5, 0.99, 0.999, 1.0].map(|share| self.quantile(share) * 1e3);
+        write!(f, "{half:.3} ms, p99 {most:.3}, p99.9 {nearly_all:.3}, max {all:.3}")
+    }
+}
+
+/// What tells pieces apart: request, task, and how many pieces led to it.
+type Identity = (String, String, Option<u64>);
+
+/// A link, as observer saw it.
+#[derive(Debug)]
+struct Seen {
+    start_ns: f64,
+    wait_ns: f64,
+    run_ns: Option<f64>,
+}
+
+/// Compares every link of these processes with what the server wrote down, one by one: those of the tasks that it names,
+/// or all of them where `task_of` names none; where `by_depth`, pieces have to be as deep in a chain as well.
+pub(crate) fn compare(
+    report: &Report,
+    pids: &[u32],
+    pieces: &[Piece],
+    by_depth: bool,
+    task_of: impl Fn(&str) -> Option<String>,
+) -> Verdict {
+    let names: BTreeSet<_> = pieces.iter().filter_map(|piece| task_of(&piece.task)).collect();
+    let mut seen = links(report, pids, &names, by_depth);
+    let mut truth = BTreeMap::<Identity, Vec<&Piece>>::new();
+    for piece in pieces {
+        let task = task_of(&piece.task).unwrap_or_default();
+        truth.entry((piece.request.clone(), task, piece.depth.filter(|_| by_depth))).or_default().push(piece);
+    }
+    let limit = SLACK * 1e9 * if is_emulated() { 10.0 } else { 1.0 };
+    let mut verdict = Verdict::default();
+    for (identity, pieces) in &mut truth {
+        let mut found = seen.remove(identity).unwrap_or_default();
+        found.sort_by(|one, other| one.start_ns.total_cmp(&other.start_ns));
+        pieces.sort_by(|one, other| one.start_ns.total_cmp(&other.start_ns));
+        let mut is_whole = found.len() == pieces.len();
+        for piece in pieces {
+            let off = |at: usize| -> f64 { (found[at].start_ns - piece.start_ns).abs() };
+            // Where all are there, they are in the same order.
+            let nearest =
+                if is_whole { Some(0) } else { (0..found.len()).min_by(|&a, &b| off(a).total_cmp(&off(b))) };
+            match nearest.filter(|&at| off(at) <= limit) {
+                Some(at) => {
+                    verdict.matched += 1;
+                    verdict.add(&found.remove(at), piece);
+                }
+                None => {
+                    is_whole = false;
+                    eprintln!("unmatched: {piece:?}");
+                    verdict.unmatched += 1;
+                }
+            }
+        }
+        if !found.is_empty() {
+            eprintln!("wrong: {identity:?} {found:?}");
+        }
+        verdict.wrong += found.len();
+    }
+    // Links of these tasks to requests that know nothing of them.
+    for (identity, links) in &seen {
+        eprintln!("wrong: {identity:?} {links:?}");
+        verdict.wrong += links.len();
+    }
+    verdict
+}
+
+/// All links of these tasks, or of all where there are none.
+fn links(
+    report: &Report,
+    pids: &[u32],
+    names: &BTreeSet<String>,
+    by_depth: bool,
+) -> BTreeMap<Identity, Vec<Seen>> {
+    let kinds = || pids.iter().flat_map(|&pid| report.target(pid)["deferred"].as_array().unwrap());
+    let all = kinds().flat_map(|kind| kind["links"].as_array().unwrap());
+    let parents: HashMap<&str, Option<&str>> =
+        all.map(|link| (link["id"].as_str().unwrap(), link["parent"].as_str())).collect();
+    let mut seen = BTreeMap::<_, Vec<_>>::new();
+    for kind in kinds() {
+        let task = kind["task"].as_str().unwrap();
+        if !names.is_empty() && !names.contains(task) {
+            continue;
+        }
+        let task = if names.is_empty() { "" } else { task };
+        for link in kind["links"].as_array().unwrap() {
+            let path = link["origin"]["path"].as_str().unwrap_or_default();
+            assert!(!path.contains("secret"), "{link}");
+            let request = path.strip_prefix("/job/").unwrap_or(path);
+            let chain = iter::successors(link["id"].as_str(), |id| parents.get(id).copied().flatten());
+            let depth = by_depth.then(|| chain.count() as u64);
+            let wait_ns = link["wait_seconds"].as_f64().unwrap() * 1e9;
+            seen.entry((request.to_owned(), task.to_owned(), depth)).or_default().push(Seen {
+                start_ns: link["queued_ns"].as_f64().unwrap() + wait_ns,
+                wait_ns,
+                run_ns: link["run_seconds"].as_f64().map(|seconds| seconds * 1e9),
+            });
+        }
+    }
+    seen
+}
+
+impl Verdict {
+    fn add(&mut self, seen: &Seen, piece: &Piece) {
+        self.starts.add(seen.start_ns, piece.start_ns);
+        if let Some(wait_ns) = piece.wait_ns {
+            self.waits.add(seen.wait_ns, wait_ns);
+        }
+        if let (Some(seen), Some(run_ns)) = (seen.run_ns, piece.run_ns) {
+            self.runs.add(seen, run_ns);
+        }
+    }
+}
+
+/// Asserts that no link is wrong and hardly any is missing.
+pub(crate) fn assert_true(what: &str, report: &Report, pids: &[u32], verdict: &Verdict, pieces: usize) {
+    eprintln!("| {what} | {pieces} pieces | {verdict:?} |");
+    for target in pids.iter().map(|&pid| report.target(pid)) {
+        eprintln!("| {} | {} not known | {:#} |", target["pid"], target["unmatched"], target["hooks"]);
+    }
+    report.assert_complete();
+    assert_eq!(verdict.wrong, 0, "{verdict:?}");
+    assert!(verdict.matched * 1000 >= pieces * 999, "{verdict:?} of {pieces}");
+    assert_eq!(verdict.matched + verdict.unmatched, pieces);
+    assert!(is_emulated() || verdict.starts.quantile(0.5) <= SLACK_OF_HALF, "{verdict:?}");
+}
+
+/// How many jobs make for so many pieces, fewer where everything is slow.
+pub(crate) fn jobs_for(pieces: usize, of_job: usize) -> usize {
+    (if is_emulated() { pieces / 20 } else { pieces }).div_ceil(of_job)
+}

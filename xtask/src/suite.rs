@@ -12,7 +12,7 @@ use clap::builder::PossibleValue;
 use duct::Expression;
 
 use crate::kernel::Series;
-use crate::python::COLLECTOR;
+use crate::python::{COLLECTOR, TRACER};
 use crate::report::Report;
 use crate::shell::{limited, show};
 use crate::tally::Tally;
@@ -68,7 +68,8 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
     report.stage("setup", |_| {
         toolchain::setup()?;
         packages::install(&if guests.is_empty() { packages::for_tests() } else { packages::for_guests() })?;
-        COLLECTOR.install().map(|_| ())
+        COLLECTOR.install()?;
+        TRACER.install().map(|_| ())
     })?;
     report.stage("format", |_| check("cargo fmt", &plain_cargo(["fmt", "--all", "--check"])));
     report.stage("lint", |_| {
@@ -171,7 +172,7 @@ fn test_in_guest(
 }
 
 /// Tests of what is in user space alone. They run on the host and on one emulated kernel, which takes long enough.
-const NOT_OF_THE_KERNEL: &[&str] = &["endpoint::", "lag::a", "otlp::", "servers::", "stacks::"];
+const NOT_OF_THE_KERNEL: &[&str] = &["context::", "endpoint::", "lag::a", "otlp::", "servers::", "stacks::"];
 
 /// One test at a time: they watch the same machine. Not captured: else skipped tests could not say so.
 fn arguments(filter: Option<&str>) -> impl Iterator<Item = &str> {

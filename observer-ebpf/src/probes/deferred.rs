@@ -1,6 +1,8 @@
 //! *deferred*: work that is put off, followed from where it is put off to where it is done. One program stands at all
 //! places that profiles name; what a place means, and how to read it, the loader has written into maps.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
@@ -11,7 +13,7 @@ use aya_ebpf::{
 use observer_common::{
     deferred::{
         Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place,
-        RECIPES as MOST_RECIPES, Recipe, Step, UNITS as MOST, Unit, UnitKey, Verb, Work,
+        RECIPES as MOST_RECIPES, Recipe, Step, ThreadLocal, UNITS as MOST, Unit, UnitKey, Verb, Work,
     },
     loss::Loss,
     origin::Origin,
@@ -19,6 +21,7 @@ use observer_common::{
 
 use super::origin;
 use crate::{
+    context,
     emit::{add, lost, record},
     kernel, work,
 };
@@ -148,6 +151,16 @@ impl At<'_> {
         if UNITS.insert(key, unit, u64::from(BPF_ANY)).is_err() {
             lost(Loss::UnitsFull);
             return None;
+        }
+        // SAFETY: live map values; nobody else knows of the unit yet.
+        unsafe {
+            let pointer = read_volatile(&raw const (*self.recipe).context);
+            if pointer != ThreadLocal::NONE
+                && let Some(context) = context::published(pointer)
+                && let Some(unit) = UNITS.get_ptr_mut(key)
+            {
+                (*unit).context = context;
+            }
         }
         if unit.class.naming == ClassKey::SAME_WORK {
             return Some(());
@@ -360,6 +373,7 @@ fn end(unit: *mut Unit, key: &UnitKey) {
                 queued_ns: (*unit).queued_ns,
                 started_ns: (*unit).started_ns,
                 ended_ns: if has_started { (*unit).left_ns } else { bpf_ktime_get_ns() },
+                context: (*unit).context,
             };
             if LINKS.output::<Link>(&link, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
                 lost(Loss::LinksFull);

@@ -29,12 +29,12 @@ const SLACK: f64 = 0.1;
 const SLACK_OF_HALF: f64 = 0.002;
 
 /// A server that defers work and writes down for whom.
-struct Deferring {
+pub(crate) struct Deferring {
     process: Process,
     /// Kept open: what the server prints has to go somewhere.
     _output: BufReader<ChildStdout>,
     port: u16,
-    truth: PathBuf,
+    pub(crate) truth: PathBuf,
     _files: TempDir,
 }
 
@@ -50,7 +50,7 @@ struct Piece {
 
 impl Deferring {
     /// Starts a server that takes the name of a file and prints its port.
-    fn start(mut command: Command) -> Self {
+    pub(crate) fn start(mut command: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
         let truth = files.path().join("truth");
         let mut child: Child =
@@ -69,7 +69,7 @@ impl Deferring {
         Self::start(command)
     }
 
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
@@ -89,7 +89,7 @@ impl Deferring {
     }
 
     /// Sends so many jobs, from many clients at once, and waits until all that they left behind has started.
-    fn load(&self, jobs: usize, pieces_of_job: usize) {
+    pub(crate) fn load(&self, jobs: usize, pieces_of_job: usize) {
         thread::scope(|scope| {
             for client in 0..CLIENTS {
                 scope.spawn(move || {

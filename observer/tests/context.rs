@@ -31,7 +31,9 @@ fn text(value: &Value) -> Option<String> {
 fn links(target: &Value) -> Vec<Link> {
     let mut all = Vec::new();
     for kind in target["deferred"].as_array().unwrap() {
-        for link in kind["links"].as_array().unwrap() {
+        // What never started was no piece of work of the server's.
+        let links = kind["links"].as_array().unwrap().iter();
+        for link in links.filter(|link| link["run_seconds"].is_f64()) {
             let path = link["origin"]["path"].as_str().unwrap_or_default();
             let context = &link["context"];
             all.push(Link {

@@ -20,6 +20,10 @@ const MODULES: u64 = 1 << 16;
 
 /// Where the process has the variable; `None` if it publishes nothing, or if that is not known.
 pub(crate) fn published(mappings: &Mappings) -> Option<ThreadLocal> {
+    find(mappings, NAME)
+}
+
+fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
     let program = fs::metadata(format!("/proc/{}/exe", mappings.pid)).ok()?.ino();
     let memory = Live::of(mappings.pid).ok()?;
     let has_glibc = mappings.module("libc.so.6").or_else(|| mappings.module("libc-2.")).is_some();
@@ -28,7 +32,7 @@ pub(crate) fn published(mappings: &Mappings) -> Option<ThreadLocal> {
     modules.sort_by_key(|map| map.inode != program);
     modules.into_iter().find_map(|map| {
         let elf = Elf::open(&mappings.open(map).ok()?).ok()?;
-        let variable = elf.variable(NAME)?;
+        let variable = elf.variable(name)?;
         if map.inode == program {
             return Some(ThreadLocal::new(0, variable.in_program.try_into().ok()?));
         }
@@ -79,7 +83,39 @@ fn place(
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{BufRead as _, BufReader},
+        process::{Command, Stdio},
+    };
+
     use super::*;
+
+    /// Python says where its C library has its best-known variable, and where its thread's variables end.
+    #[test]
+    fn a_variable_of_the_c_library_is_where_that_has_it() {
+        const SCRIPT: &str = "import ctypes
+c = ctypes.CDLL(None)
+for f in c.__errno_location, c.pthread_self:
+    f.restype = ctypes.c_void_p
+print(c.__errno_location() - c.pthread_self(), flush=True)
+input()";
+        let mut python = Command::new("/usr/bin/python3")
+            .args(["-c", SCRIPT])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(python.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let mappings = Mappings::of(python.id()).unwrap();
+        let found = find(&mappings, "errno");
+        let none = find(&mappings, "no_such_variable");
+        // It waits for its standard input to end.
+        drop(python.stdin.take());
+        python.wait().unwrap();
+        assert_eq!(found, Some(ThreadLocal::new(0, line.trim().parse().unwrap())));
+        assert_eq!(none, None);
+    }
 
     const VARIABLE: Variable = Variable { offset: 0x110, in_program: -8, slots: Vec::new() };
 

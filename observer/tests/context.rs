@@ -1,13 +1,13 @@
-//! The trace contexts that a process publishes, link by link against what its tracer told the process itself. The tracer is
+//! The trace contexts that a process publishes, link by link against what its tracer told the process itself. One tracer is
 //! one that nobody here wrote.
 
-use std::{fs, path::Path, process::Command};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use serde_json::Value;
 
 use crate::{
     deferred::Deferring,
-    support::{is_emulated, observer::Observer},
+    support::{example, is_emulated, observer::Observer},
 };
 
 /// Pieces of work that each job of the server makes.
@@ -45,6 +45,40 @@ fn links(target: &Value) -> Vec<Link> {
         }
     }
     all
+}
+
+/// The server is the program itself, and says by the trace's number which job it is.
+#[test]
+fn a_programs_own_variable_is_read_on_every_kernel() {
+    let server = Deferring::start(Command::new(example("deferred_library")));
+    let pid = server.pid().to_string();
+    let hooks = [
+        "--snapshot",
+        "deferred_lib:context_snapshot:arg0",
+        "--restore",
+        "deferred_lib:context_restore:arg0",
+    ];
+    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    let jobs = 100;
+    server.load(jobs, 4);
+    let report = observer.finish();
+    let mut spans = BTreeMap::<_, u32>::new();
+    for link in links(report.target(server.pid())) {
+        let job: u64 = link.request.parse().unwrap();
+        let span = link.context.map(|(trace, span)| {
+            assert_eq!(trace, format!("{job:032x}"));
+            span
+        });
+        *spans.entry((job, span)).or_default() += 1;
+    }
+    for job in 0..jobs as u64 {
+        // A trace of number 0 is none; neither is one that is not valid.
+        let [one, two] = ["0000000000000001", "0000000000000002"].map(|span| Some(span.to_owned()));
+        let expected = if job == 0 { vec![(None, 4)] } else { vec![(None, 1), (one, 2), (two, 1)] };
+        let found = spans.iter().filter(|((of, _), _)| *of == job);
+        let found: Vec<_> = found.map(|((_, span), count)| (span.clone(), *count)).collect();
+        assert_eq!(found, expected, "job {job}");
+    }
 }
 
 /// The server's tracer wraps whatever its event loop calls, so that all of it has one name; what runs in other threads keeps

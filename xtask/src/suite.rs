@@ -172,7 +172,7 @@ fn test_in_guest(
 }
 
 /// Tests of what is in user space alone. They run on the host and on one emulated kernel, which takes long enough.
-const NOT_OF_THE_KERNEL: &[&str] = &["context::", "endpoint::", "lag::a", "otlp::", "servers::", "stacks::"];
+const NOT_OF_THE_KERNEL: &[&str] = &["endpoint::", "lag::a", "otlp::", "servers::", "stacks::"];
 
 /// One test at a time: they watch the same machine. Not captured: else skipped tests could not say so.
 fn arguments(filter: Option<&str>) -> impl Iterator<Item = &str> {

@@ -9,6 +9,8 @@ use aya_build::{Package, Toolchain, build_ebpf};
 fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
     list_profiles()?;
+    // What one of the tests' servers publishes has to be found by its name.
+    println!("cargo:rustc-link-arg-examples=-Wl,--export-dynamic-symbol=otel_thread_ctx_v1");
     let record = root.join("target/ebpf-toolchain");
     println!("cargo:rerun-if-changed={}", record.display());
     println!("cargo:rerun-if-changed={}", root.join("observer-common/src").display());

@@ -136,8 +136,53 @@ pub struct Recipe {
     pub key: [Step; KEY_STEPS],
     /// Steps to the class; none if it is not told there.
     pub class: [Step; CLASS_STEPS],
+    /// Where the process keeps the pointer to a thread's trace context.
+    pub context: ThreadLocal,
 }
-crate::shared!(Recipe, 24 * (KEY_STEPS + CLASS_STEPS));
+crate::shared!(Recipe, 24 * (KEY_STEPS + CLASS_STEPS) + 8);
+
+/// A variable of which each thread has its own. One word, so that nobody ever sees half of it.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThreadLocal(u64);
+crate::shared!(ThreadLocal, 8);
+
+impl ThreadLocal {
+    /// None.
+    pub const NONE: Self = Self(0);
+
+    /// In the variables of the module that the C library knows by this number, from 1 on; of number 0, from the thread
+    /// pointer.
+    #[must_use]
+    pub const fn new(module: u32, offset: i32) -> Self {
+        Self((module as u64) << 32 | offset.cast_unsigned() as u64)
+    }
+
+    /// The module, as in [`ThreadLocal::new`].
+    #[must_use]
+    pub const fn module(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// Where it is there, in bytes.
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+    pub const fn offset(self) -> i32 {
+        (self.0 as u32).cast_signed()
+    }
+}
+
+/// What a thread publishes as the trace that it works for, as OTEP 4947 has it; zeroes if it publishes none. The bytes
+/// are in the order in which they are written, which is big-endian.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Context {
+    /// The trace.
+    pub trace_id: [u64; 2],
+    /// The span in it.
+    pub span_id: u64,
+}
+crate::shared!(Context, 24);
 
 /// What deferred work is known by.
 #[repr(C)]
@@ -251,8 +296,27 @@ pub struct Unit {
     pub reserved: u32,
     /// The piece of work that its thread worked on before it; of what is no piece of its own, what goes on in it.
     pub outer: Work,
+    /// What the thread that put it off published.
+    pub context: Context,
 }
-crate::shared!(Unit, 144);
+crate::shared!(Unit, 168);
+
+impl Unit {
+    /// One that nothing is known of.
+    pub const EMPTY: Self = Self {
+        id: 0,
+        parent: 0,
+        origin: Origin::NONE,
+        class: ClassKey { value: 0, tgid: 0, naming: 0 },
+        queued_ns: 0,
+        started_ns: 0,
+        left_ns: 0,
+        once: 0,
+        reserved: 0,
+        outer: Work::NONE,
+        context: Context { trace_id: [0; 2], span_id: 0 },
+    };
+}
 
 /// A piece of deferred work that is over, as `LINKS` passes it on: of those whose request is known.
 #[repr(C)]
@@ -272,5 +336,7 @@ pub struct Link {
     pub started_ns: u64,
     /// When it was worked on for the last time or, if it never started, forgotten; monotonic nanoseconds.
     pub ended_ns: u64,
+    /// As in [`Unit`].
+    pub context: Context,
 }
-crate::shared!(Link, 64);
+crate::shared!(Link, 88);

@@ -112,6 +112,8 @@ kernel_layout! {
         completion_user_data = "io_uring_cqe"."user_data";
         completion_result = "io_uring_cqe"."res";
         completion_flags = "io_uring_cqe"."flags";
+        /// Where a thread has its variables, on x86-64.
+        task_thread_pointer = "task_struct"."thread.fsbase";
     }
 }
 

@@ -347,6 +347,18 @@ pub(crate) fn register(ctx: &ProbeContext, number: u64) -> u64 {
     }
 }
 
+/// Where the current thread has its variables; `None` where the kernel does not say.
+#[inline(always)]
+pub(crate) fn thread_pointer() -> Option<u64> {
+    let field = offset(&LAYOUT.task_thread_pointer);
+    if field == ABSENT as usize {
+        return None;
+    }
+    // SAFETY: has no preconditions.
+    let task = unsafe { bpf_get_current_task() } as *const u8;
+    probe(task, field)
+}
+
 /// Reads what an argument of a system call points to in the caller's memory; `None` if it is not there now.
 #[inline(always)]
 pub(crate) fn pointed<T>(argument: u64) -> Option<T> {

@@ -5,6 +5,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 mod block;
+mod context;
 mod emit;
 mod kernel;
 mod probes;

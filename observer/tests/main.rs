@@ -6,6 +6,7 @@ mod calls;
 mod causes;
 mod cli;
 mod container;
+mod context;
 mod deferred;
 mod deferred_rage;
 mod drops;

@@ -42,6 +42,21 @@ pub(crate) const COLLECTOR: Packages = Packages {
     ],
 };
 
+/// A tracer that publishes OpenTelemetry's thread context.
+pub(crate) const TRACER: Packages = Packages {
+    folder: "ddtrace",
+    modules: "ddtrace.internal.native",
+    requirements: &[
+        "ddtrace==4.16.0",
+        "ddtrace-internal==0.1.0",
+        "bytecode==0.19.1",
+        "envier==0.6.1",
+        "opentelemetry-api==1.45.2",
+        "typing-extensions==4.16.0",
+        "wrapt==2.5.2",
+    ],
+};
+
 impl Packages {
     /// Installs them if they are not there; returns their folder.
     pub(crate) fn install(&self) -> Result<PathBuf> {

@@ -12,7 +12,7 @@ use clap::builder::PossibleValue;
 use duct::Expression;
 
 use crate::kernel::Series;
-use crate::python::COLLECTOR;
+use crate::python::{COLLECTOR, TRACER};
 use crate::report::Report;
 use crate::shell::{limited, show};
 use crate::tally::Tally;
@@ -68,7 +68,8 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
     report.stage("setup", |_| {
         toolchain::setup()?;
         packages::install(&if guests.is_empty() { packages::for_tests() } else { packages::for_guests() })?;
-        COLLECTOR.install().map(|_| ())
+        COLLECTOR.install()?;
+        TRACER.install().map(|_| ())
     })?;
     report.stage("format", |_| check("cargo fmt", &plain_cargo(["fmt", "--all", "--check"])));
     report.stage("lint", |_| {

@@ -1,6 +1,8 @@
 //! *deferred*: work that is put off, followed from where it is put off to where it is done. One program stands at all
 //! places that profiles name; what a place means, and how to read it, the loader has written into maps.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
@@ -11,7 +13,7 @@ use aya_ebpf::{
 use observer_common::{
     deferred::{
         Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place,
-        RECIPES as MOST_RECIPES, Recipe, Step, UNITS as MOST, Unit, UnitKey, Verb, Work,
+        RECIPES as MOST_RECIPES, Recipe, Step, ThreadLocal, UNITS as MOST, Unit, UnitKey, Verb, Work,
     },
     loss::Loss,
     origin::Origin,
@@ -19,6 +21,7 @@ use observer_common::{
 
 use super::origin;
 use crate::{
+    context,
     emit::{add, lost, record},
     kernel, work,
 };
@@ -48,8 +51,9 @@ static LINKS: RingBuf = RingBuf::with_byte_size(512 * 1024, 0);
 #[map]
 static KINDS: RingBuf = RingBuf::with_byte_size(4096, 0);
 
-/// What a new entry starts from: too large for the stack.
+/// What new entries start from: too large for the stack.
 static NEW: Class = Class::EMPTY;
+static NEW_UNIT: Unit = Unit::EMPTY;
 
 #[uprobe]
 fn deferred(ctx: ProbeContext) -> u32 {
@@ -132,38 +136,49 @@ impl At<'_> {
     }
 
     #[inline(always)]
+    #[expect(
+        clippy::needless_borrows_for_generic_args,
+        reason = "by value it would be copied to the stack first"
+    )]
     fn snapshot(&self, key: UnitKey) -> Option<()> {
         // Nothing can be put off twice: another has its place in memory.
         if let Some(before) = UNITS.get_ptr_mut(key) {
             end(before, &key);
         }
-        let current = work::current(self.tid);
-        // SAFETY: has no preconditions.
-        let now = unsafe { bpf_ktime_get_ns() };
-        let origin = origin::kept(key.tgid, &current.origin);
-        let unit = Unit {
-            id: work::number(self.tid),
-            parent: parent(&current, &origin),
-            origin,
-            class: self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 }),
-            queued_ns: now,
-            once: self.flags & Hook::ONCE,
-            outer: current,
-            ..Unit::default()
-        };
-        if UNITS.insert(key, unit, u64::from(BPF_ANY)).is_err() {
+        if UNITS.insert(key, &NEW_UNIT, u64::from(BPF_ANY)).is_err() {
             lost(Loss::UnitsFull);
             return None;
         }
-        if unit.class.naming == ClassKey::SAME_WORK {
+        let unit = UNITS.get_ptr_mut(key)?;
+        let current = work::current(self.tid);
+        let origin = origin::kept(key.tgid, &current.origin);
+        let class =
+            self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 });
+        // SAFETY: a live map value that nobody else knows of yet.
+        unsafe {
+            (*unit).id = work::number(self.tid);
+            (*unit).parent = parent(&current, &origin);
+            (*unit).origin = origin;
+            (*unit).class = class;
+            (*unit).queued_ns = bpf_ktime_get_ns();
+            (*unit).once = self.flags & Hook::ONCE;
+            (*unit).outer = current;
+            let pointer = read_volatile(&raw const (*self.recipe).context);
+            if pointer != ThreadLocal::NONE
+                && let Some(context) = context::published(pointer)
+            {
+                (*unit).context = context;
+            }
+        }
+        if class.naming == ClassKey::SAME_WORK {
             return Some(());
         }
-        let class = figures(&unit.class)?;
+        let figures = figures(&class)?;
         // SAFETY: a live map value, counted in atomically.
         unsafe {
-            add(&raw mut (*class).pending, 1);
-            if unit.class.naming != 0 {
-                add(&raw mut (*class).enqueued, 1);
+            add(&raw mut (*figures).pending, 1);
+            if class.naming != 0 {
+                add(&raw mut (*figures).enqueued, 1);
             }
         }
         Some(())
@@ -371,16 +386,18 @@ fn end(unit: *mut Unit, key: &UnitKey) {
             }
         }
         if (*unit).origin.request != 0 {
-            let link = Link {
-                id: (*unit).id,
-                parent: (*unit).parent,
-                request: (*unit).origin.request,
-                class: (*unit).class,
-                queued_ns: (*unit).queued_ns,
-                started_ns: (*unit).started_ns,
-                ended_ns: if has_started { (*unit).left_ns } else { bpf_ktime_get_ns() },
-            };
-            if LINKS.output::<Link>(&link, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
+            if let Some(mut entry) = LINKS.reserve::<Link>(0) {
+                let link = entry.as_mut_ptr();
+                (*link).id = (*unit).id;
+                (*link).parent = (*unit).parent;
+                (*link).request = (*unit).origin.request;
+                (*link).class = (*unit).class;
+                (*link).queued_ns = (*unit).queued_ns;
+                (*link).started_ns = (*unit).started_ns;
+                (*link).ended_ns = if has_started { (*unit).left_ns } else { bpf_ktime_get_ns() };
+                (*link).context = (*unit).context;
+                entry.submit(u64::from(BPF_RB_NO_WAKEUP));
+            } else {
                 lost(Loss::LinksFull);
             }
         }

@@ -78,12 +78,25 @@ pub(crate) struct Link {
     pub(crate) parent: Option<u64>,
     /// The request.
     pub(crate) origin: Arc<Request>,
+    /// Where in a trace the process itself said that it was when it put this off, by OpenTelemetry's thread context
+    /// (OTEP 4947); `None` if it said nothing. It counts for more than the request's `traceparent`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) context: Option<TraceContext>,
     /// When it was put off, monotonic nanoseconds.
     pub(crate) queued_ns: u64,
     /// How long it waited: until it started or, if it never did, until it was forgotten. In seconds.
     pub(crate) wait_seconds: f64,
     /// How long it ran; `None` if it never started.
     pub(crate) run_seconds: Option<f64>,
+}
+
+/// A span of a trace, in hexadecimal digits as OpenTelemetry writes them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct TraceContext {
+    /// The trace: 32 digits.
+    pub(crate) trace_id: String,
+    /// The span in it: 16 digits.
+    pub(crate) span_id: String,
 }
 
 pub(super) fn hexadecimal<S: Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {

@@ -31,14 +31,14 @@ use crate::{
     read::maps::{Maps, entries, insert_new},
     stacks::{mappings::Mappings, naming::Names},
     target::{
-        connections,
+        connections, context,
         hooks::Finder,
         process::is_there,
         runtime::{Runtime, Runtimes},
     },
 };
 
-/// How often a process without a runtime is looked at: its loader may not have been done.
+/// How often a process without a runtime, or without trace contexts, is looked at: its loader may not have been done.
 const LOOKS: u32 = 5;
 
 /// Requests, and pieces of work that are over, that are kept for the report; of each the latest so many.
@@ -99,6 +99,8 @@ struct Process {
     hits: Option<(u64, Instant)>,
     /// How often in a row it has come there too often.
     excesses: u32,
+    /// Whether it publishes trace contexts, as far as is known.
+    publishes: bool,
     /// What its kinds of work are called.
     names: HashMap<ClassKey, Arc<str>>,
     /// Spaces of its keys, by number.
@@ -111,6 +113,19 @@ struct Space {
     work: String,
     /// Whether its kind is told when it starts.
     is_told_later: bool,
+}
+
+impl Process {
+    /// Has the programs keep what this process publishes, if it does.
+    fn find_context(&mut self, maps: &mut Maps, mappings: &Mappings) {
+        let Some(pointer) = context::published(mappings) else { return };
+        self.publishes = true;
+        for hook in self.hooks.iter().filter(|hook| hook.is_snapshot()) {
+            if let Err(why) = hook.take_context(maps, pointer) {
+                log::debug!("the trace contexts of process {} are not kept: {why:#}", mappings.pid);
+            }
+        }
+    }
 }
 
 /// The latest requests, by number.
@@ -154,15 +169,22 @@ impl Follower {
             self.end(maps, pid);
         }
         let process = self.processes.entry(pid).or_insert_with(|| Process { execs, ..Process::default() });
-        if !process.hooks.is_empty() {
-            return self.limit(maps, pid).into_iter().collect();
+        if !process.hooks.is_empty()
+            && let Some(missing) = self.limit(maps, pid)
+        {
+            return vec![missing];
         }
-        if process.looks == LOOKS {
+        let Some(process) = self.processes.get_mut(&pid) else { return Vec::new() };
+        if process.publishes || process.looks == LOOKS {
             return Vec::new();
         }
         process.looks += 1;
         // One that is going has nothing mapped any more.
         let Ok(mappings) = Mappings::of(pid) else { return Vec::new() };
+        if !process.hooks.is_empty() {
+            process.find_context(maps, &mappings);
+            return Vec::new();
+        }
         let found = runtimes.of(&mappings);
         let mut missing = Vec::new();
         for runtime in found.iter().filter(|runtime| !runtime.profile.hooks.is_empty()) {
@@ -175,10 +197,14 @@ impl Follower {
                 });
             }
         }
-        if !missing.is_empty()
-            && let Some(process) = self.processes.get_mut(&pid)
-        {
-            process.looks = LOOKS;
+        if let Some(process) = self.processes.get_mut(&pid) {
+            if process.hooks.is_empty() {
+                if !missing.is_empty() {
+                    process.looks = LOOKS;
+                }
+            } else {
+                process.find_context(maps, &mappings);
+            }
         }
         missing
     }
@@ -347,6 +373,7 @@ impl Follower {
             id: raw.id,
             parent,
             origin: request,
+            context: deferred::context(&raw.context),
             queued_ns: raw.queued_ns,
             wait_seconds: seconds(waited_until.saturating_sub(raw.queued_ns)),
             run_seconds: has_started.then(|| seconds(raw.ended_ns.saturating_sub(raw.started_ns))),

@@ -10,7 +10,8 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Ebpf, programs::UProbe};
 use observer_common::{
     deferred::{
-        Class as RawClass, ClassKey, Hook as RawHook, Link as RawLink, Place, RECIPES, Unit, UnitKey, Verb,
+        Class as RawClass, ClassKey, Context as RawContext, Hook as RawHook, Link as RawLink, Place, RECIPES,
+        Recipe, ThreadLocal, Unit, UnitKey, Verb,
     },
     histogram::Histogram as RawHistogram,
 };
@@ -22,7 +23,7 @@ use crate::{
         uprobe::{self, Site, Uprobe},
     },
     model::{
-        deferred::{Deferred, HookFigures},
+        deferred::{Deferred, HookFigures, TraceContext},
         histogram::{Histogram, seconds},
     },
     read::maps::Maps,
@@ -129,6 +130,20 @@ impl Attached {
         }
     }
 
+    /// From now on, what is put off here is put off with the trace context that a pointer leads to.
+    pub(crate) fn take_context(&self, maps: &mut Maps, pointer: ThreadLocal) -> Result<()> {
+        for &number in &self.recipes {
+            let recipe = maps.recipes.get(&number, 0)?;
+            maps.recipes.set(number, Recipe { context: pointer, ..recipe }, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Whether work is put off here.
+    pub(crate) fn is_snapshot(&self) -> bool {
+        self.verb == Verb::Snapshot
+    }
+
     /// Takes it out of the kernel, and what the programs know of it.
     pub(crate) fn detach(self, maps: &mut Maps, recipes: &mut Recipes) {
         for place in &self.places {
@@ -215,6 +230,16 @@ pub(crate) fn orphan(unit: &Unit, now: u64) -> Option<RawLink> {
         queued_ns: unit.queued_ns,
         started_ns: 0,
         ended_ns: now,
+        context: unit.context,
+    })
+}
+
+/// What a process published, if it published anything.
+pub(crate) fn context(raw: &RawContext) -> Option<TraceContext> {
+    let [high, low] = raw.trace_id.map(u64::from_be);
+    (high | low != 0).then(|| TraceContext {
+        trace_id: format!("{high:016x}{low:016x}"),
+        span_id: format!("{:016x}", u64::from_be(raw.span_id)),
     })
 }
 

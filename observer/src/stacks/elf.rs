@@ -35,7 +35,7 @@ impl Elf {
         Ok(Self(Arc::new(map)))
     }
 
-    fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
+    pub(super) fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
         ElfFile64::parse(&**self.0).expect("it has been parsed before")
     }
 

@@ -17,4 +17,5 @@ pub(crate) mod symbols;
 #[cfg(test)]
 mod testing;
 pub(crate) mod unwind;
+pub(crate) mod variable;
 pub(crate) mod watch;

@@ -2,7 +2,7 @@
 
 use std::{fs::File, iter};
 
-use observer_common::deferred::{Action, CLASS_STEPS, KEY_STEPS, Recipe, Step, register};
+use observer_common::deferred::{Action, CLASS_STEPS, KEY_STEPS, Recipe, Step, ThreadLocal, register};
 use procfs::process::MemoryMap;
 
 use super::runtime::Runtime;
@@ -200,8 +200,11 @@ impl<'a> Finder<'a> {
         for case in &hook.class {
             class.extend(self.case(case)?);
         }
-        let (mut recipe, class) =
-            (Recipe { key: [Step::END; KEY_STEPS], class: [Step::END; CLASS_STEPS] }, class.into_iter());
+        let mut recipe = Recipe {
+            key: [Step::END; KEY_STEPS],
+            class: [Step::END; CLASS_STEPS],
+            context: ThreadLocal::NONE,
+        };
         recipe.key.iter_mut().zip(key).for_each(|(place, step)| *place = step);
         recipe.class.iter_mut().zip(class).for_each(|(place, step)| *place = step);
         Ok(recipe)

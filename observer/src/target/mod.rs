@@ -3,6 +3,7 @@
 pub(crate) mod calls;
 pub(crate) mod connections;
 pub(crate) mod container;
+pub(crate) mod context;
 pub(crate) mod drops;
 pub(crate) mod hooks;
 pub(crate) mod process;

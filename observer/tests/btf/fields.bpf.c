@@ -6,7 +6,8 @@ struct atomic { int counter; };
 struct fdtable { u32 max_fds; void **fd; };
 struct files_struct { struct fdtable *fdt; };
 struct signal_struct { struct atomic live; };
-struct task_struct { void *stack; int pid; int tgid; struct files_struct *files; struct signal_struct *signal; u32 __state; };
+struct thread_struct { unsigned long fsbase; };
+struct task_struct { void *stack; int pid; int tgid; struct files_struct *files; struct signal_struct *signal; u32 __state; struct thread_struct thread; };
 struct task_struct___old { long state; };
 struct inode { unsigned long i_ino; u16 i_mode; };
 struct pt_regs { unsigned long orig_ax, di, si, dx, bp; };
@@ -51,7 +52,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file);
     READ(us->peer); READ(k->sk_receive_queue.next); READ(b->sk); READ(q->file); READ(q->opcode); READ(q->flags); READ(q->ctx);
     READ(q->cqe.user_data); READ(qo->user_data); READ(q->cqe.fd); READ(ac->file_slot); READ(e->user_data); READ(e->res); READ(e->flags);
-    READ(t->stack); READ(i->i_mode); READ(p->orig_ax); READ(p->di); READ(p->si); READ(p->dx); READ(p->bp);
+    READ(t->stack); READ(i->i_mode); READ(p->orig_ax); READ(p->di); READ(p->si); READ(p->dx); READ(p->bp); READ(t->thread.fsbase);
     return 0;
 }
 char LICENSE[] __attribute__((section("license"), used)) = "GPL";

@@ -1,0 +1,157 @@
+//! Where a process publishes OpenTelemetry's thread context (OTEP 4947): which module has the variable, and where each
+//! thread has it.
+
+use std::{fs, os::unix::fs::MetadataExt as _};
+
+use observer_common::deferred::ThreadLocal;
+
+use crate::stacks::{
+    elf::Elf,
+    mappings::{Mappings, module_name},
+    memory::{Live, Memory as _},
+    variable::{Slot, Variable},
+};
+
+/// The variable: each thread's pointer to what it publishes.
+const NAME: &str = "otel_thread_ctx_v1";
+
+/// Most modules that a process has loaded, by their numbers: what is above is no number of one.
+const MODULES: u64 = 1 << 16;
+
+/// Where the process has the variable; `None` if it publishes nothing, or if that is not known.
+pub(crate) fn published(mappings: &Mappings) -> Option<ThreadLocal> {
+    find(mappings, NAME)
+}
+
+fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
+    let program = fs::metadata(format!("/proc/{}/exe", mappings.pid)).ok()?.ino();
+    let memory = Live::of(mappings.pid).ok()?;
+    let has_glibc = mappings.module("libc.so.6").or_else(|| mappings.module("libc-2.")).is_some();
+    // The program itself comes first, also where the loader looks for the variable.
+    let mut modules: Vec<_> = mappings.modules().collect();
+    modules.sort_by_key(|map| map.inode != program);
+    modules.into_iter().find_map(|map| {
+        let elf = Elf::open(&mappings.open(map).ok()?).ok()?;
+        let variable = elf.variable(name)?;
+        if map.inode == program {
+            return Some(ThreadLocal::new(0, variable.in_program.try_into().ok()?));
+        }
+        let bias = elf.bias(map)?;
+        let word = |address: u64| memory.word(address);
+        let mut places = variable
+            .slots
+            .iter()
+            .filter_map(|&(slot, at)| place(&variable, slot, at.wrapping_add(bias), word));
+        // Another C library has its tables elsewhere.
+        let found = places.find(|place| place.module() == 0 || has_glibc);
+        if found.is_none() {
+            let module = module_name(map).unwrap_or_default();
+            log::debug!("where {module} of process {} has its trace contexts is not known", mappings.pid);
+        }
+        found
+    })
+}
+
+/// Where the variable is by what the loader has left at `address`; `None` if it has left nothing yet.
+fn place(
+    variable: &Variable,
+    slot: Slot,
+    address: u64,
+    word: impl Fn(u64) -> Option<u64>,
+) -> Option<ThreadLocal> {
+    let from_thread_pointer = |distance: u64| {
+        let distance = i32::try_from(distance.cast_signed()).ok().filter(|&distance| distance < 0)?;
+        Some(ThreadLocal::new(0, distance))
+    };
+    let in_module = |module: u64| {
+        let module =
+            u32::try_from(module).ok().filter(|module| (1..MODULES).contains(&u64::from(*module)))?;
+        Some(ThreadLocal::new(module, variable.offset.try_into().ok()?))
+    };
+    match slot {
+        Slot::Distance => from_thread_pointer(word(address)?),
+        Slot::Module => in_module(word(address)?),
+        Slot::Descriptor => {
+            let argument = word(address.wrapping_add(8))?;
+            from_thread_pointer(argument).or_else(|| {
+                let offset = word(argument.wrapping_add(8))?;
+                if offset == variable.offset { in_module(word(argument)?) } else { None }
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead as _, BufReader},
+        process::{Command, Stdio},
+    };
+
+    use super::*;
+
+    /// Python says where its C library has its best-known variable, and where its thread's variables end.
+    #[test]
+    fn a_variable_of_the_c_library_is_where_that_has_it() {
+        const SCRIPT: &str = "import ctypes
+c = ctypes.CDLL(None)
+for f in c.__errno_location, c.pthread_self:
+    f.restype = ctypes.c_void_p
+print(c.__errno_location() - c.pthread_self(), flush=True)
+input()";
+        let mut python = Command::new("/usr/bin/python3")
+            .args(["-c", SCRIPT])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(python.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let mappings = Mappings::of(python.id()).unwrap();
+        let found = find(&mappings, "errno");
+        let none = find(&mappings, "no_such_variable");
+        // It waits for its standard input to end.
+        drop(python.stdin.take());
+        python.wait().unwrap();
+        assert_eq!(found, Some(ThreadLocal::new(0, line.trim().parse().unwrap())));
+        assert_eq!(none, None);
+    }
+
+    const VARIABLE: Variable = Variable { offset: 0x110, in_program: -8, slots: Vec::new() };
+
+    fn found(slot: Slot, words: &[(u64, u64)]) -> Option<ThreadLocal> {
+        place(&VARIABLE, slot, 0x1000, |address| {
+            words.iter().find(|(at, _)| *at == address).map(|(_, word)| *word)
+        })
+    }
+
+    #[test]
+    fn each_kind_of_slot_leads_to_the_variable() {
+        let minus = 64_u64.wrapping_neg();
+        let static_place = Some(ThreadLocal::new(0, -64));
+        let module_place = Some(ThreadLocal::new(3, 0x110));
+        assert_eq!(found(Slot::Distance, &[(0x1000, minus)]), static_place);
+        assert_eq!(found(Slot::Module, &[(0x1000, 3)]), module_place);
+        assert_eq!(found(Slot::Descriptor, &[(0x1000, 1), (0x1008, minus)]), static_place);
+        let dynamic = [(0x1000, 1), (0x1008, 0x2000), (0x2000, 3), (0x2008, 0x110)];
+        assert_eq!(found(Slot::Descriptor, &dynamic), module_place);
+    }
+
+    #[test]
+    fn what_the_loader_has_not_filled_in_leads_nowhere() {
+        for slot in [Slot::Distance, Slot::Module, Slot::Descriptor] {
+            assert_eq!(found(slot, &[(0x1000, 0), (0x1008, 0)]), None, "{slot:?}");
+            assert_eq!(found(slot, &[]), None, "{slot:?}");
+        }
+        // Not resolved yet: it leads to the file's own record of what is to be done.
+        let unresolved = [(0x1008, 0x2000), (0x2000, 0xa37888), (0x2008, 0x1a9_0000_0024)];
+        assert_eq!(found(Slot::Descriptor, &unresolved), None);
+    }
+
+    #[test]
+    fn halves_of_a_place_stay_apart() {
+        let place = ThreadLocal::new(7, -9);
+        assert_eq!((place.module(), place.offset()), (7, -9));
+        assert_ne!(ThreadLocal::new(0, -1), ThreadLocal::NONE);
+    }
+}

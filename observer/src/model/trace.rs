@@ -3,6 +3,7 @@
 use std::{collections::VecDeque, mem, sync::Arc};
 
 use super::{
+    deferred::TraceContext,
     delivery::{Ledger, Reason},
     request::Request,
     stall::Stall,
@@ -38,6 +39,8 @@ pub(crate) struct Work {
     pub(crate) id: u64,
     /// The number of the piece that put it off, `None` if the request itself did.
     pub(crate) parent: Option<u64>,
+    /// The span that the process itself says it was put off in.
+    pub(crate) context: Option<TraceContext>,
     /// What its kind is called.
     pub(crate) task: Arc<str>,
     /// When it was put off.
@@ -84,8 +87,15 @@ mod tests {
     fn what_finds_no_room_is_counted() {
         let ledger = Arc::new(Ledger::of("traces"));
         let mut events = Events::counted_in(Arc::clone(&ledger));
-        let work =
-            Work { id: 1, parent: None, task: "task".into(), queued_ns: 1, started_ns: Some(2), ended_ns: 3 };
+        let work = Work {
+            id: 1,
+            parent: None,
+            context: None,
+            task: "task".into(),
+            queued_ns: 1,
+            started_ns: Some(2),
+            ended_ns: 3,
+        };
         for _ in 0..EVENTS + 3 {
             let what = What::Work(work.clone());
             events.add(Event { pid: 1, request: Arc::default(), what });

@@ -363,6 +363,7 @@ impl Follower {
             What::Work(Work {
                 id: raw.id,
                 parent,
+                context: deferred::context(&raw.context),
                 task: Arc::clone(&task),
                 queued_ns: raw.queued_ns,
                 started_ns: has_started.then_some(raw.started_ns),

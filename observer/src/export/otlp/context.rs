@@ -4,7 +4,7 @@
 
 use std::hash::{BuildHasher as _, RandomState};
 
-use crate::model::request::Request;
+use crate::model::{deferred::TraceContext, request::Request};
 
 /// A span's id.
 pub(super) type SpanId = [u8; 8];
@@ -62,6 +62,12 @@ impl Ids {
     }
 }
 
+/// Trace and span that a process publishes.
+pub(super) fn published(context: &TraceContext) -> Option<([u8; 16], SpanId)> {
+    let trace = u128::from_str_radix(&context.trace_id, 16).ok()?.to_be_bytes();
+    Some((trace, u64::from_str_radix(&context.span_id, 16).ok()?.to_be_bytes()))
+}
+
 /// Trace, span and flags of a valid trace context.
 fn parsed(traceparent: &str) -> Option<([u8; 16], SpanId, u8)> {
     let mut parts = traceparent.split('-').skip(1);
@@ -76,6 +82,16 @@ mod tests {
 
     fn request(id: u64, traceparent: Option<&str>) -> Request {
         Request { id, traceparent: traceparent.map(str::to_owned), ..Request::default() }
+    }
+
+    #[test]
+    fn what_a_process_publishes_is_understood() {
+        let of = |trace: &str, span: &str| {
+            published(&TraceContext { trace_id: trace.into(), span_id: span.into() })
+        };
+        let (trace, span) = of("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331").unwrap();
+        assert_eq!((trace[0], trace[15], span[0], span[7]), (0x0a, 0x9c, 0xb7, 0x31));
+        assert_eq!(of("", "b7ad6b7169203331"), None);
     }
 
     #[test]

@@ -21,7 +21,7 @@ use opentelemetry_proto::tonic::{
 use prost::Message as _;
 
 use super::{
-    context::{Context, Ids, SpanId},
+    context::{Context, Ids, SpanId, published},
     exemplars::{self, Exemplars},
     queue::Batch,
     resource::{Resources, attribute, nanoseconds, text},
@@ -260,14 +260,20 @@ fn work_span(ids: &Ids, context: &Context, work: &Work) -> Span {
         ..Link::default()
     };
     let orphaned = Status { message: "orphaned".into(), code: StatusCode::Error.into() };
-    Span {
+    let mut span = Span {
         start_time_unix_nano: nanoseconds(clock::wall_time(start)),
         end_time_unix_nano: nanoseconds(clock::wall_time(work.ended_ns.max(start))),
         attributes: vec![attribute("observer.deferred.wait", Value::DoubleValue(wait))],
         links: vec![link],
         status: work.started_ns.is_none().then_some(orphaned),
         ..span(context, ids.work(work.id), parent, &work.task, SpanKind::Consumer)
+    };
+    // What the process itself says counts for more; the link still leads to what put it off.
+    if let Some((trace, in_span)) = work.context.as_ref().and_then(published) {
+        span.trace_id = trace.into();
+        span.parent_span_id = in_span.into();
     }
+    span
 }
 
 /// What was measured of work that has started.
@@ -380,7 +386,8 @@ mod tests {
 
     fn work(request: &Arc<Asked>, id: u64, parent: Option<u64>, started_ns: Option<u64>) -> Event {
         let task = "task".into();
-        let work = Work { id, parent, task, queued_ns: 2_000_000, started_ns, ended_ns: 9_000_000 };
+        let (queued_ns, ended_ns) = (2_000_000, 9_000_000);
+        let work = Work { id, parent, context: None, task, queued_ns, started_ns, ended_ns };
         Event { pid: 7, request: Arc::clone(request), what: What::Work(work) }
     }
 

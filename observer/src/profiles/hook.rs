@@ -363,7 +363,7 @@ mod tests {
         assert!(hook(&format!("function = 'f'\nclass = [{long}, {long}]")).is_ok());
         assert!(hook("function = 'f'\nwhen = ['arg0 == 1']").is_ok());
         assert!(hook("function = 'f'\nwhen = ['arg0+8->0->0->0->0->0->0->0->0 == 1']").is_err());
-        let error = hook(&format!("function = 'f'\nclass = [{long}, {long}, {long}]")).unwrap_err();
+        let error = hook(&format!("function = 'f'\nclass = [{long}, {long}, {long}, {long}]")).unwrap_err();
         assert!(error.contains("steps"), "{error}");
     }
 }

@@ -253,7 +253,8 @@ fn only_processes_with_a_runtime_are_probed() {
     assert_eq!(report.target(redis.pid())["gc"], Value::Null);
 
     let python = Loop::python();
-    let observer = Observer::of(python.pid());
+    let pid = python.pid().to_string();
+    let observer = Observer::start(&["--pid", &pid, "--no-listen", "--profile", "CPython"]);
     assert_eq!(uprobes(), 2);
     observer.finish();
     assert_eq!(uprobes(), 0);

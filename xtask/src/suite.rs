@@ -23,7 +23,7 @@ use crate::{documents, guest, observer, packages, toolchain, vm};
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
 
 /// A test executable that takes longer hangs.
-const LIMIT: Duration = Duration::from_secs(25 * 60);
+const LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Where tests run.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -161,9 +161,11 @@ impl Observation {
             ledgers: Vec::new(),
         };
         observation.adopt_processes(selection)?;
-        observation.refresh()?;
+        // Runtimes take longest, and nothing waits for them.
+        let live = observation.refresh_targets()?;
         observation.adopt_calls(&selection.calls)?;
         observation.unattributed_before = observation.maps.lost(Loss::AcceptUnattributed)?;
+        observation.refresh_runtimes(live);
         Ok(observation)
     }
 
@@ -241,9 +243,17 @@ impl Observation {
         }
     }
 
-    /// Brings processes and listeners up to date.
+    /// Brings processes, listeners and runtimes up to date.
     pub(crate) fn refresh(&mut self) -> Result<()> {
+        let live = self.refresh_targets()?;
+        self.refresh_runtimes(live);
+        Ok(())
+    }
+
+    /// Brings processes and listeners up to date. Returns live targets, each with how many programs it has started.
+    fn refresh_targets(&mut self) -> Result<Vec<(u32, u32)>> {
         let mut changed = false;
+        let mut live = Vec::new();
         for (pid, raw) in entries(&self.maps.targets) {
             if raw.exited != 0 {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
@@ -253,32 +263,34 @@ impl Observation {
                 changed = true;
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
-            } else if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
+                continue;
+            }
+            live.push((pid, raw.execs));
+            if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
                 place.insert(Process::of(pid));
                 changed = true;
-            }
-            if raw.exited == 0 {
-                self.refresh_runtime(pid, raw.execs);
             }
         }
         self.collect_finished()?;
         self.follower.name_all(&self.maps);
         self.note_namespaces();
         self.refresh_listeners(changed)?;
-        self.follower.adopt_connections(&mut self.maps);
         let surplus = self.exited.len().saturating_sub(ENDED);
         self.exited.drain(..surplus);
-        Ok(())
+        Ok(live)
     }
 
-    /// Watches what the runtime of a target does, which has started so many programs by now.
-    fn refresh_runtime(&mut self, pid: u32, execs: u32) {
-        let (runtimes, ebpf, maps) = (&mut self.runtimes, &mut self.ebpf, &mut self.maps);
-        let mut missing = self.follower.refresh(runtimes, ebpf, maps, pid, execs);
-        missing.extend(self.collectors.refresh(runtimes, ebpf, maps, pid, execs));
-        for missing in missing {
-            self.note_missing(missing.source, missing.reason);
+    /// Watches what the runtimes of targets do.
+    fn refresh_runtimes(&mut self, live: Vec<(u32, u32)>) {
+        for (pid, execs) in live {
+            let (runtimes, ebpf, maps) = (&mut self.runtimes, &mut self.ebpf, &mut self.maps);
+            let mut missing = self.follower.refresh(runtimes, ebpf, maps, pid, execs);
+            missing.extend(self.collectors.refresh(runtimes, ebpf, maps, pid, execs));
+            for missing in missing {
+                self.note_missing(missing.source, missing.reason);
+            }
         }
+        self.follower.adopt_connections(&mut self.maps);
     }
 
     /// Asks for names again: a process may have started another program, a thread may have renamed itself.

@@ -8,7 +8,6 @@ use serde_json::Value;
 use crate::support::{
     deferred::{Deferring, TRUTH},
     example, is_emulated,
-    observer::Observer,
 };
 
 /// Pieces of work that each job of the server makes.
@@ -52,14 +51,7 @@ fn links(target: &Value) -> Vec<Link> {
 #[test]
 fn a_programs_own_variable_is_read_on_every_kernel() {
     let server = Deferring::start(Command::new(example("deferred_library")));
-    let pid = server.pid().to_string();
-    let hooks = [
-        "--snapshot",
-        "deferred_lib:context_snapshot:arg0",
-        "--restore",
-        "deferred_lib:context_restore:arg0",
-    ];
-    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    let observer = server.observe_library();
     let jobs = 100;
     server.load(jobs, 4);
     let report = observer.finish();

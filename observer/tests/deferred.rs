@@ -90,14 +90,7 @@ fn a_server_without_a_known_runtime_is_left_alone() {
 fn a_library_of_ones_own_is_named_on_the_command_line() {
     let of_job = 4;
     let server = Deferring::start(Command::new(example("deferred_library")));
-    let pid = server.pid().to_string();
-    let hooks = [
-        "--snapshot",
-        "deferred_lib:context_snapshot:arg0",
-        "--restore",
-        "deferred_lib:context_restore:arg0",
-    ];
-    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    let observer = server.observe_library();
     server.load(jobs_for(10_000, of_job), of_job);
     let report = observer.finish();
     let pieces = server.pieces();
@@ -113,14 +106,7 @@ fn connections_from_before_are_known_as_well() {
     let server = Deferring::start(Command::new(example("deferred_library")));
     let mut connection = BufReader::new(http::connect(server.port));
     ask(&mut connection, "/job/before");
-    let pid = server.pid().to_string();
-    let hooks = [
-        "--snapshot",
-        "deferred_lib:context_snapshot:arg0",
-        "--restore",
-        "deferred_lib:context_restore:arg0",
-    ];
-    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    let observer = server.observe_library();
     ask(&mut connection, "/job/after");
     wait_for("the tasks", || (server.pieces().len() == 8).then_some(()));
     let report = observer.finish();
@@ -132,14 +118,7 @@ fn connections_from_before_are_known_as_well() {
 #[test]
 fn requests_that_overlap_are_nobodys() {
     let server = Deferring::start(Command::new(example("deferred_library")));
-    let pid = server.pid().to_string();
-    let hooks = [
-        "--snapshot",
-        "deferred_lib:context_snapshot:arg0",
-        "--restore",
-        "deferred_lib:context_restore:arg0",
-    ];
-    let observer = Observer::start(&[&["--pid", &pid, "--no-listen"], &hooks[..]].concat());
+    let observer = server.observe_library();
     let mut connection = http::connect(server.port);
     // Two in one go: the server, which looks at the first alone, works for one of them.
     let two = "GET /job/1 HTTP/1.1\r\nHost: test\r\n\r\n".repeat(2);

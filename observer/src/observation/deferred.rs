@@ -154,8 +154,7 @@ impl Follower {
         Self { is_limited, ..Self::default() }
     }
 
-    /// Brings a target up to date, which has started so many programs by now. Tells what
-    /// goes unseen.
+    /// Brings a target up to date, which has started so many programs by now. Tells what goes unseen.
     pub(super) fn refresh(
         &mut self,
         runtimes: &mut Runtimes,
@@ -199,6 +198,8 @@ impl Follower {
         }
         if let Some(process) = self.processes.get_mut(&pid) {
             if process.hooks.is_empty() {
+                // Nobody follows it: its requests need not be kept.
+                let _unless_tried = maps.followed.remove(&pid);
                 if !missing.is_empty() {
                     process.looks = LOOKS;
                 }

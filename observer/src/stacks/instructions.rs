@@ -90,7 +90,10 @@ pub(crate) fn ends(elf: &Elf, function: u64, needs_result: bool) -> Result<Vec<E
             .into_iter()
             .take_while(|instruction| instruction.ip() <= end)
             .collect();
-        ends.insert(cheap_end(&code, needs_result).unwrap_or(End { address: end, result: register::RESULT }));
+        // Where data stands between the instructions, they are not read in step.
+        let is_in_step = code.last().is_some_and(|last| last.ip() == end);
+        let cheap = if is_in_step { cheap_end(&code, needs_result) } else { None };
+        ends.insert(cheap.unwrap_or(End { address: end, result: register::RESULT }));
     }
     Ok(ends.into_iter().collect())
 }

@@ -95,6 +95,13 @@ impl Deferring {
         Observer::start(&["--pid", &self.pid().to_string(), "--no-listen", "--profile", profile])
     }
 
+    /// Observes `deferred_library` by the names of its functions.
+    pub(crate) fn observe_library(&self) -> Observer {
+        let (snapshot, restore) = ("deferred_lib:context_snapshot:arg0", "deferred_lib:context_restore:arg0");
+        let pid = self.pid().to_string();
+        Observer::start(&["--pid", &pid, "--no-listen", "--snapshot", snapshot, "--restore", restore])
+    }
+
     /// The folder it writes to.
     pub(crate) fn folder(&self) -> &Path {
         self.files.path()

@@ -2,7 +2,7 @@
 //! Errors say what happened and, in a second line that begins `by hand:`, what a person can do about it.
 
 use std::ffi::OsString;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -38,22 +38,18 @@ pub(crate) fn ask(command: &Expression) -> Option<String> {
     Some(command.stdin_null().stderr_null().read().ok()?.trim().to_owned())
 }
 
-/// Runs a command with its output shown as it comes and kept as well.
-pub(crate) fn show(command: &Expression) -> Result<Shown> {
-    let mut reader = command.stdin_null().stderr_to_stdout().unchecked().reader()?;
+/// Runs a command with its output shown as it comes, line by line behind a prefix if there is one, and kept as well.
+pub(crate) fn show(command: &Expression, prefix: &str) -> Result<Shown> {
+    let mut reader = BufReader::new(command.stdin_null().stderr_to_stdout().unchecked().reader()?);
     let mut output = Vec::new();
-    let mut chunk = [0; 8192];
-    let mut stdout = std::io::stdout();
-    loop {
-        let length = reader.read(&mut chunk)?;
-        if length == 0 {
-            break;
-        }
-        stdout.write_all(&chunk[..length])?;
-        stdout.flush()?;
-        output.extend_from_slice(&chunk[..length]);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(prefix.as_bytes())?;
+        stdout.write_all(&line)?;
+        output.append(&mut line);
     }
-    let success = reader.try_wait()?.is_some_and(|finished| finished.status.success());
+    let success = reader.get_ref().try_wait()?.is_some_and(|finished| finished.status.success());
     Ok(Shown { output: String::from_utf8_lossy(&output).into_owned(), success })
 }
 

@@ -13,7 +13,7 @@ use duct::Expression;
 
 use crate::kernel::Series;
 use crate::python::{COLLECTOR, TRACER};
-use crate::report::Report;
+use crate::report::{Report, Work};
 use crate::shell::{limited, show};
 use crate::tally::Tally;
 use crate::workspace::{Executable, build, cargo, plain_cargo};
@@ -94,12 +94,14 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
             expect_some(tally, filter)
         });
     }
-    for series in guests {
-        report.stage(&format!("tests on {series}"), |tally| {
-            test_in_guest(series, &observer, &tests, &programs, filter, tally)?;
+    // Each keeps one processor busy.
+    report.at_once(guests.iter().map(|&series| {
+        let (observer, tests, programs) = (&observer, &tests, &programs);
+        Work::new(format!("tests on {series}"), move |tally| {
+            test_in_guest(series, observer, tests, programs, filter, tally)?;
             expect_some(tally, filter)
-        });
-    }
+        })
+    }));
     None
 }
 
@@ -124,7 +126,7 @@ fn test_here(tests: &[Executable], filter: Option<&str>, tally: &mut Tally) -> R
         eprintln!("{}: {}", test.package(), test.name);
         let command = limited(LIMIT, &test.path, arguments(filter));
         // As cargo does for the tests it runs itself.
-        let shown = show(&command.dir(&test.folder).env("CARGO_MANIFEST_DIR", &test.folder))?;
+        let shown = show(&command.dir(&test.folder).env("CARGO_MANIFEST_DIR", &test.folder), "")?;
         *tally += &Tally::of(&shown.output);
         all_passed &= shown.success;
     }
@@ -162,7 +164,7 @@ fn test_in_guest(
     commands.push_str("exit $failed");
     guest::set_command(&mut image, &commands)?;
 
-    let outcome = vm::run(&kernel, &image.write()?)?;
+    let outcome = vm::run(&kernel, &image.write()?, &format!("{series} | "))?;
     *tally += &Tally::of(&outcome.output);
     match outcome.status {
         Some(0) => Ok(()),

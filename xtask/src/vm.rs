@@ -46,7 +46,7 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
         cmd(QEMU, arguments(&kernel, &image, &report, "mon:stdio")).unchecked().run()?;
         exit_status(report)
     } else {
-        run(&kernel, &image)?.status
+        run(&kernel, &image, "")?.status
     };
     match status {
         Some(status) => Ok(status.into()),
@@ -54,10 +54,10 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
     }
 }
 
-/// Boots a guest that runs the command in its image; its console is shown live.
-pub(crate) fn run(kernel: &Kernel, image: &File) -> Result<Outcome> {
+/// Boots a guest that runs the command in its image; its console is shown live, each line behind the prefix.
+pub(crate) fn run(kernel: &Kernel, image: &File, prefix: &str) -> Result<Outcome> {
     let report = tempfile::tempfile()?;
-    let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")))?;
+    let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")), prefix)?;
     Ok(Outcome { output: shown.output, status: exit_status(report) })
 }
 

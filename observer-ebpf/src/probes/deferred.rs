@@ -45,7 +45,7 @@ static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSE
 
 /// Deferred work that is over, of requests.
 #[map]
-static LINKS: RingBuf = RingBuf::with_byte_size(512 * 1024, 0);
+static LINKS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 
 /// Kinds of work that were met for the first time. What they are called is to be found out at once: what tells may be
 /// elsewhere soon. Where one finds no room here it is asked for later.

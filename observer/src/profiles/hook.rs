@@ -325,6 +325,16 @@ impl Hook {
         }
     }
 
+    /// Numbers of the registers that it begins at.
+    pub(crate) fn registers(&self) -> Vec<u64> {
+        let classes = self.class.iter().map(|case| (&case.when, &case.is));
+        let told = self.request_id.iter().map(|told| (&told.when, &told.is));
+        let guarded =
+            classes.chain(told).flat_map(|(when, is)| when.iter().map(|test| &test.path).chain([is]));
+        let own = self.when.iter().map(|test| &test.path).chain(&self.key);
+        own.chain(guarded).map(|path| path.register).collect()
+    }
+
     /// Whether it tells the kind of work that has been put off before.
     pub(crate) fn tells_later(&self) -> bool {
         self.verb == Verb::Restore && self.class.iter().any(|case| case.named != Naming::SameWork)

@@ -140,7 +140,7 @@ impl<'a> Finder<'a> {
             let needs_result = hook.key.as_ref().is_some_and(|key| key.register == register::RESULT);
             let addresses = match hook.at {
                 At::Entry => {
-                    let entry = instructions::entry(elf, function);
+                    let entry = instructions::entry(elf, function, &hook.registers());
                     entry.into_iter().map(|address| (address, register::RESULT)).collect()
                 }
                 At::Return => instructions::ends(elf, function, needs_result)

@@ -21,6 +21,12 @@ pub const KEY_STEPS: usize = 12;
 /// Most steps that lead to a class.
 pub const CLASS_STEPS: usize = 48;
 
+/// Most steps that lead to a request id, conditions included.
+pub const REQUEST_ID_STEPS: usize = 24;
+
+/// Longest request id that is kept, in bytes, with the zero that ends it and one more: what fills all of this was cut.
+pub const REQUEST_ID: usize = 48;
+
 /// What a place in a runtime means.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -136,10 +142,12 @@ pub struct Recipe {
     pub key: [Step; KEY_STEPS],
     /// Steps to the class; none if it is not told there.
     pub class: [Step; CLASS_STEPS],
+    /// Steps to the address of the request id, a C string; none if it is not told there.
+    pub request_id: [Step; REQUEST_ID_STEPS],
     /// Where the process keeps the pointer to a thread's trace context.
     pub context: ThreadLocal,
 }
-crate::shared!(Recipe, 24 * (KEY_STEPS + CLASS_STEPS) + 8);
+crate::shared!(Recipe, 24 * (KEY_STEPS + CLASS_STEPS + REQUEST_ID_STEPS) + 8);
 
 /// A variable of which each thread has its own. One word, so that nobody ever sees half of it.
 #[repr(transparent)]
@@ -274,7 +282,7 @@ impl Class {
 
 /// Value of `UNITS`, whose key is its [`UnitKey`]: a piece of deferred work in flight.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unit {
     /// Tells it from all others.
     pub id: u64,
@@ -298,8 +306,10 @@ pub struct Unit {
     pub outer: Work,
     /// What the thread that put it off published.
     pub context: Context,
+    /// What the runtime calls the request, up to the first zero; nothing if that is not told.
+    pub request_id: [u8; REQUEST_ID],
 }
-crate::shared!(Unit, 168);
+crate::shared!(Unit, 168 + REQUEST_ID);
 
 impl Unit {
     /// One that nothing is known of.
@@ -315,6 +325,7 @@ impl Unit {
         reserved: 0,
         outer: Work::NONE,
         context: Context { trace_id: [0; 2], span_id: 0 },
+        request_id: [0; REQUEST_ID],
     };
 }
 
@@ -338,5 +349,7 @@ pub struct Link {
     pub ended_ns: u64,
     /// As in [`Unit`].
     pub context: Context,
+    /// As in [`Unit`].
+    pub request_id: [u8; REQUEST_ID],
 }
-crate::shared!(Link, 88);
+crate::shared!(Link, 88 + REQUEST_ID);

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     net::TcpStream,
     ops::Range,
     path::{Path, PathBuf},
@@ -70,6 +70,11 @@ fn takes_bursts(server: &Deferring) -> bool {
     !version.starts_with("3.1")
 }
 
+/// Whether Rage's ids of requests are where the profile knows them: from Ruby 3.2 on.
+fn has_request_ids(server: &Deferring) -> bool {
+    !http::get(server.port, "/version").starts_with("3.1")
+}
+
 /// Kinds of jobs, and how many tasks each leaves behind.
 const KINDS: [(&str, usize); 10] = [
     ("now", 1),
@@ -113,6 +118,8 @@ fn assert_links(what: &str, report: &Report, pids: &[u32], server: &Deferring) {
     let pieces = server.pieces();
     let verdict = compare(report, pids, &pieces, true, |task| Some(task.to_owned()));
     assert_true(what, report, pids, &verdict, pieces.len());
+    let told = if has_request_ids(server) { verdict.matched } else { 0 };
+    assert_eq!(verdict.request_ids, told, "{verdict:?}");
     for errors in [&verdict.waits, &verdict.runs] {
         assert!(errors.quantile(0.5) <= SLACK, "{verdict:?}");
         assert!(errors.quantile(0.99) <= SLACK_OF_MOST, "{verdict:?}");
@@ -126,6 +133,32 @@ fn links_each_task_to_its_request() {
     let observer = server.observe("rage");
     load(&server, 10_000);
     assert_links("Rage", &observer.finish(), &[server.pid()], &server);
+}
+
+#[test]
+fn request_ids_of_clients_are_told_whole_or_not_at_all() {
+    let Some(rage) = folder("request_ids_of_clients_are_told_whole_or_not_at_all") else { return };
+    let server = start_new(&rage, 1);
+    if !has_request_ids(&server) {
+        return;
+    }
+    let observer = server.observe("rage");
+    let uuid = "f81d4fae-7dec-11d0-a765-00a0c91e6bf6".to_owned();
+    let ids = [uuid, "a".into(), "b".repeat(46), "c".repeat(47), "d".repeat(200), "e".repeat(300)];
+    for (job, id) in ids.iter().enumerate() {
+        let mut connection = http::connect(server.port);
+        let head =
+            format!("GET /job/{job}?how=now HTTP/1.1\r\nHost: test\r\nConnection: close\r\nX-Request-Id: ");
+        write!(connection, "{head}{id}\r\n\r\n").unwrap();
+        connection.read_to_end(&mut Vec::new()).unwrap();
+    }
+    server.wait_for_pieces(ids.len());
+    let report = observer.finish();
+    let pieces = server.pieces();
+    let verdict = compare(&report, &[server.pid()], &pieces, true, |task| Some(task.to_owned()));
+    assert_true("Rage's clients' request ids", &report, &[server.pid()], &verdict, ids.len());
+    assert!(pieces.iter().any(|piece| piece.request_id.as_ref() == Some(&ids[0])), "{pieces:?}");
+    assert_eq!((verdict.request_ids, verdict.missing_request_ids), (3, 3), "{verdict:?}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
-    helpers::bpf_ktime_get_ns,
+    helpers::{bpf_ktime_get_ns, bpf_probe_read_user_str_bytes},
     macros::{map, uprobe},
     maps::{Array, HashMap, RingBuf},
     programs::ProbeContext,
@@ -13,7 +13,8 @@ use aya_ebpf::{
 use observer_common::{
     deferred::{
         Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place,
-        RECIPES as MOST_RECIPES, Recipe, Step, ThreadLocal, UNITS as MOST, Unit, UnitKey, Verb, Work,
+        RECIPES as MOST_RECIPES, REQUEST_ID_STEPS, Recipe, Step, ThreadLocal, UNITS as MOST, Unit, UnitKey,
+        Verb, Work,
     },
     loss::Loss,
     origin::Origin,
@@ -44,7 +45,7 @@ static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSE
 
 /// Deferred work that is over, of requests.
 #[map]
-static LINKS: RingBuf = RingBuf::with_byte_size(512 * 1024, 0);
+static LINKS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 
 /// Kinds of work that were met for the first time. What they are called is to be found out at once: what tells may be
 /// elsewhere soon. Where one finds no room here it is asked for later.
@@ -173,6 +174,8 @@ impl At<'_> {
         if class.naming == ClassKey::SAME_WORK {
             return Some(());
         }
+        // SAFETY: as above.
+        unsafe { self.tell_request_id(unit) };
         let figures = figures(&class)?;
         // SAFETY: a live map value, counted in atomically.
         unsafe {
@@ -292,6 +295,10 @@ impl At<'_> {
 
     /// What the thread works on is known by its own number from here on.
     #[inline(always)]
+    #[expect(
+        clippy::needless_borrows_for_generic_args,
+        reason = "by value it would be copied to the stack first"
+    )]
     fn detach(&self) -> Option<()> {
         let current = work::current(self.tid);
         let unit = UNITS.get_ptr(current.key)?;
@@ -301,7 +308,7 @@ impl At<'_> {
             if (*unit).id != current.unit {
                 return None;
             }
-            if UNITS.insert(key, *unit, u64::from(BPF_ANY)).is_err() {
+            if UNITS.insert(key, &*unit, u64::from(BPF_ANY)).is_err() {
                 lost(Loss::UnitsFull);
                 return None;
             }
@@ -309,6 +316,22 @@ impl At<'_> {
         let _present = UNITS.remove(current.key);
         work::is_known_by(self.tid, key);
         Some(())
+    }
+
+    /// Keeps what the runtime calls the request, if that can be read at this place.
+    ///
+    /// # Safety
+    /// `unit` points to a live map value that nobody else knows of yet.
+    #[inline(always)]
+    unsafe fn tell_request_id(&self, unit: *mut Unit) {
+        // SAFETY: by contract, and the recipe is a live map value.
+        unsafe {
+            let steps: *const Step = (&raw const (*self.recipe).request_id).cast();
+            if let Found::Value(address, _) = follow(steps, REQUEST_ID_STEPS, self.ctx) {
+                // What is not there now stays unknown.
+                let _read = bpf_probe_read_user_str_bytes(address as *const u8, &mut (*unit).request_id);
+            }
+        }
     }
 
     /// The class that can be read at this place.
@@ -396,6 +419,7 @@ fn end(unit: *mut Unit, key: &UnitKey) {
                 (*link).started_ns = (*unit).started_ns;
                 (*link).ended_ns = if has_started { (*unit).left_ns } else { bpf_ktime_get_ns() };
                 (*link).context = (*unit).context;
+                (*link).request_id = (*unit).request_id;
                 entry.submit(u64::from(BPF_RB_NO_WAKEUP));
             } else {
                 lost(Loss::LinksFull);

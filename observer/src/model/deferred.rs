@@ -82,6 +82,8 @@ pub(crate) struct Link {
     /// (OTEP 4947); `None` if it said nothing. It counts for more than the request's `traceparent`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) context: Option<TraceContext>,
+    /// What the runtime itself calls the request, where its profile knows; nothing is told by it.
+    pub(crate) request_id: Option<String>,
     /// When it was put off, monotonic nanoseconds.
     pub(crate) queued_ns: u64,
     /// How long it waited: until it started or, if it never did, until it was forgotten. In seconds.

@@ -40,6 +40,8 @@ pub(crate) struct Work {
     pub(crate) parent: Option<u64>,
     /// The span that the process itself says it was put off in.
     pub(crate) context: Option<TraceContext>,
+    /// What the runtime itself calls the request.
+    pub(crate) request_id: Option<String>,
     /// What its kind is called.
     pub(crate) task: Arc<str>,
     /// When it was put off.
@@ -90,6 +92,7 @@ mod tests {
             id: 1,
             parent: None,
             context: None,
+            request_id: None,
             task: "task".into(),
             queued_ns: 1,
             started_ns: Some(2),

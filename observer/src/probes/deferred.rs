@@ -11,7 +11,7 @@ use aya::{Ebpf, programs::UProbe};
 use observer_common::{
     deferred::{
         Class as RawClass, ClassKey, Context as RawContext, Hook as RawHook, Link as RawLink, Place, RECIPES,
-        Recipe, ThreadLocal, Unit, UnitKey, Verb,
+        REQUEST_ID, Recipe, ThreadLocal, Unit, UnitKey, Verb,
     },
     histogram::Histogram as RawHistogram,
 };
@@ -231,7 +231,16 @@ pub(crate) fn orphan(unit: &Unit, now: u64) -> Option<RawLink> {
         started_ns: 0,
         ended_ns: now,
         context: unit.context,
+        request_id: unit.request_id,
     })
+}
+
+/// What a runtime calls a request: text without blanks, and whole. Anything else is something else.
+pub(crate) fn request_id(raw: [u8; REQUEST_ID]) -> Option<String> {
+    let length =
+        raw.iter().position(|&byte| byte == 0).filter(|length| (1..REQUEST_ID - 1).contains(length))?;
+    let text = raw[..length].iter().all(u8::is_ascii_graphic).then(|| raw[..length].to_vec())?;
+    String::from_utf8(text).ok()
 }
 
 /// What a process published, if it published anything.
@@ -256,4 +265,27 @@ pub(crate) fn waits((key, unit): &(UnitKey, Unit), pid: u32) -> bool {
 /// Whether this is a piece of work of its own that has not started.
 const fn is_ahead(unit: &Unit) -> bool {
     unit.started_ns == 0 && unit.class.naming != ClassKey::SAME_WORK
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_id_is_whole_visible_text_or_none() {
+        let told = |text: &[u8]| {
+            let mut raw = [0; REQUEST_ID];
+            raw[..text.len()].copy_from_slice(text);
+            request_id(raw)
+        };
+        assert_eq!(told(b"0a1b").as_deref(), Some("0a1b"));
+        // What comes after the end is of something else.
+        assert_eq!(told(b"0a1b\0more").as_deref(), Some("0a1b"));
+        assert_eq!(told(&[b'a'; REQUEST_ID - 2]).map(|id| id.len()), Some(46));
+        for wrong in
+            [&b""[..], b"a b", b"a\x01", "\u{e4}".as_bytes(), &[b'a'; REQUEST_ID - 1], &[b'a'; REQUEST_ID]]
+        {
+            assert_eq!(told(wrong), None, "{wrong:?}");
+        }
+    }
 }

@@ -15,10 +15,17 @@ const MOST: usize = 8;
 pub(crate) struct Path {
     /// Number of the register, as `observer_common::deferred` has it.
     pub(crate) register: u64,
-    /// What to add to what it holds, in bytes.
-    pub(crate) add: i32,
-    /// What to add to each pointer, in bytes, before the word there is read.
-    pub(crate) offsets: Vec<i32>,
+    /// The way from what it holds.
+    pub(crate) hops: Vec<Hop>,
+}
+
+/// Part of the way to a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hop {
+    /// So many bytes further.
+    Add(i32),
+    /// To the word that is there, so many bytes further.
+    Load(i32),
 }
 
 /// A condition on a value.
@@ -46,18 +53,24 @@ impl FromStr for Path {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut parts = text.split("->").map(str::trim);
-        let start = parts.next().unwrap_or_default();
-        let (register, add) = match start.split_once('+') {
-            Some((register, add)) => (register.trim(), offset(add.trim())?),
-            None => (start, 0),
-        };
-        let register = register_number(register)?;
-        let offsets = parts.map(offset).collect::<Result<Vec<_>, _>>()?;
-        if offsets.len() > MOST {
+        let mut parts = text.split("->").map(|part| match part.split_once('+') {
+            Some((place, add)) => (place.trim(), Some(add.trim())),
+            None => (part.trim(), None),
+        });
+        let (name, add) = parts.next().unwrap_or_default();
+        let register = register_number(name)?;
+        let added = |add: &str| Ok::<_, String>(Hop::Add(offset(add)?));
+        let mut hops = Vec::from_iter(add.map(added).transpose()?);
+        let mut pointers = 0;
+        for (place, add) in parts {
+            pointers += 1;
+            hops.push(Hop::Load(offset(place)?));
+            hops.extend(add.map(added).transpose()?);
+        }
+        if pointers > MOST {
             return Err(format!("`{text}` follows more than {MOST} pointers"));
         }
-        Ok(Self { register, add, offsets })
+        Ok(Self { register, hops })
     }
 }
 
@@ -150,14 +163,15 @@ mod tests {
     #[test]
     fn paths_begin_in_registers() {
         let path = |text: &str| text.parse::<Path>();
-        assert_eq!(path("arg1").unwrap(), Path { register: 1, add: 0, offsets: vec![] });
-        assert_eq!(path("arg1+88->8").unwrap(), Path { register: 1, add: 88, offsets: vec![8] });
+        assert_eq!(path("arg1").unwrap(), Path { register: 1, hops: vec![] });
+        let within = path("arg1+88->8 + 24").unwrap();
+        assert_eq!(within, Path { register: 1, hops: vec![Hop::Add(88), Hop::Load(8), Hop::Add(24)] });
         assert_eq!(path("rsi").unwrap(), path("arg1").unwrap());
-        assert_eq!(path("result->8").unwrap(), Path { register: register::RESULT, add: 0, offsets: vec![8] });
+        assert_eq!(path("result->8").unwrap(), Path { register: register::RESULT, hops: vec![Hop::Load(8)] });
         let far = path("rbx -> 0x28 -> -56").unwrap();
-        assert_eq!(far, Path { register: register::OTHERS, add: 0, offsets: vec![0x28, -56] });
+        assert_eq!(far, Path { register: register::OTHERS, hops: vec![Hop::Load(0x28), Hop::Load(-56)] });
         for wrong in
-            ["", "arg6", "arg", "8", "arg0->", "arg0->x", "arg0->99999999999", "arg0 8", "arg0+", "arg0+x"]
+            ["", "arg6", "arg", "8", "arg0->", "arg0->x", "arg0->99999999999", "arg0 8", "arg0+", "arg0->8+x"]
         {
             assert!(path(wrong).is_err(), "{wrong}");
         }

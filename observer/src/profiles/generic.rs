@@ -47,6 +47,7 @@ impl OwnHook {
             when: Vec::new(),
             key: Some(self.key.clone()),
             class: Vec::new(),
+            request_id: None,
             since: None,
             until: None,
             space: String::new(),

@@ -1,6 +1,6 @@
 //! A place in a runtime and what it means: one `[[hook]]` of a profile.
 
-use observer_common::deferred::{CLASS_STEPS, ClassKey, KEY_STEPS, Verb};
+use observer_common::deferred::{CLASS_STEPS, ClassKey, KEY_STEPS, REQUEST_ID_STEPS, Verb};
 use serde::Deserialize;
 
 use super::expression::{Path, Test};
@@ -27,6 +27,8 @@ pub(crate) struct Hook {
     pub(crate) key: Option<Path>,
     /// How its kind is told, by the first case that fits; none if it is not.
     pub(crate) class: Vec<Case>,
+    /// What the runtime itself calls the request that a piece of work is due to.
+    pub(crate) request_id: Option<Told>,
     /// First version that has it.
     pub(crate) since: Option<String>,
     /// First version that no longer has it.
@@ -82,6 +84,17 @@ pub(crate) struct Case {
     pub(crate) is: Path,
     /// How to make a name of it.
     pub(crate) named: Naming,
+}
+
+/// A C string that is told if conditions hold.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Told {
+    /// What must hold.
+    #[serde(default)]
+    pub(crate) when: Vec<Test>,
+    /// Its address.
+    pub(crate) is: Path,
 }
 
 /// What stands for a kind of work, and so how to make a name of it. Numbers are what the programs pass on.
@@ -151,6 +164,7 @@ struct Written {
     key: Option<Path>,
     #[serde(default)]
     class: Vec<Case>,
+    request_id: Option<Told>,
     since: Option<String>,
     until: Option<String>,
     #[serde(default)]
@@ -241,6 +255,17 @@ impl TryFrom<Written> for Hook {
         if needed > CLASS_STEPS {
             return Err(format!("the class takes {needed} steps, and {CLASS_STEPS} are the most"));
         }
+        if let Some(told) = &written.request_id {
+            if verb != Verb::Snapshot {
+                return Err("only `snapshot` has a `request_id`".into());
+            }
+            let needed = told.steps();
+            if needed > REQUEST_ID_STEPS {
+                return Err(format!(
+                    "the request id takes {needed} steps, and {REQUEST_ID_STEPS} are the most"
+                ));
+            }
+        }
         Ok(Self {
             verb,
             site,
@@ -251,6 +276,7 @@ impl TryFrom<Written> for Hook {
             when: written.when,
             key: written.key,
             class: written.class,
+            request_id: written.request_id,
             since: written.since,
             until: written.until,
             space: written.space,
@@ -262,7 +288,7 @@ impl TryFrom<Written> for Hook {
 
 /// How many steps the programs take to a value.
 fn steps(path: &Path) -> usize {
-    1 + usize::from(path.add != 0) + path.offsets.len()
+    1 + path.hops.len()
 }
 
 impl Test {
@@ -278,6 +304,13 @@ impl Case {
     }
 }
 
+impl Told {
+    /// The same of this, which is one case.
+    fn steps(&self) -> usize {
+        1 + self.when.iter().map(Test::steps).sum::<usize>() + steps(&self.is)
+    }
+}
+
 impl Hook {
     /// Whether a version has it. Without a version only what all have is had.
     pub(crate) fn is_in(&self, version: Option<&str>) -> bool {
@@ -290,6 +323,16 @@ impl Hook {
                     && self.until.as_deref().is_none_or(|until| version < number(until))
             }
         }
+    }
+
+    /// Numbers of the registers that it begins at.
+    pub(crate) fn registers(&self) -> Vec<u64> {
+        let classes = self.class.iter().map(|case| (&case.when, &case.is));
+        let told = self.request_id.iter().map(|told| (&told.when, &told.is));
+        let guarded =
+            classes.chain(told).flat_map(|(when, is)| when.iter().map(|test| &test.path).chain([is]));
+        let own = self.when.iter().map(|test| &test.path).chain(&self.key);
+        own.chain(guarded).map(|path| path.register).collect()
     }
 
     /// Whether it tells the kind of work that has been put off before.
@@ -365,5 +408,15 @@ mod tests {
         assert!(hook("function = 'f'\nwhen = ['arg0+8->0->0->0->0->0->0->0->0 == 1']").is_err());
         let error = hook(&format!("function = 'f'\nclass = [{long}, {long}, {long}, {long}]")).unwrap_err();
         assert!(error.contains("steps"), "{error}");
+        let snapshot = |more: &str| {
+            toml::from_str::<Hook>(&format!("verb = 'snapshot'\nfunction = 'f'\nkey = 'arg0'\n{more}"))
+        };
+        let long = "'arg0->0->0->0->0->0->0->0 == 1'";
+        assert!(snapshot("request_id = { is = 'arg0->8+24' }").is_ok());
+        assert!(snapshot(&format!("request_id = {{ when = [{long}, {long}], is = 'arg0->8' }}")).is_ok());
+        assert!(
+            snapshot(&format!("request_id = {{ when = [{long}, {long}, {long}], is = 'arg0' }}")).is_err()
+        );
+        assert!(hook("function = 'f'\nrequest_id = { is = 'arg0->8' }").is_err());
     }
 }

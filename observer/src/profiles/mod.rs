@@ -14,7 +14,7 @@ use std::{
 
 use serde::Deserialize;
 
-pub(crate) use expression::{Operand, Path as Steps, Test};
+pub(crate) use expression::{Hop, Operand, Path as Steps, Test};
 pub(crate) use generic::OwnHook;
 pub(crate) use hook::{At, Case, Hook, Names, Naming, Site, Table};
 

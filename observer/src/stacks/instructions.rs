@@ -51,29 +51,50 @@ pub(crate) struct End {
     pub(crate) result: u64,
 }
 
-/// The place for a probe at the beginning of a function: the first instruction that the kernel need not step over, if no
-/// argument is overwritten before it; else the first one that a probe can stand at.
-pub(crate) fn entry(elf: &Elf, function: u64) -> Option<u64> {
+/// The place for a probe at the beginning of a function: the first instruction that the kernel need not step over, if all
+/// come past it once and no register that is read there is overwritten before it; else the first one that a probe can
+/// stand at. Registers have their numbers in `observer_common::deferred`.
+pub(crate) fn entry(elf: &Elf, function: u64, read: &[u64]) -> Option<u64> {
+    let (first, cheap) = beginning(decoder(elf, function)?, read);
+    let is_passed_once = |place: &Instruction| {
+        let mut is_in_loop = false;
+        let walked = walk(elf, function, |instruction, _, _| {
+            let target = instruction.near_branch_target();
+            is_in_loop |= (function + 1..=place.ip()).contains(&target);
+        });
+        walked.is_ok() && !is_in_loop
+    };
+    // In a loop nothing is pushed.
+    let cheap = cheap.filter(|place| place.mnemonic() == Mnemonic::Push || is_passed_once(place));
+    cheap.map(|place| place.ip()).or(first)
+}
+
+/// The first instruction that a probe can stand at, and the first cheap one where what is read is as it was.
+fn beginning(
+    code: impl IntoIterator<Item = Instruction>,
+    read: &[u64],
+) -> (Option<u64>, Option<Instruction>) {
     let mut info = InstructionInfoFactory::new();
     let mut first = None;
-    for instruction in decoder(elf, function)?.into_iter().take(NEAR) {
+    let read = (0..).zip(REGISTERS).filter(|(number, _)| read.contains(number));
+    let read: Vec<_> = read.map(|(_, register)| register).collect();
+    for instruction in code.into_iter().take(NEAR) {
         if instruction.code() == Code::Endbr64 {
             continue;
-        }
-        if is_cheap(&instruction) {
-            return Some(instruction.ip());
         }
         if !is_refused(&instruction) {
             first = first.or(Some(instruction.ip()));
         }
-        let arguments = &REGISTERS[..7];
+        if is_cheap(&instruction) {
+            return (first, Some(instruction));
+        }
         if instruction.flow_control() != FlowControl::Next
-            || arguments.iter().any(|&argument| writes(&mut info, &instruction, argument))
+            || read.iter().any(|&register| writes(&mut info, &instruction, register))
         {
             break;
         }
     }
-    first
+    (first, None)
 }
 
 /// Places for probes where a function ends, also those of functions that it ends by jumping to, so that one is come to
@@ -114,6 +135,18 @@ pub(crate) fn jump_target(elf: &Elf, function: u64) -> Option<u64> {
 /// from the function's beginning.
 fn returns(elf: &Elf, function: u64) -> Result<BTreeSet<(u64, u64)>, String> {
     let mut returns = BTreeSet::new();
+    walk(elf, function, |instruction, home, start| {
+        if instruction.flow_control() == FlowControl::Return {
+            let home = if home <= instruction.ip() { home } else { start };
+            returns.insert((home, instruction.ip()));
+        }
+    })?;
+    if returns.is_empty() { Err("it never returns".into()) } else { Ok(returns) }
+}
+
+/// Visits all instructions of a function and of those that it ends by jumping to, each with the beginning of its function
+/// and of the straight code that it is in.
+fn walk(elf: &Elf, function: u64, mut visit: impl FnMut(&Instruction, u64, u64)) -> Result<(), String> {
     let mut seen = BTreeSet::new();
     let mut to_do = vec![(function, function)];
     while let Some((home, start)) = to_do.pop() {
@@ -125,28 +158,24 @@ fn returns(elf: &Elf, function: u64) -> Result<BTreeSet<(u64, u64)>, String> {
             if !seen.insert(instruction.ip()) {
                 break;
             }
+            visit(&instruction, home, start);
             let target = instruction.near_branch_target();
             // Behind it and not far away it is the same function.
             let home_of =
                 |target: u64| if (home..home + MOST as u64).contains(&target) { home } else { target };
             match instruction.flow_control() {
-                FlowControl::Return => {
-                    let home = if home <= instruction.ip() { home } else { start };
-                    returns.insert((home, instruction.ip()));
-                    break;
-                }
                 FlowControl::UnconditionalBranch => {
                     to_do.push((home_of(target), target));
                     break;
                 }
                 FlowControl::ConditionalBranch => to_do.push((home_of(target), target)),
                 FlowControl::IndirectBranch => return Err("it jumps to places that are computed".into()),
-                FlowControl::Exception => break,
+                FlowControl::Return | FlowControl::Exception => break,
                 _ => {}
             }
         }
     }
-    if returns.is_empty() { Err("it never returns".into()) } else { Ok(returns) }
+    Ok(())
 }
 
 /// The last instruction before a return that the kernel need not step over, if all ways to that return lead over it.
@@ -247,6 +276,35 @@ mod tests {
         0x48, 0x89, 0xd8, // 0x24: mov %rbx,%rax
         0x5a, 0x5b, 0x5d, 0xc3, // pop, pop, pop, ret
     ];
+
+    /// `iodine_defer_performe_once` and `iodine_register_background_task` as they are built for x86-64.
+    const PERFORM: &[u8] = &[
+        0xf3, 0x0f, 0x1e, 0xfa, // endbr64
+        0x48, 0x8b, 0x05, 0, 0, 0, 0, // mov 0(%rip),%rax
+        0x48, 0x8b, 0x35, 0, 0, 0, 0,    // mov 0(%rip),%rsi
+        0x53, // push %rbx
+        0x48, 0x89, 0xfb, // mov %rdi,%rbx
+    ];
+    const REGISTER: &[u8] = &[
+        0xf3, 0x0f, 0x1e, 0xfa, // endbr64
+        0x48, 0x83, 0xec, 0x08, // sub $8,%rsp
+        0x31, 0xc0, // xor %eax,%eax
+        0xe8, 0, 0, 0, 0, // call
+    ];
+
+    #[test]
+    fn what_nobody_reads_may_be_overwritten_before_the_probe() {
+        let place = |code: &[u8], read: &[u64]| {
+            let (first, cheap) = beginning(decoded(code, 0x1000), read);
+            assert_eq!(first, Some(0x1004));
+            cheap.map(|place| place.ip())
+        };
+        assert_eq!(place(PERFORM, &[0]), Some(0x1012));
+        assert_eq!(place(PERFORM, &[0, 1]), None);
+        assert_eq!(place(REGISTER, &[]), Some(0x100a));
+        let rsp = register::OTHERS + 2;
+        assert_eq!(place(REGISTER, &[rsp]), None);
+    }
 
     #[test]
     fn an_answer_is_followed_back_to_a_cheap_instruction() {

@@ -2,12 +2,14 @@
 
 use std::{fs::File, iter};
 
-use observer_common::deferred::{Action, CLASS_STEPS, KEY_STEPS, Recipe, Step, ThreadLocal, register};
+use observer_common::deferred::{
+    Action, CLASS_STEPS, KEY_STEPS, REQUEST_ID_STEPS, Recipe, Step, ThreadLocal, register,
+};
 use procfs::process::MemoryMap;
 
 use super::runtime::Runtime;
 use crate::{
-    profiles::{At, Case, Hook, Operand, Site as Wanted, Steps, Table, Test, VersionKind},
+    profiles::{At, Case, Hook, Hop, Operand, Site as Wanted, Steps, Table, Test, VersionKind},
     stacks::{
         elf::Elf,
         instructions,
@@ -48,7 +50,7 @@ impl FoundPlace {
     /// How to read this one.
     pub(crate) fn recipe(self, of_hook: &Recipe) -> Recipe {
         let mut recipe = *of_hook;
-        for step in recipe.key.iter_mut().chain(&mut recipe.class) {
+        for step in recipe.key.iter_mut().chain(&mut recipe.class).chain(&mut recipe.request_id) {
             if step.action == Action::Register as u32 && step.value == register::RESULT {
                 step.value = self.result;
             }
@@ -138,7 +140,7 @@ impl<'a> Finder<'a> {
             let needs_result = hook.key.as_ref().is_some_and(|key| key.register == register::RESULT);
             let addresses = match hook.at {
                 At::Entry => {
-                    let entry = instructions::entry(elf, function);
+                    let entry = instructions::entry(elf, function, &hook.registers());
                     entry.into_iter().map(|address| (address, register::RESULT)).collect()
                 }
                 At::Return => instructions::ends(elf, function, needs_result)
@@ -200,13 +202,22 @@ impl<'a> Finder<'a> {
         for case in &hook.class {
             class.extend(self.case(case)?);
         }
+        let mut request_id = Vec::new();
+        if let Some(told) = &hook.request_id {
+            for test in &told.when {
+                request_id.extend(self.test(test)?);
+            }
+            request_id.extend(steps(&told.is).chain([take(0)]));
+        }
         let mut recipe = Recipe {
             key: [Step::END; KEY_STEPS],
             class: [Step::END; CLASS_STEPS],
+            request_id: [Step::END; REQUEST_ID_STEPS],
             context: ThreadLocal::NONE,
         };
         recipe.key.iter_mut().zip(key).for_each(|(place, step)| *place = step);
         recipe.class.iter_mut().zip(class).for_each(|(place, step)| *place = step);
+        recipe.request_id.iter_mut().zip(request_id).for_each(|(place, step)| *place = step);
         Ok(recipe)
     }
 
@@ -259,9 +270,11 @@ impl Module<'_> {
 /// The steps to a value.
 fn steps(path: &Steps) -> impl Iterator<Item = Step> + '_ {
     let register = Step { action: Action::Register as u32, value: path.register, ..Step::END };
-    let load = |&offset| Step { action: Action::Load as u32, offset, ..Step::END };
-    let add = (path.add != 0).then_some(Step { action: Action::Add as u32, offset: path.add, ..Step::END });
-    iter::once(register).chain(add).chain(path.offsets.iter().map(load))
+    let hop = |hop: &Hop| match *hop {
+        Hop::Add(offset) => Step { action: Action::Add as u32, offset, ..Step::END },
+        Hop::Load(offset) => Step { action: Action::Load as u32, offset, ..Step::END },
+    };
+    iter::once(register).chain(path.hops.iter().map(hop))
 }
 
 /// The last step.

@@ -18,6 +18,7 @@ require "rage/all"
 Rage.configure do
   config.logger = Rage::Logger.new(nil)
   config.deferred.backend = :disk, { path: "#{ROOT}/storage" }
+  config.middleware.use Rage::RequestId
 end
 require "rage/setup"
 
@@ -55,12 +56,16 @@ class Job
     work(id, depth)
   ensure
     run = now - start
-    line = JSON.generate(request: id.to_s, class: self.class.name, depth:, enqueued:, start:, run:)
+    request_id = REQUEST_IDS[id]
+    line = JSON.generate(request: id.to_s, request_id:, class: self.class.name, depth:, enqueued:, start:, run:)
     blocking { FILE.syswrite("#{line}\n") }
   end
 
   # When the run that failed did so.
   RETRIED = {}
+
+  # What Rage itself calls the requests, by job.
+  REQUEST_IDS = {}
 end
 
 class Short < Job
@@ -174,6 +179,7 @@ LOCK = Mutex.new
 
 class JobsController < RageController::API
   def show
+    Job::REQUEST_IDS[params[:id].to_i] = request.request_id
     HOW.fetch(params[:how]).call(params[:id].to_i)
     render plain: "#{Process.pid}\n"
   end

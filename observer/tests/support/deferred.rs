@@ -52,6 +52,8 @@ pub(crate) struct Piece {
     pub(crate) task: String,
     /// How many pieces led to it, itself included, where the server tells.
     depth: Option<u64>,
+    /// What the runtime itself calls the request, where the server tells.
+    pub(crate) request_id: Option<String>,
     /// Whether the profile of its runtime says that it cannot follow such work.
     pub(crate) is_lost: bool,
     pub(crate) start_ns: f64,
@@ -125,6 +127,7 @@ impl Deferring {
                 task: line["class"].as_str().or(line["name"].as_str()).unwrap_or_default().to_owned(),
                 is_lost: line["through"].as_str().is_some_and(|through| through != "native"),
                 depth: line["depth"].as_u64(),
+                request_id: line["request_id"].as_str().map(str::to_owned),
                 start_ns: line["start"].as_f64().unwrap(),
                 wait_ns: line["enqueued"].as_f64().map(|queued| line["start"].as_f64().unwrap() - queued),
                 run_ns: line["run"].as_f64(),
@@ -211,6 +214,10 @@ pub(crate) struct Verdict {
     pub(crate) matched: usize,
     pub(crate) wrong: usize,
     pub(crate) unmatched: usize,
+    /// Request ids that are those of the request, that are others, and that are missing.
+    pub(crate) request_ids: usize,
+    pub(crate) wrong_request_ids: usize,
+    pub(crate) missing_request_ids: usize,
     /// How far what observer saw is from what was written down.
     pub(crate) starts: Errors,
     pub(crate) waits: Errors,
@@ -257,6 +264,7 @@ struct Seen {
     start_ns: f64,
     wait_ns: f64,
     run_ns: Option<f64>,
+    request_id: Option<String>,
 }
 
 /// Compares every link of these processes with what the server wrote down, one by one: those of the tasks that it names,
@@ -341,6 +349,7 @@ fn links(
                 start_ns: link["queued_ns"].as_f64().unwrap() + wait_ns,
                 wait_ns,
                 run_ns: link["run_seconds"].as_f64().map(|seconds| seconds * 1e9),
+                request_id: link["request_id"].as_str().map(str::to_owned),
             });
         }
     }
@@ -349,6 +358,15 @@ fn links(
 
 impl Verdict {
     fn add(&mut self, seen: &Seen, piece: &Piece) {
+        match (&seen.request_id, &piece.request_id) {
+            (None, None) => {}
+            (None, Some(_)) => self.missing_request_ids += 1,
+            (seen, known) if seen == known => self.request_ids += 1,
+            _ => {
+                eprintln!("wrong request id: {seen:?} {piece:?}");
+                self.wrong_request_ids += 1;
+            }
+        }
         self.starts.add(seen.start_ns, piece.start_ns);
         if let Some(wait_ns) = piece.wait_ns {
             self.waits.add(seen.wait_ns, wait_ns);
@@ -366,7 +384,7 @@ pub(crate) fn assert_true(what: &str, report: &Report, pids: &[u32], verdict: &V
         eprintln!("| {} | {} not known | {:#} |", target["pid"], target["unmatched"], target["hooks"]);
     }
     report.assert_complete();
-    assert_eq!(verdict.wrong, 0, "{verdict:?}");
+    assert_eq!((verdict.wrong, verdict.wrong_request_ids), (0, 0), "{verdict:?}");
     assert!(verdict.matched * 1000 >= pieces * 999, "{verdict:?} of {pieces}");
     assert_eq!(verdict.matched + verdict.unmatched, pieces);
     assert!(is_emulated() || verdict.starts.quantile(0.5) <= SLACK_OF_HALF, "{verdict:?}");

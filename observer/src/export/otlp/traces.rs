@@ -270,11 +270,13 @@ fn work_span(ids: &Ids, context: &Context, work: &Work) -> Span {
         flags: u32::from(context.flags) | KNOWS_REMOTE,
         ..Link::default()
     };
+    let mut attributes = vec![attribute("observer.deferred.wait", Value::DoubleValue(wait))];
+    attributes.extend(work.request_id.as_ref().map(|id| text("observer.request.id", id.as_str())));
     let orphaned = Status { message: "orphaned".into(), code: StatusCode::Error.into() };
     let mut span = Span {
         start_time_unix_nano: nanoseconds(clock::wall_time(start)),
         end_time_unix_nano: nanoseconds(clock::wall_time(work.ended_ns.max(start))),
-        attributes: vec![attribute("observer.deferred.wait", Value::DoubleValue(wait))],
+        attributes,
         links: vec![link],
         status: work.started_ns.is_none().then_some(orphaned),
         ..span(context, ids.work(work.id), parent, &work.task, SpanKind::Consumer)
@@ -398,7 +400,8 @@ mod tests {
     fn work(request: &Arc<Asked>, id: u64, parent: Option<u64>, started_ns: Option<u64>) -> Event {
         let task = "task".into();
         let (queued_ns, ended_ns) = (2_000_000, 9_000_000);
-        let work = Work { id, parent, context: None, task, queued_ns, started_ns, ended_ns };
+        let request_id = Some(format!("request-{}", request.id));
+        let work = Work { id, parent, context: None, request_id, task, queued_ns, started_ns, ended_ns };
         Event { pid: 7, what: What::Work(Arc::clone(request), work) }
     }
 
@@ -441,6 +444,8 @@ mod tests {
         assert!(
             [&child, &parent].iter().all(|span| span.trace_id == server.trace_id && span.status.is_none())
         );
+        let named = |span: &Span| span.attributes.contains(&text("observer.request.id", "request-1"));
+        assert!(named(&child) && named(&parent) && !named(&server));
         let later = spans(&mut tracer, [work(&request, 4, None, Some(3_000_000))], true);
         assert_eq!(later.len(), 1);
         assert_eq!(later[0].parent_span_id, server.span_id);

@@ -89,7 +89,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         }
         return_memory();
         // Before anybody is told how to end it.
-        let signals = Signals::catch()?;
+        let mut signals = Signals::catch()?;
         let view = if format == Format::Live {
             Some(Live::start(endpoint.as_ref().and_then(figures), output.duration)?)
         } else {
@@ -103,12 +103,13 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         if let Some(endpoint) = endpoint {
             tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation), cap));
         }
-        until_over(&observation, output.duration, signals, view, &mut push).await?;
+        until_over(&observation, output.duration, &mut signals, view, &mut push).await?;
         let snapshot = lock(&observation).report()?;
         let reported = report(&snapshot, output, format);
         if let Some(mut push) = push {
             push.push_last(&snapshot, &mut lock(&observation));
-            push.finish().await;
+            // Whoever asks again does not want to wait for a collector.
+            push.finish(signals.come()).await;
         }
         reported
     });
@@ -225,13 +226,21 @@ impl Signals {
     fn catch() -> Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
+
+    /// Returns when one has come.
+    async fn come(&mut self) {
+        select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }
 
 /// Returns when the time is up, a signal has come, all targets are gone or the user of the view has had enough.
 async fn until_over(
     observation: &Mutex<Observation>,
     duration: Option<Duration>,
-    mut signals: Signals,
+    signals: &mut Signals,
     mut view: Option<Live>,
     push: &mut Option<Push>,
 ) -> Result<()> {
@@ -254,8 +263,7 @@ async fn until_over(
     loop {
         select! {
             () = &mut time_is_up => return Ok(()),
-            _ = signals.interrupt.recv() => return Ok(()),
-            _ = signals.terminate.recv() => return Ok(()),
+            () = signals.come() => return Ok(()),
             ready = kinds.readable() => {
                 ready?.clear_ready();
                 lock(observation).name_new();

@@ -1,7 +1,7 @@
 //! The live view of the real binary in a real terminal: what its first screen tells, and how it leaves.
 
 use std::{
-    io::ErrorKind,
+    io::{BufReader, ErrorKind},
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -9,7 +9,17 @@ use std::{
 
 use nix::sys::signal::Signal;
 
-use crate::support::{observer::BINARY, send, servers::Server, wait_for};
+use crate::support::{
+    deferred::{Deferring, ask},
+    http,
+    observer::BINARY,
+    send,
+    servers::Server,
+    wait_for,
+};
+
+/// Requests that the view is to count the deferred work of.
+const JOBS: usize = 23;
 
 /// A terminal of its own, with observer in it and a look at its state after that.
 struct Terminal {
@@ -123,6 +133,30 @@ fn the_first_screen_names_the_late_loop_and_its_culprit() {
         terminal.press("q");
         terminal.assert_given_back();
     });
+}
+
+/// Kinds of deferred work are counted as the server has put them off, in the list and by themselves.
+#[test]
+fn deferred_work_is_listed() {
+    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let Some(terminal) = Terminal::start("deferred_work", "LANG=C.UTF-8", server.pid()) else { return };
+    terminal.wait("the first screen", |screen| screen.contains("q quit"));
+    let mut connection = BufReader::new(http::connect(server.port));
+    for job in 0..JOBS {
+        ask(&mut connection, &format!("/job/{job}"));
+    }
+    terminal.tmux(&["resize-window", "-x", "120", "-y", "60"]);
+    terminal.wait("its kinds", |screen| screen.contains("DEFERRED WORK") && screen.contains(" thumbnail "));
+    // To the accept queues, and on to deferred work.
+    terminal.press("Tab");
+    terminal.press("Tab");
+    terminal.press("Enter");
+    let ended = format!(" {JOBS} put off, {JOBS} started, {JOBS} ended, 0 forgotten");
+    let details = terminal.wait("a kind by itself", |screen| screen.contains(&ended));
+    assert!(details.contains("Deferred work ") && details.contains("restore"), "{details}");
+    terminal.press("Escape");
+    terminal.press("q");
+    terminal.wait("observer to end", |screen| screen.contains("ended with 0"));
 }
 
 #[test]

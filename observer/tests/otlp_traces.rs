@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{BufReader, Write as _},
+    net::TcpListener,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -305,6 +306,23 @@ fn what_is_not_delivered_is_told() {
     let told = told.unwrap_or_else(|| panic!("{messages:?}"));
     let lost = told.strip_suffix(" spans were not delivered").unwrap().rsplit(' ').next().unwrap();
     assert!(lost.parse::<usize>().unwrap() > PIECES, "{told}");
+}
+
+/// A collector that takes connections and never answers is waited for, but not by whoever asks twice.
+#[test]
+fn a_second_signal_waits_for_no_collector() {
+    let server = Server::asyncio();
+    let deaf = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let address = url(deaf.local_addr().unwrap().port());
+    let observer = trace(server.pid(), &address, "http/protobuf", &[("OTEL_METRICS_EXPORTER", "none")]);
+    server.block("sleep", 120);
+    thread::sleep(Duration::from_secs(1));
+    observer.interrupt();
+    thread::sleep(Duration::from_secs(1));
+    let begin = Instant::now();
+    let (_, messages) = observer.finish_talking();
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    assert!(messages.iter().any(|message| message.contains("spans were not delivered")), "{messages:?}");
 }
 
 /// A stall is an event of the request that it hit.

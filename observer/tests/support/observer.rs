@@ -90,9 +90,14 @@ impl Observer {
         series[0].rsplit(' ').next().unwrap().parse().unwrap()
     }
 
+    /// Ctrl-C.
+    pub(crate) fn interrupt(&self) {
+        self.process.signal(Signal::SIGINT);
+    }
+
     /// Ctrl-C, then the report.
     pub(crate) fn finish(self) -> Report {
-        self.process.signal(Signal::SIGINT);
+        self.interrupt();
         self.report()
     }
 

@@ -156,11 +156,17 @@ impl Push {
         }
     }
 
-    /// Delivers what is left, for a limited time.
-    pub(crate) async fn finish(self) {
+    /// Delivers what is left, for a limited time, or until there is a hurry.
+    pub(crate) async fn finish(self, hurry: impl Future<Output = ()>) {
+        let Self { mut metrics, mut traces, .. } = self;
         let end = Instant::now() + LAST_WORDS;
-        let (points, spans) = join!(finish(self.metrics, end), finish(self.traces, end));
-        for (lost, what) in [(points, "data points"), (spans, "spans")] {
+        let drained = async { join!(drain(metrics.as_mut(), end), drain(traces.as_mut(), end)) };
+        select! {
+            _ = drained => {}
+            () = hurry => {}
+        }
+        for (way, what) in [(metrics, "data points"), (traces, "spans")] {
+            let lost = way.map_or(0, |way| way.queue.give_up());
             if lost > 0 {
                 log::warn!("{lost} {what} were not delivered: the collector did not take them in time");
             }
@@ -192,10 +198,8 @@ async fn due(way: &mut Option<Way>) {
     }
 }
 
-/// Returns how many items are not delivered.
-async fn finish(way: Option<Way>, end: Instant) -> u64 {
-    match way {
-        Some(way) => way.queue.finish(end).await,
-        None => 0,
+async fn drain(way: Option<&mut Way>, end: Instant) {
+    if let Some(way) = way {
+        way.queue.drain(end).await;
     }
 }

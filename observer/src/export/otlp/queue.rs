@@ -86,14 +86,16 @@ impl Queue {
         self.shared.news.notify_one();
     }
 
-    /// Delivers what is left, but only until then; returns how many items are not delivered.
-    pub(super) async fn finish(self, end: Instant) -> u64 {
+    /// Delivers what is left, but only until then.
+    pub(super) async fn drain(&mut self, end: Instant) {
         self.shared.lock().end = Some(end);
         self.shared.news.notify_one();
-        let abort = self.sender.abort_handle();
-        if timeout_at(end, self.sender).await.is_err() {
-            abort.abort();
-        }
+        let _in_time = timeout_at(end, &mut self.sender).await;
+    }
+
+    /// Delivers no more; returns how many items are left.
+    pub(super) fn give_up(self) -> u64 {
+        self.sender.abort();
         let state = self.shared.lock();
         state.in_hand + state.waiting.iter().map(|batch| batch.items).sum::<u64>()
     }
@@ -258,14 +260,15 @@ mod tests {
         runtime.block_on(async {
             let ledger = Arc::new(Ledger::of(Request::NAME));
             let transport = Transport::new(endpoint()).unwrap();
-            let queue = Queue::start::<Request>(transport, Arc::clone(&ledger));
+            let mut queue = Queue::start::<Request>(transport, Arc::clone(&ledger));
             queue.push(batch(10, 3));
             queue.push(batch(10, 4));
             while ledger.read().failures == 0 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             let begin = Instant::now();
-            assert_eq!(queue.finish(begin + Duration::from_secs(60)).await, 7);
+            queue.drain(begin + Duration::from_secs(60)).await;
+            assert_eq!(queue.give_up(), 7);
             assert!(begin.elapsed() < FIRST_PAUSE / 2, "{:?}", begin.elapsed());
             assert_eq!(ledger.read().failures, 2);
         });

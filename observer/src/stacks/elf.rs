@@ -4,12 +4,14 @@ use std::{collections::BTreeSet, fs::File, ops::Range, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use memmap2::{Mmap, MmapMut};
+use nix::unistd::{SysconfVar, sysconf};
 use object::{
-    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _, SymbolKind,
-    elf::FileHeader64,
+    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _, SegmentFlags,
+    SymbolKind,
+    elf::{FileHeader64, PF_X},
     read::elf::{ElfFile64, NoteIterator},
 };
-use procfs::process::MemoryMap;
+use procfs::process::{MMPermissions, MemoryMap};
 
 /// A 64-bit ELF file.
 pub(crate) struct Elf(Arc<Mmap>);
@@ -42,15 +44,21 @@ impl Elf {
     /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
     pub(crate) fn bias(&self, map: &MemoryMap) -> Option<u64> {
         let file = self.parsed();
+        let page_size = page_size();
+        let is_code = map.perms.contains(MMPermissions::EXECUTE);
         let parts = file.segments().filter_map(|segment| {
             let (offset, size) = segment.file_range();
-            // A mapping starts at the page its segment starts in.
-            let page = offset - offset % segment.align().max(1);
-            let is_here = (page..offset + size).contains(&map.offset);
-            is_here.then(|| (page, segment.address() - offset + map.offset))
+            // A mapping starts at the page its segment starts in, however the segment wants to be aligned.
+            let page = offset - offset % page_size;
+            let is_here = size > 0 && (page..offset.saturating_add(size)).contains(&map.offset);
+            let SegmentFlags::Elf { p_flags } = segment.flags() else { return None };
+            let is_alike = is_code == (p_flags & PF_X != 0);
+            let address = segment.address().wrapping_sub(offset).wrapping_add(map.offset);
+            is_here.then_some((is_alike, page, address))
         });
-        // Where one segment ends in the page that another begins in, a mapping of that page is the latter's.
-        let (_, address) = parts.max_by_key(|&(page, _)| page)?;
+        // Where one segment ends in the page that another begins in, a mapping of that page is the one's whose code is
+        // code, or the latter's.
+        let (.., address) = parts.max_by_key(|&(is_alike, page, _)| (is_alike, page))?;
         Some(map.address.0.wrapping_sub(address))
     }
 
@@ -175,6 +183,12 @@ impl Elf {
         let addresses = section.address()..section.address() + section.size();
         Some((addresses, Bytes { file: self.0.clone(), range }))
     }
+}
+
+/// What mappings begin at multiples of.
+fn page_size() -> u64 {
+    let known = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    known.and_then(|size| u64::try_from(size).ok()).unwrap_or(4096)
 }
 
 /// Whether a name is the wanted one, in which a `*` stands for anything.

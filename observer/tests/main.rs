@@ -28,3 +28,4 @@ mod servers;
 mod stacks;
 mod stalls;
 mod support;
+mod symbols;

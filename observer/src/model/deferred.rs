@@ -128,6 +128,17 @@ pub(crate) struct HookFigures {
 }
 
 impl HookFigures {
+    /// Whether nothing tells these from others but the copy of the module that they are of.
+    pub(crate) fn is_of_same_place(&self, other: &Self) -> bool {
+        (&self.profile, self.verb, &self.place) == (&other.profile, other.verb, &other.place)
+    }
+
+    /// Adds what was counted in another copy.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.hits += other.hits;
+        self.matches += other.matches;
+    }
+
     /// Whether work that went on was never known: something about this runtime is not as its profile says.
     pub(crate) fn never_matches(&self) -> bool {
         /// From so many hits on: before that it may be work from before observer came.

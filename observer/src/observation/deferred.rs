@@ -24,7 +24,7 @@ use crate::{
         trace::{Event, Events, What, Work},
     },
     probes::{
-        deferred::{self, Attached, Recipes},
+        deferred::{self, Attached, Shared},
         origin,
     },
     profiles::{Hook, Naming},
@@ -32,7 +32,7 @@ use crate::{
     stacks::{mappings::Mappings, naming::Names},
     target::{
         connections, context,
-        hooks::Finder,
+        hooks::{Copy, Finder},
         process::is_there,
         runtime::{Runtime, Runtimes},
     },
@@ -65,7 +65,7 @@ pub(super) struct Follower {
     new: Vec<u32>,
     /// Whether the kernel has taken the programs; `None` while nobody needs them.
     loaded: Option<Result<(), String>>,
-    recipes: Recipes,
+    shared: Shared,
     names: Names,
     /// How many spaces of keys have been given out.
     spaces: u32,
@@ -94,6 +94,8 @@ struct Process {
     execs: u32,
     /// How often it has been looked at.
     looks: u32,
+    /// Runtimes that were looked at closely, by profile and address: a copy of one may be loaded later.
+    tried: HashSet<(String, u64)>,
     hooks: Vec<Attached>,
     /// How often it had come to them when last looked at, and when that was.
     hits: Option<(u64, Instant)>,
@@ -174,20 +176,26 @@ impl Follower {
             return vec![missing];
         }
         let Some(process) = self.processes.get_mut(&pid) else { return Vec::new() };
-        if process.publishes || process.looks == LOOKS {
+        if process.looks == LOOKS {
             return Vec::new();
         }
         process.looks += 1;
+        let followed = process.hooks.len();
         // One that is going has nothing mapped any more.
         let Ok(mappings) = Mappings::of(pid) else { return Vec::new() };
-        if !process.hooks.is_empty() {
-            process.find_context(maps, &mappings);
-            return Vec::new();
-        }
-        let found = runtimes.of(&mappings);
+        let mut found = runtimes.of(&mappings);
+        found.retain(|runtime| !runtime.profile.hooks.is_empty());
         let mut missing = Vec::new();
-        for runtime in found.iter().filter(|runtime| !runtime.profile.hooks.is_empty()) {
-            if let Err(why) = self.follow(ebpf, maps, &mappings, runtime)
+        for (at, runtime) in found.iter().enumerate() {
+            let process = self.processes.entry(pid).or_default();
+            if !process.tried.insert((runtime.profile.name.clone(), runtime.module.address.0)) {
+                continue;
+            }
+            let copies = |found: &[Runtime]| {
+                found.iter().filter(|copy| Arc::ptr_eq(&copy.profile, &runtime.profile)).count()
+            };
+            let copy = Copy { number: copies(&found[..at]), of: copies(&found) };
+            if let Err(why) = self.follow(ebpf, maps, &mappings, runtime, copy)
                 && is_there(pid)
             {
                 missing.push(Missing {
@@ -200,10 +208,7 @@ impl Follower {
             if process.hooks.is_empty() {
                 // Nobody follows it: its requests need not be kept.
                 let _unless_tried = maps.followed.remove(&pid);
-                if !missing.is_empty() {
-                    process.looks = LOOKS;
-                }
-            } else {
+            } else if !process.publishes || process.hooks.len() > followed {
                 process.find_context(maps, &mappings);
             }
         }
@@ -240,12 +245,13 @@ impl Follower {
         maps: &mut Maps,
         mappings: &Mappings,
         runtime: &Runtime,
+        copy: Copy,
     ) -> Result<()> {
         let pid = mappings.pid;
         let loaded =
             self.loaded.get_or_insert_with(|| deferred::load(ebpf).map_err(|error| format!("{error:#}")));
         loaded.clone().map_err(|why| anyhow!(why))?;
-        let finder = Finder::of(mappings, runtime).map_err(|why| anyhow!(why))?;
+        let finder = Finder::of(mappings, runtime, copy).map_err(|why| anyhow!(why))?;
         let version = finder.version().map_err(|why| anyhow!(why))?;
         let profile = &runtime.profile;
         let mut wanted = Vec::<&Hook>::new();
@@ -261,6 +267,7 @@ impl Follower {
         let found = wanted.iter().map(|hook| (hook.optional, finder.find(hook)));
         let found = found.filter(|(optional, found)| !optional || found.is_ok()).map(|(_, found)| found);
         let found = found.collect::<Result<Vec<_>, _>>().map_err(|why| anyhow!(why))?;
+        let found: Vec<_> = found.into_iter().flatten().collect();
         let spaces: HashSet<&str> = wanted.iter().map(|hook| hook.space.as_str()).collect();
         let mut numbers = HashMap::new();
         for space in spaces {
@@ -278,10 +285,10 @@ impl Follower {
         // The end first: of whatever is seen to begin the end is seen, too.
         for found in found.iter().rev() {
             let space = numbers[found.hook.space.as_str()];
-            match Attached::to(ebpf, maps, &mut self.recipes, pid, &profile.name, found, space) {
+            match Attached::to(ebpf, maps, &mut self.shared, pid, &profile.name, found, space) {
                 Ok(hook) => attached.push(hook),
                 Err(error) => {
-                    attached.into_iter().for_each(|hook| hook.detach(maps, &mut self.recipes));
+                    attached.into_iter().for_each(|hook| hook.detach(maps, &mut self.shared));
                     return Err(error.context(found.name.clone()));
                 }
             }
@@ -446,10 +453,18 @@ impl Follower {
     pub(super) fn figures(&mut self, maps: &Maps, pid: u32) -> Figures {
         let followed = self.processes.get(&pid).filter(|process| !process.hooks.is_empty());
         let Some(process) = followed else { return Figures::default() };
-        let hooks: Vec<_> =
-            process.hooks.iter().map(|hook| (hook.is_restore(), hook.figures(maps))).collect();
-        let unmatched = hooks.iter().filter(|(is_restore, _)| *is_restore);
-        let unmatched = unmatched.map(|(_, hook)| hook.hits.saturating_sub(hook.matches)).sum();
+        let mut hooks = Vec::<HookFigures>::new();
+        let mut unmatched = 0;
+        for hook in &process.hooks {
+            let figures = hook.figures(maps);
+            if hook.is_restore() {
+                unmatched += figures.hits.saturating_sub(figures.matches);
+            }
+            match hooks.iter_mut().find(|known| known.is_of_same_place(&figures)) {
+                Some(known) => known.add(&figures),
+                None => hooks.push(figures),
+            }
+        }
         let of_process = entries(&maps.classes).into_iter().filter(|(key, _)| key.tgid == pid);
         let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>, bool)>::new();
         let mut is_waiting = false;
@@ -471,7 +486,7 @@ impl Follower {
             .filter(|(_, (raw, ..))| raw.enqueued > 0 || raw.pending > 0)
             .map(|(name, (raw, oldest, is_told))| deferred::decode(&name, is_told, &raw, oldest))
             .collect();
-        Figures { deferred, hooks: hooks.into_iter().map(|(_, hook)| hook).collect(), unmatched }
+        Figures { deferred, hooks, unmatched }
     }
 
     /// Adds the pieces that are over to a live target's figures.
@@ -525,7 +540,7 @@ impl Follower {
     fn end(&mut self, maps: &mut Maps, pid: u32) {
         if let Some(process) = self.processes.remove(&pid) {
             for hook in process.hooks {
-                hook.detach(maps, &mut self.recipes);
+                hook.detach(maps, &mut self.shared);
             }
         }
         self.names.forget(pid);

@@ -3,7 +3,8 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, BorrowedFd},
+    sync::{Arc, Weak},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -27,6 +28,7 @@ use crate::{
         histogram::{Histogram, seconds},
     },
     read::maps::Maps,
+    stacks::mappings::FileId,
     target::hooks::Found,
 };
 
@@ -51,12 +53,37 @@ pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
     Ok(())
 }
 
-/// Numbers of recipes that nobody uses.
-pub(crate) struct Recipes(Vec<u32>);
+/// What hooks take from one another.
+pub(crate) struct Shared {
+    /// Numbers of recipes that nobody uses.
+    recipes: Vec<u32>,
+    /// Probes, by process, file and place in it: one stands in all copies of the file that the process has loaded.
+    probes: HashMap<(u32, FileId, u64), Weak<Uprobe>>,
+}
 
-impl Default for Recipes {
+impl Default for Shared {
     fn default() -> Self {
-        Self((0..RECIPES).rev().collect())
+        Self { recipes: (0..RECIPES).rev().collect(), probes: HashMap::new() }
+    }
+}
+
+impl Shared {
+    /// The probe at a place in a file, attached unless it is already.
+    fn probe(
+        &mut self,
+        program: BorrowedFd<'_>,
+        found: &Found<'_>,
+        offset: u64,
+        pid: u32,
+    ) -> Result<Arc<Uprobe>> {
+        let standing = self.probes.entry((pid, found.file, offset)).or_default();
+        if let Some(probe) = standing.upgrade() {
+            return Ok(probe);
+        }
+        let site = Site { instruction: offset, counter: 0 };
+        let probe = Arc::new(Uprobe::attach(program, &found.image.file, site, pid)?);
+        *standing = Arc::downgrade(&probe);
+        Ok(probe)
     }
 }
 
@@ -69,7 +96,7 @@ pub(crate) struct Attached {
     recipes: Vec<u32>,
     places: Vec<Place>,
     /// They stay attached while these are kept.
-    probes: Vec<Uprobe>,
+    probes: Vec<Arc<Uprobe>>,
 }
 
 impl Attached {
@@ -77,7 +104,7 @@ impl Attached {
     pub(crate) fn to(
         ebpf: &Ebpf,
         maps: &mut Maps,
-        recipes: &mut Recipes,
+        shared: &mut Shared,
         pid: u32,
         profile: &str,
         found: &Found<'_>,
@@ -103,7 +130,7 @@ impl Attached {
             let recipe = match by_result.entry(at.result) {
                 Entry::Occupied(known) => *known.get(),
                 Entry::Vacant(place) => {
-                    let recipe = recipes.0.pop().context("there are too many hooks already")?;
+                    let recipe = shared.recipes.pop().context("there are too many hooks already")?;
                     attached.recipes.push(recipe);
                     maps.recipes.set(recipe, at.recipe(&found.recipe), 0)?;
                     *place.insert(recipe)
@@ -116,15 +143,14 @@ impl Attached {
             }
             maps.hooks.insert(place, entry, 0).context("there are too many hooks already")?;
             attached.places.push(place);
-            let site = Site { instruction: at.offset, counter: 0 };
-            let probe = Uprobe::attach(program, &found.file, site, pid);
+            let probe = shared.probe(program, found, at.offset, pid);
             attached.probes.push(probe.context("the kernel does not attach to it")?);
             Ok(())
         });
         match outcome {
             Ok(()) => Ok(attached),
             Err(error) => {
-                attached.detach(maps, recipes);
+                attached.detach(maps, shared);
                 Err(error)
             }
         }
@@ -145,11 +171,13 @@ impl Attached {
     }
 
     /// Takes it out of the kernel, and what the programs know of it.
-    pub(crate) fn detach(self, maps: &mut Maps, recipes: &mut Recipes) {
+    pub(crate) fn detach(self, maps: &mut Maps, shared: &mut Shared) {
         for place in &self.places {
             let _present = maps.hooks.remove(place);
         }
-        recipes.0.extend(self.recipes);
+        shared.recipes.extend(self.recipes);
+        drop(self.probes);
+        shared.probes.retain(|_, probe| probe.strong_count() > 0);
     }
 
     /// How often the process came there, and how often that meant something.

@@ -36,11 +36,12 @@ impl FromStr for OwnHook {
 }
 
 impl OwnHook {
-    fn as_hook(&self, verb: Verb, once: bool) -> Hook {
+    /// In the library `home`, whose other copies have hooks of their own, or in another one.
+    fn as_hook(&self, home: &str, verb: Verb, once: bool) -> Hook {
         Hook {
             verb,
             site: Site::Named(vec![self.function.clone()]),
-            module: Some(self.module.clone()),
+            module: (self.module != home).then(|| self.module.clone()),
             optional: false,
             unless: Vec::new(),
             at: At::Entry,
@@ -60,13 +61,17 @@ impl OwnHook {
 impl Profile {
     /// Describes a library by its functions.
     pub(crate) fn of_own_library(snapshot: &OwnHook, restore: &OwnHook, forget: Option<&OwnHook>) -> Self {
-        let mut hooks =
-            vec![snapshot.as_hook(Verb::Snapshot, false), restore.as_hook(Verb::Restore, forget.is_none())];
-        hooks.extend(forget.map(|forget| forget.as_hook(Verb::Forget, false)));
+        let home = &snapshot.module;
+        let mut hooks = vec![
+            snapshot.as_hook(home, Verb::Snapshot, false),
+            restore.as_hook(home, Verb::Restore, forget.is_none()),
+        ];
+        hooks.extend(forget.map(|forget| forget.as_hook(home, Verb::Forget, false)));
         Self {
             name: "generic".into(),
             about: "a library of one's own".into(),
             marker: Names::One(snapshot.function.clone()),
+            home: Some(home.clone()),
             needs: None,
             version: None,
             gc: None,

@@ -12,13 +12,14 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
+use procfs::process::MemoryMap;
 use serde::Deserialize;
 
 pub(crate) use expression::{Hop, Operand, Path as Steps, Test};
 pub(crate) use generic::OwnHook;
 pub(crate) use hook::{At, Case, Hook, Names, Naming, Site, Table};
 
-use crate::failure::Failure;
+use crate::{failure::Failure, stacks::mappings::module_name};
 
 /// Names and contents of all files, as the build script finds them.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/profiles.rs"));
@@ -40,6 +41,9 @@ pub(crate) struct Profile {
     pub(crate) about: String,
     /// A symbol that the module with the runtime in it defines, and no other module; by all names it has had.
     pub(crate) marker: Names,
+    /// How the name of that module's file begins, where the user says so on the command line.
+    #[serde(skip)]
+    pub(crate) home: Option<String>,
     /// How the name of another module begins that must be there as well.
     pub(crate) needs: Option<String>,
     /// Where it tells its version.
@@ -115,6 +119,14 @@ pub(crate) struct Totals {
     pub(crate) count: String,
     /// By the beginning of the version: places of the nanoseconds that collections took, in bytes behind that number.
     pub(crate) nanoseconds: BTreeMap<String, Vec<u64>>,
+}
+
+impl Profile {
+    /// Whether the file behind a mapping may be the one with the runtime in it, by its name.
+    pub(crate) fn may_be_in(&self, map: &MemoryMap) -> bool {
+        let Some(home) = &self.home else { return true };
+        module_name(map).is_some_and(|name| name.starts_with(home))
+    }
 }
 
 impl Totals {

@@ -1,15 +1,20 @@
 //! ELF files, mapped so that only what is looked at takes memory.
 
-use std::{collections::BTreeSet, fs::File, ops::Range, sync::Arc};
+use std::{collections::BTreeSet, fs::File, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
 
-use anyhow::{Context as _, Result};
-use memmap2::{Mmap, MmapMut};
+use anyhow::{Context as _, Result, ensure};
+use memmap2::{Mmap, MmapMut, MmapOptions};
+use nix::unistd::{SysconfVar, sysconf};
 use object::{
-    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _, SymbolKind,
-    elf::FileHeader64,
-    read::elf::{ElfFile64, NoteIterator},
+    LittleEndian, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _, SegmentFlags,
+    SymbolKind,
+    elf::{FileHeader64, PF_X, ProgramHeader64, SHT_NOTE, SHT_STRTAB, SHT_SYMTAB, SectionHeader64},
+    read::elf::{ElfFile64, FileHeader as _, NoteIterator, SectionHeader as _},
 };
-use procfs::process::MemoryMap;
+use procfs::process::{MMPermissions, MemoryMap};
+
+/// How much of a file is copied for its symbols, in bytes.
+const SYMBOLS: usize = 256 << 20;
 
 /// A 64-bit ELF file.
 pub(crate) struct Elf(Arc<Mmap>);
@@ -30,6 +35,38 @@ impl Elf {
         Self::checked(map.make_read_only()?)
     }
 
+    /// Copies of a file what tells its symbols, in their places; the rest reads as zeros and takes no memory. For files
+    /// that nobody executes: those can be shortened while they are read.
+    pub(super) fn of_symbols(file: &File) -> Result<Self> {
+        let size = usize::try_from(file.metadata()?.len())?;
+        let mut map = MmapOptions::new().len(size).no_reserve_swap().map_anon().context("no memory")?;
+        let mut left = SYMBOLS;
+        let mut copy = |map: &mut MmapMut, start: u64, length: u64| {
+            let (place, length) = (usize::try_from(start)?, usize::try_from(length)?);
+            left = left.checked_sub(length).context("it has too many symbols")?;
+            let end = place.checked_add(length).context("it is no ELF file")?;
+            file.read_exact_at(map.get_mut(place..end).context("it is cut short")?, start)?;
+            anyhow::Ok(())
+        };
+        copy(&mut map, 0, size_of::<FileHeader64<LittleEndian>>() as u64)?;
+        let header = *FileHeader64::<LittleEndian>::parse(&*map).context("it is no 64-bit ELF file")?;
+        let (segments, sections) = (header.e_phnum(LittleEndian), header.e_shnum(LittleEndian));
+        let of_segments = u64::from(segments) * size_of::<ProgramHeader64<LittleEndian>>() as u64;
+        copy(&mut map, header.e_phoff(LittleEndian), of_segments)?;
+        let of_sections = u64::from(sections) * size_of::<SectionHeader64<LittleEndian>>() as u64;
+        copy(&mut map, header.e_shoff(LittleEndian), of_sections)?;
+        let sections = header.section_headers(LittleEndian, &*map)?;
+        let is_wanted = |kind| [SHT_SYMTAB, SHT_STRTAB, SHT_NOTE].contains(&kind);
+        let wanted = sections.iter().filter(|section| is_wanted(section.sh_type(LittleEndian)));
+        let wanted: Vec<_> = wanted.filter_map(|section| section.file_range(LittleEndian)).collect();
+        for (start, length) in wanted {
+            copy(&mut map, start, length)?;
+        }
+        let elf = Self::checked(map.make_read_only()?)?;
+        ensure!(elf.has_symbols(), "it has no symbols");
+        Ok(elf)
+    }
+
     fn checked(map: Mmap) -> Result<Self> {
         ElfFile64::<LittleEndian>::parse(&*map).context("it is no 64-bit ELF file")?;
         Ok(Self(Arc::new(map)))
@@ -42,16 +79,32 @@ impl Elf {
     /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
     pub(crate) fn bias(&self, map: &MemoryMap) -> Option<u64> {
         let file = self.parsed();
+        let page_size = page_size();
+        let is_code = map.perms.contains(MMPermissions::EXECUTE);
         let parts = file.segments().filter_map(|segment| {
             let (offset, size) = segment.file_range();
-            // A mapping starts at the page its segment starts in.
-            let page = offset - offset % segment.align().max(1);
-            let is_here = (page..offset + size).contains(&map.offset);
-            is_here.then(|| (page, segment.address() - offset + map.offset))
+            // A mapping starts at the page its segment starts in, however the segment wants to be aligned.
+            let page = offset - offset % page_size;
+            let is_here = size > 0 && (page..offset.saturating_add(size)).contains(&map.offset);
+            let SegmentFlags::Elf { p_flags } = segment.flags() else { return None };
+            let is_alike = is_code == (p_flags & PF_X != 0);
+            let address = segment.address().wrapping_sub(offset).wrapping_add(map.offset);
+            is_here.then_some((is_alike, page, address))
         });
-        // Where one segment ends in the page that another begins in, a mapping of that page is the latter's.
-        let (_, address) = parts.max_by_key(|&(page, _)| page)?;
+        // Where one segment ends in the page that another begins in, a mapping of that page is the one's whose code is
+        // code, or the latter's.
+        let (.., address) = parts.max_by_key(|&(is_alike, page, _)| (is_alike, page))?;
         Some(map.address.0.wrapping_sub(address))
+    }
+
+    /// Whether its symbols are still in it, also those that it does not export.
+    pub(super) fn has_symbols(&self) -> bool {
+        self.parsed().section_by_name_bytes(b".symtab").is_some()
+    }
+
+    /// Where the first part of it that is loaded wants to be.
+    pub(super) fn start(&self) -> Option<u64> {
+        self.parsed().segments().next().map(|segment| segment.address())
     }
 
     /// Addresses in the file of symbols it defines; exported ones, else those left for debuggers.
@@ -93,12 +146,15 @@ impl Elf {
         meant.map(|symbol| symbol.address()).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// What tells this build from all others, as the name of a file with its symbols has it: `ab/cdef.debug`.
-    pub(crate) fn debug_name(&self) -> Option<String> {
-        let file = self.parsed();
-        let id = file.build_id().ok()??;
-        let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-        Some(format!("{}/{}.debug", digits.get(..2)?, &digits[2..]))
+    /// What tells this build from all others.
+    pub(super) fn build_id(&self) -> Option<Vec<u8>> {
+        self.parsed().build_id().ok()?.map(<[u8]>::to_vec)
+    }
+
+    /// Name and CRC-32 of the file that its symbols were moved to.
+    pub(super) fn debug_link(&self) -> Option<(Vec<u8>, u32)> {
+        let (name, checksum) = self.parsed().gnu_debuglink().ok()??;
+        Some((name.to_vec(), checksum))
     }
 
     /// Place in the file of what has this address.
@@ -106,7 +162,7 @@ impl Elf {
         self.parsed().segments().find_map(|segment| {
             let (offset, size) = segment.file_range();
             let inside = address.checked_sub(segment.address()).filter(|&inside| inside < size)?;
-            Some(offset + inside)
+            offset.checked_add(inside)
         })
     }
 
@@ -161,7 +217,7 @@ impl Elf {
             .enumerate()
             .find(|(_, window)| window.starts_with(before) && window.ends_with(after))?;
         let distance = i32::from_le_bytes(*found[before.len()..].first_chunk()?);
-        let next = function + (at + before.len() + 4) as u64;
+        let next = function.wrapping_add((at + before.len() + 4) as u64);
         Some(next.wrapping_add_signed(distance.into()))
     }
 
@@ -172,9 +228,15 @@ impl Elf {
         let (start, size) = section.file_range()?;
         let (start, size) = (usize::try_from(start).ok()?, usize::try_from(size).ok()?);
         let range = start..start.checked_add(size).filter(|&end| end <= self.0.len())?;
-        let addresses = section.address()..section.address() + section.size();
+        let addresses = section.address()..section.address().saturating_add(section.size());
         Some((addresses, Bytes { file: self.0.clone(), range }))
     }
+}
+
+/// What mappings begin at multiples of.
+fn page_size() -> u64 {
+    let known = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    known.and_then(|size| u64::try_from(size).ok()).unwrap_or(4096)
 }
 
 /// Whether a name is the wanted one, in which a `*` stands for anything.
@@ -217,8 +279,155 @@ impl std::ops::Deref for Bytes {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+        process::Command,
+    };
+
     use super::*;
-    use crate::stacks::mappings::Mappings;
+    use crate::stacks::{
+        instructions,
+        mappings::Mappings,
+        memory::Live,
+        testing::{Program, find, run, source, wait_for},
+    };
+
+    /// A function that no other is like.
+    const LIBRARY: &str =
+        "__attribute__((noinline)) int in_library(int x) { return x * 0x1234567 + 0x7654321; }";
+    const PROGRAM: &str = r#"
+        #include <unistd.h>
+        int zeros[100000], ones[1000] = { 1 };
+        int in_library(int);
+        __attribute__((noinline)) int in_program(int x) { return x * 0x2345671 + 0x6543217; }
+        int main(int c, char **v) {
+            ones[c] = in_library(c) + in_program(c);
+            for (;;) pause();
+        }
+    "#;
+
+    /// A program and its library, linked so.
+    fn linked(gcc: &Path, folder: &Path, of_library: &[&str], of_program: &[&str]) -> PathBuf {
+        let library = folder.join("libprobe.so");
+        let program = folder.join("probing");
+        let code = source(folder, "library.c", LIBRARY);
+        run(Command::new(gcc)
+            .args(["-O2", "-shared", "-fPIC", "-o"])
+            .args([&library, &code])
+            .args(of_library));
+        let code = source(folder, "program.c", PROGRAM);
+        let path = format!("-Wl,-rpath,{}", folder.display());
+        let files = [&program, &code, &library];
+        run(Command::new(gcc).args(["-O2", &path]).args(of_program).arg("-o").args(files));
+        program
+    }
+
+    #[test]
+    fn functions_are_where_they_run_however_they_are_linked() {
+        let Some(gcc) = find("functions_are_where_they_run", "gcc") else { return };
+        // What a prelinked library, one for large pages, and one with code and data in one page are like.
+        for (of_library, of_program) in [
+            (vec![], vec!["-pie", "-fPIE"]),
+            (vec![], vec!["-no-pie", "-fno-pie"]),
+            (vec!["-Wl,-Ttext-segment=0x10000000"], vec!["-no-pie", "-Wl,-Ttext-segment=0x20000000"]),
+            (vec!["-Wl,-z,max-page-size=0x200000"], vec!["-no-pie", "-Wl,-z,max-page-size=0x200000"]),
+            (vec!["-Wl,-z,noseparate-code"], vec!["-pie", "-fPIE", "-Wl,-z,noseparate-code"]),
+            (
+                vec!["-Wl,-z,noseparate-code,-z,max-page-size=0x200000"],
+                vec!["-pie", "-fPIE", "-Wl,-z,noseparate-code,-z,max-page-size=0x200000"],
+            ),
+            (vec!["-Wl,-z,noseparate-code,-z,norelro"], vec!["-no-pie", "-Wl,-z,norelro"]),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let program = linked(&gcc, folder.path(), &of_library, &of_program);
+            let process = Program::start(&mut Command::new(program));
+            let mappings = wait_for("the library", || {
+                let mappings = Mappings::of(process.pid()).ok()?;
+                let is_there = mappings.modules_named("libprobe").next().is_some();
+                is_there.then_some(mappings)
+            });
+            for (module, function) in [("libprobe", "in_library"), ("probing", "in_program")] {
+                let how = format!("{of_library:?} {of_program:?} {function}");
+                let map = mappings.modules_named(module).next().expect(&how);
+                let file = mappings.open(map).unwrap();
+                let elf = Elf::open(&file).unwrap();
+                let address = elf.symbols([function])[0].unwrap();
+                let code = elf.code(address, 12).unwrap();
+                let start = address.wrapping_add(elf.bias(map).unwrap());
+                let running = Live::of(process.pid()).unwrap().bytes(start, 12, "code").unwrap();
+                assert_eq!(running, code, "{how}");
+                let mut in_file = [0; 12];
+                file.read_exact_at(&mut in_file, elf.file_offset(address).unwrap()).unwrap();
+                assert_eq!(in_file, code, "{how}");
+            }
+        }
+    }
+
+    /// Asks a file for everything.
+    fn look_through(elf: &Elf, map: &MemoryMap) {
+        let functions = elf.functions("*");
+        elf.all_symbols(&["in_library", "main", "no_such_function"]);
+        for address in functions.into_iter().take(8).chain([0, 0x1000, u64::MAX - 8, u64::MAX]) {
+            elf.file_offset(address);
+            elf.code(address, u64::MAX);
+            elf.code_from(address);
+            elf.target_in_code(address, &[0xe8], &[]);
+            instructions::entry(elf, address);
+            instructions::jump_target(elf, address);
+            let _not_there = instructions::ends(elf, address, true);
+        }
+        elf.bias(map);
+        elf.build_id();
+        elf.debug_link();
+        elf.has_symbols();
+        elf.start();
+        elf.usdt("python", "gc__start");
+        elf.variable("errno");
+        for section in [".text", ".eh_frame", ".bss", ".symtab", ".note.stapsdt"] {
+            elf.section(section.as_bytes());
+        }
+    }
+
+    #[test]
+    fn files_that_are_cut_short_or_spoiled_do_no_harm() {
+        let Some(gcc) = find("files_that_are_cut_short", "gcc") else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let program = linked(&gcc, folder.path(), &[], &["-pie", "-fPIE"]);
+        let whole = fs::read(program).unwrap();
+        let mappings = Mappings::of(std::process::id()).unwrap();
+        let map = mappings.modules().next().unwrap();
+        let spoiled = folder.path().join("spoiled");
+        let mut seen = [0; 2];
+        let mut try_out = |bytes: &[u8]| {
+            if let Ok(elf) = Elf::from_bytes(bytes) {
+                seen[0] += 1;
+                look_through(&elf, map);
+            }
+            fs::write(&spoiled, bytes).unwrap();
+            if let Ok(elf) = Elf::of_symbols(&File::open(&spoiled).unwrap()) {
+                seen[1] += 1;
+                look_through(&elf, map);
+            }
+        };
+        try_out(&whole);
+        for end in (1..whole.len()).step_by(whole.len() / 200) {
+            try_out(&whole[..end]);
+        }
+        let mut random = fastrand::Rng::with_seed(5);
+        let sections = usize::try_from(u64::from_le_bytes(*whole[40..].first_chunk().unwrap())).unwrap();
+        for round in 0..2000 {
+            let mut bytes = whole.clone();
+            // Headers, tables of sections, anything.
+            let part = [16..64, 64..1024, sections..whole.len(), 0..whole.len()][round % 4].clone();
+            for _ in 0..random.usize(1..8) {
+                bytes[random.usize(part.clone())] = random.u8(..) | [0, 0xff][random.usize(..2)];
+            }
+            try_out(&bytes);
+        }
+        eprintln!("{} of 2,201 were read, {} for their symbols", seen[0], seen[1]);
+        assert!(seen.iter().all(|&seen| seen > 100), "{seen:?}");
+    }
 
     #[test]
     fn this_programs_own_symbols_are_where_it_runs() {

@@ -1,13 +1,14 @@
 //! What a process has mapped where, and the files behind it, also those of containers and deleted ones.
 
 use std::{
-    collections::BTreeSet,
+    collections::HashMap,
     fs::{self, File},
     io,
-    os::unix::fs::MetadataExt as _,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 /// Which file it is: major and minor number of its device, and its inode.
@@ -48,16 +49,20 @@ impl Mappings {
         self.maps.iter().find(|map| map.pathname == MMapPath::Vdso).map(|map| map.address)
     }
 
-    /// One mapping of code for each file that has any.
+    /// One mapping of code for each file that has any, or several if the process has several copies of it: its code once
+    /// more, from its beginning.
     pub(crate) fn modules(&self) -> impl Iterator<Item = &MemoryMap> {
-        let mut seen = BTreeSet::new();
+        let mut last = HashMap::new();
         let code = self.maps.iter().filter(|map| map.perms.contains(MMPermissions::EXECUTE));
-        code.filter(move |map| matches!(map.pathname, MMapPath::Path(_)) && seen.insert(file_id(map)))
+        code.filter(move |map| {
+            matches!(map.pathname, MMapPath::Path(_))
+                && last.insert(file_id(map), map.offset).is_none_or(|before| map.offset <= before)
+        })
     }
 
-    /// A mapping of code of the module whose file name begins so.
-    pub(crate) fn module(&self, beginning: &str) -> Option<&MemoryMap> {
-        self.modules().find(|map| module_name(map).is_some_and(|name| name.starts_with(beginning)))
+    /// A mapping of code of each module whose file name begins so.
+    pub(crate) fn modules_named(&self, beginning: &str) -> impl Iterator<Item = &MemoryMap> {
+        self.modules().filter(move |map| module_name(map).is_some_and(|name| name.starts_with(beginning)))
     }
 
     /// Which of all files that had the inode is mapped; `None` if there is no file or nobody may look.
@@ -97,6 +102,17 @@ impl Mappings {
             fs::read_dir(format!("/proc/{}/map_files", self.pid)).into_iter().flatten().flatten().next();
         first.is_some_and(|first| File::open(first.path()).is_ok())
     }
+}
+
+/// Opens a regular file by its name under a root, which no symbolic link leads out of. Nothing else is opened, be it for a
+/// moment: opening a device may do something.
+pub(super) fn open_under(root: &File, path: &Path) -> io::Result<File> {
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    let place = File::from(openat2(root, path, how)?);
+    if !place.metadata()?.is_file() {
+        return Err(io::Error::other(format!("{} is no file", path.display())));
+    }
+    File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))
 }
 
 /// A path of a process, as seen from here, whatever its root is.

@@ -69,6 +69,12 @@ pub(super) fn source(folder: &Path, name: &str, text: &str) -> std::path::PathBu
     path
 }
 
+/// Runs a program that has to succeed.
+#[track_caller]
+pub(super) fn run(command: &mut Command) {
+    assert!(command.status().unwrap().success(), "{command:?}");
+}
+
 /// Registers of a thread. It stands still for as long as that takes, which a system call does not notice.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn registers(tid: u32) -> Registers {

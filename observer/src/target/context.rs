@@ -26,7 +26,7 @@ pub(crate) fn published(mappings: &Mappings) -> Option<ThreadLocal> {
 fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
     let program = fs::metadata(format!("/proc/{}/exe", mappings.pid)).ok()?.ino();
     let memory = Live::of(mappings.pid).ok()?;
-    let has_glibc = mappings.module("libc.so.6").or_else(|| mappings.module("libc-2.")).is_some();
+    let has_glibc = ["libc.so.6", "libc-2."].iter().any(|name| mappings.modules_named(name).next().is_some());
     // The program itself comes first, also where the loader looks for the variable.
     let mut modules: Vec<_> = mappings.modules().collect();
     modules.sort_by_key(|map| map.inode != program);

@@ -1,6 +1,11 @@
 //! Where in a process the places are that a profile names, and how the programs read them there.
 
-use std::{fs::File, iter};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, hash_map::Entry},
+    iter,
+    rc::Rc,
+};
 
 use observer_common::deferred::{
     Action, CLASS_STEPS, KEY_STEPS, REQUEST_ID_STEPS, Recipe, Step, ThreadLocal, register,
@@ -11,9 +16,9 @@ use super::runtime::Runtime;
 use crate::{
     profiles::{At, Case, Hook, Hop, Operand, Site as Wanted, Steps, Table, Test, VersionKind},
     stacks::{
-        elf::Elf,
+        image::Image,
         instructions,
-        mappings::{Mappings, inside, module_name},
+        mappings::{FileId, Mappings, file_id, module_name},
         memory::{Live, Memory as _},
     },
 };
@@ -27,8 +32,10 @@ pub(crate) struct Found<'p> {
     pub(crate) hook: &'p Hook,
     /// What people call the place, its module included.
     pub(crate) name: String,
-    /// The file it is in.
-    pub(crate) file: File,
+    /// The module it is in.
+    pub(crate) image: Rc<Image>,
+    /// Which file that is.
+    pub(crate) file: FileId,
     /// The places.
     pub(crate) places: Vec<FoundPlace>,
     /// How to read them, if what a function returns is in its own register.
@@ -59,29 +66,38 @@ impl FoundPlace {
     }
 }
 
+/// Which of a runtime's copies in a process it is: some libraries are loaded more than once.
+#[derive(Clone, Copy)]
+pub(crate) struct Copy {
+    /// Its number, from 0.
+    pub(crate) number: usize,
+    /// How many there are.
+    pub(crate) of: usize,
+}
+
 /// The files of a process that its hooks are in.
 pub(crate) struct Finder<'a> {
     mappings: &'a Mappings,
     runtime: &'a Runtime,
+    copy: Copy,
     memory: Live,
+    /// Files that are open, by address of their mapping.
+    images: RefCell<HashMap<u64, Rc<Image>>>,
 }
 
-/// A module of the process, open.
+/// A module of the process.
 struct Module<'a> {
     map: &'a MemoryMap,
-    file: File,
-    elf: Elf,
-    /// The file with the symbols that were taken out of it.
-    debug: Option<Elf>,
+    image: Rc<Image>,
     /// What to add to its addresses.
     bias: u64,
 }
 
 impl<'a> Finder<'a> {
     /// Looks for the places of this runtime.
-    pub(crate) fn of(mappings: &'a Mappings, runtime: &'a Runtime) -> Result<Self, String> {
+    pub(crate) fn of(mappings: &'a Mappings, runtime: &'a Runtime, copy: Copy) -> Result<Self, String> {
         let memory = Live::of(mappings.pid).map_err(|error| error.to_string())?;
-        Ok(Self { mappings, runtime, memory })
+        Ok(Self { mappings, runtime, copy, memory, images: RefCell::default() })
     }
 
     /// What its version is; `None` if the profile does not ask.
@@ -109,14 +125,35 @@ impl<'a> Finder<'a> {
         Ok(self.open(&self.runtime.module)?.functions(&hook.unless).is_err())
     }
 
-    /// Finds one hook. An error says what is missing.
-    pub(crate) fn find<'p>(&self, hook: &'p Hook) -> Result<Found<'p>, String> {
-        let home = match &hook.module {
-            None => &self.runtime.module,
-            Some(beginning) => {
-                self.mappings.module(beginning).ok_or_else(|| format!("no module {beginning} is loaded"))?
-            }
+    /// Finds one hook, in each copy of its module that belongs to this copy of the runtime. An error says what is missing.
+    pub(crate) fn find<'p>(&self, hook: &'p Hook) -> Result<Vec<Found<'p>>, String> {
+        let Some(beginning) = &hook.module else {
+            return Ok(vec![self.find_in(&self.runtime.module, hook)?]);
         };
+        let own = &self.runtime.module;
+        if module_name(own).is_some_and(|name| name.starts_with(beginning)) {
+            return Ok(vec![self.find_in(own, hook)?]);
+        }
+        let mut homes: Vec<_> = self.mappings.modules_named(beginning).collect();
+        let Some(&first) = homes.first() else { return Err(format!("no module {beginning} is loaded")) };
+        homes.retain(|home| self.has(home, hook));
+        match homes.as_slice() {
+            [] => Ok(vec![self.find_in(first, hook)?]),
+            // What was loaded together is in the same order.
+            each if each.len() == self.copy.of => Ok(vec![self.find_in(each[self.copy.number], hook)?]),
+            all => all.iter().map(|home| self.find_in(home, hook)).collect(),
+        }
+    }
+
+    /// Whether a module has what a hook names: another one's name may begin alike.
+    fn has(&self, home: &'a MemoryMap, hook: &Hook) -> bool {
+        self.open(home).is_ok_and(|module| match &hook.site {
+            Wanted::Named(names) | Wanted::BehindJump(names) => module.functions(names).is_ok(),
+            Wanted::InTable(table) => module.symbol(&table.symbol).is_some(),
+        })
+    }
+
+    fn find_in<'p>(&self, home: &'a MemoryMap, hook: &'p Hook) -> Result<Found<'p>, String> {
         let (module, functions) = match &hook.site {
             Wanted::Named(names) => {
                 let module = self.open(home)?;
@@ -126,7 +163,7 @@ impl<'a> Finder<'a> {
             Wanted::BehindJump(names) => {
                 let module = self.open(home)?;
                 let functions = module.functions(names)?.into_iter().map(|function| {
-                    instructions::jump_target(&module.elf, function)
+                    instructions::jump_target(&module.image.elf, function)
                         .ok_or_else(|| format!("{} does more than jump to another function", hook.place()))
                 });
                 let functions = functions.collect::<Result<Vec<_>, _>>()?;
@@ -134,9 +171,13 @@ impl<'a> Finder<'a> {
             }
             Wanted::InTable(table) => self.behind(home, table)?,
         };
+        let too_many = |count| format!("{} stands for {count} places", hook.place());
+        if functions.len() > PLACES {
+            return Err(too_many(functions.len()));
+        }
         let mut places = Vec::new();
         for function in functions {
-            let elf = &module.elf;
+            let elf = &module.image.elf;
             let needs_result = hook.key.as_ref().is_some_and(|key| key.register == register::RESULT);
             let addresses = match hook.at {
                 At::Entry => {
@@ -155,22 +196,24 @@ impl<'a> Finder<'a> {
             }
         }
         if places.is_empty() || places.len() > PLACES {
-            return Err(format!("{} stands for {} places", hook.place(), places.len()));
+            return Err(too_many(places.len()));
         }
         let name = format!("{} in {}", hook.place(), module_name(module.map).unwrap_or_default());
         let recipe = self.recipe(hook)?;
-        Ok(Found { hook, name, file: module.file, places, recipe })
+        Ok(Found { hook, name, image: module.image, file: file_id(module.map), places, recipe })
     }
 
     fn open(&self, map: &'a MemoryMap) -> Result<Module<'a>, String> {
-        let file = self.mappings.open(map).map_err(|error| error.to_string())?;
-        let elf = Elf::open(&file).map_err(|error| format!("{error:#}"))?;
-        let bias = elf.bias(map).ok_or("its mapping is not understood")?;
-        let debug = elf.debug_name().and_then(|name| {
-            let path = inside(self.mappings.pid, "/usr/lib/debug/.build-id".as_ref()).join(name);
-            Elf::open(&File::open(path).ok()?).ok()
-        });
-        Ok(Module { map, file, elf, debug, bias })
+        let mut images = self.images.borrow_mut();
+        let image = match images.entry(map.address.0) {
+            Entry::Occupied(known) => Rc::clone(known.get()),
+            Entry::Vacant(place) => {
+                let image = Image::of(self.mappings, map).map_err(|error| format!("{error:#}"))?;
+                Rc::clone(place.insert(Rc::new(image)))
+            }
+        };
+        let bias = image.elf.bias(map).ok_or("its mapping is not understood")?;
+        Ok(Module { map, image, bias })
     }
 
     /// The function that pointers in memory lead to, and the module it is in.
@@ -248,17 +291,12 @@ impl<'a> Finder<'a> {
 impl Module<'_> {
     /// Address in the process of what it defines by this name.
     fn symbol(&self, name: &str) -> Option<u64> {
-        let [own] = self.elf.symbols([name]);
-        let address = own.or_else(|| self.debug.as_ref()?.symbols([name])[0])?;
-        Some(address.wrapping_add(self.bias))
+        Some(self.image.symbol(name)?.wrapping_add(self.bias))
     }
 
     /// Addresses in the file of what the first of these names stands for that stands for anything.
     fn functions(&self, names: &[String]) -> Result<Vec<u64>, String> {
-        let all = names.iter().flat_map(|name| {
-            let elves = iter::once(&self.elf).chain(&self.debug);
-            elves.map(|elf| elf.functions(name))
-        });
+        let all = names.iter().map(|name| self.image.functions(name));
         let mut found = all.filter(|functions| !functions.is_empty());
         found.next().ok_or_else(|| {
             let module = module_name(self.map).unwrap_or_default();
@@ -280,4 +318,82 @@ fn steps(path: &Steps) -> impl Iterator<Item = Step> + '_ {
 /// The last step.
 fn take(naming: u32) -> Step {
     Step { action: Action::Take as u32, value: naming.into(), ..Step::END }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        fs,
+        io::{BufRead as _, BufReader},
+        process::{Command, Stdio},
+        sync::Arc,
+    };
+
+    use procfs::process::MMapPath;
+
+    use super::*;
+    use crate::{profiles::Profile, target::runtime::Runtimes};
+
+    /// Two folders, each with a library that puts work off and another one that goes on with it.
+    #[test]
+    fn copies_of_two_libraries_belong_together_as_they_were_loaded() {
+        const SCRIPT: &str = "import ctypes, sys
+loaded = [ctypes.CDLL(path) for path in sys.argv[1:]]
+print(flush=True)
+sys.stdin.read()";
+        if Command::new("gcc").arg("--version").output().is_err() {
+            eprintln!("skipped: copies_of_two_libraries_belong_together: there is no gcc here");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let mut paths = Vec::new();
+        for (part, name, function) in [
+            ("one", "libputting.so", "put_off"),
+            ("one", "libgoing.so", "go_on"),
+            ("other", "libputting.so", "put_off"),
+            ("other", "libgoing.so", "go_on"),
+            // What begins alike and has no such function is another library.
+            ("other", "libgoing-on.so", "stand_still"),
+        ] {
+            let path = folder.path().join(part).join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let code = folder.path().join("code.c");
+            fs::write(&code, format!("void {function}(void *task) {{}}")).unwrap();
+            let mut gcc = Command::new("gcc");
+            gcc.args(["-shared", "-fPIC", "-o"]).args([&path, &code]);
+            assert!(gcc.status().unwrap().success());
+            paths.push(path);
+        }
+        let mut python = Command::new("/usr/bin/python3")
+            .args(["-c", SCRIPT])
+            .args(paths)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        BufReader::new(python.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+        let mappings = Mappings::of(python.id()).unwrap();
+        let hook = |text: &str| text.parse().unwrap();
+        let (snapshot, restore) = (hook("libputting:put_off:arg0"), hook("libgoing:go_on:arg0"));
+        let profile = Profile::of_own_library(&snapshot, &restore, None);
+        let copies = Runtimes::of_profiles(vec![Arc::new(profile)]).of(&mappings);
+        let folders = copies.iter().enumerate().map(|(number, runtime)| {
+            let finder = Finder::of(&mappings, runtime, Copy { number, of: copies.len() }).unwrap();
+            let found = runtime.profile.hooks.iter().flat_map(|hook| finder.find(hook).unwrap());
+            let places: Vec<_> = found.flat_map(|found| found.places).collect();
+            let folder_of = |place: &FoundPlace| match &mappings.code(place.address).unwrap().pathname {
+                MMapPath::Path(path) => path.parent().unwrap().to_owned(),
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(places.len(), 2);
+            assert_eq!(folder_of(&places[0]), folder_of(&places[1]));
+            folder_of(&places[0])
+        });
+        let folders: BTreeSet<_> = folders.collect();
+        // It waits for its standard input to end.
+        drop(python.stdin.take());
+        python.wait().unwrap();
+        assert_eq!(folders, ["one", "other"].map(|part| folder.path().join(part)).into());
+    }
 }

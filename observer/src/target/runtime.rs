@@ -12,6 +12,7 @@ use crate::{
     stacks::{
         code::Chain,
         elf::Elf,
+        image::Image,
         instructions,
         mappings::{FileId, Mappings, Version, file_id, module_name},
         memory::Live,
@@ -93,38 +94,48 @@ impl Runtimes {
                 }
                 self.files.insert(key, self.in_file(mappings, map));
             }
-            found.extend(self.files[&key].iter().map(|module| module.in_process(mappings, map)));
+            let here = self.files[&key].iter().filter(|module| module.profile.may_be_in(map));
+            found.extend(here.map(|module| module.in_process(mappings, map)));
         }
         found.retain(|runtime| {
             let needs = runtime.profile.needs.as_deref();
-            needs.is_none_or(|needs| mappings.module(needs).is_some())
+            needs.is_none_or(|needs| mappings.modules_named(needs).next().is_some())
         });
+        // What was asked for by its file's name is to be looked for there, so that it is told if it is not found.
+        let missing = self.profiles.iter().filter(|profile| {
+            profile.home.is_some() && !found.iter().any(|runtime| Arc::ptr_eq(&runtime.profile, profile))
+        });
+        let named = missing.filter_map(|profile| {
+            let map = mappings.modules_named(profile.home.as_deref()?).next()?;
+            let module = Module { profile: Arc::clone(profile), collector: None };
+            Some(module.in_process(mappings, map))
+        });
+        let named: Vec<_> = named.collect();
+        found.extend(named);
         found
     }
 
     /// Looks for runtimes in the file behind a mapping. One that cannot be read as ELF has none.
     fn in_file(&self, mappings: &Mappings, map: &MemoryMap) -> Vec<Arc<Module>> {
-        let Some(elf) = mappings.open(map).ok().and_then(|file| Elf::open(&file).ok()) else {
-            return Vec::new();
-        };
+        let Ok(image) = Image::of(mappings, map) else { return Vec::new() };
         let markers: Vec<_> = self.profiles.iter().flat_map(|profile| profile.marker.as_slice()).collect();
         let markers: Vec<_> = markers.into_iter().map(String::as_str).collect();
-        let mut found = elf.all_symbols(&markers).into_iter();
+        let mut found = image.symbols(&markers).into_iter();
         let is_there = |profile: &&Arc<Profile>| {
             let markers = found.by_ref().take(profile.marker.as_slice().len());
             // Each profile takes its own.
             markers.filter(Option::is_some).count() > 0
         };
-        self.profiles.iter().filter(is_there).map(|profile| Arc::new(Module::of(profile, &elf))).collect()
+        self.profiles.iter().filter(is_there).map(|profile| Arc::new(Module::of(profile, &image))).collect()
     }
 }
 
 impl Module {
-    fn of(profile: &Arc<Profile>, elf: &Elf) -> Self {
+    fn of(profile: &Arc<Profile>, image: &Image) -> Self {
         let collector = profile.gc.as_ref().map(|collector| match collector {
-            Collector::Usdt(usdt) => usdt.find(elf).map(Watchable::Probes),
-            Collector::Functions(functions) => functions.find(elf).map(Watchable::Probes),
-            Collector::Totals(totals) => totals.find(elf),
+            Collector::Usdt(usdt) => usdt.find(&image.elf).map(Watchable::Probes),
+            Collector::Functions(functions) => functions.find(image).map(Watchable::Probes),
+            Collector::Totals(totals) => totals.find(image),
         });
         Self { profile: Arc::clone(profile), collector }
     }
@@ -191,13 +202,13 @@ impl Usdt {
 }
 
 impl Functions {
-    fn find(&self, elf: &Elf) -> Result<Probes, String> {
+    fn find(&self, image: &Image) -> Result<Probes, String> {
         let site = |names: &[String]| {
             let names: Vec<_> = names.iter().map(String::as_str).collect();
-            let address = elf.all_symbols(&names).into_iter().flatten().next();
+            let address = image.symbols(&names).into_iter().flatten().next();
             let address = address.ok_or_else(|| format!("it has no function {}", names.join(" or ")))?;
-            let first = instructions::entry(elf, address, &[]).ok_or("a function is not in its file")?;
-            let instruction = elf.file_offset(first).ok_or("a function is not in its file")?;
+            let first = instructions::entry(&image.elf, address, &[]).ok_or("a function is not in its file")?;
+            let instruction = image.elf.file_offset(first).ok_or("a function is not in its file")?;
             Ok::<_, String>(vec![Site { instruction, counter: 0 }])
         };
         Ok(Probes { start: site(&self.start)?, done: site(&self.done)? })
@@ -205,11 +216,12 @@ impl Functions {
 }
 
 impl Totals {
-    fn find(&self, elf: &Elf) -> Result<Watchable, String> {
-        let [version, count] = elf.symbols([self.version.as_str(), self.count.as_str()]);
+    fn find(&self, image: &Image) -> Result<Watchable, String> {
+        let version = image.symbol(&self.version);
+        let count = image.symbol(&self.count);
         let version = version.ok_or_else(|| format!("it has no symbol {}", self.version))?;
         let count = count.ok_or_else(|| format!("it has no function {}", self.count))?;
-        let chain = elf.code(count, BEGINNING).and_then(|code| Chain::of(code, count));
+        let chain = image.elf.code(count, BEGINNING).and_then(|code| Chain::of(code, count));
         let count =
             chain.ok_or_else(|| format!("the code of its function {} is not understood", self.count))?;
         Ok(Watchable::Totals { totals: self.clone(), version, count })

@@ -1,0 +1,189 @@
+//! How functions are found that a library does not export: in files with symbols that were taken out of it, also of a
+//! process with another root, and in each copy of a library that a process has loaded.
+
+use std::{
+    fs::{self, File},
+    io::{BufReader, Write as _},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use tempfile::TempDir;
+
+use crate::support::{
+    deferred::{Deferring, TRUTH, ask, assert_true, compare, jobs_for},
+    example, http,
+    observer::Observer,
+};
+
+/// Pieces of each test.
+const PIECES: usize = 3_000;
+
+/// Whether there is such a program; says so if not, and that the test is skipped.
+fn is_here(test: &str, program: &str) -> bool {
+    let is_here = Command::new(program).arg("--version").output().is_ok();
+    if !is_here {
+        eprintln!("skipped: symbols::{test}: there is no {program} here");
+    }
+    is_here
+}
+
+#[track_caller]
+fn run(command: &mut Command) -> Vec<u8> {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+/// Moves a file's symbols to another, and has it tell which that is.
+fn strip(file: &Path, debug: &Path) {
+    fs::create_dir_all(debug.parent().unwrap()).unwrap();
+    let objcopy = |arguments: &[&str], files: &[&Path]| {
+        run(Command::new("objcopy").args(arguments).args(files));
+    };
+    objcopy(&["--only-keep-debug"], &[file, debug]);
+    objcopy(&["--strip-all"], &[file]);
+    objcopy(&[&format!("--add-gnu-debuglink={}", debug.display())], &[file]);
+}
+
+/// The server in a folder, stripped, with the file that has its symbols at `debug`.
+fn stripped(debug: &str) -> (Arc<TempDir>, PathBuf) {
+    let folder = Arc::new(tempfile::tempdir().unwrap());
+    let server = folder.path().join("deferred_library");
+    fs::copy(example("deferred_library"), &server).unwrap();
+    let debug = folder.path().join(debug);
+    strip(&server, &debug);
+    (folder, debug)
+}
+
+fn start(folder: &Arc<TempDir>) -> Deferring {
+    let mut command = Command::new(folder.path().join("deferred_library"));
+    command.arg(folder.path().join(TRUTH));
+    Deferring::start_in(Arc::clone(folder), command)
+}
+
+/// Sends jobs of four pieces, and compares every link.
+#[track_caller]
+fn assert_linked(how: &str, server: &Deferring) {
+    let observer = server.observe_library();
+    let of_job = 4;
+    server.load(jobs_for(PIECES, of_job), of_job);
+    let report = observer.finish();
+    let pieces = server.pieces();
+    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
+    assert_true(how, &report, &[server.pid()], &verdict, pieces.len());
+}
+
+#[test]
+fn a_file_with_the_symbols_is_found_by_its_link_and_believed_by_its_checksum() {
+    let test = "a_file_with_the_symbols_is_found_by_its_link";
+    if !is_here(test, "objcopy") {
+        return;
+    }
+    let (folder, debug) = stripped(".debug/deferred_library.debug");
+    let server = start(&folder);
+    assert_linked("a debug link", &server);
+
+    File::options().append(true).open(debug).unwrap().write_all(b"more").unwrap();
+    let report = server.observe_library().finish();
+    let missing = report.0["self"]["missing"].to_string();
+    let why = "deferred_library has no function context_snapshot, or its symbols were taken out of it";
+    assert!(missing.contains(why), "{missing}");
+    assert_eq!(report.target(server.pid())["hooks"].as_array().unwrap().len(), 0);
+}
+
+/// Another root, in a mount namespace of its own, as containers have it.
+#[test]
+fn files_with_symbols_are_looked_for_where_the_process_has_its_root() {
+    let test = "files_with_symbols_are_looked_for_where_the_process_has_its_root";
+    if !is_here(test, "objcopy") || !is_here(test, "readelf") {
+        return;
+    }
+    for by_build in [false, true] {
+        let (folder, debug) = stripped("usr/lib/debug/deferred_library.debug");
+        let server = folder.path().join("deferred_library");
+        if by_build {
+            let notes = run(Command::new("readelf").arg("-n").arg(&server));
+            let notes = String::from_utf8(notes).unwrap();
+            let Some(id) = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: ")) else {
+                eprintln!("skipped: symbols::{test}: the linker leaves no build id");
+                return;
+            };
+            let place = debug.with_file_name(format!(".build-id/{}/{}.debug", &id[..2], &id[2..]));
+            fs::create_dir_all(place.parent().unwrap()).unwrap();
+            fs::rename(&debug, place).unwrap();
+        }
+        fs::create_dir(folder.path().join("old")).unwrap();
+        let mut command = Command::new("unshare");
+        let script =
+            "mount --bind \"$0\" \"$0\" && cd \"$0\" && pivot_root . old && exec /deferred_library \"$1\"";
+        command.args(["--mount", "sh", "-c", script]).arg(folder.path()).arg(format!("/{TRUTH}"));
+        let server = Deferring::start_in(Arc::clone(&folder), command);
+        let root = fs::read_link(format!("/proc/{}/exe", server.pid())).unwrap();
+        assert_eq!(root, Path::new("/deferred_library"), "it has a root of its own");
+        assert_linked(if by_build { "a build id in a root" } else { "a debug link in a root" }, &server);
+    }
+}
+
+/// Neither function is exported. What is the same for all calls of one may not be taken out of it.
+const LIBRARY: &str = "
+    static volatile unsigned long put_off, gone_on;
+    __attribute__((noipa)) static void context_snapshot(unsigned long task) { put_off += task; }
+    __attribute__((noipa)) static void context_restore(unsigned long task) { gone_on += task; }
+    void submit(unsigned long task) { context_snapshot(task); }
+    void execute(unsigned long task) { context_restore(task); }
+";
+
+/// Two files of one name, of which one is linked as if it were prelinked, and stripped; the other is loaded twice, the
+/// second time when it is observed already.
+#[test]
+fn work_is_followed_through_every_copy_of_a_library() {
+    let test = "work_is_followed_through_every_copy";
+    if !is_here(test, "gcc") || !is_here(test, "objcopy") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let code = folder.path().join("code.c");
+    fs::write(&code, LIBRARY).unwrap();
+    let library = |name: &str, how: &[&str]| {
+        let path = folder.path().join(name).join("libcopied.so");
+        fs::create_dir(path.parent().unwrap()).unwrap();
+        run(Command::new("gcc")
+            .args(["-O2", "-shared", "-fPIC", "-nostdlib", "-o"])
+            .args([&path, &code])
+            .args(how));
+        path
+    };
+    let (one, other) = (library("one", &[]), library("other", &["-Wl,-Ttext-segment=0x10000000"]));
+    strip(&other, &other.with_file_name("libcopied.debug"));
+
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/deferred_copies.py");
+    let mut command = Command::new("/usr/bin/python3");
+    command.arg(script).args([&one, &other]).arg(format!("again:{}", one.display()));
+    let server = Deferring::start(command);
+    let pid = server.pid().to_string();
+    let arguments =
+        ["--snapshot", "libcopied:context_snapshot:arg0", "--restore", "libcopied:context_restore:arg0"];
+    let observer =
+        Observer::start(&[&["--pid", &pid, "--no-listen", "--profile", "none"][..], &arguments].concat());
+    ask(&mut BufReader::new(http::connect(server.port)), "/load");
+    // It looks again each second.
+    thread::sleep(Duration::from_millis(2_500));
+    let of_job = 6;
+    let jobs = jobs_for(PIECES, of_job);
+    server.load(jobs, of_job);
+    let report = observer.finish();
+    let pieces = server.pieces();
+    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
+    assert_true("copies", &report, &[server.pid()], &verdict, pieces.len());
+    let hooks = report.target(server.pid())["hooks"].as_array().unwrap();
+    // Those of all copies are told as one.
+    assert_eq!(hooks.len(), 2, "{hooks:#?}");
+    for hook in hooks {
+        let each = serde_json::json!(pieces.len());
+        assert_eq!((&hook["hits"], &hook["matches"]), (&each, &each), "{hook:#}");
+    }
+}

@@ -157,15 +157,8 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_is_no_container_s_is_run_by_nobody_else() {
-        assert_eq!(
-            runner(
-                &Proc::myself().unwrap(),
-                container::id(&Proc::myself().unwrap().cgroups().unwrap()).as_deref()
-            ),
-            None
-        );
-        let parent = Proc::myself().unwrap().stat().unwrap().ppid;
-        assert_eq!(runner(&Proc::myself().unwrap(), Some(ID)), Some(parent));
+    fn a_container_is_run_by_the_nearest_process_outside_of_it() {
+        let me = Proc::myself().unwrap();
+        assert_eq!(runner(&me, Some(ID)), Some(me.stat().unwrap().ppid));
     }
 }

@@ -1,7 +1,9 @@
-//! A server in a real container: another root, another network, its own cgroup, and no idea of observer.
+//! A server in a real container: another root, another network, its own cgroup, and no idea of observer. What runs
+//! pods and services is recognised by how it names cgroups and logs, as containers and folders here are named.
 
 use std::{
     fs,
+    os::unix::fs::symlink,
     path::Path,
     process::{Command, Stdio},
 };
@@ -9,11 +11,15 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{
-    LIMIT, Process, exit_within, http,
-    observer::{BINARY, Observer},
-    servers::Server,
-    wait_for,
+use crate::{
+    otlp::url,
+    support::{
+        LIMIT, Process, exit_within, http, is_emulated,
+        observer::{BINARY, Observer},
+        otlp::{Receiver, for_each_point},
+        servers::Server,
+        wait_for,
+    },
 };
 
 /// Known operations.
@@ -30,16 +36,27 @@ struct Container {
     files: TempDir,
 }
 
+/// The container's id; tests run one at a time.
+fn id() -> String {
+    format!("{:064x}", u128::from(std::process::id()) << 64 | 0x0b5e)
+}
+
 impl Container {
+    /// In a cgroup named as containerd would, without a folder above it, which would stay behind.
     fn new() -> Self {
+        Self::in_cgroup(&format!("/cri-containerd-{}.scope", id()), Command::new("runc"))
+    }
+
+    /// In this cgroup, by this command that becomes `runc`.
+    fn in_cgroup(cgroup: &str, mut runc: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
         let bin = files.path().join("rootfs/bin");
         fs::create_dir_all(&bin).unwrap();
         fs::copy("/bin/busybox", bin.join("busybox")).expect("busybox is installed");
         fs::write(files.path().join("rootfs/index.html"), "here").unwrap();
-        let id = format!("{:064x}", u128::from(std::process::id()) << 64 | 0x0b5e);
-        configure(files.path(), &id);
-        let child = Command::new("runc")
+        let id = id();
+        configure(files.path(), cgroup);
+        let child = runc
             // A guest's root is an initramfs, which cannot be pivoted away from.
             .args(["run", "--no-pivot", "--pid-file", "pid", &id])
             .current_dir(files.path())
@@ -74,9 +91,8 @@ impl Drop for Container {
     }
 }
 
-/// Writes the configuration that `runc spec` proposes, with a server, the right to turn its network on, and a cgroup
-/// named as containerd would.
-fn configure(bundle: &Path, id: &str) {
+/// Writes the configuration that `runc spec` proposes, with a server, the right to turn its network on, and a cgroup.
+fn configure(bundle: &Path, cgroup: &str) {
     let spec =
         Command::new("runc").args(["spec", "--bundle"]).arg(bundle).status().expect("runc is installed");
     assert!(spec.success());
@@ -88,8 +104,7 @@ fn configure(bundle: &Path, id: &str) {
     for set in ["bounding", "effective", "permitted"] {
         config["process"]["capabilities"][set].as_array_mut().unwrap().push(json!("CAP_NET_ADMIN"));
     }
-    // Without a folder above it, which would stay behind.
-    config["linux"]["cgroupsPath"] = json!(format!("/cri-containerd-{id}.scope"));
+    config["linux"]["cgroupsPath"] = json!(cgroup);
     fs::write(path, config.to_string()).unwrap();
 }
 
@@ -102,7 +117,7 @@ fn a_server_in_a_container_is_found_with_its_container() {
         assert!(container.get());
     }
     let scrape = http::get(observer.port(), "/metrics");
-    let labels = format!("container=\"{}\",listener=\"{ADDRESS}\"}} {CONNECTIONS}", container.id);
+    let labels = format!("container=\"{}\",pod=\"\",listener=\"{ADDRESS}\"}} {CONNECTIONS}", container.id);
     let mut accepts = scrape.lines().filter(|l| l.starts_with("observer_accept_queue_accepts_total{"));
     assert!(accepts.next().is_some_and(|line| line.ends_with(&labels)), "{labels} in {scrape}");
 
@@ -127,4 +142,135 @@ fn a_server_in_no_container_has_none() {
     let server = Server::asyncio();
     let report = Observer::of(server.pid()).finish();
     assert_eq!(report.target(server.pid())["container"], Value::Null);
+    assert_eq!(report.target(server.pid())["kubernetes"], Value::Null);
+}
+
+#[test]
+fn a_server_of_systemd_s_has_a_service() {
+    let container = Container::in_cgroup("/observer-test.service", Command::new("runc"));
+    let pid = container.pid().unwrap();
+    let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
+    let scrape = http::get(observer.port(), "/metrics");
+    assert!(scrape.contains(",unit=\"observer-test.service\"} 1"), "{scrape}");
+    let report = observer.finish();
+    let target = report.target(pid);
+    assert_eq!(target["unit"], "observer-test.service", "{target:#}");
+    assert_eq!((&target["container"], &target["kubernetes"]), (&Value::Null, &Value::Null), "{target:#}");
+}
+
+const UID: &str = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
+
+/// The cgroup of a container in a pod, as containerd names it without systemd.
+fn pod_cgroup() -> String {
+    format!("/kubepods-besteffort-pod{}.slice:cri-containerd:{}", UID.replace('-', "_"), id())
+}
+
+/// A node's logs, with a pod of two containers.
+struct Logs(TempDir);
+
+impl Logs {
+    fn new() -> Self {
+        let logs = Self(tempfile::tempdir().unwrap());
+        for container in ["web", "istio-proxy"] {
+            fs::create_dir_all(logs.0.path().join(format!("pods/shop_web-0_{UID}")).join(container)).unwrap();
+        }
+        fs::create_dir(logs.0.path().join("containers")).unwrap();
+        logs
+    }
+
+    /// The container's link, which a kubelet makes once the container runs.
+    fn link(&self) {
+        let link = self.0.path().join(format!("containers/web-0_shop_web-{}.log", id()));
+        symlink(format!("/var/log/pods/shop_web-0_{UID}/web/0.log"), link).unwrap();
+    }
+
+    /// Runs a program that finds these at `/var/log`.
+    fn seen_by(&self, program: &str) -> Command {
+        let mut command = Command::new("unshare");
+        let script = "mkdir -p /var/log && mount --bind \"$0\" /var/log && exec \"$@\"";
+        command.args(["--mount", "sh", "-c", script]).arg(self.0.path()).arg(program);
+        command
+    }
+}
+
+fn names() -> Value {
+    json!({ "namespace": "shop", "pod": "web-0", "container": "web", "uid": UID })
+}
+
+#[test]
+fn a_server_in_a_pod_has_its_names() {
+    let logs = Logs::new();
+    let container = Container::in_cgroup(&pod_cgroup(), Command::new("runc"));
+    let pid = container.pid().unwrap();
+    let flags = ["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"];
+    let observer = Observer::start_by(logs.seen_by(BINARY), &flags, &[]);
+    let labels =
+        |container: &str| format!("namespace=\"shop\",container_name=\"{container}\",pod_uid=\"{UID}\"");
+    let scrape = || http::get(observer.port(), "/metrics");
+    let first = scrape();
+    assert!(first.contains(&labels("")), "{first}");
+    let of_listener = format!("container=\"{}\",pod=\"web-0\",listener=\"{ADDRESS}\"}}", container.id);
+    assert!(first.contains(&of_listener), "{first}");
+    logs.link();
+    // A process is asked as long as it is young, which may be over before a slow machine comes here.
+    if !is_emulated() {
+        wait_for("the container's name", || scrape().contains(&labels("web")).then_some(()));
+        let report = observer.finish();
+        let target = report.target(pid);
+        assert_eq!((&target["container"], &target["unit"]), (&json!(container.id), &Value::Null));
+        assert_eq!(target["kubernetes"], names(), "{target:#}");
+    }
+
+    let arguments = ["--pid", &pid.to_string(), "--no-listen", "--duration", "1s", "--format", "text"];
+    let output = logs.seen_by(BINARY).args(arguments).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let name = format!("busybox, process {pid}, container web ({}) of pod shop/web-0", &container.id[..12]);
+    assert!(text.contains(&name), "{name} in {text}");
+}
+
+/// As where the node is a container itself, or observer is in one.
+#[test]
+fn a_pod_s_names_are_those_of_whoever_runs_it() {
+    let logs = Logs::new();
+    logs.link();
+    let container = Container::in_cgroup(&pod_cgroup(), logs.seen_by("runc"));
+    let pid = container.pid().unwrap();
+    let report = Observer::of(pid).finish();
+    assert_eq!(report.target(pid)["kubernetes"], names(), "{:#}", report.target(pid));
+}
+
+#[test]
+fn a_collector_is_told_which_pod_it_is() {
+    if is_emulated() {
+        eprintln!("skipped: container::a_collector_is_told_which_pod_it_is: no collector in guests");
+        return;
+    }
+    let logs = Logs::new();
+    logs.link();
+    let container = Container::in_cgroup(&pod_cgroup(), Command::new("runc"));
+    let pid = container.pid().unwrap().to_string();
+    let receiver = Receiver::start("http", &[]);
+    let collector = url(receiver.port);
+    let flags =
+        ["--pid", &pid, "--no-listen", "--otlp-endpoint", &collector, "--otlp-protocol", "http/protobuf"];
+    Observer::start_by(logs.seen_by(BINARY), &flags, &[("OTEL_TRACES_EXPORTER", "none")]).finish();
+    let mut points = 0;
+    for_each_point(&receiver.stop(), |resource, _, _, _| {
+        if resource.get("process.pid") != Some(&pid) {
+            return;
+        }
+        points += 1;
+        for (attribute, value) in [
+            ("service.name", "web-0"),
+            ("service.namespace", "shop"),
+            ("container.id", &container.id),
+            ("k8s.namespace.name", "shop"),
+            ("k8s.pod.name", "web-0"),
+            ("k8s.pod.uid", UID),
+            ("k8s.container.name", "web"),
+        ] {
+            assert_eq!(resource[attribute], value, "{attribute}");
+        }
+    });
+    assert!(points > 0);
 }

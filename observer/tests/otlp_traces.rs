@@ -179,7 +179,7 @@ fn a_request_and_what_it_put_off_are_one_trace() {
         let mut traces = BTreeMap::<&str, Vec<&Value>>::new();
         for (resource, span) in &all {
             assert_eq!(resource["process.pid"], pid.to_string());
-            assert!(resource["service.name"].starts_with("python3"), "{resource:?}");
+            assert!(resource["process.executable.name"].starts_with("python3"), "{resource:?}");
             traces.entry(text(span, "traceId")).or_default().push(span);
         }
         let given = traces.remove(TRACE).expect("the trace that was begun");

@@ -27,6 +27,10 @@ What is pushed to OpenTelemetry collectors has the names under *pushed as*; `doc
 - Histograms have a bound at every power of two of nanoseconds from 1 us to 69 s, and up to seven in between with
   `--resolution`; their counts and sums are true.
 - A series ends with its process, thread or listener: the next scrape does not have it any more.
+- `container` is a container's id, `pod` the name of a pod, both empty where there is none or it is not known. The rest of
+  where a process belongs is on `observer_target_info`: `… * on (job, instance, pid) group_left (namespace, container_name, unit)
+  observer_target_info`. A Prometheus that gives labels `container` and `pod` to what it scrapes needs `honor_labels: true`,
+  or calls these `exported_container` and `exported_pod`.
 ";
 
 /// Writes the page.

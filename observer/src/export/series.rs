@@ -212,7 +212,10 @@ fn key(family: &Family, labels: &[String]) -> Key {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::snapshot::{Own, Reactor, SCHEMA, Snapshot, Split, Target};
+    use crate::model::{
+        place::Place,
+        snapshot::{Own, Reactor, SCHEMA, Snapshot, Split, Target},
+    };
 
     fn reactor(tid: u32, waits: u64, utilization: f64) -> Reactor {
         Reactor {
@@ -247,7 +250,7 @@ mod tests {
             pid: 1,
             comm: "server".into(),
             exe: "/server".into(),
-            container: None,
+            place: Place::default(),
             exited: false,
             listeners: Vec::new(),
             reactors,
@@ -285,7 +288,7 @@ mod tests {
         let waits = |cap: &mut Cap, reactors| {
             let mut all = series(cap, "observer_reactor_waits_total", reactors);
             let other = all.pop().unwrap();
-            assert_eq!(other.labels, [OTHER; 5]);
+            assert_eq!(other.labels, [OTHER; 6]);
             (all.len(), other.figure)
         };
         let reactors: Vec<_> = tids(SHOWN + 3).map(|tid| reactor(tid, 7, 0.5)).collect();

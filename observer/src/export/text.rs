@@ -4,7 +4,7 @@ use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 
 use anyhow::Result;
 
-use super::words::{SHORT_ID, due_to, named, percent, reactor_name, request_name, span};
+use super::words::{self, due_to, named, percent, reactor_name, request_name, span};
 use crate::model::{
     deferred::{Deferred, is_held_up},
     histogram::Histogram,
@@ -131,9 +131,8 @@ fn dropped(target: &Target) -> impl Iterator<Item = String> + '_ {
 
 fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
     let gone = if target.exited { ", exited" } else { "" };
-    let container =
-        target.container.as_deref().map(|id| format!(", container {id:.SHORT_ID$}")).unwrap_or_default();
-    writeln!(out, "\n{}, process {}{container}{gone}  {}", target.comm, target.pid, target.exe)?;
+    let place = words::place(&target.place);
+    writeln!(out, "\n{}, process {}{place}{gone}  {}", target.comm, target.pid, target.exe)?;
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }

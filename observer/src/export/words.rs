@@ -2,10 +2,10 @@
 
 use observer_common::block::Block;
 
-use crate::model::{request::Request, snapshot::Reactor, stall::Cause};
+use crate::model::{place::Place, request::Request, snapshot::Reactor, stall::Cause};
 
 /// Digits of a container's id that are enough for people, as `docker ps` shows it.
-pub(crate) const SHORT_ID: usize = 12;
+const SHORT_ID: usize = 12;
 
 /// `reactor (thread 16451)`.
 pub(crate) fn reactor_name(reactor: &Reactor) -> String {
@@ -13,6 +13,26 @@ pub(crate) fn reactor_name(reactor: &Reactor) -> String {
         format!("in thread {}", reactor.tid)
     } else {
         format!("{} (thread {})", reactor.name, reactor.tid)
+    }
+}
+
+/// `, container 0123456789ab`, `, container web (0123456789ab) of pod shop/web-0`, `, nginx.service`; empty if it belongs
+/// nowhere.
+pub(crate) fn place(place: &Place) -> String {
+    let Place { container, kubernetes, unit } = place;
+    let id = container.as_deref().map(|id| format!("{id:.SHORT_ID$}"));
+    let Some(pod) = kubernetes else {
+        let container = id.map(|id| format!(", container {id}"));
+        return container.or_else(|| Some(format!(", {}", unit.as_ref()?))).unwrap_or_default();
+    };
+    let pod_name = match (&pod.namespace, &pod.name) {
+        (Some(namespace), Some(name)) => format!("pod {namespace}/{name}"),
+        _ => format!("pod {}", pod.uid),
+    };
+    match (&pod.container, id) {
+        (Some(name), Some(id)) => format!(", container {name} ({id}) of {pod_name}"),
+        (None, Some(id)) => format!(", container {id} of {pod_name}"),
+        (_, None) => format!(", {pod_name}"),
     }
 }
 
@@ -72,6 +92,7 @@ pub(crate) fn span(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::place::Pod;
 
     #[test]
     fn requests_are_told_by_the_latest() {
@@ -86,6 +107,26 @@ mod tests {
         assert_eq!(due_to(&[&one, &other]), " for GET /2 and others");
         let unknown = Request { time: "2026-11-24T12:00:00Z".into(), ..Request::default() };
         assert_eq!(due_to(&[&unknown]), " for a request at 2026-11-24T12:00:00Z");
+    }
+
+    #[test]
+    fn places_are_told_by_name_as_far_as_they_have_one() {
+        assert_eq!(place(&Place::default()), "");
+        let unit = Place { unit: Some("nginx.service".into()), ..Place::default() };
+        assert_eq!(place(&unit), ", nginx.service");
+        let mut container = Place { container: Some("0123456789abcdef".into()), ..Place::default() };
+        assert_eq!(place(&container), ", container 0123456789ab");
+        let mut pod = Pod { uid: "8f2d".into(), ..Pod::default() };
+        container.kubernetes = Some(pod.clone());
+        assert_eq!(place(&container), ", container 0123456789ab of pod 8f2d");
+        (pod.namespace, pod.name) = (Some("shop".into()), Some("web-0".into()));
+        container.kubernetes = Some(pod.clone());
+        assert_eq!(place(&container), ", container 0123456789ab of pod shop/web-0");
+        pod.container = Some("web".into());
+        container.kubernetes = Some(pod);
+        assert_eq!(place(&container), ", container web (0123456789ab) of pod shop/web-0");
+        container.container = None;
+        assert_eq!(place(&container), ", pod shop/web-0");
     }
 
     #[test]

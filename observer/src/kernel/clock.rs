@@ -48,8 +48,9 @@ fn sample() -> Duration {
     readings.min().map(|(_, offset)| offset).unwrap_or_default()
 }
 
-/// Wall time of a moment so long after the machine's start, time asleep included, as `/proc` counts it.
-pub(crate) fn wall_time_after_boot(elapsed: Duration) -> SystemTime {
+/// Wall time of a moment so many ticks after the machine's start, time asleep included, as `/proc` counts it.
+pub(crate) fn wall_time_of_ticks(ticks: u64) -> SystemTime {
+    let elapsed = Duration::from_millis(ticks * 1000 / procfs::ticks_per_second().max(1));
     let up = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("every kernel has this clock");
     SystemTime::now() - Duration::from(up).saturating_sub(elapsed)
 }

@@ -4,6 +4,7 @@
 use super::{
     deferred::{Deferred, HookFigures},
     histogram::Histogram,
+    place::Place,
     snapshot::{Depths, Gc, Listener, Reactor, Snapshot, Target},
     stall::Cause,
 };
@@ -98,8 +99,8 @@ impl Subject {
     /// Which of them stay the same as long as it lives: names may change.
     pub(crate) const fn lasting_labels(self) -> &'static [usize] {
         match self {
-            Self::Listener | Self::Reactor | Self::Task => &[0, 3],
-            Self::Hook => &[0, 3, 4, 5],
+            Self::Listener | Self::Reactor | Self::Task => &[0, 4],
+            Self::Hook => &[0, 4, 5, 6],
             Self::Target | Self::Program => &[0],
             Self::Source => &[0, 1],
             Self::Own => &[],
@@ -124,12 +125,13 @@ impl Family {
     }
 }
 
-const TARGET: &[&str] = &["pid", "comm", "container"];
-const LISTENER: &[&str] = &["pid", "comm", "container", "listener"];
-const REACTOR: &[&str] = &["pid", "comm", "container", "tid", "reactor"];
-const TASK: &[&str] = &["pid", "comm", "container", "task"];
-const HOOK: &[&str] = &["pid", "comm", "container", "profile", "verb", "place"];
-const PROGRAM: &[&str] = &["pid", "comm", "container", "exe"];
+const TARGET: &[&str] = &["pid", "comm", "container", "pod"];
+const LISTENER: &[&str] = &["pid", "comm", "container", "pod", "listener"];
+const REACTOR: &[&str] = &["pid", "comm", "container", "pod", "tid", "reactor"];
+const TASK: &[&str] = &["pid", "comm", "container", "pod", "task"];
+const HOOK: &[&str] = &["pid", "comm", "container", "pod", "profile", "verb", "place"];
+const PROGRAM: &[&str] =
+    &["pid", "comm", "container", "pod", "exe", "namespace", "container_name", "pod_uid", "unit"];
 const SOURCE: &[&str] = &["source", "reason"];
 
 /// All families, in the order of the reference page.
@@ -299,7 +301,7 @@ pub(crate) const CATALOG: &[Family] = &[
         unit: "s",
         help: "Time spent between waits, by what the thread was doing: on a CPU, waiting for one, or blocked, and in what.",
         kind: Kind::Counter,
-        labels: &["pid", "comm", "container", "tid", "reactor", "state", "cause"],
+        labels: &["pid", "comm", "container", "pod", "tid", "reactor", "state", "cause"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
                 for cause in Cause::PARTS {
@@ -316,7 +318,7 @@ pub(crate) const CATALOG: &[Family] = &[
         unit: "{stall}",
         help: "Slices as long as the threshold or longer, by what took most of their time.",
         kind: Kind::Counter,
-        labels: &["pid", "comm", "container", "tid", "reactor", "cause"],
+        labels: &["pid", "comm", "container", "pod", "tid", "reactor", "cause"],
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
                 for cause in Cause::all() {
@@ -510,6 +512,10 @@ pub(crate) const CATALOG: &[Family] = &[
             for target in live(s) {
                 let mut labels = target_labels(target);
                 labels.push(target.exe.clone());
+                let Place { kubernetes, unit, .. } = target.place.clone();
+                let pod = kubernetes.unwrap_or_default();
+                labels.extend([pod.namespace, pod.container].map(Option::unwrap_or_default));
+                labels.extend([pod.uid, unit.unwrap_or_default()]);
                 sink(labels, Value::Number(1.0));
             }
         },
@@ -620,7 +626,10 @@ fn live_reactors(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Reactor
 }
 
 fn target_labels(target: &Target) -> Vec<String> {
-    vec![target.pid.to_string(), target.comm.clone(), target.container.clone().unwrap_or_default()]
+    let Place { container, kubernetes, .. } = &target.place;
+    let pod = kubernetes.as_ref().and_then(|pod| pod.name.clone());
+    let (container, pod) = (container.clone().unwrap_or_default(), pod.unwrap_or_default());
+    vec![target.pid.to_string(), target.comm.clone(), container, pod]
 }
 
 fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'g> fn(&'g Gc) -> Option<Value<'g>>) {

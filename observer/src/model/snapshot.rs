@@ -11,6 +11,7 @@ use super::{
     delivery::Delivery,
     frame::Frame,
     histogram::Histogram,
+    place::Place,
     stall::{Cause, Stalls, are_alike},
 };
 
@@ -45,8 +46,9 @@ pub(crate) struct Target {
     pub(crate) comm: String,
     /// Path of its executable.
     pub(crate) exe: String,
-    /// Id of the container it is in, 64 hexadecimal digits; `None` if it is in none.
-    pub(crate) container: Option<String>,
+    /// Where it belongs.
+    #[serde(flatten)]
+    pub(crate) place: Place,
     /// Whether it is gone.
     pub(crate) exited: bool,
     /// What it listens on. A listener that several targets share is listed once, with the lowest process id.

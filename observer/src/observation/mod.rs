@@ -297,7 +297,7 @@ impl Observation {
     fn rename(&mut self) {
         for process in self.live.values_mut() {
             if process::is_there(process.pid) {
-                *process = Process::of(process.pid);
+                process.refresh();
             }
         }
         for (&tid, thread) in &mut self.threads {
@@ -344,7 +344,7 @@ impl Observation {
                 pid,
                 comm: process.comm,
                 exe: process.exe,
-                container: process.container,
+                place: process.place,
                 exited,
                 listeners: numbered(listeners.remove(&pid).unwrap_or_default()),
                 reactors: mem::take(reactors.entry(pid).or_default()),

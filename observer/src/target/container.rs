@@ -23,9 +23,13 @@ fn id_in(path: &str) -> Option<&str> {
 fn id_of_component(component: &str) -> Option<&str> {
     let component = component.strip_suffix(".scope").unwrap_or(component);
     let (runtime, id) = component.rsplit_once(['-', ':']).unwrap_or(("", component));
-    let is_id = id.len() == ID && id.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
     // podman's and CRI-O's monitor is called after its container, but is not in it.
-    (is_id && !runtime.ends_with("conmon")).then_some(id)
+    (is_id(id) && !runtime.ends_with("conmon")).then_some(id)
+}
+
+/// Whether it has the form of a container's id.
+pub(crate) fn is_id(text: &str) -> bool {
+    text.len() == ID && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 #[cfg(test)]

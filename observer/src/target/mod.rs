@@ -6,5 +6,7 @@ pub(crate) mod container;
 pub(crate) mod context;
 pub(crate) mod drops;
 pub(crate) mod hooks;
+pub(crate) mod identity;
+pub(crate) mod pod;
 pub(crate) mod process;
 pub(crate) mod runtime;

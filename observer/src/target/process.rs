@@ -11,8 +11,8 @@ use procfs::{
     process::{FDTarget, Process as Proc, StatFlags, all_processes},
 };
 
-use super::container;
-use crate::failure::Failure;
+use super::identity;
+use crate::{failure::Failure, model::place::Place};
 
 /// What people call a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,23 +23,28 @@ pub(crate) struct Process {
     pub(crate) comm: String,
     /// Path of its executable; empty if it was gone before anybody could look.
     pub(crate) exe: String,
-    /// Id of the container it is in, 64 hexadecimal digits; `None` if it is in none.
-    pub(crate) container: Option<String>,
+    /// Where it belongs.
+    pub(crate) place: Place,
 }
 
 impl Process {
     /// Reads a process's identity; one that is gone already keeps its id alone.
     pub(crate) fn of(pid: u32) -> Self {
-        let proc = open(pid).ok();
-        Self {
-            pid,
-            comm: proc.as_ref().and_then(|p| p.stat().ok()).map_or_else(|| "?".into(), |stat| stat.comm),
-            exe: proc
-                .as_ref()
-                .and_then(|p| p.exe().ok())
-                .map_or_else(String::new, |exe| exe.display().to_string()),
-            container: proc.and_then(|p| container::id(&p.cgroups().ok()?)),
+        let mut process = Self { pid, comm: "?".into(), exe: String::new(), place: Place::default() };
+        process.refresh();
+        process
+    }
+
+    /// Reads it again: it may have started another program, or moved. What cannot be read any more stays.
+    pub(crate) fn refresh(&mut self) {
+        let Ok(proc) = open(self.pid) else { return };
+        if let Ok(stat) = proc.stat() {
+            self.comm = stat.comm;
         }
+        if let Ok(exe) = proc.exe() {
+            self.exe = exe.display().to_string();
+        }
+        identity::refresh(&mut self.place, &proc);
     }
 }
 
@@ -162,17 +167,16 @@ mod tests {
     #[test]
     fn a_grandchild_is_a_descendant() {
         let mut child = std::process::Command::new("sh").args(["-c", "sleep 30 & wait"]).spawn().unwrap();
-        let me = BTreeSet::from([std::process::id()]);
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        let found = loop {
-            let found = descendants(&me);
-            if found.len() >= 2 || std::time::Instant::now() > deadline {
+        let grandchildren = loop {
+            let found = descendants(&BTreeSet::from([child.id()]));
+            if !found.is_empty() || std::time::Instant::now() > deadline {
                 break found;
             }
         };
-        assert!(found.contains(&child.id()));
-        let grandchildren = descendants(&BTreeSet::from([child.id()]));
         assert_eq!(grandchildren.len(), 1);
+        let found = descendants(&BTreeSet::from([std::process::id()]));
+        assert!(found.contains(&child.id()) && found.is_superset(&grandchildren));
         for pid in grandchildren {
             let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
             nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL).unwrap();

@@ -36,7 +36,12 @@ impl Observer {
 
     /// The same with these variables in its environment.
     pub(crate) fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(BINARY)
+        Self::start_by(Command::new(BINARY), arguments, variables)
+    }
+
+    /// The same by a command that takes its arguments and becomes observer.
+    pub(crate) fn start_by(mut command: Command, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        let mut child = command
             .args(arguments)
             .envs(variables.iter().copied())
             .args(["--format", "json"])

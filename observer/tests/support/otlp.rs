@@ -251,7 +251,7 @@ pub(crate) fn for_each_point(
 fn labels(
     resource: &BTreeMap<String, String>,
     attributes: &BTreeMap<String, String>,
-    has_exe: bool,
+    is_info: bool,
 ) -> BTreeMap<String, String> {
     let mut labels = BTreeMap::new();
     for (name, value) in attributes {
@@ -264,10 +264,18 @@ fn labels(
         labels.insert(name.to_owned(), value.clone());
     }
     if resource["service.name"] != "observer" {
-        labels.insert("pid".into(), resource["process.pid"].clone());
-        labels.insert("container".into(), resource.get("container.id").cloned().unwrap_or_default());
-        if has_exe {
-            labels.insert("exe".into(), resource["process.executable.path"].clone());
+        let mut add = |label: &str, attribute| {
+            labels.insert(label.into(), resource.get(attribute).cloned().unwrap_or_default());
+        };
+        add("pid", "process.pid");
+        add("container", "container.id");
+        add("pod", "k8s.pod.name");
+        if is_info {
+            add("exe", "process.executable.path");
+            add("namespace", "k8s.namespace.name");
+            add("container_name", "k8s.container.name");
+            add("pod_uid", "k8s.pod.uid");
+            add("unit", "systemd.unit.name");
         }
     }
     labels

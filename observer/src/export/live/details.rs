@@ -11,7 +11,7 @@ use super::{
     view::total,
 };
 use crate::{
-    export::words::{SHORT_ID, due_to, named, percent, span},
+    export::words::{self, due_to, named, percent, span},
     model::{
         deferred::Deferred,
         histogram::Histogram,
@@ -238,9 +238,8 @@ fn of_kind(
 
 /// Whose it is.
 fn about(name: &str, target: &Target, theme: Theme) -> Vec<Line<'static>> {
-    let container =
-        target.container.as_deref().map(|id| format!(", container {id:.SHORT_ID$}")).unwrap_or_default();
-    vec![title(name, theme), Line::raw(format!(" {}{container}", target.exe)), Line::raw("")]
+    let place = words::place(&target.place);
+    vec![title(name, theme), Line::raw(format!(" {}{place}", target.exe)), Line::raw("")]
 }
 
 fn title(text: &str, theme: Theme) -> Line<'static> {

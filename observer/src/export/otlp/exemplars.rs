@@ -32,7 +32,7 @@ impl Exemplars {
 
     /// That of a series, by its labels.
     pub(super) fn of(&self, metric: &'static str, labels: &[String]) -> Vec<Exemplar> {
-        let [pid, _, _, what, ..] = labels else { return Vec::new() };
+        let [pid, _, _, _, what, ..] = labels else { return Vec::new() };
         let Ok(pid) = pid.parse() else { return Vec::new() };
         self.0.get(&(metric, pid, what.as_str().into())).cloned().into_iter().collect()
     }
@@ -59,7 +59,7 @@ mod tests {
         for n in 0..2 {
             exemplars.add(("wait", 1, "mail".into()), &Span { trace: &[7], id: &[n] }, f64::from(n), 9);
         }
-        let labels = |pid: &str, task: &str| [pid, "app", "", task].map(str::to_owned);
+        let labels = |pid: &str, task: &str| [pid, "app", "", "", task].map(str::to_owned);
         let found = exemplars.of("wait", &labels("1", "mail"));
         assert_eq!(found.len(), 1);
         assert_eq!((found[0].span_id.as_slice(), found[0].value), (&[1][..], Some(Value::AsDouble(1.0))));

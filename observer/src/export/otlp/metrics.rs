@@ -121,8 +121,8 @@ fn pid(family: &Family, series: &Series) -> Option<u32> {
 }
 
 fn process(target: &Target) -> Process {
-    let Target { pid, comm, exe, container, .. } = target;
-    Process { pid: *pid, comm: comm.clone(), exe: exe.clone(), container: container.clone() }
+    let Target { pid, comm, exe, place, .. } = target;
+    Process { pid: *pid, comm: comm.clone(), exe: exe.clone(), place: place.clone() }
 }
 
 /// What all data points of a resource have in common.
@@ -196,7 +196,9 @@ impl Whose<'_> {
     /// Labels, but for those that the resource tells. A name that may change is told with what always is 1 alone.
     fn attributes(&self, family: &Family, labels: Vec<String>) -> Vec<KeyValue> {
         let labels = family.labels.iter().zip(labels).filter(|(name, _)| match **name {
-            "pid" | "container" | "exe" => !self.is_in_resource,
+            "pid" | "container" | "pod" | "exe" | "namespace" | "container_name" | "pod_uid" | "unit" => {
+                !self.is_in_resource
+            }
             "comm" => !self.is_in_resource || family.subject() == Subject::Program,
             _ => true,
         });

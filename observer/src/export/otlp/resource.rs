@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     ffi::OsString,
     path::Path,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use nix::sys::utsname::uname;
@@ -17,6 +17,7 @@ use opentelemetry_proto::tonic::{
 use super::settings::{Pairs, Settings, pairs};
 use crate::{
     kernel::clock,
+    model::place::Place,
     target::process::{self, Process},
 };
 
@@ -35,8 +36,15 @@ pub(super) struct Resources {
 struct Known {
     ticks: Option<u64>,
     exe: String,
+    place: Place,
     resource: Resource,
     start: SystemTime,
+}
+
+impl Known {
+    fn is_still(&self, target: &Process) -> bool {
+        self.exe == target.exe && self.place == target.place
+    }
 }
 
 impl Resources {
@@ -73,11 +81,12 @@ impl Resources {
         // One that is gone cannot be asked any more.
         let last = self.known.remove(&target.pid).filter(|known| ticks.is_none() || known.ticks == ticks);
         let known = match last {
-            Some(known) if ticks.is_none() || known.exe == target.exe => known,
-            // Counts go on when it runs another program.
+            Some(known) if ticks.is_none() || known.is_still(target) => known,
+            // Counts go on when it runs another program, moves, or gets its names, a moment after its start.
             last => Known {
                 ticks,
                 exe: target.exe.clone(),
+                place: target.place.clone(),
                 resource: self.describe(target, &process::environment(target.pid)),
                 start: last.map_or_else(|| self.start(ticks), |last| last.start),
             },
@@ -94,8 +103,7 @@ impl Resources {
 
     /// Since when a process is observed: since observer came, if it was there already.
     fn start(&self, ticks: Option<u64>) -> SystemTime {
-        let since_boot = |ticks: u64| Duration::from_millis(ticks * 1000 / procfs::ticks_per_second().max(1));
-        let start = ticks.map(|ticks| clock::wall_time_after_boot(since_boot(ticks)));
+        let start = ticks.map(clock::wall_time_of_ticks);
         start.map_or(self.started, |start| start.max(self.started))
     }
 
@@ -106,8 +114,12 @@ impl Resources {
             Some(value).filter(|value| !value.is_empty())
         };
         let said = variable("OTEL_RESOURCE_ATTRIBUTES").map_or_else(Vec::new, |text| pairs(&text));
+        let Place { container, kubernetes, unit } = &target.place;
+        let pod = kubernetes.clone().unwrap_or_default();
         let name = variable("OTEL_SERVICE_NAME")
-            .or_else(|| said.iter().find(|(name, _)| name == "service.name").map(|(_, value)| value.clone()));
+            .or_else(|| said.iter().find(|(name, _)| name == "service.name").map(|(_, value)| value.clone()))
+            .or_else(|| pod.name.clone())
+            .or_else(|| Some(unit.as_ref()?.trim_end_matches(".service").to_owned()));
         let mut attributes = Attributes::default();
         attributes.add("service.name", name.unwrap_or_else(|| target.comm.clone()));
         // Processes of the same service have to be told apart; its own id is that of what it tells itself.
@@ -118,10 +130,23 @@ impl Resources {
             attributes.add("process.executable.name", file.to_string_lossy());
             attributes.add("process.executable.path", target.exe.as_str());
         }
-        if let Some(container) = &target.container {
-            attributes.add("container.id", container.as_str());
+        let uid = kubernetes.as_ref().map(|pod| &pod.uid);
+        let place = [
+            ("container.id", container.as_ref()),
+            ("k8s.namespace.name", pod.namespace.as_ref()),
+            ("k8s.pod.name", pod.name.as_ref()),
+            ("k8s.pod.uid", uid),
+            ("k8s.container.name", pod.container.as_ref()),
+            ("systemd.unit.name", unit.as_ref()),
+        ];
+        for (key, value) in place {
+            if let Some(value) = value {
+                attributes.add(key, value.as_str());
+            }
         }
         attributes.add_missing(&said);
+        attributes
+            .add_missing(&pod.namespace.map(|name| ("service.namespace".into(), name)).into_iter().collect());
         attributes.add_missing(&self.common);
         attributes.into()
     }
@@ -173,13 +198,37 @@ pub(super) fn nanoseconds(time: SystemTime) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::export::otlp::testing::{process, settings};
+    use crate::{
+        export::otlp::testing::{process, settings},
+        model::place::Pod,
+    };
 
     fn described(settings: &Settings, environment: &[(&str, &str)]) -> HashMap<String, String> {
+        described_in(Place::default(), settings, environment)
+    }
+
+    fn described_in(
+        place: Place,
+        settings: &Settings,
+        environment: &[(&str, &str)],
+    ) -> HashMap<String, String> {
         let resources = Resources::new(settings, SystemTime::now());
         let variables = environment.iter().map(|(name, value)| (name.into(), value.into())).collect();
-        plain(resources.describe(&process(7), &variables))
+        plain(resources.describe(&Process { place, ..process(7) }, &variables))
+    }
+
+    fn in_pod() -> Place {
+        let name = |name: &str| Some(name.to_owned());
+        let pod = Pod {
+            namespace: name("shop"),
+            name: name("web-0"),
+            container: name("web"),
+            uid: "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59".into(),
+        };
+        Place { container: name("0123"), kubernetes: Some(pod), unit: None }
     }
 
     fn plain(resource: Resource) -> HashMap<String, String> {
@@ -205,6 +254,44 @@ mod tests {
         assert_eq!(name(&[attributes]), "shop");
         assert_eq!(name(&[attributes, ("OTEL_SERVICE_NAME", "till")]), "till");
         assert_eq!(described(&settings(), &[attributes])["k8s.pod.name"], "shop-0");
+    }
+
+    #[test]
+    fn a_process_that_says_nothing_is_called_after_its_pod_or_its_service() {
+        let resource = described_in(in_pod(), &settings(), &[]);
+        for (attribute, value) in [
+            ("service.name", "web-0"),
+            ("service.namespace", "shop"),
+            ("container.id", "0123"),
+            ("k8s.namespace.name", "shop"),
+            ("k8s.pod.name", "web-0"),
+            ("k8s.pod.uid", "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59"),
+            ("k8s.container.name", "web"),
+        ] {
+            assert_eq!(resource[attribute], value, "{attribute}");
+        }
+        let said = ("OTEL_RESOURCE_ATTRIBUTES", "service.name=till,service.namespace=ours,k8s.pod.name=x");
+        let resource = described_in(in_pod(), &settings(), &[said]);
+        assert_eq!(resource["service.name"], "till");
+        assert_eq!(resource["service.namespace"], "ours");
+        assert_eq!(resource["k8s.pod.name"], "web-0");
+        let unit = Place { unit: Some("nginx.service".into()), ..Place::default() };
+        let resource = described_in(unit, &settings(), &[]);
+        assert_eq!(
+            (resource["service.name"].as_str(), resource["systemd.unit.name"].as_str()),
+            ("nginx", "nginx.service")
+        );
+        assert!(!resource.keys().any(|key| key.starts_with("k8s.")), "{resource:?}");
+    }
+
+    #[test]
+    fn names_that_come_late_are_told() {
+        let me = process(std::process::id());
+        let mut resources = Resources::new(&settings(), SystemTime::now());
+        let (_, start) = resources.of(&me);
+        let (resource, later) = resources.of(&Process { place: in_pod(), ..me });
+        assert_eq!(plain(resource)["k8s.pod.name"], "web-0");
+        assert_eq!(start, later);
     }
 
     #[test]

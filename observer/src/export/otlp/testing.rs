@@ -5,7 +5,10 @@ use std::time::Duration;
 use super::settings::{Endpoint, Settings};
 use crate::{
     cli::Protocol,
-    model::snapshot::{Own, SCHEMA, Snapshot, Target},
+    model::{
+        place::Place,
+        snapshot::{Own, SCHEMA, Snapshot, Target},
+    },
     target::process::Process,
 };
 
@@ -37,7 +40,7 @@ pub(super) fn settings() -> Settings {
 
 /// Who a process is.
 pub(super) fn process(pid: u32) -> Process {
-    Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), container: None }
+    Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), place: Place::default() }
 }
 
 /// A process without anything to tell.
@@ -46,7 +49,7 @@ pub(super) fn target(pid: u32) -> Target {
         pid,
         comm: "app".into(),
         exe: "/usr/bin/app".into(),
-        container: None,
+        place: Place::default(),
         exited: false,
         listeners: Vec::new(),
         reactors: Vec::new(),

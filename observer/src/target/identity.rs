@@ -1,0 +1,164 @@
+//! Where a process belongs, from its cgroups and the node's folders of logs. Neither a runtime nor an API server is
+//! asked: that would take rights, and an answer in time.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use procfs::{ProcessCGroups, process::Process as Proc};
+
+use super::{container, pod};
+use crate::{
+    kernel::clock,
+    model::place::{Place, Pod},
+};
+
+/// Age from which on a process's names are not asked for again: its kubelet has written them down, or never will.
+const SETTLED: Duration = Duration::from_secs(30);
+
+/// How many ancestors of a process are looked at, at most.
+const ANCESTORS: usize = 64;
+
+/// Brings up to date where a process belongs. Folders are only looked through when it has moved, and again as long as it
+/// is so young that its kubelet may be about to write down its names.
+pub(crate) fn refresh(place: &mut Place, proc: &Proc) {
+    let Ok(cgroups) = proc.cgroups() else { return };
+    let now = in_cgroups(&cgroups);
+    let is_same = (&place.container, &place.unit, uid(place)) == (&now.container, &now.unit, uid(&now));
+    if !is_same {
+        *place = now;
+    }
+    let Place { container, kubernetes: Some(pod), .. } = place else { return };
+    if pod.container.is_none() && !(is_same && is_settled(proc)) {
+        for log in logs(proc, container.as_deref()) {
+            pod::look_up(pod, container.as_deref(), &log);
+            if pod.container.is_some() {
+                break;
+            }
+        }
+    }
+}
+
+fn uid(place: &Place) -> Option<&str> {
+    place.kubernetes.as_ref().map(|pod| pod.uid.as_str())
+}
+
+/// Where a process with these cgroups belongs, without names.
+fn in_cgroups(cgroups: &ProcessCGroups) -> Place {
+    let container = container::id(cgroups);
+    let uid = pod::uid(cgroups);
+    let unit = if container.is_none() && uid.is_none() { unit(cgroups) } else { None };
+    Place { container, kubernetes: uid.map(|uid| Pod { uid, ..Pod::default() }), unit }
+}
+
+/// The service that a process with these cgroups is part of.
+fn unit(cgroups: &ProcessCGroups) -> Option<String> {
+    cgroups.into_iter().find_map(|cgroup| unit_in(&cgroup.pathname)).map(str::to_owned)
+}
+
+/// The innermost unit's name in a path, if that is a service: a session's scope is in a user's service, but no part of
+/// it.
+fn unit_in(path: &str) -> Option<&str> {
+    let components = path.trim_end_matches(" (deleted)").rsplit('/');
+    let unit = components.into_iter().find(|name| name.ends_with(".service") || name.ends_with(".scope"))?;
+    // systemd's way to keep names apart from those of the kernel's files.
+    let unit = unit.strip_prefix('_').unwrap_or(unit);
+    unit.ends_with(".service").then_some(unit)
+}
+
+fn is_settled(proc: &Proc) -> bool {
+    let Ok(stat) = proc.stat() else { return true };
+    let age = SystemTime::now().duration_since(clock::wall_time_of_ticks(stat.starttime));
+    age.is_ok_and(|age| age >= SETTLED)
+}
+
+/// Folders with the logs of a process's node: observer's own, and that of whoever runs the process's container, which
+/// is another one if observer is in a container or the node itself is (kind).
+fn logs(proc: &Proc, container: Option<&str>) -> impl Iterator<Item = PathBuf> {
+    let runner = runner(proc, container).map(|pid| format!("/proc/{pid}/root/var/log"));
+    [Some("/var/log".into()), runner].into_iter().flatten().map(|log| Path::new(&log).into())
+}
+
+/// The nearest ancestor that is not in the same container.
+fn runner(proc: &Proc, container: Option<&str>) -> Option<i32> {
+    let mut pid = proc.stat().ok()?.ppid;
+    for _ in 0..ANCESTORS {
+        let parent = Proc::new(pid).ok()?;
+        if container::id(&parent.cgroups().ok()?).as_deref() != container {
+            return Some(pid);
+        }
+        pid = parent.stat().ok()?.ppid;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use procfs::FromRead as _;
+
+    use super::*;
+
+    const ID: &str = "3f4e9d0c6b7a8f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796";
+
+    fn found_in(lines: &str) -> Place {
+        in_cgroups(&ProcessCGroups::from_read(lines.replace("ID", ID).as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn services_are_recognised() {
+        let lines = [
+            "0::/system.slice/nginx.service",
+            "0::/system.slice/nginx.service/workers",
+            "0::/system.slice/nginx.service (deleted)",
+            "0::/system.slice/system-web.slice/nginx.service",
+            "0::/system.slice/_nginx.service",
+            // A user's own.
+            "0::/user.slice/user-1000.slice/user@1000.service/app.slice/nginx.service",
+            // As seen from inside another cgroup namespace.
+            "0::/../../../system.slice/nginx.service",
+            // Version 1, where not every controller knows, and both.
+            "4:memory:/system.slice\n1:name=systemd:/system.slice/nginx.service",
+            "4:memory:/\n1:name=systemd:/system.slice/nginx.service\n0::/system.slice/nginx.service",
+            // In a machine whose id nobody could recognise.
+            "0::/lxc.payload.web/system.slice/nginx.service",
+        ];
+        for line in lines {
+            let place = found_in(line);
+            assert_eq!(place, Place { unit: Some("nginx.service".into()), ..Place::default() }, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_service_is_none() {
+        let lines = [
+            "",
+            "0::/",
+            "0::/init.scope",
+            "0::/user.slice/user-1000.slice/session-3.scope",
+            "0::/user.slice/user-1000.slice/user@1000.service/init.scope",
+            "0::/user.slice/user-1000.slice/user@1000.service/app.slice/app-editor-7.scope",
+        ];
+        for line in lines {
+            assert_eq!(found_in(line), Place::default(), "{line}");
+        }
+    }
+
+    #[test]
+    fn containers_and_pods_are_part_of_no_service() {
+        let in_container = found_in("0::/system.slice/docker-ID.scope/system.slice/nginx.service");
+        assert_eq!(in_container, Place { container: Some(ID.into()), ..Place::default() });
+        let uid = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
+        let pod = Some(Pod { uid: uid.into(), ..Pod::default() });
+        let in_pod = found_in(&format!("0::/system.slice/kubelet.service/kubepods/pod{uid}/ID"));
+        assert_eq!(in_pod, Place { container: Some(ID.into()), kubernetes: pod.clone(), unit: None });
+        let beside = found_in(&format!("0::/system.slice/kubelet.service/kubepods/pod{uid}"));
+        assert_eq!(beside, Place { container: None, kubernetes: pod, unit: None });
+    }
+
+    #[test]
+    fn a_container_is_run_by_the_nearest_process_outside_of_it() {
+        let me = Proc::myself().unwrap();
+        assert_eq!(runner(&me, Some(ID)), Some(me.stat().unwrap().ppid));
+    }
+}

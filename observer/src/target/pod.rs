@@ -1,0 +1,294 @@
+//! Which pod a process is in, told by its cgroup paths, and what that is called, told by the folders and links that
+//! its kubelet makes for logs.
+
+use std::{fs, path::Path};
+
+use procfs::ProcessCGroups;
+
+use super::container::is_id;
+use crate::model::place::Pod;
+
+/// UID of the pod a process with these cgroups is in; `None` if it is in none that can be recognised.
+pub(crate) fn uid(cgroups: &ProcessCGroups) -> Option<String> {
+    cgroups.into_iter().find_map(|cgroup| uid_in(&cgroup.pathname))
+}
+
+fn uid_in(path: &str) -> Option<String> {
+    path.trim_end_matches(" (deleted)").rsplit('/').find_map(uid_of_component)
+}
+
+/// `podUID` as made without systemd, `kubepods-CLASS-podUID.slice` with it, the UID's dashes replaced there, or
+/// `SLICE:RUNTIME:ID` as containerd writes it where systemd was meant to make it.
+fn uid_of_component(component: &str) -> Option<String> {
+    let component = component.split(':').next()?;
+    let uid = match component.strip_suffix(".slice") {
+        Some(slice) => slice.rsplit('-').next()?.strip_prefix("pod")?.replace('_', "-"),
+        None => component.strip_prefix("pod")?.to_owned(),
+    };
+    is_uid(&uid).then_some(uid)
+}
+
+/// Whether it has the form of a UID, or is the hash of a static pod's configuration, which is its UID on its node.
+fn is_uid(text: &str) -> bool {
+    let groups: Vec<_> = text.split('-').map(str::len).collect();
+    let is_hex = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f' | b'-');
+    matches!(groups[..], [8, 4, 4, 4, 12] | [32]) && text.bytes().all(is_hex)
+}
+
+/// Adds what a node's `/var/log` knows of a pod: its names, and that of a container of it with this id.
+///
+/// Links of containers have their ids. Without any a pod's only folder is that of its only container; where others of
+/// the pod have links, the container without is the one that holds the pod together, or its link is yet to come.
+pub(crate) fn look_up(pod: &mut Pod, container: Option<&str>, log: &Path) {
+    let links = names_in(&log.join("containers"));
+    let links = links.iter().filter_map(|name| Link::read(&log.join("containers"), name));
+    let links: Vec<_> = links.filter(|link| link.pod.uid == pod.uid).collect();
+    if let Some(link) = links.iter().find(|link| Some(link.id.as_str()) == container).or(links.first()) {
+        pod.namespace.clone_from(&link.pod.namespace);
+        pod.name.clone_from(&link.pod.name);
+        if Some(link.id.as_str()) == container {
+            pod.container.clone_from(&link.pod.container);
+        }
+        return;
+    }
+    let folders = names_in(&log.join("pods"));
+    let Some((folder, found)) = folders
+        .iter()
+        .filter_map(|name| Some((name, of_folder(name)?)))
+        .find(|(_, found)| found.uid == pod.uid)
+    else {
+        return;
+    };
+    pod.namespace = found.namespace;
+    pod.name = found.name;
+    let mut containers = names_in(&log.join("pods").join(folder));
+    if container.is_some() && containers.len() == 1 {
+        pod.container = containers.pop();
+    }
+}
+
+/// A container's link in `containers`.
+struct Link {
+    id: String,
+    /// What it leads to.
+    pod: Pod,
+}
+
+impl Link {
+    /// `POD_NAMESPACE_CONTAINER-ID.log` -> `…/NAMESPACE_POD_UID/CONTAINER/COUNT.log`. Of a very long name the end is cut
+    /// off, and the id with it.
+    fn read(folder: &Path, name: &str) -> Option<Self> {
+        let (_, id) = name.strip_suffix(".log")?.rsplit_once('-')?;
+        let target = is_id(id).then(|| fs::read_link(folder.join(name)))?.ok()?;
+        let container = target.parent()?;
+        let mut pod = of_folder(container.parent()?.file_name()?.to_str()?)?;
+        pod.container = Some(container.file_name()?.to_str()?.to_owned());
+        Some(Self { id: id.to_owned(), pod })
+    }
+}
+
+/// `NAMESPACE_POD_UID`; names have no underscores.
+fn of_folder(name: &str) -> Option<Pod> {
+    let parts: Vec<_> = name.split('_').collect();
+    let [namespace, name, uid] = parts[..] else { return None };
+    let is_one = !namespace.is_empty() && !name.is_empty() && is_uid(uid);
+    is_one.then(|| Pod {
+        namespace: Some(namespace.to_owned()),
+        name: Some(name.to_owned()),
+        container: None,
+        uid: uid.to_owned(),
+    })
+}
+
+/// What is in a folder; nothing if it cannot be read.
+fn names_in(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use procfs::FromRead as _;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const UID: &str = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
+    const HASH: &str = "4e1e0a6e2ac1a05e8c5ae9f3ba0c3d0d";
+    const APP: &str = "3f4e9d0c6b7a8f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796";
+    const PAUSE: &str = "a0b1c2d3e4f5061728394a5b6c7d8e9fa0b1c2d3e4f5061728394a5b6c7d8e9f";
+
+    fn found_in(lines: &str) -> Option<String> {
+        uid(&ProcessCGroups::from_read(lines.replace("ID", APP).as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn each_way_to_write_a_uid_is_recognised() {
+        let lines = [
+            // With systemd: containerd, CRI-O with and without a cgroup of the container's own, Docker.
+            "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podSLICE.slice/cri-containerd-ID.scope",
+            "0::/kubepods.slice/kubepods-podSLICE.slice/crio-ID.scope/container",
+            "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podSLICE.slice/docker-ID.scope",
+            "0::/kubepods.slice/kubepods-podSLICE.slice/crio-ID.scope (deleted)",
+            // Without, in version 1, 2 and both.
+            "11:cpu,cpuacct:/kubepods/besteffort/podUID/ID\n1:name=systemd:/kubepods/besteffort/podUID/ID",
+            "0::/kubepods/podUID/ID",
+            "4:memory:/kubepods/burstable/podUID/ID\n0::/",
+            "0::/system.slice/containerd.service/kubepods-besteffort-podSLICE.slice:cri-containerd:ID",
+            // Kubernetes inside a container (kind), and below a root of its own.
+            "0::/docker/ID/kubelet/kubepods/podUID/ID",
+            "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podSLICE.slice/cri-containerd-ID.scope",
+            // As seen from inside another pod's cgroup namespace.
+            "0::/../../podUID/ID",
+            "0::/../../kubepods-besteffort-podSLICE.slice/cri-containerd-ID.scope",
+            // The pod's own.
+            "0::/kubepods.slice/kubepods-podSLICE.slice",
+        ];
+        for line in lines {
+            for uid in [UID, HASH] {
+                let line = line.replace("SLICE", &uid.replace('-', "_")).replace("UID", uid);
+                assert_eq!(found_in(&line).as_deref(), Some(uid), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_pod_has_no_uid() {
+        let lines = [
+            "0::/",
+            "0::/system.slice/docker-ID.scope",
+            "0::/kubepods.slice/kubepods-burstable.slice",
+            // podman's.
+            "0::/machine.slice/machine-libpod_pod_ID.slice/libpod-ID.scope",
+            "0::/jobs/pod1",
+            "0::/system.slice/podman.service",
+            "0::/kubepods/pod8F2D0C1A-5b1e-4d0c-9a6f-0e1d2c3b4a59",
+            "0::/kubepods/pod8f2d0c1a-5b1e-4d0c-9a6f",
+        ];
+        for line in lines {
+            assert_eq!(found_in(line), None, "{line}");
+        }
+    }
+
+    /// A node's `/var/log`.
+    struct Node(TempDir);
+
+    impl Node {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        /// A container's folder of logs. Docker keeps them elsewhere and has links there.
+        fn container(&self, pod: &str, container: &str, is_docker: bool) {
+            let folder = self.0.path().join("pods").join(pod).join(container);
+            fs::create_dir_all(&folder).unwrap();
+            if is_docker {
+                let log = format!("/var/lib/docker/containers/{APP}/{APP}-json.log");
+                symlink(log, folder.join("0.log")).unwrap();
+            } else {
+                fs::write(folder.join("0.log"), "").unwrap();
+            }
+        }
+
+        /// A container's link, as a kubelet names it.
+        fn link(&self, pod: &str, container: &str, id: &str) {
+            let [namespace, name, _] = pod.split('_').collect::<Vec<_>>()[..] else { panic!("{pod}") };
+            let mut link = format!("{name}_{namespace}_{container}-{id}");
+            link.truncate(251);
+            let folder = self.0.path().join("containers");
+            fs::create_dir_all(&folder).unwrap();
+            symlink(format!("/var/log/pods/{pod}/{container}/0.log"), folder.join(link + ".log")).unwrap();
+        }
+
+        /// Namespace, pod and container that it tells.
+        fn names(&self, uid: &str, container: &str) -> [Option<String>; 3] {
+            let mut pod = Pod { uid: uid.into(), ..Pod::default() };
+            look_up(&mut pod, Some(container), self.0.path());
+            [pod.namespace, pod.name, pod.container]
+        }
+    }
+
+    fn known(namespace: &str, pod: &str, container: &str) -> [Option<String>; 3] {
+        [namespace, pod, container].map(|name| Some(name).filter(|name| !name.is_empty()).map(str::to_owned))
+    }
+
+    #[test]
+    fn each_runtime_s_logs_have_the_names() {
+        let (web, twin) = (format!("shop_web-7d9f-x2x4z_{UID}"), format!("shop_web-7d9f-q8q8q_{HASH}"));
+        for is_docker in [false, true] {
+            let node = Node::new();
+            for pod in [&web, &twin] {
+                for container in ["migrate", "web", "istio-proxy"] {
+                    node.container(pod, container, is_docker);
+                }
+                node.link(pod, "istio-proxy", &APP.replace('3', "4"));
+            }
+            node.link(&web, "web", APP);
+            assert_eq!(node.names(UID, APP), known("shop", "web-7d9f-x2x4z", "web"));
+            // What holds a pod together has no link, and its twin's container has none yet.
+            assert_eq!(node.names(UID, PAUSE), known("shop", "web-7d9f-x2x4z", ""));
+            assert_eq!(node.names(HASH, PAUSE), known("shop", "web-7d9f-q8q8q", ""));
+        }
+    }
+
+    #[test]
+    fn a_pod_s_only_container_needs_no_link() {
+        let node = Node::new();
+        let pod = format!("kube-system_etcd-node_{HASH}");
+        node.container(&pod, "etcd", false);
+        assert_eq!(node.names(HASH, APP), known("kube-system", "etcd-node", "etcd"));
+        // A process of the pod that is in none of its containers.
+        let mut beside = Pod { uid: HASH.into(), ..Pod::default() };
+        look_up(&mut beside, None, node.0.path());
+        assert_eq!(beside.container, None);
+        // Another one has the link: this is what holds the pod together, or it was just started again.
+        node.link(&pod, "etcd", APP);
+        assert_eq!(node.names(HASH, PAUSE), known("kube-system", "etcd-node", ""));
+    }
+
+    #[test]
+    fn links_alone_are_enough() {
+        let node = Node::new();
+        node.link(&format!("shop_web-0_{UID}"), "web", APP);
+        assert_eq!(node.names(UID, APP), known("shop", "web-0", "web"));
+    }
+
+    #[test]
+    fn links_with_their_ends_cut_off_are_nobody_s() {
+        let node = Node::new();
+        let name = "n".repeat(200);
+        let pod = format!("shop_{name}_{UID}");
+        node.link(&pod, "web", APP);
+        assert_eq!(node.names(UID, APP), known("", "", ""));
+        node.container(&pod, "web", false);
+        assert_eq!(node.names(UID, APP), known("shop", &name, "web"));
+    }
+
+    #[test]
+    fn what_is_not_certain_is_not_told() {
+        let nothing = known("", "", "");
+        assert_eq!(Node::new().names(UID, APP), nothing);
+        let node = Node::new();
+        for folder in [
+            // Another pod of the same name, as a stateful set makes it again.
+            format!("shop_web-0_{}", UID.replace('8', "9")),
+            // A kubelet older than 1.14, and what others put there.
+            UID.to_owned(),
+            format!("_web-0_{UID}"),
+            format!("shop__{UID}"),
+            format!("shop_web_0_{UID}"),
+            format!("tenant_shop_web-0_{UID}"),
+        ] {
+            node.container(&folder, "web", false);
+        }
+        // A link to nowhere that has names.
+        fs::create_dir_all(node.0.path().join("containers")).unwrap();
+        let link = node.0.path().join(format!("containers/web-0_shop_web-{APP}.log"));
+        symlink(format!("/var/lib/docker/containers/{APP}/{APP}-json.log"), link).unwrap();
+        fs::write(node.0.path().join(format!("containers/web-0_shop_web-{PAUSE}.log")), "").unwrap();
+        assert_eq!(node.names(UID, APP), nothing);
+        assert_eq!(node.names(UID, PAUSE), nothing);
+    }
+}

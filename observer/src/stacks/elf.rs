@@ -373,7 +373,7 @@ mod tests {
             elf.code(address, u64::MAX);
             elf.code_from(address);
             elf.target_in_code(address, &[0xe8], &[]);
-            instructions::entry(elf, address);
+            instructions::entry(elf, address, &[]);
             instructions::jump_target(elf, address);
             let _not_there = instructions::ends(elf, address, true);
         }

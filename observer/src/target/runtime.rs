@@ -207,7 +207,8 @@ impl Functions {
             let names: Vec<_> = names.iter().map(String::as_str).collect();
             let address = image.symbols(&names).into_iter().flatten().next();
             let address = address.ok_or_else(|| format!("it has no function {}", names.join(" or ")))?;
-            let first = instructions::entry(&image.elf, address, &[]).ok_or("a function is not in its file")?;
+            let first =
+                instructions::entry(&image.elf, address, &[]).ok_or("a function is not in its file")?;
             let instruction = image.elf.file_offset(first).ok_or("a function is not in its file")?;
             Ok::<_, String>(vec![Site { instruction, counter: 0 }])
         };

@@ -9,6 +9,9 @@ const LOWEST_EXPONENT: u32 = 10;
 /// Above 2^36 ns (68.7 s) everything falls into the last one.
 const HIGHEST_EXPONENT: u32 = 36;
 
+/// Buckets of each power of two.
+pub const STEPS: usize = 1 << STEP_BITS;
+
 /// Number of buckets, the open ones at both ends included.
 pub const BUCKETS: usize = 2 + (((HIGHEST_EXPONENT - LOWEST_EXPONENT) as usize) << STEP_BITS);
 

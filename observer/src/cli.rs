@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{probes::reactor::Calls, profiles::OwnHook};
+use crate::{model::histogram::Resolution, probes::reactor::Calls, profiles::OwnHook};
 
 /// What a command line asks for.
 #[derive(Debug, Parser)]
@@ -154,6 +154,11 @@ pub(crate) struct Output {
     /// No Prometheus endpoint
     #[arg(long, conflicts_with = "listen")]
     pub(crate) no_listen: bool,
+    /// Bounds that scraped and pushed histograms have for each power of two, from 1 us to 69 s: 1, 2, 4 or 8
+    ///
+    /// With 1, a quantile is exact to a factor of 2; with 8, as in reports, to 12.5 %, at eight times as many series.
+    #[arg(long, value_name = "BOUNDS", default_value_t = Resolution::LOWEST)]
+    pub(crate) resolution: Resolution,
     /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
     ///
     /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.

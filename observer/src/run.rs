@@ -97,7 +97,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
             None
         };
         // Whoever is told by name is so everywhere.
-        let cap = Arc::new(Mutex::new(Cap::default()));
+        let cap = Arc::new(Mutex::new(Cap::at(output.resolution)));
         let mut push = collector.map(|collector| Push::start(collector, &mut observation, Arc::clone(&cap)));
         let observation = Arc::new(Mutex::new(observation));
         if let Some(endpoint) = endpoint {

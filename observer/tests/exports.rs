@@ -52,6 +52,28 @@ fn the_scrape_and_the_report_agree() {
     assert_eq!(series(&scrape, "observer_self_lost_total", &["cause=\"reactors_full\""]), 0.0);
 }
 
+/// With all bounds that there are, the scrape has the report's own.
+#[test]
+fn a_scrape_is_as_fine_as_was_asked_for() {
+    let server = Server::asyncio();
+    let pid = server.pid().to_string();
+    let observer = Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--resolution", "8"]);
+    server.block("sleep", 100);
+    let scrape = http::get(observer.port(), "/metrics");
+    let report = observer.finish();
+    let bucket = format!("observer_reactor_slice_seconds_bucket{{pid=\"{pid}\"");
+    let bounds: Vec<f64> = scrape
+        .lines()
+        .filter(|line| line.starts_with(&bucket) && !line.contains("+Inf"))
+        .map(|line| line.split("le=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap())
+        .collect();
+    let reported = report.reactor(server.pid())["slice"]["buckets"].as_array().unwrap().clone();
+    assert!(bounds.len() > 200, "{bounds:?}");
+    for bucket in reported {
+        assert!(bounds.contains(&bucket[0].as_f64().unwrap()), "{bucket} is not among {bounds:?}");
+    }
+}
+
 /// HELP and TYPE once for each family, no series twice.
 #[test]
 fn the_scrape_is_well_formed() {

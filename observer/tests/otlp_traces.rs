@@ -8,7 +8,7 @@ use std::{
 };
 
 use nix::time::{ClockId, clock_gettime};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     otlp::{PROTOCOLS, figures_of, is_skipped, url},
@@ -358,4 +358,28 @@ fn a_stall_is_told_with_its_request() {
         }
     });
     assert_eq!(exemplars, 1);
+}
+
+/// One that is due to no request, for nobody looks for requests, is a trace by itself.
+#[test]
+fn a_stall_without_a_request_is_told_alone() {
+    if is_skipped("a_stall_without_a_request_is_told_alone") {
+        return;
+    }
+    let server = Server::asyncio();
+    let receiver = Receiver::start("grpc", &[]);
+    let (pid, address) = (server.pid().to_string(), url(receiver.port));
+    let flags = ["--pid", &pid, "--no-listen", "--profile", "none", "--otlp-endpoint", &address];
+    let observer = Observer::start(&[&flags[..], &["--otlp-protocol", "grpc"]].concat());
+    server.block("sleep", 120);
+    thread::sleep(Duration::from_secs(1));
+    observer.finish();
+    let all = spans(&receiver.stop());
+    let long = |span: &&Value| time(span, "endTimeUnixNano") - time(span, "startTimeUnixNano") >= 120_000_000;
+    let found: Vec<_> = all.iter().map(|(_, span)| span).filter(long).collect();
+    assert_eq!(found.len(), 1, "{all:#?}");
+    let stall = found[0];
+    assert_eq!((&stall["name"], &stall["kind"]), (&json!("stall"), &json!("SPAN_KIND_INTERNAL")));
+    assert_eq!(stall.get("parentSpanId").and_then(Value::as_str).unwrap_or_default(), "", "{stall:#}");
+    assert_eq!(attributes(&stall["attributes"])["observer.stall.cause"], "sleep");
 }

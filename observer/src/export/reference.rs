@@ -24,7 +24,8 @@ What is pushed to OpenTelemetry collectors has the names under *pushed as*; `doc
 - **Lag** counts once for each millisecond observed, so `histogram_quantile(0.99, rate(observer_reactor_lag_seconds_bucket[5m]))`
   is the delay that 99 % of all instants do not exceed, and `rate(…_sum[5m]) / rate(…_count[5m])` the mean. It grows while a loop
   is stuck, too.
-- Histograms have a bound at every power of two of nanoseconds from 1 us to 69 s; their counts and sums are true.
+- Histograms have a bound at every power of two of nanoseconds from 1 us to 69 s, and up to seven in between with
+  `--resolution`; their counts and sums are true.
 - A series ends with its process, thread or listener: the next scrape does not have it any more.
 ";
 

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::model::{
     catalog::{CATALOG, Family, Kind, Subject, Together, Value},
+    histogram::Resolution,
     snapshot::Snapshot,
 };
 
@@ -62,11 +63,11 @@ impl Distribution {
 }
 
 impl Figure {
-    fn of(value: &Value<'_>) -> Self {
+    fn of(value: &Value<'_>, resolution: Resolution) -> Self {
         match value {
             Value::Number(number) => Self::Number(*number),
             Value::Histogram(h) => {
-                Self::Distribution(Distribution::of(h.count(), h.sum(), h.cumulative_by_octave()))
+                Self::Distribution(Distribution::of(h.count(), h.sum(), h.cumulative_at(resolution)))
             }
             Value::Depths(depths) => {
                 let buckets = depths.cumulative().map(|(bound, count)| (bound.into(), count));
@@ -99,8 +100,10 @@ type Shared = (usize, Vec<String>);
 ///
 /// Whoever was told one by one remains so until it is gone, and whoever was told with the others remains with them:
 /// no figure is told twice. What the others counted remains when one of them is gone: counters only grow.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Cap {
+    /// Of histograms.
+    resolution: Resolution,
     shown: HashSet<Key>,
     /// The others, each with its figures as they were last added.
     others: HashMap<Key, HashMap<Shared, Figure>>,
@@ -109,9 +112,15 @@ pub(crate) struct Cap {
 }
 
 impl Cap {
+    /// Nobody yet, and how finely histograms are told.
+    pub(crate) fn at(resolution: Resolution) -> Self {
+        Self { resolution, shown: HashSet::new(), others: HashMap::new(), counted: HashMap::new() }
+    }
+
     /// All series of a snapshot, by family in the order of the catalog.
     pub(crate) fn gather(&mut self, snapshot: &Snapshot) -> Vec<Vec<Series>> {
-        let all: Vec<_> = CATALOG.iter().map(|family| (family, collect(family, snapshot))).collect();
+        let all: Vec<_> =
+            CATALOG.iter().map(|family| (family, collect(family, snapshot, self.resolution))).collect();
         let present = all.iter().flat_map(|(family, series)| series.iter().map(|s| key(family, &s.labels)));
         self.seat(present.collect());
         all.into_iter()
@@ -187,10 +196,10 @@ impl Cap {
     }
 }
 
-fn collect(family: &Family, snapshot: &Snapshot) -> Vec<Series> {
+fn collect(family: &Family, snapshot: &Snapshot, resolution: Resolution) -> Vec<Series> {
     let mut series = Vec::new();
     (family.collect)(snapshot, &mut |labels, value| {
-        series.push(Series { labels, figure: Figure::of(&value) });
+        series.push(Series { labels, figure: Figure::of(&value, resolution) });
     });
     series
 }
@@ -265,14 +274,14 @@ mod tests {
     #[test]
     fn up_to_the_cap_each_is_told_by_itself() {
         let reactors: Vec<_> = tids(SHOWN).map(|tid| reactor(tid, 7, 0.5)).collect();
-        let all = series(&mut Cap::default(), "observer_reactor_waits_total", reactors);
+        let all = series(&mut Cap::at(Resolution::LOWEST), "observer_reactor_waits_total", reactors);
         assert_eq!(all.len(), SHOWN);
         assert!(all.iter().all(|series| series.figure == Figure::Number(7.0) && series.labels[0] == "1"));
     }
 
     #[test]
     fn the_surplus_is_added_up_and_only_grows() {
-        let mut cap = Cap::default();
+        let mut cap = Cap::at(Resolution::LOWEST);
         let waits = |cap: &mut Cap, reactors| {
             let mut all = series(cap, "observer_reactor_waits_total", reactors);
             let other = all.pop().unwrap();
@@ -298,19 +307,21 @@ mod tests {
         let reactors: Vec<_> =
             tids(SHOWN + 2).map(|tid| reactor(tid, u64::from(tid), f64::from(tid) / 1000.0)).collect();
         let most = u64::try_from(SHOWN).unwrap();
-        let merged = series(&mut Cap::default(), "observer_reactor_lag_seconds", reactors.clone());
+        let merged =
+            series(&mut Cap::at(Resolution::LOWEST), "observer_reactor_lag_seconds", reactors.clone());
         let Some(Series { figure: Figure::Distribution(merged), .. }) = merged.last() else {
             panic!("{merged:?}")
         };
         assert_eq!(merged.count, 2 * most + 3);
         assert_eq!(merged.buckets.last().unwrap().1, 2 * most + 3);
-        let busiest = series(&mut Cap::default(), "observer_reactor_utilization_ratio", reactors);
+        let busiest =
+            series(&mut Cap::at(Resolution::LOWEST), "observer_reactor_utilization_ratio", reactors);
         assert_eq!(busiest.last().unwrap().figure, Figure::Number(0.202));
     }
 
     #[test]
     fn whose_a_series_is_does_not_depend_on_names() {
-        let mut cap = Cap::default();
+        let mut cap = Cap::at(Resolution::LOWEST);
         let mut reactors: Vec<_> = tids(SHOWN + 1).map(|tid| reactor(tid, 7, 0.5)).collect();
         series(&mut cap, "observer_reactor_waits_total", reactors.clone());
         reactors[SHOWN].name = "renamed".into();

@@ -1,5 +1,7 @@
 //! Durations in seconds as people and exporters read them: counts at bounds, quantiles, true sums.
 
+use std::{fmt, str::FromStr};
+
 use observer_common::histogram::{self as kernel, BUCKETS};
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
@@ -69,12 +71,34 @@ impl Histogram {
         })
     }
 
-    /// The same at the powers of two alone: the stable set of bounds that is scraped.
-    pub(crate) fn cumulative_by_octave(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
-        self.cumulative()
-            .enumerate()
-            .filter(|(index, _)| kernel::upper_bound(*index).is_some_and(u64::is_power_of_two))
-            .map(|(_, bound)| bound)
+    /// The same at some of the bounds alone: a stable set for whoever keeps the figures.
+    pub(crate) fn cumulative_at(&self, resolution: Resolution) -> impl Iterator<Item = (f64, u64)> + '_ {
+        // The first bucket's bound is a power of two.
+        self.cumulative().step_by(kernel::STEPS / resolution.0)
+    }
+}
+
+/// How many bounds a histogram has for each power of two; a divisor of what the kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Resolution(usize);
+
+impl Resolution {
+    /// Powers of two alone.
+    pub(crate) const LOWEST: Self = Self(1);
+}
+
+impl fmt::Display for Resolution {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Resolution {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let divides = |steps: &usize| *steps > 0 && kernel::STEPS.is_multiple_of(*steps);
+        text.parse().ok().filter(divides).map(Self).ok_or("1, 2, 4 or 8")
     }
 }
 
@@ -221,13 +245,19 @@ mod tests {
     }
 
     #[test]
-    fn octaves_are_a_subset_of_all_bounds() {
+    fn powers_of_two_are_among_all_sets_of_bounds() {
         let h = of(&[3_000, 5_000, 80 * MILLISECOND]);
-        let all: Vec<_> = h.cumulative().collect();
-        let octaves: Vec<_> = h.cumulative_by_octave().collect();
-        assert_eq!(octaves.len(), 27);
-        assert!(octaves.iter().all(|bound| all.contains(bound)));
-        assert_eq!(octaves.last().unwrap().1, 3);
+        let octaves: Vec<_> = h.cumulative_at(Resolution::LOWEST).collect();
+        assert_eq!((octaves.len(), octaves.last().unwrap().1), (27, 3));
+        assert!(octaves.windows(2).all(|pair| (pair[1].0 / pair[0].0 - 2.0).abs() < 1e-9));
+        for (text, bounds) in [("1", 27), ("2", 53), ("4", 105), ("8", BUCKETS - 1)] {
+            let finer: Vec<_> = h.cumulative_at(text.parse().unwrap()).collect();
+            assert_eq!(finer.len(), bounds);
+            assert!(octaves.iter().all(|bound| finer.contains(bound)));
+        }
+        for text in ["0", "3", "16", "-1", "many"] {
+            assert!(text.parse::<Resolution>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What is handed on to whoever traces: work that is over and stalls, with the requests they are due to.
+//! What is handed on to whoever traces: work that is over and stalls, with the requests they are due to. Stalls are told
+//! without one as well.
 
 use std::{collections::VecDeque, mem, sync::Arc};
 
@@ -12,22 +13,20 @@ use super::{
 /// Most events that wait to be fetched.
 const EVENTS: usize = 32_768;
 
-/// Something that happened for a request.
+/// Something that happened.
 #[derive(Clone, Debug)]
 pub(crate) struct Event {
     /// Process.
     pub(crate) pid: u32,
-    /// The request.
-    pub(crate) request: Arc<Request>,
     /// What happened.
     pub(crate) what: What,
 }
 
-/// What happened for a request.
+/// What happened.
 #[derive(Clone, Debug)]
 pub(crate) enum What {
-    /// A piece of deferred work is over.
-    Work(Work),
+    /// A piece of deferred work is over that was put off for this request.
+    Work(Arc<Request>, Work),
     /// A thread stalled: since when, monotonic nanoseconds, and all else that is known.
     Stall(u32, u64, Box<Stall>),
 }
@@ -100,8 +99,8 @@ mod tests {
             ended_ns: 3,
         };
         for _ in 0..EVENTS + 3 {
-            let what = What::Work(work.clone());
-            events.add(Event { pid: 1, request: Arc::default(), what });
+            let what = What::Work(Arc::default(), work.clone());
+            events.add(Event { pid: 1, what });
         }
         assert_eq!(events.take().len(), EVENTS);
         assert_eq!(ledger.read().dropped[0].count, 3);

@@ -338,10 +338,10 @@ impl Follower {
         self.events.as_mut().map(Events::take).unwrap_or_default()
     }
 
-    /// Something happened for a request of a process.
-    pub(super) fn happened(&mut self, pid: u32, request: &Arc<Request>, what: impl FnOnce() -> What) {
+    /// Something happened in a process.
+    pub(super) fn happened(&mut self, pid: u32, what: impl FnOnce() -> What) {
         if let Some(events) = &mut self.events {
-            events.add(Event { pid, request: Arc::clone(request), what: what() });
+            events.add(Event { pid, what: what() });
         }
     }
 
@@ -360,8 +360,8 @@ impl Follower {
         let has_started = raw.started_ns != 0;
         let waited_until = if has_started { raw.started_ns } else { raw.ended_ns };
         let parent = (raw.parent != 0).then_some(raw.parent);
-        self.happened(pid, &request, || {
-            What::Work(Work {
+        self.happened(pid, || {
+            let work = Work {
                 id: raw.id,
                 parent,
                 context: deferred::context(&raw.context),
@@ -370,7 +370,8 @@ impl Follower {
                 queued_ns: raw.queued_ns,
                 started_ns: has_started.then_some(raw.started_ns),
                 ended_ns: raw.ended_ns,
-            })
+            };
+            What::Work(Arc::clone(&request), work)
         });
         let link = Link {
             id: raw.id,

@@ -93,10 +93,8 @@ impl Observation {
             let look = self.watcher.seen(raw.tid, raw.start_ns);
             let origin = self.follower.request(raw.request);
             let stall = reactor::stall(&raw, origin);
-            if let Some(request) = &stall.origin {
-                let what = || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone()));
-                self.follower.happened(raw.tgid, request, what);
-            }
+            let what = || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone()));
+            self.follower.happened(raw.tgid, what);
             self.thread(raw.tid, raw.tgid).stalls.add(stall, look);
         }
     }

@@ -112,10 +112,8 @@ impl Dashboard {
             "graphTooltip": 1,
             "refresh": "30s",
             "time": { "from": "now-1h", "to": "now" },
-            "links": [{
-                "type": "dashboards", "title": "observer", "tags": [TAG], "asDropdown": false, "icon": "external link",
-                "includeVars": true, "keepTime": true, "targetBlank": false, "tooltip": "", "url": null,
-            }],
+            "annotations": { "list": [] },
+            "links": [link("dashboards", "observer", &[TAG], "")],
             "templating": { "list": self.variables() },
             "panels": self.panels(),
         })
@@ -195,7 +193,7 @@ impl Panel {
                 "/d/{}?{taken}var-job=${{__field.labels.job}}&var-datasource=${{datasource}}&${{__url_time_range}}",
                 uid(name)
             );
-            defaults["links"] = json!([{ "title": title, "url": url, "targetBlank": false }]);
+            defaults["links"] = json!([link("link", title, &[], &url)]);
         }
         let (kind, options) = match self.look {
             Look::Number { red_from } => {
@@ -204,7 +202,12 @@ impl Panel {
                     json!([{ "value": null, "color": "green" }, { "value": red_from, "color": "red" }]);
                 defaults["thresholds"] = json!({ "mode": "absolute", "steps": steps });
                 let reduce = json!({ "calcs": ["lastNotNull"], "fields": "", "values": false });
-                ("stat", json!({ "reduceOptions": reduce, "colorMode": "value", "graphMode": "none" }))
+                let options = json!({
+                    "reduceOptions": reduce, "colorMode": "value", "graphMode": "none", "justifyMode": "auto",
+                    "textMode": "auto", "orientation": "auto", "wideLayout": true, "showPercentChange": false,
+                    "percentChangeColorMode": "standard",
+                });
+                ("stat", options)
             }
             Look::Lines | Look::Stack => {
                 let stacking = if self.look == Look::Stack { "normal" } else { "none" };
@@ -232,6 +235,15 @@ fn filled(query: &str, selected: &str) -> String {
 
 fn uid(name: &str) -> String {
     format!("{TAG}-{name}")
+}
+
+/// A link to another place, or to all dashboards with a tag; Grafana's schema wants all fields of both.
+fn link(kind: &str, title: &str, tags: &[&str], url: &str) -> Value {
+    let is_to_dashboards = kind == "dashboards";
+    json!({
+        "type": kind, "title": title, "tags": tags, "url": url, "asDropdown": false, "icon": "external link", "tooltip": "",
+        "includeVars": is_to_dashboards, "keepTime": is_to_dashboards, "targetBlank": false,
+    })
 }
 
 fn data_source() -> Value {

@@ -13,7 +13,7 @@ pub(super) type SpanId = [u8; 8];
 #[derive(Default)]
 pub(super) struct Ids(RandomState);
 
-/// What all spans of a request have in common.
+/// What all spans of a trace have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Context {
     pub(super) trace: [u8; 16],
@@ -21,8 +21,8 @@ pub(super) struct Context {
     pub(super) remote: Option<SpanId>,
     /// As W3C has them.
     pub(super) flags: u8,
-    /// The request's own span.
-    pub(super) server: SpanId,
+    /// The request's own span, or that of a stall that has no request.
+    pub(super) top: SpanId,
 }
 
 /// Set if the trace is recorded.
@@ -31,15 +31,23 @@ const SAMPLED: u8 = 1;
 impl Ids {
     /// The trace of a request; `None` if whoever sent it does not want it recorded.
     pub(super) fn context(&self, request: &Request) -> Option<Context> {
-        let server = self.span("request", request.id);
+        let top = self.span("request", request.id);
         let Some((trace, remote, flags)) = request.traceparent.as_deref().and_then(parsed) else {
-            let halves = [self.number("trace", request.id), self.number("trace's other half", request.id)];
-            let mut trace = [0; 16];
-            trace[..8].copy_from_slice(&halves[0].to_be_bytes());
-            trace[8..].copy_from_slice(&halves[1].to_be_bytes());
-            return Some(Context { trace, remote: None, flags: SAMPLED, server });
+            return Some(self.new_trace(top));
         };
-        (flags & SAMPLED != 0).then_some(Context { trace, remote: Some(remote), flags, server })
+        (flags & SAMPLED != 0).then_some(Context { trace, remote: Some(remote), flags, top })
+    }
+
+    /// The trace of a stall that is due to no request.
+    pub(super) fn own_context(&self, tid: u32, start_ns: u64) -> Context {
+        self.new_trace(self.stall(tid, start_ns))
+    }
+
+    fn new_trace(&self, top: SpanId) -> Context {
+        let mut trace = [0; 16];
+        trace[..8].copy_from_slice(&self.span("trace", top));
+        trace[8..].copy_from_slice(&self.span("trace's other half", top));
+        Context { trace, remote: None, flags: SAMPLED, top }
     }
 
     /// The span of a piece of work.
@@ -102,7 +110,7 @@ mod tests {
         assert_eq!(context.trace[..2], [0x0a, 0xf7]);
         assert_eq!(context.remote.unwrap()[6..], [0x33, 0x31]);
         assert_eq!(context.flags, 3);
-        assert_eq!(context.server, ids.context(&request(1, None)).unwrap().server);
+        assert_eq!(context.top, ids.context(&request(1, None)).unwrap().top);
         assert_eq!(ids.context(&request(1, Some(&sent.replace("-03", "-02")))), None);
     }
 
@@ -115,7 +123,7 @@ mod tests {
         assert_ne!(one.trace, other.trace);
         assert_ne!(one.trace[..8], one.trace[8..]);
         assert_ne!(Ids::default().context(&request(1, None)).unwrap().trace, one.trace);
-        let spans = [one.server, other.server, ids.work(1), ids.work(2), ids.stall(1, 1), ids.stall(1, 2)];
+        let spans = [one.top, other.top, ids.work(1), ids.work(2), ids.stall(1, 1), ids.stall(1, 2)];
         let distinct: std::collections::HashSet<_> = spans.iter().collect();
         assert_eq!(distinct.len(), spans.len());
         assert_eq!(ids.work(1), ids.work(1));

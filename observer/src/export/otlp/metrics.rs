@@ -228,6 +228,7 @@ fn counts(distribution: &Distribution) -> Vec<u64> {
 mod tests {
     use super::*;
     use crate::export::otlp::testing::{settings, snapshot, target};
+    use crate::model::histogram::Resolution;
 
     fn resources() -> Resources {
         Resources::new(&settings(), SystemTime::UNIX_EPOCH)
@@ -243,7 +244,13 @@ mod tests {
     #[test]
     fn each_process_has_a_resource_and_observer_another() {
         let snapshot = snapshot(vec![target(7), target(8)]);
-        let all = of_resources(&snapshot, &mut Cap::default(), &mut resources(), &Exemplars::default(), 1);
+        let all = of_resources(
+            &snapshot,
+            &mut Cap::at(Resolution::LOWEST),
+            &mut resources(),
+            &Exemplars::default(),
+            1,
+        );
         assert_eq!(all.len(), 3);
         let names = |n: usize| -> Vec<_> {
             all[n].scope_metrics[0].metrics.iter().map(|metric| metric.name.as_str()).collect()
@@ -263,7 +270,8 @@ mod tests {
         for target in &mut snapshot.targets {
             target.exe = "/x".repeat(8 << 10);
         }
-        let batches = encode(&snapshot, &mut Cap::default(), &mut resources(), &Exemplars::default());
+        let batches =
+            encode(&snapshot, &mut Cap::at(Resolution::LOWEST), &mut resources(), &Exemplars::default());
         assert!(batches.len() > 1);
         assert!(batches.iter().all(|batch| batch.bytes.len() <= REQUEST + 1024));
         let items: u64 = batches.iter().map(|batch| batch.items).sum();

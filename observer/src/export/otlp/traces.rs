@@ -105,37 +105,38 @@ impl Tracer {
         are_last: bool,
     ) -> Spans {
         let mut spans = Spans::new();
-        for event in events {
-            let Some(context) = self.ids.context(&event.request) else { continue };
-            self.remember(&event, &context, &mut spans);
-            let open = match self.requests.get_mut(&event.request.id) {
-                Some(State::Open(open)) => Some(open),
-                _ => None,
-            };
-            let span = match event.what {
-                What::Work(work) => {
+        for Event { pid, what } in events {
+            let span = match what {
+                What::Work(request, work) => {
+                    let Some(context) = self.remember(pid, &request, &mut spans) else { continue };
                     let span = work_span(&self.ids, &context, &work);
-                    add_exemplars(exemplars, event.pid, &work, &span);
-                    if let Some(open) = open {
+                    add_exemplars(exemplars, pid, &work, &span);
+                    if let Some(open) = self.open(&request) {
                         open.last_ns = open.last_ns.max(work.ended_ns);
                     }
                     Some(span)
                 }
                 What::Stall(tid, start_ns, stall) => {
+                    let context = match &stall.origin {
+                        Some(request) => self.remember(pid, request, &mut spans),
+                        None => Some(self.ids.own_context(tid, start_ns)),
+                    };
+                    let Some(context) = context else { continue };
                     let end = nanoseconds(clock::wall_time(start_ns)) + length(&stall);
-                    let span = exemplars::Span { trace: &context.trace, id: &context.server };
-                    let key = (SLICE, event.pid, tid.to_string().into());
-                    exemplars.add(key, &span, stall.seconds, end);
-                    match open {
+                    let whose = exemplars::Span { trace: &context.trace, id: &context.top };
+                    let key = (SLICE, pid, tid.to_string().into());
+                    exemplars.add(key, &whose, stall.seconds, end);
+                    let span = stall_span(&self.ids, &context, tid, start_ns, &stall);
+                    match stall.origin.as_ref().and_then(|request| self.open(request)) {
                         Some(open) => {
                             open.add(tid, start_ns, &stall);
                             None
                         }
-                        None => Some(stall_span(&self.ids, &context, tid, start_ns, &stall)),
+                        None => Some(span),
                     }
                 }
             };
-            spans.entry(event.pid).or_default().extend(span);
+            spans.entry(pid).or_default().extend(span);
         }
         for state in self.requests.values_mut() {
             if let State::Open(open) = state
@@ -148,29 +149,39 @@ impl Tracer {
         spans
     }
 
-    /// Opens a request that nothing was known of. The oldest is told, if need be, and forgotten.
-    fn remember(&mut self, event: &Event, context: &Context, spans: &mut Spans) {
-        let id = event.request.id;
-        if self.requests.contains_key(&id) {
-            return;
+    /// A request that is not told yet.
+    fn open(&mut self, request: &Asked) -> Option<&mut Open> {
+        match self.requests.get_mut(&request.id)? {
+            State::Open(open) => Some(open),
+            State::Told => None,
+        }
+    }
+
+    /// The trace of a request, which is opened if nothing was known of it; `None` if it is not wanted. The oldest is told,
+    /// if need be, and forgotten.
+    fn remember(&mut self, pid: u32, request: &Arc<Asked>, spans: &mut Spans) -> Option<Context> {
+        let context = self.ids.context(request)?;
+        if self.requests.contains_key(&request.id) {
+            return Some(context);
         }
         let open = Open {
-            pid: event.pid,
-            request: Arc::clone(&event.request),
+            pid,
+            request: Arc::clone(request),
             context: context.clone(),
             since: Instant::now(),
-            last_ns: event.request.at_ns,
+            last_ns: request.at_ns,
             stalls: Vec::new(),
             stalls_dropped: 0,
         };
-        self.requests.insert(id, State::Open(open));
-        self.order.push_back(id);
+        self.requests.insert(request.id, State::Open(open));
+        self.order.push_back(request.id);
         if self.order.len() > REMEMBERED
             && let Some(oldest) = self.order.pop_front()
             && let Some(State::Open(open)) = self.requests.remove(&oldest)
         {
             spans.entry(open.pid).or_default().push(open.into());
         }
+        Some(context)
     }
 }
 
@@ -219,7 +230,7 @@ impl From<Open> for Span {
         let remote = if context.remote.is_some() { IS_REMOTE } else { 0 };
         Self {
             trace_id: context.trace.into(),
-            span_id: context.server.into(),
+            span_id: context.top.into(),
             parent_span_id: context.remote.map_or_else(Vec::new, Into::into),
             flags: u32::from(context.flags) | KNOWS_REMOTE | remote,
             name: name.into(),
@@ -234,12 +245,12 @@ impl From<Open> for Span {
     }
 }
 
-/// A span inside of a trace.
+/// A span of a trace; one that is its own parent is at the top.
 fn span(context: &Context, id: SpanId, parent: SpanId, name: &str, kind: SpanKind) -> Span {
     Span {
         trace_id: context.trace.into(),
         span_id: id.into(),
-        parent_span_id: parent.into(),
+        parent_span_id: if parent == id { Vec::new() } else { parent.into() },
         flags: u32::from(context.flags) | KNOWS_REMOTE,
         name: name.into(),
         kind: kind.into(),
@@ -249,7 +260,7 @@ fn span(context: &Context, id: SpanId, parent: SpanId, name: &str, kind: SpanKin
 
 /// The span of a piece of deferred work.
 fn work_span(ids: &Ids, context: &Context, work: &Work) -> Span {
-    let parent = work.parent.map_or(context.server, |parent| ids.work(parent));
+    let parent = work.parent.map_or(context.top, |parent| ids.work(parent));
     let start = work.started_ns.unwrap_or(work.queued_ns);
     let waited_until = work.started_ns.unwrap_or(work.ended_ns);
     let wait = seconds(waited_until.saturating_sub(work.queued_ns));
@@ -288,14 +299,14 @@ fn add_exemplars(exemplars: &mut Exemplars, pid: u32, work: &Work, span: &Span) 
     exemplars.add((RUN, pid, Arc::clone(&work.task)), &whose, run, span.end_time_unix_nano);
 }
 
-/// The span of a stall whose request has been told.
+/// The span of a stall that has no request, or one that has been told.
 fn stall_span(ids: &Ids, context: &Context, tid: u32, start_ns: u64, stall: &Stall) -> Span {
     let start = nanoseconds(clock::wall_time(start_ns));
     Span {
         start_time_unix_nano: start,
         end_time_unix_nano: start + length(stall),
         attributes: of_stall(tid, stall),
-        ..span(context, ids.stall(tid, start_ns), context.server, "stall", SpanKind::Internal)
+        ..span(context, ids.stall(tid, start_ns), context.top, "stall", SpanKind::Internal)
     }
 }
 
@@ -391,10 +402,14 @@ mod tests {
         let (queued_ns, ended_ns) = (2_000_000, 9_000_000);
         let request_id = Some(format!("request-{}", request.id));
         let work = Work { id, parent, context: None, request_id, task, queued_ns, started_ns, ended_ns };
-        Event { pid: 7, request: Arc::clone(request), what: What::Work(work) }
+        Event { pid: 7, what: What::Work(Arc::clone(request), work) }
     }
 
     fn stall(request: &Arc<Asked>) -> Event {
+        stall_with(Some(Arc::clone(request)))
+    }
+
+    fn stall_with(origin: Option<Arc<Asked>>) -> Event {
         let stall = Stall {
             start: String::new(),
             seconds: 0.25,
@@ -402,11 +417,10 @@ mod tests {
             syscall: None,
             behind: None,
             split_seconds: Split::default(),
-            origin: None,
+            origin,
             site: 0,
         };
-        let what = What::Stall(9, 3_000_000, Box::new(stall));
-        Event { pid: 7, request: Arc::clone(request), what }
+        Event { pid: 7, what: What::Stall(9, 3_000_000, Box::new(stall)) }
     }
 
     fn spans(tracer: &mut Tracer, events: impl IntoIterator<Item = Event>, are_last: bool) -> Vec<Span> {
@@ -454,6 +468,15 @@ mod tests {
         // From now on stalls are told by themselves.
         let [late] = spans(&mut tracer, [stall(&request)], false).try_into().unwrap();
         assert_eq!((late.name.as_str(), &late.parent_span_id), ("stall", &server.span_id));
+    }
+
+    #[test]
+    fn a_stall_without_a_request_is_a_trace_of_its_own() {
+        let mut tracer = Tracer::default();
+        let [stall] = spans(&mut tracer, [stall_with(None)], false).try_into().unwrap();
+        assert_eq!((stall.name.as_str(), stall.parent_span_id.as_slice()), ("stall", &[][..]));
+        assert_eq!(stall.end_time_unix_nano - stall.start_time_unix_nano, 250_000_000);
+        assert!(tracer.requests.is_empty());
     }
 
     #[test]

@@ -40,30 +40,30 @@ fn is_uid(text: &str) -> bool {
 /// Links of containers have their ids. Without any a pod's only folder is that of its only container; where others of
 /// the pod have links, the container without is the one that holds the pod together, or its link is yet to come.
 pub(crate) fn look_up(pod: &mut Pod, container: Option<&str>, log: &Path) {
-    let links = names_in(&log.join("containers"));
-    let links = links.iter().filter_map(|name| Link::read(&log.join("containers"), name));
-    let links: Vec<_> = links.filter(|link| link.pod.uid == pod.uid).collect();
-    if let Some(link) = links.iter().find(|link| Some(link.id.as_str()) == container).or(links.first()) {
-        pod.namespace.clone_from(&link.pod.namespace);
-        pod.name.clone_from(&link.pod.name);
-        if Some(link.id.as_str()) == container {
-            pod.container.clone_from(&link.pod.container);
-        }
-        return;
-    }
-    let folders = names_in(&log.join("pods"));
-    let Some((folder, found)) = folders
-        .iter()
-        .filter_map(|name| Some((name, of_folder(name)?)))
-        .find(|(_, found)| found.uid == pod.uid)
-    else {
-        return;
+    let (pods, containers) = (log.join("pods"), log.join("containers"));
+    let folders = names_in(&pods).into_iter().filter_map(|folder| Some((of_folder(&folder)?, folder)));
+    let found = folders.into_iter().find(|(found, _)| found.uid == pod.uid);
+    // There may be a lot of links, and to read one costs more than its name.
+    let end = container.map(|id| format!("-{id}.log"));
+    let start = found
+        .as_ref()
+        .and_then(|(found, _)| Some(format!("{}_{}_", found.name.as_deref()?, found.namespace.as_deref()?)));
+    let may_be_of_pod = |name: &String| {
+        end.as_ref().is_some_and(|end| name.ends_with(end))
+            || start.as_ref().is_some_and(|start| name.starts_with(start))
     };
-    pod.namespace = found.namespace;
-    pod.name = found.name;
-    let mut containers = names_in(&log.join("pods").join(folder));
-    if container.is_some() && containers.len() == 1 {
-        pod.container = containers.pop();
+    let links = names_in(&containers).into_iter().filter(may_be_of_pod);
+    let links = links.filter_map(|name| Link::read(&containers, &name));
+    let links: Vec<_> = links.filter(|link| link.pod.uid == pod.uid).collect();
+    let is_linked = !links.is_empty();
+    if let Some(link) = links.into_iter().find(|link| Some(link.id.as_str()) == container) {
+        *pod = link.pod;
+    } else if let Some((found, folder)) = found {
+        *pod = found;
+        let mut containers = names_in(&pods.join(folder));
+        if container.is_some() && !is_linked && containers.len() == 1 {
+            pod.container = containers.pop();
+        }
     }
 }
 

@@ -8,5 +8,7 @@ pub struct Target {
     pub exited: u32,
     /// How many other programs it has started in its own place.
     pub execs: u32,
+    /// 1 if nobody has asked for it by its id: it has listened, or waited for events, and the loader is to decide.
+    pub is_candidate: u32,
 }
-crate::shared!(Target, 8);
+crate::shared!(Target, 12);

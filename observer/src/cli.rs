@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use glob::Pattern;
 
 use crate::{model::histogram::Resolution, probes::reactor::Calls, profiles::OwnHook};
 
@@ -33,6 +34,8 @@ Examples:
   sudo observer --pid 4242 --duration 30s --format text    look for 30 seconds, then print a report; figures meanwhile
                                                            at http://127.0.0.1:9464/metrics
   sudo observer --pid 4242 --duration 10s --format json    a report for programs
+  sudo observer --port 8080 --port 8081                    whoever listens there, now or later
+  sudo observer --all --format text                        every server of this machine
   sudo observer demo                                       watch a server with known misbehaviour
 
 Words:
@@ -77,10 +80,9 @@ pub(crate) enum Command {
 /// The main job.
 #[derive(Args, Debug)]
 pub(crate) struct Observe {
-    /// Process to observe, with all its threads and children; can be given more than once
-    #[arg(long = "pid", value_name = "PID", required = true)]
-    pub(crate) pids: Vec<u32>,
-    /// Leave out the children of the given processes
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Leave out the children of these processes
     #[arg(long)]
     pub(crate) no_follow: bool,
     /// Calls that threads wait for events with
@@ -118,6 +120,33 @@ pub(crate) struct Observe {
     pub(crate) forget: Option<OwnHook>,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+/// Whom to observe: whoever any of these fits, each with all its threads and children.
+#[derive(Args, Clone, Debug)]
+#[group(id = "which", required = true, multiple = true)]
+pub(crate) struct Which {
+    /// Process to observe; this, like all that select processes, can be given more than once
+    #[arg(long = "pid", value_name = "PID")]
+    pub(crate) pids: Vec<u32>,
+    /// Every process of this name, as `ps -o comm` shows it
+    ///
+    /// Processes that are not there yet are observed from the moment when they first listen or wait for events, as with
+    /// all that follow; observer then goes on when none is left.
+    #[arg(long = "comm", value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// Every process that runs this program: a path, or the name of a file alone; * and ? stand for any characters
+    #[arg(long = "exe", value_name = "GLOB")]
+    pub(crate) executables: Vec<Pattern>,
+    /// Every process that listens on this TCP port, in whatever network namespace
+    #[arg(long = "port", value_name = "PORT")]
+    pub(crate) ports: Vec<u16>,
+    /// Every process in this cgroup or in one below it
+    #[arg(long = "cgroup", value_name = "PATH")]
+    pub(crate) cgroups: Vec<String>,
+    /// Every process that listens or waits for events
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 /// What people notice.
@@ -208,9 +237,20 @@ mod tests {
     fn pids_can_be_repeated() {
         let cli = Cli::try_parse_from(["observer", "--pid", "1", "--pid", "2", "--duration", "30s"]).unwrap();
         let observe = cli.observe;
-        assert_eq!(observe.pids, [1, 2]);
+        assert_eq!(observe.which.pids, [1, 2]);
         assert_eq!(observe.output.duration, Some(Duration::from_secs(30)));
         assert_eq!(observe.output.listen.to_string(), "127.0.0.1:9464");
+    }
+
+    #[test]
+    fn processes_can_be_selected_in_several_ways() {
+        let arguments = ["observer", "--comm", "nginx", "--exe", "/usr/bin/python3*", "--port", "80"];
+        let which = Cli::try_parse_from(arguments).unwrap().observe.which;
+        assert_eq!((which.names.as_slice(), which.ports.as_slice()), (&["nginx".to_owned()][..], &[80][..]));
+        assert!(Cli::try_parse_from(["observer", "--all"]).unwrap().observe.which.all);
+        for wrong in [["--exe", "[a"], ["--port", "http"]] {
+            assert!(Cli::try_parse_from(["observer"].into_iter().chain(wrong)).is_err());
+        }
     }
 
     #[test]

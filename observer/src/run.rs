@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    cli::{Format, Observe, Output},
+    cli::{Format, Observe, Output, Which},
     export::{
         endpoint, flame, json,
         live::{self, Live},
@@ -34,7 +34,7 @@ use crate::{
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
     profiles::{self, Profile},
-    target::process::ensure_observable,
+    target::{criteria::Criteria, process::ensure_observable},
 };
 
 /// How often targets, listeners and finished threads are looked after.
@@ -42,8 +42,10 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// Observes what the command line asks for.
 pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
+    let Which { pids, names, executables, ports, cgroups, all } = observe.which.clone();
     let selection = Selection {
-        pids: observe.pids.iter().copied().collect(),
+        pids: pids.into_iter().collect(),
+        criteria: Criteria { all, names, executables, ports, cgroups },
         follow: !observe.no_follow,
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
@@ -201,7 +203,11 @@ fn announce(observation: &Observation, output: &Output, endpoint: Option<&TcpLis
     let shown = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
     let more = names.len().saturating_sub(4);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    eprintln!("observing {shown}{more}");
+    if names.is_empty() {
+        eprintln!("observing nobody yet: no process like that is there; one that comes will be noticed");
+    } else {
+        eprintln!("observing {shown}{more}");
+    }
     if let Some(address) = endpoint.and_then(figures) {
         eprintln!("figures at {address}");
     }

@@ -24,6 +24,7 @@ mod prometheus;
 mod reactor;
 mod reactors;
 mod ring;
+mod selection;
 mod servers;
 mod stacks;
 mod stalls;

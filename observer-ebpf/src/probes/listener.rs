@@ -36,7 +36,7 @@ const WALK: u32 = 1024;
 #[tracepoint]
 fn listen_enter(ctx: TracePointContext) -> u32 {
     let (tgid, _) = kernel::current();
-    if process::is_target(tgid)
+    if (process::is_target(tgid) || process::comes_up_again(tgid))
         && let Some(file) = kernel::fd_argument(&ctx).and_then(OpenFile::of)
     {
         let _no_room = listener_of(file, tgid);

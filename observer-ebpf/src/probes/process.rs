@@ -1,9 +1,10 @@
-//! *process*: keeps the set of targets true while they fork, exec and exit.
+//! *process*: keeps the set of targets true while they fork, exec and exit, and has others come up for selection as soon
+//! as they listen or wait for events.
 
 use aya_ebpf::{
-    bindings::BPF_ANY,
+    bindings::{BPF_ANY, BPF_NOEXIST},
     macros::{btf_tracepoint, map},
-    maps::HashMap,
+    maps::{HashMap, LruHashMap},
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::warn;
@@ -21,10 +22,59 @@ static TARGETS: HashMap<u32, Target> = HashMap::with_max_entries(4096, 0);
 #[unsafe(no_mangle)]
 static FOLLOW: u8 = 1;
 
+/// Processes that the loader has turned down, until they run another program.
+#[map]
+static STRANGERS: LruHashMap<u32, u8> = LruHashMap::with_max_entries(16_384, 0);
+
+/// Whether processes are selected by more than their ids; set by the loader.
+// SAFETY: a name of our own, for the loader to find.
+#[unsafe(no_mangle)]
+static SELECTS: u8 = 0;
+
+#[inline(always)]
+fn selects() -> bool {
+    // SAFETY: a static that only the loader writes, before any program runs.
+    unsafe { core::ptr::read_volatile(&raw const SELECTS) != 0 }
+}
+
+/// A process that is no target waits for events: observed from now on, until the loader decides; unless it has.
+#[inline(always)]
+pub(super) fn comes_up(tgid: u32) -> bool {
+    selects() && STRANGERS.get_ptr(tgid).is_none() && is_made_candidate(tgid)
+}
+
+/// A process that is no target listens, which may be what it is selected for.
+#[inline(always)]
+pub(super) fn comes_up_again(tgid: u32) -> bool {
+    selects() && {
+        let _new = STRANGERS.remove(tgid);
+        is_made_candidate(tgid)
+    }
+}
+
+#[inline(always)]
+fn is_made_candidate(tgid: u32) -> bool {
+    let candidate = Target { exited: 0, execs: 0, is_candidate: 1 };
+    // Fails as well if another thread was first, which is fine.
+    let is_new = TARGETS.insert(tgid, candidate, u64::from(BPF_NOEXIST)).is_ok();
+    let is_there = is_new || is_target(tgid);
+    if !is_there {
+        lost(Loss::TargetsFull);
+    }
+    is_there
+}
+
 /// Whether a process is under observation.
 #[inline(always)]
 pub(super) fn is_target(tgid: u32) -> bool {
     TARGETS.get_ptr(tgid).is_some()
+}
+
+/// Children of candidates are selected by themselves.
+#[inline(always)]
+fn is_candidate(tgid: u32) -> u32 {
+    // SAFETY: a live map value, of which this part never changes.
+    TARGETS.get_ptr(tgid).map_or(0, |target| unsafe { (*target).is_candidate })
 }
 
 #[btf_tracepoint(function = "sched_process_fork")]
@@ -33,7 +83,7 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
     // SAFETY: a static that only the loader writes, before any program runs.
     let follow = unsafe { core::ptr::read_volatile(&raw const FOLLOW) } != 0;
     if parent != child && follow && is_target(parent) {
-        let target = Target { exited: 0, execs: 0 };
+        let target = Target { exited: 0, execs: 0, is_candidate: is_candidate(parent) };
         // Over what may be there: a process of that id that has exited since the loader looked.
         if TARGETS.insert(child, target, u64::from(BPF_ANY)).is_err() {
             lost(Loss::TargetsFull);
@@ -46,7 +96,12 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
 #[btf_tracepoint(function = "sched_process_exec")]
 fn process_exec(ctx: BtfTracePointContext) -> u32 {
     let tgid = Task::argument(&ctx, 0).tgid();
-    let Some(target) = TARGETS.get_ptr_mut(tgid) else { return 0 };
+    let Some(target) = TARGETS.get_ptr_mut(tgid) else {
+        if selects() {
+            let _unknown = STRANGERS.remove(tgid);
+        }
+        return 0;
+    };
     // SAFETY: a live map value; an exec leaves a process no other thread that could write it.
     unsafe { (*target).execs += 1 };
     gc::program_changed(tgid);
@@ -56,7 +111,13 @@ fn process_exec(ctx: BtfTracePointContext) -> u32 {
 #[btf_tracepoint(function = "sched_process_exit")]
 fn process_exit(ctx: BtfTracePointContext) -> u32 {
     let task = Task::argument(&ctx, 0);
-    let Some(target) = TARGETS.get_ptr_mut(task.tgid()) else { return 0 };
+    let Some(target) = TARGETS.get_ptr_mut(task.tgid()) else {
+        // Its id may become another's.
+        if selects() && task.live_threads() == 0 {
+            let _unknown = STRANGERS.remove(task.tgid());
+        }
+        return 0;
+    };
     reactor::thread_exited(task.tid());
     accept::thread_exited(task.tid());
     gc::thread_exited(task.tid());

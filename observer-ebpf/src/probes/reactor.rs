@@ -219,7 +219,11 @@ impl Thread {
     fn current() -> Option<Self> {
         let (tgid, tid) = kernel::current();
         let known = REACTORS.get_ptr_mut(tid);
-        if known.is_some() || process::is_target(tgid) { Some(Self { tgid, tid, known }) } else { None }
+        if known.is_some() || process::is_target(tgid) || process::comes_up(tgid) {
+            Some(Self { tgid, tid, known })
+        } else {
+            None
+        }
     }
 
     /// Its entry, made if there is none.

@@ -19,6 +19,7 @@ use crate::{
     probes::reactor::Calls,
     profiles::PROFILES,
     run,
+    target::criteria::Criteria,
 };
 
 const DURATION: Duration = Duration::from_secs(15);
@@ -30,8 +31,15 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let pids = BTreeSet::from([server.child.id()]);
     let calls = Calls::DEFAULT.to_vec();
     let profiles = PROFILES.clone();
-    let selection =
-        Selection { pids, follow: true, calls, stall_threshold: STALL_THRESHOLD, profiles, is_limited: true };
+    let selection = Selection {
+        pids,
+        criteria: Criteria::default(),
+        follow: true,
+        calls,
+        stall_threshold: STALL_THRESHOLD,
+        profiles,
+        is_limited: true,
+    };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
     run::run(&selection, &output)?;
     if output.format != Some(Format::Json) {

@@ -1,6 +1,9 @@
 //! The listeners of an observation: found, looked at, and let go when they close.
 
-use std::{collections::HashMap, mem};
+use std::{
+    collections::{BTreeSet, HashMap},
+    mem,
+};
 
 use anyhow::Result;
 use observer_common::{
@@ -119,6 +122,18 @@ impl Observation {
             }
             (Some(only), None) => self.maps.ports.insert(port, only, 0)?,
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// Forgets those of processes that are no targets after all, unless a target accepts from them.
+    pub(super) fn forget_listeners(&mut self, of: &BTreeSet<u32>) -> Result<()> {
+        for (inode, raw) in entries(&self.maps.listeners) {
+            if of.contains(&raw.owner) && !self.live.contains_key(&raw.accepter) {
+                let _gone = self.maps.listeners.remove(&inode);
+                self.listeners.remove(&inode);
+                self.expect_none_for(&raw)?;
+            }
         }
         Ok(())
     }

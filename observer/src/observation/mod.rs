@@ -3,9 +3,10 @@
 mod deferred;
 mod listeners;
 mod reactors;
+mod targets;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque, btree_map},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     mem,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -33,6 +34,7 @@ use crate::{
     read::maps::{self, Maps, entries, insert_new},
     stacks::watch::Watcher,
     target::{
+        criteria::Criteria,
         drops::ListenDrops,
         process::{self, Process},
         runtime::Runtimes,
@@ -54,6 +56,8 @@ const ENDED: usize = 1024;
 pub(crate) struct Selection {
     /// Process ids.
     pub(crate) pids: BTreeSet<u32>,
+    /// What others are selected by.
+    pub(crate) criteria: Criteria,
     /// Whether their children are observed as well, those of the past and of the future.
     pub(crate) follow: bool,
     /// Calls that count as waits for events.
@@ -75,6 +79,8 @@ pub(crate) struct Observation {
     runtimes: Runtimes,
     collectors: Collectors,
     follower: Follower,
+    criteria: Criteria,
+    follow: bool,
     attached_ns: u64,
     /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
     unix_since_ns: Option<u64>,
@@ -106,6 +112,7 @@ impl Observation {
     pub(crate) fn start(selection: &Selection, verbose: bool) -> Result<Self> {
         let layout = layout::of_running_kernel()?;
         let follow = u8::from(selection.follow);
+        let selects = u8::from(!selection.criteria.is_none());
         let log_level: u8 = if verbose { u8::MAX } else { 0 };
         let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
         let cpus = nr_cpus().map_err(|(_, error)| error).context("cannot count the CPUs")?;
@@ -114,13 +121,15 @@ impl Observation {
             .map_max_entries("HEADS", heads)
             .override_global("LAYOUT", &layout, true)
             .override_global("FOLLOW", &follow, true)
+            .override_global("SELECTS", &selects, true)
             .override_global("CLUES", &system_calls::clues(), true)
             .override_global("STALL_NS", &stall_ns, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .load(PROGRAMS)
             .context("the kernel does not take the eBPF maps")?;
         let mut maps = Maps::take(&mut ebpf)?;
-        for &pid in &selection.pids {
+        let wanted: BTreeSet<u32> = &selection.pids | &selection.criteria.present();
+        for &pid in &wanted {
             insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
         }
         let mut missing = probes::attach(&mut ebpf, When::Always, &selection.calls)?;
@@ -142,6 +151,8 @@ impl Observation {
             runtimes: Runtimes::of_profiles(selection.profiles.clone()),
             collectors: Collectors::default(),
             follower: Follower::new(selection.is_limited),
+            criteria: selection.criteria.clone(),
+            follow: selection.follow,
             attached_ns: clock::monotonic_ns(),
             unix_since_ns: None,
             unattributed_before: 0,
@@ -160,7 +171,7 @@ impl Observation {
             threads: HashMap::new(),
             ledgers: Vec::new(),
         };
-        observation.adopt_processes(selection)?;
+        observation.adopt(wanted)?;
         // Runtimes take longest, and nothing waits for them.
         let live = observation.refresh_targets()?;
         observation.adopt_calls(&selection.calls)?;
@@ -199,39 +210,14 @@ impl Observation {
         self.live.get(&pid).or_else(|| self.exited.iter().rfind(|process| process.pid == pid))
     }
 
-    /// Whether all targets are gone.
+    /// Whether all targets are gone, and no others can come.
     pub(crate) fn is_over(&self) -> bool {
-        self.live.is_empty()
+        self.live.is_empty() && self.criteria.is_none()
     }
 
     /// Processes under observation now.
     pub(crate) fn live(&self) -> impl Iterator<Item = &Process> {
         self.live.values()
-    }
-
-    /// Adds the children that targets had before the programs could follow them.
-    fn adopt_processes(&mut self, selection: &Selection) -> Result<()> {
-        let mut targets = selection.pids.clone();
-        loop {
-            let children = if selection.follow { process::descendants(&targets) } else { BTreeSet::new() };
-            if children.is_empty() {
-                break;
-            }
-            for &child in &children {
-                if !insert_new(&mut self.maps.targets, child, RawTarget::default())? {
-                    self.note_missing("some children of targets".into(), "there are too many".into());
-                }
-            }
-            targets.extend(children);
-        }
-        for &pid in &targets {
-            // A process that exited before the programs could see it would stay for ever.
-            if !process::is_there(pid) {
-                let gone = RawTarget { exited: 1, ..RawTarget::default() };
-                self.maps.targets.insert(pid, gone, 0)?;
-            }
-        }
-        Ok(())
     }
 
     /// Remembers that something goes unseen, and says so once.
@@ -252,9 +238,15 @@ impl Observation {
 
     /// Brings processes and listeners up to date. Returns live targets, each with how many programs it has started.
     fn refresh_targets(&mut self) -> Result<Vec<(u32, u32)>> {
+        self.select()?;
+        // Many that are selected are gone soon: what those run is not worth a look.
+        let waits = self.first_look_done && !self.criteria.is_none();
         let mut changed = false;
         let mut live = Vec::new();
         for (pid, raw) in entries(&self.maps.targets) {
+            if raw.is_candidate != 0 {
+                continue;
+            }
             if raw.exited != 0 {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
                 self.exited.push(known);
@@ -265,10 +257,13 @@ impl Observation {
                 let _gone = self.maps.targets.remove(&pid);
                 continue;
             }
-            live.push((pid, raw.execs));
-            if let btree_map::Entry::Vacant(place) = self.live.entry(pid) {
-                place.insert(Process::of(pid));
+            let is_new = !self.live.contains_key(&pid);
+            if is_new {
+                self.live.insert(pid, Process::of(pid));
                 changed = true;
+            }
+            if !is_new || !waits {
+                live.push((pid, raw.execs));
             }
         }
         self.collect_finished()?;

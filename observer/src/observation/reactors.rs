@@ -110,6 +110,9 @@ impl Observation {
         self.collect_stalls();
         for (tid, raw) in maps::reactors(&self.maps.reactors) {
             let now = clock::monotonic_ns();
+            if !self.criteria.is_none() && self.forget_stranger(tid, &raw)? {
+                continue;
+            }
             let thread = self.thread(tid, raw.tgid);
             if reactor::is_final(&raw) {
                 let reactor = thread.figures(tid, &raw, now);
@@ -124,6 +127,18 @@ impl Observation {
         let surplus = self.finished.len().saturating_sub(ENDED);
         self.finished.drain(..surplus);
         Ok(())
+    }
+
+    /// Whether a thread is that of a process that was turned down; if so, it is observed no more. One of a candidate waits.
+    fn forget_stranger(&mut self, tid: u32, raw: &RawReactor) -> Result<bool> {
+        match self.maps.targets.get(&raw.tgid, 0) {
+            Ok(target) => return Ok(target.is_candidate != 0),
+            Err(_) if self.process(raw.tgid).is_some() => return Ok(false),
+            Err(_) => {}
+        }
+        let _gone = self.maps.reactors.remove(&tid);
+        self.maps.free_place(raw.place)?;
+        Ok(true)
     }
 
     /// A reactor's figures as of now; a slice in progress is looked at if it takes long.

@@ -4,7 +4,8 @@ use super::{Events, Hook, Probe, When};
 
 pub(super) const PROBE: Probe = Probe {
     name: "process",
-    purpose: "which processes are targets: children that targets fork join, processes that exit leave",
+    purpose: "which processes are targets: children that targets fork join, others come up for selection, processes that \
+              exit leave",
     since: "5.5",
     when: When::Always,
     cost: "every fork, exec and exit on the machine; one look-up for a stranger's",

@@ -36,6 +36,8 @@ const READS: usize = 8;
 pub(crate) struct Maps {
     /// By process id.
     pub(crate) targets: HashMap<MapData, u32, Target>,
+    /// Processes that were turned down, by id.
+    pub(crate) strangers: HashMap<MapData, u32, u8>,
     /// By thread id.
     pub(crate) reactors: HashMap<MapData, u32, Reactor>,
     /// By inode number.
@@ -91,6 +93,7 @@ impl Maps {
         }
         Ok(Self {
             targets: HashMap::try_from(take(ebpf, "TARGETS")?)?,
+            strangers: HashMap::try_from(take(ebpf, "STRANGERS")?)?,
             reactors: HashMap::try_from(take(ebpf, "REACTORS")?)?,
             listeners: HashMap::try_from(take(ebpf, "LISTENERS")?)?,
             ports: HashMap::try_from(take(ebpf, "PORTS")?)?,

@@ -4,6 +4,7 @@ pub(crate) mod calls;
 pub(crate) mod connections;
 pub(crate) mod container;
 pub(crate) mod context;
+pub(crate) mod criteria;
 pub(crate) mod drops;
 pub(crate) mod hooks;
 pub(crate) mod identity;

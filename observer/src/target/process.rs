@@ -65,7 +65,9 @@ pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
             "choose a process that runs a program: a kernel thread has no sockets and no event loop of its own",
         ));
     }
-    if stat.state == 'Z' || stat.state == 'X' {
+    // The programs hear of its end before it has a state of its own.
+    let is_exiting = stat.flags().is_ok_and(|flags| flags.contains(StatFlags::PF_EXITING));
+    if is_exiting || stat.state == 'Z' || stat.state == 'X' {
         return Err(Failure::new(
             format!("process {pid} ({}) has exited and only waits for its parent", stat.comm),
             "choose one that still runs",

@@ -72,6 +72,10 @@ impl Observer {
         self.messages.recv_timeout(LIMIT).expect("a message")
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// Port of the scrape endpoint, as announced.
     pub(crate) fn port(&self) -> u16 {
         let line = self.announcement.iter().find(|line| line.contains("/metrics")).expect("an endpoint");
@@ -179,9 +183,14 @@ impl Report {
     }
 }
 
-/// Connections that the programs remember as waiting, as bpftool finds them.
+/// Connections that the programs remember as waiting.
 pub(crate) fn in_flight() -> usize {
-    let output = Command::new("bpftool").args(["-j", "map", "dump", "name", "QUEUED"]).output().unwrap();
+    entries_of("QUEUED")
+}
+
+/// How many entries a map of the programs has, as bpftool finds them.
+pub(crate) fn entries_of(map: &str) -> usize {
+    let output = Command::new("bpftool").args(["-j", "map", "dump", "name", map]).output().unwrap();
     let entries: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
     // Of several maps it lists the maps.
     let is_one = entries.iter().all(|entry| entry.get("key").is_some());

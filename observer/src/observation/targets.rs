@@ -1,0 +1,69 @@
+//! Which processes an observation is of: those that were asked for, and those that are selected as they come up.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+use observer_common::process::Target as RawTarget;
+
+use super::Observation;
+use crate::{read::maps::entries, target::process};
+
+impl Observation {
+    /// Makes targets of these processes, and of the children that they had before the programs could follow them.
+    pub(super) fn adopt(&mut self, mut targets: BTreeSet<u32>) -> Result<()> {
+        if self.follow {
+            loop {
+                let children = process::descendants(&targets);
+                if children.is_empty() {
+                    break;
+                }
+                targets.extend(children);
+            }
+        }
+        // A child of whoever started it, who may well serve.
+        targets.remove(&std::process::id());
+        for &pid in &targets {
+            let is_known = self.maps.targets.get(&pid, 0).is_ok_and(|target| target.is_candidate == 0);
+            if !is_known && self.maps.targets.insert(pid, RawTarget::default(), 0).is_err() {
+                self.note_missing("some processes".into(), "there are too many".into());
+                continue;
+            }
+            // A process that exited before the programs could see it would stay for ever.
+            if !process::is_there(pid) {
+                let gone = RawTarget { exited: 1, ..RawTarget::default() };
+                self.maps.targets.insert(pid, gone, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides on those that have come up for selection.
+    pub(super) fn select(&mut self) -> Result<()> {
+        if self.criteria.is_none() {
+            return Ok(());
+        }
+        let candidates = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate != 0);
+        let (gone, there): (Vec<_>, Vec<_>) = candidates.partition(|(_, raw)| raw.exited != 0);
+        let (wanted, mut others) = self.criteria.divide(there.into_iter().map(|(pid, _)| pid));
+        others.extend(gone.into_iter().map(|(pid, _)| pid));
+        self.adopt(wanted)?;
+        self.turn_down(&others)
+    }
+
+    /// Forgets all about candidates that are not wanted, or are gone already.
+    fn turn_down(&mut self, pids: &BTreeSet<u32>) -> Result<()> {
+        if pids.is_empty() {
+            return Ok(());
+        }
+        for pid in pids {
+            let _most_recent = self.maps.strangers.insert(pid, 0, 0);
+            // Those that are gone let their ids go to others.
+            if !process::is_there(*pid) {
+                let _no_stranger = self.maps.strangers.remove(pid);
+            }
+            let _gone = self.maps.targets.remove(pid);
+        }
+        self.threads.retain(|_, thread| !pids.contains(&thread.pid));
+        self.forget_listeners(pids)
+    }
+}

@@ -102,7 +102,11 @@ fn assert_load_counted(test: &str, method: &str) {
     let listener = report.listener(port);
     assert_eq!(listener["accepts"], connections, "{listener:#}");
     assert_eq!(listener["arrivals"], connections, "{listener:#}");
-    assert_eq!(listener["wait"]["count"], connections, "{listener:#}");
+    // The kernel queues a connection a moment before its handshake is done: one that is taken within that has not waited,
+    // and is told as unknown.
+    let unknown = listener["accepts_unknown_wait"].as_u64().unwrap();
+    assert!(unknown <= u64::from(connections) / 1000, "{listener:#}");
+    assert_eq!(listener["wait"]["count"].as_u64().unwrap() + unknown, u64::from(connections), "{listener:#}");
     eprintln!("io_uring {method}: {connections} connections counted");
 }
 

@@ -174,8 +174,17 @@ fn test_in_guest(
 }
 
 /// Tests of what is in user space alone. They run on the host and on one emulated kernel, which takes long enough.
-const NOT_OF_THE_KERNEL: &[&str] =
-    &["endpoint::", "lag::a", "otlp::", "otlp_traces::", "servers::", "stacks::"];
+const NOT_OF_THE_KERNEL: &[&str] = &[
+    "cli::",
+    "endpoint::",
+    "exports::",
+    "lag::a",
+    "otlp::",
+    "otlp_traces::",
+    "servers::",
+    "stacks::",
+    "symbols::",
+];
 
 /// One test at a time: they watch the same machine. Not captured: else skipped tests could not say so.
 fn arguments(filter: Option<&str>) -> impl Iterator<Item = &str> {

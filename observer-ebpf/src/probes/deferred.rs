@@ -181,7 +181,7 @@ impl At<'_> {
             if class.naming != 0 {
                 add(&raw mut (*figures).enqueued, 1);
             }
-            // Last, for whatever comes behind so many steps costs the verifier of 5.10 more than it has.
+            // Last, because the verifier follows what comes behind so many steps once for each way through them.
             self.tell_request_id(unit);
         }
         Some(())

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::{Ebpf, EbpfLoader, include_bytes_aligned, util::nr_cpus};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned, util::nr_cpus};
 use nix::sys::utsname::uname;
 use observer_common::{loss::Loss, origin::HEADS_PER_CPU, process::Target as RawTarget, ring::RingShape};
 
@@ -117,7 +117,11 @@ impl Observation {
         let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
         let cpus = nr_cpus().map_err(|(_, error)| error).context("cannot count the CPUs")?;
         let heads = u32::try_from(cpus)?.saturating_mul(HEADS_PER_CPU);
+        // A signal makes the kernel give up the load of a program, which is then tried again with a log: one that tells each
+        // step takes so long that nobody could end observer with Ctrl-C.
+        let verifier_log = if verbose { VerifierLogLevel::VERBOSE } else { VerifierLogLevel::STATS };
         let mut ebpf = EbpfLoader::new()
+            .verifier_log_level(verifier_log)
             .map_max_entries("HEADS", heads)
             .override_global("LAYOUT", &layout, true)
             .override_global("FOLLOW", &follow, true)

@@ -274,7 +274,7 @@ async fn until_over(
                 ready?.clear_ready();
                 lock(observation).name_new();
             }
-            _ = watch.tick() => lock(observation).watch(),
+            _ = watch.tick() => lock(observation).watch()?,
             quit = until_quit(&mut view) => return quit,
             (push, due) = until_due(push) => push.push(due, &mut lock(observation))?,
             _ = housekeeping.tick() => {

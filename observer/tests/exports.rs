@@ -107,8 +107,8 @@ fn the_demo_shows_its_misbehaviour() {
     // Once a second each, the first and the last may fall outside; an emulated machine takes longer than five seconds.
     let seconds = report.0["duration_seconds"].as_f64().unwrap();
     assert!(seconds >= 5.0, "{seconds} s");
-    // There other work may take as long as well.
-    let expected = seconds - 2.0..=if is_emulated() { f64::MAX } else { seconds + 1.0 };
+    // There now and then other work takes as long.
+    let expected = seconds - 2.0..=seconds + if is_emulated() { 3.0 } else { 1.0 };
     let spins = crate::support::observer::count_between(&reactor["slice"], 0.075_497_472, 0.117_440_512);
     let sleeps = crate::support::observer::count_between(&reactor["slice"], 0.117_440_512, f64::MAX);
     assert!(expected.contains(&(spins as f64)), "{spins} spins in {seconds} s: {reactor:#}");

@@ -43,11 +43,10 @@ fn trace(pid: u32, address: &str, protocol: &str, variables: &[(&str, &str)]) ->
     Observer::start_with(&flags, &[variables, &often].concat())
 }
 
-/// The same of a process whose runtime is not looked at: stalls are all there is to tell.
-fn trace_stalls(pid: u32, address: &str, protocol: &str) -> Observer {
-    let pid = pid.to_string();
-    let flags = ["--pid", &pid, "--no-listen", "--profile", "none", "--otlp-endpoint", address];
-    Observer::start(&[&flags[..], &["--otlp-protocol", protocol]].concat())
+/// The same of processes whose runtimes are not looked at: stalls are all there is to tell.
+fn trace_stalls(which: [&str; 2], address: &str, protocol: &str) -> Observer {
+    let flags = ["--no-listen", "--profile", "none", "--otlp-endpoint", address, "--otlp-protocol", protocol];
+    Observer::start(&[&which[..], &flags].concat())
 }
 
 /// One request on a connection that is kept alive, within a trace.
@@ -321,7 +320,7 @@ fn a_second_signal_waits_for_no_collector() {
     let server = Server::asyncio();
     let deaf = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let address = url(deaf.local_addr().unwrap().port());
-    let observer = trace_stalls(server.pid(), &address, "http/protobuf");
+    let observer = trace_stalls(["--pid", &server.pid().to_string()], &address, "http/protobuf");
     server.block("sleep", 120);
     thread::sleep(Duration::from_secs(1));
     observer.interrupt();
@@ -394,7 +393,7 @@ fn a_stall_without_a_request_is_told_alone() {
     }
     let server = Server::asyncio();
     let receiver = Receiver::start("grpc", &[]);
-    let observer = trace_stalls(server.pid(), &url(receiver.port), "grpc");
+    let observer = trace_stalls(["--pid", &server.pid().to_string()], &url(receiver.port), "grpc");
     server.block("sleep", 120);
     thread::sleep(Duration::from_secs(1));
     observer.finish();
@@ -406,4 +405,21 @@ fn a_stall_without_a_request_is_told_alone() {
     assert_eq!((&stall["name"], &stall["kind"]), (&json!("stall"), &json!("SPAN_KIND_INTERNAL")));
     assert_eq!(stall.get("parentSpanId").and_then(Value::as_str).unwrap_or_default(), "", "{stall:#}");
     assert_eq!(attributes(&stall["attributes"])["observer.stall.cause"], "sleep");
+}
+
+/// Whoever comes up for selection is observed until it is decided about; what it did meanwhile is told to nobody.
+#[test]
+fn a_stall_of_whom_nobody_wants_is_not_told() {
+    if is_skipped("a_stall_of_whom_nobody_wants_is_not_told") {
+        return;
+    }
+    let receiver = Receiver::start("http", &[]);
+    let port = free_port().to_string();
+    let observer = trace_stalls(["--port", &port], &url(receiver.port), "http/protobuf");
+    let server = Server::asyncio();
+    server.block("sleep", 120);
+    thread::sleep(Duration::from_secs(2));
+    observer.finish();
+    let told = spans(&receiver.stop());
+    assert!(told.is_empty(), "{told:#?}");
 }

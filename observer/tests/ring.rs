@@ -97,15 +97,16 @@ fn assert_load_counted(test: &str, method: &str) {
         assert_eq!(acceptor.tell(&format!("accept {connections}")), connections);
     });
     assert_eq!(in_flight(), 0, "connections remembered though none waits");
+    let skipped = observer.skipped_runs();
     let report = observer.finish();
     report.assert_complete();
     let listener = report.listener(port);
     assert_eq!(listener["accepts"], connections, "{listener:#}");
     assert_eq!(listener["arrivals"], connections, "{listener:#}");
-    // The kernel queues a connection a moment before its handshake is done: one that is taken within that has not waited,
-    // and is told as unknown.
+    // The kernel runs no program inside of itself: a handshake that is done in an interrupt of it has no time stamp. It
+    // counts those, on whomsoever's behalf.
     let unknown = listener["accepts_unknown_wait"].as_u64().unwrap();
-    assert!(unknown <= u64::from(connections) / 1000, "{listener:#}");
+    assert!(unknown <= skipped, "{skipped} runs skipped, {listener:#}");
     assert_eq!(listener["wait"]["count"].as_u64().unwrap() + unknown, u64::from(connections), "{listener:#}");
     eprintln!("io_uring {method}: {connections} connections counted");
 }

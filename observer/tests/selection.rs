@@ -127,7 +127,7 @@ fn whoever_is_not_wanted_is_let_go() {
     let server = Server::asyncio();
     server.block("sleep", 60);
     wait_for("it to be let go", || (kept() == [0; 3]).then_some(()));
-    // Neither what it does nor a new program in its place brings it back for long.
+    // What it does later does not bring it back.
     for _ in 0..5 {
         server.block("sleep", 60);
     }

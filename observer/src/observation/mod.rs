@@ -316,6 +316,9 @@ impl Observation {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
         for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
+            if !self.is_target(raw.tgid) {
+                continue;
+            }
             raw.gc_ns += gc::in_progress(&self.maps, tid, &raw, clock::monotonic_ns());
             reactors.entry(raw.tgid).or_default().push(self.figures(tid, &raw));
         }

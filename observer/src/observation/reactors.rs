@@ -79,24 +79,36 @@ impl Observation {
     }
 
     /// Takes in the stalls that have ended, and looks at slices that may become one.
-    pub(crate) fn watch(&mut self) {
-        self.collect_stalls();
-        self.watcher.glance(self.maps.board.in_slices(), clock::monotonic_ns());
+    pub(crate) fn watch(&mut self) -> Result<()> {
+        self.collect_stalls()?;
+        // Of those that nobody has asked for not even the stacks are read.
+        let in_progress = self.maps.board.in_slices().filter(|slice| self.is_target(slice.pid));
+        let in_progress: Vec<_> = in_progress.collect();
+        self.watcher.glance(in_progress.into_iter(), clock::monotonic_ns());
+        Ok(())
     }
 
     /// Puts each stall that has ended down to what was seen of it.
-    fn collect_stalls(&mut self) {
+    fn collect_stalls(&mut self) -> Result<()> {
         let stalls = self.maps.stalls();
+        if !stalls.is_empty() {
+            // Nobody is told of a stall of a process that is not wanted.
+            self.select()?;
+        }
         // Their requests were passed on before them.
         self.follower.collect(&mut self.maps);
         for raw in stalls {
             let look = self.watcher.seen(raw.tid, raw.start_ns);
+            if !self.is_target(raw.tgid) {
+                continue;
+            }
             let origin = self.follower.request(raw.request);
             let stall = reactor::stall(&raw, origin);
             let what = || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone()));
             self.follower.happened(raw.tgid, what);
             self.thread(raw.tid, raw.tgid).stalls.add(stall, look);
         }
+        Ok(())
     }
 
     /// What is kept of a reactor's thread.
@@ -107,10 +119,11 @@ impl Observation {
 
     /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
     pub(super) fn collect_finished(&mut self) -> Result<()> {
-        self.collect_stalls();
+        self.collect_stalls()?;
         for (tid, raw) in maps::reactors(&self.maps.reactors) {
             let now = clock::monotonic_ns();
-            if !self.criteria.is_none() && self.forget_stranger(tid, &raw)? {
+            if !self.is_target(raw.tgid) {
+                self.forget_stranger(tid, &raw)?;
                 continue;
             }
             let thread = self.thread(tid, raw.tgid);
@@ -129,16 +142,13 @@ impl Observation {
         Ok(())
     }
 
-    /// Whether a thread is that of a process that was turned down; if so, it is observed no more. One of a candidate waits.
-    fn forget_stranger(&mut self, tid: u32, raw: &RawReactor) -> Result<bool> {
-        match self.maps.targets.get(&raw.tgid, 0) {
-            Ok(target) => return Ok(target.is_candidate != 0),
-            Err(_) if self.process(raw.tgid).is_some() => return Ok(false),
-            Err(_) => {}
+    /// Observes a thread no more whose process was turned down. That of a candidate waits.
+    fn forget_stranger(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
+        if self.maps.targets.get(&raw.tgid, 0).is_err() {
+            let _gone = self.maps.reactors.remove(&tid);
+            self.maps.free_place(raw.place)?;
         }
-        let _gone = self.maps.reactors.remove(&tid);
-        self.maps.free_place(raw.place)?;
-        Ok(true)
+        Ok(())
     }
 
     /// A reactor's figures as of now; a slice in progress is looked at if it takes long.

@@ -37,6 +37,16 @@ impl Observation {
         Ok(())
     }
 
+    /// Whether a process is or was a target. All are that were not selected by more than their ids.
+    pub(super) fn is_target(&self, pid: u32) -> bool {
+        self.criteria.is_none()
+            || self
+                .maps
+                .targets
+                .get(&pid, 0)
+                .map_or_else(|_gone| self.process(pid).is_some(), |target| target.is_candidate == 0)
+    }
+
     /// Decides on those that have come up for selection.
     pub(super) fn select(&mut self) -> Result<()> {
         if self.criteria.is_none() {

@@ -90,6 +90,17 @@ impl Observer {
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
+    /// How often the kernel has skipped a program because it was running on that CPU already; kernels that never do so do
+    /// not say.
+    pub(crate) fn skipped_runs(&self) -> u64 {
+        let folder = std::fs::read_dir(format!("/proc/{}/fdinfo", self.pid())).unwrap().flatten();
+        let texts = folder.filter_map(|entry| std::fs::read_to_string(entry.path()).ok());
+        let count = |text: &str| -> Option<u64> {
+            text.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse().ok()
+        };
+        texts.filter_map(|text| count(&text)).sum()
+    }
+
     /// A figure of the only series of this name, as scraped now.
     #[track_caller]
     pub(crate) fn figure(&self, name: &str) -> f64 {

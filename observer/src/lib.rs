@@ -1,0 +1,59 @@
+//! observer: tells, from outside, how late an event-loop server is and why.
+//!
+//! Data flows one way, and the folders show it: `probes` (kernel) -> `read` -> `model` -> `export`;
+//! `observation` holds it together, `kernel` and `target` know the surroundings.
+
+mod cli;
+mod commands;
+mod demo;
+mod export;
+mod failure;
+mod kernel;
+mod model;
+mod observation;
+mod probes;
+mod profiles;
+mod read;
+mod run;
+mod stacks;
+mod target;
+
+use std::{io, process::ExitCode};
+
+use anyhow::Result;
+use clap::Parser as _;
+
+use cli::{Cli, Command};
+
+/// Does what the command line asks for. Errors end up on standard error, and in the exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(code) => code,
+        // Whoever read the output has had enough, as `head` has.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("observer: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    let json = error.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
+    io.or(json) == Some(io::ErrorKind::BrokenPipe)
+}
+
+fn dispatch(cli: Cli) -> Result<ExitCode> {
+    match cli.command {
+        None => run::observe(&cli.observe),
+        Some(Command::Check) => commands::check(),
+        Some(Command::Probes) => commands::probes(),
+        Some(Command::Profiles) => commands::profiles(),
+        Some(Command::Metrics) => commands::metrics(),
+        Some(Command::Demo(demo)) => demo::run(demo.output),
+        Some(Command::DemoServer) => demo::server::run(),
+    }
+}

@@ -62,7 +62,7 @@ Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong u
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Show what this kernel and these rights allow; exit with 1 if the main job cannot run
-    Check,
+    Check(Check),
     /// List the probes: what each tells, what it hooks, what it costs
     Probes,
     /// List the built-in profiles: which runtimes are known, by what, and where they put work off
@@ -156,6 +156,14 @@ pub(crate) const STALL_THRESHOLD: Duration = Duration::from_millis(50);
 fn stall_threshold(text: &str) -> Result<Duration, String> {
     let threshold = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if threshold < Duration::from_millis(1) { Err("at least 1ms".into()) } else { Ok(threshold) }
+}
+
+/// The check.
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// Also tell what can be seen of this process
+    #[arg(long, value_name = "PID")]
+    pub(crate) pid: Option<u32>,
 }
 
 /// The demonstration.

@@ -9,38 +9,19 @@ use anyhow::Result;
 
 use crate::{
     export::reference,
-    kernel::{features::FEATURES, preflight::REQUIREMENTS},
+    kernel::preflight,
     probes::{Events, PROBES},
     profiles::PROFILES,
+    target::outlook,
 };
 
-/// Prints what this kernel and these rights allow, each no with its reason and its cure.
-pub(crate) fn check() -> Result<ExitCode> {
+/// Prints what this kernel, these rights and this process allow, each no with its reason and its cure.
+pub(crate) fn check(pid: Option<u32>) -> Result<ExitCode> {
     let mut out = stdout().lock();
     let mut can_run = true;
-    for requirement in REQUIREMENTS {
-        if requirement.is_met() {
-            writeln!(out, "yes  {:<28} {}", requirement.name, requirement.purpose)?;
-        } else {
-            can_run = false;
-            writeln!(out, "NO   {:<28} {}", requirement.name, requirement.purpose)?;
-            writeln!(out, "     {:<28} cure: {}", "", requirement.cure)?;
-        }
-    }
-    for feature in FEATURES {
-        match feature.probe() {
-            Ok(()) => writeln!(out, "yes  {:<28} {}", feature.name, feature.purpose)?,
-            Err(reason) => {
-                can_run &= !feature.required;
-                let verdict = if feature.required { "NO " } else { "no " };
-                writeln!(
-                    out,
-                    "{verdict}  {:<28} {} (since Linux {})",
-                    feature.name, feature.purpose, feature.since
-                )?;
-                writeln!(out, "     {:<28} reason: {reason}", "")?;
-            }
-        }
+    for finding in preflight::findings().chain(pid.into_iter().flat_map(outlook::findings)) {
+        can_run &= !finding.prevents();
+        finding.write(&mut out)?;
     }
     if can_run {
         writeln!(out, "observer can do its main job here.")?;

@@ -5,8 +5,10 @@ use std::fmt;
 /// One line why, one line what to do; ends observer with exit code 1.
 #[derive(Debug)]
 pub(crate) struct Failure {
-    what: String,
-    cure: String,
+    /// What happened.
+    pub(crate) what: String,
+    /// What to do about it.
+    pub(crate) cure: String,
 }
 
 impl Failure {

@@ -8,6 +8,7 @@ mod commands;
 mod demo;
 mod export;
 mod failure;
+mod finding;
 mod kernel;
 mod model;
 mod observation;
@@ -49,7 +50,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn dispatch(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         None => run::observe(&cli.observe),
-        Some(Command::Check) => commands::check(),
+        Some(Command::Check(check)) => commands::check(check.pid),
         Some(Command::Probes) => commands::probes(),
         Some(Command::Profiles) => commands::profiles(),
         Some(Command::Metrics) => commands::metrics(),

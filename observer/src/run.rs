@@ -1,6 +1,7 @@
 //! The main job from preflight to report: checks what must hold, observes until it is time, prints.
 
 use std::{
+    fs::File,
     future::pending,
     io::stdout,
     process::ExitCode,
@@ -30,7 +31,7 @@ use crate::{
         text,
     },
     failure::Failure,
-    kernel::{features::FEATURES, preflight::REQUIREMENTS},
+    kernel::{preflight, rights},
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
     profiles::{self, Profile},
@@ -77,18 +78,17 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         .init();
     let format = format(output);
     let collector = Settings::find(output)?.map(Collector::find).transpose()?;
-    preflight(selection)?;
+    ensure_possible(selection)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
-        if let Some(file) = &output.flame {
-            flame::ensure_writable(file)?;
-        }
+        let flame = output.flame.as_deref().map(flame::create).transpose()?;
         let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
         let mut observation = Observation::start(selection, output.verbose)?;
         if output.verbose {
             show_diagnostics(&mut observation)?;
         }
+        rights::drop_others()?;
         return_memory();
         // Before anybody is told how to end it.
         let mut signals = Signals::catch()?;
@@ -107,7 +107,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         }
         until_over(&observation, output.duration, &mut signals, view, &mut push).await?;
         let snapshot = lock(&observation).report()?;
-        let reported = report(&snapshot, output, format);
+        let reported = report(&snapshot, flame, format);
         if let Some(mut push) = push {
             push.push_last(&snapshot, &mut lock(&observation));
             // Whoever asks again does not want to wait for a collector.
@@ -121,8 +121,8 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
 }
 
 /// Writes what was asked for.
-fn report(snapshot: &Snapshot, output: &Output, format: Format) -> Result<()> {
-    if let Some(file) = &output.flame {
+fn report(snapshot: &Snapshot, flame: Option<File>, format: Format) -> Result<()> {
+    if let Some(file) = flame {
         flame::write(snapshot, file)?;
     }
     match format {
@@ -144,25 +144,12 @@ fn format(output: &Output) -> Format {
 }
 
 /// Finds out what would fail later, and says what to do about it. Runs before any thread is started.
-fn preflight(selection: &Selection) -> Result<()> {
+fn ensure_possible(selection: &Selection) -> Result<()> {
     // Whoever asks for a process that is not there wants to hear that first.
     for &pid in &selection.pids {
         ensure_observable(pid)?;
     }
-    let missing: Vec<_> = REQUIREMENTS.iter().filter(|requirement| !requirement.is_met()).collect();
-    if let Some(first) = missing.first() {
-        let names: Vec<_> = missing.iter().map(|requirement| requirement.name).collect();
-        return Err(Failure::new(format!("missing rights: {}", names.join(", ")), first.cure).into());
-    }
-    for feature in FEATURES.iter().filter(|feature| feature.required) {
-        if let Err(reason) = feature.probe() {
-            let what = format!("this kernel lacks {}: {reason}", feature.name);
-            let cure =
-                format!("use a kernel that has it (Linux {} or newer); see `observer check`", feature.since);
-            return Err(Failure::new(what, cure).into());
-        }
-    }
-    Ok(())
+    Ok(preflight::ensure()?)
 }
 
 async fn listen(output: &Output) -> Result<TcpListener> {

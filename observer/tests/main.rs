@@ -23,6 +23,7 @@ mod process;
 mod prometheus;
 mod reactor;
 mod reactors;
+mod rights;
 mod ring;
 mod selection;
 mod servers;

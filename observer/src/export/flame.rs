@@ -2,12 +2,12 @@
 //! 200 ms hurts as much as a hundred of 20 ms.
 
 use std::{
-    fs::{self, File},
-    io::BufWriter,
+    fs::File,
+    io::{self, BufWriter, Write as _},
     path::Path,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use inferno::flamegraph::{self, Options};
 
 use crate::{
@@ -15,17 +15,17 @@ use crate::{
     model::snapshot::{Reactor, Snapshot, Target},
 };
 
-/// Fails where the graph could not be written in the end, before anybody has waited for it.
-pub(crate) fn ensure_writable(file: &Path) -> Result<()> {
-    let writable = File::options().append(true).create(true).open(file);
-    writable.map(drop).map_err(|error| {
+/// Makes the file before anybody has waited for what goes into it, and while observer has the right to. What was there
+/// stays until the graph is written.
+pub(crate) fn create(file: &Path) -> Result<File> {
+    File::options().write(true).create(true).truncate(false).open(file).map_err(|error| {
         let what = format!("cannot write the flame graph to {}: {error}", file.display());
         Failure::new(what, "give --flame a file in a folder that exists and can be written to").into()
     })
 }
 
-/// Writes the graph.
-pub(crate) fn write(snapshot: &Snapshot, file: &Path) -> Result<()> {
+/// Writes the graph in place of what was there.
+pub(crate) fn write(snapshot: &Snapshot, file: File) -> Result<()> {
     let lines = folded(snapshot);
     let mut options = Options::default();
     options.title = "Lag: what a random instant waits for".into();
@@ -33,16 +33,27 @@ pub(crate) fn write(snapshot: &Snapshot, file: &Path) -> Result<()> {
     options.name_type = "Function:".into();
     // Long slices of few kinds are not a random sample: there is no noise to leave out.
     options.min_width = 0.0;
-    if lines.is_empty() {
-        fs::write(
-            file,
-            "<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>\n",
-        )?;
-        return Ok(());
-    }
-    let out = BufWriter::new(File::create(file)?);
-    flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), out)
-        .with_context(|| format!("cannot write the flame graph to {}", file.display()))
+    let drawn = || {
+        // A pipe or a device has no length.
+        if file.metadata()?.is_file() {
+            file.set_len(0)?;
+        }
+        let mut out = BufWriter::new(file);
+        if lines.is_empty() {
+            writeln!(
+                out,
+                "<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>"
+            )?;
+        } else {
+            let lines = lines.iter().map(String::as_str);
+            flamegraph::from_lines(&mut options, lines, &mut out).map_err(io::Error::other)?;
+        }
+        out.flush()
+    };
+    drawn().map_err(|error: io::Error| {
+        let what = format!("cannot write the flame graph: {error}");
+        Failure::new(what, "give --flame a file where there is room").into()
+    })
 }
 
 /// One line for each stack, outermost function first, with its share of its loop's mean lag in microseconds.

@@ -16,6 +16,8 @@ pub(crate) struct Feature {
     pub(crate) required: bool,
     /// What it is for, or what goes unseen without it.
     pub(crate) purpose: &'static str,
+    /// What to do if it is missing, other than a newer kernel.
+    pub(crate) cure: Option<&'static str>,
     probe: fn() -> Result<(), String>,
 }
 
@@ -33,6 +35,9 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "5.2",
         required: true,
         purpose: "offsets of kernel fields",
+        cure: Some(
+            "a kernel built with CONFIG_DEBUG_INFO_BTF, as distributions' are; in a container, the host's /sys",
+        ),
         probe: || match std::fs::metadata(layout::VMLINUX) {
             Ok(_) => Ok(()),
             Err(_) => {
@@ -45,6 +50,9 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "4.1",
         required: true,
         purpose: "offsets of tracepoint fields, ids to attach by",
+        cure: Some(
+            "mount it: `mount -t tracefs nodev /sys/kernel/tracing`; in a container, mount the host's there",
+        ),
         probe: || tracefs::ensure_mounted().map_err(|e| format!("{e:#}")),
     },
     Feature {
@@ -52,6 +60,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "3.5",
         required: true,
         purpose: "waits for events, accept calls",
+        cure: None,
         probe: || event("syscalls/sys_enter_accept4", "the kernel was built without CONFIG_FTRACE_SYSCALLS"),
     },
     Feature {
@@ -59,6 +68,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "4.16",
         required: true,
         purpose: "when a connection began to wait",
+        cure: None,
         probe: || event("sock/inet_sock_set_state", "this kernel has no such tracepoint"),
     },
     Feature {
@@ -66,6 +76,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "5.5",
         required: true,
         purpose: "scheduler, socket and process events, with fields where the programs look",
+        cure: None,
         probe: || layout::of_running_kernel().map(drop).map_err(|e| format!("{e:#}")),
     },
     Feature {
@@ -73,6 +84,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "5.11",
         required: false,
         purpose: "reactors that wait through it; nothing is missed without it",
+        cure: None,
         probe: || event("syscalls/sys_enter_epoll_pwait2", "this kernel has no such call"),
     },
     Feature {
@@ -80,6 +92,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "6.0",
         required: false,
         purpose: "accepts through io_uring, which go unseen without them",
+        cure: None,
         probe: || match layout::of_running_kernel() {
             Ok(layout) if layout.ring_shape == RingShape::Unknown as u32 => {
                 Err("this kernel has none, or none that observer knows".into())
@@ -89,25 +102,30 @@ pub(crate) const FEATURES: &[Feature] = &[
         },
     },
     Feature {
-        name: "uprobes with counters",
+        name: "uprobes",
         since: "4.20",
         required: false,
-        purpose: "garbage collections of CPython and V8, which go unseen without them",
-        probe: uprobe::is_supported,
+        purpose: "deferred work and collections of CPython and V8, which go unseen without them",
+        cure: Some(
+            "CAP_SYS_ADMIN, which kernels since July 2025 ask for, or a kernel with CONFIG_UPROBE_EVENTS",
+        ),
+        probe: uprobe::probe,
     },
     Feature {
         name: "ring buffer",
         since: "5.8",
         required: true,
         purpose: "diagnostics of the programs themselves (-v)",
+        cure: None,
         probe: || match sys::is_map_supported(MapType::RingBuf) {
             Ok(true) => Ok(()),
             Ok(false) => Err("this kernel has no such map".into()),
-            Err(e) => Err(e.to_string()),
+            Err(error) => Err(format!("{:#}", anyhow::Error::from(error))),
         },
     },
 ];
 
 fn event(name: &str, lack: &str) -> Result<(), String> {
+    tracefs::ensure_mounted().map_err(|_| "tracefs cannot be read, see above".to_owned())?;
     if tracefs::has(name) { Ok(()) } else { Err(lack.into()) }
 }

@@ -52,6 +52,12 @@ pub(crate) fn of_running_kernel() -> Result<KernelLayout> {
     Ok(layout)
 }
 
+/// Whether maps count as locked memory of whoever makes them, as before Linux 5.11; taken to be so if nothing tells.
+pub(super) fn maps_are_locked_memory() -> bool {
+    let data = std::fs::read(VMLINUX).unwrap_or_default();
+    Btf::parse(&data).map_or(true, |btf| btf.offset("bpf_map_memory", "pages").is_some())
+}
+
 /// The members, from BTF.
 fn members(btf: &Btf) -> Result<KernelLayout> {
     let mut layout = KernelLayout::ZERO;

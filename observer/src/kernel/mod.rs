@@ -6,5 +6,6 @@ pub(crate) mod clock;
 pub(crate) mod features;
 pub(crate) mod layout;
 pub(crate) mod preflight;
+pub(crate) mod rights;
 pub(crate) mod tracefs;
 pub(crate) mod uprobe;

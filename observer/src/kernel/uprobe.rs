@@ -47,6 +47,9 @@ struct Attributes {
     offset: u64,
 }
 
+/// An event that counts nothing and runs nothing until it is turned on.
+const DISABLED: u64 = 1;
+
 /// What the kernel is told of its size.
 const SIZE: u32 = 72;
 const _: () = assert!(size_of::<Attributes>() == SIZE as usize);
@@ -57,45 +60,55 @@ const PERF_EVENT_IOC_SET_BPF: libc::c_ulong = 0x4004_2408;
 impl Uprobe {
     /// Attaches a loaded program to one place in a file, wherever the process has that mapped, now or later.
     pub(crate) fn attach(program: BorrowedFd<'_>, file: &File, site: Site, pid: u32) -> io::Result<Self> {
-        let kind = fs::read_to_string(format!("{PMU}/type"))?;
-        let kind = kind.trim().parse().map_err(io::Error::other)?;
-        // The file that is open, whatever its name is by now and in whose file system.
-        let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
-        let counter = u32::try_from(site.counter).map_err(io::Error::other)?;
-        let attributes = Attributes {
-            kind,
-            size: SIZE,
-            config: u64::from(counter) << 32,
-            path: path.as_ptr() as u64,
-            offset: site.instruction,
-            ..Attributes::default()
-        };
-        let (any_cpu, no_group) = (-1, -1);
-        // SAFETY: the attributes, of the size they state, and the path in them, which ends with a zero, outlive the call.
-        let event = unsafe {
-            libc::syscall(
-                libc::SYS_perf_event_open,
-                &raw const attributes,
-                pid,
-                any_cpu,
-                no_group,
-                PERF_FLAG_FD_CLOEXEC,
-            )
-        };
-        let event =
-            i32::try_from(event).ok().filter(|&event| event >= 0).ok_or_else(io::Error::last_os_error)?;
-        // SAFETY: a descriptor that was made just now and that nobody else knows.
-        let event = unsafe { OwnedFd::from_raw_fd(event) };
+        let event = open(file, site, pid, 0)?;
         // SAFETY: two descriptors that are open; the kernel holds on to the program itself.
         let outcome = unsafe { libc::ioctl(event.as_raw_fd(), PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) };
         if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(event)) }
     }
 }
 
-/// Whether this kernel has uprobes and keeps counters for them. An error says why not.
-pub(crate) fn is_supported() -> Result<(), String> {
-    match fs::metadata(format!("{PMU}/format/ref_ctr_offset")) {
+/// Makes an event of a place in a file, for one process.
+fn open(file: &File, site: Site, pid: u32, flags: u64) -> io::Result<OwnedFd> {
+    let kind = fs::read_to_string(format!("{PMU}/type"))?;
+    let kind = kind.trim().parse().map_err(io::Error::other)?;
+    // The file that is open, whatever its name is by now and in whose file system.
+    let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
+    let counter = u32::try_from(site.counter).map_err(io::Error::other)?;
+    let attributes = Attributes {
+        kind,
+        size: SIZE,
+        config: u64::from(counter) << 32,
+        path: path.as_ptr() as u64,
+        offset: site.instruction,
+        flags,
+        ..Attributes::default()
+    };
+    let (any_cpu, no_group) = (-1, -1);
+    // SAFETY: the attributes, of the size they state, and the path in them, which ends with a zero, outlive the call.
+    let event = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attributes,
+            pid,
+            any_cpu,
+            no_group,
+            PERF_FLAG_FD_CLOEXEC,
+        )
+    };
+    let event = i32::try_from(event).ok().filter(|&event| event >= 0).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: a descriptor that was made just now and that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(event) })
+}
+
+/// Whether this kernel has uprobes, keeps counters for them, and lets us have some. An error says why not.
+pub(crate) fn probe() -> Result<(), String> {
+    if fs::metadata(format!("{PMU}/format/ref_ctr_offset")).is_err() {
+        return Err("the kernel was built without CONFIG_UPROBE_EVENTS".into());
+    }
+    let nowhere = Site { instruction: 0, counter: 0 };
+    let program = File::open("/proc/self/exe").map_err(|error| error.to_string())?;
+    match open(&program, nowhere, std::process::id(), DISABLED) {
         Ok(_) => Ok(()),
-        Err(_) => Err("the kernel was built without CONFIG_UPROBE_EVENTS".into()),
+        Err(error) => Err(format!("the kernel does not let us attach any: {error}")),
     }
 }

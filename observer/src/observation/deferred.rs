@@ -27,7 +27,7 @@ use crate::{
         deferred::{self, Attached, Shared},
         origin,
     },
-    profiles::{Hook, Naming},
+    profiles::Naming,
     read::maps::{Maps, entries, insert_new},
     stacks::{mappings::Mappings, naming::Names},
     target::{
@@ -252,23 +252,9 @@ impl Follower {
             self.loaded.get_or_insert_with(|| deferred::load(ebpf).map_err(|error| format!("{error:#}")));
         loaded.clone().map_err(|why| anyhow!(why))?;
         let finder = Finder::of(mappings, runtime, copy).map_err(|why| anyhow!(why))?;
-        let version = finder.version().map_err(|why| anyhow!(why))?;
         let profile = &runtime.profile;
-        let mut wanted = Vec::<&Hook>::new();
-        for hook in profile.hooks.iter().filter(|hook| hook.is_in(version.as_deref())) {
-            if finder.is_needed(hook).map_err(|why| anyhow!(why))? {
-                wanted.push(hook);
-            }
-        }
-        if wanted.is_empty() {
-            let version = version.unwrap_or_default();
-            return Err(anyhow!("how version {version} puts work off is not known"));
-        }
-        let found = wanted.iter().map(|hook| (hook.optional, finder.find(hook)));
-        let found = found.filter(|(optional, found)| !optional || found.is_ok()).map(|(_, found)| found);
-        let found = found.collect::<Result<Vec<_>, _>>().map_err(|why| anyhow!(why))?;
-        let found: Vec<_> = found.into_iter().flatten().collect();
-        let spaces: HashSet<&str> = wanted.iter().map(|hook| hook.space.as_str()).collect();
+        let found = finder.all().map_err(|why| anyhow!(why))?;
+        let spaces: HashSet<&str> = found.iter().map(|found| found.hook.space.as_str()).collect();
         let mut numbers = HashMap::new();
         for space in spaces {
             self.spaces += 1;
@@ -276,7 +262,7 @@ impl Follower {
         }
         insert_new(&mut maps.classes, deferred::others(pid), RawClass::EMPTY)?;
         maps.followed.insert(pid, 1, 0)?;
-        if wanted.iter().flat_map(|hook| &hook.class).any(|case| case.named.is_interpreted())
+        if found.iter().flat_map(|found| &found.hook.class).any(|case| case.named.is_interpreted())
             && let Err(why) = self.names.prepare(pid)
         {
             log::debug!("names in process {pid} are not known: {why:#}");
@@ -295,7 +281,7 @@ impl Follower {
         }
         let process = self.processes.entry(pid).or_default();
         process.hooks.extend(attached.into_iter().rev());
-        let is_told_later = wanted.iter().any(|hook| hook.tells_later());
+        let is_told_later = found.iter().any(|found| found.hook.tells_later());
         let work = format!("{} work", profile.name);
         let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_told_later }));
         process.spaces.extend(spaces);

@@ -48,7 +48,7 @@ pub(super) const PROBE: Probe = Probe {
 
 /// Loads the programs, and attaches those that do not wait for a runtime.
 pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
-    uprobe::is_supported().map_err(|why| anyhow!(why))?;
+    uprobe::probe().map_err(|why| anyhow!(why))?;
     super::attach(ebpf, When::Deferring, &[])?;
     Ok(())
 }

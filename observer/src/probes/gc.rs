@@ -193,7 +193,7 @@ impl Process {
 
 /// Loads the programs.
 fn load(ebpf: &mut Ebpf) -> Result<()> {
-    uprobe::is_supported().map_err(|why| anyhow!(why))?;
+    uprobe::probe().map_err(|why| anyhow!(why))?;
     super::attach(ebpf, When::Collector, &[])?;
     Ok(())
 }

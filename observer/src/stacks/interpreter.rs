@@ -45,6 +45,11 @@ impl Interpreter {
         Ok(None)
     }
 
+    /// Whether frames can be read. An error says why not.
+    pub(crate) fn readable(&self) -> Result<(), String> {
+        self.reader.as_ref().map(drop).map_err(Clone::clone)
+    }
+
     /// Frames of a thread, innermost first. An error says why there are none.
     pub(crate) fn frames(&self, tid: u32) -> Result<Vec<Frame>> {
         let reader =

@@ -125,6 +125,11 @@ fn is_of_streams(entry: &UnixNetEntry) -> bool {
 }
 
 /// Whether a process listens or has what event loops wait on.
+pub(super) fn is_server(pid: u32) -> bool {
+    let proc = i32::try_from(pid).ok().and_then(|pid| Proc::new(pid).ok());
+    proc.is_some_and(|proc| serves(&proc, &mut Listening::default()))
+}
+
 fn serves(proc: &Proc, listening: &mut Listening) -> bool {
     let descriptors = proc.fd().into_iter().flatten().filter_map(Result::ok);
     let mut own = HashSet::new();

@@ -100,8 +100,25 @@ impl<'a> Finder<'a> {
         Ok(Self { mappings, runtime, copy, memory, images: RefCell::default() })
     }
 
+    /// Finds all hooks that the runtime's profile has for a process like this. An error says which one is missing.
+    pub(crate) fn all(&self) -> Result<Vec<Found<'a>>, String> {
+        let version = self.version()?;
+        let mut wanted = Vec::new();
+        for hook in self.runtime.profile.hooks.iter().filter(|hook| hook.is_in(version.as_deref())) {
+            if self.is_needed(hook)? {
+                wanted.push(hook);
+            }
+        }
+        if wanted.is_empty() {
+            return Err(format!("how version {} puts work off is not known", version.unwrap_or_default()));
+        }
+        let found = wanted.into_iter().map(|hook| (hook.optional, self.find(hook)));
+        let found = found.filter(|(optional, found)| !optional || found.is_ok()).map(|(_, found)| found);
+        Ok(found.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
+    }
+
     /// What its version is; `None` if the profile does not ask.
-    pub(crate) fn version(&self) -> Result<Option<String>, String> {
+    fn version(&self) -> Result<Option<String>, String> {
         let Some(version) = &self.runtime.profile.version else { return Ok(None) };
         let module = self.open(&self.runtime.module)?;
         let symbol = module.symbol(&version.symbol);
@@ -118,7 +135,7 @@ impl<'a> Finder<'a> {
     }
 
     /// Whether a hook has a part in this process.
-    pub(crate) fn is_needed(&self, hook: &Hook) -> Result<bool, String> {
+    fn is_needed(&self, hook: &Hook) -> Result<bool, String> {
         if hook.unless.is_empty() {
             return Ok(true);
         }

@@ -8,6 +8,7 @@ pub(crate) mod criteria;
 pub(crate) mod drops;
 pub(crate) mod hooks;
 pub(crate) mod identity;
+pub(crate) mod outlook;
 pub(crate) mod pod;
 pub(crate) mod process;
 pub(crate) mod runtime;

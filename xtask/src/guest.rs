@@ -27,6 +27,8 @@ const PROGRAMS: &[&str] = &[
     "taskset",
     "nsenter",
     "unshare",
+    "setpriv",
+    "mountpoint",
 ];
 
 /// Debian's own: a version manager's Python lies in many places.

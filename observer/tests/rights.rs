@@ -21,7 +21,7 @@ const KEPT: [u32; 6] = [2, 19, 21, 38, 39, 34];
 fn with_only(capabilities: &str, preparation: &str) -> Command {
     let mut command = Command::new("unshare");
     let run = format!(
-        "{preparation} && exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,{capabilities} \"$0\" \"$@\""
+        "{preparation} && exec /usr/bin/setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,{capabilities} \"$0\" \"$@\""
     );
     command.args(["--mount", "sh", "-c", &run, BINARY]);
     command
@@ -33,7 +33,7 @@ const TRACEFS: &str = "{ mountpoint -q /sys/kernel/tracing || mount -t tracefs n
 /// Whether this guest has what takes rights away.
 fn is_possible(test: &str) -> bool {
     let is_there = |program: &str| Command::new(program).arg("--version").output().is_ok();
-    if is_there("setpriv") && is_there("unshare") {
+    if is_there("/usr/bin/setpriv") && is_there("unshare") {
         return true;
     }
     eprintln!("skipped: rights::{test}: no setpriv and unshare in this guest");

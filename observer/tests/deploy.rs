@@ -48,7 +48,10 @@ fn the_manifest_and_the_unit_give_the_same_rights() {
     let check = Command::new(BINARY).arg("check").output().unwrap();
     let check = String::from_utf8(check.stdout).unwrap();
     let asked_for = check.split_whitespace().filter(|word| word.starts_with("CAP_")).collect::<Vec<_>>();
-    assert!(!asked_for.is_empty() && asked_for.iter().all(|name| in_manifest.contains(&(*name).into())), "{check}");
+    assert!(
+        !asked_for.is_empty() && asked_for.iter().all(|name| in_manifest.contains(&(*name).into())),
+        "{check}"
+    );
 }
 
 /// A container of the image, in a pod of the DaemonSet.
@@ -65,7 +68,8 @@ impl Deployed {
         configure(files.path(), pod, &entrypoint);
         let id = format!("observer-test-{}", std::process::id());
         // On a node, systemd has mounted what the pod asks for.
-        let script = "mount -t tracefs nodev /sys/kernel/tracing && exec runc run --no-pivot --pid-file pid \"$0\"";
+        let script =
+            "mount -t tracefs nodev /sys/kernel/tracing && exec runc run --no-pivot --pid-file pid \"$0\"";
         let runc = Command::new("unshare")
             .args(["--mount", "sh", "-c", script, &id])
             .current_dir(files.path())
@@ -75,7 +79,12 @@ impl Deployed {
             .unwrap();
         let mut deployed = Self { runc: Process(runc), id, files };
         wait_for("a pod that is ready", || {
-            assert_eq!(exit_within(&mut deployed.runc.0, std::time::Duration::ZERO), None, "{}", deployed.said());
+            assert_eq!(
+                exit_within(&mut deployed.runc.0, std::time::Duration::ZERO),
+                None,
+                "{}",
+                deployed.said()
+            );
             (deployed.get("/readyz")? == "ready\n").then_some(())
         });
         deployed
@@ -168,7 +177,8 @@ fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
 
     let of_host = [("pid", "hostPID"), ("network", "hostNetwork"), ("ipc", "hostIPC")];
     let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-    namespaces.retain(|kind| !of_host.iter().any(|(name, field)| kind["type"] == *name && pod[field] == true));
+    namespaces
+        .retain(|kind| !of_host.iter().any(|(name, field)| kind["type"] == *name && pod[field] == true));
     for mount in container["volumeMounts"].as_array().unwrap() {
         let mut volumes = pod["volumes"].as_array().unwrap().iter();
         let volume = volumes.find(|volume| volume["name"] == mount["name"]).unwrap();

@@ -19,6 +19,16 @@ use crate::{observer, toolchain};
 const ALONG: [&str; 7] =
     ["CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "README.md", "dashboards", "deploy", "docs"];
 
+/// Checksums of what is handed out.
+const SUMS: &str = "SHA256SUMS";
+
+/// Name of a bill of materials while it is made.
+const BILL: &str = "bill-of-materials";
+
+/// The packages whose code is in the program, and all that a bill is made of along with them.
+const DESCRIBED: [&str; 2] = ["observer", "observer-ebpf"];
+const PACKAGES: [&str; 4] = ["observer", "observer-common", "observer-ebpf", "xtask"];
+
 /// `xtask dist`.
 pub(crate) fn make() -> Result<()> {
     let binary = observer::build()?;
@@ -39,18 +49,18 @@ pub(crate) fn make() -> Result<()> {
     for path in ALONG {
         copy(Path::new(path), &folder)?;
     }
-    let materials = format!("{name}.cdx.json");
-    bill_of_materials(&target, &out.join(&materials))?;
-    fs::copy(out.join(&materials), folder.join("observer.cdx.json"))?;
+    bills_of_materials(&target, &folder)?;
 
     let archive = format!("{name}.tar.gz");
     pack(&out, &name, &archive)?;
-    let sums = cmd!("sha256sum", &archive, &materials, format!("{name}/observer")).dir(&out).read()?;
-    fs::write(out.join("SHA256SUMS"), sums + "\n")?;
-    for file in [&archive, &materials, "SHA256SUMS"] {
+    let sums = cmd!("sha256sum", &archive, format!("{name}/observer")).dir(&out).read()?;
+    fs::write(out.join(SUMS), sums + "\n")?;
+    for file in [&archive, SUMS] {
         println!("{}", out.join(file).display());
     }
-    println!("another architecture: not built here; docs/deployment.md tells what is known of aarch64");
+    println!(
+        "aarch64: not built, for the programs in the kernel read x86-64 registers; see docs/deployment.md"
+    );
     Ok(())
 }
 
@@ -82,18 +92,25 @@ fn copy(path: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What the program is made of, in CycloneDX: each crate that is in it, with version, licence and checksum.
-fn bill_of_materials(target: &str, to: &Path) -> Result<()> {
-    let bin = toolchain::bill_of_materials()?;
-    // It writes beside each package's manifest, and nowhere else.
-    let name = "bill-of-materials";
-    let made = |package: &str| root().join(package).join(name).with_extension("json");
-    let path = format!("{bin}:{}", std::env::var("PATH")?);
-    let args = ["cyclonedx", "--format", "json", "--spec-version", "1.5", "--override-filename", name];
-    let command = plain_cargo(args.into_iter().chain(["--target", target])).env("PATH", path);
+/// What the program and the programs in the kernel are made of, in CycloneDX: each crate, with version, licence and checksum.
+fn bills_of_materials(target: &str, folder: &Path) -> Result<()> {
+    let path = format!("{}:{}", toolchain::cyclonedx()?, std::env::var("PATH")?);
+    // It writes beside the manifest of each package of the workspace, and nowhere else.
+    let made = |package: &str| root().join(package).join(BILL).with_extension("json");
+    let what =
+        format!("cyclonedx --format json --spec-version 1.5 --no-build-deps --override-filename {BILL}");
+    let command = plain_cargo(what.split(' ').chain(["--target", target])).env("PATH", path);
     let outcome = quietly("cargo cyclonedx", &command.env("SOURCE_DATE_EPOCH", commit_time()?));
-    let copied = outcome.and_then(|()| Ok(fs::copy(made("observer"), to).map(drop)?));
-    for package in ["observer", "observer-common", "observer-ebpf", "xtask"] {
+    let copied = outcome.and_then(|()| {
+        for package in DESCRIBED {
+            // Where it was made is nobody's business, and would make each one different.
+            let bill = fs::read_to_string(made(package))?
+                .replace(&format!("file://{}", root().display()), "file://");
+            fs::write(folder.join(package).with_extension("cdx.json"), bill)?;
+        }
+        Ok(())
+    });
+    for package in PACKAGES {
         let _not_made = fs::remove_file(made(package));
     }
     copied

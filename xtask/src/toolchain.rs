@@ -129,7 +129,7 @@ fn build_linker(llvm: &str) -> Result<String> {
 }
 
 /// Builds what writes bills of materials, unless an earlier run did; answers its folder.
-pub(crate) fn bill_of_materials() -> Result<String> {
+pub(crate) fn cyclonedx() -> Result<String> {
     let bin = kept("tools/bin");
     let version = ask(&cmd!(bin.join("cargo-cyclonedx"), "cyclonedx", "--version"));
     if version.is_none_or(|version| version != format!("cargo-cyclonedx-cyclonedx {CYCLONEDX}")) {

@@ -53,6 +53,17 @@ fn the_manifest_and_the_unit_give_the_same_rights() {
     assert_eq!(asked_for, in_manifest, "{check}");
 }
 
+#[test]
+fn the_component_takes_the_right_away_that_it_is_named_after() {
+    let place = capabilities(&pod()).iter().position(|name| name == "CAP_SYS_ADMIN").unwrap();
+    let component: Value =
+        serde_saphyr::from_str(&read("deploy/kubernetes/without-sys-admin/kustomization.yaml")).unwrap();
+    let patch = component["patches"][0]["patch"].as_str().unwrap();
+    let patch: Value = serde_saphyr::from_str(patch).unwrap();
+    let path = format!("/spec/template/spec/containers/0/securityContext/capabilities/add/{place}");
+    assert_eq!(patch[1], json!({ "op": "remove", "path": path }));
+}
+
 /// A container of the image, in a pod of the DaemonSet.
 struct Deployed {
     runc: Process,

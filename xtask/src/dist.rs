@@ -129,3 +129,14 @@ fn commit_time() -> Result<String> {
     let time = ask(&cmd!("git", "log", "-1", "--format=%ct").dir(root()));
     time.context("git does not tell when this was committed\nby hand: make it in a clone of the repository")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_needs_a_loader_is_not_static() {
+        assert!(ensure_static(Path::new("/bin/busybox")).is_ok(), "the tests' busybox is static");
+        assert!(ensure_static(Path::new("/usr/bin/python3")).is_err());
+    }
+}

@@ -23,15 +23,15 @@ use crate::{
 };
 
 /// Known operations.
-const CONNECTIONS: u32 = 23;
+pub(crate) const CONNECTIONS: u32 = 23;
 
-const ADDRESS: &str = "127.0.0.1:8080";
+pub(crate) const ADDRESS: &str = "127.0.0.1:8080";
 
 /// A container made by `runc` with a root of busybox alone, where busybox serves its root folder.
-struct Container {
+pub(crate) struct Container {
     /// `runc`, which ends with its container.
     process: Process,
-    id: String,
+    pub(crate) id: String,
     /// The bundle, and the file that `runc` writes the process id of the first process to.
     files: TempDir,
 }
@@ -48,7 +48,7 @@ impl Container {
     }
 
     /// In this cgroup, by this command that becomes `runc`.
-    fn in_cgroup(cgroup: &str, mut runc: Command) -> Self {
+    pub(crate) fn in_cgroup(cgroup: &str, mut runc: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
         let bin = files.path().join("rootfs/bin");
         fs::create_dir_all(&bin).unwrap();
@@ -69,12 +69,12 @@ impl Container {
     }
 
     /// Process id of its first process, once it has one.
-    fn pid(&self) -> Option<u32> {
+    pub(crate) fn pid(&self) -> Option<u32> {
         fs::read_to_string(self.files.path().join("pid")).ok()?.parse().ok()
     }
 
     /// One request in the container's network; whether it is answered.
-    fn get(&self) -> bool {
+    pub(crate) fn get(&self) -> bool {
         let Some(pid) = self.pid().map(|pid| pid.to_string()) else { return false };
         let url = format!("http://{ADDRESS}/");
         let arguments = ["-t", &pid, "-n", "busybox", "wget", "-q", "-O", "-", &url];
@@ -158,18 +158,18 @@ fn a_server_of_systemd_s_has_a_service() {
     assert_eq!((&target["container"], &target["kubernetes"]), (&Value::Null, &Value::Null), "{target:#}");
 }
 
-const UID: &str = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
+pub(crate) const UID: &str = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
 
 /// The cgroup of a container in a pod, as containerd names it without systemd.
-fn pod_cgroup() -> String {
+pub(crate) fn pod_cgroup() -> String {
     format!("/kubepods-besteffort-pod{}.slice:cri-containerd:{}", UID.replace('-', "_"), id())
 }
 
 /// A node's logs, with a pod of two containers.
-struct Logs(TempDir);
+pub(crate) struct Logs(TempDir);
 
 impl Logs {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let logs = Self(tempfile::tempdir().unwrap());
         for container in ["web", "istio-proxy"] {
             fs::create_dir_all(logs.0.path().join(format!("pods/shop_web-0_{UID}")).join(container)).unwrap();
@@ -179,13 +179,13 @@ impl Logs {
     }
 
     /// The container's link, which a kubelet makes once the container runs.
-    fn link(&self) {
+    pub(crate) fn link(&self) {
         let link = self.0.path().join(format!("containers/web-0_shop_web-{}.log", id()));
         symlink(format!("/var/log/pods/shop_web-0_{UID}/web/0.log"), link).unwrap();
     }
 
     /// Runs a program that finds these at `/var/log`.
-    fn seen_by(&self, program: &str) -> Command {
+    pub(crate) fn seen_by(&self, program: &str) -> Command {
         let mut command = Command::new("unshare");
         let script = "mkdir -p /var/log && mount --bind \"$0\" /var/log && exec \"$@\"";
         command.args(["--mount", "sh", "-c", script]).arg(self.0.path()).arg(program);

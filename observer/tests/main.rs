@@ -9,6 +9,7 @@ mod container;
 mod context;
 mod deferred;
 mod deferred_rage;
+mod deploy;
 mod drops;
 mod endpoint;
 mod exports;

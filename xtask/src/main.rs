@@ -3,10 +3,12 @@
 
 mod bench;
 mod dashboards;
+mod dist;
 mod documents;
 mod guest;
 mod image;
 mod kernel;
+mod manifests;
 mod observer;
 mod packages;
 mod python;
@@ -40,6 +42,8 @@ enum Command {
     Setup,
     /// Build the static observer binary.
     Build,
+    /// Make what is handed out: a static binary with documents, manifests and dashboards, checksums, a bill of materials.
+    Dist,
     /// Build observer and run its demo (as root, through sudo where needed).
     Demo {
         /// Passed on to `observer demo`.
@@ -83,6 +87,7 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Setup => toolchain::setup()?,
         Command::Build => observer::build_and_print()?,
+        Command::Dist => dist::make()?,
         Command::Demo { args } => return Err(observer::demo(&args)),
         Command::Docs => documents::write()?,
         Command::Bench { quick } => bench::run(quick)?,

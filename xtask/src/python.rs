@@ -28,6 +28,24 @@ pub(crate) const DASHBOARD_MODEL: Packages = Packages {
     requirements: &["grafana-foundation-sdk==1769699379!11.6.0"],
 };
 
+/// The schemas of Kubernetes, release by release.
+pub(crate) const SCHEMAS: Packages = Packages {
+    folder: "kubernetes",
+    modules: "kubernetes_validate, yaml",
+    requirements: &[
+        "kubernetes-validate==1.37.0",
+        "PyYAML==6.0.4",
+        "attrs==26.1.0",
+        "importlib-resources==7.1.0",
+        "jsonschema==4.26.0",
+        "jsonschema-specifications==2025.9.1",
+        "packaging==26.4",
+        "referencing==0.37.0",
+        "rpds-py==2026.9.1",
+        "typing-extensions==4.16.0",
+    ],
+};
+
 /// A collector, and what the tests take OTLP with.
 pub(crate) const COLLECTOR: Packages = Packages {
     folder: "otlp",

@@ -17,7 +17,7 @@ use crate::report::{Report, Work};
 use crate::shell::{limited, show};
 use crate::tally::Tally;
 use crate::workspace::{Executable, build, cargo, plain_cargo};
-use crate::{documents, guest, observer, packages, toolchain, vm};
+use crate::{documents, guest, manifests, observer, packages, toolchain, vm};
 
 /// Those whose tests depend on the kernel.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
@@ -81,6 +81,7 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
         check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)
     });
     report.stage("dashboards", |_| documents::check());
+    report.stage("manifests", |_| manifests::check());
     let (observer, tests, programs) = report.stage("build", |_| {
         let args = ["--workspace", "--exclude", "observer-ebpf", "--no-run"];
         let built = build("test", &args)?.into_iter();
@@ -176,6 +177,7 @@ fn test_in_guest(
 /// Tests of what is in user space alone. They run on the host and on one emulated kernel, which takes long enough.
 const NOT_OF_THE_KERNEL: &[&str] = &[
     "cli::",
+    "deploy::",
     "endpoint::",
     "exports::",
     "lag::a",

@@ -14,6 +14,7 @@ use crate::shell::{ask, find, is_root, limited, quietly};
 use crate::workspace::{kept, plain_cargo};
 
 const BPF_LINKER: &str = "0.13.0";
+const CYCLONEDX: &str = "0.5.9";
 /// The LLVM of Debian's `rustc-web`.
 pub(crate) const DEBIAN_LLVM: u32 = 22;
 
@@ -123,6 +124,20 @@ fn build_linker(llvm: &str) -> Result<String> {
         // Flags meant for observer, such as a static C library, would break the search for LLVM.
         let install = install.env("PATH", path).env("LLVM_PREFIX", prefix).env_remove("RUSTFLAGS");
         quietly("building bpf-linker", &install)?;
+    }
+    bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))
+}
+
+/// Builds what writes bills of materials, unless an earlier run did; answers its folder.
+pub(crate) fn cyclonedx() -> Result<String> {
+    let bin = kept("tools/bin");
+    let version = ask(&cmd!(bin.join("cargo-cyclonedx"), "cyclonedx", "--version"));
+    if version.is_none_or(|version| version != format!("cargo-cyclonedx-cyclonedx {CYCLONEDX}")) {
+        eprintln!("setup: building cargo-cyclonedx {CYCLONEDX} (about two minutes)");
+        let what =
+            format!("install cargo-cyclonedx --version {CYCLONEDX} --locked --force --root target/tools");
+        let install = plain_cargo(what.split(' ')).env_remove("RUSTFLAGS");
+        quietly("building cargo-cyclonedx", &install)?;
     }
     bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))
 }

@@ -1,0 +1,246 @@
+//! What deploy/ says, done: the image as its Containerfile makes it, run as the DaemonSet wants it, sees what root sees.
+//! A kubelet and a builder of images are not to be had; what they would tell `runc` is derived from the same files.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use caps::CapSet;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{
+    container::{ADDRESS, CONNECTIONS, Container, Logs, UID, pod_cgroup},
+    support::{LIMIT, Process, exit_within, http, observer::BINARY, servers::Server, wait_for},
+};
+
+const MANIFEST: &str = "deploy/kubernetes/daemonset.yaml";
+const UNIT: &str = "deploy/systemd/observer.service";
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn read(file: &str) -> String {
+    fs::read_to_string(root().join(file)).unwrap()
+}
+
+/// The DaemonSet's pod.
+fn pod() -> Value {
+    let manifest: Value = serde_saphyr::from_str(&read(MANIFEST)).unwrap();
+    manifest["spec"]["template"]["spec"].clone()
+}
+
+/// Names of capabilities as the kernel has them.
+fn capabilities(pod: &Value) -> Vec<String> {
+    let added = pod["containers"][0]["securityContext"]["capabilities"]["add"].as_array().unwrap();
+    added.iter().map(|name| format!("CAP_{}", name.as_str().unwrap())).collect()
+}
+
+#[test]
+fn the_manifest_and_the_unit_give_the_same_rights() {
+    let unit = read(UNIT);
+    let in_unit = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
+    let in_manifest = capabilities(&pod());
+    assert_eq!(in_unit.split(' ').collect::<Vec<_>>(), in_manifest);
+    let check = Command::new(BINARY).arg("check").output().unwrap();
+    let check = String::from_utf8(check.stdout).unwrap();
+    // One line each: a verdict, the name, what for.
+    let names = check.lines().filter_map(|line| line.split_whitespace().nth(1));
+    let asked_for: Vec<_> = names.filter(|name| name.starts_with("CAP_")).collect();
+    assert_eq!(asked_for, in_manifest, "{check}");
+}
+
+#[test]
+fn the_component_takes_the_right_away_that_it_is_named_after() {
+    let place = capabilities(&pod()).iter().position(|name| name == "CAP_SYS_ADMIN").unwrap();
+    let component: Value =
+        serde_saphyr::from_str(&read("deploy/kubernetes/without-sys-admin/kustomization.yaml")).unwrap();
+    let patch = component["patches"][0]["patch"].as_str().unwrap();
+    let patch: Value = serde_saphyr::from_str(patch).unwrap();
+    let path = format!("/spec/template/spec/containers/0/securityContext/capabilities/add/{place}");
+    assert_eq!(patch[1], json!({ "op": "remove", "path": path }));
+}
+
+/// A container of the image, in a pod of the DaemonSet.
+struct Deployed {
+    runc: Process,
+    id: String,
+    files: TempDir,
+}
+
+impl Deployed {
+    fn new(pod: &Value) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let entrypoint = build(&files.path().join("rootfs"));
+        configure(files.path(), pod, &entrypoint);
+        let id = format!("observer-test-{}", std::process::id());
+        // On a node, systemd has mounted what the pod asks for.
+        let script =
+            "mount -t tracefs nodev /sys/kernel/tracing && exec runc run --no-pivot --pid-file pid \"$0\"";
+        let runc = Command::new("unshare")
+            .args(["--mount", "sh", "-c", script, &id])
+            .current_dir(files.path())
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(files.path().join("said")).unwrap())
+            .spawn()
+            .unwrap();
+        let mut deployed = Self { runc: Process(runc), id, files };
+        wait_for("a pod that is ready", || {
+            assert_eq!(
+                exit_within(&mut deployed.runc.0, std::time::Duration::ZERO),
+                None,
+                "{}",
+                deployed.said()
+            );
+            (deployed.get("/readyz")? == "ready\n").then_some(())
+        });
+        deployed
+    }
+
+    /// What the pod wrote to its log.
+    fn said(&self) -> String {
+        fs::read_to_string(self.files.path().join("said")).unwrap()
+    }
+
+    /// Of its first process.
+    fn pid(&self) -> Option<String> {
+        fs::read_to_string(self.files.path().join("pid")).ok()
+    }
+
+    /// Asks in the pod's network, at another address than the one meant for oneself.
+    fn get(&self, path: &str) -> Option<String> {
+        let url = format!("http://127.1.2.3:9464{path}");
+        let arguments = ["-t", &self.pid()?, "-n", "busybox", "wget", "-q", "-O", "-", &url];
+        let output = Command::new("nsenter").args(arguments).stderr(Stdio::null()).output().unwrap();
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    }
+
+    /// As a kubelet ends it; what it said.
+    fn finish(mut self) -> String {
+        assert!(Command::new("runc").args(["kill", &self.id, "TERM"]).status().unwrap().success());
+        let status = exit_within(&mut self.runc.0, LIMIT).expect("observer does not end");
+        assert!(status.success(), "{status}: {}", self.said());
+        self.said()
+    }
+}
+
+impl Drop for Deployed {
+    fn drop(&mut self) {
+        let _gone_already =
+            Command::new("runc").args(["delete", "--force", &self.id]).stderr(Stdio::null()).status();
+        let _ended = exit_within(&mut self.runc.0, LIMIT);
+    }
+}
+
+/// Makes a root file system as the Containerfile says; answers the entry point.
+fn build(rootfs: &Path) -> Value {
+    let containerfile = read("deploy/Containerfile").replace("\\\n", "");
+    let mut entrypoint = Value::Null;
+    let mut lines = containerfile.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    assert_eq!(lines.next(), Some("FROM scratch"));
+    for line in lines {
+        match line.split_once(' ').unwrap() {
+            ("COPY", files) => {
+                let (from, to) = files.rsplit_once(' ').unwrap();
+                for file in from.split(' ') {
+                    let source = if file == "observer" { BINARY.into() } else { root().join(file) };
+                    let place = rootfs.join(to.trim_start_matches('/'));
+                    let place = if to.ends_with('/') { place.join(file) } else { place };
+                    fs::create_dir_all(place.parent().unwrap()).unwrap();
+                    fs::copy(source, place).unwrap();
+                }
+            }
+            ("ENTRYPOINT", words) => entrypoint = serde_json::from_str(words).unwrap(),
+            ("LABEL" | "EXPOSE", _) | ("USER", "0:0") => {}
+            _ => panic!("what is {line}?"),
+        }
+    }
+    entrypoint
+}
+
+/// Writes the configuration that a container runtime would for this pod.
+fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
+    let spec = Command::new("runc").args(["spec", "--bundle"]).arg(bundle).status();
+    assert!(spec.expect("runc is installed").success());
+    let path = bundle.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let container = &pod["containers"][0];
+    let rights = &container["securityContext"];
+
+    let process = &mut config["process"];
+    process["terminal"] = json!(false);
+    let words = [entrypoint, &container["args"]].into_iter().flat_map(|words| words.as_array().unwrap());
+    process["args"] = words.cloned().collect();
+    process["noNewPrivileges"] = json!(rights["allowPrivilegeEscalation"] == false);
+    process["user"] = json!({ "uid": rights["runAsUser"], "gid": 0 });
+    assert_eq!(rights["privileged"], false);
+    assert_eq!(rights["capabilities"]["drop"], json!(["ALL"]));
+    // Root of a machine that is a guest itself may lack some.
+    let held = caps::read(None, CapSet::Permitted).unwrap();
+    let mut granted = capabilities(pod);
+    granted.retain(|name| held.contains(&name.parse().unwrap()));
+    process["capabilities"] = json!({ "bounding": granted, "effective": granted, "permitted": granted });
+    config["root"]["readonly"] = rights["readOnlyRootFilesystem"].clone();
+
+    let of_host = [("pid", "hostPID"), ("network", "hostNetwork"), ("ipc", "hostIPC")];
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces
+        .retain(|kind| !of_host.iter().any(|(name, field)| kind["type"] == *name && pod[field] == true));
+    for mount in container["volumeMounts"].as_array().unwrap() {
+        let mut volumes = pod["volumes"].as_array().unwrap().iter();
+        let volume = volumes.find(|volume| volume["name"] == mount["name"]).unwrap();
+        assert_eq!(mount["readOnly"], true, "{mount}");
+        config["mounts"].as_array_mut().unwrap().push(json!({
+            "destination": mount["mountPath"], "source": volume["hostPath"]["path"], "type": "bind",
+            "options": ["rbind", "rprivate", "ro"],
+        }));
+    }
+    let memory = container["resources"]["limits"]["memory"].as_str().unwrap();
+    let mebibytes: u64 = memory.strip_suffix("Mi").unwrap().parse().unwrap();
+    config["linux"]["resources"]["memory"] = json!({ "limit": mebibytes << 20 });
+    config["linux"]["cgroupsPath"] = json!(format!("/observer-test-{}", std::process::id()));
+    fs::write(path, config.to_string()).unwrap();
+}
+
+#[test]
+fn a_pod_of_the_daemonset_sees_every_connection_of_a_node_with_its_names() {
+    let logs = Logs::new();
+    logs.link();
+    let container = Container::in_cgroup(&pod_cgroup(), logs.seen_by("runc"));
+    let server = Server::asyncio();
+    let pod = pod();
+    let deployed = Deployed::new(&pod);
+
+    let status = fs::read_to_string(format!("/proc/{}/status", deployed.pid().unwrap())).unwrap();
+    let value = |field: &str| status.lines().find_map(|line| line.strip_prefix(field)).unwrap().trim();
+    let bounding = u64::from_str_radix(value("CapBnd:"), 16).unwrap();
+    assert!(bounding.count_ones() as usize <= capabilities(&pod).len(), "{status}");
+    assert_eq!(value("NoNewPrivs:"), "1");
+
+    for _ in 0..CONNECTIONS {
+        assert!(container.get());
+        http::get(server.port, "/");
+    }
+    server.block("sleep", 150);
+    let scrape = deployed.get("/metrics").unwrap();
+    let series = |name: &str, of: &str| {
+        let mut lines = scrape.lines().filter(|line| line.starts_with(name) && line.contains(of));
+        let line = lines.next().unwrap_or_else(|| panic!("no {name} of {of} in {scrape}"));
+        line.rsplit(' ').next().unwrap().to_owned()
+    };
+    let in_container = format!("container=\"{}\",pod=\"web-0\",listener=\"{ADDRESS}\"", container.id);
+    assert_eq!(series("observer_accept_queue_accepts_total", &in_container), CONNECTIONS.to_string());
+    let on_node = format!("listener=\"127.0.0.1:{}\"", server.port);
+    assert_eq!(series("observer_accept_queue_accepts_total", &on_node), (CONNECTIONS + 1).to_string());
+    series("observer_target_info", &format!("namespace=\"shop\",container_name=\"web\",pod_uid=\"{UID}\""));
+
+    let said = deployed.finish();
+    assert!(said.contains("container web (") && said.contains("of pod shop/web-0"), "{said}");
+    // With the language's functions, for which the process's memory and files were read.
+    assert!(said.contains("in  block (servers/asyncio_server.py"), "{said}");
+    let mut unseen = said.lines().filter(|line| line.starts_with("Not seen here"));
+    assert!(unseen.all(|line| line.ends_with("(this kernel has no such tracepoint)")), "{said}");
+}

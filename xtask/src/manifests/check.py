@@ -1,0 +1,46 @@
+"""Reads manifests with the schemas of Kubernetes: every field must be known, every value be of its type.
+
+Arguments: a folder, and releases of Kubernetes. Prints what is wrong, with its place, and exits with 1. What
+kustomize reads itself, and kinds that Kubernetes does not have, have to be known here by name.
+"""
+
+import pathlib
+import sys
+
+import kubernetes_validate
+import yaml
+
+OTHERS = {
+    "kustomize.config.k8s.io/v1beta1": {
+        "Kustomization": {"apiVersion", "kind", "namespace", "resources", "labels", "images"}
+    },
+    "kustomize.config.k8s.io/v1alpha1": {"Component": {"apiVersion", "kind", "resources", "patches"}},
+    "monitoring.coreos.com/v1": {"PodMonitor": {"apiVersion", "kind", "metadata", "spec"}},
+}
+
+folder, releases = pathlib.Path(sys.argv[1]), sys.argv[2:]
+faults, looked_at, named = [], 0, set()
+for file in sorted(folder.rglob("*.yaml")):
+    manifest = yaml.safe_load(file.read_text())
+    place = file.relative_to(folder)
+    others = OTHERS.get(manifest["apiVersion"])
+    if others:
+        known = others.get(manifest["kind"], set())
+        faults += [f"{place}: {key}: unknown" for key in manifest if key not in known]
+        named |= {(file.parent / name).resolve() for name in manifest.get("resources", [])}
+        continue
+    for release in releases:
+        looked_at += 1
+        try:
+            kubernetes_validate.validate(manifest, release, strict=True)
+        except kubernetes_validate.ValidationError as fault:
+            where = ".".join(map(str, fault.path))
+            faults.append(f"{place}: {where}: {fault.message} (Kubernetes {release})")
+        except kubernetes_validate.SchemaNotFoundError as fault:
+            faults.append(f"{place}: {fault.message}")
+for file in folder.rglob("*.yaml"):
+    if file.name != "kustomization.yaml" and file.resolve() not in named:
+        faults.append(f"{file.relative_to(folder)}: no kustomization.yaml has it")
+faults += [f"{file}: is not there" for file in named if not file.exists()]
+print(*faults, sep="\n")
+sys.exit(1 if faults or not looked_at else 0)

@@ -27,6 +27,7 @@ const PROGRAMS: &[&str] = &[
     "taskset",
     "nsenter",
     "unshare",
+    "prlimit",
 ];
 
 /// Debian's own: a version manager's Python lies in many places.

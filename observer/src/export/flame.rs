@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, File},
-    io::BufWriter,
     path::Path,
 };
 
@@ -33,16 +32,16 @@ pub(crate) fn write(snapshot: &Snapshot, file: &Path) -> Result<()> {
     options.name_type = "Function:".into();
     // Long slices of few kinds are not a random sample: there is no noise to leave out.
     options.min_width = 0.0;
+    let mut graph = Vec::new();
     if lines.is_empty() {
-        fs::write(
-            file,
-            "<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>\n",
-        )?;
-        return Ok(());
+        graph.extend(
+            b"<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>\n",
+        );
+    } else {
+        flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), &mut graph)?;
     }
-    let out = BufWriter::new(File::create(file)?);
-    flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), out)
-        .with_context(|| format!("cannot write the flame graph to {}", file.display()))
+    // At once: what is written bit by bit may be cut off without anybody being told.
+    fs::write(file, graph).with_context(|| format!("cannot write the flame graph to {}", file.display()))
 }
 
 /// One line for each stack, outermost function first, with its share of its loop's mean lag in microseconds.

@@ -5,6 +5,7 @@ pub(crate) mod calls;
 pub(crate) mod clock;
 pub(crate) mod features;
 pub(crate) mod layout;
+pub(crate) mod memory;
 pub(crate) mod preflight;
 pub(crate) mod tracefs;
 pub(crate) mod uprobe;

@@ -178,6 +178,11 @@ fn rejected(hook: &Hook, error: ProgramError) -> anyhow::Error {
     let error = match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
+            if log.trim().is_empty() {
+                // It has not come as far as that.
+                return anyhow::Error::new(io_error)
+                    .context(format!("the kernel does not take the program {}", hook.program));
+            }
             log::debug!("the verifier on {}:\n{log}", hook.program);
             let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
             let end = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join("\n  ");

@@ -100,7 +100,7 @@ pub(crate) struct Observe {
     pub(crate) stall_threshold: Duration,
     /// Room for so many event loops and listeners, four times as many processes, and the rest in proportion
     ///
-    /// What this takes of the kernel's memory (about 25 MiB for 1024) is told at the start, taken at once and never grows.
+    /// What this takes of the kernel's memory (about 48 MiB for 1024) is told at the start, taken at once and never grows.
     /// What finds no room is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
     #[arg(long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,

@@ -58,10 +58,11 @@ impl Container {
         for link in folders.filter(|folder| folder.is_symlink()) {
             symlink(fs::read_link(link).unwrap(), root.join(link.strip_prefix("/").unwrap())).unwrap();
         }
-        fs::copy("/bin/busybox", root.join("own-busybox")).expect("busybox is installed");
-        let serve = format!("/own-busybox ip link set lo up; exec {serve}");
+        fs::create_dir(root.join("own")).unwrap();
+        fs::copy("/bin/busybox", root.join("own/busybox")).expect("busybox is installed");
+        let serve = format!("/own/busybox ip link set lo up; exec {serve}");
         let cgroup = format!("/cri-containerd-{}.scope", id());
-        configure(files.path(), &cgroup, &["/own-busybox", "sh", "-c", &serve], &mounts);
+        configure(files.path(), &cgroup, &["/own/busybox", "sh", "-c", &serve], &mounts);
         let container = Self::run(files, Command::new("runc"));
         wait_for("the container's first process", || container.pid());
         container

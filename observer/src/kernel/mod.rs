@@ -3,6 +3,7 @@
 pub(crate) mod btf;
 pub(crate) mod calls;
 pub(crate) mod clock;
+pub(crate) mod detach;
 pub(crate) mod features;
 pub(crate) mod layout;
 pub(crate) mod memory;

@@ -162,7 +162,7 @@ impl Observation {
             stall_threshold: selection.stall_threshold,
             runtimes: Runtimes::of_profiles(selection.profiles.clone()),
             collectors: Collectors::at_most(selection.capacity.collectors()),
-            follower: Follower::new(selection.is_limited),
+            follower: Follower::new(selection.is_limited, selection.capacity),
             criteria: selection.criteria.clone(),
             follow: selection.follow,
             attached_ns: clock::monotonic_ns(),

@@ -12,7 +12,10 @@ use observer_common::{
 
 use super::{Events, Hook, Probe, When};
 use crate::{
-    kernel::uprobe::{self, Site, Uprobe},
+    kernel::{
+        detach,
+        uprobe::{self, Site, Uprobe},
+    },
     model::{
         histogram::{Histogram, seconds},
         snapshot::{Gc, Missing},
@@ -107,6 +110,8 @@ impl Collectors {
             // What the program before it did is not its own.
             *process = Process { execs, ..Process::default() };
             forget(maps, pid);
+            // Or what comes next would be counted twice.
+            detach::finish();
         }
         process.read_totals(maps, pid);
         if process.is_watched() || process.looks == LOOKS {

@@ -6,6 +6,7 @@ use aya::{
     Btf, BtfError, Ebpf,
     programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, TracePoint, UProbe},
 };
+use nix::libc;
 
 use crate::{kernel::tracefs, model::snapshot::Missing};
 
@@ -178,8 +179,12 @@ fn rejected(hook: &Hook, error: ProgramError) -> anyhow::Error {
     let error = match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            if log.trim().is_empty() {
-                // It has not come as far as that.
+            // Else it has let the program pass.
+            let is_the_verifier_s = !matches!(
+                io_error.raw_os_error(),
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EINTR)
+            );
+            if log.trim().is_empty() || !is_the_verifier_s {
                 return anyhow::Error::new(io_error)
                     .context(format!("the kernel does not take the program {}", hook.program));
             }

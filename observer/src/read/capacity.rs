@@ -22,8 +22,7 @@ const fn room(map: &'static str, entries: u32, loops: u32) -> Room {
     Room { map, entries, loops, more: 0 }
 }
 
-/// In the proportions of the object's own sizes, which are those of the default. What profiles fill (places in
-/// runtimes and how to read them) does not grow with the number of processes.
+/// In the proportions of the object's own sizes, which are those of the default.
 const ROOMS: &[Room] = &[
     room("REACTORS", 1, 1),
     // The first place is nobody's.
@@ -47,6 +46,7 @@ const ROOMS: &[Room] = &[
     room("UNITS", 32, 1),
     room("CLASSES", 1, 2),
     room("HOOKS", 4, 1),
+    room("RECIPES", 1, 1),
 ];
 
 impl Room {
@@ -77,6 +77,11 @@ impl Capacity {
     /// Processes whose collections can be watched by either way.
     pub(crate) const fn collectors(self) -> usize {
         self.0 as usize / 4
+    }
+
+    /// Ways to read places in runtimes, of which each process has its own.
+    pub(crate) const fn recipes(self) -> u32 {
+        self.0
     }
 
     /// What people are told that there is room for.

@@ -381,3 +381,65 @@ fn what_finds_no_room_in_a_ring_is_counted() {
             .all(|l| l["count"] == 0 || l["cause"] == "stalls_full")
     );
 }
+
+/// Starts more of everything than there is room for, when it is told to.
+const CROWD: &str = "
+import os, select, socket, sys, threading
+epoll = select.epoll(); print(flush=True); sys.stdin.readline()
+for _ in range(40): threading.Thread(target=epoll.poll, daemon=True).start()
+listeners = [socket.create_server(('127.0.0.1', 0)) for _ in range(40)]
+children = []
+for _ in range(100):
+    child = os.fork()
+    if child == 0: os.execvp('sleep', ['sleep', '100'])
+    children.append(child)
+print(flush=True); sys.stdin.readline()
+for child in children: os.kill(child, 9)
+";
+
+/// What finds no room is counted, what found some is exact, and what all the room takes of the kernel is told beforehand.
+#[test]
+fn more_than_there_is_room_for_is_counted() {
+    let mut child = Command::new("/usr/bin/python3")
+        .args(["-c", CROWD])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let crowd = Process(child);
+    stdout.read_exact(&mut [0]).unwrap();
+    let pid = crowd.pid().to_string();
+    let start =
+        |capacity: &str| Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--capacity", capacity]);
+    let memory = |observer: &Observer| {
+        let scrape = http::get(observer.port(), "/metrics");
+        let line =
+            scrape.lines().find_map(|line| line.strip_prefix("observer_self_map_memory_bytes ")).unwrap();
+        let told: u64 = line.parse().unwrap();
+        let output = Command::new("bpftool").args(["-j", "map", "show"]).output().unwrap();
+        let maps: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let of_all: u64 = maps.iter().map(|map| map["bytes_memlock"].as_u64().unwrap()).sum();
+        assert!(told > 0 && told <= of_all, "{told} of {of_all} bytes");
+        told
+    };
+    let large = start("1024");
+    let usual = memory(&large);
+    large.finish();
+    let observer = start("16");
+    let line = observer.announcement.iter().find(|line| line.starts_with("room for 16 event loops")).unwrap();
+    assert!(line.contains("MiB of the kernel's memory"), "{line}");
+    let least = memory(&observer);
+    eprintln!("{} KiB for 1024 event loops, {} KiB for 16", usual >> 10, least >> 10);
+    assert!(least < usual / 4);
+    stdin.write_all(b"\n").unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
+    let report = observer.finish();
+    stdin.write_all(b"\n").unwrap();
+    let lost = ["reactors_full", "listeners_full", "targets_full"].map(|cause| report.lost(cause));
+    eprintln!("lost: {lost:?}");
+    assert!(lost.iter().all(|&count| count > 0), "{lost:?}");
+    let target = report.target(crowd.pid());
+    assert_eq!(target["reactors"].as_array().unwrap().len(), 16);
+    assert_eq!(target["listeners"].as_array().unwrap().len(), 16);
+}

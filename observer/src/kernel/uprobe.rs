@@ -26,12 +26,15 @@ pub(crate) struct Site {
 
 /// A program that is attached. Dropping it has it detached; [`detach::finish`] waits for that.
 #[derive(Debug)]
-pub(crate) struct Uprobe(Option<OwnedFd>);
+pub(crate) struct Uprobe {
+    pid: u32,
+    event: Option<OwnedFd>,
+}
 
 impl Drop for Uprobe {
     fn drop(&mut self) {
-        if let Some(event) = self.0.take() {
-            detach::later(event);
+        if let Some(event) = self.event.take() {
+            detach::later(self.pid, event);
         }
     }
 }
@@ -96,7 +99,7 @@ impl Uprobe {
         let event = unsafe { OwnedFd::from_raw_fd(event) };
         // SAFETY: two descriptors that are open; the kernel holds on to the program itself.
         let outcome = unsafe { libc::ioctl(event.as_raw_fd(), PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) };
-        if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(Some(event))) }
+        if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(Self { pid, event: Some(event) }) }
     }
 }
 

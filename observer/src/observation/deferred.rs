@@ -171,7 +171,7 @@ impl Follower {
         if self.processes.get(&pid).is_some_and(|process| process.execs != execs) {
             // What the program before it did is not its own, and what comes next is not to be counted twice.
             self.end(maps, pid);
-            detach::finish();
+            detach::finish(pid);
         }
         let process = self.processes.entry(pid).or_insert_with(|| Process { execs, ..Process::default() });
         if !process.hooks.is_empty()
@@ -181,6 +181,11 @@ impl Follower {
         }
         let Some(process) = self.processes.get_mut(&pid) else { return Vec::new() };
         if process.looks == LOOKS {
+            return Vec::new();
+        }
+        // Processes that come and go in great numbers are let alone while those before them are let go: else there would be
+        // ever more of them, and nothing else would be done.
+        if detach::is_busy() {
             return Vec::new();
         }
         process.looks += 1;

@@ -111,10 +111,13 @@ impl Collectors {
             *process = Process { execs, ..Process::default() };
             forget(maps, pid);
             // Or what comes next would be counted twice.
-            detach::finish();
+            detach::finish(pid);
         }
         process.read_totals(maps, pid);
         if process.is_watched() || process.looks == LOOKS {
+            return None;
+        }
+        if detach::is_busy() {
             return None;
         }
         process.looks += 1;

@@ -38,10 +38,12 @@ pub enum Loss {
     ClassesFull,
     /// A request's answer found no room in `ANSWERS`: when it was answered is not known.
     AnswersFull,
+    /// A thread was gone and its id another's before the loader came for its figures.
+    ReactorsReplaced,
 }
 
 /// Number of causes, the size of the `LOSSES` map.
-pub const LOSSES: u32 = 17;
+pub const LOSSES: u32 = 18;
 
 impl Loss {
     /// Every cause, in index order, with the name used in metrics and reports.
@@ -63,5 +65,6 @@ impl Loss {
         (Self::LinksFull, "links_full"),
         (Self::ClassesFull, "classes_full"),
         (Self::AnswersFull, "answers_full"),
+        (Self::ReactorsReplaced, "reactors_replaced"),
     ];
 }

@@ -5,7 +5,9 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use glob::Pattern;
 
-use crate::{model::histogram::Resolution, probes::reactor::Calls, profiles::OwnHook};
+use crate::{
+    model::histogram::Resolution, probes::reactor::Calls, profiles::OwnHook, read::capacity::Capacity,
+};
 
 /// What a command line asks for.
 #[derive(Debug, Parser)]
@@ -96,6 +98,12 @@ pub(crate) struct Observe {
     /// From which length on a slice is a stall, told with its cause and culprit
     #[arg(long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
     pub(crate) stall_threshold: Duration,
+    /// Room for so many event loops and listeners, four times as many processes, and the rest in proportion
+    ///
+    /// What this takes of the kernel's memory (about 48 MiB for 1024) is told at the start, taken at once and never grows.
+    /// What finds no room is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
+    #[arg(long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
+    pub(crate) capacity: Capacity,
     /// What runtimes are known by: `auto` for all built-in profiles, `none`, names, or files ending in .toml
     ///
     /// A profile tells how a runtime is recognised, how its garbage collections can be watched, and where it puts work

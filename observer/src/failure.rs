@@ -1,6 +1,8 @@
 //! A failure that a person can act on: what happened, and what to do about it.
 
-use std::fmt;
+use std::{fmt, io};
+
+use nix::libc;
 
 /// One line why, one line what to do; ends observer with exit code 1.
 #[derive(Debug)]
@@ -14,6 +16,24 @@ pub(crate) struct Failure {
 impl Failure {
     pub(crate) fn new(what: impl Into<String>, cure: impl Into<String>) -> Self {
         Self { what: what.into(), cure: cure.into() }
+    }
+
+    /// The same error with what to do about it, where the kernel's answer tells.
+    pub(crate) fn explained(error: anyhow::Error) -> anyhow::Error {
+        let mut answers = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
+        let cure = match answers.next() {
+            Some(libc::EMFILE) => {
+                "let it have more file descriptors, some 200, for example with `ulimit -n 1024`"
+            }
+            Some(libc::ENFILE) => "the machine has no file descriptors left: see /proc/sys/fs/file-max",
+            Some(libc::ENOMEM | libc::E2BIG) => "give it more memory, or choose a smaller --capacity",
+            Some(libc::EPERM | libc::EACCES) => {
+                "something keeps even this user from it: the seccomp profile of a container or a unit, kernel lockdown, or, \
+                 before Linux 5.11, the limit of locked memory (`ulimit -l unlimited`)"
+            }
+            _ => return error,
+        };
+        Self::new(format!("{error:#}"), cure).into()
     }
 }
 

@@ -26,7 +26,7 @@ use crate::{
     export::{
         endpoint, flame, json,
         live::{self, Live},
-        otlp::{Collector, Due, Push, settings::Settings},
+        otlp::{BUFFER, Collector, Due, Push, settings::Settings},
         series::Cap,
         text,
     },
@@ -50,6 +50,7 @@ pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
         follow: !observe.no_follow,
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
+        capacity: observe.capacity,
         profiles: profiles(observe)?,
         is_limited: observe.profiles.iter().any(|profile| profile == "auto"),
     };
@@ -84,7 +85,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
         let flame = output.flame.as_deref().map(flame::create).transpose()?;
         let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
-        let mut observation = Observation::start(selection, output.verbose)?;
+        let mut observation = Observation::start(selection, output.verbose).map_err(Failure::explained)?;
         if output.verbose {
             show_diagnostics(&mut observation)?;
         }
@@ -95,7 +96,7 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         let view = if format == Format::Live {
             Some(Live::start(endpoint.as_ref().and_then(figures), output.duration)?)
         } else {
-            announce(&observation, output, endpoint.as_ref());
+            announce(selection, &observation, output, endpoint.as_ref(), collector.is_some());
             None
         };
         // Whoever is told by name is so everywhere.
@@ -122,13 +123,13 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
 
 /// Writes what was asked for.
 fn report(snapshot: &Snapshot, flame: Option<File>, format: Format) -> Result<()> {
-    if let Some(file) = flame {
-        flame::write(snapshot, file)?;
-    }
+    // Where one cannot be written, the other may be.
+    let graph = flame.map_or(Ok(()), |file| flame::write(snapshot, file));
     match format {
         Format::Live | Format::Text => text::write(snapshot, &mut stdout().lock()),
         Format::Json => json::write(snapshot, &mut stdout().lock()),
-    }
+    }?;
+    graph
 }
 
 /// What to show, here.
@@ -185,7 +186,13 @@ fn show_diagnostics(observation: &mut Observation) -> Result<()> {
 }
 
 /// Tells a person at a terminal that something is going on, and how it ends.
-fn announce(observation: &Observation, output: &Output, endpoint: Option<&TcpListener>) {
+fn announce(
+    selection: &Selection,
+    observation: &Observation,
+    output: &Output,
+    endpoint: Option<&TcpListener>,
+    pushes: bool,
+) {
     let names: Vec<_> = observation.live().map(|p| format!("{} ({})", p.comm, p.pid)).collect();
     let shown = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
     let more = names.len().saturating_sub(4);
@@ -195,6 +202,14 @@ fn announce(observation: &Observation, output: &Output, endpoint: Option<&TcpLis
     } else {
         eprintln!("observing {shown}{more}");
     }
+    let memory = mebibytes(observation.map_memory());
+    let waiting = if pushes {
+        let most = mebibytes(BUFFER.try_into().unwrap_or(u64::MAX));
+        format!("; at most {most} of each signal wait for the collector")
+    } else {
+        String::new()
+    };
+    eprintln!("room for {}: {memory} of the kernel's memory{waiting}", selection.capacity.described());
     if let Some(address) = endpoint.and_then(figures) {
         eprintln!("figures at {address}");
     }
@@ -202,6 +217,10 @@ fn announce(observation: &Observation, output: &Output, endpoint: Option<&TcpLis
         Some(duration) => eprintln!("report in {}, or at Ctrl-C", humantime::format_duration(duration)),
         None => eprintln!("report at Ctrl-C"),
     }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{}.{} MiB", bytes >> 20, (bytes >> 10) % 1024 * 10 / 1024)
 }
 
 /// Where a scraper finds the figures.

@@ -123,7 +123,7 @@ fn a_duration_ends_by_itself() {
 }
 
 /// Names of our programs, and links of any kind, as bpftool shows them.
-fn in_the_kernel() -> (Vec<String>, usize) {
+pub(crate) fn in_the_kernel() -> (Vec<String>, usize) {
     let bpftool = |what: &str| -> serde_json::Value {
         let output =
             Command::new("bpftool").args(["-j", what, "show"]).output().expect("bpftool is installed");

@@ -3,8 +3,9 @@
 
 use std::{
     fs,
+    io::Write as _,
     os::unix::fs::symlink,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -27,7 +28,7 @@ pub(crate) const CONNECTIONS: u32 = 23;
 
 pub(crate) const ADDRESS: &str = "127.0.0.1:8080";
 
-/// A container made by `runc` with a root of busybox alone, where busybox serves its root folder.
+/// A container made by `runc`.
 pub(crate) struct Container {
     /// `runc`, which ends with its container.
     process: Process,
@@ -42,20 +43,64 @@ fn id() -> String {
 }
 
 impl Container {
+    /// One with a root of its own, the machine's programs in it, a folder of ours at `/data`, and the server that this
+    /// starts: by a shell, in a network that is on.
+    pub(crate) fn running(serve: &str, data: &Path) -> Self {
+        let mut mounts = vec![(data.to_owned(), "/data".to_owned(), "rw")];
+        let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers");
+        mounts.push((scripts, "/scripts".into(), "ro"));
+        let folders = ["/usr", "/bin", "/sbin", "/lib", "/lib64"].map(Path::new).into_iter();
+        let real = folders.clone().filter(|folder| folder.is_dir() && !folder.is_symlink());
+        mounts.extend(real.map(|folder| (folder.to_owned(), folder.display().to_string(), "ro")));
+        let files = tempfile::tempdir().unwrap();
+        let root = files.path().join("rootfs");
+        fs::create_dir(&root).unwrap();
+        for link in folders.filter(|folder| folder.is_symlink()) {
+            symlink(fs::read_link(link).unwrap(), root.join(link.strip_prefix("/").unwrap())).unwrap();
+        }
+        fs::create_dir(root.join("own")).unwrap();
+        fs::copy("/bin/busybox", root.join("own/busybox")).expect("busybox is installed");
+        let serve = format!("/own/busybox ip link set lo up; exec {serve}");
+        let cgroup = format!("/cri-containerd-{}.scope", id());
+        configure(files.path(), &cgroup, &["/own/busybox", "sh", "-c", &serve], &mounts);
+        let container = Self::run(files, Command::new("runc"));
+        wait_for("the container's first process", || container.pid());
+        container
+    }
+
+    /// What this command prints in the container's network.
+    pub(crate) fn tool(&self, arguments: &[&str], input: &str) -> String {
+        let pid = self.pid().unwrap().to_string();
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &pid, "-n"]).args(arguments);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
+    }
+
     /// In a cgroup named as containerd would, without a folder above it, which would stay behind.
     fn new() -> Self {
         Self::in_cgroup(&format!("/cri-containerd-{}.scope", id()), Command::new("runc"))
     }
 
-    /// In this cgroup, by this command that becomes `runc`.
-    pub(crate) fn in_cgroup(cgroup: &str, mut runc: Command) -> Self {
+    /// In this cgroup, with a root of busybox alone, where busybox serves its root folder; by this command that becomes `runc`.
+    pub(crate) fn in_cgroup(cgroup: &str, runc: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
         let bin = files.path().join("rootfs/bin");
         fs::create_dir_all(&bin).unwrap();
         fs::copy("/bin/busybox", bin.join("busybox")).expect("busybox is installed");
         fs::write(files.path().join("rootfs/index.html"), "here").unwrap();
+        let serve = format!("busybox ip link set lo up; exec busybox httpd -f -p {ADDRESS} -h /");
+        configure(files.path(), cgroup, &["/bin/busybox", "sh", "-c", &serve], &[]);
+        let container = Self::run(files, runc);
+        wait_for("the server in the container", || container.get().then_some(()));
+        container
+    }
+
+    /// By this command that becomes `runc`, from a bundle.
+    fn run(files: TempDir, mut runc: Command) -> Self {
         let id = id();
-        configure(files.path(), cgroup);
         let child = runc
             // A guest's root is an initramfs, which cannot be pivoted away from.
             .args(["run", "--no-pivot", "--pid-file", "pid", &id])
@@ -63,9 +108,7 @@ impl Container {
             .stdin(Stdio::null())
             .spawn()
             .expect("runc is installed");
-        let container = Self { process: Process(child), id, files };
-        wait_for("the server in the container", || container.get().then_some(()));
-        container
+        Self { process: Process(child), id, files }
     }
 
     /// Process id of its first process, once it has one.
@@ -91,20 +134,24 @@ impl Drop for Container {
     }
 }
 
-/// Writes the configuration that `runc spec` proposes, with a server, the right to turn its network on, and a cgroup.
-fn configure(bundle: &Path, cgroup: &str) {
+/// Writes the configuration that `runc spec` proposes, with a server, the right to turn its network on, a cgroup, and
+/// folders from outside.
+fn configure(bundle: &Path, cgroup: &str, arguments: &[&str], mounts: &[(PathBuf, String, &str)]) {
     let spec =
         Command::new("runc").args(["spec", "--bundle"]).arg(bundle).status().expect("runc is installed");
     assert!(spec.success());
     let path = bundle.join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    let serve = format!("busybox ip link set lo up; exec busybox httpd -f -p {ADDRESS} -h /");
     config["process"]["terminal"] = json!(false);
-    config["process"]["args"] = json!(["/bin/busybox", "sh", "-c", serve]);
+    config["process"]["args"] = json!(arguments);
     for set in ["bounding", "effective", "permitted"] {
         config["process"]["capabilities"][set].as_array_mut().unwrap().push(json!("CAP_NET_ADMIN"));
     }
     config["linux"]["cgroupsPath"] = json!(cgroup);
+    for (source, destination, access) in mounts {
+        let mount = json!({"source": source, "destination": destination, "type": "bind", "options": ["rbind", access]});
+        config["mounts"].as_array_mut().unwrap().push(mount);
+    }
     fs::write(path, config.to_string()).unwrap();
 }
 

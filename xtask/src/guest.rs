@@ -29,6 +29,7 @@ const PROGRAMS: &[&str] = &[
     "unshare",
     "setpriv",
     "mountpoint",
+    "prlimit",
 ];
 
 /// Debian's own: a version manager's Python lies in many places.

@@ -176,6 +176,7 @@ fn test_in_guest(
 
 /// Tests of what is in user space alone. They run on the host and on one emulated kernel, which takes long enough.
 const NOT_OF_THE_KERNEL: &[&str] = &[
+    "churn::",
     "cli::",
     "deploy::",
     "endpoint::",

@@ -77,14 +77,22 @@ fn is_candidate(tgid: u32) -> u32 {
     TARGETS.get_ptr(tgid).map_or(0, |target| unsafe { (*target).is_candidate })
 }
 
+/// How many programs a process has started that is or was observed.
+#[inline(always)]
+fn execs_of(tgid: u32) -> Option<u32> {
+    // SAFETY: a live map value; four bytes are read at once.
+    TARGETS.get_ptr(tgid).map(|target| unsafe { (*target).execs })
+}
+
 #[btf_tracepoint(function = "sched_process_fork")]
 fn process_fork(ctx: BtfTracePointContext) -> u32 {
     let (parent, child) = (Task::argument(&ctx, 0).tgid(), Task::argument(&ctx, 1).tgid());
     // SAFETY: a static that only the loader writes, before any program runs.
     let follow = unsafe { core::ptr::read_volatile(&raw const FOLLOW) } != 0;
     if parent != child && follow && is_target(parent) {
-        let target = Target { exited: 0, execs: 0, is_candidate: is_candidate(parent) };
-        // Over what may be there: a process of that id that has exited since the loader looked.
+        // Over what may be there: a process of that id that has exited since the loader looked, whose program is not this.
+        let execs = execs_of(child).map_or(0, |before| before.wrapping_add(1));
+        let target = Target { exited: 0, execs, is_candidate: is_candidate(parent) };
         if TARGETS.insert(child, target, u64::from(BPF_ANY)).is_err() {
             lost(Loss::TargetsFull);
             warn!(&ctx, "no room to follow process {}, forked by {}", child, parent);
@@ -112,9 +120,15 @@ fn process_exec(ctx: BtfTracePointContext) -> u32 {
 fn process_exit(ctx: BtfTracePointContext) -> u32 {
     let task = Task::argument(&ctx, 0);
     let Some(target) = TARGETS.get_ptr_mut(task.tgid()) else {
-        // Its id may become another's.
-        if selects() && task.live_threads() == 0 {
-            let _unknown = STRANGERS.remove(task.tgid());
+        if selects() {
+            // It may have been turned down inside a call.
+            accept::thread_exited(task.tid());
+            gc::thread_exited(task.tid());
+            work::thread_exited(task.tid());
+            // Its id may become another's.
+            if task.live_threads() == 0 {
+                let _unknown = STRANGERS.remove(task.tgid());
+            }
         }
         return 0;
     };

@@ -207,6 +207,23 @@ fn polled_or_selected(ctx: &TracePointContext) -> u32 {
     0
 }
 
+/// Whether this entry is of a thread that is gone, whose id the current one has been given before the loader came for the
+/// figures: they make room.
+#[inline(always)]
+fn replaces(reactor: *const Reactor, tid: u32) -> bool {
+    // SAFETY: a live map value; of a thread that is gone nobody writes it.
+    let (phase, place) = unsafe { ((*reactor).phase, (*reactor).place) };
+    if phase != Phase::Exited as u32 {
+        return false;
+    }
+    lost(Loss::ReactorsReplaced);
+    let _present = REACTORS.remove(tid);
+    if place != 0 {
+        let _has_room = FREE_PLACES.push(place, 0);
+    }
+    true
+}
+
 /// The current thread, if it is a target's.
 struct Thread {
     tgid: u32,
@@ -218,7 +235,7 @@ impl Thread {
     #[inline(always)]
     fn current() -> Option<Self> {
         let (tgid, tid) = kernel::current();
-        let known = REACTORS.get_ptr_mut(tid);
+        let known = REACTORS.get_ptr_mut(tid).filter(|reactor| !replaces(*reactor, tid));
         if known.is_some() || process::is_target(tgid) || process::comes_up(tgid) {
             Some(Self { tgid, tid, known })
         } else {

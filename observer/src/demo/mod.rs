@@ -18,6 +18,7 @@ use crate::{
     observation::Selection,
     probes::reactor::Calls,
     profiles::PROFILES,
+    read::capacity::Capacity,
     run,
     target::criteria::Criteria,
 };
@@ -37,6 +38,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
         follow: true,
         calls,
         stall_threshold: STALL_THRESHOLD,
+        capacity: Capacity::DEFAULT,
         profiles,
         is_limited: true,
     };

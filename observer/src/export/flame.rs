@@ -3,11 +3,11 @@
 
 use std::{
     fs::File,
-    io::{self, BufWriter, Write as _},
+    io::Write as _,
     path::Path,
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use inferno::flamegraph::{self, Options};
 
 use crate::{
@@ -25,7 +25,7 @@ pub(crate) fn create(file: &Path) -> Result<File> {
 }
 
 /// Writes the graph in place of what was there.
-pub(crate) fn write(snapshot: &Snapshot, file: File) -> Result<()> {
+pub(crate) fn write(snapshot: &Snapshot, mut file: File) -> Result<()> {
     let lines = folded(snapshot);
     let mut options = Options::default();
     options.title = "Lag: what a random instant waits for".into();
@@ -33,27 +33,19 @@ pub(crate) fn write(snapshot: &Snapshot, file: File) -> Result<()> {
     options.name_type = "Function:".into();
     // Long slices of few kinds are not a random sample: there is no noise to leave out.
     options.min_width = 0.0;
-    let drawn = || {
-        // A pipe or a device has no length.
-        if file.metadata()?.is_file() {
-            file.set_len(0)?;
-        }
-        let mut out = BufWriter::new(file);
-        if lines.is_empty() {
-            writeln!(
-                out,
-                "<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>"
-            )?;
-        } else {
-            let lines = lines.iter().map(String::as_str);
-            flamegraph::from_lines(&mut options, lines, &mut out).map_err(io::Error::other)?;
-        }
-        out.flush()
-    };
-    drawn().map_err(|error: io::Error| {
-        let what = format!("cannot write the flame graph: {error}");
-        Failure::new(what, "give --flame a file where there is room").into()
-    })
+    let mut graph = Vec::new();
+    if lines.is_empty() {
+        graph.extend(
+            b"<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>\n",
+        );
+    } else {
+        flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), &mut graph)?;
+    }
+    // A pipe or a device has no length.
+    let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
+    let emptied = if is_file { file.set_len(0) } else { Ok(()) };
+    // At once: what is written bit by bit may be cut off without anybody being told.
+    emptied.and_then(|()| file.write_all(&graph)).context("cannot write the flame graph")
 }
 
 /// One line for each stack, outermost function first, with its share of its loop's mean lag in microseconds.

@@ -259,8 +259,14 @@ mod tests {
             hooks: Vec::new(),
             gc: None,
         };
-        let own =
-            Own { version: "0", kernel: "0".into(), lost: Vec::new(), missing: Vec::new(), otlp: Vec::new() };
+        let own = Own {
+            version: "0",
+            kernel: "0".into(),
+            map_memory_bytes: 0,
+            lost: Vec::new(),
+            missing: Vec::new(),
+            otlp: Vec::new(),
+        };
         Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets: vec![target], own }
     }
 

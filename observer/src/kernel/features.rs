@@ -1,7 +1,7 @@
 //! The kernel features observer stands on: for each its minimum, how it is probed, and what lacks without it.
 //! A feature is what the running kernel shows, never what its version number promises.
 
-use aya::{maps::MapType, sys};
+use aya::{maps::MapType, programs::ProgramType, sys};
 use observer_common::ring::RingShape;
 
 use super::{layout, tracefs, uprobe};
@@ -43,6 +43,17 @@ pub(crate) const FEATURES: &[Feature] = &[
             Err(_) => {
                 Err(format!("no {}: the kernel was built without CONFIG_DEBUG_INFO_BTF", layout::VMLINUX))
             }
+        },
+    },
+    Feature {
+        name: "eBPF programs",
+        since: "4.7",
+        required: true,
+        purpose: "everything; a seccomp profile or a limit may keep even root from them",
+        probe: || match sys::is_program_supported(ProgramType::TracePoint) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("this kernel has none for tracepoints".into()),
+            Err(e) => Err(format!("{:#}", anyhow::Error::new(e))),
         },
     },
     Feature {

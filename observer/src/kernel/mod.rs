@@ -3,8 +3,10 @@
 pub(crate) mod btf;
 pub(crate) mod calls;
 pub(crate) mod clock;
+pub(crate) mod detach;
 pub(crate) mod features;
 pub(crate) mod layout;
+pub(crate) mod memory;
 pub(crate) mod preflight;
 pub(crate) mod rights;
 pub(crate) mod tracefs;

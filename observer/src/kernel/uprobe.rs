@@ -10,6 +10,8 @@ use std::{
 
 use nix::libc;
 
+use super::detach;
+
 /// Where the kernel describes its uprobes.
 const PMU: &str = "/sys/bus/event_source/devices/uprobe";
 
@@ -22,11 +24,20 @@ pub(crate) struct Site {
     pub(crate) counter: u64,
 }
 
-/// A program that is attached. Dropping it detaches it.
+/// A program that is attached. Dropping it has it detached; [`detach::finish`] waits for that.
 #[derive(Debug)]
-pub(crate) struct Uprobe(
-    #[expect(dead_code, reason = "held, so that the kernel keeps what it stands for")] OwnedFd,
-);
+pub(crate) struct Uprobe {
+    pid: u32,
+    event: Option<OwnedFd>,
+}
+
+impl Drop for Uprobe {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            detach::later(self.pid, event);
+        }
+    }
+}
 
 /// `struct perf_event_attr` of `linux/perf_event.h` in its second version, as old as 2.6.33.
 #[repr(C)]
@@ -63,7 +74,7 @@ impl Uprobe {
         let event = open(file, site, pid, 0)?;
         // SAFETY: two descriptors that are open; the kernel holds on to the program itself.
         let outcome = unsafe { libc::ioctl(event.as_raw_fd(), PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) };
-        if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(event)) }
+        if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(Self { pid, event: Some(event) }) }
     }
 }
 

@@ -568,6 +568,15 @@ pub(crate) const CATALOG: &[Family] = &[
         },
     },
     Family {
+        name: "observer_self_map_memory_bytes",
+        otlp: "observer.self.map_memory",
+        unit: "By",
+        help: "Memory of the kernel that the programs' maps take, as the kernel says; set by --capacity, it does not change.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &[],
+        collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
+    },
+    Family {
         name: "observer_self_otlp_delivered_total",
         otlp: "observer.self.otlp_delivered",
         unit: "{item}",
@@ -698,6 +707,7 @@ mod tests {
     fn in_prometheus(family: &Family) -> String {
         let unit = match (family.unit, family.kind) {
             ("s", _) => "_seconds",
+            ("By", _) => "_bytes",
             ("1", Kind::Gauge(_)) => "_ratio",
             _ => "",
         };

@@ -23,7 +23,7 @@ pub(crate) struct Histogram {
 impl Histogram {
     /// Number of durations.
     pub(crate) fn count(&self) -> u64 {
-        self.counts.iter().sum()
+        self.counts.iter().fold(0, |sum, count| sum.saturating_add(*count))
     }
 
     /// Their sum in seconds.
@@ -50,23 +50,23 @@ impl Histogram {
     /// interpolated inside; `None` if there is no duration.
     pub(crate) fn quantile(&self, q: f64) -> Option<f64> {
         let rank = q * float(self.count());
-        let mut below = 0;
+        let mut below = 0_u64;
         for (index, &count) in self.counts.iter().enumerate().filter(|&(_, &count)| count > 0) {
-            if float(below + count) >= rank {
+            if float(below) + float(count) >= rank {
                 let lower = index.checked_sub(1).and_then(kernel::upper_bound).unwrap_or(0).max(self.min_ns);
                 let upper = kernel::upper_bound(index).unwrap_or(self.max_ns).min(self.max_ns).max(lower);
                 let inside = ((rank - float(below)) / float(count)).clamp(0.0, 1.0);
                 return Some((float(lower) + inside * float(upper - lower)) / NANOSECONDS);
             }
-            below += count;
+            below = below.saturating_add(count);
         }
         None
     }
 
     /// Upper bound in seconds and how many durations do not exceed it, for every bucket but the last, which has none.
     pub(crate) fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
-        self.counts.iter().enumerate().scan(0, |below, (index, count)| {
-            *below += count;
+        self.counts.iter().enumerate().scan(0_u64, |below, (index, count)| {
+            *below = below.saturating_add(*count);
             kernel::upper_bound(index).map(|bound| (seconds(bound), *below))
         })
     }
@@ -125,9 +125,9 @@ impl Histogram {
         let mut sum = Self::default();
         for growth in growths {
             for (bucket, count) in &growth.counts {
-                sum.counts[*bucket] += count;
+                sum.counts[*bucket] = sum.counts[*bucket].saturating_add(*count);
             }
-            sum.sum_ns += growth.sum_ns;
+            sum.sum_ns = sum.sum_ns.saturating_add(growth.sum_ns);
         }
         let most_ns = nanoseconds(most);
         let top = sum.counts.iter().rposition(|count| *count > 0);
@@ -140,7 +140,7 @@ impl From<&kernel::Histogram> for Histogram {
     fn from(raw: &kernel::Histogram) -> Self {
         Self {
             counts: raw.buckets.iter().map(|bucket| bucket.count).collect(),
-            sum_ns: raw.buckets.iter().map(|bucket| bucket.sum_ns).sum(),
+            sum_ns: raw.buckets.iter().fold(0, |sum, bucket| sum.saturating_add(bucket.sum_ns)),
             min_ns: raw.min_ns,
             max_ns: raw.max_ns,
         }
@@ -207,6 +207,24 @@ mod tests {
             raw.min_ns = if raw.min_ns == 0 { ns } else { raw.min_ns.min(ns) };
         }
         Histogram::from(&raw)
+    }
+
+    /// Counters that are full stay so: what has only ever grown never seems to fall.
+    #[test]
+    fn what_would_wrap_stays_at_the_top() {
+        let mut raw = kernel::Histogram::EMPTY;
+        for bucket in [3, 9] {
+            raw.buckets[bucket].count = u64::MAX - 1;
+            raw.buckets[bucket].sum_ns = u64::MAX - 1;
+        }
+        raw.max_ns = 1_000_000;
+        let h = Histogram::from(&raw);
+        assert_eq!(h.count(), u64::MAX);
+        assert_eq!(h.cumulative().last().unwrap().1, u64::MAX);
+        assert!(h.quantile(0.99).is_some() && h.sum() > 1.8e10);
+        let growth = h.since(&Histogram::default());
+        let both = Histogram::grown([growth.clone(), growth].iter(), 1.0);
+        assert_eq!((both.counts[3], both.sum_ns), (u64::MAX, u64::MAX));
     }
 
     #[test]

@@ -275,6 +275,8 @@ pub(crate) struct Own {
     pub(crate) version: &'static str,
     /// Release of the running kernel.
     pub(crate) kernel: String,
+    /// What the programs' maps take of the kernel's memory.
+    pub(crate) map_memory_bytes: u64,
     /// What the programs could not keep, by cause.
     pub(crate) lost: Vec<Lost>,
     /// What goes unseen here, each with its reason.

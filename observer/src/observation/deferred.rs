@@ -15,7 +15,7 @@ use observer_common::{
 };
 
 use crate::{
-    kernel::clock,
+    kernel::{clock, detach},
     model::{
         deferred::{Deferred, HookFigures, Link},
         histogram::seconds,
@@ -28,7 +28,10 @@ use crate::{
         origin,
     },
     profiles::Naming,
-    read::maps::{Maps, entries, insert_new},
+    read::{
+        capacity::Capacity,
+        maps::{Maps, entries, insert_new},
+    },
     stacks::{mappings::Mappings, naming::Names},
     target::{
         connections, context,
@@ -152,8 +155,8 @@ impl Requests {
 
 impl Follower {
     /// Follows nobody yet, and later, if it is limited, only where that costs little.
-    pub(super) fn new(is_limited: bool) -> Self {
-        Self { is_limited, ..Self::default() }
+    pub(super) fn new(is_limited: bool, capacity: Capacity) -> Self {
+        Self { is_limited, shared: Shared::with_recipes(capacity.recipes()), ..Self::default() }
     }
 
     /// Brings a target up to date, which has started so many programs by now. Tells what goes unseen.
@@ -166,8 +169,9 @@ impl Follower {
         execs: u32,
     ) -> Vec<Missing> {
         if self.processes.get(&pid).is_some_and(|process| process.execs != execs) {
-            // What the program before it did is not its own.
+            // What the program before it did is not its own, and what comes next is not to be counted twice.
             self.end(maps, pid);
+            detach::finish(pid);
         }
         let process = self.processes.entry(pid).or_insert_with(|| Process { execs, ..Process::default() });
         if !process.hooks.is_empty()
@@ -177,6 +181,11 @@ impl Follower {
         }
         let Some(process) = self.processes.get_mut(&pid) else { return Vec::new() };
         if process.looks == LOOKS {
+            return Vec::new();
+        }
+        // Processes that come and go in great numbers are let alone while those before them are let go: else there would be
+        // ever more of them, and nothing else would be done.
+        if detach::is_busy() {
             return Vec::new();
         }
         process.looks += 1;
@@ -528,6 +537,7 @@ impl Follower {
             for hook in process.hooks {
                 hook.detach(maps, &mut self.shared);
             }
+            self.shared.forget(pid);
         }
         self.names.forget(pid);
         if self.loaded.is_none() {

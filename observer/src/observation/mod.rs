@@ -7,7 +7,6 @@ mod targets;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    mem,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -18,7 +17,7 @@ use nix::sys::utsname::uname;
 use observer_common::{loss::Loss, origin::HEADS_PER_CPU, process::Target as RawTarget, ring::RingShape};
 
 use crate::{
-    kernel::{calls as system_calls, clock, layout},
+    kernel::{calls as system_calls, clock, layout, memory},
     model::{
         delivery::Ledger,
         histogram::seconds,
@@ -31,7 +30,10 @@ use crate::{
         reactor::{self, Calls},
     },
     profiles::Profile,
-    read::maps::{self, Maps, entries, insert_new},
+    read::{
+        capacity::Capacity,
+        maps::{self, Maps, entries, insert_new},
+    },
     stacks::watch::Watcher,
     target::{
         criteria::Criteria,
@@ -45,7 +47,7 @@ use deferred::{Figures, Follower};
 use listeners::{Known, numbered};
 use reactors::Thread;
 
-static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
+pub(crate) static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
 
 /// Exited processes, exited threads and closed listeners kept for the report, of each kind so many; beyond that
 /// the oldest are forgotten.
@@ -64,6 +66,8 @@ pub(crate) struct Selection {
     pub(crate) calls: Vec<Calls>,
     /// From which length on a slice is a stall.
     pub(crate) stall_threshold: Duration,
+    /// How much there is room for.
+    pub(crate) capacity: Capacity,
     /// What runtimes are known by.
     pub(crate) profiles: Vec<Arc<Profile>>,
     /// Whether deferred work is followed only where that costs little.
@@ -82,6 +86,8 @@ pub(crate) struct Observation {
     criteria: Criteria,
     follow: bool,
     attached_ns: u64,
+    /// What the maps take of the kernel's memory, in bytes.
+    map_memory: u64,
     /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
     unix_since_ns: Option<u64>,
     /// Accepts that ended while programs were attached one by one and calls in progress not known yet.
@@ -120,7 +126,9 @@ impl Observation {
         // A signal makes the kernel give up the load of a program, which is then tried again with a log: one that tells each
         // step takes so long that nobody could end observer with Ctrl-C.
         let verifier_log = if verbose { VerifierLogLevel::VERBOSE } else { VerifierLogLevel::STATS };
-        let mut ebpf = EbpfLoader::new()
+        let mut loader = EbpfLoader::new();
+        selection.capacity.apply(&mut loader);
+        let mut ebpf = loader
             .verifier_log_level(verifier_log)
             .map_max_entries("HEADS", heads)
             .override_global("LAYOUT", &layout, true)
@@ -131,7 +139,7 @@ impl Observation {
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .load(PROGRAMS)
             .context("the kernel does not take the eBPF maps")?;
-        let mut maps = Maps::take(&mut ebpf)?;
+        let mut maps = Maps::take(&mut ebpf, selection.capacity)?;
         let wanted: BTreeSet<u32> = &selection.pids | &selection.criteria.present();
         for &pid in &wanted {
             insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
@@ -153,11 +161,12 @@ impl Observation {
             watcher: Watcher::new(selection.stall_threshold),
             stall_threshold: selection.stall_threshold,
             runtimes: Runtimes::of_profiles(selection.profiles.clone()),
-            collectors: Collectors::default(),
-            follower: Follower::new(selection.is_limited),
+            collectors: Collectors::at_most(selection.capacity.collectors()),
+            follower: Follower::new(selection.is_limited, selection.capacity),
             criteria: selection.criteria.clone(),
             follow: selection.follow,
             attached_ns: clock::monotonic_ns(),
+            map_memory: memory::of_maps().context("cannot read how large the maps are")?,
             unix_since_ns: None,
             unattributed_before: 0,
             missing,
@@ -187,6 +196,11 @@ impl Observation {
     /// The programs, for whoever wants their diagnostics.
     pub(crate) fn programs(&mut self) -> &mut Ebpf {
         &mut self.ebpf
+    }
+
+    /// What the maps take of the kernel's memory, in bytes; it does not change.
+    pub(crate) const fn map_memory(&self) -> u64 {
+        self.map_memory
     }
 
     /// Wall time at which the programs were attached.
@@ -342,14 +356,20 @@ impl Observation {
                     format!("{} was come to {} times and never meant anything", hook.place, hook.hits);
                 self.note_missing(format!("deferred work of {}, by {}", process.comm, hook.verb), reason);
             }
+            // Of two processes that have had the same id, one after the other, what still goes on is the second one's.
+            let is_reused = exited && self.live.contains_key(&pid);
+            let (of_it, of_other) = divide(reactors.remove(&pid), |reactor| reactor.exited || !is_reused);
+            reactors.insert(pid, of_other);
+            let (listeners_of_it, of_other) = divide(listeners.remove(&pid), |l| l.closed || !is_reused);
+            listeners.insert(pid, of_other);
             targets.push(Target {
                 pid,
                 comm: process.comm,
                 exe: process.exe,
                 place: process.place,
                 exited,
-                listeners: numbered(listeners.remove(&pid).unwrap_or_default()),
-                reactors: mem::take(reactors.entry(pid).or_default()),
+                listeners: numbered(listeners_of_it),
+                reactors: of_it,
                 deferred,
                 unmatched,
                 hooks,
@@ -391,9 +411,15 @@ impl Observation {
         Ok(Own {
             version: env!("CARGO_PKG_VERSION"),
             kernel: self.kernel.clone(),
+            map_memory_bytes: self.map_memory,
             lost,
             missing: self.missing.clone(),
             otlp: self.ledgers.iter().map(|ledger| ledger.read()).collect(),
         })
     }
+}
+
+/// Those that this is true of, and the others.
+fn divide<T>(all: Option<Vec<T>>, is_so: impl FnMut(&T) -> bool) -> (Vec<T>, Vec<T>) {
+    all.unwrap_or_default().into_iter().partition(is_so)
 }

@@ -42,10 +42,15 @@ impl Observation {
         for pid in self.live.keys().copied().collect::<Vec<_>>() {
             for (tid, call) in calls::blocked_in(pid, waits) {
                 let has_room = match call {
+                    Call::Wait { .. } if self.maps.reactors.get(&tid, 0).is_ok() => true,
                     Call::Wait { kind, set } => {
                         let place = self.maps.claim_place(tid, pid)?;
                         let entry = reactor::waiting(pid, place, clock::monotonic_ns(), kind, set);
-                        insert_new(&mut self.maps.reactors, tid, entry)?
+                        let has_room = insert_new(&mut self.maps.reactors, tid, entry)?;
+                        if !has_room {
+                            self.maps.free_place(place)?;
+                        }
+                        has_room
                     }
                     Call::Accept { fd } => match process::socket_inode(pid, fd) {
                         Some(inode) => {
@@ -114,7 +119,12 @@ impl Observation {
     /// What is kept of a reactor's thread.
     fn thread(&mut self, tid: u32, pid: u32) -> &mut Thread {
         let threshold = self.stall_threshold;
-        self.threads.entry(tid).or_insert_with(|| Thread::of(pid, tid, threshold))
+        let thread = self.threads.entry(tid).or_insert_with(|| Thread::of(pid, tid, threshold));
+        if thread.pid != pid {
+            // The one before had the same id.
+            *thread = Thread::of(pid, tid, threshold);
+        }
+        thread
     }
 
     /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
@@ -131,8 +141,7 @@ impl Observation {
                 let reactor = thread.figures(tid, &raw, now);
                 self.threads.remove(&tid);
                 self.finished.push((raw.tgid, reactor));
-                let _present = self.maps.reactors.remove(&tid);
-                self.maps.free_place(raw.place)?;
+                self.let_go(tid, &raw)?;
             } else {
                 let _only_attributes = reactor::lag(&raw, &mut thread.prober, now);
             }
@@ -145,7 +154,14 @@ impl Observation {
     /// Observes a thread no more whose process was turned down. That of a candidate waits.
     fn forget_stranger(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
         if self.maps.targets.get(&raw.tgid, 0).is_err() {
-            let _gone = self.maps.reactors.remove(&tid);
+            self.let_go(tid, raw)?;
+        }
+        Ok(())
+    }
+
+    /// Removes an entry of the map, unless the programs have already because its id is another thread's.
+    fn let_go(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
+        if self.maps.reactors.remove(&tid).is_ok() {
             self.maps.free_place(raw.place)?;
         }
         Ok(())

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Ebpf, programs::UProbe};
 use observer_common::{
     deferred::{
-        Class as RawClass, ClassKey, Context as RawContext, Hook as RawHook, Link as RawLink, Place, RECIPES,
+        Class as RawClass, ClassKey, Context as RawContext, Hook as RawHook, Link as RawLink, Place,
         REQUEST_ID, Recipe, ThreadLocal, Unit, UnitKey, Verb,
     },
     histogram::Histogram as RawHistogram,
@@ -54,6 +54,7 @@ pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
 }
 
 /// What hooks take from one another.
+#[derive(Default)]
 pub(crate) struct Shared {
     /// Numbers of recipes that nobody uses.
     recipes: Vec<u32>,
@@ -61,13 +62,17 @@ pub(crate) struct Shared {
     probes: HashMap<(u32, FileId, u64), Weak<Uprobe>>,
 }
 
-impl Default for Shared {
-    fn default() -> Self {
-        Self { recipes: (0..RECIPES).rev().collect(), probes: HashMap::new() }
-    }
-}
-
 impl Shared {
+    /// None of these is used yet.
+    pub(crate) fn with_recipes(count: u32) -> Self {
+        Self { recipes: (0..count).rev().collect(), probes: HashMap::new() }
+    }
+
+    /// Forgets the probes of a process that are gone.
+    pub(crate) fn forget(&mut self, pid: u32) {
+        self.probes.retain(|(of, ..), probe| *of != pid || probe.strong_count() > 0);
+    }
+
     /// The probe at a place in a file, attached unless it is already.
     fn probe(
         &mut self,

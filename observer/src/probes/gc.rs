@@ -5,14 +5,17 @@ use std::{collections::HashMap, fs::File, os::fd::AsFd as _};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Ebpf, programs::UProbe};
 use observer_common::{
-    gc::{Begun, PROCESSES, Totals},
+    gc::{Begun, Totals},
     histogram::Histogram as RawHistogram,
     reactor::{Phase, Reactor},
 };
 
 use super::{Events, Hook, Probe, When};
 use crate::{
-    kernel::uprobe::{self, Site, Uprobe},
+    kernel::{
+        detach,
+        uprobe::{self, Site, Uprobe},
+    },
     model::{
         histogram::{Histogram, seconds},
         snapshot::{Gc, Missing},
@@ -47,8 +50,9 @@ pub(super) const PROBE: Probe = Probe {
 const LOOKS: u32 = 5;
 
 /// The collectors that are watched.
-#[derive(Default)]
 pub(crate) struct Collectors {
+    /// How many there may be at a time.
+    most: usize,
     /// By process id.
     processes: HashMap<u32, Process>,
     /// Whether the kernel has taken the programs; `None` while nobody needs them.
@@ -86,6 +90,11 @@ struct Sum {
 }
 
 impl Collectors {
+    /// None yet.
+    pub(crate) fn at_most(most: usize) -> Self {
+        Self { most, processes: HashMap::new(), loaded: None, finished: Vec::new() }
+    }
+
     /// Brings a target up to date, which has started so many programs by now. Tells what goes unseen.
     pub(crate) fn refresh(
         &mut self,
@@ -101,9 +110,14 @@ impl Collectors {
             // What the program before it did is not its own.
             *process = Process { execs, ..Process::default() };
             forget(maps, pid);
+            // Or what comes next would be counted twice.
+            detach::finish(pid);
         }
         process.read_totals(maps, pid);
         if process.is_watched() || process.looks == LOOKS {
+            return None;
+        }
+        if detach::is_busy() {
             return None;
         }
         process.looks += 1;
@@ -112,8 +126,8 @@ impl Collectors {
         let (name, collector) =
             found.into_iter().find_map(|runtime| Some((runtime.name, runtime.collector?)))?;
         let watched = collector.map_err(|why| anyhow!(why)).and_then(|watch| {
-            if watched_now >= PROCESSES as usize {
-                bail!("no more than {PROCESSES} processes are watched at a time");
+            if watched_now >= self.most {
+                bail!("no more than {} processes are watched at a time", self.most);
             }
             if matches!(watch, Watch::Probes(..)) {
                 let loaded = self.loaded.get_or_insert_with(|| load(ebpf).map_err(|e| format!("{e:#}")));

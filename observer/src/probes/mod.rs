@@ -6,6 +6,7 @@ use aya::{
     Btf, BtfError, Ebpf,
     programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, TracePoint, UProbe},
 };
+use nix::libc;
 
 use crate::{kernel::tracefs, model::snapshot::Missing};
 
@@ -178,6 +179,15 @@ fn rejected(hook: &Hook, error: ProgramError) -> anyhow::Error {
     let error = match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
+            // Else it has let the program pass.
+            let is_the_verifier_s = !matches!(
+                io_error.raw_os_error(),
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EINTR)
+            );
+            if log.trim().is_empty() || !is_the_verifier_s {
+                return anyhow::Error::new(io_error)
+                    .context(format!("the kernel does not take the program {}", hook.program));
+            }
             log::debug!("the verifier on {}:\n{log}", hook.program);
             let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
             let end = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join("\n  ");

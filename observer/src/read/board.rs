@@ -6,11 +6,12 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Array, Map, MapData};
 use memmap2::{MmapOptions, MmapRaw};
-use observer_common::reactor::{PLACES, Place};
+use observer_common::reactor::Place;
 
 /// The map `BOARD`.
 pub(crate) struct Board {
     places: Array<MapData, Place>,
+    count: usize,
     memory: MmapRaw,
 }
 
@@ -35,13 +36,13 @@ impl InSlice {
 }
 
 impl Board {
-    /// Maps the board.
-    pub(crate) fn of(map: Map) -> Result<Self> {
+    /// Maps the board, which has so many places.
+    pub(crate) fn of(map: Map, count: u32) -> Result<Self> {
         let Map::Array(data) = &map else { bail!("the board of slices is no array") };
-        let length = PLACES as usize * size_of::<Place>();
+        let length = count as usize * size_of::<Place>();
         let memory = MmapOptions::new().len(length).map_raw_read_only(data.fd().as_fd().as_raw_fd());
         let memory = memory.context("cannot map the board of slices")?;
-        Ok(Self { places: map.try_into()?, memory })
+        Ok(Self { places: map.try_into()?, count: count as usize, memory })
     }
 
     /// Gives a place to a thread that the programs have not met yet.
@@ -53,7 +54,7 @@ impl Board {
     /// Slices in progress.
     pub(crate) fn in_slices(&self) -> impl Iterator<Item = InSlice> + '_ {
         let first: *const Place = self.memory.as_ptr().cast();
-        let places = (1..PLACES as usize).map(move |place| {
+        let places = (1..self.count).map(move |place| {
             // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; any bytes are a `Place`.
             // Volatile, because the programs write there meanwhile: each field by itself is whole.
             unsafe {

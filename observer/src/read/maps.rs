@@ -21,10 +21,10 @@ use observer_common::{
     loss::Loss,
     origin::{Answer, Connection, Descriptor, Request},
     process::Target,
-    reactor::{PLACES, Reactor, Stall},
+    reactor::{Reactor, Stall},
 };
 
-use super::board::Board;
+use super::{board::Board, capacity::Capacity};
 
 /// What an insertion does if the key is there: leaves the programs' own entry alone.
 const NO_EXIST: u64 = 1;
@@ -86,9 +86,9 @@ pub(crate) struct Maps {
 
 impl Maps {
     /// Takes the maps over from the loader.
-    pub(crate) fn take(ebpf: &mut Ebpf) -> Result<Self> {
+    pub(crate) fn take(ebpf: &mut Ebpf, capacity: Capacity) -> Result<Self> {
         let mut free_places = Stack::try_from(take(ebpf, "FREE_PLACES")?)?;
-        for place in (1..PLACES).rev() {
+        for place in (1..capacity.places()).rev() {
             free_places.push(place, 0)?;
         }
         Ok(Self {
@@ -101,7 +101,7 @@ impl Maps {
             queued: HashMap::try_from(take(ebpf, "QUEUED")?)?,
             accepting: HashMap::try_from(take(ebpf, "ACCEPTING")?)?,
             registers: Array::try_from(take(ebpf, "REGISTERS")?)?,
-            board: Board::of(take(ebpf, "BOARD")?)?,
+            board: Board::of(take(ebpf, "BOARD")?, capacity.places())?,
             free_places,
             stalls: RingBuf::try_from(take(ebpf, "STALLS")?)?,
             gc_pauses: HashMap::try_from(take(ebpf, "GC_PAUSES")?)?,

@@ -1,4 +1,5 @@
 //! Takes raw figures out of the kernel.
 
 pub(crate) mod board;
+pub(crate) mod capacity;
 pub(crate) mod maps;

@@ -185,6 +185,13 @@ impl Report {
         main[0]
     }
 
+    /// How often the programs could not keep something for this cause.
+    #[track_caller]
+    pub(crate) fn lost(&self, cause: &str) -> u64 {
+        let lost = self.0["self"]["lost"].as_array().unwrap().iter().find(|lost| lost["cause"] == cause);
+        lost.unwrap_or_else(|| panic!("no cause {cause}"))["count"].as_u64().unwrap()
+    }
+
     /// Asserts that nothing was lost on the way.
     #[track_caller]
     pub(crate) fn assert_complete(&self) {

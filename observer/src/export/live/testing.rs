@@ -150,6 +150,7 @@ pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         own: Own {
             version: "0",
             kernel: "6.1".into(),
+            map_memory_bytes: 0,
             lost: Vec::new(),
             missing: Vec::new(),
             otlp: Vec::new(),

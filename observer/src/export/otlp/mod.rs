@@ -13,6 +13,8 @@ mod testing;
 mod traces;
 mod transport;
 
+pub(crate) use queue::BUFFER;
+
 use std::{
     future::pending,
     sync::{Arc, Mutex, PoisonError},

@@ -23,7 +23,7 @@ use super::{
 use crate::model::delivery::{Ledger, Reason};
 
 /// Most bytes that wait.
-pub(super) const BUFFER: usize = 16 << 20;
+pub(crate) const BUFFER: usize = 16 << 20;
 
 /// How long to wait after the first failure and at most; each wait is between half of that and the whole.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);

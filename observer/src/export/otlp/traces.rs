@@ -228,6 +228,9 @@ impl From<Open> for Span {
             attributes.push(attribute("observer.request.answered", Value::BoolValue(false)));
         }
         let remote = if context.remote.is_some() { IS_REMOTE } else { 0 };
+        // One reading of the clocks: the wall's may be set between two.
+        let start = nanoseconds(clock::wall_time(request.at_ns));
+        let end = answered.unwrap_or(&last_ns).saturating_sub(request.at_ns);
         Self {
             trace_id: context.trace.into(),
             span_id: context.top.into(),
@@ -235,8 +238,8 @@ impl From<Open> for Span {
             flags: u32::from(context.flags) | KNOWS_REMOTE | remote,
             name: name.into(),
             kind: SpanKind::Server.into(),
-            start_time_unix_nano: nanoseconds(clock::wall_time(request.at_ns)),
-            end_time_unix_nano: nanoseconds(clock::wall_time(*answered.unwrap_or(&last_ns))),
+            start_time_unix_nano: start,
+            end_time_unix_nano: start + end,
             attributes,
             events: stalls,
             dropped_events_count: stalls_dropped,
@@ -261,7 +264,8 @@ fn span(context: &Context, id: SpanId, parent: SpanId, name: &str, kind: SpanKin
 /// The span of a piece of deferred work.
 fn work_span(ids: &Ids, context: &Context, work: &Work) -> Span {
     let parent = work.parent.map_or(context.top, |parent| ids.work(parent));
-    let start = work.started_ns.unwrap_or(work.queued_ns);
+    let start_ns = work.started_ns.unwrap_or(work.queued_ns);
+    let start = nanoseconds(clock::wall_time(start_ns));
     let waited_until = work.started_ns.unwrap_or(work.ended_ns);
     let wait = seconds(waited_until.saturating_sub(work.queued_ns));
     let link = Link {
@@ -274,8 +278,8 @@ fn work_span(ids: &Ids, context: &Context, work: &Work) -> Span {
     attributes.extend(work.request_id.as_ref().map(|id| text("observer.request.id", id.as_str())));
     let orphaned = Status { message: "orphaned".into(), code: StatusCode::Error.into() };
     let mut span = Span {
-        start_time_unix_nano: nanoseconds(clock::wall_time(start)),
-        end_time_unix_nano: nanoseconds(clock::wall_time(work.ended_ns.max(start))),
+        start_time_unix_nano: start,
+        end_time_unix_nano: start + work.ended_ns.saturating_sub(start_ns),
         attributes,
         links: vec![link],
         status: work.started_ns.is_none().then_some(orphaned),

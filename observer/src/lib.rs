@@ -8,6 +8,8 @@ mod commands;
 mod demo;
 mod export;
 mod failure;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod kernel;
 mod model;
 mod observation;

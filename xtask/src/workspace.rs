@@ -72,7 +72,8 @@ pub(crate) fn build(command: &str, args: &[&str]) -> Result<Vec<Executable>> {
     Ok(executables)
 }
 
-fn host() -> Result<String> {
+/// What this machine's compiler calls it.
+pub(crate) fn host() -> Result<String> {
     let version = cmd!("rustc", "-vV").read().context("rustc cannot be run")?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
     Ok(host.context("`rustc -vV` names no host")?.to_owned())

@@ -17,6 +17,7 @@ use procfs::process::{MMPermissions, MemoryMap};
 const SYMBOLS: usize = 256 << 20;
 
 /// A 64-bit ELF file.
+#[derive(Clone)]
 pub(crate) struct Elf(Arc<Mmap>);
 
 impl Elf {
@@ -29,7 +30,7 @@ impl Elf {
     }
 
     /// Takes a file that is in memory alone.
-    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let mut map = MmapMut::map_anon(bytes.len()).context("no memory")?;
         map.copy_from_slice(bytes);
         Self::checked(map.make_read_only()?)
@@ -37,7 +38,7 @@ impl Elf {
 
     /// Copies of a file what tells its symbols, in their places; the rest reads as zeros and takes no memory. For files
     /// that nobody executes: those can be shortened while they are read.
-    pub(super) fn of_symbols(file: &File) -> Result<Self> {
+    pub(crate) fn of_symbols(file: &File) -> Result<Self> {
         let size = usize::try_from(file.metadata()?.len())?;
         let mut map = MmapOptions::new().len(size).no_reserve_swap().map_anon().context("no memory")?;
         let mut left = SYMBOLS;
@@ -98,12 +99,12 @@ impl Elf {
     }
 
     /// Whether its symbols are still in it, also those that it does not export.
-    pub(super) fn has_symbols(&self) -> bool {
+    pub(crate) fn has_symbols(&self) -> bool {
         self.parsed().section_by_name_bytes(b".symtab").is_some()
     }
 
     /// Where the first part of it that is loaded wants to be.
-    pub(super) fn start(&self) -> Option<u64> {
+    pub(crate) fn start(&self) -> Option<u64> {
         self.parsed().segments().next().map(|segment| segment.address())
     }
 
@@ -147,12 +148,12 @@ impl Elf {
     }
 
     /// What tells this build from all others.
-    pub(super) fn build_id(&self) -> Option<Vec<u8>> {
+    pub(crate) fn build_id(&self) -> Option<Vec<u8>> {
         self.parsed().build_id().ok()?.map(<[u8]>::to_vec)
     }
 
     /// Name and CRC-32 of the file that its symbols were moved to.
-    pub(super) fn debug_link(&self) -> Option<(Vec<u8>, u32)> {
+    pub(crate) fn debug_link(&self) -> Option<(Vec<u8>, u32)> {
         let (name, checksum) = self.parsed().gnu_debuglink().ok()??;
         Some((name.to_vec(), checksum))
     }
@@ -206,7 +207,7 @@ impl Elf {
 
     /// What an instruction refers to, relative to where it is: the first one, in the beginning of a function, that
     /// starts with `before` and is followed by `after`.
-    pub(super) fn target_in_code(&self, function: u64, before: &[u8], after: &[u8]) -> Option<u64> {
+    pub(crate) fn target_in_code(&self, function: u64, before: &[u8], after: &[u8]) -> Option<u64> {
         /// How much of the function is looked at, in bytes.
         const BEGINNING: u64 = 64;
 
@@ -222,7 +223,7 @@ impl Elf {
     }
 
     /// A section's place in the file's address space, and its content.
-    pub(super) fn section(&self, name: &[u8]) -> Option<(Range<u64>, Bytes)> {
+    pub(crate) fn section(&self, name: &[u8]) -> Option<(Range<u64>, Bytes)> {
         let file = self.parsed();
         let section = file.section_by_name_bytes(name)?;
         let (start, size) = section.file_range()?;
@@ -240,7 +241,7 @@ fn page_size() -> u64 {
 }
 
 /// Whether a name is the wanted one, in which a `*` stands for anything.
-fn is_meant(wanted: &str, name: &[u8]) -> bool {
+pub(crate) fn is_meant(wanted: &str, name: &[u8]) -> bool {
     let Some((beginning, rest)) = wanted.split_once('*') else { return name == wanted.as_bytes() };
     let Some(mut name) = name.strip_prefix(beginning.as_bytes()) else { return false };
     let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
@@ -263,7 +264,7 @@ pub(crate) struct Usdt {
 }
 
 /// Part of a mapped file, which it keeps mapped.
-pub(super) struct Bytes {
+pub(crate) struct Bytes {
     file: Arc<Mmap>,
     /// Within the file, as checked when made.
     range: Range<usize>,

@@ -33,8 +33,15 @@ impl Mappings {
         Ok(Self { pid, maps: maps.into_iter().collect() })
     }
 
+    /// Understands what the kernel says in `/proc/PID/maps`.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn parse(pid: u32, lines: &[u8]) -> Option<Self> {
+        let maps: procfs::process::MemoryMaps = procfs::FromRead::from_read(lines).ok()?;
+        Some(Self { pid, maps: maps.into_iter().collect() })
+    }
+
     /// The mapping an address is in.
-    pub(super) fn find(&self, address: u64) -> Option<&MemoryMap> {
+    pub(crate) fn find(&self, address: u64) -> Option<&MemoryMap> {
         let after = self.maps.partition_point(|map| map.address.0 <= address);
         self.maps[..after].last().filter(|map| address < map.address.1)
     }
@@ -45,7 +52,7 @@ impl Mappings {
     }
 
     /// Where the code is that the kernel maps into every process.
-    pub(super) fn vdso(&self) -> Option<(u64, u64)> {
+    pub(crate) fn vdso(&self) -> Option<(u64, u64)> {
         self.maps.iter().find(|map| map.pathname == MMapPath::Vdso).map(|map| map.address)
     }
 

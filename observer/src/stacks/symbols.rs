@@ -127,6 +127,15 @@ fn by_name(pid: u32, member: &ProcessMemberInfo<'_>) -> blazesym::Result<Option<
     }
 }
 
+/// Frames at an address of a file that is nobody's.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn in_file(path: &std::path::Path, address: u64) -> Vec<Frame> {
+    let source = Source::Elf(blazesym::symbolize::source::Elf::new(path));
+    let symbolizer = Symbolizer::new();
+    let found = symbolizer.symbolize_single(&source, Input::VirtOffset(address));
+    frames(None, address, &found.unwrap_or(Symbolized::Unknown(Reason::Unsupported)))
+}
+
 /// Frames at one address, innermost first.
 fn frames(map: Option<&MemoryMap>, address: u64, found: &Symbolized<'_>) -> Vec<Frame> {
     let module = map.and_then(module_name);

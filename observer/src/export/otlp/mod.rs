@@ -13,6 +13,9 @@ mod testing;
 mod traces;
 mod transport;
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use self::{context::is_understood, transport::understand_answer};
+
 use std::{
     future::pending,
     sync::{Arc, Mutex, PoisonError},

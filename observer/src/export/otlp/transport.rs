@@ -274,6 +274,24 @@ fn of_code(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Problem {
     }
 }
 
+/// Makes sure that whatever a collector answers is understood somehow: as a message, a status or how long to wait.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn understand_answer(code: u16, text: &[u8]) {
+    use super::{metrics, traces};
+
+    let status = StatusCode::from_u16(code).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    let value = HeaderValue::from_bytes(text).into_iter().map(|value| (RETRY_AFTER, value));
+    let _ = of_code(status, &value.collect(), text);
+    let status = Status::with_details(Code::Unavailable, "", Bytes::copy_from_slice(text));
+    let _ = of_status(&status);
+    for rejected in [
+        <metrics::Request as Signal>::Response::decode(text).map(|answer| metrics::Request::rejected(answer)),
+        <traces::Request as Signal>::Response::decode(text).map(|answer| traces::Request::rejected(answer)),
+    ] {
+        let _ = rejected;
+    }
+}
+
 /// Seconds, or a date.
 fn retry_after(value: &str) -> Option<Duration> {
     if let Ok(seconds) = value.trim().parse() {

@@ -66,7 +66,7 @@ fn cgroups(bytes: &[u8]) {
     assert!(place.container.is_none_or(|id| container::is_id(&id)));
     assert!(place.kubernetes.is_none_or(|pod| pod::is_uid(&pod.uid)));
     assert!(place.unit.is_none_or(|unit| unit.ends_with(".service") && !unit.contains('/')));
-    for cgroup in &cgroups {
+    for cgroup in (&cgroups).into_iter().filter(|cgroup| cgroup.pathname.starts_with('/')) {
         assert!(criteria::is_below(&cgroup.pathname, "/"));
         assert!(criteria::is_below(&cgroup.pathname, cgroup.pathname.trim_end_matches('/')));
     }
@@ -91,11 +91,17 @@ fn stack(text: &str) {
 }
 
 fn status(bytes: &[u8], text: &str) {
+    /// What the kernel says after a name, all of which is its own.
+    const REST: &str = " S 1 7 7 0 -1 4194560 1 0 0 0 3 1 0 0 20 0 1 0 123 5000000 900 18446744073709551615 1 1 0 0 0 0 0 \
+        16781312 0 0 0 0 17 1 0 0 0 0 0 0 0 0 0 0 0 0 0\n";
+
     let _ = innermost_id(text, 7);
-    if let Ok(stat) = Stat::from_read(bytes) {
-        let _ = (stat.flags(), stat.state());
-    }
     let _ = Status::from_read(bytes);
+    // Of a line of figures the name alone is chosen by the process.
+    let name = text.lines().next().unwrap_or_default();
+    let stat = Stat::from_read(format!("7 ({name}){REST}").as_bytes()).expect("it is understood");
+    assert_eq!(stat.comm, name);
+    assert!(stat.flags().is_ok() && stat.ppid == 1);
 }
 
 /// Tables of sockets.

@@ -16,6 +16,23 @@ use procfs::process::{MMPermissions, MemoryMap};
 /// How much of a file is copied for its symbols, in bytes.
 const SYMBOLS: usize = 256 << 20;
 
+/// A file that has nothing, aligned as such files are in memory.
+static NOTHING: Aligned = {
+    let mut header = [0; 64];
+    let (magic, version) = (*b"\x7fELF\x02\x01\x01", 1);
+    let mut at = 0;
+    while at < magic.len() {
+        header[at] = magic[at];
+        at += 1;
+    }
+    header[20] = version;
+    header[52] = 64;
+    Aligned(header)
+};
+
+#[repr(align(8))]
+struct Aligned([u8; 64]);
+
 /// A 64-bit ELF file.
 #[derive(Clone)]
 pub(crate) struct Elf(Arc<Mmap>);
@@ -74,7 +91,9 @@ impl Elf {
     }
 
     pub(super) fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
-        ElfFile64::parse(&**self.0).expect("it has been parsed before")
+        // Whoever writes to the file meanwhile gets one that has nothing.
+        let parsed = ElfFile64::parse(&**self.0);
+        parsed.unwrap_or_else(|_| ElfFile64::parse(&NOTHING.0[..]).expect("it is one"))
     }
 
     /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
@@ -388,6 +407,17 @@ mod tests {
         for section in [".text", ".eh_frame", ".bss", ".symtab", ".note.stapsdt"] {
             elf.section(section.as_bytes());
         }
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_meanwhile_has_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("program");
+        fs::copy(std::env::current_exe().unwrap(), &path).unwrap();
+        let elf = Elf::open(&File::open(&path).unwrap()).unwrap();
+        assert!(elf.start().is_some());
+        fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[0; 64], 0).unwrap();
+        assert_eq!((elf.start(), elf.symbols(["main"])), (None, [None]));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 pub(crate) mod code;
 pub(crate) mod elf;
+mod harmless;
 pub(crate) mod image;
 pub(crate) mod instructions;
 pub(crate) mod interpreter;

@@ -4,8 +4,8 @@
 use std::{fs, os::fd::AsRawFd as _, sync::LazyLock};
 
 use memmap2::MmapOptions;
-use observer_common::deferred::register;
 use object::elf::{PF_R, PF_X, PT_LOAD};
+use observer_common::deferred::register;
 
 use super::{choice, file, number};
 use crate::stacks::{
@@ -58,7 +58,6 @@ pub(super) fn elf(data: &[u8]) {
     assert!(elf.debug_link().is_none_or(|(name, _)| name.len() <= data.len()));
     assert!(elf.variable(NAMES[4]).is_none_or(|variable| variable.slots.len() <= data.len() / 16));
     let maps = Mappings::parse(1, b"7f0000001000-7f0000003000 r-xp 00001000 08:01 5 /lib/a.so\n");
-    let maps = maps.expect("a mapping");
     let _ = elf.bias(maps.find(0x7f00_0000_1000).expect("it is there"));
 }
 
@@ -130,7 +129,7 @@ pub(super) fn unwind(data: &[u8]) {
     let (ip, rest) = number(data);
     let (bp, content) = number(rest);
     let Ok(elf) = Elf::from_bytes(content) else { return };
-    let mappings = Mappings::parse(1, MAPS).expect("mappings");
+    let mappings = Mappings::parse(1, MAPS);
     let mut unwinder = Unwinder::default();
     for address in [0x1_0000, 0x4_0000] {
         unwinder.provide(elf.clone(), mappings.find(address).expect("it is there"));

@@ -59,7 +59,11 @@ pub(super) fn scrape(data: &[u8]) {
         };
         let both = timeout(LIMIT, async { tokio::join!(served, asked) });
         let ((), answer) = both.await.expect("a connection ends when its client hangs up");
-        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1."), "{:?}", String::from_utf8_lossy(&answer));
+        assert!(
+            answer.is_empty() || answer.starts_with(b"HTTP/1."),
+            "{:?}",
+            String::from_utf8_lossy(&answer)
+        );
     });
 }
 

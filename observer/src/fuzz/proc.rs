@@ -48,7 +48,7 @@ fn format(text: &str) {
 }
 
 fn maps(bytes: &[u8]) {
-    let Some(mappings) = Mappings::parse(1, bytes) else { return };
+    let mappings = Mappings::parse(1, bytes);
     let _ = mappings.vdso();
     for address in [0, 0x1000, 0x7f00_0000_1000, u64::MAX] {
         let found = mappings.find(address);

@@ -70,3 +70,55 @@ fn is_unpacked_within<'d>(section: &impl object::ObjectSection<'d>, left: &mut u
         _ => true,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, process::Command};
+
+    use super::*;
+    use crate::stacks::testing::{find, run, source};
+
+    #[test]
+    fn files_that_claim_or_name_too_much_are_not_read() {
+        let test = "files_that_claim_or_name_too_much";
+        let (Some(gcc), Some(objcopy)) = (find(test, "gcc"), find(test, "objcopy")) else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let code = source(folder.path(), "code.c", "int f(int x) { return x + 1; }");
+        run(Command::new(gcc).args(["-g", "-shared", "-fPIC", "-o"]).args([&path("plain"), &code]));
+        let made = |option: &str, name: &str| {
+            run(Command::new(&objcopy).arg(option).args([&path("plain"), &path(name)]));
+            fs::read(path(name)).unwrap()
+        };
+        let is_read = |bytes: &[u8]| is_harmless(&Elf::from_bytes(bytes).unwrap(), &path("module"));
+        assert!(is_read(&fs::read(path("plain")).unwrap()));
+
+        let packed = made("--compress-debug-sections=zlib", "packed");
+        assert!(is_read(&packed));
+        // The header of what is packed: its kind, and how large it is unpacked.
+        let header = packed
+            .windows(16)
+            .position(|bytes| bytes[..8] == [1, 0, 0, 0, 0, 0, 0, 0] && bytes[12..] == [0; 4]);
+        let size = header.unwrap() + 8;
+        for claimed in [1_u64, 1 << 40, u64::MAX] {
+            let mut packed = packed.clone();
+            packed[size..size + 8].copy_from_slice(&claimed.to_le_bytes());
+            assert!(!is_read(&packed), "{claimed}");
+        }
+
+        fs::write(path("0123456789.debug"), made("--only-keep-debug", "debug")).unwrap();
+        let link = format!("--add-gnu-debuglink={}", path("0123456789.debug").display());
+        let linked = made(&link, "linked");
+        assert!(is_read(&linked));
+        let at = linked.windows(16).position(|bytes| bytes == b"0123456789.debug").unwrap();
+        for name in [b"/tmp/789.debug\0\0", b"../456789.debug\0"] {
+            let mut linked = linked.clone();
+            linked[at..at + 16].copy_from_slice(name);
+            assert!(!is_read(&linked));
+        }
+        // What is no file may be a pipe that nobody writes to.
+        fs::remove_file(path("0123456789.debug")).unwrap();
+        fs::create_dir(path("0123456789.debug")).unwrap();
+        assert!(!is_read(&linked));
+    }
+}

@@ -161,8 +161,9 @@ fn walk(elf: &Elf, function: u64, mut visit: impl FnMut(&Instruction, u64, u64))
             visit(&instruction, home, start);
             let target = instruction.near_branch_target();
             // Behind it and not far away it is the same function.
-            let home_of =
-                |target: u64| if (home..home.saturating_add(MOST as u64)).contains(&target) { home } else { target };
+            let home_of = |target: u64| {
+                if (home..home.saturating_add(MOST as u64)).contains(&target) { home } else { target }
+            };
             match instruction.flow_control() {
                 FlowControl::UnconditionalBranch => {
                     to_do.push((home_of(target), target));

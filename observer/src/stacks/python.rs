@@ -198,7 +198,8 @@ impl Python {
         let word = |offset| word_in(&code, offset).context("a code object is too short");
         let first = half_in(&code, at.code_first_line).context("a code object is too short")?;
         // CPython counts in code units of two bytes. Before its first instruction a frame is at its first line.
-        let unit = link.instruction.checked_sub(link.code.wrapping_add(at.code_instructions)).map(|bytes| bytes / 2);
+        let unit =
+            link.instruction.checked_sub(link.code.wrapping_add(at.code_instructions)).map(|bytes| bytes / 2);
         let line = match unit {
             Some(unit) => line(&self.bytes(memory, word(at.code_linetable)?)?, first, unit),
             None => Some(first),
@@ -311,10 +312,7 @@ fn debug_offsets(memory: &Live, runtime: u64) -> Result<Offsets> {
     };
     // They tell how much is read at once.
     let read = [offsets.frame_owner, offsets.frame_instruction, offsets.code_instructions];
-    ensure!(
-        read.iter().all(|&offset| offset < 4096),
-        "its table of offsets is not sane"
-    );
+    ensure!(read.iter().all(|&offset| offset < 4096), "its table of offsets is not sane");
     Ok(offsets)
 }
 

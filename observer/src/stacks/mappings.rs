@@ -110,20 +110,20 @@ impl Mappings {
     }
 }
 
-/// Understands one line.
+/// Understands one line: five columns of figures, and a path that may be anything. procfs takes some files' paths for
+/// something else, and panics where they are not.
 fn mapping(line: &[u8]) -> Option<MemoryMap> {
-    /// What procfs takes for shared memory, whose number has to follow, and anybody may call a file.
-    const SHARED: &str = "/SYSV";
-
     let line = String::from_utf8_lossy(line);
-    // Behind five columns.
-    let path = line.find(SHARED).filter(|&at| line[..at].split_whitespace().count() == 5);
-    let (numbers, path) = path.map_or((&*line, None), |at| (&line[..at], Some(&line[at..])));
-    let mut map = MemoryMaps::from_buf_read(numbers.as_bytes()).ok()?.into_iter().next()?;
-    if let Some(path) = path {
-        map.pathname = MMapPath::Path(path.into());
-    }
-    Some(map)
+    let path = line.splitn(6, ' ').nth(5)?;
+    let figures = &line[..line.len() - path.len()];
+    let map = MemoryMaps::from_buf_read(figures.as_bytes()).ok()?.into_iter().next()?;
+    let pathname = match path.trim_start() {
+        "" => MMapPath::Anonymous,
+        "[vdso]" => MMapPath::Vdso,
+        other if other.starts_with('[') => MMapPath::Other(other.to_owned()),
+        file => MMapPath::Path(file.into()),
+    };
+    Some(MemoryMap { pathname, ..map })
 }
 
 /// Opens a regular file by its name under a root, which no symbolic link leads out of. Nothing else is opened, be it for a

@@ -57,7 +57,7 @@ fn is_by_itself(elf: &Elf) -> bool {
 /// Whether a section that is packed unpacks to what it claims, and to no more than that many bytes.
 fn is_unpacked_within<'d>(section: &impl object::ObjectSection<'d>, left: &mut u64) -> bool {
     let Ok(packed) = section.compressed_data() else { return false };
-    let claimed = packed.uncompressed_size as u64;
+    let claimed = packed.uncompressed_size;
     match packed.format {
         CompressionFormat::None => true,
         CompressionFormat::Zlib => {

@@ -284,12 +284,8 @@ pub(crate) fn understand_answer(code: u16, text: &[u8]) {
     let _ = of_code(status, &value.collect(), text);
     let status = Status::with_details(Code::Unavailable, "", Bytes::copy_from_slice(text));
     let _ = of_status(&status);
-    for rejected in [
-        <metrics::Request as Signal>::Response::decode(text).map(|answer| metrics::Request::rejected(answer)),
-        <traces::Request as Signal>::Response::decode(text).map(|answer| traces::Request::rejected(answer)),
-    ] {
-        let _ = rejected;
-    }
+    let _ = <metrics::Request as Signal>::Response::decode(text).map(metrics::Request::rejected);
+    let _ = <traces::Request as Signal>::Response::decode(text).map(traces::Request::rejected);
 }
 
 /// Seconds, or a date.

@@ -9,6 +9,8 @@ mod demo;
 mod export;
 mod failure;
 mod finding;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod kernel;
 mod model;
 mod observation;

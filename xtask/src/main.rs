@@ -5,6 +5,7 @@ mod bench;
 mod dashboards;
 mod dist;
 mod documents;
+mod fuzz;
 mod guest;
 mod image;
 mod kernel;
@@ -66,6 +67,17 @@ enum Command {
         #[arg(long)]
         quick: bool,
     },
+    /// Feed the parsers of foreign bytes with what a fuzzer makes up.
+    Fuzz {
+        /// Which parsers; all if none is named.
+        targets: Vec<String>,
+        /// How long each is fed.
+        #[arg(long, default_value_t = 600)]
+        seconds: u32,
+        /// Keep in fuzz/corpus what has reached more code.
+        #[arg(long)]
+        keep: bool,
+    },
     /// Run everything that CI runs.
     Test {
         /// Where to run the tests; may be repeated, default is everywhere.
@@ -91,6 +103,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo { args } => return Err(observer::demo(&args)),
         Command::Docs => documents::write()?,
         Command::Bench { quick } => bench::run(quick)?,
+        Command::Fuzz { targets, seconds, keep } => return fuzz::run(&targets, seconds, keep),
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
         Command::Test { machines, filter } => return Ok(suite::run(&machines, filter.as_deref())),
     }

@@ -28,7 +28,8 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -62,13 +63,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers until it is dropped.
 pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<Mutex<Cap>>) {
-    let scrapes = Arc::new(Scrapes { observation, cap, last: Mutex::default() });
-    let routes = Router::new()
-        .route("/", get(landing))
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(ready))
-        .with_state(scrapes);
+    let routes = routes(move || {
+        let snapshot = observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
+        let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
+        Page::of(prometheus::encode(&snapshot, &mut cap)?)
+    });
     let mut open = VecDeque::<JoinHandle<()>>::new();
     loop {
         match listener.accept().await {
@@ -89,8 +88,19 @@ pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<M
     }
 }
 
+/// What there is to ask for; `read` makes figures anew.
+pub(crate) fn routes(read: impl Fn() -> Result<Page> + Send + Sync + 'static) -> Router {
+    let scrapes = Scrapes { read: Box::new(read), last: Mutex::default() };
+    Router::new()
+        .route("/", get(landing))
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .with_state(Arc::new(scrapes))
+}
+
 /// Answers the requests on one connection.
-async fn answer(stream: TcpStream, routes: Router) {
+pub(crate) async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin, routes: Router) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
@@ -148,17 +158,25 @@ fn takes_gzip(headers: &HeaderMap) -> bool {
 
 /// Makes what scrapes answer.
 struct Scrapes {
-    observation: Shared,
-    cap: Arc<Mutex<Cap>>,
+    read: Box<dyn Fn() -> Result<Page> + Send + Sync>,
     /// What the last scrape answered, and until when others get the same.
     last: Mutex<Option<(Instant, Result<Page, String>)>>,
 }
 
 /// All figures, ready to be sent to any number of clients.
 #[derive(Clone)]
-struct Page {
+pub(crate) struct Page {
     plain: Bytes,
     gzip: Bytes,
+}
+
+impl Page {
+    /// Compresses them as well.
+    pub(crate) fn of(plain: Vec<u8>) -> Result<Self> {
+        let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+        gzip.write_all(&plain)?;
+        Ok(Self { plain: plain.into(), gzip: gzip.finish()?.into() })
+    }
 }
 
 impl Scrapes {
@@ -171,19 +189,10 @@ impl Scrapes {
         {
             return page.clone();
         }
-        let page = self.read().map_err(|error| format!("{error:#}\n"));
+        let page = (self.read)().map_err(|error| format!("{error:#}\n"));
         let fresh = AGE.max(begin.elapsed() * AGE_OF_COSTS);
         *last = Some((begin + fresh, page.clone()));
         page
-    }
-
-    fn read(&self) -> Result<Page> {
-        let snapshot = self.observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
-        let mut cap = self.cap.lock().unwrap_or_else(PoisonError::into_inner);
-        let plain = prometheus::encode(&snapshot, &mut cap)?;
-        let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-        gzip.write_all(&plain)?;
-        Ok(Page { plain: plain.into(), gzip: gzip.finish()?.into() })
     }
 }
 

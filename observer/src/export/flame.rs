@@ -1,11 +1,7 @@
 //! A flame graph of the lag: a function is as wide as its share of the mean lag, not of the time it takes. One slice of
 //! 200 ms hurts as much as a hundred of 20 ms.
 
-use std::{
-    fs::File,
-    io::Write as _,
-    path::Path,
-};
+use std::{fs::File, io::Write as _, path::Path};
 
 use anyhow::{Context as _, Result};
 use inferno::flamegraph::{self, Options};

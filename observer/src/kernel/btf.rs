@@ -24,6 +24,12 @@ const DECL_TAG: u32 = 17;
 const TYPE_TAG: u32 = 18;
 const ENUM64: u32 = 19;
 
+/// How deep structures without a name are in each other, at most; deeper ones are in themselves, in a broken file.
+const DEPTH: usize = 8;
+
+/// How many members are looked at on the way to one, at most: such a file could name any number.
+const MEMBERS: usize = 1 << 16;
+
 /// The types of one kernel.
 pub(crate) struct Btf<'a> {
     strings: &'a [u8],
@@ -101,8 +107,9 @@ impl<'a> Btf<'a> {
             self.types.iter().position(|t| t.kind() == STRUCT && self.is_named(t.name, structure))?;
         let mut bits = 0;
         for name in path.split('.') {
-            let member = self.member(at, name)?;
-            bits += member.bits;
+            let mut left = MEMBERS;
+            let member = self.member(at, name, DEPTH, &mut left)?;
+            bits = member.bits.checked_add(bits)?;
             at = self.resolve(member.type_id)?;
         }
         (bits % 8 == 0).then_some(bits / 8)
@@ -123,10 +130,12 @@ impl<'a> Btf<'a> {
             .collect()
     }
 
-    /// Searches a structure, and what is anonymous in it, for a member.
-    fn member(&self, structure: usize, name: &str) -> Option<Member> {
+    /// Searches a structure, and what is anonymous in it down to this depth, for a member; `left` is how
+    /// many more may be looked at.
+    fn member(&self, structure: usize, name: &str, depth: usize, left: &mut usize) -> Option<Member> {
         let structure = self.types.get(structure).filter(|t| matches!(t.kind(), STRUCT | UNION))?;
         for n in 0..structure.len() {
+            *left = left.checked_sub(1)?;
             let row = &structure.rest[12 * n..];
             let (member_name, type_id, offset) = (word(row, 0).ok()?, word(row, 4).ok()?, word(row, 8).ok()?);
             let bits = if structure.has_bitfields() { offset & 0x00ff_ffff } else { offset };
@@ -134,9 +143,10 @@ impl<'a> Btf<'a> {
                 return Some(Member { type_id, bits });
             }
             if member_name == 0
-                && let Some(inner) = self.member(self.resolve(type_id)?, name)
+                && let Some(deeper) = depth.checked_sub(1)
+                && let Some(inner) = self.member(self.resolve(type_id)?, name, deeper, left)
             {
-                return Some(Member { bits: bits + inner.bits, ..inner });
+                return Some(Member { bits: bits.checked_add(inner.bits)?, ..inner });
             }
         }
         None

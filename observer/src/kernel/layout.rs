@@ -59,7 +59,7 @@ pub(super) fn maps_are_locked_memory() -> bool {
 }
 
 /// The members, from BTF.
-fn members(btf: &Btf) -> Result<KernelLayout> {
+pub(crate) fn members(btf: &Btf) -> Result<KernelLayout> {
     let mut layout = KernelLayout::ZERO;
     for (structure, alternatives, field) in KernelLayout::MEMBERS {
         *field(&mut layout) = alternatives
@@ -77,7 +77,7 @@ fn members(btf: &Btf) -> Result<KernelLayout> {
 
 /// Whether `sched_switch` passes the previous state: (data, preempt, prev, next[, prev_state]).
 /// Early 5.18 had it in front of `prev`; such a kernel is refused rather than misread.
-fn switch_has_state(btf: &Btf) -> Result<bool> {
+pub(crate) fn switch_has_state(btf: &Btf) -> Result<bool> {
     let arguments =
         btf.tracepoint_arguments("sched_switch").context("this kernel's BTF has no sched_switch")?;
     match arguments[..] {
@@ -88,7 +88,7 @@ fn switch_has_state(btf: &Btf) -> Result<bool> {
 }
 
 /// What the tracepoints of io_uring pass, told by which of their arguments are pointers.
-fn ring_shape(btf: &Btf) -> RingShape {
+pub(crate) fn ring_shape(btf: &Btf) -> RingShape {
     let arguments = |name| btf.tracepoint_arguments(name);
     let submission = arguments("io_uring_submit_req").or_else(|| arguments("io_uring_submit_sqe"));
     let (Some(submission), Some(wakeup), Some(completion)) =

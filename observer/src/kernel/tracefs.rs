@@ -47,7 +47,7 @@ pub(crate) fn offset(event: &str, field: &str) -> Result<u32> {
 }
 
 /// Finds the `N` of `field:TYPE NAME; offset:N;` in a format file.
-fn field_offset(format: &str, field: &str) -> Option<u32> {
+pub(crate) fn field_offset(format: &str, field: &str) -> Option<u32> {
     format.lines().find_map(|line| {
         let (declaration, rest) = line.trim().strip_prefix("field:")?.split_once(';')?;
         let name = declaration.rsplit([' ', '*']).next()?.split('[').next()?;

@@ -77,15 +77,17 @@ impl Prober {
 
         let (cumulative, sum_ns) = &mut self.last;
         let mut longer: u64 = stretches.buckets.iter().map(|bucket| bucket.count).sum();
-        let (mut shorter_ns, mut waiting_ns) = (0, 0);
+        let (mut shorter_ns, mut waiting_ns, mut least) = (0, 0, 0);
         for (bucket, probes) in cumulative.iter_mut().enumerate() {
             longer -= stretches.buckets[bucket].count;
             shorter_ns += stretches.buckets[bucket].sum_ns;
             waiting_ns += self.waiting_ns[bucket];
             // Nothing is longer than the last bucket's bound, so it needs none.
             let of_longer = upper_bound(bucket).map_or(0, |bound| longer * bound);
-            // An entry that was read while it changed may be ahead for once, but a count cannot be taken back.
-            *probes = (*probes).max((shorter_ns + of_longer + waiting_ns) / PROBE_NS);
+            // An entry that was read while it changed may be ahead for once, or a bucket of it behind the one before, but a
+            // count cannot be taken back.
+            *probes = (*probes).max((shorter_ns + of_longer + waiting_ns) / PROBE_NS).max(least);
+            least = *probes;
         }
         let sum = (integral(&stretches) + self.waiting_sum) / u128::from(PROBE_NS);
         *sum_ns = (*sum_ns).max(u64::try_from(sum).unwrap_or(u64::MAX));

@@ -165,7 +165,7 @@ pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now
     let observed = busy_seconds + wait_seconds;
 
     let mut parts_ns = raw.parts_ns;
-    if in_slice && let Some(running) = parts_ns.get_mut((raw.run + raw.block) as usize) {
+    if in_slice && let Some(running) = parts_ns.get_mut(raw.run.wrapping_add(raw.block) as usize) {
         *running += now.saturating_sub(raw.run_since_ns);
     }
     Reactor {
@@ -229,7 +229,7 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
         *part = part.saturating_sub(before);
     }
     let present_ns = now.saturating_sub(raw.run_since_ns);
-    if let Some(running) = parts_ns.get_mut((raw.run + raw.block) as usize) {
+    if let Some(running) = parts_ns.get_mut(raw.run.wrapping_add(raw.block) as usize) {
         *running += present_ns;
     }
     let is_longest = raw.run == Run::Blocked as u32 && present_ns > raw.longest_block_ns;

@@ -28,7 +28,7 @@ impl Chain {
         else {
             return None;
         };
-        let next = address + skipped + 7;
+        let next = address.wrapping_add(skipped + 7);
         let start = next.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into());
         let mut offsets = if operation == 0x8b { vec![0] } else { vec![] };
         for _ in 0..INSTRUCTIONS {

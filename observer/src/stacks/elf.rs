@@ -16,7 +16,25 @@ use procfs::process::{MMPermissions, MemoryMap};
 /// How much of a file is copied for its symbols, in bytes.
 const SYMBOLS: usize = 256 << 20;
 
+/// A file that has nothing, aligned as such files are in memory.
+static NOTHING: Aligned = {
+    let mut header = [0; 64];
+    let (magic, version) = (*b"\x7fELF\x02\x01\x01", 1);
+    let mut at = 0;
+    while at < magic.len() {
+        header[at] = magic[at];
+        at += 1;
+    }
+    header[20] = version;
+    header[52] = 64;
+    Aligned(header)
+};
+
+#[repr(align(8))]
+struct Aligned([u8; 64]);
+
 /// A 64-bit ELF file.
+#[derive(Clone)]
 pub(crate) struct Elf(Arc<Mmap>);
 
 impl Elf {
@@ -29,7 +47,7 @@ impl Elf {
     }
 
     /// Takes a file that is in memory alone.
-    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let mut map = MmapMut::map_anon(bytes.len()).context("no memory")?;
         map.copy_from_slice(bytes);
         Self::checked(map.make_read_only()?)
@@ -37,7 +55,7 @@ impl Elf {
 
     /// Copies of a file what tells its symbols, in their places; the rest reads as zeros and takes no memory. For files
     /// that nobody executes: those can be shortened while they are read.
-    pub(super) fn of_symbols(file: &File) -> Result<Self> {
+    pub(crate) fn of_symbols(file: &File) -> Result<Self> {
         let size = usize::try_from(file.metadata()?.len())?;
         let mut map = MmapOptions::new().len(size).no_reserve_swap().map_anon().context("no memory")?;
         let mut left = SYMBOLS;
@@ -73,7 +91,9 @@ impl Elf {
     }
 
     pub(super) fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
-        ElfFile64::parse(&**self.0).expect("it has been parsed before")
+        // Whoever writes to the file meanwhile gets one that has nothing.
+        let parsed = ElfFile64::parse(&**self.0);
+        parsed.unwrap_or_else(|_| ElfFile64::parse(&NOTHING.0[..]).expect("it is one"))
     }
 
     /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
@@ -98,12 +118,12 @@ impl Elf {
     }
 
     /// Whether its symbols are still in it, also those that it does not export.
-    pub(super) fn has_symbols(&self) -> bool {
+    pub(crate) fn has_symbols(&self) -> bool {
         self.parsed().section_by_name_bytes(b".symtab").is_some()
     }
 
     /// Where the first part of it that is loaded wants to be.
-    pub(super) fn start(&self) -> Option<u64> {
+    pub(crate) fn start(&self) -> Option<u64> {
         self.parsed().segments().next().map(|segment| segment.address())
     }
 
@@ -147,12 +167,12 @@ impl Elf {
     }
 
     /// What tells this build from all others.
-    pub(super) fn build_id(&self) -> Option<Vec<u8>> {
+    pub(crate) fn build_id(&self) -> Option<Vec<u8>> {
         self.parsed().build_id().ok()?.map(<[u8]>::to_vec)
     }
 
     /// Name and CRC-32 of the file that its symbols were moved to.
-    pub(super) fn debug_link(&self) -> Option<(Vec<u8>, u32)> {
+    pub(crate) fn debug_link(&self) -> Option<(Vec<u8>, u32)> {
         let (name, checksum) = self.parsed().gnu_debuglink().ok()??;
         Some((name.to_vec(), checksum))
     }
@@ -206,7 +226,7 @@ impl Elf {
 
     /// What an instruction refers to, relative to where it is: the first one, in the beginning of a function, that
     /// starts with `before` and is followed by `after`.
-    pub(super) fn target_in_code(&self, function: u64, before: &[u8], after: &[u8]) -> Option<u64> {
+    pub(crate) fn target_in_code(&self, function: u64, before: &[u8], after: &[u8]) -> Option<u64> {
         /// How much of the function is looked at, in bytes.
         const BEGINNING: u64 = 64;
 
@@ -222,7 +242,7 @@ impl Elf {
     }
 
     /// A section's place in the file's address space, and its content.
-    pub(super) fn section(&self, name: &[u8]) -> Option<(Range<u64>, Bytes)> {
+    pub(crate) fn section(&self, name: &[u8]) -> Option<(Range<u64>, Bytes)> {
         let file = self.parsed();
         let section = file.section_by_name_bytes(name)?;
         let (start, size) = section.file_range()?;
@@ -240,7 +260,7 @@ fn page_size() -> u64 {
 }
 
 /// Whether a name is the wanted one, in which a `*` stands for anything.
-fn is_meant(wanted: &str, name: &[u8]) -> bool {
+pub(crate) fn is_meant(wanted: &str, name: &[u8]) -> bool {
     let Some((beginning, rest)) = wanted.split_once('*') else { return name == wanted.as_bytes() };
     let Some(mut name) = name.strip_prefix(beginning.as_bytes()) else { return false };
     let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
@@ -263,7 +283,7 @@ pub(crate) struct Usdt {
 }
 
 /// Part of a mapped file, which it keeps mapped.
-pub(super) struct Bytes {
+pub(crate) struct Bytes {
     file: Arc<Mmap>,
     /// Within the file, as checked when made.
     range: Range<usize>,
@@ -387,6 +407,17 @@ mod tests {
         for section in [".text", ".eh_frame", ".bss", ".symtab", ".note.stapsdt"] {
             elf.section(section.as_bytes());
         }
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_meanwhile_has_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("program");
+        fs::copy(std::env::current_exe().unwrap(), &path).unwrap();
+        let elf = Elf::open(&File::open(&path).unwrap()).unwrap();
+        assert!(elf.start().is_some());
+        fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[0; 64], 0).unwrap();
+        assert_eq!((elf.start(), elf.symbols(["main"])), (None, [None]));
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub(crate) fn entry(elf: &Elf, function: u64, read: &[u64]) -> Option<u64> {
         let mut is_in_loop = false;
         let walked = walk(elf, function, |instruction, _, _| {
             let target = instruction.near_branch_target();
-            is_in_loop |= (function + 1..=place.ip()).contains(&target);
+            is_in_loop |= (function.saturating_add(1)..=place.ip()).contains(&target);
         });
         walked.is_ok() && !is_in_loop
     };
@@ -161,8 +161,9 @@ fn walk(elf: &Elf, function: u64, mut visit: impl FnMut(&Instruction, u64, u64))
             visit(&instruction, home, start);
             let target = instruction.near_branch_target();
             // Behind it and not far away it is the same function.
-            let home_of =
-                |target: u64| if (home..home + MOST as u64).contains(&target) { home } else { target };
+            let home_of = |target: u64| {
+                if (home..home.saturating_add(MOST as u64)).contains(&target) { home } else { target }
+            };
             match instruction.flow_control() {
                 FlowControl::UnconditionalBranch => {
                     to_do.push((home_of(target), target));

@@ -109,7 +109,11 @@ fn recognise(elf: &Elf, map: &MemoryMap, memory: &Live) -> Option<(String, Resul
 
 /// What a thread's own process calls it: in a container it has another id.
 fn tid_inside(pid: u32, tid: u32) -> Result<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
+    innermost_id(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?, tid)
+}
+
+/// The last of a thread's ids that its `status` tells, which is `tid` if it tells none.
+pub(crate) fn innermost_id(status: &str, tid: u32) -> Result<u32> {
     let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
     Ok(ids.and_then(|ids| ids.split_whitespace().last()).map_or(Ok(tid), str::parse)?)
 }

@@ -9,7 +9,10 @@ use std::{
 };
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
+use procfs::{
+    FromBufRead as _,
+    process::{MMPermissions, MMapPath, MemoryMap, MemoryMaps},
+};
 
 /// Which file it is: major and minor number of its device, and its inode.
 pub(crate) type FileId = ((i32, i32), u64);
@@ -28,13 +31,16 @@ pub(crate) struct Mappings {
 impl Mappings {
     /// Asks for a process's mappings.
     pub(crate) fn of(pid: u32) -> io::Result<Self> {
-        let id = i32::try_from(pid).map_err(io::Error::other)?;
-        let maps = Process::new(id).and_then(|process| process.maps()).map_err(io::Error::other)?;
-        Ok(Self { pid, maps: maps.into_iter().collect() })
+        Ok(Self::parse(pid, &fs::read(format!("/proc/{pid}/maps"))?))
+    }
+
+    /// Understands what the kernel says in `/proc/PID/maps`. Files in there may be called anything.
+    pub(crate) fn parse(pid: u32, text: &[u8]) -> Self {
+        Self { pid, maps: text.split(|&byte| byte == b'\n').filter_map(mapping).collect() }
     }
 
     /// The mapping an address is in.
-    pub(super) fn find(&self, address: u64) -> Option<&MemoryMap> {
+    pub(crate) fn find(&self, address: u64) -> Option<&MemoryMap> {
         let after = self.maps.partition_point(|map| map.address.0 <= address);
         self.maps[..after].last().filter(|map| address < map.address.1)
     }
@@ -45,7 +51,7 @@ impl Mappings {
     }
 
     /// Where the code is that the kernel maps into every process.
-    pub(super) fn vdso(&self) -> Option<(u64, u64)> {
+    pub(crate) fn vdso(&self) -> Option<(u64, u64)> {
         self.maps.iter().find(|map| map.pathname == MMapPath::Vdso).map(|map| map.address)
     }
 
@@ -104,6 +110,22 @@ impl Mappings {
     }
 }
 
+/// Understands one line: five columns of figures, and a path that may be anything. procfs takes some files' paths for
+/// something else, and panics where they are not.
+fn mapping(line: &[u8]) -> Option<MemoryMap> {
+    let line = String::from_utf8_lossy(line);
+    let path = line.splitn(6, ' ').nth(5)?;
+    let figures = &line[..line.len() - path.len()];
+    let map = MemoryMaps::from_buf_read(figures.as_bytes()).ok()?.into_iter().next()?;
+    let pathname = match path.trim_start() {
+        "" => MMapPath::Anonymous,
+        "[vdso]" => MMapPath::Vdso,
+        other if other.starts_with('[') => MMapPath::Other(other.to_owned()),
+        file => MMapPath::Path(file.into()),
+    };
+    Some(MemoryMap { pathname, ..map })
+}
+
 /// Opens a regular file by its name under a root, which no symbolic link leads out of. Nothing else is opened, be it for a
 /// moment: opening a device may do something.
 pub(super) fn open_under(root: &File, path: &Path) -> io::Result<File> {
@@ -140,6 +162,16 @@ pub(crate) fn module_name(map: &MemoryMap) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_may_be_called_anything() {
+        let text = b"1000-2000 r-xp 00000000 08:01 5 /SYSV\n2000-3000 r-xp 00000000 08:01 6 /SYSVzzzzzzzz (deleted)\n\
+            3000-4000 rw-s 00000000 00:01 7 /SYSV0000002a (deleted)\n4000-5000 r-xp 00000000 08:01 8 /lib/\xff.so\n\
+            5000-6000 r-xp 00000000 08:01 9 /srv/a /SYSV b\n";
+        let mappings = Mappings::parse(1, text);
+        let names: Vec<_> = mappings.modules().filter_map(module_name).collect();
+        assert_eq!(names, ["SYSV", "SYSVzzzzzzzz", "\u{fffd}.so", "SYSV b"]);
+    }
 
     #[test]
     fn code_of_this_process_is_found_in_its_file() {

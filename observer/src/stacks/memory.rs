@@ -48,8 +48,9 @@ impl Live {
         let mut bytes = Vec::new();
         while bytes.len() < STRING_MAX {
             // To the end of a cache line, so that no read crosses into a page that may be missing.
-            let chunk = 64 - usize::try_from((address + bytes.len() as u64) % 64)?;
-            let more = self.bytes(address + bytes.len() as u64, chunk, what)?;
+            let start = address.wrapping_add(bytes.len() as u64);
+            let chunk = 64 - usize::try_from(start % 64)?;
+            let more = self.bytes(start, chunk, what)?;
             let end = more.iter().position(|&byte| byte == 0);
             bytes.extend_from_slice(&more[..end.unwrap_or(chunk)]);
             if end.is_some() {
@@ -57,6 +58,14 @@ impl Live {
             }
         }
         anyhow::bail!("{what} at {address:#x} has no end")
+    }
+}
+
+#[cfg(any(test, feature = "fuzz"))]
+impl Live {
+    /// A process that has a file's content in its memory from address 0 on, and nothing else.
+    pub(crate) const fn of_file(file: File) -> Self {
+        Self(file)
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub(crate) mod code;
 pub(crate) mod elf;
+mod harmless;
 pub(crate) mod image;
 pub(crate) mod instructions;
 pub(crate) mod interpreter;
@@ -10,8 +11,8 @@ pub(crate) mod mappings;
 pub(crate) mod memory;
 pub(crate) mod naming;
 pub(crate) mod now;
-mod python;
-mod ruby;
+pub(crate) mod python;
+pub(crate) mod ruby;
 mod sampler;
 mod snapshot;
 pub(crate) mod symbols;

@@ -115,7 +115,11 @@ impl Looker {
 
 /// Functions of the kernel that a blocked thread is in, innermost first; none if it runs or nobody may know.
 fn kernel_functions(pid: u32, tid: u32) -> Vec<String> {
-    let stack = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stack")).unwrap_or_default();
+    functions_in(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/stack")).unwrap_or_default())
+}
+
+/// Understands the content of that file.
+pub(crate) fn functions_in(stack: &str) -> Vec<String> {
     // `[<0>] do_nanosleep+0x5a/0x190`
     let functions = stack.lines().filter_map(|line| line.split("] ").nth(1)?.split('+').next());
     functions.map(str::to_owned).collect()
@@ -123,7 +127,7 @@ fn kernel_functions(pid: u32, tid: u32) -> Vec<String> {
 
 /// Understands `/proc/PID/task/TID/syscall`, which ends in the stack and instruction pointers; `running` otherwise. The
 /// frame pointer it does not tell: where the programs could not either, and the tables ask for it, the stack ends.
-fn blocked_at(call: &str, frame_pointer: u64) -> Option<Registers> {
+pub(crate) fn blocked_at(call: &str, frame_pointer: u64) -> Option<Registers> {
     let mut words =
         call.split_whitespace().rev().map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok());
     let (ip, sp) = (words.next()??, words.next()??);

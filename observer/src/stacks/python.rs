@@ -9,7 +9,7 @@ use super::{
 };
 use crate::model::frame::Frame;
 
-/// Most interpreters, and threads of one, that are looked through.
+/// Most interpreters, and threads of all of them, that are looked through.
 const LIST_MAX: usize = 4096;
 
 /// Most frames followed: CPython's own limit of recursion is 1000 unless raised.
@@ -104,14 +104,14 @@ const COOKIE: &[u8] = b"xdebugpy";
 const DEBUG_OFFSETS_SIZE: usize = 584;
 
 /// A CPython interpreter in some process.
-pub(super) struct Python {
+pub(crate) struct Python {
     /// Address of `_PyRuntime`.
     runtime: u64,
     offsets: Offsets,
 }
 
 /// Version of the interpreter as `(major, minor)`, and for people; from the address of `Py_Version`.
-pub(super) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)> {
+pub(crate) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)> {
     let bytes = memory.bytes(address, 4, "version")?;
     let [level, micro, minor, major] = bytes[..] else { bail!("no version") };
     let suffix = match level >> 4 {
@@ -125,7 +125,7 @@ pub(super) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)>
 
 impl Python {
     /// Makes sure that this interpreter's data can be understood.
-    pub(super) fn new(memory: &Live, runtime: u64, version: (u8, u8)) -> Result<Self> {
+    pub(crate) fn new(memory: &Live, runtime: u64, version: (u8, u8)) -> Result<Self> {
         let offsets = match version {
             (3, 11) => V3_11,
             (3, 12) => V3_12,
@@ -136,7 +136,7 @@ impl Python {
     }
 
     /// Frames of a thread, innermost first; `tid` is what the process itself calls it.
-    pub(super) fn frames(&self, memory: &Live, tid: u32) -> Result<Vec<Frame>> {
+    pub(crate) fn frames(&self, memory: &Live, tid: u32) -> Result<Vec<Frame>> {
         let thread = self.thread(memory, tid)?;
         let links = snapshot::stable(|| self.chain(memory, thread))?;
         links.iter().take(DEPTH_MAX).map(|link| self.frame(memory, link)).collect()
@@ -146,15 +146,14 @@ impl Python {
     fn thread(&self, memory: &Live, tid: u32) -> Result<u64> {
         let at = &self.offsets;
         let mut interpreter = memory.field(self.runtime, at.runtime_interpreters, "list of interpreters")?;
+        let mut left = LIST_MAX;
         for _ in 0..LIST_MAX {
             if interpreter == 0 {
                 break;
             }
             let mut thread = memory.field(interpreter, at.interpreter_threads, "list of threads")?;
-            for _ in 0..LIST_MAX {
-                if thread == 0 {
-                    break;
-                }
+            while thread != 0 {
+                left = left.checked_sub(1).context("its lists of threads have no end")?;
                 if memory.field(thread, at.thread_native_id, "thread id")? == u64::from(tid) {
                     return Ok(thread);
                 }
@@ -199,7 +198,8 @@ impl Python {
         let word = |offset| word_in(&code, offset).context("a code object is too short");
         let first = half_in(&code, at.code_first_line).context("a code object is too short")?;
         // CPython counts in code units of two bytes. Before its first instruction a frame is at its first line.
-        let unit = link.instruction.checked_sub(link.code + at.code_instructions).map(|bytes| bytes / 2);
+        let unit =
+            link.instruction.checked_sub(link.code.wrapping_add(at.code_instructions)).map(|bytes| bytes / 2);
         let line = match unit {
             Some(unit) => line(&self.bytes(memory, word(at.code_linetable)?)?, first, unit),
             None => Some(first),
@@ -213,14 +213,14 @@ impl Python {
     }
 
     /// Name of a function, by its code.
-    pub(super) fn code_name(&self, memory: &Live, code: u64) -> Result<String> {
+    pub(crate) fn code_name(&self, memory: &Live, code: u64) -> Result<String> {
         self.check_type(memory, code, "code")?;
         let name = memory.field(code, self.offsets.code_qualname, "function name")?;
         self.string(memory, name, "function name")
     }
 
     /// Name of a type.
-    pub(super) fn type_name(&self, memory: &Live, kind: u64) -> Result<String> {
+    pub(crate) fn type_name(&self, memory: &Live, kind: u64) -> Result<String> {
         self.check_type(memory, kind, "type")?;
         memory.c_string(memory.field(kind, self.offsets.type_name, "type name")?, "type name")
     }
@@ -238,7 +238,7 @@ impl Python {
         self.check_type(memory, object, "bytes")?;
         let size = memory.field(object, self.offsets.bytes_size, "size of bytes")?;
         ensure!(size <= TABLE_MAX, "a location table is too long to be true");
-        memory.bytes(object + self.offsets.bytes_data, usize::try_from(size)?, "bytes")
+        memory.bytes(object.wrapping_add(self.offsets.bytes_data), usize::try_from(size)?, "bytes")
     }
 
     /// Content of a `str` object.
@@ -255,7 +255,7 @@ impl Python {
         ensure!(state & COMPACT != 0, "{what} is a string of an old kind");
         let head = if state & ASCII != 0 { at.string_ascii } else { at.string_compact };
         let width = usize::try_from((state & KIND) >> 2)?;
-        let bytes = memory.bytes(object + head, length * width, what)?;
+        let bytes = memory.bytes(object.wrapping_add(head), length * width, what)?;
         let utf8 = match width {
             // Latin-1 is the beginning of Unicode.
             1 => bytes.into_iter().map(char::from).collect::<String>(),
@@ -308,13 +308,11 @@ fn debug_offsets(memory: &Live, runtime: u64) -> Result<Offsets> {
         string_length: offset(552)?,
         string_ascii: ascii,
         // Two words longer: the length in UTF-8, and a pointer.
-        string_compact: ascii + 16,
+        string_compact: ascii.wrapping_add(16),
     };
-    // Both are lengths of what is read at once.
-    ensure!(
-        offsets.frame_owner < 4096 && offsets.code_instructions < 4096,
-        "its table of offsets is not sane"
-    );
+    // They tell how much is read at once.
+    let read = [offsets.frame_owner, offsets.frame_instruction, offsets.code_instructions];
+    ensure!(read.iter().all(|&offset| offset < 4096), "its table of offsets is not sane");
     Ok(offsets)
 }
 
@@ -322,7 +320,7 @@ fn debug_offsets(memory: &Live, runtime: u64) -> Result<Offsets> {
 ///
 /// The format is CPython's `Objects/locations.md`: entries of one byte with the highest bit set (kind of entry,
 /// number of code units) and a few without, which for some kinds begin with by how much the line changes.
-fn line(table: &[u8], first_line: u32, unit: u64) -> Option<u32> {
+pub(crate) fn line(table: &[u8], first_line: u32, unit: u64) -> Option<u32> {
     let mut line = i64::from(first_line);
     let mut end = 0;
     let mut rest = table;
@@ -332,11 +330,11 @@ fn line(table: &[u8], first_line: u32, unit: u64) -> Option<u32> {
         rest = next;
         end += u64::from(head & 7) + 1;
         let kind = (head >> 3) & 15;
-        line += match kind {
+        line = line.saturating_add(match kind {
             10..=12 => i64::from(kind - 10),
             13 | 14 => signed(entry),
             _ => 0,
-        };
+        });
         if unit < end {
             let none = kind == 15;
             return u32::try_from(line).ok().filter(|_| !none);

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::model::frame::Frame;
 
-/// Most threads or ractors that are looked through.
+/// Most ractors, and threads of all of them, that are looked through.
 const LIST_MAX: usize = 4096;
 
 /// Most control frames that are read: what fits into a default stack of a thread, 1 MiB.
@@ -115,7 +115,7 @@ const ID_SCOPE_BITS: u32 = 4;
 const NAMES_IN_LIST: u64 = 512;
 
 /// A Ruby virtual machine in some process.
-pub(super) struct Ruby {
+pub(crate) struct Ruby {
     /// Address of the pointer to the machine.
     machine: u64,
     /// Address of the pointer to the list of all names; `None` if it was not found.
@@ -124,23 +124,35 @@ pub(super) struct Ruby {
 }
 
 /// Version of the interpreter, from the address of `ruby_version`.
-pub(super) fn version(memory: &Live, address: u64) -> Result<String> {
+pub(crate) fn version(memory: &Live, address: u64) -> Result<String> {
     memory.c_string(address, "version")
 }
 
-impl Ruby {
-    /// Makes sure that this machine's data can be understood. `bias` is what to add to addresses in `elf`.
-    pub(super) fn new(elf: &Elf, bias: u64, version: &str) -> Result<Self> {
-        let offsets = match version.rsplit_once('.') {
-            Some(("3.1", _)) => V3_1,
-            Some(("3.3", _)) => V3_3,
+impl Offsets {
+    fn of(version: &str) -> Result<Self> {
+        match version.rsplit_once('.') {
+            Some(("3.1", _)) => Ok(V3_1),
+            Some(("3.3", _)) => Ok(V3_3),
             _ => bail!("only 3.1 and 3.3 are understood"),
-        };
+        }
+    }
+}
+
+impl Ruby {
+    /// One whose data is known to be at these places.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn at(machine: u64, names: Option<u64>, version: &str) -> Result<Self> {
+        Ok(Self { machine, names, offsets: Offsets::of(version)? })
+    }
+
+    /// Makes sure that this machine's data can be understood. `bias` is what to add to addresses in `elf`.
+    pub(crate) fn new(elf: &Elf, bias: u64, version: &str) -> Result<Self> {
+        let offsets = Offsets::of(version)?;
         let [machine, names] = elf.symbols(["ruby_current_vm_ptr", "ruby_global_symbols"]);
         let machine = machine.or_else(|| machine_in_code(elf));
         let machine = machine.context("neither a symbol nor known code tells where its machine is")?;
         // Behind a number and a table by name.
-        let names = names.map(|names| names + 16).or_else(|| names_in_code(elf));
+        let names = names.map(|names| names.wrapping_add(16)).or_else(|| names_in_code(elf));
         Ok(Self {
             machine: machine.wrapping_add(bias),
             names: names.map(|names| names.wrapping_add(bias)),
@@ -150,7 +162,7 @@ impl Ruby {
 
     /// Frames of a thread, innermost first; `tid` is what the process itself calls it, `main` whether it is the
     /// first one.
-    pub(super) fn frames(&self, memory: &Live, tid: u32, main: bool) -> Result<Vec<Frame>> {
+    pub(crate) fn frames(&self, memory: &Live, tid: u32, main: bool) -> Result<Vec<Frame>> {
         let thread = self.thread(memory, tid, main)?;
         let links = snapshot::stable(|| self.chain(memory, thread))?;
         let frames = links.iter().filter_map(|link| self.frame(memory, link).transpose());
@@ -165,15 +177,17 @@ impl Ruby {
             // After a fork this is right, where ids may be the parent's.
             return memory.field(machine, VM_MAIN_THREAD, "main thread");
         }
-        for link in list(memory, machine + VM_RACTORS)? {
-            let ractor = link - self.offsets.ractor_link;
-            for thread in list(memory, ractor + self.offsets.ractor_threads)? {
+        let mut left = LIST_MAX;
+        for link in list(memory, machine.wrapping_add(VM_RACTORS))? {
+            let ractor = link.wrapping_sub(self.offsets.ractor_link);
+            for thread in list(memory, ractor.wrapping_add(self.offsets.ractor_threads))? {
+                left = left.checked_sub(1).context("its lists of threads have no end")?;
                 let native = match self.offsets.thread_native {
                     Some(offset) => memory.field(thread, offset, "native thread")?,
                     None => thread,
                 };
                 // A thread that waits for a native one has none.
-                let id = memory.word(native + self.offsets.native_tid).filter(|_| native != 0);
+                let id = memory.word(native.wrapping_add(self.offsets.native_tid)).filter(|_| native != 0);
                 if id.is_some_and(|id| id & u64::from(u32::MAX) == u64::from(tid)) {
                     return Ok(thread);
                 }
@@ -239,7 +253,7 @@ impl Ruby {
     }
 
     /// What people call a block, by its code: of those in one method each is at another line.
-    pub(super) fn block_name(&self, memory: &Live, code: u64) -> Result<String> {
+    pub(crate) fn block_name(&self, memory: &Live, code: u64) -> Result<String> {
         check_imemo(memory, code, IMEMO_ISEQ)?;
         let body = memory.field(code, ISEQ_BODY, "block")?;
         let label = self.string(memory, memory.field(body, BODY_LABEL, "label")?, "label")?;
@@ -251,7 +265,7 @@ impl Ruby {
     }
 
     /// Name of a class.
-    pub(super) fn class_name(&self, memory: &Live, class: u64) -> Result<String> {
+    pub(crate) fn class_name(&self, memory: &Live, class: u64) -> Result<String> {
         // While nothing else has its place, what was moved has left word of where it is.
         let class = match kind(memory, class)? {
             T_MOVED => memory.field(class, MOVED_TO, "class")?,
@@ -287,7 +301,7 @@ impl Ruby {
         let entries = memory.field(variables, ENTRIES, "variables")?;
         let end = memory.field(variables, ENTRIES_END, "variables")?;
         for number in 0..end.min(VARIABLES_MAX) {
-            let entry = entries + number * ENTRY;
+            let entry = entries.wrapping_add(number * ENTRY);
             let id = memory.field(entry, 8, "variable")?;
             // What was removed has no name.
             if self.name(memory, names, id).is_ok_and(|name| name == NAME) {
@@ -303,7 +317,7 @@ impl Ruby {
         if flags & MAGIC != MAGIC_C {
             return Ok(None);
         }
-        let method = memory.field(environment - 16, 0, "method")?;
+        let method = memory.field(environment.wrapping_sub(16), 0, "method")?;
         check_imemo(memory, method, IMEMO_METHOD)?;
         let definition = memory.field(method, METHOD_DEFINITION, "method definition")?;
         let id = memory.field(definition, DEFINITION_ID, "method id")?;
@@ -335,8 +349,8 @@ impl Ruby {
         };
         let data = match (elsewhere, self.offsets.string_has_length) {
             (true, _) => memory.field(object, 24, what)?,
-            (false, true) => object + 24,
-            (false, false) => object + 16,
+            (false, true) => object.wrapping_add(24),
+            (false, false) => object.wrapping_add(16),
         };
         text(memory.bytes(data, length(size, what)?, what)?, what)
     }
@@ -346,7 +360,7 @@ impl Ruby {
         /// Size of an entry, which begins with the line.
         const ENTRY: u64 = 12;
 
-        let insns = body + self.offsets.body_insns;
+        let insns = body.wrapping_add(self.offsets.body_insns);
         let entries = memory.field(insns, 0, "table of lines")?;
         let size = memory.field(insns, INSNS_SIZE, "table of lines")? & u64::from(u32::MAX);
         let code = memory.field(body, BODY_CODE, "code")?;
@@ -362,7 +376,7 @@ impl Ruby {
             }
         };
         ensure!(entry < size, "an instruction has no line");
-        let line = memory.field(entries + entry * ENTRY, 0, "line")? & u64::from(u32::MAX);
+        let line = memory.field(entries.wrapping_add(entry * ENTRY), 0, "line")? & u64::from(u32::MAX);
         Ok(u32::try_from(line)?)
     }
 }
@@ -382,7 +396,7 @@ fn rank(memory: &Live, index: u64, position: u64) -> Result<u64> {
         let word = memory.field(index, position / 9 * 8, "index of lines")?;
         return Ok(word >> (position % 9 * 7) & 0x7f);
     };
-    let block = index + IMMEDIATE / 9 * 8 + beyond / BLOCK * BLOCK_SIZE;
+    let block = index.wrapping_add(IMMEDIATE / 9 * 8 + beyond / BLOCK * BLOCK_SIZE);
     let (word, bit) = (beyond % BLOCK / 64, beyond % 64);
     let before_block = memory.field(block, 0, "index of lines")? & u64::from(u32::MAX);
     let before_word = match word {
@@ -424,7 +438,7 @@ fn check_imemo(memory: &Live, object: u64, wanted: u64) -> Result<()> {
 fn element(memory: &Live, array: u64, index: u64) -> Result<u64> {
     ensure!(kind(memory, array)? == T_ARRAY, "what should be an array is none");
     let in_place = memory.field(array, 0, "array")? & USER_1 != 0;
-    let data = if in_place { array + 16 } else { memory.field(array, 32, "array")? };
+    let data = if in_place { array.wrapping_add(16) } else { memory.field(array, 32, "array")? };
     memory.field(data, index.checked_mul(8).context("an index is too high")?, "array element")
 }
 
@@ -439,5 +453,5 @@ fn machine_in_code(elf: &Elf) -> Option<u64> {
 fn names_in_code(elf: &Elf) -> Option<u64> {
     let [reader] = elf.symbols(["rb_sym_all_symbols"]);
     // mov POINTER(%rip), %rax; mov 0x10(%rax), %rdi
-    Some(elf.target_in_code(reader?, &[0x48, 0x8b, 0x05], &[0x48, 0x8b, 0x78, 0x10])? + 8)
+    Some(elf.target_in_code(reader?, &[0x48, 0x8b, 0x05], &[0x48, 0x8b, 0x78, 0x10])?.wrapping_add(8))
 }

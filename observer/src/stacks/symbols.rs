@@ -3,19 +3,23 @@
 //! Tables of a big program take more memory than all the rest of observer. They are dropped after each batch, and
 //! only what was found is kept.
 
-use std::{collections::HashMap, hash::Hash};
+use std::{collections::HashMap, fs::File, hash::Hash, io, path::Path};
 
 use blazesym::{
     MaybeDefault, Pid,
     helper::ElfResolver,
     symbolize::{
-        CodeInfo, Input, ProcessMemberInfo, ProcessMemberType, Reason, Resolve, Symbolized, Symbolizer,
+        CodeInfo, Input, ProcessMemberType, Reason, Resolve, Symbolized, Symbolizer,
         source::{Kernel, Process, Source},
     },
 };
 use procfs::process::{MMapPath, MemoryMap};
 
-use super::mappings::{FileId, Mappings, Version, file_id, inside, module_name};
+use super::{
+    elf::Elf,
+    harmless::is_harmless,
+    mappings::{FileId, Mappings, Version, file_id, inside, module_name},
+};
 use crate::model::frame::Frame;
 
 /// How many addresses are remembered; some hundred bytes apiece.
@@ -93,11 +97,13 @@ fn make_room<K: Hash + Eq, V>(known: &mut HashMap<K, V>, more: usize) {
 /// Frames at each of the addresses. `by_range` is the way that leads to files whatever their name is now.
 fn look_up(mappings: &Mappings, addresses: &[u64], by_range: bool) -> Vec<Vec<Frame>> {
     let pid = mappings.pid;
-    let mut builder = Symbolizer::builder();
-    if !by_range {
-        builder = builder.set_process_dispatcher(move |member| by_name(pid, &member));
-    }
-    let symbolizer = builder.build();
+    let symbolizer = Symbolizer::builder()
+        .set_process_dispatcher(move |member| match member.member_entry {
+            ProcessMemberType::Path(path) if by_range => open(&path.maps_file),
+            ProcessMemberType::Path(path) => open(&inside(pid, &path.symbolic_path)),
+            _ => Ok(None),
+        })
+        .build();
     let mut process = Process::new(Pid::from(pid));
     process.map_files = by_range;
     let source = Source::Process(process);
@@ -117,14 +123,25 @@ fn look_up(mappings: &Mappings, addresses: &[u64], by_range: bool) -> Vec<Vec<Fr
         .collect()
 }
 
-/// The file of a mapping by its name within the process's file system.
-fn by_name(pid: u32, member: &ProcessMemberInfo<'_>) -> blazesym::Result<Option<Box<dyn Resolve>>> {
-    match member.member_entry {
-        ProcessMemberType::Path(path) => {
-            Ok(Some(Box::new(ElfResolver::open(inside(pid, &path.symbolic_path))?)))
-        }
-        _ => Ok(None),
+/// A mapped file, if it does no harm.
+fn open(path: &Path) -> blazesym::Result<Option<Box<dyn Resolve>>> {
+    let elf = File::open(path).and_then(|file| Elf::open(&file).map_err(io::Error::other))?;
+    if !is_harmless(&elf, path) {
+        return Err(io::Error::other(format!("{} is not to be trusted", path.display())).into());
     }
+    Ok(Some(Box::new(ElfResolver::open(path)?)))
+}
+
+/// Frames at an address of a file that is nobody's.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn in_file(path: &Path, address: u64) -> Vec<Frame> {
+    if open(path).is_err() {
+        return Vec::new();
+    }
+    let source = Source::Elf(blazesym::symbolize::source::Elf::new(path));
+    let symbolizer = Symbolizer::new();
+    let found = symbolizer.symbolize_single(&source, Input::VirtOffset(address));
+    frames(None, address, &found.unwrap_or(Symbolized::Unknown(Reason::Unsupported)))
 }
 
 /// Frames at one address, innermost first.

@@ -107,6 +107,12 @@ impl Unwinder {
         stack
     }
 
+    /// Has a file without a name be what is mapped there.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn provide(&mut self, elf: Elf, map: &MemoryMap) {
+        self.modules.insert((file_id(map), map.address.0, map.offset), bind(elf, map).ok());
+    }
+
     /// The tables of a mapped file, read when first met.
     fn module(&mut self, map: &MemoryMap, mappings: &Mappings) -> Option<Module<Bytes>> {
         let key = (file_id(map), map.address.0, map.offset);
@@ -140,6 +146,11 @@ fn load(map: &MemoryMap, mappings: &Mappings) -> Result<Module<Bytes>> {
         MMapPath::Vdso => vdso()?,
         _ => Elf::open(&mappings.open(map)?)?,
     };
+    bind(elf, map)
+}
+
+/// Binds a file's tables to where it is mapped.
+fn bind(elf: Elf, map: &MemoryMap) -> Result<Module<Bytes>> {
     let base = elf.bias(map).context("it is mapped in a way its segments do not tell")?;
     Ok(Module::new(String::new(), map.address.0..map.address.1, base, elf))
 }

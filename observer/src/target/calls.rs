@@ -35,7 +35,11 @@ pub(crate) fn blocked_in(pid: u32, waits: &[Calls]) -> Vec<(u32, Call)> {
 
 /// Understands `/proc/PID/task/TID/syscall`: the number in decimal, then arguments in hexadecimal; `running` otherwise.
 /// `memory` reads the caller's memory.
-fn parse(line: &str, waits: &[Calls], memory: impl Fn(u64, &mut [u8]) -> Option<()>) -> Option<Call> {
+pub(crate) fn parse(
+    line: &str,
+    waits: &[Calls],
+    memory: impl Fn(u64, &mut [u8]) -> Option<()>,
+) -> Option<Call> {
     let mut words = line.split_whitespace();
     let number: libc::c_long = words.next()?.parse().ok()?;
     let arguments: Vec<u64> =

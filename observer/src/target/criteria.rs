@@ -175,7 +175,7 @@ fn matches(pattern: &Pattern, exe: &Path) -> bool {
 }
 
 /// Whether one cgroup is another, or below it.
-fn is_below(path: &str, outer: &str) -> bool {
+pub(crate) fn is_below(path: &str, outer: &str) -> bool {
     let outer = outer.strip_prefix(CGROUPS).unwrap_or(outer).trim_end_matches('/');
     path.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }

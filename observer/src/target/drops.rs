@@ -47,7 +47,7 @@ pub(crate) fn of_namespace(pid: u32) -> Option<ListenDrops> {
 }
 
 /// Understands `/proc/PID/net/netstat`: a line of names follows a line of figures, with the same first word.
-fn parse(netstat: &str) -> Option<ListenDrops> {
+pub(crate) fn parse(netstat: &str) -> Option<ListenDrops> {
     let mut lines = netstat.lines().filter_map(|line| line.strip_prefix("TcpExt:"));
     let (names, figures) = (lines.next()?, lines.next()?);
     let figure = |wanted: &str| {

@@ -45,7 +45,7 @@ fn uid(place: &Place) -> Option<&str> {
 }
 
 /// Where a process with these cgroups belongs, without names.
-fn in_cgroups(cgroups: &ProcessCGroups) -> Place {
+pub(crate) fn in_cgroups(cgroups: &ProcessCGroups) -> Place {
     let container = container::id(cgroups);
     let uid = pod::uid(cgroups);
     let unit = if container.is_none() && uid.is_none() { unit(cgroups) } else { None };

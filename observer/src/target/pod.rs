@@ -1,7 +1,10 @@
 //! Which pod a process is in, told by its cgroup paths, and what that is called, told by the folders and links that
 //! its kubelet makes for logs.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use procfs::ProcessCGroups;
 
@@ -29,7 +32,7 @@ fn uid_of_component(component: &str) -> Option<String> {
 }
 
 /// Whether it has the form of a UID, or is the hash of a static pod's configuration, which is its UID on its node.
-fn is_uid(text: &str) -> bool {
+pub(crate) fn is_uid(text: &str) -> bool {
     let groups: Vec<_> = text.split('-').map(str::len).collect();
     let is_hex = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f' | b'-');
     matches!(groups[..], [8, 4, 4, 4, 12] | [32]) && text.bytes().all(is_hex)
@@ -68,18 +71,23 @@ pub(crate) fn look_up(pod: &mut Pod, container: Option<&str>, log: &Path) {
 }
 
 /// A container's link in `containers`.
-struct Link {
-    id: String,
+pub(crate) struct Link {
+    pub(crate) id: String,
     /// What it leads to.
-    pod: Pod,
+    pub(crate) pod: Pod,
 }
 
 impl Link {
     /// `POD_NAMESPACE_CONTAINER-ID.log` -> `…/NAMESPACE_POD_UID/CONTAINER/COUNT.log`. Of a very long name the end is cut
     /// off, and the id with it.
     fn read(folder: &Path, name: &str) -> Option<Self> {
+        Self::parse(name, || fs::read_link(folder.join(name)).ok())
+    }
+
+    /// `target` tells what it leads to.
+    pub(crate) fn parse(name: &str, target: impl FnOnce() -> Option<PathBuf>) -> Option<Self> {
         let (_, id) = name.strip_suffix(".log")?.rsplit_once('-')?;
-        let target = is_id(id).then(|| fs::read_link(folder.join(name)))?.ok()?;
+        let target = is_id(id).then(target)??;
         let container = target.parent()?;
         let mut pod = of_folder(container.parent()?.file_name()?.to_str()?)?;
         pod.container = Some(container.file_name()?.to_str()?.to_owned());
@@ -88,7 +96,7 @@ impl Link {
 }
 
 /// `NAMESPACE_POD_UID`; names have no underscores.
-fn of_folder(name: &str) -> Option<Pod> {
+pub(crate) fn of_folder(name: &str) -> Option<Pod> {
     let parts: Vec<_> = name.split('_').collect();
     let [namespace, name, uid] = parts[..] else { return None };
     let is_one = !namespace.is_empty() && !name.is_empty() && is_uid(uid);

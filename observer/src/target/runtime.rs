@@ -173,7 +173,7 @@ impl Watchable {
                 let Some(count) = count.follow(&memory, bias) else { return Ok(Watch::NotYet) };
                 let mut ns_addresses = [0; PARTS];
                 for (address, offset) in ns_addresses.iter_mut().zip(offsets) {
-                    *address = count + offset;
+                    *address = count.wrapping_add(*offset);
                 }
                 Ok(Watch::Totals(memory, Places { count_address: count, ns_addresses, count: 0, ns: 0 }))
             }

@@ -76,6 +76,12 @@ pub(super) fn published(context: &TraceContext) -> Option<([u8; 16], SpanId)> {
     Some((trace, u64::from_str_radix(&context.span_id, 16).ok()?.to_be_bytes()))
 }
 
+/// Whether it has all three.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn is_understood(traceparent: &str) -> bool {
+    parsed(traceparent).is_some()
+}
+
 /// Trace, span and flags of a valid trace context.
 fn parsed(traceparent: &str) -> Option<([u8; 16], SpanId, u8)> {
     let mut parts = traceparent.split('-').skip(1);

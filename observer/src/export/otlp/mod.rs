@@ -13,6 +13,8 @@ mod testing;
 mod traces;
 mod transport;
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use self::{context::is_understood, transport::understand_answer};
 pub(crate) use queue::BUFFER;
 
 use std::{

@@ -65,7 +65,7 @@ pub(super) struct Endpoint {
 }
 
 /// Finds a variable.
-type Lookup<'l> = &'l dyn Fn(&str) -> Option<String>;
+pub(crate) type Lookup<'l> = &'l dyn Fn(&str) -> Option<String>;
 
 impl Settings {
     /// What flags and this process's environment say; `None` if nothing is to be pushed.
@@ -154,6 +154,28 @@ impl Endpoint {
             client,
             hint: if is_unlikely { "; 4317 is the usual port of gRPC: --otlp-protocol grpc" } else { "" },
         }))
+    }
+}
+
+/// Makes sure of what must hold whatever variables there are.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn understand(lookup: Lookup<'_>) {
+    use clap::Parser as _;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        output: Output,
+    }
+
+    let output = Line::parse_from(["observer"]).output;
+    if let Ok(Some(settings)) = Settings::from(&output, lookup) {
+        assert!(!settings.interval.is_zero() && !settings.delay.is_zero());
+        assert!(settings.attributes.iter().all(|(name, _)| !name.is_empty()));
+        for endpoint in settings.metrics.iter().chain(&settings.traces) {
+            assert!(endpoint.headers.values().all(HeaderValue::is_sensitive) && !endpoint.timeout.is_zero());
+            assert!(matches!(endpoint.uri.scheme_str(), Some("http" | "https")));
+        }
     }
 }
 

@@ -274,6 +274,20 @@ fn of_code(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Problem {
     }
 }
 
+/// Makes sure that whatever a collector answers is understood somehow: as a message, a status or how long to wait.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn understand_answer(code: u16, text: &[u8]) {
+    use super::{metrics, traces};
+
+    let status = StatusCode::from_u16(code).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    let value = HeaderValue::from_bytes(text).into_iter().map(|value| (RETRY_AFTER, value));
+    let _ = of_code(status, &value.collect(), text);
+    let status = Status::with_details(Code::Unavailable, "", Bytes::copy_from_slice(text));
+    let _ = of_status(&status);
+    let _ = <metrics::Request as Signal>::Response::decode(text).map(metrics::Request::rejected);
+    let _ = <traces::Request as Signal>::Response::decode(text).map(traces::Request::rejected);
+}
+
 /// Seconds, or a date.
 fn retry_after(value: &str) -> Option<Duration> {
     if let Ok(seconds) = value.trim().parse() {

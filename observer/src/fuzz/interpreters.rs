@@ -1,0 +1,59 @@
+//! Memory of observed processes, as far as interpreters keep their data there.
+
+use super::{choice, file, number};
+use crate::{
+    model::frame::Frame,
+    stacks::{
+        memory::Live,
+        python::{self, Python},
+        ruby::{self, Ruby},
+        unwind::DEPTH_MAX,
+    },
+};
+
+/// Makes sure that frames can be shown.
+fn check(frames: &[Frame]) {
+    assert!(frames.len() <= DEPTH_MAX);
+    for frame in frames {
+        check_text(&frame.function);
+        frame.file.iter().for_each(|file| check_text(file));
+    }
+}
+
+fn check_text(text: &str) {
+    assert!(!text.chars().any(char::is_control), "{text:?}");
+}
+
+/// Memory of CPython from address 0 on, where its runtime is, behind its version.
+pub(super) fn python(data: &[u8]) {
+    let (minor, content) = choice(data);
+    let memory = Live::of_file(file(content));
+    let _ = python::version(&memory, u64::from(minor));
+    let version = (3, 11 + minor % 3);
+    if let Ok(python) = Python::new(&memory, 0, version) {
+        check(&python.frames(&memory, 77).unwrap_or_default());
+        for object in [0, 0x100, number(content).0] {
+            python.code_name(&memory, object).iter().for_each(|name| check_text(name));
+            python.type_name(&memory, object).iter().for_each(|name| check_text(name));
+        }
+    }
+    // A location table by itself: no line comes from beyond its end.
+    let (unit, table) = choice(content);
+    let end = (table.len() as u64 + 1) * 8;
+    assert!(python::line(table, u32::MAX, u64::from(unit)).is_none() || u64::from(unit) < end);
+}
+
+/// Memory of Ruby, likewise.
+pub(super) fn ruby(data: &[u8]) {
+    let (how, content) = choice(data);
+    let memory = Live::of_file(file(content));
+    let _ = ruby::version(&memory, u64::from(how));
+    for version in ["3.1.2", "3.3.8"] {
+        let ruby = Ruby::at(0, Some(8), version).expect("a version that is understood");
+        check(&ruby.frames(&memory, 77, how & 1 == 0).unwrap_or_default());
+        for object in [0x100, number(content).0] {
+            ruby.class_name(&memory, object).iter().for_each(|name| check_text(name));
+            ruby.block_name(&memory, object).iter().for_each(|name| check_text(name));
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What the kernel tells of itself, and what the programs in it send.
+
+use std::ptr;
+
+use observer_common::{
+    deferred::{Context, REQUEST_ID},
+    histogram,
+    listener::Listener,
+    origin::Request,
+    reactor::{Reactor, Stall},
+};
+
+use super::number;
+use crate::{
+    kernel::{
+        btf::Btf,
+        layout::{members, ring_shape, switch_has_state},
+    },
+    model::{histogram::Histogram, lag::Prober},
+    probes::{deferred, listener, origin, reactor},
+    profiles::Naming,
+};
+
+/// Types of a kernel.
+pub(super) fn btf(data: &[u8]) {
+    let Ok(btf) = Btf::parse(data) else { return };
+    let _ = members(&btf);
+    let _ = (switch_has_state(&btf), ring_shape(&btf));
+    for (structure, path) in [("a", "b"), ("a", "b.c"), ("sock", "__sk_common.skc_num")] {
+        let _ = btf.offset(structure, path);
+    }
+    let arguments = btf.tracepoint_arguments("sched_switch");
+    assert!(arguments.is_none_or(|arguments| arguments.len() <= data.len() / 8));
+}
+
+/// Values of maps and entries of rings, as the programs write them.
+pub(super) fn record(data: &[u8]) {
+    let (now, bytes) = number(data);
+    let now = now % FIGURES;
+    let figures = figures(bytes);
+    let told = listener::decode(&record_of::<Listener>(&figures), listener::Before::default(), Some(now));
+    assert!(!told.address.is_empty());
+    let told = origin::decode(&record_of::<Request>(bytes));
+    assert!(told.path.is_none_or(|path| !path.contains(['?', '#'])));
+    let raw = record_of::<Reactor>(&figures);
+    let _ = reactor::decode(1, "name".into(), &raw, &mut Prober::default(), now);
+    let _ = reactor::stall_in_progress(&raw, now);
+    let _ = reactor::stall(&record_of::<Stall>(&figures), None);
+    let _ = deferred::decode("work", true, &record_of(&figures), Some(now));
+    if let Some(id) = deferred::request_id(record_of::<[u8; REQUEST_ID]>(bytes)) {
+        assert!(!id.is_empty() && id.bytes().all(|byte| byte.is_ascii_graphic()));
+    }
+    if let Some(context) = deferred::context(&record_of::<Context>(bytes)) {
+        assert_eq!((context.trace_id.len(), context.span_id.len()), (32, 16));
+    }
+    let _ = Naming::of(record_of(bytes));
+    let histogram = Histogram::from(&record_of::<histogram::Histogram>(&figures));
+    for quantile in [0.0, 0.5, 0.999, 1.0] {
+        assert!(histogram.quantile(quantile).is_none_or(f64::is_finite));
+    }
+}
+
+/// Above all that a program may have counted: nanoseconds of a hundred days.
+const FIGURES: u64 = 1 << 53;
+
+/// The same bytes, as what programs count.
+fn figures(bytes: &[u8]) -> Vec<u8> {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let words = words.iter().map(|word| u64::from_le_bytes(*word) % FIGURES);
+    words.flat_map(u64::to_le_bytes).chain(rest.iter().copied()).collect()
+}
+
+/// A value of which these are the first bytes, and the others zero.
+fn record_of<T: aya::Pod>(bytes: &[u8]) -> T {
+    let mut value = vec![0_u8; size_of::<T>()];
+    let length = bytes.len().min(value.len());
+    value[..length].copy_from_slice(&bytes[..length]);
+    // SAFETY: as many bytes as it has, and any bytes are one.
+    unsafe { ptr::read_unaligned(value.as_ptr().cast()) }
+}

@@ -1,0 +1,41 @@
+//! What people write: profiles, and variables for OpenTelemetry, also those that observed processes were started with.
+
+use std::collections::HashMap;
+
+use crate::{
+    export::otlp::settings as otlp,
+    profiles::{OwnHook, Profile, Steps, Test},
+};
+
+/// Most pointers that an expression may follow.
+const POINTERS: usize = 8;
+
+/// A profile, or one expression of it.
+pub(super) fn profile(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    if let Ok(path) = text.parse::<Steps>() {
+        check(&path);
+    }
+    if let Ok(test) = text.parse::<Test>() {
+        check(&test.path);
+    }
+    let _ = text.parse::<OwnHook>();
+    let Ok(profile) = toml::from_str::<Profile>(text) else { return };
+    for hook in &profile.hooks {
+        assert!(hook.registers().iter().all(|&register| register < 16));
+        let _ = (hook.place(), hook.versions(), hook.tells_later());
+        assert!(!hook.is_in(None) || hook.is_in(Some("1.2.3")));
+        hook.key.iter().for_each(check);
+    }
+}
+
+fn check(path: &Steps) {
+    assert!(path.register < 16 && path.hops.len() <= 2 * POINTERS + 1);
+}
+
+/// Variables, one a line.
+pub(super) fn environment(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let variables: HashMap<&str, &str> = text.lines().filter_map(|line| line.split_once('=')).collect();
+    otlp::understand(&|name| variables.get(name).map(|value| (*value).to_owned()));
+}

@@ -1,0 +1,32 @@
+//! All that fuzzers have found worth keeping, once more: what was mended stays so.
+
+use std::{fs, path::Path};
+
+use super::TARGETS;
+
+fn corpus() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus")
+}
+
+#[test]
+fn the_corpus_is_taken_without_complaint() {
+    for (name, target) in TARGETS {
+        let files = fs::read_dir(corpus().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+        assert!(!files.is_empty(), "{name} has nothing to begin with");
+        for file in files {
+            eprintln!("{}", file.display());
+            target(&fs::read(file).unwrap());
+        }
+        // What there is without any corpus.
+        target(&[]);
+    }
+}
+
+#[test]
+fn every_corpus_has_a_target() {
+    for folder in fs::read_dir(corpus()).unwrap() {
+        let name = folder.unwrap().file_name().into_string().unwrap();
+        assert!(TARGETS.iter().any(|(target, _)| *target == name), "{name}");
+    }
+}

@@ -1,0 +1,116 @@
+//! Feeds each parser of foreign bytes with what a fuzzer makes up. Needs a C++ compiler for the fuzzer (libFuzzer) and
+//! nothing else: what it wants to know of the code, stable compilers can be told to note.
+
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use duct::cmd;
+
+use crate::packages;
+use crate::shell::{find, show};
+use crate::toolchain;
+use crate::workspace::{host, kept, plain_cargo, root};
+
+/// What has the compiler note which code is reached and what is compared there.
+const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing";
+
+/// Beyond these an input is a finding: how long it takes, in seconds, and how much memory, in MiB.
+const LIMITS: [&str; 2] = ["-timeout=5", "-rss_limit_mb=512"];
+
+/// Largest inputs, in bytes: enough for a small program with its tables.
+const LARGEST: &str = "-max_len=65536";
+
+/// What one run has come to.
+struct Run {
+    target: String,
+    executions: String,
+    coverage: String,
+    found: bool,
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { target, executions, coverage, found } = self;
+        let outcome = if *found { "FOUND something" } else { "found nothing" };
+        write!(f, "{target}: {outcome} in {executions} executions, {coverage} places of code reached")
+    }
+}
+
+/// Fuzzes these targets for so long each, or all; with `keep` the corpus gets what has reached more code.
+pub(crate) fn run(targets: &[String], seconds: u32, keep: bool) -> Result<ExitCode> {
+    let all = all()?;
+    if let Some(unknown) = targets.iter().find(|target| !all.contains(target)) {
+        bail!("there is no target {unknown}\nby hand: choose among {}", all.join(", "));
+    }
+    let fuzzer = build()?;
+    let chosen = if targets.is_empty() { &all } else { targets };
+    let runs = chosen.iter().map(|target| fuzz(&fuzzer, target, seconds, keep));
+    let runs = runs.collect::<Result<Vec<_>>>()?;
+    runs.iter().for_each(|run| println!("{run}"));
+    Ok(if runs.iter().any(|run| run.found) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Every target has a corpus, as a test makes sure.
+fn all() -> Result<Vec<String>> {
+    let folders = fs::read_dir(root().join("fuzz/corpus")).context("there is no corpus")?;
+    let names = folders.map(|folder| Ok(folder?.file_name().to_string_lossy().into_owned()));
+    let mut names = names.collect::<Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
+fn build() -> Result<PathBuf> {
+    toolchain::setup()?;
+    if find("c++").is_none() {
+        packages::install(&["g++".to_owned()])?;
+    }
+    let host = host()?;
+    let target = kept("fuzz");
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default() + " " + FLAGS;
+    let args = ["build", "--release", "--locked", "--manifest-path", "fuzz/Cargo.toml", "--target", &host];
+    let folder = ["--target-dir".as_ref(), target.as_os_str()];
+    let all = args.into_iter().map(AsRef::as_ref).chain(folder);
+    plain_cargo(all).env("RUSTFLAGS", flags.trim_start()).run().context("building the fuzzer failed")?;
+    Ok(target.join(host).join("release/observer-fuzz"))
+}
+
+fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32, keep: bool) -> Result<Run> {
+    let kept_there = root().join("fuzz/corpus").join(target);
+    let [corpus, findings] =
+        ["corpus", "findings"].map(|folder| kept("fuzz").join(folder).join(target).join(""));
+    for folder in [&corpus, &findings] {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let of_run = [
+        format!("-max_total_time={seconds}"),
+        format!("-artifact_prefix={}", findings.display()),
+        "-print_final_stats=1".into(),
+        LARGEST.into(),
+    ];
+    let limits = LIMITS.map(str::to_owned);
+    let folders = [&corpus, &kept_there].map(|folder| folder.display().to_string());
+    let args = of_run.iter().chain(&limits).chain(&folders);
+    let shown = show(&cmd(fuzzer, args).env("FUZZ_TARGET", target), &format!("{target}: "))?;
+    let word_after = |mark: &str| {
+        let (_, rest) = shown.output.rsplit_once(mark)?;
+        rest.split_whitespace().next().map(str::to_owned)
+    };
+    let run = Run {
+        target: target.to_owned(),
+        executions: word_after("stat::number_of_executed_units:").unwrap_or_else(|| "unknown".into()),
+        coverage: word_after(" cov: ").unwrap_or_else(|| "unknown".into()),
+        found: !shown.success,
+    };
+    if run.found {
+        eprintln!("by hand: mend it, and put its file from {} into fuzz/corpus/{target}", findings.display());
+    } else if keep {
+        let merge = ["-merge=1".to_owned(), folders[1].clone(), folders[0].clone()];
+        show(&cmd(fuzzer, merge).env("FUZZ_TARGET", target), &format!("{target}: "))?;
+    }
+    Ok(run)
+}

@@ -50,6 +50,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         since: "4.7",
         required: true,
         purpose: "everything; a seccomp profile or a limit may keep even root from them",
+        cure: None,
         probe: || match sys::is_program_supported(ProgramType::TracePoint) {
             Ok(true) => Ok(()),
             Ok(false) => Err("this kernel has none for tracepoints".into()),

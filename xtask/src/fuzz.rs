@@ -41,15 +41,15 @@ impl fmt::Display for Run {
     }
 }
 
-/// Fuzzes these targets for so long each, or all; with `keep` the corpus gets what has reached more code.
-pub(crate) fn run(targets: &[String], seconds: u32, keep: bool) -> Result<ExitCode> {
+/// Fuzzes these targets for so long each, or all.
+pub(crate) fn run(targets: &[String], seconds: u32) -> Result<ExitCode> {
     let all = all()?;
     if let Some(unknown) = targets.iter().find(|target| !all.contains(target)) {
         bail!("there is no target {unknown}\nby hand: choose among {}", all.join(", "));
     }
     let fuzzer = build()?;
     let chosen = if targets.is_empty() { &all } else { targets };
-    let runs = chosen.iter().map(|target| fuzz(&fuzzer, target, seconds, keep));
+    let runs = chosen.iter().map(|target| fuzz(&fuzzer, target, seconds));
     let runs = runs.collect::<Result<Vec<_>>>()?;
     runs.iter().for_each(|run| println!("{run}"));
     Ok(if runs.iter().any(|run| run.found) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -79,7 +79,7 @@ fn build() -> Result<PathBuf> {
     Ok(target.join(host).join("release/observer-fuzz"))
 }
 
-fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32, keep: bool) -> Result<Run> {
+fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32) -> Result<Run> {
     let kept_there = root().join("fuzz/corpus").join(target);
     let [corpus, findings] =
         ["corpus", "findings"].map(|folder| kept("fuzz").join(folder).join(target).join(""));
@@ -108,9 +108,6 @@ fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32, keep: bool) -> Result<Run>
     };
     if run.found {
         eprintln!("by hand: mend it, and put its file from {} into fuzz/corpus/{target}", findings.display());
-    } else if keep {
-        let merge = ["-merge=1".to_owned(), folders[1].clone(), folders[0].clone()];
-        show(&cmd(fuzzer, merge).env("FUZZ_TARGET", target), &format!("{target}: "))?;
     }
     Ok(run)
 }

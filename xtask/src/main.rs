@@ -74,9 +74,6 @@ enum Command {
         /// How long each is fed.
         #[arg(long, default_value_t = 600)]
         seconds: u32,
-        /// Keep in fuzz/corpus what has reached more code.
-        #[arg(long)]
-        keep: bool,
     },
     /// Run everything that CI runs.
     Test {
@@ -103,7 +100,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo { args } => return Err(observer::demo(&args)),
         Command::Docs => documents::write()?,
         Command::Bench { quick } => bench::run(quick)?,
-        Command::Fuzz { targets, seconds, keep } => return fuzz::run(&targets, seconds, keep),
+        Command::Fuzz { targets, seconds } => return fuzz::run(&targets, seconds),
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
         Command::Test { machines, filter } => return Ok(suite::run(&machines, filter.as_deref())),
     }

@@ -38,6 +38,7 @@ Examples:
   sudo observer --pid 4242 --duration 10s --format json    a report for programs
   sudo observer --port 8080 --port 8081                    whoever listens there, now or later
   sudo observer --all --format text                        every server of this machine
+  sudo observer --config /etc/observer.toml --format text  as a service: docs/configuration.md, docs/deployment.md
   sudo observer demo                                       watch a server with known misbehaviour
 
 Words:
@@ -84,9 +85,22 @@ pub(crate) enum Command {
 pub(crate) struct Observe {
     #[command(flatten)]
     pub(crate) which: Which,
+    #[command(flatten)]
+    pub(crate) not: Not,
     /// Leave out the children of these processes
     #[arg(long)]
     pub(crate) no_follow: bool,
+    /// Of processes that are selected, attach to the runtimes of so many in a second; others wait for their turn
+    ///
+    /// Queues and loops are seen at once; this is for collections and deferred work. A process that is given by its id
+    /// does not wait.
+    #[arg(long, value_name = "PROCESSES", value_parser = clap::value_parser!(u32).range(1..), default_value = "10")]
+    pub(crate) attach_per_second: u32,
+    /// As long as this file exists, keep everything of observer's out of the kernel
+    ///
+    /// What was observed until it appeared is forgotten; when it is gone, a new observation begins.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kill_switch: Option<PathBuf>,
     /// Calls that threads wait for events with
     ///
     /// A thread that waits with several of them is known by the first of: epoll, io_uring, poll and select; its other
@@ -155,13 +169,35 @@ pub(crate) struct Which {
     /// Every process that listens or waits for events
     #[arg(long)]
     pub(crate) all: bool,
+    /// File with whom to observe and whom not to, and other settings; SIGHUP has it read again
+    ///
+    /// docs/configuration.md has all that it may say. What the command line says comes before it.
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+/// Whom not to observe, be it the child of one who is: whoever any of these fits and no --pid names.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Not {
+    /// Leave out processes of this name
+    #[arg(long = "exclude-comm", value_name = "NAME")]
+    pub(crate) not_names: Vec<String>,
+    /// Leave out processes that run this program
+    #[arg(long = "exclude-exe", value_name = "GLOB")]
+    pub(crate) not_executables: Vec<Pattern>,
+    /// Leave out processes that listen on this TCP port
+    #[arg(long = "exclude-port", value_name = "PORT")]
+    pub(crate) not_ports: Vec<u16>,
+    /// Leave out processes in this cgroup or in one below it
+    #[arg(long = "exclude-cgroup", value_name = "PATH")]
+    pub(crate) not_cgroups: Vec<String>,
 }
 
 /// What people notice.
 pub(crate) const STALL_THRESHOLD: Duration = Duration::from_millis(50);
 
 /// Shorter ones could not be looked at while they last.
-fn stall_threshold(text: &str) -> Result<Duration, String> {
+pub(crate) fn stall_threshold(text: &str) -> Result<Duration, String> {
     let threshold = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if threshold < Duration::from_millis(1) { Err("at least 1ms".into()) } else { Ok(threshold) }
 }

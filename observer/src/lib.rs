@@ -5,6 +5,7 @@
 
 mod cli;
 mod commands;
+mod config;
 mod demo;
 mod export;
 mod failure;
@@ -24,15 +25,20 @@ mod target;
 use std::{io, process::ExitCode};
 
 use anyhow::Result;
-use clap::Parser as _;
+use clap::{CommandFactory as _, FromArgMatches as _, parser::ValueSource};
 
 use cli::{Cli, Command};
 
 /// Does what the command line asks for. Errors end up on standard error, and in the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match dispatch(cli) {
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let is_given = |setting: &str| {
+        matches.try_contains_id(setting).is_ok()
+            && matches.value_source(setting) == Some(ValueSource::CommandLine)
+    };
+    match dispatch(cli, is_given) {
         Ok(code) => code,
         // Whoever read the output has had enough, as `head` has.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -49,9 +55,9 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io.or(json) == Some(io::ErrorKind::BrokenPipe)
 }
 
-fn dispatch(cli: Cli) -> Result<ExitCode> {
+fn dispatch(cli: Cli, is_given: impl Fn(&str) -> bool) -> Result<ExitCode> {
     match cli.command {
-        None => run::observe(&cli.observe),
+        None => run::observe(cli.observe, is_given),
         Some(Command::Check(check)) => commands::check(check.pid),
         Some(Command::Probes) => commands::probes(),
         Some(Command::Profiles) => commands::profiles(),

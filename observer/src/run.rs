@@ -4,6 +4,7 @@ use std::{
     fs::File,
     future::pending,
     io::stdout,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -18,11 +19,13 @@ use tokio::{
     net::TcpListener,
     select,
     signal::unix::{Signal, SignalKind, signal},
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until},
 };
 
 use crate::{
-    cli::{Format, Observe, Output, Which},
+    cli::{Format, Not, Observe, Output, Which},
+    config::Config,
     export::{
         endpoint, flame, json,
         live::{self, Live},
@@ -35,27 +38,87 @@ use crate::{
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
     profiles::{self, Profile},
-    target::{criteria::Criteria, process::ensure_observable},
+    target::{choice::Choice, criteria::Criteria, process::ensure_observable},
 };
 
 /// How often targets, listeners and finished threads are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
-/// Observes what the command line asks for.
-pub(crate) fn observe(observe: &Observe) -> Result<ExitCode> {
-    let Which { pids, names, executables, ports, cgroups, all } = observe.which.clone();
+/// How an observation is controlled from outside.
+#[derive(Default)]
+pub(crate) struct Controls {
+    /// Keeps observer out of the kernel while it exists.
+    kill_switch: Option<PathBuf>,
+    /// How to choose anew, if there is a configuration to read again.
+    reload: Option<Reload>,
+}
+
+/// The configuration that is in force, and where it came from.
+struct Reload {
+    observe: Observe,
+    config: Config,
+}
+
+/// Observes what the command line and the configuration ask for; `is_given` tells whether the command line has a setting.
+pub(crate) fn observe(mut observe: Observe, is_given: impl Fn(&str) -> bool) -> Result<ExitCode> {
+    let config = Config::of(&observe)?;
+    config.apply(&mut observe, is_given);
     let selection = Selection {
-        pids: pids.into_iter().collect(),
-        criteria: Criteria { all, names, executables, ports, cgroups },
+        pids: observe.which.pids.iter().copied().collect(),
+        choice: choice(&observe, &config),
+        attach_per_second: observe.attach_per_second,
         follow: !observe.no_follow,
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
         capacity: observe.capacity,
-        profiles: profiles(observe)?,
+        profiles: profiles(&observe)?,
         is_limited: observe.profiles.iter().any(|profile| profile == "auto"),
     };
-    run(&selection, &observe.output)?;
+    let output = observe.output.clone();
+    let kill_switch = observe.kill_switch.clone();
+    let reload = observe.which.config.is_some().then_some(Reload { observe, config });
+    run(selection, &output, Controls { kill_switch, reload })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whom the command line and the configuration choose, besides those that are given by their ids.
+fn choice(observe: &Observe, config: &Config) -> Choice {
+    let Which { pids: _, names, executables, ports, cgroups, all, config: file } = observe.which.clone();
+    let Not { not_names, not_executables, not_ports, not_cgroups } = observe.not.clone();
+    let include = Criteria { all, names, executables, ports, cgroups };
+    let exclude = Criteria {
+        all: false,
+        names: not_names,
+        executables: not_executables,
+        ports: not_ports,
+        cgroups: not_cgroups,
+    };
+    Choice {
+        include: config.include.and(include),
+        exclude: config.exclude.and(exclude),
+        may_change: file.is_some(),
+    }
+}
+
+impl Reload {
+    /// Reads the configuration again. What is not understood changes nothing.
+    fn again(&mut self, observation: &mut Observation) -> Result<()> {
+        let config = match Config::of(&self.observe) {
+            Ok(config) => config,
+            Err(failure) => {
+                log::error!("{}; goes on as before", failure.what);
+                observation.count_reload(false);
+                return Ok(());
+            }
+        };
+        if !config.has_settings_of(&self.config) {
+            log::warn!("settings other than the selection have changed, which takes a restart");
+        }
+        observation.choose(choice(&self.observe, &config))?;
+        observation.count_reload(true);
+        log::info!("the configuration was read again");
+        Ok(())
+    }
 }
 
 /// What runtimes are known by: what was chosen, and a library of the user's own.
@@ -68,7 +131,7 @@ fn profiles(observe: &Observe) -> Result<Vec<Arc<Profile>>> {
 }
 
 /// Observes until the time is up, a signal comes or all targets are gone; then prints the report.
-pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
+pub(crate) fn run(selection: Selection, output: &Output, mut controls: Controls) -> Result<()> {
     let own_level = if output.verbose { LevelFilter::Debug } else { LevelFilter::Warn };
     env_logger::Builder::new()
         .filter_level(LevelFilter::Warn)
@@ -78,47 +141,91 @@ pub(crate) fn run(selection: &Selection, output: &Output) -> Result<()> {
         .target(Target::Pipe(Box::new(live::Messages)))
         .init();
     let format = format(output);
-    let collector = Settings::find(output)?.map(Collector::find).transpose()?;
-    ensure_possible(selection)?;
+    let settings = Settings::find(output)?;
+    ensure_possible(&selection)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
-        let flame = output.flame.as_deref().map(flame::create).transpose()?;
+        let mut flame = output.flame.as_deref().map(flame::create).transpose()?;
         let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
-        let mut observation = Observation::start(selection, output.verbose).map_err(Failure::explained)?;
-        if output.verbose {
-            show_diagnostics(&mut observation)?;
-        }
-        rights::drop_others()?;
-        return_memory();
-        // Before anybody is told how to end it.
-        let mut signals = Signals::catch()?;
-        let view = if format == Format::Live {
-            Some(Live::start(endpoint.as_ref().and_then(figures), output.duration)?)
-        } else {
-            announce(selection, &observation, output, endpoint.as_ref(), collector.is_some());
-            None
-        };
+        let figures = endpoint.as_ref().and_then(figures);
         // Whoever is told by name is so everywhere.
         let cap = Arc::new(Mutex::new(Cap::at(output.resolution)));
-        let mut push = collector.map(|collector| Push::start(collector, &mut observation, Arc::clone(&cap)));
-        let observation = Arc::new(Mutex::new(observation));
+        let current = Arc::new(Mutex::new(None));
         if let Some(endpoint) = endpoint {
-            tokio::spawn(endpoint::serve(endpoint, Arc::clone(&observation), cap));
+            // It answers from the first time on that nothing else is to be done: while observer waits, or observes.
+            tokio::spawn(endpoint::serve(endpoint, Arc::clone(&current), Arc::clone(&cap)));
         }
-        until_over(&observation, output.duration, &mut signals, view, &mut push).await?;
-        let snapshot = lock(&observation).report()?;
-        let reported = report(&snapshot, flame, format);
-        if let Some(mut push) = push {
-            push.push_last(&snapshot, &mut lock(&observation));
-            // Whoever asks again does not want to wait for a collector.
-            push.finish(signals.come()).await;
+        let end = output.duration.and_then(|duration| Instant::now().checked_add(duration));
+        loop {
+            if let Some(file) = controls.kill_switch.as_deref().filter(|file| file.exists()) {
+                log::warn!("turned off: {} exists", file.display());
+                let mut signals = Signals::catch(controls.reload.is_some())?;
+                if !until_turned_on(file, end, &mut signals).await {
+                    return Ok(());
+                }
+            }
+            let collector = settings.clone().map(Collector::find).transpose()?;
+            let mut observation =
+                Observation::start(&selection, output.verbose).map_err(Failure::explained)?;
+            let diagnostics = output.verbose.then(|| show_diagnostics(&mut observation)).transpose()?;
+            rights::drop_others()?;
+            return_memory();
+            // Before anybody is told how to end it.
+            let mut signals = Signals::catch(controls.reload.is_some())?;
+            let view = if format == Format::Live {
+                Some(Live::start(figures.clone(), output.duration)?)
+            } else {
+                announce(&selection, &observation, output, figures.as_deref(), collector.is_some());
+                None
+            };
+            let mut push =
+                collector.map(|collector| Push::start(collector, &mut observation, Arc::clone(&cap)));
+            let observation = Arc::new(Mutex::new(observation));
+            *lock(&current) = Some(Arc::clone(&observation));
+            let why = until_over(&observation, end, &mut signals, view, &mut push, &mut controls).await?;
+            let is_off = matches!(why, End::TurnedOff);
+            let snapshot = lock(&observation).report()?;
+            let reported = if is_off { Ok(()) } else { report(&snapshot, flame.take(), format) };
+            if let Some(mut push) = push {
+                push.push_last(&snapshot, &mut lock(&observation));
+                // Whoever asks again does not want to wait for a collector.
+                push.finish(signals.come()).await;
+            }
+            if !is_off {
+                return reported;
+            }
+            *lock(&current) = None;
+            if let Some(diagnostics) = diagnostics {
+                diagnostics.abort();
+            }
         }
-        reported
     });
     // Whoever looks a name up that nobody knows may take long over it.
     runtime.shutdown_background();
     outcome
+}
+
+/// Waits until the kill switch is gone. Whether it is: before that, the time may be up or a signal may come.
+async fn until_turned_on(switch: &Path, end: Option<Instant>, signals: &mut Signals) -> bool {
+    let gone = async {
+        while switch.exists() {
+            sleep(HOUSEKEEPING).await;
+        }
+    };
+    select! {
+        () = gone => true,
+        () = until(end) => false,
+        _ = signals.come() => false,
+    }
+}
+
+/// Never, without an end.
+async fn until(end: Option<Instant>) {
+    match end {
+        Some(end) => sleep_until(end).await,
+        None => pending().await,
+    }
 }
 
 /// Writes what was asked for.
@@ -171,18 +278,17 @@ fn return_memory() {
 }
 
 /// Passes on what the programs themselves have to say.
-fn show_diagnostics(observation: &mut Observation) -> Result<()> {
+fn show_diagnostics(observation: &mut Observation) -> Result<JoinHandle<()>> {
     let logger = EbpfLogger::init(observation.programs()).context("cannot read the programs' diagnostics")?;
     // SAFETY: the logger owns its ring's descriptor and never closes it before it is dropped itself.
     let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
         .map_err(|error| error.into_parts().1)?;
-    tokio::spawn(async move {
+    Ok(tokio::spawn(async move {
         while let Ok(mut guard) = logger.readable_mut().await {
             guard.get_inner_mut().flush();
             guard.clear_ready();
         }
-    });
-    Ok(())
+    }))
 }
 
 /// Tells a person at a terminal that something is going on, and how it ends.
@@ -190,7 +296,7 @@ fn announce(
     selection: &Selection,
     observation: &Observation,
     output: &Output,
-    endpoint: Option<&TcpListener>,
+    figures: Option<&str>,
     pushes: bool,
 ) {
     let names: Vec<_> = observation.live().map(|p| format!("{} ({})", p.comm, p.pid)).collect();
@@ -210,7 +316,7 @@ fn announce(
         String::new()
     };
     eprintln!("room for {}: {memory} of the kernel's memory{waiting}", selection.capacity.described());
-    if let Some(address) = endpoint.and_then(figures) {
+    if let Some(address) = figures {
         eprintln!("figures at {address}");
     }
     match output.duration {
@@ -228,41 +334,63 @@ fn figures(endpoint: &TcpListener) -> Option<String> {
     Some(format!("http://{}/metrics", endpoint.local_addr().ok()?))
 }
 
-/// The signals that end an observation in good order.
+/// The signals that end an observation in good order, or have its configuration read again.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    hang_up: Signal,
+    /// Whether the last of them is no end.
+    reloads: bool,
 }
 
 impl Signals {
-    fn catch() -> Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    fn catch(reloads: bool) -> Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            reloads,
+        })
     }
 
-    /// Returns when one has come.
+    /// Returns when one has come that ends it.
     async fn come(&mut self) {
+        let reloads = self.reloads;
         select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hang_up.recv(), if !reloads => {}
+        }
+    }
+
+    /// Returns when one has come; whether it ends the observation, instead of having the configuration read again.
+    async fn next(&mut self) -> bool {
+        select! {
+            _ = self.interrupt.recv() => true,
+            _ = self.terminate.recv() => true,
+            _ = self.hang_up.recv() => !self.reloads,
         }
     }
 }
 
-/// Returns when the time is up, a signal has come, all targets are gone or the user of the view has had enough.
+/// Why an observation has ended.
+enum End {
+    /// The time is up, a signal has come, all targets are gone or the user of the view has had enough.
+    Over,
+    /// There is the file that turns observer off.
+    TurnedOff,
+}
+
+/// Returns when the observation has ended.
 async fn until_over(
     observation: &Mutex<Observation>,
-    duration: Option<Duration>,
+    end: Option<Instant>,
     signals: &mut Signals,
     mut view: Option<Live>,
     push: &mut Option<Push>,
-) -> Result<()> {
-    let end = duration.and_then(|duration| Instant::now().checked_add(duration));
-    let time_is_up = async {
-        match end {
-            Some(end) => sleep_until(end).await,
-            None => pending().await,
-        }
-    };
+    controls: &mut Controls,
+) -> Result<End> {
+    let time_is_up = until(end);
     tokio::pin!(time_is_up);
     let mut housekeeping = interval(HOUSEKEEPING);
     housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -274,23 +402,29 @@ async fn until_over(
         .map_err(|error| error.into_parts().1)?;
     loop {
         select! {
-            () = &mut time_is_up => return Ok(()),
-            () = signals.come() => return Ok(()),
+            () = &mut time_is_up => return Ok(End::Over),
+            is_end = signals.next() => match &mut controls.reload {
+                Some(reload) if !is_end => reload.again(&mut lock(observation))?,
+                _ => return Ok(End::Over),
+            },
             ready = kinds.readable() => {
                 ready?.clear_ready();
                 lock(observation).name_new();
             }
             _ = watch.tick() => lock(observation).watch()?,
-            quit = until_quit(&mut view) => return quit,
+            quit = until_quit(&mut view) => return quit.map(|()| End::Over),
             (push, due) = until_due(push) => push.push(due, &mut lock(observation))?,
             _ = housekeeping.tick() => {
+                if controls.kill_switch.as_deref().is_some_and(Path::exists) {
+                    return Ok(End::TurnedOff);
+                }
                 let mut observation = lock(observation);
                 match &mut view {
                     Some(view) => view.show(observation.snapshot()?)?,
                     None => observation.refresh()?,
                 }
                 if observation.is_over() {
-                    return Ok(());
+                    return Ok(End::Over);
                 }
             }
         }
@@ -317,6 +451,6 @@ async fn until_due(push: &mut Option<Push>) -> (&mut Push, Due) {
 }
 
 /// Whoever panicked with the lock in hand has left nothing half done that matters to others.
-fn lock(observation: &Mutex<Observation>) -> MutexGuard<'_, Observation> {
-    observation.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -7,6 +7,7 @@ mod causes;
 mod churn;
 mod cli;
 mod clocks;
+mod config;
 mod container;
 mod context;
 mod deferred;

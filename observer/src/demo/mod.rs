@@ -19,8 +19,8 @@ use crate::{
     probes::reactor::Calls,
     profiles::PROFILES,
     read::capacity::Capacity,
-    run,
-    target::criteria::Criteria,
+    run::{self, Controls},
+    target::choice::Choice,
 };
 
 const DURATION: Duration = Duration::from_secs(15);
@@ -34,7 +34,8 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let profiles = PROFILES.clone();
     let selection = Selection {
         pids,
-        criteria: Criteria::default(),
+        choice: Choice::default(),
+        attach_per_second: u32::MAX,
         follow: true,
         calls,
         stall_threshold: STALL_THRESHOLD,
@@ -43,7 +44,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
         is_limited: true,
     };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
-    run::run(&selection, &output)?;
+    run::run(selection, &output, Controls::default())?;
     if output.format != Some(Format::Json) {
         writeln!(stdout().lock(), "\n{}", explanation())?;
     }

@@ -35,10 +35,10 @@ use tokio::{
 };
 
 use super::{prometheus, series::Cap};
-use crate::observation::Observation;
+use crate::{model::snapshot::Snapshot, observation::Observation};
 
-/// An observation that the endpoint and the main loop share.
-pub(crate) type Shared = Arc<Mutex<Observation>>;
+/// An observation that the endpoint and the main loop share; none while observer is turned off.
+pub(crate) type Shared = Arc<Mutex<Option<Arc<Mutex<Observation>>>>>;
 
 /// Most connections at once; one more ends the oldest, which has had the most time.
 pub(crate) const CONNECTIONS: usize = 128;
@@ -64,7 +64,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Answers until it is dropped.
 pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<Mutex<Cap>>) {
     let routes = routes(move || {
-        let snapshot = observation.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
+        let current = observation.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let snapshot = match current {
+            Some(current) => current.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?,
+            None => Snapshot::turned_off(),
+        };
         let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
         Page::of(prometheus::encode(&snapshot, &mut cap)?)
     });

@@ -263,6 +263,7 @@ mod tests {
             version: "0",
             kernel: "0".into(),
             map_memory_bytes: 0,
+            service: crate::model::snapshot::Service::default(),
             lost: Vec::new(),
             missing: Vec::new(),
             otlp: Vec::new(),

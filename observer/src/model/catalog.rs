@@ -577,6 +577,36 @@ pub(crate) const CATALOG: &[Family] = &[
         collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
     },
     Family {
+        name: "observer_self_off",
+        otlp: "observer.self.off",
+        unit: "1",
+        help: "1 while the file of --kill-switch keeps observer out of the kernel, 0 otherwise.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &[],
+        collect: |s, sink| sink(Vec::new(), count(s.own.service.is_off.into())),
+    },
+    Family {
+        name: "observer_self_attach_waiting",
+        otlp: "observer.self.attach_waiting",
+        unit: "{process}",
+        help: "Processes whose runtimes wait to be attached to, of which there are --attach-per-second.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &[],
+        collect: |s, sink| sink(Vec::new(), count(s.own.service.waiting)),
+    },
+    Family {
+        name: "observer_self_config_reloads_total",
+        otlp: "observer.self.config_reloads",
+        unit: "{reload}",
+        help: "How often the file of --config was read again, by whether it was accepted or refused.",
+        kind: Kind::Counter,
+        labels: &["outcome"],
+        collect: |s, sink| {
+            sink(vec!["accepted".into()], count(s.own.service.accepted));
+            sink(vec!["refused".into()], count(s.own.service.refused));
+        },
+    },
+    Family {
         name: "observer_self_otlp_delivered_total",
         otlp: "observer.self.otlp_delivered",
         unit: "{item}",

@@ -37,6 +37,27 @@ pub(crate) struct Snapshot {
     pub(crate) own: Own,
 }
 
+impl Snapshot {
+    /// What there is to tell while nothing is observed.
+    pub(crate) fn turned_off() -> Self {
+        Self {
+            schema: SCHEMA,
+            started: String::new(),
+            duration_seconds: 0.0,
+            targets: Vec::new(),
+            own: Own {
+                version: env!("CARGO_PKG_VERSION"),
+                kernel: String::new(),
+                map_memory_bytes: 0,
+                service: Service { is_off: true, ..Service::default() },
+                lost: Vec::new(),
+                missing: Vec::new(),
+                otlp: Vec::new(),
+            },
+        }
+    }
+}
+
 /// A process under observation.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Target {
@@ -277,6 +298,9 @@ pub(crate) struct Own {
     pub(crate) kernel: String,
     /// What the programs' maps take of the kernel's memory.
     pub(crate) map_memory_bytes: u64,
+    /// How observer fares as a service.
+    #[serde(skip)]
+    pub(crate) service: Service,
     /// What the programs could not keep, by cause.
     pub(crate) lost: Vec<Lost>,
     /// What goes unseen here, each with its reason.
@@ -284,6 +308,19 @@ pub(crate) struct Own {
     /// What became of what was pushed, by signal; nothing if nothing is to be pushed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) otlp: Vec<Delivery>,
+}
+
+/// What becomes of observer as a service.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Service {
+    /// Whether it was turned off by its kill switch.
+    pub(crate) is_off: bool,
+    /// How often its configuration was read again and taken.
+    pub(crate) accepted: u64,
+    /// How often it was read again and not understood.
+    pub(crate) refused: u64,
+    /// Processes whose runtimes wait to be attached to.
+    pub(crate) waiting: u64,
 }
 
 /// Something the programs could not keep.

@@ -513,6 +513,12 @@ impl Follower {
         }
     }
 
+    /// Follows a process no longer that goes on.
+    pub(super) fn let_go(&mut self, maps: &mut Maps, pid: u32) {
+        self.links.retain(|(of, ..)| *of != pid);
+        self.end(maps, pid);
+    }
+
     /// Counts what a process that is gone will never do.
     fn orphan(&mut self, maps: &mut Maps, pid: u32) {
         let now = clock::monotonic_ns();

@@ -4,6 +4,7 @@ mod deferred;
 mod listeners;
 mod reactors;
 mod targets;
+mod turns;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -21,7 +22,7 @@ use crate::{
     model::{
         delivery::Ledger,
         histogram::seconds,
-        snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+        snapshot::{Listener, Lost, Missing, Own, Reactor, SCHEMA, Service, Snapshot, Target},
         trace::{Event, Events},
     },
     probes::{
@@ -36,7 +37,7 @@ use crate::{
     },
     stacks::watch::Watcher,
     target::{
-        criteria::Criteria,
+        choice::Choice,
         drops::ListenDrops,
         process::{self, Process},
         runtime::Runtimes,
@@ -46,6 +47,7 @@ use crate::{
 use deferred::{Figures, Follower};
 use listeners::{Known, numbered};
 use reactors::Thread;
+use turns::Turns;
 
 pub(crate) static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
 
@@ -58,8 +60,10 @@ const ENDED: usize = 1024;
 pub(crate) struct Selection {
     /// Process ids.
     pub(crate) pids: BTreeSet<u32>,
-    /// What others are selected by.
-    pub(crate) criteria: Criteria,
+    /// Whom else, and whom not.
+    pub(crate) choice: Choice,
+    /// Of those who are chosen, the runtimes of so many are attached to in a second.
+    pub(crate) attach_per_second: u32,
     /// Whether their children are observed as well, those of the past and of the future.
     pub(crate) follow: bool,
     /// Calls that count as waits for events.
@@ -83,7 +87,12 @@ pub(crate) struct Observation {
     runtimes: Runtimes,
     collectors: Collectors,
     follower: Follower,
-    criteria: Criteria,
+    pids: BTreeSet<u32>,
+    choice: Choice,
+    /// How often those that are observed had started a program when they were last looked at, if some are left out.
+    judged: HashMap<u32, u32>,
+    turns: Turns,
+    service: Service,
     follow: bool,
     attached_ns: u64,
     /// What the maps take of the kernel's memory, in bytes.
@@ -118,7 +127,7 @@ impl Observation {
     pub(crate) fn start(selection: &Selection, verbose: bool) -> Result<Self> {
         let layout = layout::of_running_kernel()?;
         let follow = u8::from(selection.follow);
-        let selects = u8::from(!selection.criteria.is_none());
+        let selects = u8::from(!selection.choice.is_none());
         let log_level: u8 = if verbose { u8::MAX } else { 0 };
         let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
         let cpus = nr_cpus().map_err(|(_, error)| error).context("cannot count the CPUs")?;
@@ -140,7 +149,7 @@ impl Observation {
             .load(PROGRAMS)
             .context("the kernel does not take the eBPF maps")?;
         let mut maps = Maps::take(&mut ebpf, selection.capacity)?;
-        let wanted: BTreeSet<u32> = &selection.pids | &selection.criteria.present();
+        let wanted: BTreeSet<u32> = &selection.pids | &selection.choice.present();
         for &pid in &wanted {
             insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
         }
@@ -163,7 +172,11 @@ impl Observation {
             runtimes: Runtimes::of_profiles(selection.profiles.clone()),
             collectors: Collectors::at_most(selection.capacity.collectors()),
             follower: Follower::new(selection.is_limited, selection.capacity),
-            criteria: selection.criteria.clone(),
+            pids: selection.pids.clone(),
+            choice: selection.choice.clone(),
+            judged: HashMap::new(),
+            turns: Turns::at(selection.attach_per_second),
+            service: Service::default(),
             follow: selection.follow,
             attached_ns: clock::monotonic_ns(),
             map_memory: memory::of_maps().context("cannot read how large the maps are")?,
@@ -230,7 +243,7 @@ impl Observation {
 
     /// Whether all targets are gone, and no others can come.
     pub(crate) fn is_over(&self) -> bool {
-        self.live.is_empty() && self.criteria.is_none()
+        self.live.is_empty() && self.choice.is_none()
     }
 
     /// Processes under observation now.
@@ -257,8 +270,9 @@ impl Observation {
     /// Brings processes and listeners up to date. Returns live targets, each with how many programs it has started.
     fn refresh_targets(&mut self) -> Result<Vec<(u32, u32)>> {
         self.select()?;
+        self.leave_out()?;
         // Many that are selected are gone soon: what those run is not worth a look.
-        let waits = self.first_look_done && !self.criteria.is_none();
+        let waits = self.first_look_done && !self.choice.is_none();
         let mut changed = false;
         let mut live = Vec::new();
         for (pid, raw) in entries(&self.maps.targets) {
@@ -295,6 +309,7 @@ impl Observation {
 
     /// Watches what the runtimes of targets do.
     fn refresh_runtimes(&mut self, live: Vec<(u32, u32)>) {
+        let live = self.turns.of(live, &self.pids, !self.choice.is_none());
         for (pid, execs) in live {
             let (runtimes, ebpf, maps) = (&mut self.runtimes, &mut self.ebpf, &mut self.maps);
             let mut missing = self.follower.refresh(runtimes, ebpf, maps, pid, execs);
@@ -412,6 +427,7 @@ impl Observation {
             version: env!("CARGO_PKG_VERSION"),
             kernel: self.kernel.clone(),
             map_memory_bytes: self.map_memory,
+            service: Service { waiting: self.turns.waiting(), ..self.service },
             lost,
             missing: self.missing.clone(),
             otlp: self.ledgers.iter().map(|ledger| ledger.read()).collect(),

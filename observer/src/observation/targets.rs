@@ -1,12 +1,15 @@
 //! Which processes an observation is of: those that were asked for, and those that are selected as they come up.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use anyhow::Result;
 use observer_common::process::Target as RawTarget;
 
 use super::Observation;
-use crate::{read::maps::entries, target::process};
+use crate::{
+    read::maps::entries,
+    target::{choice::Choice, process},
+};
 
 impl Observation {
     /// Makes targets of these processes, and of the children that they had before the programs could follow them.
@@ -20,6 +23,7 @@ impl Observation {
                 targets.extend(children);
             }
         }
+        targets.retain(|pid| self.pids.contains(pid) || !self.choice.excludes(*pid));
         // A child of whoever started it, who may well serve.
         targets.remove(&std::process::id());
         for &pid in &targets {
@@ -39,7 +43,7 @@ impl Observation {
 
     /// Whether a process is or was a target. All are that were not selected by more than their ids.
     pub(super) fn is_target(&self, pid: u32) -> bool {
-        self.criteria.is_none()
+        self.choice.is_none()
             || self
                 .maps
                 .targets
@@ -49,15 +53,69 @@ impl Observation {
 
     /// Decides on those that have come up for selection.
     pub(super) fn select(&mut self) -> Result<()> {
-        if self.criteria.is_none() {
+        if self.choice.is_none() {
             return Ok(());
         }
         let candidates = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate != 0);
         let (gone, there): (Vec<_>, Vec<_>) = candidates.partition(|(_, raw)| raw.exited != 0);
-        let (wanted, mut others) = self.criteria.divide(there.into_iter().map(|(pid, _)| pid));
+        let (wanted, mut others) = self.choice.divide(there.into_iter().map(|(pid, _)| pid));
         others.extend(gone.into_iter().map(|(pid, _)| pid));
         self.adopt(wanted)?;
         self.turn_down(&others)
+    }
+
+    /// Lets go of those that are observed as somebody's children, or run another program now, and are to be left out.
+    pub(super) fn leave_out(&mut self) -> Result<()> {
+        let mut excluded = BTreeSet::new();
+        if !self.choice.exclude.is_none() {
+            let observed = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate == 0);
+            let observed: HashMap<u32, u32> = observed.map(|(pid, raw)| (pid, raw.execs)).collect();
+            for (&pid, execs) in &observed {
+                if self.judged.get(&pid) != Some(execs)
+                    && !self.pids.contains(&pid)
+                    && self.choice.excludes(pid)
+                {
+                    excluded.insert(pid);
+                }
+            }
+            self.judged = observed;
+        }
+        self.let_go_of(&excluded)
+    }
+
+    /// Chooses anew: those who stay lose nothing, others are found or let go.
+    pub(crate) fn choose(&mut self, choice: Choice) -> Result<()> {
+        self.choice = choice;
+        self.judged.clear();
+        // Whom nobody wanted before may be wanted now.
+        for (pid, _) in entries(&self.maps.strangers) {
+            let _gone = self.maps.strangers.remove(&pid);
+        }
+        let wanted: BTreeSet<u32> = &self.pids | &self.choice.present();
+        self.adopt(wanted.clone())?;
+        let mut kept = wanted;
+        if self.follow {
+            kept.extend(process::descendants(&kept));
+        }
+        let others = self.live.keys().filter(|pid| !kept.contains(pid)).copied().collect();
+        self.let_go_of(&others)?;
+        self.leave_out()
+    }
+
+    /// Counts what became of a file that was read again.
+    pub(crate) fn count_reload(&mut self, is_accepted: bool) {
+        let count = if is_accepted { &mut self.service.accepted } else { &mut self.service.refused };
+        *count += 1;
+    }
+
+    /// Observes processes no longer that go on, as if they never had been.
+    fn let_go_of(&mut self, pids: &BTreeSet<u32>) -> Result<()> {
+        for pid in pids {
+            self.live.remove(pid);
+            self.collectors.let_go(&mut self.maps, *pid);
+            self.follower.let_go(&mut self.maps, *pid);
+        }
+        self.turn_down(pids)
     }
 
     /// Forgets all about candidates that are not wanted, or are gone already.

@@ -162,6 +162,12 @@ impl Collectors {
         forget(maps, pid);
     }
 
+    /// Watches a process no longer that goes on.
+    pub(crate) fn let_go(&mut self, maps: &mut Maps, pid: u32) {
+        self.processes.remove(&pid);
+        forget(maps, pid);
+    }
+
     /// What is known of a live target's collections; `None` if nobody watches them.
     pub(crate) fn figures(&self, maps: &Maps, pid: u32) -> Option<Gc> {
         match &self.processes.get(&pid)?.watched {

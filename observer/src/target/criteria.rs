@@ -67,6 +67,12 @@ impl Criteria {
         })
     }
 
+    /// Whether a process meets any.
+    pub(super) fn is_met_by(&self, pid: u32) -> bool {
+        let proc = i32::try_from(pid).ok().and_then(|pid| Proc::new(pid).ok());
+        proc.is_some_and(|proc| self.is_met(&proc, &mut Listening::default()))
+    }
+
     fn is_met(&self, proc: &Proc, listening: &mut Listening) -> bool {
         id(proc).is_some_and(|pid| pid != std::process::id())
             && (self.all || self.is_named(proc) || self.has_port(proc, listening))

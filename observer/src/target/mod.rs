@@ -1,6 +1,7 @@
 //! The processes under observation, as `/proc` and the kernel's socket tables show them.
 
 pub(crate) mod calls;
+pub(crate) mod choice;
 pub(crate) mod connections;
 pub(crate) mod container;
 pub(crate) mod context;

@@ -112,7 +112,11 @@ impl Observer {
 
     /// Ctrl-C.
     pub(crate) fn interrupt(&self) {
-        self.process.signal(Signal::SIGINT);
+        self.signal(Signal::SIGINT);
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
     }
 
     /// Ctrl-C, then the report.

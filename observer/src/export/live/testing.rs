@@ -151,6 +151,7 @@ pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
             version: "0",
             kernel: "6.1".into(),
             map_memory_bytes: 0,
+            service: crate::model::snapshot::Service::default(),
             lost: Vec::new(),
             missing: Vec::new(),
             otlp: Vec::new(),

@@ -66,6 +66,7 @@ pub(super) fn snapshot(targets: Vec<Target>) -> Snapshot {
         version: "0",
         kernel: "0".into(),
         map_memory_bytes: 0,
+        service: crate::model::snapshot::Service::default(),
         lost: Vec::new(),
         missing: Vec::new(),
         otlp: Vec::new(),

@@ -1,0 +1,183 @@
+//! A configuration file: it chooses as the command line does, is read again on SIGHUP, and breaks nothing if it is broken.
+//! And the kill switch, which takes everything out of the kernel.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use crate::support::{
+    http,
+    observer::{BINARY, Observer, Report},
+    servers::Server,
+    wait_for,
+};
+
+/// Known operations.
+const CONNECTIONS: u32 = 23;
+
+/// A configuration in a folder of its own.
+struct Config(TempDir);
+
+impl Config {
+    fn new(text: &str) -> Self {
+        let config = Self(tempfile::tempdir().unwrap());
+        config.write(text);
+        config
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("observer.toml")
+    }
+
+    fn write(&self, text: &str) {
+        fs::write(self.path(), text).unwrap();
+    }
+
+    fn observe(&self) -> Observer {
+        Observer::start(&["--config", self.path().to_str().unwrap()])
+    }
+}
+
+fn of_ports(ports: &[u16]) -> String {
+    format!("listen = \"127.0.0.1:0\"\n[include]\nport = {ports:?}\n")
+}
+
+fn is_target(report: &Report, pid: u32) -> bool {
+    report.0["targets"].as_array().unwrap().iter().any(|target| target["pid"] == pid)
+}
+
+fn reloads(observer: &Observer, outcome: &str) -> u32 {
+    let scrape = http::get(observer.port(), "/metrics");
+    let name = format!("observer_self_config_reloads_total{{outcome=\"{outcome}\"}} ");
+    let line = scrape.lines().find_map(|line| line.strip_prefix(&name));
+    line.unwrap_or_else(|| panic!("{name} in {scrape}")).parse().unwrap()
+}
+
+#[test]
+fn a_file_chooses_and_is_read_again() {
+    let (stays, goes, comes) = (Server::redis(), Server::redis(), Server::redis());
+    let config = Config::new(&of_ports(&[stays.port, goes.port]));
+    let before = (stays.redis_accepts(), comes.redis_accepts());
+    let observer = config.observe();
+    for _ in 0..CONNECTIONS {
+        http::connect(stays.port);
+        http::connect(goes.port);
+    }
+    config.write(&of_ports(&[stays.port, comes.port]));
+    observer.signal(Signal::SIGHUP);
+    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
+    for _ in 0..CONNECTIONS {
+        http::connect(stays.port);
+        http::connect(comes.port);
+        http::connect(goes.port);
+    }
+    let scrape = http::get(observer.port(), "/metrics");
+    assert!(!scrape.contains(&format!("pid=\"{}\"", goes.pid())), "{scrape}");
+
+    // What is broken changes nothing.
+    config.write("[include]\nport = [\"http\"]\n");
+    observer.signal(Signal::SIGHUP);
+    let told = format!("{}:2:9: ", config.path().display());
+    wait_for("the message", || observer.message().contains(&told).then_some(()));
+    assert_eq!(reloads(&observer, "refused"), 1);
+    let accepted = (stays.redis_accepts() - before.0, comes.redis_accepts() - before.1);
+    let report = observer.finish();
+    report.assert_complete();
+    // Those that asked included.
+    assert_eq!(accepted, (u64::from(2 * CONNECTIONS) + 1, u64::from(CONNECTIONS) + 1));
+    assert_eq!(report.listener(stays.port)["accepts"].as_u64(), Some(accepted.0));
+    assert_eq!(report.listener(comes.port)["accepts"].as_u64(), Some(accepted.1));
+    assert!(!is_target(&report, goes.pid()));
+}
+
+#[test]
+fn settings_take_a_restart() {
+    let server = Server::redis();
+    let config = Config::new(&of_ports(&[server.port]));
+    let observer = config.observe();
+    config.write(&format!("stall_threshold = \"5ms\"\n{}", of_ports(&[server.port])));
+    observer.signal(Signal::SIGHUP);
+    wait_for("the message", || observer.message().contains("which takes a restart").then_some(()));
+    assert!(is_target(&observer.finish(), server.pid()));
+}
+
+#[test]
+fn what_is_wrong_is_told_with_its_place() {
+    let config = Config::new("[include]\nall = true\n[exclude]\nexe = [\"[a\"]\n");
+    let output = Command::new(BINARY).arg("--config").arg(config.path()).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.starts_with(&format!("observer: {}:4:7: ", config.path().display())), "{told}");
+    assert!(told.contains("docs/configuration.md"), "{told}");
+}
+
+#[test]
+fn without_a_file_a_closed_terminal_ends_it_in_good_order() {
+    let server = Server::redis();
+    let observer = Observer::of(server.pid());
+    observer.signal(Signal::SIGHUP);
+    assert!(is_target(&observer.report(), server.pid()));
+}
+
+#[test]
+fn whoever_is_excluded_is_left_alone() {
+    let (wanted, other) = (Server::redis(), Server::asyncio());
+    let program = fs::read_link(format!("/proc/{}/exe", other.pid())).unwrap();
+    let arguments = ["--all", "--no-listen", "--exclude-exe", program.to_str().unwrap()];
+    let report = Observer::start(&arguments).finish();
+    assert!(is_target(&report, wanted.pid()) && !is_target(&report, other.pid()));
+
+    let children = Server::nginx(2);
+    let port = other.port.to_string();
+    let pids = [children.pid().to_string(), other.pid().to_string()];
+    let arguments = ["--pid", &pids[0], "--pid", &pids[1], "--no-listen"];
+    let observer =
+        Observer::start(&[&arguments[..], &["--exclude-comm", "nginx", "--exclude-port", &port]].concat());
+    http::connect(other.port);
+    let report = observer.finish();
+    let targets: Vec<_> = report.0["targets"].as_array().unwrap().iter().map(|t| t["pid"].as_u64()).collect();
+    // Those that are asked for by their ids alone: the workers are called as their master is.
+    let asked_for = [children.pid(), other.pid()].map(u64::from).map(Some);
+    assert_eq!(targets.len(), 2, "{targets:?}");
+    assert!(asked_for.iter().all(|pid| targets.contains(pid)), "{targets:?}");
+}
+
+/// How many of our programs are in the kernel.
+fn programs() -> usize {
+    let output = Command::new("bpftool").args(["-j", "prog", "show"]).output().expect("bpftool is installed");
+    let programs: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let ours = |program: &&serde_json::Value| program["name"] == "process_fork";
+    programs.as_array().map_or(0, |programs| programs.iter().filter(ours).count())
+}
+
+#[test]
+fn a_kill_switch_takes_everything_out_of_the_kernel() {
+    let server = Server::redis();
+    let folder = tempfile::tempdir().unwrap();
+    let switch = folder.path().join("observer.off");
+    let pid = server.pid().to_string();
+    let flags = ["--pid", &pid, "--listen", "127.0.0.1:0", "--kill-switch", switch.to_str().unwrap()];
+    let observer = Observer::start(&flags);
+    let is_off = || http::get(observer.port(), "/metrics").contains("observer_self_off 1\n");
+    assert!(programs() == 1 && !is_off());
+    fs::write(&switch, "").unwrap();
+    wait_for("the programs to be gone", || (programs() == 0).then_some(()));
+    wait_for("the endpoint to say so", || is_off().then_some(()));
+    let scrape = http::get(observer.port(), "/metrics");
+    assert!(!scrape.contains(&format!("pid=\"{pid}\"")), "{scrape}");
+    assert_eq!(http::get(observer.port(), "/healthz"), "ok\n");
+    fs::remove_file(&switch).unwrap();
+    wait_for("the programs to be back", || (programs() == 1).then_some(()));
+    wait_for("the endpoint to say so", || (!is_off()).then_some(()));
+    for _ in 0..CONNECTIONS {
+        http::connect(server.port);
+    }
+    wait_for("what was accepted since", || {
+        let scrape = http::get(observer.port(), "/metrics");
+        let accepts = format!("listener=\"127.0.0.1:{}\"}} {CONNECTIONS}", server.port);
+        let mut lines = scrape.lines().filter(|l| l.starts_with("observer_accept_queue_accepts_total{"));
+        lines.any(|line| line.ends_with(&accepts)).then_some(())
+    });
+    assert!(is_target(&observer.finish(), server.pid()));
+}

@@ -80,7 +80,7 @@ fn a_file_chooses_and_is_read_again() {
     observer.signal(Signal::SIGHUP);
     let told = format!("{}:2:9: ", config.path().display());
     wait_for("the message", || observer.message().contains(&told).then_some(()));
-    assert_eq!(reloads(&observer, "refused"), 1);
+    wait_for("it to be counted", || (reloads(&observer, "refused") == 1).then_some(()));
     let accepted = (stays.redis_accepts() - before.0, comes.redis_accepts() - before.1);
     let report = observer.finish();
     report.assert_complete();

@@ -23,6 +23,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("answer", network::answer),
     ("btf", kernel::btf),
     ("code", files::code),
+    ("config", settings::config),
     ("elf", files::elf),
     ("environment", settings::environment),
     ("perf-map", files::perf_map),

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::{
+    config,
     export::otlp::settings as otlp,
     profiles::{OwnHook, Profile, Steps, Test},
 };
@@ -26,6 +27,22 @@ pub(super) fn profile(data: &[u8]) {
         let _ = (hook.place(), hook.versions(), hook.tells_later());
         assert!(!hook.is_in(None) || hook.is_in(Some("1.2.3")));
         hook.key.iter().for_each(check);
+    }
+}
+
+/// A configuration file.
+pub(super) fn config(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    match config::parse(text) {
+        Ok(config) => assert!(config.has_settings_of(&config)),
+        Err(why) => {
+            let mut place = why.splitn(3, ':');
+            let line: usize = place.next().unwrap().parse().expect("a line");
+            let column: usize = place.next().unwrap().parse().expect("a column");
+            assert!(line >= 1 && line <= text.split('\n').count().max(1));
+            assert!(column >= 1 && column <= text.chars().count() + 1);
+            assert!(!why.contains('\n'));
+        }
     }
 }
 

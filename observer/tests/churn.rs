@@ -179,7 +179,7 @@ fn churn(crowd: usize, folder: &Path, stop: &AtomicBool, tally: &Tally) {
     let mut alive: Vec<Child> = Vec::new();
     while !stop.load(Relaxed) {
         let number = tally.started.fetch_add(1, Relaxed);
-        if number % 4 == 0
+        if number.is_multiple_of(4)
             && let Some(id) = tally.ids.lock().unwrap().iter().next().copied()
         {
             // The next process gets the id of one that is gone, if nobody else is quicker.

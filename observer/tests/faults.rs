@@ -79,7 +79,7 @@ impl End {
 }
 
 /// A short look at a process, by this command that becomes observer.
-fn look_at<'c>(command: &'c mut Command, pid: u32) -> &'c mut Command {
+fn look_at(command: &mut Command, pid: u32) -> &mut Command {
     command.args(["--pid", &pid.to_string(), "--no-listen", "--duration", "1s", "--format", "json"])
 }
 

@@ -3,7 +3,10 @@
 use std::{io, os::fd::OwnedFd, time::Duration};
 
 use anyhow::Result;
-use observer_common::{accept::Accepting, reactor::Reactor as RawReactor};
+use observer_common::{
+    accept::Accepting,
+    reactor::{Phase, Reactor as RawReactor},
+};
 
 use super::{ENDED, Observation};
 use crate::{
@@ -130,11 +133,16 @@ impl Observation {
     /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
     pub(super) fn collect_finished(&mut self) -> Result<()> {
         self.collect_stalls()?;
-        for (tid, raw) in maps::reactors(&self.maps.reactors) {
+        for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
             let now = clock::monotonic_ns();
             if !self.is_target(raw.tgid) {
                 self.forget_stranger(tid, &raw)?;
                 continue;
+            }
+            // Of threads that exit together, the last to be counted may be the first to be heard of: of the others nobody
+            // will hear when the process is no target any more.
+            if self.maps.targets.get(&raw.tgid, 0).is_err() {
+                raw.phase = Phase::Exited as u32;
             }
             let thread = self.thread(tid, raw.tgid);
             if reactor::is_final(&raw) {

@@ -72,24 +72,25 @@ impl Prober {
     /// The lag up to now: a count for each millisecond observed, and the sum of what those probes met.
     pub(crate) fn ask(&mut self, observed: Observed<'_>) -> Histogram {
         let stretches = stretches(&observed);
-        let replied_ns: u64 = observed.replies.buckets.iter().map(|bucket| bucket.sum_ns).sum();
+        let replied_ns = total(observed.replies.buckets.iter().map(|bucket| bucket.sum_ns));
         self.attribute(observed.wait_ns.saturating_sub(replied_ns), observed.replies);
 
         let (cumulative, sum_ns) = &mut self.last;
-        let mut longer: u64 = stretches.buckets.iter().map(|bucket| bucket.count).sum();
-        let (mut shorter_ns, mut waiting_ns, mut least) = (0, 0, 0);
+        let mut longer = total(stretches.buckets.iter().map(|bucket| bucket.count));
+        let (mut shorter_ns, mut waiting_ns, mut least) = (0_u64, 0_u64, 0);
         for (bucket, probes) in cumulative.iter_mut().enumerate() {
-            longer -= stretches.buckets[bucket].count;
-            shorter_ns += stretches.buckets[bucket].sum_ns;
-            waiting_ns += self.waiting_ns[bucket];
+            longer = longer.saturating_sub(stretches.buckets[bucket].count);
+            shorter_ns = shorter_ns.saturating_add(stretches.buckets[bucket].sum_ns);
+            waiting_ns = waiting_ns.saturating_add(self.waiting_ns[bucket]);
             // Nothing is longer than the last bucket's bound, so it needs none.
-            let of_longer = upper_bound(bucket).map_or(0, |bound| longer * bound);
+            let of_longer = upper_bound(bucket).map_or(0, |bound| longer.saturating_mul(bound));
             // An entry that was read while it changed may be ahead for once, or a bucket of it behind the one before, but a
             // count cannot be taken back.
-            *probes = (*probes).max((shorter_ns + of_longer + waiting_ns) / PROBE_NS).max(least);
+            let delayed_ns = total([shorter_ns, of_longer, waiting_ns].into_iter());
+            *probes = (*probes).max(delayed_ns / PROBE_NS).max(least);
             least = *probes;
         }
-        let sum = (integral(&stretches) + self.waiting_sum) / u128::from(PROBE_NS);
+        let sum = integral(&stretches).saturating_add(self.waiting_sum) / u128::from(PROBE_NS);
         *sum_ns = (*sum_ns).max(u64::try_from(sum).unwrap_or(u64::MAX));
 
         let below = std::iter::once(&0).chain(cumulative.iter());
@@ -105,7 +106,7 @@ impl Prober {
     fn attribute(&mut self, wait_ns: u64, replies: &kernel::Histogram) {
         // A reply that began unnoticed may have been taken for waiting until it ended: that much is there already.
         let new_ns = wait_ns.saturating_sub(self.attributed_ns);
-        self.attributed_ns += new_ns;
+        self.attributed_ns = self.attributed_ns.saturating_add(new_ns);
         let before = std::mem::replace(&mut self.replies, *replies);
         let since = |now: u64, then: u64| now.saturating_sub(then);
         let fresh = replies.buckets.iter().zip(&before.buckets);
@@ -114,33 +115,38 @@ impl Prober {
         if fresh.iter().all(|(count, _)| *count == 0) {
             fresh = replies.buckets.iter().map(|bucket| (bucket.count, bucket.sum_ns)).collect();
         }
-        let count: u64 = fresh.iter().map(|(count, _)| count).sum();
-        let sum_ns: u64 = fresh.iter().map(|(_, sum_ns)| sum_ns).sum();
+        let count = total(fresh.iter().map(|(count, _)| *count));
+        let sum_ns = total(fresh.iter().map(|(_, sum_ns)| *sum_ns));
         let share = |of: u64| u128::from(new_ns) * u128::from(of) / u128::from(count.max(1));
         let mut rest_ns = new_ns;
         for (waiting_ns, (count, _)) in self.waiting_ns.iter_mut().zip(&fresh) {
             let part = u64::try_from(share(*count)).unwrap_or(rest_ns).min(rest_ns);
-            *waiting_ns += part;
+            *waiting_ns = waiting_ns.saturating_add(part);
             rest_ns -= part;
         }
         // What does not divide, or all of it before the first reply.
-        self.waiting_ns[0] += rest_ns;
-        self.waiting_sum += share(sum_ns);
+        self.waiting_ns[0] = self.waiting_ns[0].saturating_add(rest_ns);
+        self.waiting_sum = self.waiting_sum.saturating_add(share(sum_ns));
     }
+}
+
+/// All together; what is too large stays so.
+fn total(figures: impl Iterator<Item = u64>) -> u64 {
+    figures.fold(0, u64::saturating_add)
 }
 
 /// Everything that kept the loop from looking, what is in progress included.
 fn stretches(observed: &Observed<'_>) -> kernel::Histogram {
     let mut all = *observed.slices;
     for (bucket, reply) in all.buckets.iter_mut().zip(&observed.replies.buckets) {
-        bucket.count += reply.count;
-        bucket.sum_ns += reply.sum_ns;
+        bucket.count = bucket.count.saturating_add(reply.count);
+        bucket.sum_ns = bucket.sum_ns.saturating_add(reply.sum_ns);
     }
     all.max_ns = all.max_ns.max(observed.replies.max_ns).max(observed.in_progress_ns);
     if observed.in_progress_ns > 0 {
         let bucket = &mut all.buckets[bucket_of(observed.in_progress_ns)];
-        bucket.count += 1;
-        bucket.sum_ns += observed.in_progress_ns;
+        bucket.count = bucket.count.saturating_add(1);
+        bucket.sum_ns = bucket.sum_ns.saturating_add(observed.in_progress_ns);
     }
     all
 }
@@ -153,11 +159,11 @@ fn integral(stretches: &kernel::Histogram) -> u128 {
             let lower = u128::from(index.checked_sub(1).and_then(upper_bound).unwrap_or(0));
             let upper = u128::from(upper_bound(index).unwrap_or(stretches.max_ns));
             // Both are read from a value that may change meanwhile.
-            let chords = u128::from(bucket.sum_ns) * (lower + upper);
-            chords.saturating_sub(u128::from(bucket.count) * lower * upper)
+            let chords = u128::from(bucket.sum_ns).saturating_mul(lower + upper);
+            chords.saturating_sub(u128::from(bucket.count).saturating_mul(lower * upper))
         })
-        .sum();
-    twice * 511 / 1024
+        .fold(0, u128::saturating_add);
+    twice.saturating_mul(511) / 1024
 }
 
 #[cfg(test)]

@@ -287,7 +287,7 @@ impl Observation {
                 changed = true;
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(&pid);
-                if !self.criteria.is_none() && process::is_there(pid) {
+                if !self.choice.is_none() && process::is_there(pid) {
                     // Another has its id by now, and is observed under it: whether it is wanted is to be decided.
                     let next = RawTarget { is_candidate: 1, ..RawTarget::default() };
                     let _full = self.maps.targets.insert(pid, next, 0);

@@ -72,6 +72,7 @@ impl Observation {
             // A listen call that failed, or a listener so short-lived that there is nothing to tell.
             if raw.queue.closed != 0 && raw.accepts == 0 && !self.listeners.contains_key(&inode) {
                 self.maps.listeners.remove(&inode)?;
+                self.expect_none_for(&raw)?;
                 continue;
             }
             let known = self.listeners.entry(inode).or_insert_with(|| Known {

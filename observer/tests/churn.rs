@@ -323,7 +323,7 @@ fn cpu(observer: &Observer) -> f64 {
 
 /// What may be there besides: others on this machine come and go as well, and figures of those that are gone are kept for
 /// the report, of so many.
-const OTHERS: usize = 64;
+const OTHERS: usize = 20;
 const MEMORY: u64 = 96 << 20;
 
 #[test]
@@ -402,7 +402,9 @@ fn who_comes_and_goes_leaves_nothing_behind() {
     eprintln!("after: {after:?}");
     for (map, &entries) in &after.maps {
         let before = before.maps[map];
-        assert!(entries <= before + OTHERS, "{map} has {entries} entries, {before} before");
+        // Those that accept when told to keep all that they have accepted open.
+        let open = if map == "CONNECTIONS" { usize::try_from(rounds * 15).unwrap() } else { 0 };
+        assert!(entries <= before + open + OTHERS, "{map} has {entries} entries, {before} before");
     }
     assert!(after.descriptors <= before.descriptors + OTHERS, "{} descriptors", after.descriptors);
     assert!(after.memory <= before.memory + MEMORY, "{} bytes", after.memory);

@@ -579,7 +579,7 @@ pub(crate) const CATALOG: &[Family] = &[
     Family {
         name: "observer_self_off",
         otlp: "observer.self.off",
-        unit: "1",
+        unit: "{observer}",
         help: "1 while the file of --kill-switch keeps observer out of the kernel, 0 otherwise.",
         kind: Kind::Gauge(Together::Sum),
         labels: &[],

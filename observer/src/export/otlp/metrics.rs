@@ -257,10 +257,20 @@ mod tests {
         let names = |n: usize| -> Vec<_> {
             all[n].scope_metrics[0].metrics.iter().map(|metric| metric.name.as_str()).collect()
         };
-        assert_eq!(names(0), ["observer.build.info", "observer.self.targets", "observer.self.map_memory"]);
+        assert_eq!(
+            names(0),
+            [
+                "observer.build.info",
+                "observer.self.targets",
+                "observer.self.map_memory",
+                "observer.self.off",
+                "observer.self.attach_waiting",
+                "observer.self.config_reloads",
+            ]
+        );
         assert_eq!(names(1), ["observer.target.info"]);
         assert_eq!(names(2), ["observer.target.info"]);
-        assert_eq!(points(&all[0]), 3);
+        assert_eq!(points(&all[0]), 7);
     }
 
     #[test]
@@ -280,6 +290,6 @@ mod tests {
         let decoded =
             batches.iter().flat_map(|batch| Request::decode(batch.bytes.clone()).unwrap().resource_metrics);
         assert_eq!(decoded.map(|one| points(&one)).sum::<u64>(), items);
-        assert_eq!(items, 3 + 200);
+        assert_eq!(items, 7 + 200);
     }
 }

@@ -156,7 +156,7 @@ pub(crate) fn run(selection: Selection, output: &Output, mut controls: Controls)
             // It answers from the first time on that nothing else is to be done: while observer waits, or observes.
             tokio::spawn(endpoint::serve(endpoint, Arc::clone(&current), Arc::clone(&cap)));
         }
-        let end = output.duration.and_then(|duration| Instant::now().checked_add(duration));
+        let mut end = None;
         loop {
             if let Some(file) = controls.kill_switch.as_deref().filter(|file| file.exists()) {
                 log::warn!("turned off: {} exists", file.display());
@@ -183,6 +183,8 @@ pub(crate) fn run(selection: Selection, output: &Output, mut controls: Controls)
                 collector.map(|collector| Push::start(collector, &mut observation, Arc::clone(&cap)));
             let observation = Arc::new(Mutex::new(observation));
             *lock(&current) = Some(Arc::clone(&observation));
+            // From when there is something to see, and not once more if observer was turned off meanwhile.
+            end = end.or_else(|| Instant::now().checked_add(output.duration?));
             let why = until_over(&observation, end, &mut signals, view, &mut push, &mut controls).await?;
             let is_off = matches!(why, End::TurnedOff);
             let snapshot = lock(&observation).report()?;

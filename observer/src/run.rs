@@ -1,7 +1,6 @@
 //! The main job from preflight to report: checks what must hold, observes until it is time, prints.
 
 use std::{
-    fs::File,
     future::pending,
     io::stdout,
     path::{Path, PathBuf},
@@ -231,9 +230,9 @@ async fn until(end: Option<Instant>) {
 }
 
 /// Writes what was asked for.
-fn report(snapshot: &Snapshot, flame: Option<File>, format: Format) -> Result<()> {
+fn report(snapshot: &Snapshot, flame: Option<flame::Place>, format: Format) -> Result<()> {
     // Where one cannot be written, the other may be.
-    let graph = flame.map_or(Ok(()), |file| flame::write(snapshot, file));
+    let graph = flame.map_or(Ok(()), |place| flame::write(snapshot, place));
     match format {
         Format::Live | Format::Text => text::write(snapshot, &mut stdout().lock()),
         Format::Json => json::write(snapshot, &mut stdout().lock()),

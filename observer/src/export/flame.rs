@@ -1,7 +1,11 @@
 //! A flame graph of the lag: a function is as wide as its share of the mean lag, not of the time it takes. One slice of
 //! 200 ms hurts as much as a hundred of 20 ms.
 
-use std::{fs::File, io::Write as _, path::Path};
+use std::{
+    fs::File,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use inferno::flamegraph::{self, Options};
@@ -11,17 +15,25 @@ use crate::{
     model::snapshot::{Reactor, Snapshot, Target},
 };
 
+/// A file for a graph.
+pub(crate) struct Place {
+    path: PathBuf,
+    file: File,
+}
+
 /// Makes the file before anybody has waited for what goes into it, and while observer has the right to. What was there
 /// stays until the graph is written.
-pub(crate) fn create(file: &Path) -> Result<File> {
-    File::options().write(true).create(true).truncate(false).open(file).map_err(|error| {
-        let what = format!("cannot write the flame graph to {}: {error}", file.display());
+pub(crate) fn create(path: &Path) -> Result<Place> {
+    let file = File::options().write(true).create(true).truncate(false).open(path);
+    file.map(|file| Place { path: path.into(), file }).map_err(|error| {
+        let what = format!("cannot write the flame graph to {}: {error}", path.display());
         Failure::new(what, "give --flame a file in a folder that exists and can be written to").into()
     })
 }
 
 /// Writes the graph in place of what was there.
-pub(crate) fn write(snapshot: &Snapshot, mut file: File) -> Result<()> {
+pub(crate) fn write(snapshot: &Snapshot, place: Place) -> Result<()> {
+    let Place { path, mut file } = place;
     let lines = folded(snapshot);
     let mut options = Options::default();
     options.title = "Lag: what a random instant waits for".into();
@@ -41,7 +53,9 @@ pub(crate) fn write(snapshot: &Snapshot, mut file: File) -> Result<()> {
     let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
     let emptied = if is_file { file.set_len(0) } else { Ok(()) };
     // At once: what is written bit by bit may be cut off without anybody being told.
-    emptied.and_then(|()| file.write_all(&graph)).context("cannot write the flame graph")
+    emptied
+        .and_then(|()| file.write_all(&graph))
+        .with_context(|| format!("cannot write the flame graph to {}", path.display()))
 }
 
 /// One line for each stack, outermost function first, with its share of its loop's mean lag in microseconds.

@@ -54,7 +54,7 @@ fn what_is_not_needed_is_given_up() {
         }
         assert_eq!(value("NoNewPrivs:"), "1");
     }
-    http::connect(server.port);
+    http::get(server.port, "/");
     assert_eq!(observer.finish().listener(server.port)["accepts"], 1);
 }
 

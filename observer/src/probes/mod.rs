@@ -1,6 +1,8 @@
 //! The probes: what each measures, what it hooks, what that costs. [`PROBES`] is the one table; each probe's file
 //! also decodes what its programs leave in their maps.
 
+use std::fs::File;
+
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Btf, BtfError, Ebpf,
@@ -170,8 +172,11 @@ fn attach_plain(
         missing.push(Missing { source: event, reason: "this kernel has no such tracepoint".into() });
         return Ok(());
     }
-    program.attach(category, name).with_context(|| format!("cannot attach to {event}"))?;
-    Ok(())
+    let attached = program.attach(category, name).map_err(|error| {
+        // The library looks for tracefs each time, and takes it for missing where no file can be opened any more.
+        File::open("/dev/null").map_or_else(anyhow::Error::new, |_| error.into())
+    });
+    attached.with_context(|| format!("cannot attach to {event}")).map(drop)
 }
 
 /// The verifier explains itself at length; the end of it is what matters, the whole of it is for `-v`.

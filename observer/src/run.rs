@@ -101,21 +101,29 @@ fn choice(observe: &Observe, config: &Config) -> Choice {
 
 impl Reload {
     /// Reads the configuration again. What is not understood changes nothing.
-    fn again(&mut self, observation: &mut Observation) -> Result<()> {
-        let config = match Config::of(&self.observe) {
-            Ok(config) => config,
+    fn again(&self) -> Option<Choice> {
+        match Config::of(&self.observe) {
+            Ok(config) => {
+                if !config.has_settings_of(&self.config) {
+                    log::warn!("settings other than the selection have changed, which takes a restart");
+                }
+                Some(choice(&self.observe, &config))
+            }
             Err(failure) => {
                 log::error!("{}; goes on as before", failure.what);
-                observation.count_reload(false);
-                return Ok(());
+                None
             }
-        };
-        if !config.has_settings_of(&self.config) {
-            log::warn!("settings other than the selection have changed, which takes a restart");
         }
-        observation.choose(choice(&self.observe, &config))?;
-        observation.count_reload(true);
-        log::info!("the configuration was read again");
+    }
+
+    /// Has a running observation choose by what the configuration says now.
+    fn reach(&self, observation: &mut Observation, chosen: &mut Choice) -> Result<()> {
+        let again = self.again();
+        observation.count_reload(again.is_some());
+        if let Some(choice) = again {
+            chosen.clone_from(&choice);
+            observation.choose(choice)?;
+        }
         Ok(())
     }
 }
@@ -130,7 +138,7 @@ fn profiles(observe: &Observe) -> Result<Vec<Arc<Profile>>> {
 }
 
 /// Observes until the time is up, a signal comes or all targets are gone; then prints the report.
-pub(crate) fn run(selection: Selection, output: &Output, mut controls: Controls) -> Result<()> {
+pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls) -> Result<()> {
     let own_level = if output.verbose { LevelFilter::Debug } else { LevelFilter::Warn };
     env_logger::Builder::new()
         .filter_level(LevelFilter::Warn)
@@ -163,6 +171,10 @@ pub(crate) fn run(selection: Selection, output: &Output, mut controls: Controls)
                 if !until_turned_on(file, end, &mut signals).await {
                     return Ok(());
                 }
+                // It may have changed meanwhile, and was not read.
+                if let Some(choice) = controls.reload.as_ref().and_then(Reload::again) {
+                    selection.choice = choice;
+                }
             }
             let collector = settings.clone().map(Collector::find).transpose()?;
             let mut observation =
@@ -184,21 +196,28 @@ pub(crate) fn run(selection: Selection, output: &Output, mut controls: Controls)
             *lock(&current) = Some(Arc::clone(&observation));
             // From when there is something to see, and not once more if observer was turned off meanwhile.
             end = end.or_else(|| Instant::now().checked_add(output.duration?));
-            let why = until_over(&observation, end, &mut signals, view, &mut push, &mut controls).await?;
+            let chosen = &mut selection.choice;
+            let why = until_over(&observation, end, &mut signals, view, &mut push, &controls, chosen).await?;
             let is_off = matches!(why, End::TurnedOff);
             let snapshot = lock(&observation).report()?;
             let reported = if is_off { Ok(()) } else { report(&snapshot, flame.take(), format) };
-            if let Some(mut push) = push {
+            if let Some(push) = &mut push {
                 push.push_last(&snapshot, &mut lock(&observation));
+            }
+            if is_off {
+                // Out of the kernel at once, whatever the collector does.
+                *lock(&current) = None;
+                drop(observation);
+                if let Some(diagnostics) = diagnostics {
+                    diagnostics.abort();
+                }
+            }
+            if let Some(push) = push {
                 // Whoever asks again does not want to wait for a collector.
                 push.finish(signals.come()).await;
             }
             if !is_off {
                 return reported;
-            }
-            *lock(&current) = None;
-            if let Some(diagnostics) = diagnostics {
-                diagnostics.abort();
             }
         }
     });
@@ -389,7 +408,8 @@ async fn until_over(
     signals: &mut Signals,
     mut view: Option<Live>,
     push: &mut Option<Push>,
-    controls: &mut Controls,
+    controls: &Controls,
+    chosen: &mut Choice,
 ) -> Result<End> {
     let time_is_up = until(end);
     tokio::pin!(time_is_up);
@@ -404,8 +424,8 @@ async fn until_over(
     loop {
         select! {
             () = &mut time_is_up => return Ok(End::Over),
-            is_end = signals.next() => match &mut controls.reload {
-                Some(reload) if !is_end => reload.again(&mut lock(observation))?,
+            is_end = signals.next() => match &controls.reload {
+                Some(reload) if !is_end => reload.reach(&mut lock(observation), chosen)?,
                 _ => return Ok(End::Over),
             },
             ready = kinds.readable() => {

@@ -191,6 +191,7 @@ pub(crate) fn pushed(requests: &[Value]) -> BTreeMap<u64, Figures> {
         let mut name = metric["name"].as_str().unwrap().replace('.', "_");
         match metric["unit"].as_str() {
             Some("s") if !name.ends_with("_seconds") => name += "_seconds",
+            Some("By") => name += "_bytes",
             Some("1") => name += "_ratio",
             _ => {}
         }

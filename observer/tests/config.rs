@@ -181,3 +181,37 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     });
     assert!(is_target(&observer.finish(), server.pid()));
 }
+
+/// What was chosen anew before observer was turned off stays chosen, and so does what the file says by the time it is on again.
+#[test]
+fn a_kill_switch_undoes_no_choice() {
+    let (first, second, third) = (Server::redis(), Server::redis(), Server::redis());
+    let config = Config::new(&of_ports(&[first.port]));
+    let switch = config.0.path().join("observer.off");
+    let file = config.path();
+    let arguments = ["--config", file.to_str().unwrap(), "--kill-switch", switch.to_str().unwrap()];
+    let observer = Observer::start(&arguments);
+    let observed = || {
+        let scrape = http::get(observer.port(), "/metrics");
+        [&first, &second, &third].map(|server| scrape.contains(&format!("pid=\"{}\"", server.pid())))
+    };
+    assert_eq!(observed(), [true, false, false]);
+    let cycle = |meanwhile: &dyn Fn()| {
+        fs::write(&switch, "").unwrap();
+        wait_for("the programs to be gone", || (programs() == 0).then_some(()));
+        meanwhile();
+        fs::remove_file(&switch).unwrap();
+        wait_for("the programs to be back", || (programs() == 1).then_some(()));
+    };
+    config.write(&of_ports(&[second.port]));
+    observer.signal(Signal::SIGHUP);
+    wait_for("the file to be read again", || (observed() == [false, true, false]).then_some(()));
+    // With a file that nobody understands any more, what was chosen last is.
+    cycle(&|| config.write("[include]\nport = [\"http\"]\n"));
+    wait_for("the same to be observed", || (observed() == [false, true, false]).then_some(()));
+    cycle(&|| {
+        config.write(&of_ports(&[third.port]));
+        observer.signal(Signal::SIGHUP);
+    });
+    wait_for("what the file says by now", || (observed() == [false, false, true]).then_some(()));
+}

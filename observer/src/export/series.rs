@@ -259,15 +259,7 @@ mod tests {
             hooks: Vec::new(),
             gc: None,
         };
-        let own = Own {
-            version: "0",
-            kernel: "0".into(),
-            map_memory_bytes: 0,
-            service: crate::model::snapshot::Service::default(),
-            lost: Vec::new(),
-            missing: Vec::new(),
-            otlp: Vec::new(),
-        };
+        let own = Own { version: "0", kernel: "0".into(), ..Own::default() };
         Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets: vec![target], own }
     }
 

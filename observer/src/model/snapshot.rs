@@ -47,12 +47,8 @@ impl Snapshot {
             targets: Vec::new(),
             own: Own {
                 version: env!("CARGO_PKG_VERSION"),
-                kernel: String::new(),
-                map_memory_bytes: 0,
                 service: Service { is_off: true, ..Service::default() },
-                lost: Vec::new(),
-                missing: Vec::new(),
-                otlp: Vec::new(),
+                ..Own::default()
             },
         }
     }
@@ -290,7 +286,7 @@ pub(crate) struct Blocked {
 }
 
 /// About observer itself.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Own {
     /// Version of observer.
     pub(crate) version: &'static str,

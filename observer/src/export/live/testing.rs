@@ -147,14 +147,6 @@ pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         started: "2026-11-24T12:00:00Z".into(),
         duration_seconds: seconds,
         targets: vec![target],
-        own: Own {
-            version: "0",
-            kernel: "6.1".into(),
-            map_memory_bytes: 0,
-            service: crate::model::snapshot::Service::default(),
-            lost: Vec::new(),
-            missing: Vec::new(),
-            otlp: Vec::new(),
-        },
+        own: Own { version: "0", kernel: "6.1".into(), ..Own::default() },
     }
 }

@@ -62,14 +62,6 @@ pub(super) fn target(pid: u32) -> Target {
 
 /// A moment with these processes.
 pub(super) fn snapshot(targets: Vec<Target>) -> Snapshot {
-    let own = Own {
-        version: "0",
-        kernel: "0".into(),
-        map_memory_bytes: 0,
-        service: crate::model::snapshot::Service::default(),
-        lost: Vec::new(),
-        missing: Vec::new(),
-        otlp: Vec::new(),
-    };
+    let own = Own { version: "0", kernel: "0".into(), ..Own::default() };
     Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets, own }
 }

@@ -26,7 +26,7 @@ use crate::{
         observer::{BINARY, Observer, Report},
         send,
         servers::Server,
-        wait_for,
+        wait_for, waits_for_events,
     },
 };
 
@@ -364,6 +364,8 @@ fn what_finds_no_room_in_a_ring_is_counted() {
     send(observer.pid(), Signal::SIGSTOP);
     stdin.write_all(b"\n").unwrap();
     stdout.read_exact(&mut [0]).unwrap();
+    // The last slice ends where the next wait begins.
+    wait_for("the last wait", || waits_for_events(server.pid(), server.pid()).then_some(()));
     send(observer.pid(), Signal::SIGCONT);
     let report = observer.finish();
     let lost = report.lost("stalls_full");

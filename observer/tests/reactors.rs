@@ -17,6 +17,7 @@ use crate::support::{
     http, is_emulated,
     observer::{Observer, Report},
     servers::{Runtime, Server, children},
+    waits_for_events,
 };
 
 /// Rounds of whatever a program is made to do.
@@ -42,14 +43,6 @@ fn observe(server: &Server, work: impl FnOnce()) -> Report {
 fn threads(pid: u32) -> BTreeSet<u32> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
-}
-
-/// Whether a thread is in a wait for events now, as the kernel shows it.
-fn waits_for_events(pid: u32, tid: u32) -> bool {
-    const EPOLL_WAIT: &str = "232";
-    const EPOLL_PWAIT: &str = "281";
-    let call = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap();
-    [EPOLL_WAIT, EPOLL_PWAIT].contains(&call.split(' ').next().unwrap())
 }
 
 /// The main thread has to be the only event loop, of several threads.

@@ -81,7 +81,7 @@ impl Report {
         self.stages.extend(done);
     }
 
-    /// Prints the table, the skipped tests and the sum.
+    /// Prints the table, tests that were skipped or failed, and the sum.
     pub(crate) fn finish(self) -> ExitCode {
         let mut sum = Tally::default();
         println!();
@@ -94,6 +94,11 @@ impl Report {
         for stage in &self.stages {
             for skipped in &stage.tally.skipped {
                 println!("{}: skipped {skipped}", stage.name);
+            }
+        }
+        for stage in &self.stages {
+            for failure in &stage.tally.failures {
+                println!("{}: FAILED {failure}", stage.name);
             }
         }
         println!("{sum}");

@@ -9,6 +9,8 @@ use std::ops::AddAssign;
 pub(crate) struct Tally {
     pub(crate) passed: usize,
     pub(crate) failed: usize,
+    /// Their names, where they are known.
+    pub(crate) failures: Vec<String>,
     /// `<test>: <reason>` of each.
     pub(crate) skipped: Vec<String>,
 }
@@ -17,9 +19,18 @@ impl Tally {
     pub(crate) fn of(output: &str) -> Self {
         let mut tally = Self::default();
         let mut pretended = 0;
+        let mut lists_failures = false;
         for line in output.lines() {
             // libtest has begun the line with the test's name before the test writes its own.
             let begun = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "));
+            // What libtest tells last of those that failed.
+            if line.trim_end() == "failures:" {
+                lists_failures = true;
+            } else if let Some(name) = line.strip_prefix("    ").filter(|_| lists_failures) {
+                tally.failures.push(name.trim_end().to_owned());
+            } else if !line.trim_end().is_empty() {
+                lists_failures = false;
+            }
             let (test, said) = begun.unwrap_or(("", line));
             if let Some(skip) = said.strip_prefix("skipped: ") {
                 tally.skipped.push(skip.to_owned());
@@ -44,6 +55,7 @@ impl AddAssign<&Self> for Tally {
     fn add_assign(&mut self, other: &Self) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.failures.extend_from_slice(&other.failures);
         self.skipped.extend_from_slice(&other.skipped);
     }
 }
@@ -73,11 +85,19 @@ mod tests {
             "ok\n",
             "test slow ... ignored, takes an hour\n",
             "test queue::spills ... FAILED\n",
+            "\n",
+            "failures:\n",
+            "\n",
+            "failures:\n",
+            "    queue::spills\r\n",
+            "\n",
             "test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.1s\n",
             "test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.0s\n",
         ));
         let skipped = ["queue::drains: nginx is missing", "slow: ignored, takes an hour"];
-        assert_eq!(tally, Tally { passed: 6, failed: 1, skipped: skipped.map(str::to_owned).to_vec() });
+        let skipped = skipped.map(str::to_owned).to_vec();
+        let failures = vec!["queue::spills".to_owned()];
+        assert_eq!(tally, Tally { passed: 6, failed: 1, failures, skipped });
     }
 
     #[test]

@@ -72,6 +72,14 @@ impl Drop for Process {
     }
 }
 
+/// Whether a thread is in a wait for events now, as the kernel shows it.
+pub(crate) fn waits_for_events(pid: u32, tid: u32) -> bool {
+    const EPOLL_WAIT: &str = "232";
+    const EPOLL_PWAIT: &str = "281";
+    let call = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap();
+    [EPOLL_WAIT, EPOLL_PWAIT].contains(&call.split(' ').next().unwrap())
+}
+
 /// Sends a signal to a process that a test started.
 pub(crate) fn send(pid: u32, signal: nix::sys::signal::Signal) {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());

@@ -1,6 +1,8 @@
 //! *reactor*: what a thread that waits for events does between two waits, how long, and whether it had a CPU; and how
 //! late its waits return. One program for each shape of call, because each has its arguments in other places.
 
+use core::ptr::null_mut;
+
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
@@ -231,15 +233,16 @@ fn replaces(reactor: *const Reactor, tid: u32) -> bool {
 struct Thread {
     tgid: u32,
     tid: u32,
-    known: Option<*mut Reactor>,
+    /// Null if it has none: of an `Option` the compiler copies what is not there, which the verifier does not let pass.
+    known: *mut Reactor,
 }
 
 impl Thread {
     #[inline(always)]
     fn current() -> Option<Self> {
         let (tgid, tid) = kernel::current();
-        let known = reactor_of(tid).filter(|reactor| !replaces(*reactor, tid));
-        if known.is_some() || process::is_target(tgid) || process::comes_up(tgid) {
+        let known = reactor_of(tid).filter(|reactor| !replaces(*reactor, tid)).unwrap_or(null_mut());
+        if !known.is_null() || process::is_target(tgid) || process::comes_up(tgid) {
             Some(Self { tgid, tid, known })
         } else {
             None
@@ -253,8 +256,8 @@ impl Thread {
         reason = "by value it would be copied to the stack first"
     )]
     fn reactor(&self) -> Option<*mut Reactor> {
-        if self.known.is_some() {
-            return self.known;
+        if !self.known.is_null() {
+            return Some(self.known);
         }
         // Fails as well if the loader has made it meanwhile, which is fine.
         presence::count_threads(self.tid, 1);
@@ -285,7 +288,7 @@ impl Thread {
     #[inline(always)]
     fn enters(self, call: Option<Call>) {
         let Some(call) = call else { return };
-        if self.known.is_none() && call.is_single {
+        if self.known.is_null() && call.is_single {
             return;
         }
         let Some(reactor) = self.reactor() else { return };
@@ -588,6 +591,8 @@ unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
         let elapsed = now.saturating_sub((*reactor).run_since_ns);
         if (*reactor).phase == Phase::Slice as u32 {
             let part = (from + (*reactor).block) as usize;
+            // Volatile for the reason given in `emit::bucket`.
+            let part = core::ptr::read_volatile(&raw const part);
             if part < PARTS {
                 (*reactor).is_eventful |= u32::from(from != Run::Cpu as u32);
                 let part = (&raw mut (*reactor).parts_ns).cast::<u64>().add(part);

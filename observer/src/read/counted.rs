@@ -17,25 +17,29 @@ use observer_common::presence::{Presence, place};
 
 use super::maps::{Added, add};
 
-/// The map `PRESENCE`.
-pub(super) struct Counts(Arc<MmapRaw>);
+/// The map `PRESENCE`, mapped.
+pub(super) struct Counts {
+    memory: Arc<MmapRaw>,
+    /// Programs that are yet to be loaded need its descriptor.
+    _map: MapData,
+}
 
 impl Counts {
-    /// Maps the counts. They stay mapped, so that the map itself may be closed.
-    pub(super) fn of(map: &Map) -> Result<Self> {
-        let Map::Array(data) = map else { bail!("the map of who is known is no array") };
-        let memory = MmapOptions::new().len(size_of::<Presence>()).map_raw(data.fd().as_fd().as_raw_fd());
-        Ok(Self(Arc::new(memory.context("cannot map who is known")?)))
+    /// Maps the counts.
+    pub(super) fn of(map: Map) -> Result<Self> {
+        let Map::Array(map) = map else { bail!("the map of who is known is no array") };
+        let memory = MmapOptions::new().len(size_of::<Presence>()).map_raw(map.fd().as_fd().as_raw_fd());
+        Ok(Self { memory: Arc::new(memory.context("cannot map who is known")?), _map: map })
     }
 
     /// A map by thread id.
     pub(super) fn threads<V: aya::Pod>(&self, map: HashMap<MapData, u32, V>) -> Counted<V> {
-        Counted { map, memory: self.0.clone(), first: std::mem::offset_of!(Presence, threads) }
+        Counted { map, memory: self.memory.clone(), first: std::mem::offset_of!(Presence, threads) }
     }
 
     /// A map by process id.
     pub(super) fn processes<V: aya::Pod>(&self, map: HashMap<MapData, u32, V>) -> Counted<V> {
-        Counted { map, memory: self.0.clone(), first: std::mem::offset_of!(Presence, processes) }
+        Counted { map, memory: self.memory.clone(), first: std::mem::offset_of!(Presence, processes) }
     }
 }
 

@@ -86,6 +86,7 @@ pub(crate) struct Maps {
     links: RingBuf<MapData>,
     kinds: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
+    _counts: Counts,
 }
 
 impl Maps {
@@ -95,7 +96,7 @@ impl Maps {
         for place in (1..capacity.places()).rev() {
             free_places.push(place, 0)?;
         }
-        let counts = Counts::of(&take(ebpf, "PRESENCE")?)?;
+        let counts = Counts::of(take(ebpf, "PRESENCE")?)?;
         Ok(Self {
             targets: counts.processes(HashMap::try_from(take(ebpf, "TARGETS")?)?),
             strangers: HashMap::try_from(take(ebpf, "STRANGERS")?)?,
@@ -124,6 +125,7 @@ impl Maps {
             links: RingBuf::try_from(take(ebpf, "LINKS")?)?,
             kinds: RingBuf::try_from(take(ebpf, "KINDS")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
+            _counts: counts,
         })
     }
 

@@ -11,6 +11,7 @@ pub mod layout;
 pub mod listener;
 pub mod loss;
 pub mod origin;
+pub mod presence;
 pub mod process;
 pub mod reactor;
 pub mod ring;

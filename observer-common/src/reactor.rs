@@ -163,8 +163,8 @@ pub struct Reactor {
     pub longest_queue_after: u32,
     /// 1 while its thread is known to work for something.
     pub works: u32,
-    /// Zero; keeps the size free of padding.
-    pub reserved: u32,
+    /// 1 once the present slice has had more than time on its CPU: else what is kept of it besides needs no clearing.
+    pub is_eventful: u32,
     /// What it worked for in the present slice, longest at once.
     pub longest_work_for: Origin,
     /// How long that was, nanoseconds.
@@ -209,7 +209,7 @@ impl Reactor {
         longest_block_call: NO_CALL,
         longest_queue_after: 0,
         works: 0,
-        reserved: 0,
+        is_eventful: 0,
         longest_work_for: Origin::NONE,
         longest_work_ns: 0,
         gc_ns: 0,

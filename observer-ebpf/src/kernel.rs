@@ -10,6 +10,7 @@ use core::{
 };
 
 use aya_ebpf::{
+    EbpfContext as _,
     helpers::{
         bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_kernel_buf,
         bpf_probe_read_user,
@@ -85,8 +86,21 @@ pub(crate) fn current() -> (u32, u32) {
 /// Return value of a system call, in its exit tracepoint.
 #[inline(always)]
 pub(crate) fn returned(ctx: &TracePointContext) -> Option<i64> {
+    if offset(&LAYOUT.exit_ret) == USUAL_PLACE {
+        return Some(usual_word(ctx, 0).cast_signed());
+    }
     // SAFETY: the helper checks the address.
     unsafe { ctx.read_at(offset(&LAYOUT.exit_ret)) }.ok()
+}
+
+/// Where what a system call's tracepoint passes begins, in bytes, but for kernels that put more in front. A word there is
+/// read directly, which is all that the verifier lets pass: an offset that it is told of is no constant to the compiler.
+const USUAL_PLACE: usize = 16;
+
+#[inline(always)]
+fn usual_word(ctx: &TracePointContext, n: usize) -> u64 {
+    // SAFETY: inside the program's own context, as whoever calls this has made sure.
+    unsafe { ctx.as_ptr().cast::<u64>().add(USUAL_PLACE / 8 + n).read_volatile() }
 }
 
 /// A `struct task_struct` handed to a BTF tracepoint.
@@ -277,14 +291,17 @@ impl Sock {
 
 /// The first argument of `accept`, `accept4`, `connect` or `listen`, in its entry tracepoint.
 #[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
 pub(crate) fn fd_argument(ctx: &TracePointContext) -> Option<u32> {
-    // SAFETY: the helper checks the address.
-    unsafe { ctx.read_at(offset(&LAYOUT.enter_arguments)) }.ok()
+    arguments(ctx).map(|[fd]| fd as u32)
 }
 
 /// The first `N` arguments of a system call, in its entry tracepoint.
 #[inline(always)]
 pub(crate) fn arguments<const N: usize>(ctx: &TracePointContext) -> Option<[u64; N]> {
+    if offset(&LAYOUT.enter_arguments) == USUAL_PLACE {
+        return Some(core::array::from_fn(|n| usual_word(ctx, n)));
+    }
     // SAFETY: the helper checks the address.
     unsafe { ctx.read_at(offset(&LAYOUT.enter_arguments)) }.ok()
 }

@@ -37,6 +37,7 @@ static ACCEPTING: HashMap<u32, Accepting> = HashMap::with_max_entries(8192, 0);
 const ESTABLISHED: u32 = 1;
 const SYN_RECEIVED: u32 = 3;
 const CLOSED: u32 = 7;
+const CLOSE_WAIT: u32 = 8;
 
 /// A TCP socket changes its state: a handshake ends, or a connection dies.
 #[btf_tracepoint(function = "inet_sock_set_state")]
@@ -48,7 +49,8 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
             lost(Loss::QueuedFull);
             warn!(&ctx, "no room for a connection that waits on port {}", sock.port());
         }
-    } else if to == CLOSED {
+    } else if to == CLOSED && matches!(from, ESTABLISHED | SYN_RECEIVED | CLOSE_WAIT) {
+        // Of all that end, only those: whoever closes a connection in order has accepted it before.
         forget(sock.address());
     }
     0
@@ -163,7 +165,7 @@ fn queued_as(connection: Socket) -> Option<u64> {
 #[inline(always)]
 unsafe fn count_depth(listener: *mut Listener, depth: u32) {
     let bucket = depth_bucket(depth);
-    // SAFETY: reads a local; volatile for the reason given in `emit::record`.
+    // SAFETY: reads a local; volatile for the reason given in `emit::bucket`.
     let bucket = unsafe { core::ptr::read_volatile(&raw const bucket) };
     if bucket < DEPTHS {
         // SAFETY: by contract, and `bucket` is inside.
@@ -223,5 +225,8 @@ pub(super) fn queue_again(address: u64, unix_name: u64) {
 /// Forgets a connection that does not wait.
 #[inline(always)]
 pub(super) fn forget(address: u64) {
-    let _absent = QUEUED.remove(address);
+    // A removal takes a lock also where there is nothing.
+    if QUEUED.get_ptr(address).is_some() {
+        let _accepted = QUEUED.remove(address);
+    }
 }

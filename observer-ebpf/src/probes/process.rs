@@ -2,7 +2,7 @@
 //! as they listen or wait for events.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
+    bindings::{BPF_EXIST, BPF_NOEXIST},
     macros::{btf_tracepoint, map},
     maps::{HashMap, LruHashMap},
     programs::BtfTracePointContext,
@@ -11,7 +11,7 @@ use aya_log_ebpf::warn;
 use observer_common::{loss::Loss, process::Target};
 
 use super::{accept, gc, reactor};
-use crate::{emit::lost, kernel::Task, work};
+use crate::{emit::lost, kernel::Task, presence, work};
 
 /// Processes under observation, by id in the initial pid namespace.
 #[map]
@@ -56,32 +56,47 @@ pub(super) fn comes_up_again(tgid: u32) -> bool {
 fn is_made_candidate(tgid: u32) -> bool {
     let candidate = Target { exited: 0, execs: 0, is_candidate: 1 };
     // Fails as well if another thread was first, which is fine.
-    let is_new = TARGETS.insert(tgid, candidate, u64::from(BPF_NOEXIST)).is_ok();
-    let is_there = is_new || is_target(tgid);
+    let is_there = add(tgid, candidate) || is_target(tgid);
     if !is_there {
         lost(Loss::TargetsFull);
     }
     is_there
 }
 
+/// Adds an entry if there is none. Tells whether it did.
+#[inline(always)]
+fn add(tgid: u32, target: Target) -> bool {
+    presence::count_processes(tgid, 1);
+    let is_new = TARGETS.insert(tgid, target, u64::from(BPF_NOEXIST)).is_ok();
+    if !is_new {
+        presence::count_processes(tgid, -1);
+    }
+    is_new
+}
+
 /// Whether a process is under observation.
 #[inline(always)]
 pub(super) fn is_target(tgid: u32) -> bool {
-    TARGETS.get_ptr(tgid).is_some()
+    target(tgid).is_some()
+}
+
+#[inline(always)]
+fn target(tgid: u32) -> Option<*mut Target> {
+    if presence::of_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
 }
 
 /// Children of candidates are selected by themselves.
 #[inline(always)]
 fn is_candidate(tgid: u32) -> u32 {
     // SAFETY: a live map value, of which this part never changes.
-    TARGETS.get_ptr(tgid).map_or(0, |target| unsafe { (*target).is_candidate })
+    target(tgid).map_or(0, |target| unsafe { (*target).is_candidate })
 }
 
 /// How many programs a process has started that is or was observed.
 #[inline(always)]
 fn execs_of(tgid: u32) -> Option<u32> {
     // SAFETY: a live map value; four bytes are read at once.
-    TARGETS.get_ptr(tgid).map(|target| unsafe { (*target).execs })
+    target(tgid).map(|target| unsafe { (*target).execs })
 }
 
 #[btf_tracepoint(function = "sched_process_fork")]
@@ -93,7 +108,7 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
         // Over what may be there: a process of that id that has exited since the loader looked, whose program is not this.
         let execs = execs_of(child).map_or(0, |before| before.wrapping_add(1));
         let target = Target { exited: 0, execs, is_candidate: is_candidate(parent) };
-        if TARGETS.insert(child, target, u64::from(BPF_ANY)).is_err() {
+        if !add(child, target) && TARGETS.insert(child, target, u64::from(BPF_EXIST)).is_err() {
             lost(Loss::TargetsFull);
             warn!(&ctx, "no room to follow process {}, forked by {}", child, parent);
         }
@@ -104,7 +119,7 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
 #[btf_tracepoint(function = "sched_process_exec")]
 fn process_exec(ctx: BtfTracePointContext) -> u32 {
     let tgid = Task::argument(&ctx, 0).tgid();
-    let Some(target) = TARGETS.get_ptr_mut(tgid) else {
+    let Some(target) = target(tgid) else {
         if selects() {
             let _unknown = STRANGERS.remove(tgid);
         }
@@ -119,7 +134,7 @@ fn process_exec(ctx: BtfTracePointContext) -> u32 {
 #[btf_tracepoint(function = "sched_process_exit")]
 fn process_exit(ctx: BtfTracePointContext) -> u32 {
     let task = Task::argument(&ctx, 0);
-    let Some(target) = TARGETS.get_ptr_mut(task.tgid()) else {
+    let Some(target) = target(task.tgid()) else {
         if selects() {
             // It may have been turned down inside a call.
             accept::thread_exited(task.tid());

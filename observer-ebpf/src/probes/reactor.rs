@@ -1,6 +1,8 @@
 //! *reactor*: what a thread that waits for events does between two waits, how long, and whether it had a CPU; and how
 //! late its waits return. One program for each shape of call, because each has its arguments in other places.
 
+use core::ptr::null_mut;
+
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
@@ -18,8 +20,9 @@ use observer_common::{
 use super::{deferred, gc, origin, process};
 use crate::{
     block::Blocked,
-    emit::{lost, record},
+    emit::{lost, record_alone},
     kernel::{self, Off, Task},
+    presence,
 };
 
 /// Reactors by thread id. Only its own thread writes an entry, but for a wake-up, which the scheduler orders
@@ -177,7 +180,7 @@ fn epoll_exit(ctx: TracePointContext) -> u32 {
 /// A ring tells how many requests it took, not how many completions there are.
 #[tracepoint]
 fn uring_exit(ctx: TracePointContext) -> u32 {
-    if let Some(reactor) = REACTORS.get_ptr_mut(kernel::current().1) {
+    if let Some(reactor) = reactor_of(kernel::current().1) {
         let answer = kernel::returned(&ctx).unwrap_or(0);
         // SAFETY: as above.
         unsafe { returned(reactor, 0, answer == ETIME) };
@@ -197,7 +200,7 @@ fn select_exit(ctx: TracePointContext) -> u32 {
 
 #[inline(always)]
 fn polled_or_selected(ctx: &TracePointContext) -> u32 {
-    if let Some(reactor) = REACTORS.get_ptr_mut(kernel::current().1) {
+    if let Some(reactor) = reactor_of(kernel::current().1) {
         let events = kernel::returned(ctx).unwrap_or(0);
         if events != ERESTART_RESTARTBLOCK {
             // SAFETY: as above.
@@ -217,7 +220,9 @@ fn replaces(reactor: *const Reactor, tid: u32) -> bool {
         return false;
     }
     lost(Loss::ReactorsReplaced);
-    let _present = REACTORS.remove(tid);
+    if REACTORS.remove(tid).is_ok() {
+        presence::count_threads(tid, -1);
+    }
     if place != 0 {
         let _has_room = FREE_PLACES.push(place, 0);
     }
@@ -228,15 +233,16 @@ fn replaces(reactor: *const Reactor, tid: u32) -> bool {
 struct Thread {
     tgid: u32,
     tid: u32,
-    known: Option<*mut Reactor>,
+    /// Null if it has none: of an `Option` the compiler copies what is not there, which the verifier does not let pass.
+    known: *mut Reactor,
 }
 
 impl Thread {
     #[inline(always)]
     fn current() -> Option<Self> {
         let (tgid, tid) = kernel::current();
-        let known = REACTORS.get_ptr_mut(tid).filter(|reactor| !replaces(*reactor, tid));
-        if known.is_some() || process::is_target(tgid) || process::comes_up(tgid) {
+        let known = reactor_of(tid).filter(|reactor| !replaces(*reactor, tid)).unwrap_or(null_mut());
+        if !known.is_null() || process::is_target(tgid) || process::comes_up(tgid) {
             Some(Self { tgid, tid, known })
         } else {
             None
@@ -250,11 +256,14 @@ impl Thread {
         reason = "by value it would be copied to the stack first"
     )]
     fn reactor(&self) -> Option<*mut Reactor> {
-        if self.known.is_some() {
-            return self.known;
+        if !self.known.is_null() {
+            return Some(self.known);
         }
         // Fails as well if the loader has made it meanwhile, which is fine.
-        let _full = REACTORS.insert(self.tid, &NEW, u64::from(BPF_NOEXIST));
+        presence::count_threads(self.tid, 1);
+        if REACTORS.insert(self.tid, &NEW, u64::from(BPF_NOEXIST)).is_err() {
+            presence::count_threads(self.tid, -1);
+        }
         let Some(reactor) = REACTORS.get_ptr_mut(self.tid) else {
             lost(Loss::ReactorsFull);
             return None;
@@ -279,7 +288,7 @@ impl Thread {
     #[inline(always)]
     fn enters(self, call: Option<Call>) {
         let Some(call) = call else { return };
-        if self.known.is_none() && call.is_single {
+        if self.known.is_null() && call.is_single {
             return;
         }
         let Some(reactor) = self.reactor() else { return };
@@ -296,7 +305,7 @@ impl Thread {
                     deferred::turn_from(self.tid);
                 }
                 let length = now.saturating_sub((*reactor).phase_since_ns);
-                record(&raw mut (*reactor).slice, length);
+                record_alone(&raw mut (*reactor).slice, length);
                 post(reactor, 0);
                 if length >= core::ptr::read_volatile(&raw const STALL_NS) {
                     report(reactor, self.tid, length);
@@ -335,7 +344,7 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
             if woken != 0 {
                 let is_due = timed_out && timeout != FOREVER;
                 let reply = if is_due { elapsed.saturating_sub(timeout) } else { now.saturating_sub(woken) };
-                record(&raw mut (*reactor).reply, reply);
+                record_alone(&raw mut (*reactor).reply, reply);
             }
         }
         gc::slice_begins(reactor);
@@ -343,14 +352,19 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
         (*reactor).phase_since_ns = now;
         (*reactor).run = Run::Cpu as u32;
         (*reactor).run_since_ns = now;
-        (*reactor).parts_before_ns = (*reactor).parts_ns;
+        (*reactor).parts_before_ns[Run::Cpu as usize] = (*reactor).parts_ns[Run::Cpu as usize];
         (*reactor).gc_at_start_ns = (*reactor).gc_ns;
-        (*reactor).longest_block_ns = 0;
-        (*reactor).longest_block_call = NO_CALL;
-        (*reactor).longest_queue_ns = 0;
-        (*reactor).longest_queue_after = 0;
-        (*reactor).longest_work_for = Origin::NONE;
-        (*reactor).longest_work_ns = 0;
+        // Most slices are on their CPU all the time, and for nobody that is known: nothing to clear away.
+        if (*reactor).is_eventful != 0 {
+            (*reactor).is_eventful = 0;
+            (*reactor).parts_before_ns = (*reactor).parts_ns;
+            (*reactor).longest_block_ns = 0;
+            (*reactor).longest_block_call = NO_CALL;
+            (*reactor).longest_queue_ns = 0;
+            (*reactor).longest_queue_after = 0;
+            (*reactor).longest_work_for = Origin::NONE;
+            (*reactor).longest_work_ns = 0;
+        }
         post(reactor, now);
     }
 }
@@ -467,8 +481,7 @@ fn relative(argument: u64, unit: u64) -> u64 {
 
 #[btf_tracepoint(function = "sched_switch")]
 fn sched_switch(ctx: BtfTracePointContext) -> u32 {
-    let (_, previous) = kernel::current();
-    let next = Task::argument(&ctx, 2).tid();
+    let (previous, next) = (Task::argument(&ctx, 1).tid(), Task::argument(&ctx, 2).tid());
     if let Some(reactor) = reactor_of(previous) {
         let off = kernel::off(&ctx);
         let run = if off == Off::Preempted { Run::Preempted } else { Run::Blocked };
@@ -490,11 +503,12 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
         // SAFETY: a live map value; its thread is here, going on its CPU.
         unsafe {
             let now = bpf_ktime_get_ns();
-            let queued = now.saturating_sub((*reactor).run_since_ns);
-            // Also in a wait, where it does no harm: the next slice starts afresh.
-            if (*reactor).run != Run::Blocked as u32 && queued > (*reactor).longest_queue_ns {
-                (*reactor).longest_queue_ns = queued;
-                (*reactor).longest_queue_after = previous;
+            if (*reactor).phase == Phase::Slice as u32 && (*reactor).run != Run::Blocked as u32 {
+                let queued = now.saturating_sub((*reactor).run_since_ns);
+                if queued > (*reactor).longest_queue_ns {
+                    (*reactor).longest_queue_ns = queued;
+                    (*reactor).longest_queue_after = previous;
+                }
             }
             turn(reactor, Run::Cpu, now);
         }
@@ -520,7 +534,7 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
 /// The current thread has collected garbage since that moment. What of that is in its slice counts as part of it.
 #[inline(always)]
 pub(super) fn collected(tid: u32, since: u64, now: u64) {
-    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
+    if let Some(reactor) = reactor_of(tid) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             if (*reactor).phase == Phase::Slice as u32 {
@@ -533,11 +547,12 @@ pub(super) fn collected(tid: u32, since: u64, now: u64) {
 /// The current thread has worked for this origin so long at once; whether it turns to other work now, or to none.
 #[inline(always)]
 pub(crate) fn worked(tid: u32, origin: &Origin, elapsed_ns: u64, works: bool) {
-    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
+    if let Some(reactor) = reactor_of(tid) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             (*reactor).works = u32::from(works);
             if origin.request != 0 && elapsed_ns > (*reactor).longest_work_ns {
+                (*reactor).is_eventful = 1;
                 (*reactor).longest_work_ns = elapsed_ns;
                 (*reactor).longest_work_for = *origin;
             }
@@ -548,7 +563,7 @@ pub(crate) fn worked(tid: u32, origin: &Origin, elapsed_ns: u64, works: bool) {
 /// The figures of a thread that exits are final: a stranger may get its id next.
 #[inline(always)]
 pub(super) fn thread_exited(tid: u32) {
-    if let Some(reactor) = REACTORS.get_ptr_mut(tid) {
+    if let Some(reactor) = reactor_of(tid) {
         // SAFETY: a live map value; its thread is the one that exits.
         unsafe {
             (*reactor).phase = Phase::Exited as u32;
@@ -557,10 +572,10 @@ pub(super) fn thread_exited(tid: u32) {
     }
 }
 
-/// The entry of a thread that may be a reactor; the idle thread never is.
+/// The entry of a thread that may be a reactor; the idle thread, whose id is 0, never is.
 #[inline(always)]
 fn reactor_of(tid: u32) -> Option<*mut Reactor> {
-    if tid == 0 { None } else { REACTORS.get_ptr_mut(tid) }
+    if presence::of_thread(tid) { REACTORS.get_ptr_mut(tid) } else { None }
 }
 
 /// Ends one scheduler state and begins another. Inside a slice the time goes to the slice's split; inside a
@@ -576,7 +591,10 @@ unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
         let elapsed = now.saturating_sub((*reactor).run_since_ns);
         if (*reactor).phase == Phase::Slice as u32 {
             let part = (from + (*reactor).block) as usize;
+            // Volatile for the reason given in `emit::bucket`.
+            let part = core::ptr::read_volatile(&raw const part);
             if part < PARTS {
+                (*reactor).is_eventful |= u32::from(from != Run::Cpu as u32);
                 let part = (&raw mut (*reactor).parts_ns).cast::<u64>().add(part);
                 *part += elapsed;
             }
@@ -588,7 +606,7 @@ unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
                 (*reactor).block = 0;
             }
         } else if from == Run::Woken as u32 && to as u32 == Run::Cpu as u32 {
-            record(&raw mut (*reactor).wakeup, elapsed);
+            record_alone(&raw mut (*reactor).wakeup, elapsed);
         }
         (*reactor).run = to as u32;
         (*reactor).run_since_ns = now;

@@ -33,7 +33,7 @@ use crate::{
     profiles::Profile,
     read::{
         capacity::Capacity,
-        maps::{self, Maps, entries, insert_new},
+        maps::{self, Maps, entries},
     },
     stacks::watch::Watcher,
     target::{
@@ -151,7 +151,7 @@ impl Observation {
         let mut maps = Maps::take(&mut ebpf, selection.capacity)?;
         let wanted: BTreeSet<u32> = &selection.pids | &selection.choice.present();
         for &pid in &wanted {
-            insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
+            maps.targets.insert_new(pid, RawTarget::default()).context("cannot add a target")?;
         }
         let mut missing = probes::attach(&mut ebpf, When::Always, &selection.calls)?;
         if !reactor::find_registers(&mut ebpf, &maps.registers)? {
@@ -286,11 +286,11 @@ impl Observation {
                 self.follower.exited(&mut self.maps, pid, ENDED);
                 changed = true;
                 // It may be gone already if the process was found dead on arrival.
-                let _gone = self.maps.targets.remove(&pid);
+                let _gone = self.maps.targets.remove(pid);
                 if !self.choice.is_none() && process::is_there(pid) {
                     // Another has its id by now, and is observed under it: whether it is wanted is to be decided.
                     let next = RawTarget { is_candidate: 1, ..RawTarget::default() };
-                    let _full = self.maps.targets.insert(pid, next, 0);
+                    let _has_room = self.maps.targets.insert_new(pid, next);
                 }
                 continue;
             }

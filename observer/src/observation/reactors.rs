@@ -49,8 +49,9 @@ impl Observation {
                     Call::Wait { kind, set } => {
                         let place = self.maps.claim_place(tid, pid)?;
                         let entry = reactor::waiting(pid, place, clock::monotonic_ns(), kind, set);
-                        let has_room = insert_new(&mut self.maps.reactors, tid, entry)?;
-                        if !has_room {
+                        let has_room = self.maps.reactors.insert_new(tid, entry)?;
+                        // The programs may have made one meanwhile, with a place of its own.
+                        if self.maps.reactors.get(&tid, 0).map_or(true, |there| there.place != place) {
                             self.maps.free_place(place)?;
                         }
                         has_room
@@ -169,7 +170,7 @@ impl Observation {
 
     /// Removes an entry of the map, unless the programs have already because its id is another thread's.
     fn let_go(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
-        if self.maps.reactors.remove(&tid).is_ok() {
+        if self.maps.reactors.remove(tid) {
             self.maps.free_place(raw.place)?;
         }
         Ok(())

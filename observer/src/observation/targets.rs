@@ -28,14 +28,14 @@ impl Observation {
         targets.remove(&std::process::id());
         for &pid in &targets {
             let is_known = self.maps.targets.get(&pid, 0).is_ok_and(|target| target.is_candidate == 0);
-            if !is_known && self.maps.targets.insert(pid, RawTarget::default(), 0).is_err() {
+            if !is_known && !self.maps.targets.set(pid, RawTarget::default())? {
                 self.note_missing("some processes".into(), "there are too many".into());
                 continue;
             }
             // A process that exited before the programs could see it would stay for ever.
             if !process::is_there(pid) {
                 let gone = RawTarget { exited: 1, ..RawTarget::default() };
-                self.maps.targets.insert(pid, gone, 0)?;
+                self.maps.targets.set(pid, gone)?;
             }
         }
         Ok(())
@@ -129,7 +129,7 @@ impl Observation {
             if !process::is_there(*pid) {
                 let _no_stranger = self.maps.strangers.remove(pid);
             }
-            let _gone = self.maps.targets.remove(pid);
+            let _gone = self.maps.targets.remove(*pid);
         }
         self.threads.retain(|_, thread| !pids.contains(&thread.pid));
         self.forget_listeners(pids)

@@ -24,7 +24,11 @@ use observer_common::{
     reactor::{Reactor, Stall},
 };
 
-use super::{board::Board, capacity::Capacity};
+use super::{
+    board::Board,
+    capacity::Capacity,
+    counted::{Counted, Counts},
+};
 
 /// What an insertion does if the key is there: leaves the programs' own entry alone.
 const NO_EXIST: u64 = 1;
@@ -35,11 +39,11 @@ const READS: usize = 8;
 /// All maps of the programs.
 pub(crate) struct Maps {
     /// By process id.
-    pub(crate) targets: HashMap<MapData, u32, Target>,
+    pub(crate) targets: Counted<Target>,
     /// Processes that were turned down, by id.
     pub(crate) strangers: HashMap<MapData, u32, u8>,
     /// By thread id.
-    pub(crate) reactors: HashMap<MapData, u32, Reactor>,
+    pub(crate) reactors: Counted<Reactor>,
     /// By inode number.
     pub(crate) listeners: HashMap<MapData, u64, Listener>,
     /// Ports whose new connections get a time stamp, with the key of the listener, or 0 if there are several.
@@ -82,6 +86,7 @@ pub(crate) struct Maps {
     links: RingBuf<MapData>,
     kinds: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
+    _counts: Counts,
 }
 
 impl Maps {
@@ -91,10 +96,11 @@ impl Maps {
         for place in (1..capacity.places()).rev() {
             free_places.push(place, 0)?;
         }
+        let counts = Counts::of(take(ebpf, "PRESENCE")?)?;
         Ok(Self {
-            targets: HashMap::try_from(take(ebpf, "TARGETS")?)?,
+            targets: counts.processes(HashMap::try_from(take(ebpf, "TARGETS")?)?),
             strangers: HashMap::try_from(take(ebpf, "STRANGERS")?)?,
-            reactors: HashMap::try_from(take(ebpf, "REACTORS")?)?,
+            reactors: counts.threads(HashMap::try_from(take(ebpf, "REACTORS")?)?),
             listeners: HashMap::try_from(take(ebpf, "LISTENERS")?)?,
             ports: HashMap::try_from(take(ebpf, "PORTS")?)?,
             unix_names: HashMap::try_from(take(ebpf, "UNIX_NAMES")?)?,
@@ -119,6 +125,7 @@ impl Maps {
             links: RingBuf::try_from(take(ebpf, "LINKS")?)?,
             kinds: RingBuf::try_from(take(ebpf, "KINDS")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
+            _counts: counts,
         })
     }
 
@@ -190,22 +197,41 @@ fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
 }
 
-/// Adds an entry unless the programs have made one meanwhile. Tells whether there is an entry now: a full map has
-/// room for no more.
+/// What became of an entry that was to be added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Added {
+    /// It is there now.
+    Now,
+    /// There was one, which was left alone.
+    ThereAlready,
+    /// The map is full.
+    NoRoom,
+}
+
+/// Adds an entry unless the programs have made one meanwhile.
+pub(super) fn add<K: aya::Pod, V: aya::Pod>(
+    map: &mut HashMap<MapData, K, V>,
+    key: K,
+    value: V,
+) -> Result<Added, MapError> {
+    match map.insert(key, value, NO_EXIST) {
+        Ok(()) => Ok(Added::Now),
+        Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(Added::ThereAlready),
+            Some(libc::E2BIG) => Ok(Added::NoRoom),
+            _ => Err(error.into()),
+        },
+        Err(other) => Err(other),
+    }
+}
+
+/// The same. Tells whether there is an entry now: a full map has room for no more.
 pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
     map: &mut HashMap<MapData, K, V>,
     key: K,
     value: V,
 ) -> Result<bool, MapError> {
-    match map.insert(key, value, NO_EXIST) {
-        Ok(()) => Ok(true),
-        Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
-            Some(libc::EEXIST) => Ok(true),
-            Some(libc::E2BIG) => Ok(false),
-            _ => Err(error.into()),
-        },
-        Err(other) => Err(other),
-    }
+    Ok(add(map, key, value)? != Added::NoRoom)
 }
 
 /// All reactors, each as it was between two events: one that was read while a slice ended would have that twice. One

@@ -2,4 +2,5 @@
 
 pub(crate) mod board;
 pub(crate) mod capacity;
+mod counted;
 pub(crate) mod maps;

@@ -1,6 +1,6 @@
 //! The command line: what can be asked for, and its help, which serves as the manual. Parsing only.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -100,8 +100,8 @@ pub(crate) struct Observe {
     ///
     /// Queues and loops are seen at once; this is for collections and deferred work. A process that is given by its id
     /// does not wait.
-    #[arg(long, value_name = "PROCESSES", value_parser = clap::value_parser!(u32).range(1..), default_value = "10")]
-    pub(crate) attach_per_second: u32,
+    #[arg(long, value_name = "PROCESSES", default_value = "10")]
+    pub(crate) attach_per_second: NonZero<u32>,
     /// As long as this file exists, keep everything of observer's out of the kernel
     ///
     /// What was observed until it appeared is forgotten; when it is gone, a new observation begins.
@@ -167,7 +167,7 @@ pub(crate) struct Which {
     #[arg(long = "exe", value_name = "GLOB")]
     pub(crate) executables: Vec<Pattern>,
     /// Every process that listens on this TCP port, in whatever network namespace
-    #[arg(long = "port", value_name = "PORT")]
+    #[arg(long = "port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) ports: Vec<u16>,
     /// Every process in this cgroup or in one below it
     #[arg(long = "cgroup", value_name = "PATH")]
@@ -192,7 +192,7 @@ pub(crate) struct Not {
     #[arg(long = "exclude-exe", value_name = "GLOB")]
     pub(crate) not_executables: Vec<Pattern>,
     /// Leave out processes that listen on this TCP port
-    #[arg(long = "exclude-port", value_name = "PORT")]
+    #[arg(long = "exclude-port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) not_ports: Vec<u16>,
     /// Leave out processes in this cgroup or in one below it
     #[arg(long = "exclude-cgroup", value_name = "PATH")]
@@ -314,8 +314,10 @@ mod tests {
         let which = Cli::try_parse_from(arguments).unwrap().observe.which;
         assert_eq!((which.names.as_slice(), which.ports.as_slice()), (&["nginx".to_owned()][..], &[80][..]));
         assert!(Cli::try_parse_from(["observer", "--all"]).unwrap().observe.which.all);
-        for wrong in [["--exe", "[a"], ["--port", "http"]] {
-            assert!(Cli::try_parse_from(["observer"].into_iter().chain(wrong)).is_err());
+        let none = ["--attach-per-second", "0"];
+        for wrong in [["--exe", "[a"], ["--port", "http"], ["--port", "0"], ["--exclude-port", "0"], none] {
+            let arguments = ["observer", "--all"].into_iter().chain(wrong);
+            assert!(Cli::try_parse_from(arguments).is_err(), "{wrong:?}");
         }
     }
 

@@ -98,7 +98,8 @@ fn settings_take_a_restart() {
     let observer = config.observe();
     config.write(&format!("stall_threshold = \"5ms\"\n{}", of_ports(&[server.port])));
     observer.signal(Signal::SIGHUP);
-    wait_for("the message", || observer.message().contains("which takes a restart").then_some(()));
+    let told = "changed, which takes a restart: stall_threshold";
+    wait_for("the message", || observer.message().contains(told).then_some(()));
     assert!(is_target(&observer.finish(), server.pid()));
 }
 

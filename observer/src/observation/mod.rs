@@ -8,6 +8,7 @@ mod turns;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    num::NonZero,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -63,7 +64,7 @@ pub(crate) struct Selection {
     /// Whom else, and whom not.
     pub(crate) choice: Choice,
     /// Of those who are chosen, the runtimes of so many are attached to in a second.
-    pub(crate) attach_per_second: u32,
+    pub(crate) attach_per_second: NonZero<u32>,
     /// Whether their children are observed as well, those of the past and of the future.
     pub(crate) follow: bool,
     /// Calls that count as waits for events.

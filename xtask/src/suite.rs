@@ -17,7 +17,7 @@ use crate::report::{Report, Work};
 use crate::shell::{limited, show};
 use crate::tally::Tally;
 use crate::workspace::{Executable, build, cargo, plain_cargo};
-use crate::{documents, guest, manifests, observer, packages, toolchain, vm};
+use crate::{dependencies, documents, guest, manifests, observer, packages, toolchain, vm};
 
 /// Those whose tests depend on the kernel.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
@@ -80,6 +80,7 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
         let ebpf = ["--package", "observer-ebpf", "--config", abort, "--", "-D", "warnings"];
         check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)
     });
+    report.stage("dependencies", dependencies::check);
     report.stage("dashboards", |_| documents::check());
     report.stage("manifests", |_| manifests::check());
     let (observer, tests, programs) = report.stage("build", |_| {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Result;
-use clap::CommandFactory as _;
+use clap::{Command, CommandFactory as _};
 use clap_complete::{Shell, generate};
 
 use crate::{
@@ -87,8 +87,13 @@ pub(crate) fn metrics() -> Result<ExitCode> {
 
 /// Writes a script that has a shell complete what is typed.
 pub(crate) fn completions(shell: Shell) -> Result<ExitCode> {
+    let all = Cli::command();
+    // What help hides is nobody's to complete.
+    let shown = all.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()).cloned();
+    let mut command =
+        Command::new("observer").version("").args(all.get_arguments().cloned()).subcommands(shown);
     let mut script = Vec::new();
-    generate(shell, &mut Cli::command(), "observer", &mut script);
+    generate(shell, &mut command, "observer", &mut script);
     stdout().lock().write_all(&script)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -118,14 +118,14 @@ fn bash_completes_options_and_commands() {
     let script = printed(&["completions", "bash"])
         + r#"
             word=$(complete -p observer); word=${word##*-F }; function=${word%% *}
-            for typed in --st prof; do
+            for typed in --st prof met; do
                 COMP_WORDS=(observer $typed) COMP_CWORD=1
                 $function observer $typed observer
                 echo "${COMPREPLY[*]}"
             done
         "#;
     if let Some(output) = run_on("bash_completes_options_and_commands", "bash", &["-c", &script]) {
-        assert_eq!(String::from_utf8_lossy(&output.stdout), "--stall-threshold\nprofiles\n", "{output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "--stall-threshold\nprofiles\n\n", "{output:?}");
         assert!(output.stderr.is_empty(), "{output:?}");
     }
 }

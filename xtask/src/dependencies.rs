@@ -14,6 +14,9 @@ use crate::workspace::{host, plain_cargo, root};
 /// Finds fault with what should not be there.
 pub(crate) fn check(tally: &mut Tally) -> Result<()> {
     check_oldest_rust(tally)?;
+    // The fuzzer is no member of the workspace and has a lock file of its own, which must know observer's dependencies.
+    let fuzzer = "metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml";
+    quietly("reading fuzz/Cargo.lock", &plain_cargo(fuzzer.split(' ')))?;
     let path = format!("{}:{}", toolchain::deny()?, std::env::var("PATH")?);
     let deny = plain_cargo("deny --locked check bans licenses sources".split(' '));
     quietly("cargo deny", &deny.env("PATH", path))

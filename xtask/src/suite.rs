@@ -78,7 +78,9 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
         // By itself, or it would share features with the others that need std; and without std no unwinding.
         let abort = "profile.release.panic='abort'";
         let ebpf = ["--package", "observer-ebpf", "--config", abort, "--", "-D", "warnings"];
-        check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)
+        check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)?;
+        let rest = ["--workspace", "--exclude", "observer-ebpf", "--no-deps", "--document-private-items"];
+        check("cargo doc", &cargo("doc", &rest)?.env("RUSTDOCFLAGS", "-D warnings"))
     });
     report.stage("dependencies", dependencies::check);
     report.stage("dashboards", |_| documents::check());

@@ -28,6 +28,9 @@ fn main() -> Result<()> {
         path.push(env::var_os("PATH").unwrap_or_default());
         set_env("PATH", path);
     }
+    // Where the sources are would come out in the object, which the program has in it. Its cargo is one with unstable features.
+    set_env("CARGO_UNSTABLE_TRIM_PATHS", "true".into());
+    set_env("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all".into());
     // Whatever the inner cargo says would come out as a warning.
     set_env("CARGO_TERM_QUIET", "true".into());
     let programs = root.join("observer-ebpf");

@@ -1,8 +1,9 @@
 //! The command line: what can be asked for, and its help, which serves as the manual. Parsing only.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use glob::Pattern;
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
 connections wait to be accepted and for how long, and how long each event loop runs between two waits and why: on a CPU, \
 waiting for one, or blocked.",
     after_help = "Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.",
-    after_long_help = EXAMPLES,
+    after_long_help = MORE,
     subcommand_negates_reqs = true,
     args_conflicts_with_subcommands = true
 )]
@@ -30,7 +31,8 @@ pub(crate) struct Cli {
     pub(crate) command: Option<Command>,
 }
 
-const EXAMPLES: &str = "\
+/// Blocks that begin with a title. `manual.rs` makes sections of them, and of lines with two columns a list.
+const MORE: &str = "\
 Examples:
   sudo observer --pid $(pidof -s nginx)                    watch on a terminal until q; then print a report
   sudo observer --pid 4242 --duration 30s --format text    look for 30 seconds, then print a report; figures meanwhile
@@ -51,8 +53,8 @@ Words:
   depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait,
             oldest how long the first of them has waited
 
-The live view needs a terminal that can place text (TERM=dumb cannot) and at least 50 x 12 characters; ? in it tells
-its keys. NO_COLOR turns its colours off. Messages wait until the terminal is given back; the latest is shown.
+Live view: it needs a terminal that can place text (TERM=dumb cannot) and at least 50 x 12 characters; ? in it tells its
+keys. NO_COLOR turns its colours off. Messages wait until the terminal is given back; the latest is shown.
 
 Pushing: these variables are respected, those of OTEL_EXPORTER_OTLP_ also as OTEL_EXPORTER_OTLP_METRICS_…, which comes first:
 OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS, _TIMEOUT, _COMPRESSION (gzip), _CERTIFICATE, _CLIENT_CERTIFICATE,
@@ -75,6 +77,10 @@ pub(crate) enum Command {
     Metrics,
     /// Observe a small server with known misbehaviour, made for this
     Demo(Demo),
+    /// Write a script that has a shell complete what is typed
+    Completions(Completions),
+    /// Write the manual page: what --help says, for man
+    Man,
     /// The server that `demo` observes
     #[command(hide = true)]
     DemoServer,
@@ -94,8 +100,8 @@ pub(crate) struct Observe {
     ///
     /// Queues and loops are seen at once; this is for collections and deferred work. A process that is given by its id
     /// does not wait.
-    #[arg(long, value_name = "PROCESSES", value_parser = clap::value_parser!(u32).range(1..), default_value = "10")]
-    pub(crate) attach_per_second: u32,
+    #[arg(long, value_name = "PROCESSES", default_value = "10")]
+    pub(crate) attach_per_second: NonZero<u32>,
     /// As long as this file exists, keep everything of observer's out of the kernel
     ///
     /// What was observed until it appeared is forgotten; when it is gone, a new observation begins.
@@ -109,10 +115,10 @@ pub(crate) struct Observe {
     /// loop waits on; otherwise (into a nested epoll set) it is part of the work.
     #[arg(long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = Calls::DEFAULT)]
     pub(crate) reactor_calls: Vec<Calls>,
-    /// From which length on a slice is a stall, told with its cause and culprit
+    /// From which length on a slice is a stall, told with its cause and culprit; at least 1ms
     #[arg(long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
     pub(crate) stall_threshold: Duration,
-    /// Room for so many event loops and listeners, four times as many processes, and the rest in proportion
+    /// Room for so many event loops and listeners, four times as many processes, and the rest in proportion; from 16 to 65536
     ///
     /// What this takes of the kernel's memory (about 48 MiB for 1024) is told at the start, taken at once and never grows.
     /// What finds no room is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
@@ -161,7 +167,7 @@ pub(crate) struct Which {
     #[arg(long = "exe", value_name = "GLOB")]
     pub(crate) executables: Vec<Pattern>,
     /// Every process that listens on this TCP port, in whatever network namespace
-    #[arg(long = "port", value_name = "PORT")]
+    #[arg(long = "port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) ports: Vec<u16>,
     /// Every process in this cgroup or in one below it
     #[arg(long = "cgroup", value_name = "PATH")]
@@ -186,7 +192,7 @@ pub(crate) struct Not {
     #[arg(long = "exclude-exe", value_name = "GLOB")]
     pub(crate) not_executables: Vec<Pattern>,
     /// Leave out processes that listen on this TCP port
-    #[arg(long = "exclude-port", value_name = "PORT")]
+    #[arg(long = "exclude-port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) not_ports: Vec<u16>,
     /// Leave out processes in this cgroup or in one below it
     #[arg(long = "exclude-cgroup", value_name = "PATH")]
@@ -217,10 +223,18 @@ pub(crate) struct Demo {
     pub(crate) output: Output,
 }
 
+/// Completion in a shell.
+#[derive(Args, Debug)]
+pub(crate) struct Completions {
+    /// bash, elvish, fish, powershell or zsh
+    #[arg(value_enum, hide_possible_values = true)]
+    pub(crate) shell: Shell,
+}
+
 /// How long to look, and where figures go.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Output {
-    /// Print the report and stop after this time, such as 30s or 5m; without it, at Ctrl-C or when all targets are gone
+    /// Print the report and stop after this time, such as 500ms, 30s or 5m; without it, at Ctrl-C or when all targets are gone
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) duration: Option<Duration>,
     /// What to show; without it, the live view on a terminal and text elsewhere
@@ -300,8 +314,10 @@ mod tests {
         let which = Cli::try_parse_from(arguments).unwrap().observe.which;
         assert_eq!((which.names.as_slice(), which.ports.as_slice()), (&["nginx".to_owned()][..], &[80][..]));
         assert!(Cli::try_parse_from(["observer", "--all"]).unwrap().observe.which.all);
-        for wrong in [["--exe", "[a"], ["--port", "http"]] {
-            assert!(Cli::try_parse_from(["observer"].into_iter().chain(wrong)).is_err());
+        let none = ["--attach-per-second", "0"];
+        for wrong in [["--exe", "[a"], ["--port", "http"], ["--port", "0"], ["--exclude-port", "0"], none] {
+            let arguments = ["observer", "--all"].into_iter().chain(wrong);
+            assert!(Cli::try_parse_from(arguments).is_err(), "{wrong:?}");
         }
     }
 

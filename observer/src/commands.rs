@@ -1,4 +1,4 @@
-//! The small commands: `check`, `probes`, `profiles` and `metrics`.
+//! The small commands: those that print what observer knows of the machine and of itself.
 
 use std::{
     io::{Write as _, stdout},
@@ -6,10 +6,14 @@ use std::{
 };
 
 use anyhow::Result;
+use clap::{Command, CommandFactory as _};
+use clap_complete::{Shell, generate};
 
 use crate::{
+    cli::Cli,
     export::reference,
     kernel::preflight,
+    manual,
     probes::{Events, PROBES},
     profiles::PROFILES,
     target::outlook,
@@ -78,5 +82,24 @@ pub(crate) fn profiles() -> Result<ExitCode> {
 /// Writes the reference page of all metrics.
 pub(crate) fn metrics() -> Result<ExitCode> {
     reference::write(&mut stdout().lock())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a script that has a shell complete what is typed.
+pub(crate) fn completions(shell: Shell) -> Result<ExitCode> {
+    let all = Cli::command();
+    // What help hides is nobody's to complete.
+    let shown = all.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()).cloned();
+    let mut command =
+        Command::new("observer").version("").args(all.get_arguments().cloned()).subcommands(shown);
+    let mut script = Vec::new();
+    generate(shell, &mut command, "observer", &mut script);
+    stdout().lock().write_all(&script)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the manual page.
+pub(crate) fn manual() -> Result<ExitCode> {
+    manual::write(&mut stdout().lock())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
 //! The file of `--config`: whom to observe and whom not to, and the settings of a service. What the command line says comes
 //! before it. Errors have line and column.
 
-use std::{fs, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{fs, net::SocketAddr, num::NonZero, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ValueEnum;
 use glob::Pattern;
@@ -9,9 +9,11 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::{
     cli::{self, Observe, Protocol},
+    export::otlp::settings::uri,
     failure::Failure,
     model::histogram::Resolution,
     probes::reactor::Calls,
+    profiles,
     read::capacity::Capacity,
     target::criteria::Criteria,
 };
@@ -31,16 +33,18 @@ pub(crate) struct Config {
     stall_threshold: Option<Duration>,
     #[serde(deserialize_with = "number")]
     capacity: Option<Capacity>,
+    #[serde(deserialize_with = "known_profiles")]
     profiles: Option<Vec<String>>,
     #[serde(deserialize_with = "parsed")]
     listen: Option<SocketAddr>,
     #[serde(deserialize_with = "number")]
     resolution: Option<Resolution>,
+    #[serde(deserialize_with = "endpoint")]
     otlp_endpoint: Option<String>,
     #[serde(deserialize_with = "value")]
     otlp_protocol: Option<Protocol>,
     kill_switch: Option<PathBuf>,
-    attach_per_second: Option<u32>,
+    attach_per_second: Option<NonZero<u32>>,
 }
 
 /// How processes are told from others.
@@ -51,7 +55,7 @@ pub(crate) struct Selectors {
     comm: Vec<String>,
     #[serde(deserialize_with = "patterns")]
     exe: Vec<Pattern>,
-    port: Vec<u16>,
+    port: Vec<NonZero<u16>>,
     cgroup: Vec<String>,
 }
 
@@ -61,7 +65,7 @@ impl Selectors {
         criteria.all |= self.all;
         criteria.names.extend_from_slice(&self.comm);
         criteria.executables.extend_from_slice(&self.exe);
-        criteria.ports.extend_from_slice(&self.port);
+        criteria.ports.extend(self.port.iter().copied().map(NonZero::get));
         criteria.cgroups.extend_from_slice(&self.cgroup);
         criteria
     }
@@ -88,6 +92,21 @@ fn values<'de, D: Deserializer<'de>, T: ValueEnum>(from: D) -> Result<Option<Vec
 
 fn stall_threshold<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
     cli::stall_threshold(&String::deserialize(from)?).map(Some).map_err(D::Error::custom)
+}
+
+/// Names must be known; what is in a file, whoever reads it finds out.
+fn known_profiles<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<String>>, D::Error> {
+    let names = Vec::<String>::deserialize(from)?;
+    for name in names.iter().filter(|name| !profiles::is_file(name)) {
+        profiles::chosen(std::slice::from_ref(name)).map_err(|failure| D::Error::custom(failure.what))?;
+    }
+    Ok(Some(names))
+}
+
+fn endpoint<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    let url = String::deserialize(from)?;
+    uri(&url, "otlp_endpoint").map_err(|failure| D::Error::custom(failure.what))?;
+    Ok(Some(url))
 }
 
 fn patterns<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Pattern>, D::Error> {
@@ -140,10 +159,37 @@ impl Config {
         take(&kill_switch, is_given("kill_switch"), &mut observe.kill_switch);
     }
 
-    /// Whether everything but the selection is the same, which alone can change while observer runs.
-    pub(crate) fn has_settings_of(&self, other: &Self) -> bool {
-        let (include, exclude) = (other.include.clone(), other.exclude.clone());
-        Self { include, exclude, ..self.clone() } == *other
+    /// Names of the settings that differ. They are taken at the start: the selection alone can change while observer runs.
+    pub(crate) fn settings_changed_from(&self, other: &Self) -> Vec<&'static str> {
+        let Self {
+            include: _,
+            exclude: _,
+            follow,
+            reactor_calls,
+            stall_threshold,
+            capacity,
+            profiles,
+            listen,
+            resolution,
+            otlp_endpoint,
+            otlp_protocol,
+            kill_switch,
+            attach_per_second,
+        } = self;
+        let settings = [
+            ("follow", *follow == other.follow),
+            ("reactor_calls", *reactor_calls == other.reactor_calls),
+            ("stall_threshold", *stall_threshold == other.stall_threshold),
+            ("capacity", *capacity == other.capacity),
+            ("profiles", *profiles == other.profiles),
+            ("listen", *listen == other.listen),
+            ("resolution", *resolution == other.resolution),
+            ("otlp_endpoint", *otlp_endpoint == other.otlp_endpoint),
+            ("otlp_protocol", *otlp_protocol == other.otlp_protocol),
+            ("kill_switch", *kill_switch == other.kill_switch),
+            ("attach_per_second", *attach_per_second == other.attach_per_second),
+        ];
+        settings.into_iter().filter(|(_, is_same)| !is_same).map(|(name, _)| name).collect()
     }
 }
 
@@ -180,7 +226,7 @@ mod tests {
         ];
         assert_eq!(told(&table), all);
         assert_eq!(told(table["include"].as_table().unwrap()), ["all", "cgroup", "comm", "exe", "port"]);
-        assert_eq!(config.include.port, [8080]);
+        assert_eq!(config.include.port, [NonZero::new(8080).unwrap()]);
         assert_eq!(config.stall_threshold, Some(Duration::from_millis(50)));
         assert_eq!(parse("").unwrap(), Config::default());
     }
@@ -190,6 +236,10 @@ mod tests {
         for (text, why) in [
             ("[include]\ncom = [\"nginx\"]\n", "2:1: unknown field `com`"),
             ("[include]\nport = [80, 70000]\n", "2:13: "),
+            ("[exclude]\nport = [80, 0]\n", "2:13: invalid value: integer `0`, expected a nonzero u16"),
+            ("attach_per_second = 0\n", "1:21: invalid value: integer `0`, expected a nonzero u32"),
+            ("follow = true\nprofiles = [\"auto\", \"perl\"]\n", "2:12: there is no profile perl"),
+            ("otlp_endpoint = \"localhost:4318\"\n", "1:17: \"localhost:4318\" is no address of a collector"),
             ("follow = maybe\n", "1:10: "),
             ("\nstall_threshold = \"10us\"\n", "2:19: at least 1ms"),
             ("[exclude]\nexe = [\"[a\"]\n", "2:7: [a: "),
@@ -205,10 +255,19 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_selection_is_no_change_of_settings() {
+    fn settings_that_have_changed_are_named() {
         let config = |text: &str| parse(text).unwrap();
         let before = config("follow = true\n[include]\nall = true\n");
-        assert!(config("follow = true\n[exclude]\ncomm = [\"sshd\"]\n").has_settings_of(&before));
-        assert!(!config("follow = false\n[include]\nall = true\n").has_settings_of(&before));
+        let changed = |text: &str| config(text).settings_changed_from(&before);
+        assert_eq!(changed("follow = true\n[exclude]\ncomm = [\"sshd\"]\n"), [""; 0]);
+        assert_eq!(changed("follow = false\n[include]\nall = true\n"), ["follow"]);
+        // Whatever it is: none of those of the example is what it was.
+        let all: toml::Table = example().parse().unwrap();
+        let mut names = changed(&example().replace("follow = true", "follow = false"));
+        names.sort_unstable();
+        assert_eq!(
+            names,
+            all.keys().filter(|name| *name != "include" && *name != "exclude").collect::<Vec<_>>()
+        );
     }
 }

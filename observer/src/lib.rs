@@ -13,6 +13,7 @@ mod finding;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 mod kernel;
+mod manual;
 mod model;
 mod observation;
 mod probes;
@@ -62,6 +63,8 @@ fn dispatch(cli: Cli, is_given: impl Fn(&str) -> bool) -> Result<ExitCode> {
         Some(Command::Probes) => commands::probes(),
         Some(Command::Profiles) => commands::profiles(),
         Some(Command::Metrics) => commands::metrics(),
+        Some(Command::Completions(asked)) => commands::completions(asked.shell),
+        Some(Command::Man) => commands::manual(),
         Some(Command::Demo(demo)) => demo::run(demo.output),
         Some(Command::DemoServer) => demo::server::run(),
     }

@@ -104,8 +104,9 @@ impl Reload {
     fn again(&self) -> Option<Choice> {
         match Config::of(&self.observe) {
             Ok(config) => {
-                if !config.has_settings_of(&self.config) {
-                    log::warn!("settings other than the selection have changed, which takes a restart");
+                let changed = config.settings_changed_from(&self.config);
+                if !changed.is_empty() {
+                    log::warn!("changed, which takes a restart: {}", changed.join(", "));
                 }
                 Some(choice(&self.observe, &config))
             }

@@ -5,10 +5,9 @@
 use std::{
     collections::{BTreeMap, HashSet},
     fs,
-    io::{BufRead as _, BufReader, Write as _},
     os::unix::process::CommandExt as _,
     path::Path,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -27,11 +26,12 @@ use nix::{
 use serde_json::Value;
 
 use crate::support::{
-    LIMIT, Process,
+    LIMIT,
     acceptor::Acceptor,
     example, exit_within, http, is_emulated,
     observer::Observer,
     servers::{Server, free_port},
+    told::Told,
     wait_for,
 };
 
@@ -200,9 +200,7 @@ fn churn(crowd: usize, folder: &Path, stop: &AtomicBool, tally: &Tally) {
 
 /// A process of many event loops, each of which does as many slices as it is told.
 struct Loops {
-    process: Process,
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    program: Told,
 }
 
 impl Loops {
@@ -229,27 +227,14 @@ for line in sys.stdin:
     print(flush=True)
 "
         );
-        let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", &script])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (commands, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let mut loops = Self { process: Process(child), commands, answers: BufReader::new(stdout) };
-        loops.answered();
-        loops
-    }
-
-    fn answered(&mut self) {
-        let read = self.answers.read_line(&mut String::new()).unwrap();
-        assert!(read > 0, "its loops do not turn");
+        let mut program = Told::python(&script);
+        program.said();
+        Self { program }
     }
 
     /// One slice in each.
     fn turn(&mut self) {
-        self.commands.write_all(b"\n").unwrap();
-        self.answered();
+        self.program.tell("");
     }
 }
 
@@ -336,7 +321,7 @@ fn who_comes_and_goes_leaves_nothing_behind() {
     let mut loops = Loops::new(scale.loops);
     let scrape = || http::get(observer.port(), "/metrics");
     wait_for("those that stay to be noticed", || {
-        scrape().contains(&format!("pid=\"{}\"", loops.process.pid())).then_some(())
+        scrape().contains(&format!("pid=\"{}\"", loops.program.pid())).then_some(())
     });
     thread::sleep(Duration::from_secs(6));
     let (before, cpu_before) = (Held::by(&observer), cpu(&observer));
@@ -426,7 +411,7 @@ fn who_comes_and_goes_leaves_nothing_behind() {
         assert_eq!(listeners.len(), 1, "{address}");
         assert_eq!(listeners[0]["accepts"], rounds * 5, "{address}");
     }
-    let reactors = report.target(loops.process.pid())["reactors"].as_array().unwrap();
+    let reactors = report.target(loops.program.pid())["reactors"].as_array().unwrap();
     let exact = reactors.iter().filter(|reactor| reactor["slices"] == rounds).count();
     assert_eq!(exact as u64, scale.loops, "of {} loops, each with {rounds} slices", reactors.len());
     eprintln!(

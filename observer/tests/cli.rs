@@ -96,6 +96,53 @@ fn wrong_usage() {
     }
 }
 
+/// What observer prints about itself.
+fn printed(arguments: &[&str]) -> String {
+    let output = observer(arguments);
+    assert!(output.status.success() && output.stderr.is_empty(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs a program of the machine, unless it has none of that name.
+fn run_on(test: &str, program: &str, arguments: &[&str]) -> Option<Output> {
+    let output = Command::new(program).args(arguments).output();
+    if output.is_err() {
+        eprintln!("skipped: cli::{test}: no {program} here");
+    }
+    output.ok()
+}
+
+#[test]
+fn bash_completes_options_and_commands() {
+    // Asks the function that the script has registered, as bash does when somebody presses Tab.
+    let script = printed(&["completions", "bash"])
+        + r#"
+            word=$(complete -p observer); word=${word##*-F }; function=${word%% *}
+            for typed in --st prof met; do
+                COMP_WORDS=(observer $typed) COMP_CWORD=1
+                $function observer $typed observer
+                echo "${COMPREPLY[*]}"
+            done
+        "#;
+    if let Some(output) = run_on("bash_completes_options_and_commands", "bash", &["-c", &script]) {
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "--stall-threshold\nprofiles\n\n", "{output:?}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+    }
+}
+
+#[test]
+fn man_finds_no_fault_with_the_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("observer.8");
+    std::fs::write(&page, printed(&["man"])).unwrap();
+    let arguments = ["--warnings", "--encoding=UTF-8", "--local-file", page.to_str().unwrap()];
+    if let Some(output) = run_on("man_finds_no_fault_with_the_page", "man", &arguments) {
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        assert!(text.contains("--stall-threshold <TIME> [default: 50ms]"), "{text}");
+    }
+}
+
 #[test]
 fn check_says_yes_here() {
     let output = observer(&["check"]);

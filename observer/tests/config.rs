@@ -1,15 +1,23 @@
 //! A configuration file: it chooses as the command line does, is read again on SIGHUP, and breaks nothing if it is broken.
 //! And the kill switch, which takes everything out of the kernel.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    io::Read as _,
+    net::{TcpListener, TcpStream},
+    path::PathBuf,
+    process::Command,
+};
 
-use nix::sys::signal::Signal;
+use nix::{libc::SYS_accept4, sys::signal::Signal};
 use tempfile::TempDir;
 
 use crate::support::{
-    http,
+    LIMIT, Process, http,
     observer::{BINARY, Observer, Report},
-    servers::Server,
+    send,
+    servers::{Server, free_port},
+    told::Told,
     wait_for,
 };
 
@@ -92,13 +100,95 @@ fn a_file_chooses_and_is_read_again() {
 }
 
 #[test]
+fn an_accept_that_goes_on_when_its_server_is_chosen_is_counted() {
+    let first = Server::redis();
+    let port = free_port();
+    let program = format!(
+        "import socket\nserver = socket.create_server(('127.0.0.1', {port}))\nwhile True: server.accept()[0].close()"
+    );
+    let server = Process(Command::new("/usr/bin/python3").args(["-c", &program]).spawn().unwrap());
+    wait_for("it to listen", || TcpStream::connect(("127.0.0.1", port)).ok());
+    let call = format!("/proc/{}/syscall", server.pid());
+    let accepts = || fs::read_to_string(&call).unwrap().starts_with(&format!("{SYS_accept4} ")).then_some(());
+    wait_for("it to accept", accepts);
+    let config = Config::new(&of_ports(&[first.port]));
+    let observer = config.observe();
+    config.write(&of_ports(&[first.port, port]));
+    observer.signal(Signal::SIGHUP);
+    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
+    wait_for("it to accept", accepts);
+    http::connect(port);
+    let accepted = || {
+        let scrape = http::get(observer.port(), "/metrics");
+        let of_it = format!("pid=\"{}\"", server.pid());
+        let mut lines = scrape.lines().filter(|line| line.contains(&of_it) && line.ends_with(" 1"));
+        lines.any(|line| line.starts_with("observer_accept_queue_accepts_total{")).then_some(())
+    };
+    wait_for("the accept to be counted", accepted);
+    observer.finish().assert_complete();
+}
+
+/// A server, a child of its, and a grandchild that serves as well. The child ends when it is told to.
+const FAMILY: &str = "
+import os, socket, sys
+server = socket.create_server(('127.0.0.1', 0))
+parent = os.fork()
+if parent == 0:
+    port = server.getsockname()[1]
+    server.close()
+    if os.fork() == 0:
+        child = socket.create_server(('127.0.0.1', 0))
+        print(port, os.getppid(), os.getpid(), child.getsockname()[1], flush=True)
+        sys.exit(sys.stdin.read())
+    os.waitpid(-1, 0)
+os.waitpid(parent, 0)
+print('gone', flush=True)
+while True: server.accept()[0].close()
+";
+
+#[test]
+fn whoever_is_followed_stays_when_those_before_it_are_gone() {
+    let other = Server::redis();
+    let mut family = Told::python(FAMILY);
+    let said: Vec<u32> = family.said().split(' ').map(|word| word.parse().unwrap()).collect();
+    let [port, parent, child, port_of_child] = said[..] else { panic!("{said:?}") };
+    let port = u16::try_from(port).unwrap();
+    let config = Config::new(&of_ports(&[port, other.port]));
+    let observer = config.observe();
+    let sees = |pid: u32| http::get(observer.port(), "/metrics").contains(&format!("pid=\"{pid}\""));
+    wait_for("the family to be seen", || (sees(child) && sees(other.pid())).then_some(()));
+    send(parent, Signal::SIGKILL);
+    assert_eq!(family.said(), "gone");
+
+    // Somebody else is taken away; then the file is the same, and the one that was chosen is gone as well.
+    config.write(&of_ports(&[port]));
+    observer.signal(Signal::SIGHUP);
+    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
+    assert!(sees(child) && !sees(other.pid()));
+    family.process.0.kill().unwrap();
+    family.process.0.wait().unwrap();
+    observer.signal(Signal::SIGHUP);
+    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 2).then_some(()));
+    assert!(sees(child));
+
+    // Nobody of those that are chosen now is before it.
+    config.write(&of_ports(&[other.port]));
+    observer.signal(Signal::SIGHUP);
+    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 3).then_some(()));
+    assert!(!sees(child) && sees(other.pid()));
+    let report = observer.finish();
+    assert!(report.listeners(&format!("127.0.0.1:{port_of_child}")).is_empty());
+}
+
+#[test]
 fn settings_take_a_restart() {
     let server = Server::redis();
     let config = Config::new(&of_ports(&[server.port]));
     let observer = config.observe();
     config.write(&format!("stall_threshold = \"5ms\"\n{}", of_ports(&[server.port])));
     observer.signal(Signal::SIGHUP);
-    wait_for("the message", || observer.message().contains("which takes a restart").then_some(()));
+    let told = "changed, which takes a restart: stall_threshold";
+    wait_for("the message", || observer.message().contains(told).then_some(()));
     assert!(is_target(&observer.finish(), server.pid()));
 }
 
@@ -167,6 +257,9 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     let scrape = http::get(observer.port(), "/metrics");
     assert!(!scrape.contains(&format!("pid=\"{pid}\"")), "{scrape}");
     assert_eq!(http::get(observer.port(), "/healthz"), "ok\n");
+    // As a kubelet has it, who may not take it for a failure.
+    let answer = http::get(observer.port(), "/readyz");
+    assert_eq!(answer, "turned off, by the file of --kill-switch\n");
     fs::remove_file(&switch).unwrap();
     wait_for("the programs to be back", || (programs() == 1).then_some(()));
     wait_for("the endpoint to say so", || (!is_off()).then_some(()));
@@ -214,4 +307,33 @@ fn a_kill_switch_undoes_no_choice() {
         observer.signal(Signal::SIGHUP);
     });
     wait_for("what the file says by now", || (observed() == [false, false, true]).then_some(()));
+}
+
+/// One that takes connections and never answers keeps nothing in the kernel.
+#[test]
+fn a_kill_switch_waits_for_no_collector() {
+    let server = Server::redis();
+    let collector = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    collector.set_nonblocking(true).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let switch = folder.path().join("observer.off");
+    let (pid, url) = (server.pid().to_string(), format!("http://{}", collector.local_addr().unwrap()));
+    let arguments = ["--pid", &pid, "--listen", "127.0.0.1:0", "--otlp-endpoint", &url];
+    let arguments = [&arguments[..], &["--kill-switch", switch.to_str().unwrap()]].concat();
+    let observer = Observer::start_with(&arguments, &[("OTEL_EXPORTER_OTLP_TIMEOUT", "600000")]);
+    let (mut push, _) = wait_for("a push", || collector.accept().ok());
+    push.set_nonblocking(false).unwrap();
+    push.set_read_timeout(Some(LIMIT)).unwrap();
+    push.read_exact(&mut [0; 4]).unwrap();
+
+    fs::write(&switch, "").unwrap();
+    wait_for("the programs to be gone", || (programs() == 0).then_some(()));
+    // Only then is it given up.
+    let given_up = |told: &String| told.contains("were not delivered");
+    let before = observer.messages();
+    assert!(!before.iter().any(given_up), "{before:?}");
+    wait_for("the collector to be given up", || given_up(&observer.message()).then_some(()));
+    fs::remove_file(&switch).unwrap();
+    wait_for("the programs to be back", || (programs() == 1).then_some(()));
+    assert!(is_target(&observer.finish(), server.pid()));
 }

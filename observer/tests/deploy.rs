@@ -17,6 +17,7 @@ use crate::{
 };
 
 const MANIFEST: &str = "deploy/kubernetes/daemonset.yaml";
+const KUSTOMIZATION: &str = "deploy/kubernetes/kustomization.yaml";
 const UNIT: &str = "deploy/systemd/observer.service";
 
 fn root() -> PathBuf {
@@ -161,6 +162,20 @@ fn build(rootfs: &Path) -> Value {
     entrypoint
 }
 
+/// Makes a folder of a ConfigMap, as a kubelet does, from the files that the kustomization makes it of.
+fn config_map(name: &str, bundle: &Path) -> Value {
+    let kustomization: Value = serde_saphyr::from_str(&read(KUSTOMIZATION)).unwrap();
+    let mut generators = kustomization["configMapGenerator"].as_array().unwrap().iter();
+    let generator = generators.find(|generator| generator["name"] == name).unwrap();
+    let folder = bundle.join("config-map");
+    fs::create_dir(&folder).unwrap();
+    for file in generator["files"].as_array().unwrap() {
+        let file = file.as_str().unwrap();
+        fs::write(folder.join(file), read(&format!("deploy/kubernetes/{file}"))).unwrap();
+    }
+    json!(folder)
+}
+
 /// Writes the configuration that a container runtime would for this pod.
 fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
     let spec = Command::new("runc").args(["spec", "--bundle"]).arg(bundle).status();
@@ -193,8 +208,12 @@ fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
         let mut volumes = pod["volumes"].as_array().unwrap().iter();
         let volume = volumes.find(|volume| volume["name"] == mount["name"]).unwrap();
         assert_eq!(mount["readOnly"], true, "{mount}");
+        let source = match volume["configMap"]["name"].as_str() {
+            Some(name) => config_map(name, bundle),
+            None => volume["hostPath"]["path"].clone(),
+        };
         config["mounts"].as_array_mut().unwrap().push(json!({
-            "destination": mount["mountPath"], "source": volume["hostPath"]["path"], "type": "bind",
+            "destination": mount["mountPath"], "source": source, "type": "bind",
             "options": ["rbind", "rprivate", "ro"],
         }));
     }

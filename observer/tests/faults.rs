@@ -3,7 +3,7 @@
 //! never notices, and nothing of ours stays in the kernel.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::Read as _,
     os::unix::process::CommandExt as _,
     process::{Command, ExitStatus, Stdio},
     thread,
@@ -26,6 +26,7 @@ use crate::{
         observer::{BINARY, Observer, Report},
         send,
         servers::Server,
+        told::Told,
         wait_for, waits_for_events,
     },
 };
@@ -204,14 +205,10 @@ fn too_little_locked_memory_is_told() {
 }
 
 /// Waits for events until it is killed.
-fn victim() -> Process {
-    let mut child = Command::new("/usr/bin/python3")
-        .args(["-c", "import select; e = select.epoll(); print(flush=True); e.poll()"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
-    Process(child)
+fn victim() -> Told {
+    let mut victim = Told::python("import select; e = select.epoll(); print(flush=True); e.poll()");
+    victim.said();
+    victim
 }
 
 #[test]
@@ -231,7 +228,7 @@ fn a_target_may_die_while_observer_comes() {
             .spawn()
             .unwrap();
         thread::sleep(time_to_come * round / rounds);
-        victim.signal(Signal::SIGKILL);
+        victim.process.signal(Signal::SIGKILL);
         let pid = victim.pid();
         // Half of them stay as zombies for a moment.
         let kept = (round % 2 == 0).then_some(victim);
@@ -350,20 +347,12 @@ fn what_finds_no_room_in_a_ring_is_counted() {
          for _ in range({blocks}):\n    e.poll(); time.sleep(0.0012)\n\
          print(flush=True); e.unregister(b); e.poll()"
     );
-    let mut child = Command::new("/usr/bin/python3")
-        .args(["-c", &script])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let server = Process(child);
-    stdout.read_exact(&mut [0]).unwrap();
+    let mut server = Told::python(&script);
+    server.said();
     let pid = server.pid().to_string();
     let observer = Observer::start(&["--pid", &pid, "--no-listen", "--stall-threshold", "1ms"]);
     send(observer.pid(), Signal::SIGSTOP);
-    stdin.write_all(b"\n").unwrap();
-    stdout.read_exact(&mut [0]).unwrap();
+    server.tell("");
     // The last slice ends where the next wait begins.
     wait_for("the last wait", || waits_for_events(server.pid(), server.pid()).then_some(()));
     send(observer.pid(), Signal::SIGCONT);
@@ -397,20 +386,14 @@ for _ in range(100):
     children.append(child)
 print(flush=True); sys.stdin.readline()
 for child in children: os.kill(child, 9)
+print(flush=True)
 ";
 
 /// What finds no room is counted, what found some is exact, and what all the room takes of the kernel is told beforehand.
 #[test]
 fn more_than_there_is_room_for_is_counted() {
-    let mut child = Command::new("/usr/bin/python3")
-        .args(["-c", CROWD])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let crowd = Process(child);
-    stdout.read_exact(&mut [0]).unwrap();
+    let mut crowd = Told::python(CROWD);
+    crowd.said();
     let pid = crowd.pid().to_string();
     let start =
         |capacity: &str| Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--capacity", capacity]);
@@ -434,10 +417,9 @@ fn more_than_there_is_room_for_is_counted() {
     let least = memory(&observer);
     eprintln!("{} KiB for 1024 event loops, {} KiB for 16", usual >> 10, least >> 10);
     assert!(least < usual / 4);
-    stdin.write_all(b"\n").unwrap();
-    stdout.read_exact(&mut [0]).unwrap();
+    crowd.tell("");
     let report = observer.finish();
-    stdin.write_all(b"\n").unwrap();
+    crowd.tell("");
     let lost = ["reactors_full", "listeners_full", "targets_full"].map(|cause| report.lost(cause));
     eprintln!("lost: {lost:?}");
     assert!(lost.iter().all(|&count| count > 0), "{lost:?}");

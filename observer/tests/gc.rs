@@ -2,10 +2,9 @@
 
 use std::{
     env, fs,
-    io::{BufRead as _, BufReader, Write as _},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
-    process::{ChildStdin, ChildStdout, Command, Stdio},
+    process::{Command, Stdio},
     thread,
     time::Duration,
 };
@@ -13,10 +12,11 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Process, is_emulated,
+    is_emulated,
     observer::{BINARY, Observer, Report},
     send,
     servers::Server,
+    told::Told,
     wait_for,
 };
 
@@ -30,19 +30,12 @@ fn tolerance() -> (f64, f64) {
 }
 
 /// A process that collects garbage when told to; see `servers/gc_loop.*`.
-struct Loop {
-    process: Process,
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
+struct Loop(Told);
 
 impl Loop {
     fn start(mut command: Command, script: &str) -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(script);
-        let mut child =
-            command.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a runtime");
-        let (commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let mut started = Self { process: Process(child), commands, answers: BufReader::new(answers) };
+        let mut started = Self(Told::start(command.arg(script)));
         // When it has answered, it is where it will be waiting.
         started.tell("collect 0");
         started
@@ -53,14 +46,12 @@ impl Loop {
     }
 
     fn tell(&mut self, command: &str) -> Value {
-        writeln!(self.commands, "{command}").unwrap();
-        let mut answer = String::new();
-        self.answers.read_line(&mut answer).unwrap();
+        let answer = self.0.tell(command);
         serde_json::from_str(&answer).unwrap_or_else(|_| panic!("{command} is answered by {answer:?}"))
     }
 
     fn pid(&self) -> u32 {
-        self.process.pid()
+        self.0.pid()
     }
 }
 
@@ -220,15 +211,12 @@ fn a_program_started_in_place_is_seen() {
     let mut shell = Command::new("sh");
     shell.args(["-c", "read go; exec /usr/bin/python3 \"$@\"", "sh"]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/gc_loop.py");
-    let mut child = shell.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let (mut commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let process = Process(child);
-    let observer = Observer::start(&["--pid", &process.pid().to_string(), "--listen", "127.0.0.1:0"]);
+    let mut collecting = Loop(Told::start(shell.arg(script)));
+    let pid = collecting.pid().to_string();
+    let observer = Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0"]);
     // Longer than it goes on looking for a runtime in the shell.
     thread::sleep(Duration::from_secs(7));
-    commands.write_all(b"go\n").unwrap();
-    let mut collecting = Loop { process, commands, answers: BufReader::new(answers) };
-    collecting.tell("collect 0");
+    collecting.tell("go\ncollect 0");
     wait_for("observer to attach", || (watchers(collecting.pid()) == 1).then_some(()));
     // If that was while it started, it has seen some already.
     let before = observer.figure("observer_gc_total");

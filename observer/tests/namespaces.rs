@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Write as _},
     process::{Command, Stdio},
     thread,
     time::Duration,
@@ -15,9 +14,10 @@ use serde_json::Value;
 use crate::{
     container::Container,
     support::{
-        Process, http,
+        http,
         observer::{Observer, Report},
         servers::{Server, children},
+        told::Told,
         wait_for,
     },
 };
@@ -142,7 +142,8 @@ fn a_target_in_namespaces_of_its_own_is_exact() {
     let script = "ip link set lo up; exec /usr/bin/python3 \"$@\"";
     let server = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/asyncio_server.py");
     let folder = tempfile::tempdir().unwrap();
-    let mut child = Command::new("unshare")
+    let mut command = Command::new("unshare");
+    command
         .args([
             "--fork",
             "--kill-child",
@@ -157,14 +158,9 @@ fn a_target_in_namespaces_of_its_own_is_exact() {
             "sh",
         ])
         .arg(server)
-        .arg(folder.path().join("waits"))
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let port: u16 = line.trim().parse().unwrap();
-    let unshare = Process(child);
+        .arg(folder.path().join("waits"));
+    let mut unshare = Told::start(&mut command);
+    let port: u16 = unshare.said().parse().unwrap();
     let pid = children(unshare.pid())[0];
     let get = |path: &str| {
         let url = format!("http://127.0.0.1:{port}/{path}");
@@ -189,37 +185,6 @@ fn a_target_in_namespaces_of_its_own_is_exact() {
     }
 }
 
-/// A process that talks and is told when to go on.
-struct Told {
-    process: Process,
-    input: std::process::ChildStdin,
-    output: BufReader<std::process::ChildStdout>,
-}
-
-impl Told {
-    fn python(script: &str) -> Self {
-        let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", script])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        Self { process: Process(child), input, output: BufReader::new(output) }
-    }
-
-    fn said(&mut self) -> String {
-        let mut line = String::new();
-        self.output.read_line(&mut line).unwrap();
-        line.trim().into()
-    }
-
-    fn tell(&mut self) -> String {
-        self.input.write_all(b"\n").unwrap();
-        self.said()
-    }
-}
-
 /// The second program has other names, another collector and other functions, and what was known of the first does not
 /// get in its way.
 #[test]
@@ -236,9 +201,9 @@ fn another_program_in_an_old_process_is_known_as_that() {
     );
     let mut told = Told::python(&script);
     told.said();
-    let pid = told.process.pid();
+    let pid = told.pid();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
-    let port: u16 = told.tell().parse().unwrap();
+    let port: u16 = told.tell("").parse().unwrap();
     wait_for("its runtime to be known", || {
         let scrape = http::get(observer.port(), "/metrics");
         let start = format!("observer_gc_pause_seconds_count{{pid=\"{pid}\",comm=\"node\"");
@@ -275,14 +240,14 @@ rename('second'); print(flush=True); sys.stdin.readline()
 ";
     let mut told = Told::python(script);
     let tid: u32 = told.said().parse().unwrap();
-    let pid = told.process.pid();
+    let pid = told.pid();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
     let is_called = |name: &str| {
         let scrape = http::get(observer.port(), "/metrics");
         scrape.lines().any(|line| line.contains(&format!("tid=\"{tid}\",reactor=\"{name}\"")))
     };
     wait_for("its first name", || is_called("first").then_some(()));
-    told.tell();
+    told.tell("");
     wait_for("its second name", || is_called("second").then_some(()));
     assert!(!is_called("first"));
     let report = observer.finish();

@@ -1,15 +1,13 @@
 //! The process probe: children of the past and of the future, exits, and the end of all targets.
 
-use std::{
-    io::{BufRead as _, BufReader, Write as _},
-    process::{Command, Stdio},
-};
+use std::process::{Command, Stdio};
 
 use crate::support::{
     Process, http,
     observer::Observer,
     send,
     servers::{Server, children},
+    told::Told,
     wait_for,
 };
 use nix::sys::signal::Signal;
@@ -109,21 +107,11 @@ fn a_listener_is_inherited() {
         child = os.fork()\n\
         if child: print(child, flush=True); os._exit(0)\n\
         time.sleep(60)";
-    let mut parent = Process(
-        Command::new("/usr/bin/python3")
-            .args(["-c", script])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap(),
-    );
-    let mut lines =
-        BufReader::new(parent.0.stdout.take().unwrap()).lines().map(|line| line.unwrap().parse().unwrap());
-    let port = u16::try_from(lines.next().unwrap()).unwrap();
+    let mut parent = Told::python(script);
+    let port = parent.said().parse().unwrap();
     let observer = Observer::of(parent.pid());
-    drop(parent.0.stdin.take().map(|mut stdin| stdin.write_all(b"\n")));
-    let child: u32 = lines.next().unwrap();
-    parent.0.wait().unwrap();
+    let child: u32 = parent.tell("").parse().unwrap();
+    parent.process.0.wait().unwrap();
     let _waiting = http::connect(port);
     let report = observer.finish();
     send(child, Signal::SIGKILL);

@@ -3,8 +3,8 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead as _, BufReader, Write as _},
-    process::{ChildStdin, ChildStdout, Command, Stdio},
+    io::{BufReader, Write as _},
+    process::{Command, Stdio},
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
     time::Duration,
@@ -13,13 +13,13 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Process,
     acceptor::Acceptor,
     deferred::{Deferring, ask},
     example, http, is_emulated,
     observer::Observer,
     prometheus::{Prometheus, RANGE, dashboards},
     servers::Server,
+    told::Told,
     wait_for,
 };
 
@@ -98,11 +98,7 @@ fn defer(server: &Deferring, is_over: &AtomicBool) {
 }
 
 /// A program with a library of its own for deferred work: see `servers/told_library.rs`.
-struct Library {
-    process: Process,
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
+struct Library(Told);
 
 impl Library {
     /// What observer has to be told of it.
@@ -116,25 +112,14 @@ impl Library {
     ];
 
     fn start() -> Self {
-        let mut command = Command::new(example("told_library"));
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (commands, answers) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let mut library = Self { process: Process(child), commands, answers: BufReader::new(answers) };
-        library.answer("ready");
-        library
-    }
-
-    #[track_caller]
-    fn answer(&mut self, expected: &str) {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        assert_eq!(line.trim(), expected);
+        let mut library = Told::start(&mut Command::new(example("told_library")));
+        assert_eq!(library.said(), "ready");
+        Self(library)
     }
 
     #[track_caller]
     fn tell(&mut self, command: &str) {
-        writeln!(self.commands, "{command}").unwrap();
-        self.answer("ok");
+        assert_eq!(self.0.tell(command), "ok");
     }
 }
 
@@ -289,7 +274,7 @@ fn every_alert_fires_and_resolves() {
         arguments.extend(pids.iter().flat_map(|pid| ["--pid", pid]));
         Observer::start(&arguments)
     };
-    let observer = start(&[server.pid(), acceptor.pid(), library.process.pid()], &Library::HOOKS);
+    let observer = start(&[server.pid(), acceptor.pid(), library.0.pid()], &Library::HOOKS);
     let crowded = start(&[crowd.pid()], &[]);
     let prometheus = Prometheus::scraping(&[observer.port(), crowded.port()]);
     let mut fired = Vec::new();

@@ -1,7 +1,6 @@
 //! The reactor probe against real event loops: every block seen once, and its time put where it belongs.
 
 use std::{
-    io::Read as _,
     process::{Command, Stdio},
     thread,
     time::Duration,
@@ -12,6 +11,7 @@ use crate::support::{
     observer::{Observer, count_between},
     schedstat,
     servers::Server,
+    told::Told,
 };
 use serde_json::Value;
 
@@ -187,15 +187,8 @@ fn more_reactors_than_fit() {
          for _ in range({THREADS}): threading.Thread(target=epoll.poll, daemon=True).start()\n\
          print(flush=True); input()"
     );
-    let mut child = Command::new("/usr/bin/python3")
-        .args(["-c", &script])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut ready = [0];
-    child.stdout.take().unwrap().read_exact(&mut ready).unwrap();
-    let server = Process(child);
+    let mut server = Told::python(&script);
+    server.said();
     let report = Observer::of(server.pid()).finish();
     assert_eq!(report.target(server.pid())["reactors"].as_array().unwrap().len(), 1024);
     let missing = report.0["self"]["missing"].to_string();

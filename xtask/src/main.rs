@@ -3,6 +3,7 @@
 
 mod bench;
 mod dashboards;
+mod dependencies;
 mod dist;
 mod documents;
 mod fuzz;

@@ -25,6 +25,7 @@ const TESTS: &[&str] = &[
     "ruby-async",
     "tmux",
     "iproute2",
+    "man-db",
     "prometheus",
     "python3-pip",
     "libpython3-dev",

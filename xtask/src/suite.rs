@@ -17,7 +17,7 @@ use crate::report::{Report, Work};
 use crate::shell::{limited, show};
 use crate::tally::Tally;
 use crate::workspace::{Executable, build, cargo, plain_cargo};
-use crate::{documents, guest, manifests, observer, packages, toolchain, vm};
+use crate::{dependencies, documents, guest, manifests, observer, packages, toolchain, vm};
 
 /// Those whose tests depend on the kernel.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
@@ -78,8 +78,11 @@ fn stages(report: &mut Report, machines: &[Machine], filter: Option<&str>) -> Op
         // By itself, or it would share features with the others that need std; and without std no unwinding.
         let abort = "profile.release.panic='abort'";
         let ebpf = ["--package", "observer-ebpf", "--config", abort, "--", "-D", "warnings"];
-        check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)
+        check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)?;
+        let rest = ["--workspace", "--exclude", "observer-ebpf", "--no-deps", "--document-private-items"];
+        check("cargo doc", &cargo("doc", &rest)?.env("RUSTDOCFLAGS", "-D warnings"))
     });
+    report.stage("dependencies", dependencies::check);
     report.stage("dashboards", |_| documents::check());
     report.stage("manifests", |_| manifests::check());
     let (observer, tests, programs) = report.stage("build", |_| {

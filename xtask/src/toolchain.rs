@@ -15,6 +15,7 @@ use crate::workspace::{kept, plain_cargo};
 
 const BPF_LINKER: &str = "0.13.0";
 const CYCLONEDX: &str = "0.5.9";
+const DENY: &str = "0.20.2";
 /// The LLVM of Debian's `rustc-web`.
 pub(crate) const DEBIAN_LLVM: u32 = 22;
 
@@ -130,14 +131,22 @@ fn build_linker(llvm: &str) -> Result<String> {
 
 /// Builds what writes bills of materials, unless an earlier run did; answers its folder.
 pub(crate) fn cyclonedx() -> Result<String> {
+    subcommand("cyclonedx", CYCLONEDX)
+}
+
+/// The same with what judges dependencies.
+pub(crate) fn deny() -> Result<String> {
+    subcommand("deny", DENY)
+}
+
+fn subcommand(name: &str, version: &str) -> Result<String> {
     let bin = kept("tools/bin");
-    let version = ask(&cmd!(bin.join("cargo-cyclonedx"), "cyclonedx", "--version"));
-    if version.is_none_or(|version| version != format!("cargo-cyclonedx-cyclonedx {CYCLONEDX}")) {
-        eprintln!("setup: building cargo-cyclonedx {CYCLONEDX} (about two minutes)");
-        let what =
-            format!("install cargo-cyclonedx --version {CYCLONEDX} --locked --force --root target/tools");
+    let installed = ask(&cmd!(bin.join(format!("cargo-{name}")), name, "--version"));
+    if installed.is_none_or(|told| told.rsplit(' ').next() != Some(version)) {
+        eprintln!("setup: building cargo-{name} {version} (about two minutes)");
+        let what = format!("install cargo-{name} --version {version} --locked --force --root target/tools");
         let install = plain_cargo(what.split(' ')).env_remove("RUSTFLAGS");
-        quietly("building cargo-cyclonedx", &install)?;
+        quietly(&format!("building cargo-{name}"), &install)?;
     }
     bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))
 }

@@ -43,9 +43,23 @@ pub(crate) fn plain_cargo<I: IntoIterator<Item: Into<OsString>>>(args: I) -> Exp
 /// Cargo on the workspace: optimised, and static so that one binary runs on every distribution and guest.
 pub(crate) fn cargo(command: &str, args: &[&str]) -> Result<Expression> {
     let target = host()?;
-    let flags = std::env::var("RUSTFLAGS").unwrap_or_default() + " -C target-feature=+crt-static";
     let all = [command, "--release", "--target", &target].into_iter().chain(args.iter().copied());
-    Ok(plain_cargo(all).env("RUSTFLAGS", flags.trim_start()))
+    Ok(plain_cargo(all).env("CARGO_ENCODED_RUSTFLAGS", flags()?))
+}
+
+/// What every build is told. Where the sources are is not in it, so that they make the same program everywhere.
+fn flags() -> Result<String> {
+    let given = std::env::var("RUSTFLAGS").unwrap_or_default();
+    let mut flags: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
+    flags.push("-Ctarget-feature=+crt-static".to_owned());
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo")));
+    let home = home.context("cargo has no home\nby hand: set CARGO_HOME")?;
+    for (folder, name) in [(home.as_path(), "/cargo"), (root(), "/observer")] {
+        flags.push(format!("--remap-path-prefix={}={name}", folder.display()));
+    }
+    // As cargo takes flags that may have spaces in them.
+    Ok(flags.join("\x1f"))
 }
 
 /// Builds, and names the programs that came out. Warnings and errors are shown as usual.

@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     env,
     io::{BufRead as _, BufReader, Write as _, stdout},
+    num::NonZero,
     process::{Child, Command, ExitCode, Stdio},
     time::Duration,
 };
@@ -35,7 +36,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let selection = Selection {
         pids,
         choice: Choice::default(),
-        attach_per_second: u32::MAX,
+        attach_per_second: NonZero::<u32>::MAX,
         follow: true,
         calls,
         stall_threshold: STALL_THRESHOLD,

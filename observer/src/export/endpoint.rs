@@ -70,7 +70,10 @@ pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<M
             None => Snapshot::turned_off(),
         };
         let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
-        Page::of(prometheus::encode(&snapshot, &mut cap)?)
+        Ok(Page {
+            is_off: snapshot.own.service.is_off,
+            ..Page::of(prometheus::encode(&snapshot, &mut cap)?)?
+        })
     });
     let mut open = VecDeque::<JoinHandle<()>>::new();
     loop {
@@ -125,12 +128,14 @@ async fn landing() -> Html<&'static str> {
         "</h1>\n<p>How late event-loop servers are, and why.</p>\n<ul>\n",
         "<li><a href=\"/metrics\">/metrics</a>: figures for Prometheus</li>\n",
         "<li><a href=\"/healthz\">/healthz</a>: observer is alive</li>\n",
-        "<li><a href=\"/readyz\">/readyz</a>: figures can be read</li>\n</ul>\n</body></html>\n"
+        "<li><a href=\"/readyz\">/readyz</a>: figures can be read, or observer is turned off</li>\n</ul>\n</body></html>\n"
     ))
 }
 
 async fn ready(State(scrapes): State<Arc<Scrapes>>) -> Response {
     match scrapes.page() {
+        // As it was told to be: nobody should wait for it, nor hold back others that are to replace it.
+        Ok(page) if page.is_off => "turned off, by the file of --kill-switch\n".into_response(),
         Ok(_) => "ready\n".into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, error).into_response(),
     }
@@ -172,6 +177,8 @@ struct Scrapes {
 pub(crate) struct Page {
     plain: Bytes,
     gzip: Bytes,
+    /// Whether they are those of an observer that is turned off.
+    is_off: bool,
 }
 
 impl Page {
@@ -179,7 +186,7 @@ impl Page {
     pub(crate) fn of(plain: Vec<u8>) -> Result<Self> {
         let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
         gzip.write_all(&plain)?;
-        Ok(Self { plain: plain.into(), gzip: gzip.finish()?.into() })
+        Ok(Self { plain: plain.into(), gzip: gzip.finish()?.into(), is_off: false })
     }
 }
 

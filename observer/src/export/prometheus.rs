@@ -8,13 +8,13 @@ use prometheus::{
 
 use super::series::{Cap, Distribution, Figure, Series};
 use crate::model::{
-    catalog::{CATALOG, Family, Kind},
+    catalog::{Family, Kind, families},
     snapshot::Snapshot,
 };
 
 /// Writes a snapshot; families without series are left out.
 pub(crate) fn encode(snapshot: &Snapshot, cap: &mut Cap) -> Result<Vec<u8>> {
-    let all = CATALOG.iter().zip(cap.gather(snapshot));
+    let all = families().zip(cap.gather(snapshot));
     let families: Vec<_> = all.filter(|(_, s)| !s.is_empty()).map(|(f, s)| family(f, s)).collect();
     let mut text = Vec::new();
     TextEncoder::new().encode(&families, &mut text)?;

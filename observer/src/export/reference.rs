@@ -8,7 +8,7 @@ use super::{
     endpoint::{CONNECTIONS, GRACE, LIFE},
     series::{OTHER, SHOWN},
 };
-use crate::model::catalog::{CATALOG, Kind, Subject, Together};
+use crate::model::catalog::{Kind, Subject, Together, families};
 
 const HEAD: &str = "\
 # Metrics
@@ -46,7 +46,7 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
         (LIFE + GRACE).as_secs()
     )?;
     writeln!(out, "| name | type | labels | pushed as | what it tells |\n| --- | --- | --- | --- | --- |")?;
-    for family in CATALOG {
+    for family in families() {
         let kind = match family.kind {
             Kind::Counter => "counter",
             Kind::Gauge(_) => "gauge",
@@ -121,8 +121,8 @@ mod tests {
     }
 
     fn exists(name: &str) -> bool {
-        let is_family = |name: &str| CATALOG.iter().any(|family| family.name == name);
-        let histograms = CATALOG.iter().filter(|family| family.kind == Kind::Histogram);
+        let is_family = |name: &str| families().any(|family| family.name == name);
+        let histograms = families().filter(|family| family.kind == Kind::Histogram);
         let is_part = || {
             histograms.map(|family| family.name).any(|family| {
                 let part = name.strip_prefix(family).unwrap_or_default();

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::model::{
-    catalog::{CATALOG, Family, Kind, Subject, Together, Value},
+    catalog::{Family, Kind, Subject, Together, Value, families},
     histogram::Resolution,
     snapshot::Snapshot,
 };
@@ -120,7 +120,7 @@ impl Cap {
     /// All series of a snapshot, by family in the order of the catalog.
     pub(crate) fn gather(&mut self, snapshot: &Snapshot) -> Vec<Vec<Series>> {
         let all: Vec<_> =
-            CATALOG.iter().map(|family| (family, collect(family, snapshot, self.resolution))).collect();
+            families().map(|family| (family, collect(family, snapshot, self.resolution))).collect();
         let present = all.iter().flat_map(|(family, series)| series.iter().map(|s| key(family, &s.labels)));
         self.seat(present.collect());
         all.into_iter()
@@ -265,7 +265,7 @@ mod tests {
 
     /// The series of a family, the other's last.
     fn series(cap: &mut Cap, name: &str, reactors: Vec<Reactor>) -> Vec<Series> {
-        let place = CATALOG.iter().position(|family| family.name == name).unwrap();
+        let place = families().position(|family| family.name == name).unwrap();
         cap.gather(&snapshot(reactors)).swap_remove(place)
     }
 

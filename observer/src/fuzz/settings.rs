@@ -34,7 +34,7 @@ pub(super) fn profile(data: &[u8]) {
 pub(super) fn config(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else { return };
     match config::parse(text) {
-        Ok(config) => assert!(config.has_settings_of(&config)),
+        Ok(config) => assert!(config.settings_changed_from(&config).is_empty()),
         Err(why) => {
             let mut place = why.splitn(3, ':');
             let line: usize = place.next().unwrap().parse().expect("a line");

@@ -1,9 +1,10 @@
-//! Every metric there is: name, meaning, unit, labels and where in a snapshot it stands. All exporters and the
-//! reference page read this one table.
+//! Every metric there is: name, meaning, unit, labels and where in a snapshot it stands; those of observer itself are in
+//! `own.rs`. All exporters and the reference page read this one table.
 
 use super::{
     deferred::{Deferred, HookFigures},
     histogram::Histogram,
+    own::OWN,
     place::Place,
     snapshot::{Depths, Gc, Listener, Reactor, Snapshot, Target},
     stall::Cause,
@@ -132,10 +133,14 @@ const TASK: &[&str] = &["pid", "comm", "container", "pod", "task"];
 const HOOK: &[&str] = &["pid", "comm", "container", "pod", "profile", "verb", "place"];
 const PROGRAM: &[&str] =
     &["pid", "comm", "container", "pod", "exe", "namespace", "container_name", "pod_uid", "unit"];
-const SOURCE: &[&str] = &["source", "reason"];
+pub(super) const SOURCE: &[&str] = &["source", "reason"];
 
-/// All families, in the order of the reference page.
-pub(crate) const CATALOG: &[Family] = &[
+/// All families, in the order of the reference page: those of what is observed, then observer's own.
+pub(crate) fn families() -> impl Iterator<Item = &'static Family> {
+    CATALOG.iter().chain(OWN)
+}
+
+const CATALOG: &[Family] = &[
     Family {
         name: "observer_accept_queue_depth",
         otlp: "observer.accept_queue.depth",
@@ -520,142 +525,15 @@ pub(crate) const CATALOG: &[Family] = &[
             }
         },
     },
-    Family {
-        name: "observer_build_info",
-        otlp: "observer.build.info",
-        unit: "",
-        help: "Version of observer and release of the kernel it runs on; always 1.",
-        kind: Kind::Gauge(Together::Sum),
-        labels: &["version", "kernel"],
-        collect: |s, sink| sink(vec![s.own.version.into(), s.own.kernel.clone()], Value::Number(1.0)),
-    },
-    Family {
-        name: "observer_self_lost_total",
-        otlp: "observer.self.lost",
-        unit: "{event}",
-        help: "What the programs in the kernel could not keep, by cause.",
-        kind: Kind::Counter,
-        labels: &["cause"],
-        collect: |s, sink| {
-            for lost in &s.own.lost {
-                sink(vec![lost.cause.into()], count(lost.count));
-            }
-        },
-    },
-    Family {
-        name: "observer_self_missing",
-        otlp: "observer.self.missing",
-        unit: "{source}",
-        help: "A source of figures that is not to be had here; always 1, but for sources that are told together.",
-        kind: Kind::Gauge(Together::Sum),
-        labels: SOURCE,
-        collect: |s, sink| {
-            for missing in &s.own.missing {
-                sink(vec![missing.source.clone(), missing.reason.clone()], Value::Number(1.0));
-            }
-        },
-    },
-    Family {
-        name: "observer_self_targets",
-        otlp: "observer.self.targets",
-        unit: "{process}",
-        help: "Processes under observation.",
-        kind: Kind::Gauge(Together::Sum),
-        labels: &[],
-        collect: |s, sink| {
-            let targets = u32::try_from(live(s).count()).unwrap_or(u32::MAX);
-            sink(Vec::new(), Value::Number(targets.into()));
-        },
-    },
-    Family {
-        name: "observer_self_map_memory_bytes",
-        otlp: "observer.self.map_memory",
-        unit: "By",
-        help: "Memory of the kernel that the programs' maps take, as the kernel says; set by --capacity, it does not change.",
-        kind: Kind::Gauge(Together::Sum),
-        labels: &[],
-        collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
-    },
-    Family {
-        name: "observer_self_off",
-        otlp: "observer.self.off",
-        unit: "{observer}",
-        help: "1 while the file of --kill-switch keeps observer out of the kernel, 0 otherwise.",
-        kind: Kind::Gauge(Together::Sum),
-        labels: &[],
-        collect: |s, sink| sink(Vec::new(), count(s.own.service.is_off.into())),
-    },
-    Family {
-        name: "observer_self_attach_waiting",
-        otlp: "observer.self.attach_waiting",
-        unit: "{process}",
-        help: "Processes whose runtimes wait to be attached to, of which there are --attach-per-second.",
-        kind: Kind::Gauge(Together::Sum),
-        labels: &[],
-        collect: |s, sink| sink(Vec::new(), count(s.own.service.waiting)),
-    },
-    Family {
-        name: "observer_self_config_reloads_total",
-        otlp: "observer.self.config_reloads",
-        unit: "{reload}",
-        help: "How often the file of --config was read again, by whether it was accepted or refused.",
-        kind: Kind::Counter,
-        labels: &["outcome"],
-        collect: |s, sink| {
-            sink(vec!["accepted".into()], count(s.own.service.accepted));
-            sink(vec!["refused".into()], count(s.own.service.refused));
-        },
-    },
-    Family {
-        name: "observer_self_otlp_delivered_total",
-        otlp: "observer.self.otlp_delivered",
-        unit: "{item}",
-        help: "Data points and spans that an OTLP collector has taken.",
-        kind: Kind::Counter,
-        labels: &["signal"],
-        collect: |s, sink| {
-            for delivery in &s.own.otlp {
-                sink(vec![delivery.signal.into()], count(delivery.delivered));
-            }
-        },
-    },
-    Family {
-        name: "observer_self_otlp_dropped_total",
-        otlp: "observer.self.otlp_dropped",
-        unit: "{item}",
-        help: "Data points and spans for an OTLP collector that were dropped, because it was away for too long, there were too many at once, or it will not have them.",
-        kind: Kind::Counter,
-        labels: &["signal", "reason"],
-        collect: |s, sink| {
-            for delivery in &s.own.otlp {
-                for dropped in &delivery.dropped {
-                    sink(vec![delivery.signal.into(), dropped.reason.into()], count(dropped.count));
-                }
-            }
-        },
-    },
-    Family {
-        name: "observer_self_otlp_failures_total",
-        otlp: "observer.self.otlp_failures",
-        unit: "{attempt}",
-        help: "Attempts to reach an OTLP collector that failed; what is not dropped is tried again.",
-        kind: Kind::Counter,
-        labels: &["signal"],
-        collect: |s, sink| {
-            for delivery in &s.own.otlp {
-                sink(vec![delivery.signal.into()], count(delivery.failures));
-            }
-        },
-    },
 ];
 
 #[expect(clippy::cast_precision_loss, reason = "exporters take floats; exact up to 2^53")]
-fn count(n: u64) -> Value<'static> {
+pub(super) fn count(n: u64) -> Value<'static> {
     Value::Number(n as f64)
 }
 
 /// A series dies with its process.
-fn live(snapshot: &Snapshot) -> impl Iterator<Item = &Target> {
+pub(super) fn live(snapshot: &Snapshot) -> impl Iterator<Item = &Target> {
     snapshot.targets.iter().filter(|target| !target.exited)
 }
 
@@ -748,7 +626,7 @@ mod tests {
 
     #[test]
     fn a_collector_makes_the_same_names_for_prometheus() {
-        for family in CATALOG {
+        for family in families() {
             assert_eq!(in_prometheus(family), family.name);
         }
     }

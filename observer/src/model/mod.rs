@@ -6,6 +6,7 @@ pub(crate) mod delivery;
 pub(crate) mod frame;
 pub(crate) mod histogram;
 pub(crate) mod lag;
+mod own;
 pub(crate) mod place;
 pub(crate) mod request;
 pub(crate) mod snapshot;

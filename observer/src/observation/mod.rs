@@ -8,6 +8,7 @@ mod turns;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    num::NonZero,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -63,7 +64,7 @@ pub(crate) struct Selection {
     /// Whom else, and whom not.
     pub(crate) choice: Choice,
     /// Of those who are chosen, the runtimes of so many are attached to in a second.
-    pub(crate) attach_per_second: u32,
+    pub(crate) attach_per_second: NonZero<u32>,
     /// Whether their children are observed as well, those of the past and of the future.
     pub(crate) follow: bool,
     /// Calls that count as waits for events.
@@ -91,9 +92,13 @@ pub(crate) struct Observation {
     choice: Choice,
     /// How often those that are observed had started a program when they were last looked at, if some are left out.
     judged: HashMap<u32, u32>,
+    /// Whom each live process descends from, with when those were started, if others may be chosen.
+    ancestors: HashMap<u32, BTreeSet<(u32, u64)>>,
     turns: Turns,
     service: Service,
     follow: bool,
+    /// Calls that count as waits for events.
+    waits: Vec<Calls>,
     attached_ns: u64,
     /// What the maps take of the kernel's memory, in bytes.
     map_memory: u64,
@@ -175,9 +180,11 @@ impl Observation {
             pids: selection.pids.clone(),
             choice: selection.choice.clone(),
             judged: HashMap::new(),
+            ancestors: HashMap::new(),
             turns: Turns::at(selection.attach_per_second),
             service: Service::default(),
             follow: selection.follow,
+            waits: selection.calls.clone(),
             attached_ns: clock::monotonic_ns(),
             map_memory: memory::of_maps().context("cannot read how large the maps are")?,
             unix_since_ns: None,
@@ -200,7 +207,7 @@ impl Observation {
         observation.adopt(wanted)?;
         // Runtimes take longest, and nothing waits for them.
         let live = observation.refresh_targets()?;
-        observation.adopt_calls(&selection.calls)?;
+        observation.adopt_calls(observation.live.keys().copied().collect())?;
         observation.unattributed_before = observation.maps.lost(Loss::AcceptUnattributed)?;
         observation.refresh_runtimes(live);
         Ok(observation)
@@ -281,6 +288,7 @@ impl Observation {
             }
             if raw.exited != 0 {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
+                self.ancestors.remove(&pid);
                 self.exited.push(known);
                 self.collectors.exited(&mut self.maps, pid, ENDED);
                 self.follower.exited(&mut self.maps, pid, ENDED);
@@ -297,6 +305,7 @@ impl Observation {
             let is_new = !self.live.contains_key(&pid);
             if is_new {
                 self.live.insert(pid, Process::of(pid));
+                self.remember_ancestors(pid);
                 changed = true;
             }
             if !is_new || !waits {

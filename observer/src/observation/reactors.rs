@@ -1,6 +1,6 @@
 //! The reactors of an observation: what their threads were doing before it began, their stalls, and their last figures.
 
-use std::{io, os::fd::OwnedFd, time::Duration};
+use std::{collections::BTreeSet, io, os::fd::OwnedFd, time::Duration};
 
 use anyhow::Result;
 use observer_common::{
@@ -18,7 +18,7 @@ use crate::{
         stall::Stalls,
         trace::What,
     },
-    probes::reactor::{self, Calls},
+    probes::reactor,
     read::{
         board::InSlice,
         maps::{self, insert_new},
@@ -39,11 +39,11 @@ pub(super) struct Thread {
 }
 
 impl Observation {
-    /// Adds the waits and accepts that threads were inside before the programs could see them enter. What happens
-    /// meanwhile the programs see themselves: their entries win.
-    pub(super) fn adopt_calls(&mut self, waits: &[Calls]) -> Result<()> {
-        for pid in self.live.keys().copied().collect::<Vec<_>>() {
-            for (tid, call) in calls::blocked_in(pid, waits) {
+    /// Adds the waits and accepts that threads of these processes were inside before the programs could see them enter. What
+    /// happens meanwhile the programs see themselves: their entries win.
+    pub(super) fn adopt_calls(&mut self, pids: BTreeSet<u32>) -> Result<()> {
+        for pid in pids {
+            for (tid, call) in calls::blocked_in(pid, &self.waits) {
                 let has_room = match call {
                     Call::Wait { .. } if self.maps.reactors.get(&tid, 0).is_ok() => true,
                     Call::Wait { kind, set } => {

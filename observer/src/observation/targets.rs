@@ -12,8 +12,9 @@ use crate::{
 };
 
 impl Observation {
-    /// Makes targets of these processes, and of the children that they had before the programs could follow them.
-    pub(super) fn adopt(&mut self, mut targets: BTreeSet<u32>) -> Result<()> {
+    /// Makes targets of these processes, and of the children that they had before the programs could follow them. Returns
+    /// those that were none before.
+    pub(super) fn adopt(&mut self, mut targets: BTreeSet<u32>) -> Result<BTreeSet<u32>> {
         if self.follow {
             loop {
                 let children = process::descendants(&targets);
@@ -23,14 +24,19 @@ impl Observation {
                 targets.extend(children);
             }
         }
-        targets.retain(|pid| self.pids.contains(pid) || !self.choice.excludes(*pid));
+        let excluded = self.choice.excluded(targets.difference(&self.pids).copied());
+        targets.retain(|pid| !excluded.contains(pid));
         // A child of whoever started it, who may well serve.
         targets.remove(&std::process::id());
+        let mut new = BTreeSet::new();
         for &pid in &targets {
             let is_known = self.maps.targets.get(&pid, 0).is_ok_and(|target| target.is_candidate == 0);
-            if !is_known && !self.maps.targets.set(pid, RawTarget::default())? {
-                self.note_missing("some processes".into(), "there are too many".into());
-                continue;
+            if !is_known {
+                if !self.maps.targets.set(pid, RawTarget::default())? {
+                    self.note_missing("some processes".into(), "there are too many".into());
+                    continue;
+                }
+                new.insert(pid);
             }
             // A process that exited before the programs could see it would stay for ever.
             if !process::is_there(pid) {
@@ -38,7 +44,7 @@ impl Observation {
                 self.maps.targets.set(pid, gone)?;
             }
         }
-        Ok(())
+        Ok(new)
     }
 
     /// Whether a process is or was a target. All are that were not selected by more than their ids.
@@ -58,7 +64,7 @@ impl Observation {
         }
         let candidates = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate != 0);
         let (gone, there): (Vec<_>, Vec<_>) = candidates.partition(|(_, raw)| raw.exited != 0);
-        let (wanted, mut others) = self.choice.divide(there.into_iter().map(|(pid, _)| pid));
+        let (wanted, mut others) = self.choice.divide(there.into_iter().map(|(pid, _)| pid).collect());
         others.extend(gone.into_iter().map(|(pid, _)| pid));
         self.adopt(wanted)?;
         self.turn_down(&others)
@@ -66,25 +72,33 @@ impl Observation {
 
     /// Lets go of those that are observed as somebody's children, or run another program now, and are to be left out.
     pub(super) fn leave_out(&mut self) -> Result<()> {
-        let mut excluded = BTreeSet::new();
-        if !self.choice.exclude.is_none() {
-            let observed = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate == 0);
-            let observed: HashMap<u32, u32> = observed.map(|(pid, raw)| (pid, raw.execs)).collect();
-            for (&pid, execs) in &observed {
-                if self.judged.get(&pid) != Some(execs)
-                    && !self.pids.contains(&pid)
-                    && self.choice.excludes(pid)
-                {
-                    excluded.insert(pid);
-                }
-            }
-            self.judged = observed;
+        if self.choice.exclude.is_none() {
+            return Ok(());
         }
+        let observed = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate == 0);
+        let observed: HashMap<u32, u32> = observed.map(|(pid, raw)| (pid, raw.execs)).collect();
+        let changed = observed.iter().filter(|&(pid, execs)| self.judged.get(pid) != Some(execs));
+        let excluded =
+            self.choice.excluded(changed.map(|(&pid, _)| pid).filter(|pid| !self.pids.contains(pid)));
+        self.judged = observed;
         self.let_go_of(&excluded)
+    }
+
+    /// Remembers whom a process descends from, for when some of them are gone and others are chosen.
+    pub(super) fn remember_ancestors(&mut self, pid: u32) {
+        if self.follow && self.choice.may_change {
+            let mut ancestors = process::ancestors(pid);
+            // Of whoever is left of them, what was known before others were gone.
+            let known = ancestors.iter().filter_map(|(pid, _)| self.ancestors.get(pid)).flatten();
+            let known: Vec<_> = known.copied().collect();
+            ancestors.extend(known);
+            self.ancestors.insert(pid, ancestors);
+        }
     }
 
     /// Chooses anew: those who stay lose nothing, others are found or let go.
     pub(crate) fn choose(&mut self, choice: Choice) -> Result<()> {
+        let is_anybody_taken_away = !choice.include.cover(&self.choice.include);
         self.choice = choice;
         self.judged.clear();
         // Whom nobody wanted before may be wanted now.
@@ -92,14 +106,26 @@ impl Observation {
             let _gone = self.maps.strangers.remove(&pid);
         }
         let wanted: BTreeSet<u32> = &self.pids | &self.choice.present();
-        self.adopt(wanted.clone())?;
-        let mut kept = wanted;
-        if self.follow {
-            kept.extend(process::descendants(&kept));
+        let new = self.adopt(wanted.clone())?;
+        self.adopt_calls(new)?;
+        if is_anybody_taken_away {
+            self.let_go_of(&self.others_than(wanted))?;
         }
-        let others = self.live.keys().filter(|pid| !kept.contains(pid)).copied().collect();
-        self.let_go_of(&others)?;
         self.leave_out()
+    }
+
+    /// Those that are observed and are none of these nor, where those are followed, descend from them.
+    fn others_than(&self, mut wanted: BTreeSet<u32>) -> BTreeSet<u32> {
+        if self.follow {
+            let of_wanted = |(pid, started): &(u32, u64)| {
+                wanted.contains(pid) && process::start_ticks(*pid) == Some(*started)
+            };
+            let orphans = self.ancestors.iter().filter(|(_, ancestors)| ancestors.iter().any(of_wanted));
+            let orphans: BTreeSet<u32> = orphans.map(|(pid, _)| *pid).collect();
+            wanted.extend(process::descendants(&wanted));
+            wanted.extend(orphans);
+        }
+        self.live.keys().filter(|pid| !wanted.contains(pid)).copied().collect()
     }
 
     /// Counts what became of a file that was read again.
@@ -112,6 +138,7 @@ impl Observation {
     fn let_go_of(&mut self, pids: &BTreeSet<u32>) -> Result<()> {
         for pid in pids {
             self.live.remove(pid);
+            self.ancestors.remove(pid);
             self.collectors.let_go(&mut self.maps, *pid);
             self.follower.let_go(&mut self.maps, *pid);
         }

@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
+    num::NonZero,
     time::{Duration, Instant},
 };
 
 /// Processes that had their turn, and those that wait for it, oldest first.
 pub(super) struct Turns {
-    per_second: u32,
+    per_second: NonZero<u32>,
     /// With how many programs they had started by then.
     had: HashMap<u32, u32>,
     waiting: VecDeque<u32>,
@@ -16,9 +17,9 @@ pub(super) struct Turns {
 }
 
 impl Turns {
-    pub(super) fn at(per_second: u32) -> Self {
+    pub(super) fn at(per_second: NonZero<u32>) -> Self {
         Self {
-            per_second: per_second.max(1),
+            per_second,
             had: HashMap::new(),
             waiting: VecDeque::new(),
             next: a_second_before(Instant::now()),
@@ -45,7 +46,7 @@ impl Turns {
             }
         }
         let now = Instant::now();
-        let pause = Duration::from_secs(1) / self.per_second;
+        let pause = Duration::from_secs(1) / self.per_second.get();
         // What nobody took for a while is not saved up for longer than a second.
         self.next = self.next.max(a_second_before(now));
         let mut later = VecDeque::new();
@@ -83,7 +84,7 @@ mod tests {
 
     #[test]
     fn a_crowd_waits_its_turn() {
-        let mut turns = Turns::at(10);
+        let mut turns = Turns::at(const { NonZero::new(10).unwrap() });
         let first = turns.of(crowd(300), &BTreeSet::from([299]), true);
         // A second's worth at most, and the one that was asked for.
         assert!((2..=13).contains(&first.len()), "{}", first.len());
@@ -99,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_new_program_takes_a_new_turn() {
-        let mut turns = Turns::at(1);
+        let mut turns = Turns::at(NonZero::<u32>::MIN);
         turns.next = Instant::now();
         assert_eq!(turns.of(vec![(7, 0)], &BTreeSet::new(), true), [(7, 0)]);
         assert!(turns.of(vec![(7, 1)], &BTreeSet::new(), true).is_empty());
@@ -110,7 +111,7 @@ mod tests {
 
     #[test]
     fn nobody_waits_who_was_asked_for() {
-        let mut turns = Turns::at(1);
+        let mut turns = Turns::at(NonZero::<u32>::MIN);
         assert_eq!(turns.of(crowd(300), &BTreeSet::new(), false).len(), 300);
     }
 }

@@ -146,7 +146,7 @@ pub(crate) fn chosen(wanted: &[String]) -> Result<Vec<Arc<Profile>>, Failure> {
         match wanted.as_str() {
             "auto" => named.extend(PROFILES.iter().cloned()),
             "none" => {}
-            file if Path::new(file).extension().is_some_and(|extension| extension == "toml") => {
+            file if is_file(file) => {
                 files.push(Arc::new(read(Path::new(file))?));
             }
             name => {
@@ -164,6 +164,11 @@ pub(crate) fn chosen(wanted: &[String]) -> Result<Vec<Arc<Profile>>, Failure> {
         named.into_iter().filter(|profile| files.iter().all(|own| own.name != profile.name)).collect();
     files.extend(built_in);
     Ok(files)
+}
+
+/// Whether a profile that is wanted is one of the user's own.
+pub(crate) fn is_file(wanted: &str) -> bool {
+    Path::new(wanted).extension().is_some_and(|extension| extension == "toml")
 }
 
 /// Reads a profile of the user's own.

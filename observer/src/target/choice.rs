@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::criteria::Criteria;
+use super::{criteria::Criteria, process::is_there};
 
 /// What is wanted and what is not. Whoever meets both is left alone.
 #[derive(Clone, Debug, Default)]
@@ -23,23 +23,25 @@ impl Choice {
 
     /// Those that are there now and are chosen.
     pub(crate) fn present(&self) -> BTreeSet<u32> {
-        let mut present = self.include.present();
-        present.retain(|&pid| !self.excludes(pid));
-        present
+        self.not_excluded(self.include.present())
     }
 
     /// Divides processes that listen or wait for events into those that are chosen and all others.
-    pub(crate) fn divide(&self, candidates: impl Iterator<Item = u32>) -> (BTreeSet<u32>, BTreeSet<u32>) {
-        let (mut wanted, mut others) = self.include.divide(candidates);
-        let (excluded, chosen) = wanted.into_iter().partition(|&pid| self.excludes(pid));
-        wanted = chosen;
-        others.extend::<BTreeSet<u32>>(excluded);
-        (wanted, others)
+    pub(crate) fn divide(&self, candidates: BTreeSet<u32>) -> (BTreeSet<u32>, BTreeSet<u32>) {
+        let there = candidates.iter().copied().filter(|&pid| is_there(pid));
+        let chosen = self.not_excluded(self.include.met_by(there));
+        let others = &candidates - &chosen;
+        (chosen, others)
     }
 
-    /// Whether a process is left alone even if one that started it is observed.
-    pub(crate) fn excludes(&self, pid: u32) -> bool {
-        !self.exclude.is_none() && self.exclude.is_met_by(pid)
+    /// Those who are left alone even if one that started them is observed.
+    pub(crate) fn excluded(&self, pids: impl Iterator<Item = u32>) -> BTreeSet<u32> {
+        self.exclude.met_by(pids)
+    }
+
+    fn not_excluded(&self, pids: BTreeSet<u32>) -> BTreeSet<u32> {
+        let excluded = self.excluded(pids.iter().copied());
+        &pids - &excluded
     }
 }
 
@@ -54,9 +56,9 @@ mod tests {
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap().trim().to_owned();
         let exclude = Criteria { names: vec![name], ..Criteria::default() };
         let everybody = Choice { include: all.clone(), ..Choice::default() };
-        assert!(everybody.divide([pid].into_iter()).0.contains(&pid));
+        assert!(everybody.divide(BTreeSet::from([pid])).0.contains(&pid));
         let others = Choice { include: all, exclude, ..Choice::default() };
-        assert_eq!(others.divide([pid].into_iter()), (BTreeSet::new(), BTreeSet::from([pid])));
+        assert_eq!(others.divide(BTreeSet::from([pid])), (BTreeSet::new(), BTreeSet::from([pid])));
     }
 
     #[test]

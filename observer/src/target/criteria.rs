@@ -58,19 +58,31 @@ impl Criteria {
         wanted.filter_map(|proc| id(&proc)).filter(|&pid| is_there(pid)).collect()
     }
 
-    /// Divides processes that listen or wait for events into those that are wanted and all others.
-    pub(crate) fn divide(&self, candidates: impl Iterator<Item = u32>) -> (BTreeSet<u32>, BTreeSet<u32>) {
+    /// Those of these processes that meet any.
+    pub(super) fn met_by(&self, pids: impl Iterator<Item = u32>) -> BTreeSet<u32> {
+        if self.is_none() {
+            return BTreeSet::new();
+        }
+        // Once for all of them: with many listeners there is much to read.
         let mut listening = Listening::default();
-        candidates.partition(|&pid| {
-            let proc = i32::try_from(pid).ok().and_then(|pid| Proc::new(pid).ok());
-            is_there(pid) && proc.is_some_and(|proc| self.is_met(&proc, &mut listening))
-        })
+        let is_met = |pid: &u32| {
+            let proc = i32::try_from(*pid).ok().and_then(|pid| Proc::new(pid).ok());
+            proc.is_some_and(|proc| self.is_met(&proc, &mut listening))
+        };
+        pids.filter(is_met).collect()
     }
 
-    /// Whether a process meets any.
-    pub(super) fn is_met_by(&self, pid: u32) -> bool {
-        let proc = i32::try_from(pid).ok().and_then(|pid| Proc::new(pid).ok());
-        proc.is_some_and(|proc| self.is_met(&proc, &mut Listening::default()))
+    /// Whether whoever meets any of others' meets one of these.
+    pub(crate) fn cover(&self, others: &Self) -> bool {
+        fn contain<T: PartialEq>(these: &[T], others: &[T]) -> bool {
+            others.iter().all(|other| these.contains(other))
+        }
+        self.all
+            || (!others.all
+                && contain(&self.names, &others.names)
+                && contain(&self.executables, &others.executables)
+                && contain(&self.ports, &others.ports)
+                && contain(&self.cgroups, &others.cgroups))
     }
 
     fn is_met(&self, proc: &Proc, listening: &mut Listening) -> bool {
@@ -203,6 +215,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_added_takes_nobody_away() {
+        let of = |names: &[&str], all| Criteria {
+            all,
+            names: names.iter().copied().map(Into::into).collect(),
+            ..Criteria::default()
+        };
+        assert!(of(&["nginx", "redis"], false).cover(&of(&["redis"], false)));
+        assert!(of(&[], true).cover(&of(&["redis"], false)));
+        assert!(!of(&["nginx"], false).cover(&of(&["redis"], false)));
+        assert!(!of(&["nginx"], false).cover(&of(&["nginx"], true)));
+    }
+
+    #[test]
     fn a_name_is_as_long_as_the_kernel_keeps_it() {
         assert_eq!(cut("a-rather-long-name"), "a-rather-long-n");
         assert_eq!(cut("short"), "short");
@@ -242,7 +267,7 @@ mod tests {
     #[test]
     fn observer_does_not_select_itself() {
         let criteria = Criteria { all: true, ..Criteria::default() };
-        assert!(criteria.divide([std::process::id()].into_iter()).0.is_empty());
+        assert!(criteria.met_by([std::process::id()].into_iter()).is_empty());
         assert!(!criteria.present().contains(&std::process::id()));
     }
 }

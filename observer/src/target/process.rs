@@ -3,12 +3,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::OsString,
+    iter,
     os::unix::fs::MetadataExt as _,
 };
 
 use procfs::{
     ProcError,
-    process::{FDTarget, Process as Proc, StatFlags, all_processes},
+    process::{FDTarget, Process as Proc, Stat, StatFlags, all_processes},
 };
 
 use super::identity;
@@ -108,6 +109,23 @@ pub(crate) fn descendants(of: &BTreeSet<u32>) -> BTreeSet<u32> {
     found
 }
 
+/// Most generations that anybody descends from.
+const GENERATIONS: usize = 64;
+
+/// Everybody that a process descends from as `/proc` shows it now, each with when it was started.
+pub(crate) fn ancestors(pid: u32) -> BTreeSet<(u32, u64)> {
+    let stat = |pid: u32| open(pid).ok()?.stat().ok();
+    let parent = |stat: &Stat| u32::try_from(stat.ppid).ok().filter(|&parent| parent > 1);
+    let mut next = stat(pid).as_ref().and_then(parent);
+    let line = iter::from_fn(|| {
+        let pid = next?;
+        let stat = stat(pid)?;
+        next = parent(&stat);
+        Some((pid, stat.starttime))
+    });
+    line.take(GENERATIONS).collect()
+}
+
 /// Variables that a process was started with; none if it is gone.
 pub(crate) fn environment(pid: u32) -> HashMap<OsString, OsString> {
     open(pid).and_then(|proc| proc.environ()).unwrap_or_default()
@@ -179,6 +197,10 @@ mod tests {
         assert_eq!(grandchildren.len(), 1);
         let found = descendants(&BTreeSet::from([std::process::id()]));
         assert!(found.contains(&child.id()) && found.is_superset(&grandchildren));
+        for &pid in &grandchildren {
+            let of = [child.id(), std::process::id()].map(|pid| (pid, start_ticks(pid).unwrap()));
+            assert!(ancestors(pid).is_superset(&BTreeSet::from(of)));
+        }
         for pid in grandchildren {
             let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
             nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL).unwrap();

@@ -1,9 +1,8 @@
 //! A server that accepts only when told to; see `servers/acceptor.py` and `servers/ring_acceptor.rs`.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
     path::Path,
-    process::{ChildStdin, ChildStdout, Command, Stdio},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -11,13 +10,11 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Process, example, observer::Observer};
+use super::{example, observer::Observer, told::Told};
 
 /// The server, its place and its commands.
 pub(crate) struct Acceptor {
-    process: Process,
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    program: Told,
     place: String,
     in_own_namespace: bool,
     /// For its socket, if that has a path.
@@ -74,20 +71,13 @@ impl Acceptor {
     /// Starts a program that takes commands.
     fn serve(mut command: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
-        let mut child =
-            command.env("TMPDIR", files.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let commands = child.stdin.take().unwrap();
-        let mut answers = BufReader::new(child.stdout.take().unwrap());
-        let mut place = String::new();
-        answers.read_line(&mut place).unwrap();
-        let place = place.trim().to_owned();
-        assert!(!place.is_empty(), "the acceptor does not listen");
-        let process = Process(child);
-        Self { process, commands, answers, place, in_own_namespace: false, _files: files }
+        let mut program = Told::start(command.env("TMPDIR", files.path()));
+        let place = program.said();
+        Self { program, place, in_own_namespace: false, _files: files }
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.process.pid()
+        self.program.pid()
     }
 
     /// Its port, or its path.
@@ -97,10 +87,8 @@ impl Acceptor {
 
     /// Runs a command and returns the number that it answers.
     pub(crate) fn tell(&mut self, command: &str) -> u32 {
-        writeln!(self.commands, "{command}").unwrap();
-        let mut answer = String::new();
-        self.answers.read_line(&mut answer).unwrap();
-        answer.trim().parse().unwrap_or_else(|_| panic!("{command} is answered by {answer:?}"))
+        let answer = self.program.tell(command);
+        answer.parse().unwrap_or_else(|_| panic!("{command} is answered by {answer:?}"))
     }
 
     /// Connections that wait and the most that may, as `ss` shows them; summed up over an SO_REUSEPORT group.

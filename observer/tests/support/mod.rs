@@ -9,6 +9,7 @@ pub(crate) mod observer;
 pub(crate) mod otlp;
 pub(crate) mod prometheus;
 pub(crate) mod servers;
+pub(crate) mod told;
 
 use std::{
     path::{Path, PathBuf},

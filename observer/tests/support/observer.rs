@@ -72,6 +72,11 @@ impl Observer {
         self.messages.recv_timeout(LIMIT).expect("a message")
     }
 
+    /// Those that have come and nobody has looked at.
+    pub(crate) fn messages(&self) -> Vec<String> {
+        self.messages.try_iter().collect()
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }

@@ -12,14 +12,16 @@ import yaml
 
 OTHERS = {
     "kustomize.config.k8s.io/v1beta1": {
-        "Kustomization": {"apiVersion", "kind", "namespace", "resources", "labels", "images"}
+        "Kustomization": {
+            "apiVersion", "kind", "namespace", "resources", "configMapGenerator", "labels", "images"
+        }
     },
     "kustomize.config.k8s.io/v1alpha1": {"Component": {"apiVersion", "kind", "resources", "patches"}},
     "monitoring.coreos.com/v1": {"PodMonitor": {"apiVersion", "kind", "metadata", "spec"}},
 }
 
 folder, releases = pathlib.Path(sys.argv[1]), sys.argv[2:]
-faults, looked_at, named = [], 0, set()
+faults, looked_at, named, generators, mounted = [], 0, set(), set(), set()
 for file in sorted(folder.rglob("*.yaml")):
     manifest = yaml.safe_load(file.read_text())
     place = file.relative_to(folder)
@@ -27,8 +29,14 @@ for file in sorted(folder.rglob("*.yaml")):
     if others:
         known = others.get(manifest["kind"], set())
         faults += [f"{place}: {key}: unknown" for key in manifest if key not in known]
-        named |= {(file.parent / name).resolve() for name in manifest.get("resources", [])}
+        generated = manifest.get("configMapGenerator", [])
+        names = manifest.get("resources", []) + [name for one in generated for name in one["files"]]
+        named |= {(file.parent / name).resolve() for name in names}
+        generators |= {one["name"] for one in generated}
         continue
+    if manifest["kind"] == "DaemonSet":
+        volumes = manifest["spec"]["template"]["spec"]["volumes"]
+        mounted |= {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}
     for release in releases:
         looked_at += 1
         try:
@@ -42,5 +50,6 @@ for file in folder.rglob("*.yaml"):
     if file.name != "kustomization.yaml" and file.resolve() not in named:
         faults.append(f"{file.relative_to(folder)}: no kustomization.yaml has it")
 faults += [f"{file}: is not there" for file in named if not file.exists()]
+faults += [f"ConfigMap {name}: is not both mounted and made" for name in generators ^ mounted]
 print(*faults, sep="\n")
 sys.exit(1 if faults or not looked_at else 0)

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     export::series::{Cap, Distribution, Figure, Series},
     model::{
-        catalog::{CATALOG, Family, Kind, Subject},
+        catalog::{Family, Kind, Subject, families},
         snapshot::{Snapshot, Target},
     },
     target::process::Process,
@@ -82,7 +82,7 @@ fn of_resources(
     now: u64,
 ) -> Vec<ResourceMetrics> {
     let mut by_pid = BTreeMap::<Option<u32>, Vec<(&Family, Vec<Series>)>>::new();
-    for (family, series) in CATALOG.iter().zip(cap.gather(snapshot)) {
+    for (family, series) in families().zip(cap.gather(snapshot)) {
         let mut of_family = BTreeMap::<Option<u32>, Vec<Series>>::new();
         for series in series {
             of_family.entry(pid(family, &series)).or_default().push(series);

@@ -179,7 +179,8 @@ pub(crate) fn understand(lookup: Lookup<'_>) {
     }
 }
 
-fn uri(url: &str, origin: &str) -> Result<Uri, Failure> {
+/// The address of a collector; `origin` is what gives it.
+pub(crate) fn uri(url: &str, origin: &str) -> Result<Uri, Failure> {
     let uri = Uri::from_str(url).ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
     uri.ok_or_else(|| {
         Failure::new(

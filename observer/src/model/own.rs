@@ -1,0 +1,135 @@
+//! The metrics of observer itself: what it is, what it could not see or keep, what it waits for, and what it has delivered.
+//! Part of the catalog.
+
+use super::catalog::{Family, Kind, SOURCE, Together, Value, count, live};
+
+/// In the order of the reference page.
+pub(super) const OWN: &[Family] = &[
+    Family {
+        name: "observer_build_info",
+        otlp: "observer.build.info",
+        unit: "",
+        help: "Version of observer and release of the kernel it runs on; always 1.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &["version", "kernel"],
+        collect: |s, sink| sink(vec![s.own.version.into(), s.own.kernel.clone()], Value::Number(1.0)),
+    },
+    Family {
+        name: "observer_self_lost_total",
+        otlp: "observer.self.lost",
+        unit: "{event}",
+        help: "What the programs in the kernel could not keep, by cause.",
+        kind: Kind::Counter,
+        labels: &["cause"],
+        collect: |s, sink| {
+            for lost in &s.own.lost {
+                sink(vec![lost.cause.into()], count(lost.count));
+            }
+        },
+    },
+    Family {
+        name: "observer_self_missing",
+        otlp: "observer.self.missing",
+        unit: "{source}",
+        help: "A source of figures that is not to be had here; always 1, but for sources that are told together.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: SOURCE,
+        collect: |s, sink| {
+            for missing in &s.own.missing {
+                sink(vec![missing.source.clone(), missing.reason.clone()], Value::Number(1.0));
+            }
+        },
+    },
+    Family {
+        name: "observer_self_targets",
+        otlp: "observer.self.targets",
+        unit: "{process}",
+        help: "Processes under observation.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &[],
+        collect: |s, sink| {
+            let targets = u32::try_from(live(s).count()).unwrap_or(u32::MAX);
+            sink(Vec::new(), Value::Number(targets.into()));
+        },
+    },
+    Family {
+        name: "observer_self_map_memory_bytes",
+        otlp: "observer.self.map_memory",
+        unit: "By",
+        help: "Memory of the kernel that the programs' maps take, as the kernel says; set by --capacity, it does not change.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &[],
+        collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
+    },
+    Family {
+        name: "observer_self_off",
+        otlp: "observer.self.off",
+        unit: "{observer}",
+        help: "1 while the file of --kill-switch keeps observer out of the kernel, 0 otherwise.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &[],
+        collect: |s, sink| sink(Vec::new(), count(s.own.service.is_off.into())),
+    },
+    Family {
+        name: "observer_self_attach_waiting",
+        otlp: "observer.self.attach_waiting",
+        unit: "{process}",
+        help: "Processes whose runtimes wait to be attached to, of which there are --attach-per-second.",
+        kind: Kind::Gauge(Together::Sum),
+        labels: &[],
+        collect: |s, sink| sink(Vec::new(), count(s.own.service.waiting)),
+    },
+    Family {
+        name: "observer_self_config_reloads_total",
+        otlp: "observer.self.config_reloads",
+        unit: "{reload}",
+        help: "How often the file of --config was read again, by whether it was accepted or refused.",
+        kind: Kind::Counter,
+        labels: &["outcome"],
+        collect: |s, sink| {
+            sink(vec!["accepted".into()], count(s.own.service.accepted));
+            sink(vec!["refused".into()], count(s.own.service.refused));
+        },
+    },
+    Family {
+        name: "observer_self_otlp_delivered_total",
+        otlp: "observer.self.otlp_delivered",
+        unit: "{item}",
+        help: "Data points and spans that an OTLP collector has taken.",
+        kind: Kind::Counter,
+        labels: &["signal"],
+        collect: |s, sink| {
+            for delivery in &s.own.otlp {
+                sink(vec![delivery.signal.into()], count(delivery.delivered));
+            }
+        },
+    },
+    Family {
+        name: "observer_self_otlp_dropped_total",
+        otlp: "observer.self.otlp_dropped",
+        unit: "{item}",
+        help: "Data points and spans for an OTLP collector that were dropped, because it was away for too long, there were too many at once, or it will not have them.",
+        kind: Kind::Counter,
+        labels: &["signal", "reason"],
+        collect: |s, sink| {
+            for delivery in &s.own.otlp {
+                for dropped in &delivery.dropped {
+                    sink(vec![delivery.signal.into(), dropped.reason.into()], count(dropped.count));
+                }
+            }
+        },
+    },
+    Family {
+        name: "observer_self_otlp_failures_total",
+        otlp: "observer.self.otlp_failures",
+        unit: "{attempt}",
+        help: "Attempts to reach an OTLP collector that failed; what is not dropped is tried again.",
+        kind: Kind::Counter,
+        labels: &["signal"],
+        collect: |s, sink| {
+            for delivery in &s.own.otlp {
+                sink(vec![delivery.signal.into()], count(delivery.failures));
+            }
+        },
+    },
+];

@@ -14,6 +14,21 @@ impl Spread {
         figures.sort_by(f64::total_cmp);
         Self { low: at(&figures, 1), median: at(&figures, 2), high: at(&figures, 3) }
     }
+
+    /// Of a single figure.
+    pub(super) fn at(figure: f64) -> Self {
+        Self { low: figure, median: figure, high: figure }
+    }
+
+    /// The median, with the quartiles in brackets unless they are the same.
+    pub(super) fn show(self, digits: usize, unit: &str) -> String {
+        let Self { low, median, high } = self;
+        let unit = if unit.is_empty() { String::new() } else { format!(" {unit}") };
+        if low.to_bits() == high.to_bits() {
+            return format!("{median:.digits$}{unit}");
+        }
+        format!("{median:.digits$}{unit} ({low:.digits$} to {high:.digits$})")
+    }
 }
 
 pub(super) fn median(figures: impl IntoIterator<Item = f64>) -> f64 {
@@ -38,5 +53,7 @@ mod tests {
         assert_eq!(Spread::of([4.0, 1.0, 3.0, 2.0]), Spread { low: 1.75, median: 2.5, high: 3.25 });
         assert_eq!(Spread::of([7.0]), Spread { low: 7.0, median: 7.0, high: 7.0 });
         assert!(Spread::of([]).median.is_nan());
+        assert_eq!(Spread::of([1.0, 2.0, 3.0]).show(1, "ms"), "2.0 ms (1.5 to 2.5)");
+        assert_eq!(Spread::at(2.0).show(0, ""), "2");
     }
 }

@@ -40,6 +40,8 @@ impl Arm {
 /// One round.
 pub(super) struct Sample {
     pub(super) per_second: f64,
+    /// Seconds that one request in a hundred takes at least.
+    pub(super) p99: f64,
     /// CPU seconds of the server for a request.
     pub(super) cpu: f64,
     pub(super) tool: Option<ToolSample>,
@@ -93,7 +95,10 @@ impl Bench<'_> {
         let asyncio = Server::asyncio(cpu)?;
         let asyncio =
             self.server("asyncio, a deferred task for each request", &asyncio, &most, || wrk(&asyncio))?;
-        Ok(vec![nginx, redis, node, asyncio])
+
+        let ruby = Server::ruby(cpu)?;
+        let ruby = self.server("Ruby's async", &ruby, &most, || wrk(&ruby))?;
+        Ok(vec![nginx, redis, node, asyncio, ruby])
     }
 
     fn server(
@@ -111,8 +116,7 @@ impl Bench<'_> {
             progress(&format!("{name}, round {} of {}", round + 1, self.rounds));
             let count = arms.len();
             for turn in 0..count {
-                // Each round begins with another one, so that none always follows the same.
-                let (arm, samples) = &mut arms[(round + turn) % count];
+                let (arm, samples) = &mut arms[if round % 2 == 0 { turn } else { count - 1 - turn }];
                 let tool = match arm {
                     Arm::Nothing => None,
                     Arm::Observer => Some(Tool::observer(self.observer, &[server.pid()])?),
@@ -132,7 +136,7 @@ fn sample(server: &Server, tool: Option<&Tool>, load: impl Fn() -> Result<Done>)
     let tool_cpu = |tool: &Tool| fine_cpu_seconds(tool.pid());
     let tool_before = tool.map(tool_cpu).transpose()?;
     let (before, start) = (cpu_seconds(&pids)?, Instant::now());
-    let Done { requests, per_second } = load()?;
+    let Done { requests, per_second, p99 } = load()?;
     let (used, seconds) = (cpu_seconds(&pids)? - before, start.elapsed().as_secs_f64());
     let tool = tool.zip(tool_before).map(|(tool, before)| {
         let memory = memory(tool.pid())?;
@@ -145,5 +149,5 @@ fn sample(server: &Server, tool: Option<&Tool>, load: impl Fn() -> Result<Done>)
             maps: memory.maps,
         })
     });
-    Ok(Sample { per_second, cpu: used / requests as f64, tool: tool.transpose()? })
+    Ok(Sample { per_second, p99, cpu: used / requests as f64, tool: tool.transpose()? })
 }

@@ -1,8 +1,12 @@
 //! `xtask bench`: repeats every figure of cost and writes them down with the machine they are of. Nothing here passes
 //! or fails by its figures: they depend on the machine, so they are read by people.
 
+mod bcc;
+mod crowd;
 mod goals;
+mod growth;
 mod index;
+mod latency;
 mod load;
 mod machine;
 mod page;
@@ -11,6 +15,7 @@ mod page_servers;
 mod process;
 mod programs;
 mod servers;
+mod start;
 mod statistics;
 mod throughput;
 mod tools;
@@ -31,8 +36,14 @@ use crate::{observer, packages};
 pub(crate) enum Part {
     /// What eBPF programs cost
     Programs,
+    /// What tools of the same purpose cost
+    Bcc,
     /// What servers get done beside observer
     Servers,
+    /// What grows with what is observed
+    Growth,
+    /// How long a start takes, and what attaching does to a target
+    Start,
 }
 
 impl Part {
@@ -44,6 +55,13 @@ impl Part {
         match self {
             Self::Programs => "what each eBPF program takes for an event, beside bpftrace's",
             Self::Servers => "throughput, latency and CPU time of servers under saturating load",
+            Self::Bcc => "what the programs of bcc's tools take for an event, where they run",
+            Self::Start => {
+                "from the start to the first figure; latency of a target while observer comes and goes"
+            }
+            Self::Growth => {
+                "1 to 10,000 threads, 1 to 1,000 listeners and targets, 10 to 100,000 connections a second"
+            }
         }
     }
 
@@ -57,10 +75,23 @@ impl Part {
                 let figures = programs::Bench { observer, acceptor, cpus, rounds, seconds }.run()?;
                 page_programs::write(&mut page, &machine::probes(observer)?, &figures, rounds, seconds);
             }
+            Self::Bcc => {
+                let (rounds, seconds) = if *is_quick { (1, 1) } else { (3, 3) };
+                bcc::Bench { observer, cpus, rounds, seconds }.run(&mut page)?;
+            }
             Self::Servers => {
                 let (rounds, seconds) = if *is_quick { (2, 1) } else { (16, 2) };
                 let figures = throughput::Bench { observer, cpus, rounds, seconds }.run()?;
                 page_servers::write(&mut page, &figures, rounds, seconds);
+            }
+            Self::Start => {
+                let (starts, rounds, seconds) = if *is_quick { (3, 1, 1) } else { (15, 5, 2) };
+                start::Bench { observer, cpus, starts, rounds, seconds }.run(&mut page)?;
+            }
+            Self::Growth => {
+                let (seconds, scrapes) = if *is_quick { (1, 3) } else { (5, 7) };
+                let crowd = &bench.example("crowd")?;
+                growth::Bench { observer, crowd, cpus, seconds, scrapes }.run(&mut page)?;
             }
         }
         Ok(page)

@@ -35,6 +35,13 @@ pub(super) fn median(figures: impl IntoIterator<Item = f64>) -> f64 {
     Spread::of(figures).median
 }
 
+/// The least of sorted figures that so much of them is no more than.
+pub(super) fn quantile<T: Copy>(sorted: &[T], part: f64) -> Option<T> {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of a length")]
+    let rank = (sorted.len() as f64 * part).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
 /// A quartile of sorted figures, between two of them where it falls there.
 fn at(sorted: &[f64], quartile: usize) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
@@ -46,7 +53,14 @@ fn at(sorted: &[f64], quartile: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::Spread;
+    use super::{Spread, quantile};
+
+    #[test]
+    fn a_quantile_is_one_of_the_figures() {
+        let figures = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+        assert_eq!([0.0, 0.5, 0.99, 1.0].map(|part| quantile(&figures, part)), [1, 5, 10, 10].map(Some));
+        assert_eq!(quantile::<u32>(&[], 0.5), None);
+    }
 
     #[test]
     fn quartiles_lie_between_figures() {

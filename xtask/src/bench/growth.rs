@@ -55,9 +55,11 @@ const KINDS: [(Kind, &[u32]); 4] = [
 /// Where room is made for all of them.
 const ROOMY: Case = Case { kind: Kind::Threads, count: 10_000, capacity: 16_384 };
 
-/// Scrapes may take a tenth of a CPU; sooner they get figures that are not new.
-const AGE: Duration = Duration::from_millis(150);
-const AGE_OF_COSTS: u32 = 11;
+/// Longer than any thread waits. Scrapes take at most a tenth of a CPU; sooner than that they get figures that are not new.
+const AGE: Duration = Duration::from_millis(1100);
+
+/// Scrapes, those included that get no new figures.
+const TRIES: usize = 60;
 
 struct Sample {
     first: Duration,
@@ -115,19 +117,28 @@ impl Bench<'_> {
         let client = (kind == Kind::Connections)
             .then(|| Client::start(self.crowd, self.cpus.load, crowd.port(), count, lasts))
             .transpose()?;
-        let before = accepted(&observer.scrape()?);
+        let mut text = observer.scrape()?;
+        let before = accepted(&text);
         let (start, used) = (Instant::now(), fine_cpu_seconds(pid)?);
         pause(Duration::from_secs(self.seconds));
         let cpu = (fine_cpu_seconds(pid)? - used) / start.elapsed().as_secs_f64();
         let fullest = filled(pid)?.into_iter().max_by(|a, b| a.1.total_cmp(&b.1));
         let made = client.map(Client::finish).transpose()?;
 
-        let (mut scrapes, mut text) = (Vec::new(), String::new());
-        for _ in 0..self.scrapes {
-            pause(scrapes.last().map_or(AGE, |last: &Duration| AGE.max(*last * AGE_OF_COSTS)));
+        let mut scrapes = Vec::new();
+        for _ in 0..TRIES {
+            pause(AGE);
             let start = Instant::now();
-            text = observer.scrape()?;
-            scrapes.push(start.elapsed());
+            let scrape = observer.scrape()?;
+            let took = start.elapsed();
+            // All threads have waited meanwhile, so figures that are the same are the last ones again.
+            if scrape != text {
+                scrapes.push(took);
+                text = scrape;
+            }
+            if scrapes.len() == self.scrapes {
+                break;
+            }
         }
         scrapes.sort();
         let connections = made.map(|made| (made, accepted(&text) - before));

@@ -142,7 +142,7 @@ pub(crate) fn run(parts: &[Part], is_quick: bool) -> Result<()> {
         let page = part.measure(&bench)?;
         progress(&format!("{} took {} s", part.name(), start.elapsed().as_secs()));
         if is_quick {
-            print!("{}", page.finished());
+            println!("{}", page.finished());
         } else {
             println!("{}", index::keep(part, &machine, &page)?);
         }

@@ -23,20 +23,20 @@ of libbpf-tools have their name alone; those of bcc, which compile theirs when t
 const REFUSED: &str = "## What does not run on this kernel
 ";
 
-/// What tells some of what observer does: its words, with PID for the server's, and what it tells.
+/// What tells some of what observer does: its words, with PID for the worker's, and what it tells.
 const TOOLS: &[(&[&str], &str)] = &[
     (&["runqlat", "60"], "run-queue delay of all threads"),
-    (&["runqlat", "-p", "PID", "60"], "run-queue delay of the server"),
-    (&["cpudist", "-p", "PID", "60"], "time on a CPU at a stretch, of the server"),
-    (&["offcputime", "-p", "PID", "60"], "blocked time of the server, by stack"),
-    (&["wakeuptime", "-p", "PID", "60"], "who wakes the server, after how long"),
-    (&["syscount", "-L", "-p", "PID", "-d", "60"], "calls of the server and their time"),
+    (&["runqlat", "-p", "PID", "60"], "run-queue delay of the worker"),
+    (&["cpudist", "-p", "PID", "60"], "time on a CPU at a stretch, of the worker"),
+    (&["offcputime", "-p", "PID", "60"], "blocked time of the worker, by stack"),
+    (&["wakeuptime", "-p", "PID", "60"], "who wakes the worker, after how long"),
+    (&["syscount", "-L", "-p", "PID", "-d", "60"], "calls of the worker and their time"),
     (&["tcpsynbl", "60"], "length of accept queues as connections come"),
     (&["solisten"], "calls of listen"),
     (&["tcptracer"], "connections that begin, are accepted and end"),
     (&["tcpstates"], "changes of connections' states, with their time"),
-    (&["runqlat-bpfcc", "-p", "PID", "60"], "run-queue delay of the server"),
-    (&["offcputime-bpfcc", "-p", "PID", "60"], "blocked time of the server, by stack"),
+    (&["runqlat-bpfcc", "-p", "PID", "60"], "run-queue delay of the worker"),
+    (&["offcputime-bpfcc", "-p", "PID", "60"], "blocked time of the worker, by stack"),
     (&["tcpaccept-bpfcc"], "accepted connections"),
 ];
 
@@ -67,14 +67,15 @@ impl Bench<'_> {
         let events: f64 = empty.values().map(|cost| cost.events).sum();
         let measuring = empty.values().map(|cost| cost.events * cost.nanoseconds).sum::<f64>() / events;
 
-        let observer = self.rounds("observer", |pid| Ok(Ok(Tool::observer(self.observer, &[pid])?)))?;
+        let observer =
+            self.rounds("observer", |server| Ok(Ok(Tool::observer(self.observer, &[server.pid()])?)))?;
         let mut rows = row("observer", "all of it", &observer, measuring).into_iter().collect::<Vec<_>>();
         let mut refused = Vec::new();
         for (words, tells) in TOOLS {
             let title = format!("`{}`", words.join(" "));
             let outcome = if find(words[0]).is_some() {
-                self.rounds(words[0], |pid| {
-                    let pid = pid.to_string();
+                self.rounds(words[0], |server| {
+                    let pid = server.event_loop().to_string();
                     Tool::other(
                         &words
                             .iter()
@@ -102,7 +103,7 @@ impl Bench<'_> {
     fn rounds(
         &self,
         name: &str,
-        start: impl Fn(u32) -> Result<std::result::Result<Tool, String>>,
+        start: impl Fn(&Server) -> Result<std::result::Result<Tool, String>>,
     ) -> Result<Outcome> {
         let Cpus { server: cpu, load: load_cpu } = self.cpus;
         let mut rounds: Vec<Round> = Vec::new();
@@ -110,7 +111,7 @@ impl Bench<'_> {
             progress(&format!("{name}, round {round} of {}", self.rounds));
             let server = Server::nginx(cpu, false)?;
             let wrk = Wrk::prepare(load_cpu, server.port, self.seconds, false)?;
-            let tool = match start(server.pid())? {
+            let tool = match start(&server)? {
                 Ok(tool) => tool,
                 Err(said) => return Ok(Outcome::Refused(reason(&said))),
             };

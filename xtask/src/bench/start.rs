@@ -25,14 +25,20 @@ const LATENCY: &str = "## What a target's clients notice
 One client on a CPU of its own, with one request at a time on a connection that stays, a thousand a second, while observer
 comes and goes. *Attaching* is from the start of observer until half a second after its first figure, which is when it
 attaches to a runtime that it knows; *detaching* from the signal that ends it until it is gone. A request counts in every
-window that it was under way in. The longest of all has in it what else
-happens on the machine, *before* and *after* as well.
+window that it was under way in. The longest of all has in it what else happens on the machine, in all windows.
 ";
 
 /// What is told beyond the first figure of a start.
 const REST: Duration = Duration::from_millis(500);
 
 const WINDOWS: [&str; 5] = ["before", "attaching", "observed", "detaching", "after"];
+
+/// A part of a round, all rounds together.
+struct Window {
+    title: &'static str,
+    latencies: Vec<Duration>,
+    lasts: Duration,
+}
 
 pub(super) struct Bench<'a> {
     pub(super) observer: &'a Path,
@@ -68,16 +74,16 @@ impl Bench<'_> {
         page.text(LATENCY);
         let Self { rounds, seconds, .. } = self;
         page.text(&format!(
-            "Rounds: {rounds}, with {seconds} s before, observed and after; of all rounds together.\n"
+            "Rounds: {rounds}, with {seconds} s before, observed and after; of all rounds together; how long a window lasts is the mean.\n"
         ));
         for (name, server) in &servers {
-            let mut windows: [Vec<Duration>; 5] = Default::default();
+            let mut windows = WINDOWS.map(Window::new);
             for round in 1..=self.rounds {
                 progress(&format!("coming and going beside {name}, round {round} of {rounds}"));
                 self.round(server, &mut windows)?;
             }
-            let rows = WINDOWS.iter().zip(windows).map(|(window, latencies)| row(window, latencies));
-            page.table(&[name, "requests", "median, us", "p99, us", "longest, us"], rows);
+            let rows = windows.into_iter().map(|window| window.row(*rounds));
+            page.table(&[name, "lasts", "requests", "median, us", "p99, us", "longest, us"], rows);
         }
         Ok(())
     }
@@ -89,7 +95,7 @@ impl Bench<'_> {
         (0..self.starts).map(start).collect()
     }
 
-    fn round(&self, server: &Server, windows: &mut [Vec<Duration>; 5]) -> Result<()> {
+    fn round(&self, server: &Server, windows: &mut [Window]) -> Result<()> {
         let seconds = Duration::from_secs(self.seconds);
         let client = Client::start(self.cpus.load, server.port)?;
         settle();
@@ -109,7 +115,8 @@ impl Bench<'_> {
         let requests = client.finish()?;
         for (window, bounds) in windows.iter_mut().zip(bounds.windows(2)) {
             let fall = requests.iter().filter(|request| is_within(request, bounds[0], bounds[1]));
-            window.extend(fall.map(|(_, took)| *took));
+            window.latencies.extend(fall.map(|(_, took)| *took));
+            window.lasts += bounds[1] - bounds[0];
         }
         Ok(())
     }
@@ -120,12 +127,20 @@ fn is_within(&(begin, took): &Request, start: Instant, end: Instant) -> bool {
     begin < end && begin + took > start
 }
 
-fn row(window: &str, mut latencies: Vec<Duration>) -> Vec<String> {
-    latencies.sort();
-    let microseconds = |part: f64| {
-        let latency = quantile(&latencies, part).map(|latency| latency.as_secs_f64() * 1e6);
-        latency.map_or_else(String::new, |latency| format!("{latency:.0}"))
-    };
-    let count = latencies.len().to_string();
-    vec![window.to_owned(), count, microseconds(0.5), microseconds(0.99), microseconds(1.0)]
+impl Window {
+    fn new(title: &'static str) -> Self {
+        Self { title, latencies: Vec::new(), lasts: Duration::ZERO }
+    }
+
+    fn row(mut self, rounds: usize) -> Vec<String> {
+        self.latencies.sort();
+        let microseconds = |part: f64| {
+            let latency = quantile(&self.latencies, part).map(|latency| latency.as_secs_f64() * 1e6);
+            latency.map_or_else(String::new, |latency| format!("{latency:.0}"))
+        };
+        let lasts = format!("{:.2} s", self.lasts.as_secs_f64() / rounds as f64);
+        let count = self.latencies.len().to_string();
+        let [median, p99, longest] = [0.5, 0.99, 1.0].map(microseconds);
+        vec![self.title.to_owned(), lasts, count, median, p99, longest]
+    }
 }

@@ -76,9 +76,10 @@ impl Goal {
     /// A row of the table of goals.
     pub(super) fn row(&self, figure: Option<Spread>) -> Vec<String> {
         let Self { what, limit, unit, .. } = self;
-        let (figure, verdict) = figure.map_or(("not measured".to_owned(), String::new()), |figure| {
-            (figure.show(if figure.median < 10.0 { 2 } else { 0 }, unit), self.verdict(figure))
-        });
+        let (figure, verdict) = figure
+            .map_or(("not measured, or lost in the noise".to_owned(), String::new()), |figure| {
+                (figure.show(if figure.median < 10.0 { 2 } else { 0 }, unit), self.verdict(figure))
+            });
         vec![(*what).to_owned(), format!("{limit} {unit}"), figure, verdict]
     }
 
@@ -115,6 +116,6 @@ mod tests {
         assert_eq!(verdict(140.0, 150.0, 160.0), "yes: 50 % of the limit");
         assert_eq!(verdict(290.0, 330.0, 350.0), "no: 1.1 times the limit; within the spread");
         assert_eq!(verdict(-2.0, -1.0, 1.0), "yes: no cost to be seen");
-        assert_eq!(FIRST_FIGURE.row(None)[2], "not measured");
+        assert_eq!(FIRST_FIGURE.row(None)[2], "not measured, or lost in the noise");
     }
 }

@@ -76,7 +76,7 @@ impl Part {
                 page_programs::write(&mut page, &machine::probes(observer)?, &figures, rounds, seconds);
             }
             Self::Bcc => {
-                let (rounds, seconds) = if *is_quick { (1, 1) } else { (3, 3) };
+                let (rounds, seconds) = if *is_quick { (1, 1) } else { (3, 2) };
                 bcc::Bench { observer, cpus, rounds, seconds }.run(&mut page)?;
             }
             Self::Servers => {
@@ -89,7 +89,7 @@ impl Part {
                 start::Bench { observer, cpus, starts, rounds, seconds }.run(&mut page)?;
             }
             Self::Growth => {
-                let (seconds, scrapes) = if *is_quick { (1, 3) } else { (5, 7) };
+                let (seconds, scrapes) = if *is_quick { (1, 3) } else { (4, 5) };
                 let crowd = &bench.example("crowd")?;
                 growth::Bench { observer, crowd, cpus, seconds, scrapes }.run(&mut page)?;
             }

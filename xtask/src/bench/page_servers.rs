@@ -11,7 +11,9 @@ Beside the server runs in turn nothing, observer on it, observer on an nginx tha
 script `xtask/src/bench/slices.bt` on the server's event loop; each round has the order of the one before backwards (ABBA),
 so that what drifts falls on all alike. wrk has 32 connections that stay, redis-benchmark 50, each with one request at a
 time. *p99* is what the load generator tells of a request. CPU time is the server's own (`utime` and `stime` of all its
-processes), which has in it what programs take in its threads. *Change* compares with *nothing* in the same round. All
+processes), which has in it what programs take in its threads. Of Node.js and asyncio observer follows deferred work until
+that has been too fast for three seconds (`--profile`), as it is here: its figures are from thereafter, and apart from them
+those of its first seconds, which are also what a profile costs that is named. *Change* compares with *nothing* in the same round. All
 figures are medians, with the quartiles in brackets.
 ";
 
@@ -38,11 +40,11 @@ fn note(page: &mut Page, servers: &[Figures]) {
     ] {
         let Some(figures) = servers.iter().find(|figures| figures.server == server) else { continue };
         page.figure(loss, Spread::of(figures.changes(Arm::Observer, |sample| -sample.per_second)));
-        let cpu = |arm| median(figures.changes(arm, |sample| sample.cpu));
+        let cpu = |arm| Spread::of(figures.changes(arm, |sample| sample.cpu));
         let (ours, theirs) = (cpu(Arm::Observer), cpu(Arm::Bpftrace));
         // Of what is lost in the noise there are no parts.
-        if theirs > 0.0 {
-            page.figure(to_bpftrace, Spread::at(ours / theirs * 100.0));
+        if theirs.low > 0.0 {
+            page.figure(to_bpftrace, Spread::at(ours.median / theirs.median * 100.0));
         }
     }
     let tools = servers.iter().find(|figures| figures.server == "nginx").into_iter();

@@ -11,7 +11,7 @@ use super::statistics::Spread;
 const PROGRAMS: &str = "# eBPF programs
 
 The kernel counts how often each program runs and for how long (`bpf_stats`). Its count begins where a program begins:
-what the kernel does to get there is not in it, but is in the figures of servers below. It includes what the counting
+what the kernel does to get there is not in it, but is in the figures of [servers](servers.md). It includes what counting
 itself takes, which programs that do nothing show under the first load; *net* is without that, or without the mean of
 all of them for events that are not among theirs.
 

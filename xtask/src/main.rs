@@ -62,8 +62,10 @@ enum Command {
     },
     /// Write docs/metrics.md and the dashboards anew.
     Docs,
-    /// Measure what observer costs and write docs/benchmarks.md (as root; some eleven minutes, more on a busy machine).
+    /// Measure what observer costs and write docs/benchmarks.md (as root; half an hour, more on a busy machine).
     Bench {
+        /// What to measure; everything if nothing is named.
+        parts: Vec<bench::Part>,
         /// Only try out that it works: few and short rounds, whose figures are printed and not kept.
         #[arg(long)]
         quick: bool,
@@ -100,7 +102,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Dist => dist::make()?,
         Command::Demo { args } => return Err(observer::demo(&args)),
         Command::Docs => documents::write()?,
-        Command::Bench { quick } => bench::run(quick)?,
+        Command::Bench { parts, quick } => bench::run(&parts, quick)?,
         Command::Fuzz { targets, seconds } => return fuzz::run(&targets, seconds),
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
         Command::Test { machines, filter } => return Ok(suite::run(&machines, filter.as_deref())),

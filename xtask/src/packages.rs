@@ -34,7 +34,7 @@ const TESTS: &[&str] = &[
 ];
 
 /// What only `xtask bench` runs beside those.
-const COMPARISON: &[&str] = &["bpftrace"];
+const COMPARISON: &[&str] = &["bpftrace", "libbpf-tools", "bpfcc-tools"];
 
 /// What boots the kernels of `xtask vm` and `xtask test`.
 const EMULATOR: &[&str] = &["qemu-system-x86"];

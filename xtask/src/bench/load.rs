@@ -26,6 +26,8 @@ const TOLERATED: u64 = 100;
 pub(super) struct Done {
     pub(super) requests: u64,
     pub(super) per_second: f64,
+    /// Seconds that one request in a hundred takes at least.
+    pub(super) p99: f64,
 }
 
 /// wrk, which exists as a process before it begins, so that it can be observed from its first request on.
@@ -39,7 +41,7 @@ impl Wrk {
     /// 32 connections, kept open or renewed for each request.
     pub(super) fn prepare(cpu: Option<u32>, port: u16, seconds: u64, keep_alive: bool) -> Result<Self> {
         let mut command = program("sh", cpu);
-        command.args(["-c", "read -r _ && exec \"$@\"", "sh", "wrk", "-t", "1", "-c", "32"]);
+        command.args(["-c", "read -r _ && exec \"$@\"", "sh", "wrk", "--latency", "-t", "1", "-c", "32"]);
         command.args(["-d", &seconds.to_string()]);
         if !keep_alive {
             command.args(["-H", "Connection: close"]);
@@ -68,11 +70,18 @@ impl Wrk {
     }
 }
 
-/// Takes `N requests in …` and `Requests/sec: R` from what wrk prints.
+/// Takes `99% T`, `N requests in …` and `Requests/sec: R` from what wrk prints.
 fn parse_wrk(text: &str) -> Option<Done> {
     let requests = text.lines().find_map(|line| line.trim().split_once(" requests in "))?.0;
     let per_second = text.lines().find_map(|line| line.trim().strip_prefix("Requests/sec:"))?;
-    Some(Done { requests: requests.parse().ok()?, per_second: per_second.trim().parse().ok()? })
+    let p99 = seconds(text.lines().find_map(|line| line.trim().strip_prefix("99%"))?.trim())?;
+    Some(Done { requests: requests.parse().ok()?, per_second: per_second.trim().parse().ok()?, p99 })
+}
+
+/// Reads a time as wrk prints it.
+fn seconds(text: &str) -> Option<f64> {
+    let units = [("us", 1e-6), ("ms", 1e-3), ("s", 1.0)];
+    units.iter().find_map(|(unit, scale)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * scale))
 }
 
 /// Sums up `Socket errors: connect 0, read 0, write 0, timeout 1`, a line that is there where there were any.
@@ -93,14 +102,19 @@ pub(super) fn redis(cpu: Option<u32>, port: u16, requests: u64) -> Result<Done> 
         ["--pdeathsig", "TERM"].map(str::to_owned).into_iter().chain(words),
     ));
     let answer = answer.context("redis-benchmark failed\nby hand: run it alone to see why")?;
-    let per_second = parse_redis(&answer).with_context(|| format!("redis-benchmark answers {answer:?}"))?;
-    Ok(Done { requests, per_second })
+    let (per_second, p99) =
+        parse_redis(&answer).with_context(|| format!("redis-benchmark answers {answer:?}"))?;
+    Ok(Done { requests, per_second, p99 })
 }
 
-/// Takes the rate from redis-benchmark's line for GET.
-fn parse_redis(csv: &str) -> Option<f64> {
-    let line = csv.lines().find_map(|line| line.strip_prefix("\"GET\",\""))?;
-    line.split('"').next()?.parse().ok()
+/// Takes the rate, and the p99 in seconds, from redis-benchmark's line for GET by the names above it.
+fn parse_redis(csv: &str) -> Option<(f64, f64)> {
+    let cells =
+        |line: &str| line.split(',').map(|cell| cell.trim_matches('"').to_owned()).collect::<Vec<_>>();
+    let names = cells(csv.lines().find(|line| line.starts_with("\"test\","))?);
+    let line = cells(csv.lines().find(|line| line.starts_with("\"GET\","))?);
+    let figure = |name| line.get(names.iter().position(|n| n == name)?)?.parse::<f64>().ok();
+    Some((figure("rps")?, figure("p99_latency_ms")? / 1e3))
 }
 
 /// Requests on a unix socket by one client, each on a connection of its own.
@@ -135,18 +149,21 @@ fn repeat(seconds: u64, mut step: impl FnMut() -> Result<u64>) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{errors, parse_redis, parse_wrk};
+    use super::{errors, parse_redis, parse_wrk, seconds};
 
     #[test]
     fn what_load_generators_print_is_understood() {
         let done = parse_wrk(
-            "  2 threads and 32 connections\n  152840 requests in 1.02s, 22.01MB read\nRequests/sec: 149870.96\n",
+            "  2 threads and 32 connections\n  Latency Distribution\n     50%    1.60ms\n     99%  812.00us\n  \
+             152840 requests in 1.02s, 22.01MB read\nRequests/sec: 149870.96\n",
         );
-        assert_eq!(done.map(|done| (done.requests, done.per_second)), Some((152_840, 149_870.96)));
+        let done = done.map(|done| (done.requests, done.per_second, (done.p99 * 1e6).round()));
+        assert_eq!(done, Some((152_840, 149_870.96, 812.0)));
         assert!(parse_wrk("unable to connect").is_none());
+        assert_eq!((seconds("2.50ms"), seconds("1.00s"), seconds("soon")), (Some(0.0025), Some(1.0), None));
         assert_eq!(errors("  Socket errors: connect 0, read 3, write 0, timeout 12\n"), 15);
         assert_eq!(errors("Requests/sec: 1.0"), 0);
-        let csv = "\"test\",\"rps\",\"avg_latency_ms\"\n\"GET\",\"81300.81\",\"0.304\"";
-        assert_eq!(parse_redis(csv), Some(81300.81));
+        let csv = "\"test\",\"rps\",\"p99_latency_ms\"\n\"GET\",\"81300.81\",\"0.500\"";
+        assert_eq!(parse_redis(csv), Some((81300.81, 0.0005)));
     }
 }

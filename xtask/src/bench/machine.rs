@@ -12,8 +12,13 @@ use super::Cpus;
 use crate::shell::ask;
 use crate::workspace::root;
 
-/// Rows of a table.
-pub(super) type Rows = Vec<(&'static str, String)>;
+/// What all figures of a run have in common.
+pub(super) struct Machine {
+    pub(super) date: String,
+    /// Its version and commit.
+    pub(super) observer: String,
+    others: Vec<(&'static str, String)>,
+}
 
 /// A program of observer's, and the probe it belongs to.
 pub(super) struct Hook {
@@ -33,7 +38,7 @@ pub(super) fn cpus() -> Result<Cpus> {
     })
 }
 
-pub(super) fn describe(observer: &Path, cpus: Cpus) -> Result<Rows> {
+pub(super) fn describe(observer: &Path, cpus: Cpus) -> Result<Machine> {
     let cpu = procfs::CpuInfo::current()?;
     let model = cpu.model_name(0).unwrap_or("of unknown model").to_owned();
     let is_virtual = cpu.flags(0).is_some_and(|flags| flags.contains(&"hypervisor"));
@@ -48,21 +53,39 @@ pub(super) fn describe(observer: &Path, cpus: Cpus) -> Result<Rows> {
     let counting = if counting.trim() == "0" { "off" } else { "ON: it slows all programs down" };
     let commit = version(&cmd!("git", "describe", "--always", "--dirty").dir(root()));
     let binary = fs::metadata(observer)?.len() as f64 / 1e6;
-    Ok(vec![
-        ("date", version(&cmd!("date", "-u", "+%F %H:%M UTC"))),
-        ("CPU", format!("{model}, {} of them{kind}", cpu.num_cores())),
-        ("memory", format!("{gibibytes:.0} GiB")),
-        ("kernel", version(&cmd!("uname", "-sr"))),
-        ("load before the start", format!("{} over a minute", load.one)),
-        ("`kernel.bpf_stats_enabled` while servers are measured", counting.to_owned()),
-        ("CPUs", apart),
-        ("observer", format!("{}, commit {commit}, {binary:.1} MB", version(&cmd!(observer, "--version")))),
+    Ok(Machine {
+        date: version(&cmd!("date", "-u", "+%F %H:%M UTC")),
+        observer: format!("{}, commit {commit}, {binary:.1} MB", version(&cmd!(observer, "--version"))),
+        others: vec![
+            ("CPU", format!("{model}, {} of them{kind}", cpu.num_cores())),
+            ("memory", format!("{gibibytes:.0} GiB")),
+            ("kernel", version(&cmd!("uname", "-sr"))),
+            ("load before the start", format!("{} over a minute", load.one)),
+            ("`kernel.bpf_stats_enabled` but while programs are counted", counting.to_owned()),
+            ("CPUs", apart),
+        ],
+    })
+}
+
+/// A table of it, and of what else took part.
+pub(super) fn rows(machine: &Machine, versions: &[(&str, String)]) -> Vec<Vec<String>> {
+    let Machine { date, observer, others } = machine;
+    let all = [("date", date), ("observer", observer)].into_iter();
+    let all = all.chain(others.iter().chain(versions).map(|(name, value)| (*name, value)));
+    all.map(|(name, value)| vec![name.to_owned(), value.clone()]).collect()
+}
+
+/// Everything that parts run beside observer.
+pub(super) fn versions() -> Vec<(&'static str, String)> {
+    vec![
         ("bpftrace", version(&cmd!("bpftrace", "--version"))),
         ("nginx", version(&cmd!("nginx", "-v"))),
         ("Redis", version(&cmd!("redis-server", "--version"))),
         ("Node.js", version(&cmd!("node", "--version"))),
+        ("Python", version(&cmd!("/usr/bin/python3", "--version"))),
+        ("Ruby", version(&cmd!("/usr/bin/ruby", "--version"))),
         ("wrk", version(&cmd!("wrk", "-v"))),
-    ])
+    ]
 }
 
 /// The first line that a program says of itself, some of them as if it were an error, without what it adds.

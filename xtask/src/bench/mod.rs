@@ -1,27 +1,102 @@
 //! `xtask bench`: repeats every figure of cost and writes them down with the machine they are of. Nothing here passes
 //! or fails by its figures: they depend on the machine, so they are read by people.
 
+mod bcc;
+mod crowd;
+mod goals;
+mod growth;
+mod index;
+mod latency;
 mod load;
 mod machine;
 mod page;
+mod page_programs;
+mod page_servers;
 mod process;
 mod programs;
 mod servers;
+mod start;
 mod statistics;
 mod throughput;
 mod tools;
 
-use std::fs;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 
+use self::page::Page;
 use crate::shell::is_root;
-use crate::workspace::{build, root};
+use crate::workspace::build;
 use crate::{observer, packages};
 
-/// Where the figures go, in the repository.
-const PAGE: &str = "docs/benchmarks.md";
+/// What can be measured by itself.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Part {
+    /// What eBPF programs cost
+    Programs,
+    /// What tools of the same purpose cost
+    Bcc,
+    /// What servers get done beside observer
+    Servers,
+    /// What grows with what is observed
+    Growth,
+    /// How long a start takes, and what attaching does to a target
+    Start,
+}
+
+impl Part {
+    fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    fn about(self) -> &'static str {
+        match self {
+            Self::Programs => "what each eBPF program takes for an event, beside bpftrace's",
+            Self::Servers => "throughput, latency and CPU time of servers under saturating load",
+            Self::Bcc => "what the programs of bcc's tools take for an event, where they run",
+            Self::Start => {
+                "from the start to the first figure; latency of a target while observer comes and goes"
+            }
+            Self::Growth => {
+                "1 to 10,000 threads, 1 to 1,000 listeners and targets, 10 to 100,000 connections a second"
+            }
+        }
+    }
+
+    fn measure(self, bench: &Bench) -> Result<Page> {
+        let Bench { observer, cpus, is_quick, .. } = bench;
+        let (mut page, cpus) = (Page::default(), *cpus);
+        match self {
+            Self::Programs => {
+                let (rounds, seconds) = if *is_quick { (1, 1) } else { (3, 3) };
+                let acceptor = &bench.example("ring_acceptor")?;
+                let figures = programs::Bench { observer, acceptor, cpus, rounds, seconds }.run()?;
+                page_programs::write(&mut page, &machine::probes(observer)?, &figures, rounds, seconds);
+            }
+            Self::Bcc => {
+                let (rounds, seconds) = if *is_quick { (1, 1) } else { (3, 2) };
+                bcc::Bench { observer, cpus, rounds, seconds }.run(&mut page)?;
+            }
+            Self::Servers => {
+                let (rounds, seconds) = if *is_quick { (2, 1) } else { (16, 2) };
+                let figures = throughput::Bench { observer, cpus, rounds, seconds }.run()?;
+                page_servers::write(&mut page, &figures, rounds, seconds);
+            }
+            Self::Start => {
+                let (starts, rounds, seconds) = if *is_quick { (3, 1, 1) } else { (15, 5, 2) };
+                start::Bench { observer, cpus, starts, rounds, seconds }.run(&mut page)?;
+            }
+            Self::Growth => {
+                let (seconds, scrapes) = if *is_quick { (1, 3) } else { (4, 5) };
+                let crowd = &bench.example("crowd")?;
+                growth::Bench { observer, crowd, cpus, seconds, scrapes }.run(&mut page)?;
+            }
+        }
+        Ok(page)
+    }
+}
 
 /// Server and load apart, so that they do not meet on a CPU now and then; on a machine with one they must.
 #[derive(Clone, Copy)]
@@ -30,49 +105,54 @@ struct Cpus {
     load: Option<u32>,
 }
 
-/// How often and how long.
-struct Plan {
-    program_rounds: usize,
-    program_seconds: u64,
-    server_rounds: usize,
-    server_seconds: u64,
+/// What all parts have in common.
+struct Bench {
+    observer: PathBuf,
+    /// The tests' programs, by name.
+    examples: Vec<(String, PathBuf)>,
+    cpus: Cpus,
+    is_quick: bool,
 }
 
-const FULL: Plan = Plan { program_rounds: 3, program_seconds: 3, server_rounds: 15, server_seconds: 2 };
-const QUICK: Plan = Plan { program_rounds: 1, program_seconds: 1, server_rounds: 3, server_seconds: 1 };
+impl Bench {
+    fn example(&self, name: &str) -> Result<PathBuf> {
+        let found = self.examples.iter().find(|(example, _)| example == name);
+        Ok(found.with_context(|| format!("package observer has no example {name}"))?.1.clone())
+    }
+}
 
-/// Runs everything. A quick run proves that all of it works; its figures are printed and not kept.
-pub(crate) fn run(is_quick: bool) -> Result<()> {
+/// Runs these parts, or all. A quick run proves that all of it works; its figures are printed and not kept.
+pub(crate) fn run(parts: &[Part], is_quick: bool) -> Result<()> {
     if !is_root() {
         bail!("eBPF programs can only be measured as root\nby hand: run this command as root");
     }
     let observer = observer::build()?;
-    let built = build("build", &["--package", "observer", "--example", "ring_acceptor"])?;
-    let acceptor = built.into_iter().find(|executable| executable.name == "ring_acceptor");
-    let acceptor = acceptor.context("package observer has no example ring_acceptor")?.path;
+    let built = build("build", &["--package", "observer", "--examples"])?;
+    let examples = built.into_iter().map(|executable| (executable.name, executable.path)).collect();
     packages::install(&packages::for_bench())?;
 
     process::catch_signals()?;
-    let start = Instant::now();
     let cpus = machine::cpus()?;
     // Before we are what keeps it busy.
-    let surroundings = machine::describe(&observer, cpus)?;
-    let plan = if is_quick { QUICK } else { FULL };
-    let (rounds, seconds) = (plan.program_rounds, plan.program_seconds);
-    let programs =
-        programs::Bench { observer: &observer, acceptor: &acceptor, cpus, rounds, seconds }.run()?;
-    let (rounds, seconds) = (plan.server_rounds, plan.server_seconds);
-    let servers = throughput::Bench { observer: &observer, cpus, rounds, seconds }.run()?;
-
-    let probes = machine::probes(&observer)?;
-    let page = page::write(&plan, &surroundings, &probes, &programs, &servers);
-    if is_quick {
-        print!("{page}");
-    } else {
-        fs::write(root().join(PAGE), page).with_context(|| format!("cannot write {PAGE}"))?;
-        println!("{PAGE}");
+    let machine = machine::describe(&observer, cpus)?;
+    let bench = Bench { observer, examples, cpus, is_quick };
+    let mut pages = Vec::new();
+    for &part in if parts.is_empty() { Part::value_variants() } else { parts } {
+        let start = Instant::now();
+        let page = part.measure(&bench)?;
+        progress(&format!("{} took {} s", part.name(), start.elapsed().as_secs()));
+        if is_quick {
+            println!("{}", page.finished());
+        } else {
+            println!("{}", index::keep(part, &machine, &page)?);
+        }
+        pages.push(page);
     }
-    progress(&format!("took {} s", start.elapsed().as_secs()));
+    if is_quick {
+        print!("{}", index::goals_of(&pages).finished());
+    } else {
+        println!("{}", index::write(&machine)?);
+    }
     Ok(())
 }
 

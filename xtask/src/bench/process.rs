@@ -10,16 +10,21 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use duct::cmd;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::shell::find;
+use crate::shell::{ask, find};
 
 /// How long a process may take to begin its work, or to end it when told to.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// How often to look.
 const POLL: Duration = Duration::from_millis(2);
+
+/// How long to sleep without looking whether we are to end.
+const PIECE: Duration = Duration::from_millis(100);
 
 /// Set by the signals that ask us to end.
 static ENDING: OnceLock<Arc<AtomicBool>> = OnceLock::new();
@@ -112,6 +117,14 @@ pub(super) fn wait_for<T>(what: &str, limit: Duration, mut question: impl FnMut(
     }
 }
 
+/// Does nothing for a while, unless we are to end.
+pub(super) fn pause(time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end && !is_ending() {
+        sleep(PIECE.min(end.saturating_duration_since(Instant::now())));
+    }
+}
+
 /// The same, for as long as programs may take to begin.
 pub(super) fn wait_for_start<T>(what: &str, question: impl FnMut() -> Option<T>) -> Result<T> {
     wait_for(what, LIMIT, question)
@@ -167,6 +180,26 @@ pub(super) fn memory(pid: u32) -> Result<Memory> {
         }
     }
     Ok(Memory { now: kibibytes(status.vmrss)?, peak: kibibytes(status.vmhwm)?, maps })
+}
+
+/// How full maps of a process are that take in until there is no more room, from 0 to 1.
+pub(super) fn filled(pid: u32) -> Result<Vec<(String, f64)>> {
+    let bpftool = find("bpftool").context("bpftool is not here\nby hand: install bpftool")?;
+    let answer = ask(&cmd!(&bpftool, "-j", "map", "show")).context("bpftool cannot list maps")?;
+    let maps: Vec<Value> = serde_json::from_str(&answer).context("bpftool's list is not understood")?;
+    let ours: BTreeSet<u64> = held(pid)?.iter().filter_map(|text| number(text, "map_id")).collect();
+    let hashes = maps.iter().filter_map(|map| {
+        let id = map["id"].as_u64().filter(|id| ours.contains(id))?;
+        let is_hash = map["type"].as_str()?.ends_with("hash") && !map["type"].as_str()?.starts_with("lru");
+        is_hash.then_some((id, map["name"].as_str()?, map["max_entries"].as_u64()?))
+    });
+    let filled = hashes.map(|(id, name, most)| {
+        let dump = ask(&cmd!(&bpftool, "-j", "map", "dump", "id", id.to_string()));
+        let entries =
+            dump.with_context(|| format!("bpftool cannot read {name}"))?.matches("{\"key\":").count();
+        Ok((name.to_owned(), entries as f64 / most as f64))
+    });
+    filled.collect()
 }
 
 /// Ids of the eBPF programs that a process holds, itself or by a link.

@@ -91,7 +91,7 @@ struct Job {
 type Usage = BTreeMap<String, (u64, u64)>;
 
 /// One round of a job.
-struct Round {
+pub(super) struct Round {
     operations: u64,
     usage: Usage,
 }
@@ -225,7 +225,7 @@ impl Bench<'_> {
     }
 }
 
-fn count(tool: &Tool, load: impl FnOnce() -> Result<u64>) -> Result<Round> {
+pub(super) fn count(tool: &Tool, load: impl FnOnce() -> Result<u64>) -> Result<Round> {
     settle();
     let mut usage = usage_of(tool)?;
     let operations = load()?;
@@ -255,7 +255,7 @@ fn usage_of(tool: &Tool) -> Result<Usage> {
 }
 
 /// Of programs that ran at all.
-fn costs(rounds: &[Round]) -> Costs {
+pub(super) fn costs(rounds: &[Round]) -> Costs {
     let names = rounds.iter().flat_map(|round| round.usage.keys());
     names
         .filter_map(|name| {

@@ -35,6 +35,25 @@ async def main():
 asyncio.run(main())
 ";
 
+/// An HTTP server of Ruby's async that does nothing else.
+const RUBY: &str = r#"
+require "async"
+require "socket"
+
+Async do |task|
+  server = TCPServer.new("127.0.0.1", ARGV[0].to_i)
+  loop do
+    client = server.accept
+    task.async do
+      client.write("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok") while client.gets("\r\n\r\n")
+    rescue Errno::ECONNRESET, Errno::EPIPE
+    ensure
+      client.close
+    end
+  end
+end
+"#;
+
 /// A server that listens.
 pub(super) struct Server {
     process: Process,
@@ -117,6 +136,14 @@ impl Server {
         // Clients that go away are told of as errors.
         command.args(["-c", ASYNCIO, &port.to_string()]).stderr(Stdio::null());
         Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("asyncio")
+    }
+
+    /// An event loop of Ruby.
+    pub(super) fn ruby(cpu: Option<u32>) -> Result<Self> {
+        let (port, files, socket) = place()?;
+        let mut command = program("/usr/bin/ruby", cpu);
+        command.args(["-e", RUBY, &port.to_string()]);
+        Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("ruby")
     }
 
     fn listening(self, name: &str) -> Result<Self> {

@@ -1,7 +1,7 @@
 //! What servers get done while they are observed and while they are not, in rounds that alternate.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -14,12 +14,17 @@ use super::{Cpus, progress};
 /// Commands to try out how many Redis takes.
 const FIRST_COMMANDS: u64 = 50_000;
 
+/// How long deferred work that comes too fast is followed, and some more.
+const GIVES_UP: Duration = Duration::from_secs(5);
+
 /// What goes on beside the server.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Arm {
     Nothing,
     /// observer, on this server.
     Observer,
+    /// The same, before it gives up to follow deferred work that comes too fast.
+    Following,
     /// observer, on another server, which has nothing to do.
     Elsewhere,
     /// bpftrace with the script for slices and run-queue delay.
@@ -31,6 +36,7 @@ impl Arm {
         match self {
             Self::Nothing => "nothing",
             Self::Observer => "observer",
+            Self::Following => "observer in its first seconds, following deferred work",
             Self::Elsewhere => "observer on another, idle process",
             Self::Bpftrace => "bpftrace",
         }
@@ -40,6 +46,8 @@ impl Arm {
 /// One round.
 pub(super) struct Sample {
     pub(super) per_second: f64,
+    /// Seconds that one request in a hundred takes at least.
+    pub(super) p99: f64,
     /// CPU seconds of the server for a request.
     pub(super) cpu: f64,
     pub(super) tool: Option<ToolSample>,
@@ -75,6 +83,7 @@ impl Bench<'_> {
         let Cpus { server: cpu, load: load_cpu } = self.cpus;
         let all = [Arm::Nothing, Arm::Observer, Arm::Elsewhere, Arm::Bpftrace];
         let most = [Arm::Nothing, Arm::Observer, Arm::Bpftrace];
+        let deferring = [Arm::Nothing, Arm::Observer, Arm::Following];
 
         let nginx = Server::nginx(cpu, false)?;
         let wrk = |server: &Server| Wrk::prepare(load_cpu, server.port, self.seconds, true)?.run();
@@ -88,12 +97,15 @@ impl Bench<'_> {
         let redis = self.server("Redis", &redis, &most, || load::redis(load_cpu, redis.port, commands))?;
 
         let node = Server::node(cpu)?;
-        let node = self.server("Node.js", &node, &most, || wrk(&node))?;
+        let node = self.server("Node.js", &node, &deferring, || wrk(&node))?;
 
         let asyncio = Server::asyncio(cpu)?;
         let asyncio =
-            self.server("asyncio, a deferred task for each request", &asyncio, &most, || wrk(&asyncio))?;
-        Ok(vec![nginx, redis, node, asyncio])
+            self.server("asyncio, a deferred task for each request", &asyncio, &deferring, || wrk(&asyncio))?;
+
+        let ruby = Server::ruby(cpu)?;
+        let ruby = self.server("Ruby's async", &ruby, &most, || wrk(&ruby))?;
+        Ok(vec![nginx, redis, node, asyncio, ruby])
     }
 
     fn server(
@@ -106,19 +118,25 @@ impl Bench<'_> {
         progress(&format!("{name}: warming up"));
         load()?;
         let idle = Server::nginx(None, false)?;
+        let follows = arms.contains(&Arm::Following);
         let mut arms: Vec<_> = arms.iter().map(|&arm| (arm, Vec::new())).collect();
         for round in 0..self.rounds {
             progress(&format!("{name}, round {} of {}", round + 1, self.rounds));
             let count = arms.len();
             for turn in 0..count {
-                // Each round begins with another one, so that none always follows the same.
-                let (arm, samples) = &mut arms[(round + turn) % count];
+                let (arm, samples) = &mut arms[if round % 2 == 0 { turn } else { count - 1 - turn }];
                 let tool = match arm {
                     Arm::Nothing => None,
-                    Arm::Observer => Some(Tool::observer(self.observer, &[server.pid()])?),
+                    Arm::Observer | Arm::Following => Some(Tool::observer(self.observer, &[server.pid()])?),
                     Arm::Elsewhere => Some(Tool::observer(self.observer, &[idle.pid()])?),
                     Arm::Bpftrace => Some(Tool::bpftrace(SLICES, server.event_loop())?),
                 };
+                if *arm == Arm::Observer && follows {
+                    let start = Instant::now();
+                    while start.elapsed() < GIVES_UP {
+                        load()?;
+                    }
+                }
                 samples.push(sample(server, tool.as_ref(), &load)?);
             }
         }
@@ -132,7 +150,7 @@ fn sample(server: &Server, tool: Option<&Tool>, load: impl Fn() -> Result<Done>)
     let tool_cpu = |tool: &Tool| fine_cpu_seconds(tool.pid());
     let tool_before = tool.map(tool_cpu).transpose()?;
     let (before, start) = (cpu_seconds(&pids)?, Instant::now());
-    let Done { requests, per_second } = load()?;
+    let Done { requests, per_second, p99 } = load()?;
     let (used, seconds) = (cpu_seconds(&pids)? - before, start.elapsed().as_secs_f64());
     let tool = tool.zip(tool_before).map(|(tool, before)| {
         let memory = memory(tool.pid())?;
@@ -145,5 +163,5 @@ fn sample(server: &Server, tool: Option<&Tool>, load: impl Fn() -> Result<Done>)
             maps: memory.maps,
         })
     });
-    Ok(Sample { per_second, cpu: used / requests as f64, tool: tool.transpose()? })
+    Ok(Sample { per_second, p99, cpu: used / requests as f64, tool: tool.transpose()? })
 }

@@ -9,9 +9,9 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use super::process::{Process, program, wait_for_start};
+use super::process::{Process, program, program_ids, wait_for_start};
 use super::servers::free_port;
 
 /// A bpftrace script, and its text.
@@ -21,7 +21,13 @@ pub(super) struct Script(pub(super) &'static str);
 pub(super) const SLICES: Script = Script(include_str!("slices.bt"));
 pub(super) const EMPTY: Script = Script(include_str!("empty.bt"));
 
-/// bpftrace looks for tracepoints here alone; where that is not mounted it gets a namespace with it.
+/// How long observer may take to answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a tool may take from when it holds programs until it has attached them.
+const TO_ATTACH: Duration = Duration::from_secs(1);
+
+/// Other tools look for tracepoints here; where that is not mounted they get a namespace with it.
 const MOUNTED: &str = "[ -d /sys/kernel/debug/tracing/events ] || mount -t debugfs debugfs /sys/kernel/debug";
 
 /// Something that observes, from when it has its first figure on.
@@ -31,35 +37,78 @@ pub(super) struct Tool {
     pub(super) start: Duration,
 }
 
-impl Tool {
-    pub(super) fn pid(&self) -> u32 {
-        self.process.pid()
-    }
+/// observer, and where its figures are to be had.
+pub(super) struct Observer {
+    pub(super) tool: Tool,
+    port: u16,
+}
 
-    /// observer on these processes; its first figure is that of a listener.
-    pub(super) fn observer(binary: &Path, pids: &[u32]) -> Result<Self> {
+impl Observer {
+    /// On a process and its children; its first figure is that of a listener or an event loop.
+    pub(super) fn start(binary: &Path, pids: &[u32], arguments: &[&str]) -> Result<Self> {
         let port = free_port()?;
         let mut command = program(binary, None);
         for pid in pids {
             command.args(["--pid", &pid.to_string()]);
         }
-        command.args(["--listen", &format!("127.0.0.1:{port}")]);
+        command.args(["--listen", &format!("127.0.0.1:{port}")]).args(arguments);
         let said = tempfile::tempfile()?;
         command.stderr(said.try_clone()?);
-        Self::start("observer", &mut command, said, |_| {
-            scrape(port).is_ok_and(|figures| figures.contains("\nobserver_accept_queue_depth{"))
-        })
+        let tool = Tool::start("observer", &mut command, said, |_| {
+            let first = ["\nobserver_accept_queue_depth{", "\nobserver_reactor_waits_total{"];
+            scrape(port).is_ok_and(|figures| first.iter().any(|first| figures.contains(first)))
+        })?;
+        Ok(Self { tool, port })
+    }
+
+    /// All figures, as Prometheus gets them.
+    pub(super) fn scrape(&self) -> Result<String> {
+        scrape(self.port).context("observer does not answer")
+    }
+}
+
+impl Tool {
+    pub(super) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// observer on these processes.
+    pub(super) fn observer(binary: &Path, pids: &[u32]) -> Result<Self> {
+        Ok(Observer::start(binary, pids, &[])?.tool)
     }
 
     /// bpftrace with a script, whose first figures come when it is attached.
     pub(super) fn bpftrace(script: Script, thread: u32) -> Result<Self> {
-        let mut command = program("unshare", None);
-        let mount = format!("{MOUNTED}; exec \"$@\"");
-        command.args(["--mount", "sh", "-c", &mount, "sh", "bpftrace", "-e", script.0, &thread.to_string()]);
+        let mut command = with_tracepoints();
+        command.args(["bpftrace", "-e", script.0, &thread.to_string()]);
         let said = tempfile::tempfile()?;
         command.stdout(said.try_clone()?).stderr(said.try_clone()?);
         Self::start("bpftrace", &mut command, said, |said| {
             text(said).is_ok_and(|text| text.lines().any(|line| line == "ready"))
+        })
+    }
+
+    /// Any other, which is ready once it holds programs; where it never does, what it says. Some fail to attach after
+    /// they have loaded, so they get a moment for that.
+    pub(super) fn other(words: &[&str]) -> Result<std::result::Result<Self, String>> {
+        let mut command = with_tracepoints();
+        let said = tempfile::tempfile()?;
+        command.args(words).stdout(said.try_clone()?).stderr(said.try_clone()?);
+        let start = Instant::now();
+        let mut process = Process::start(&mut command)?;
+        let mut held_since = None;
+        let ready = wait_for_start(&words.join(" "), || {
+            if !matches!(process.has_ended(), Ok(false)) {
+                return Some(None);
+            }
+            let is_held = program_ids(process.pid()).is_ok_and(|ids| !ids.is_empty());
+            let since = *held_since.get_or_insert_with(|| is_held.then(Instant::now));
+            held_since = since.map(Some);
+            since.filter(|since| since.elapsed() > TO_ATTACH).map(Some)
+        })?;
+        Ok(match ready {
+            Some(held) => Ok(Self { process, start: held - start }),
+            None => Err(text(&said)?),
         })
     }
 
@@ -83,6 +132,13 @@ impl Tool {
     }
 }
 
+/// What other tools are started by; their words follow.
+fn with_tracepoints() -> Command {
+    let mut command = program("unshare", None);
+    command.args(["--mount", "sh", "-c", &format!("{MOUNTED}; exec \"$@\""), "sh"]);
+    command
+}
+
 /// What a program has written so far, its beginning at least. Where it writes next is not changed by that.
 fn text(said: &File) -> io::Result<String> {
     let mut text = vec![0; 64 << 10];
@@ -92,7 +148,7 @@ fn text(said: &File) -> io::Result<String> {
 
 fn scrape(port: u16) -> io::Result<String> {
     let mut connection = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-    connection.set_read_timeout(Some(Duration::from_secs(5)))?;
+    connection.set_read_timeout(Some(PATIENCE))?;
     connection.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer)?;

@@ -1,0 +1,124 @@
+//! `docs/benchmarks.md`: the machine, the goals and where the figures are. It is made of what each part has left of its
+//! last run: a page, and beside it a small file with the figures that there are goals for.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum as _;
+use serde_json::{Value, json};
+
+use super::Part;
+use super::goals;
+use super::machine::{Machine, rows, versions};
+use super::page::Page;
+use super::statistics::Spread;
+use crate::workspace::root;
+
+const INDEX: &str = "docs/benchmarks.md";
+const PARTS: &str = "docs/benchmarks";
+
+const HEAD: &str = "# What observer costs
+
+Written by `cargo xtask bench`, which measures every part anew, or with their names only some of them; changes by hand are
+lost. Each part is one run on one machine: figures of different runs or machines cannot be compared, those of one table
+can. Here is the machine of the latest run; each part tells its own.
+";
+
+const GOALS: &str = "## Goals
+
+Medians, with the quartiles in brackets where there are rounds.
+";
+
+const LIST: &str = "## Parts
+";
+
+const BY_HAND: &str =
+    "`beside-hud.md` was written by hand: [observer beside hud](benchmarks/beside-hud.md) on a tokio
+runtime that is blocked.
+";
+
+/// Keeps what a part has measured; answers where.
+pub(super) fn keep(part: Part, machine: &Machine, page: &Page) -> Result<String> {
+    let round = |figure: f64| (figure * 1000.0).round() / 1000.0;
+    let figures: BTreeMap<_, _> = page
+        .figures
+        .iter()
+        .map(|(key, Spread { low, median, high })| (key, [*low, *median, *high].map(round)))
+        .collect();
+    let record = json!({ "date": machine.date, "observer": machine.observer, "figures": figures });
+    fs::create_dir_all(root().join(PARTS)).with_context(|| format!("cannot make {PARTS}"))?;
+    save(&file(part, "json"), &format!("{record:#}\n"))?;
+    let name = file(part, "md");
+    let mut whole = Page::default();
+    // The title comes before the machine, what follows after it.
+    let text = page.finished();
+    let (title, rest) = text.split_once('\n').context("a page has a title")?;
+    whole.text(&format!(
+        "{title}\n\nWritten by `cargo xtask bench {}`; changes by hand are lost.\n",
+        part.name()
+    ));
+    whole.table(&["", ""], rows(machine, &versions()));
+    whole.text(rest.trim_start());
+    save(&name, &whole.finished())?;
+    Ok(name)
+}
+
+/// Writes the index of what is kept; answers where.
+pub(super) fn write(machine: &Machine) -> Result<&'static str> {
+    let mut page = Page::default();
+    page.text(HEAD);
+    page.table(&["", ""], rows(machine, &[]));
+    let records: Vec<(Part, Value)> = Part::value_variants()
+        .iter()
+        .filter_map(|&part| {
+            let text = fs::read_to_string(path(&file(part, "json"))).ok()?;
+            Some((part, serde_json::from_str(&text).ok()?))
+        })
+        .collect();
+    page.text(GOALS);
+    let figure = |key| records.iter().find_map(|(_, record)| spread(&record["figures"][key]));
+    page.table(&goals::HEAD, goals::ALL.iter().map(|goal| goal.row(figure(goal.key))));
+    page.text(LIST);
+    let list = records.iter().map(|(part, record)| {
+        let text = |key: &str| record[key].as_str().unwrap_or_default().to_owned();
+        let name = part.name();
+        vec![
+            format!("[{name}](benchmarks/{name}.md)"),
+            part.about().to_owned(),
+            text("date"),
+            text("observer"),
+        ]
+    });
+    page.table(&["part", "what", "date", "observer"], list);
+    page.text(BY_HAND);
+    save(INDEX, &page.finished())?;
+    Ok(INDEX)
+}
+
+/// The goals as far as these pages have figures for them.
+pub(super) fn goals_of(pages: &[Page]) -> Page {
+    let mut goals = Page::default();
+    goals.text(GOALS);
+    let figure = |key| pages.iter().find_map(|page| page.figures.get(key).copied());
+    goals.table(&goals::HEAD, goals::ALL.iter().map(|goal| goal.row(figure(goal.key))));
+    goals
+}
+
+fn spread(kept: &Value) -> Option<Spread> {
+    let figure = |n: usize| kept[n].as_f64();
+    Some(Spread { low: figure(0)?, median: figure(1)?, high: figure(2)? })
+}
+
+fn file(part: Part, kind: &str) -> String {
+    format!("{PARTS}/{}.{kind}", part.name())
+}
+
+fn path(name: &str) -> PathBuf {
+    root().join(name)
+}
+
+fn save(name: &str, text: &str) -> Result<()> {
+    fs::write(path(name), text).with_context(|| format!("cannot write {name}"))
+}

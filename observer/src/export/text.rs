@@ -193,7 +193,7 @@ fn write_deferred(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     if target.unmatched > 0 {
         writeln!(
             out,
-            "  deferred work went on {} times without being known: most of that was put off before observer came",
+            "  deferred work went on {} times without being known: it was put off before observer came, perhaps to be called again and again, as a listener's callback is",
             target.unmatched
         )?;
     }
@@ -449,7 +449,9 @@ mod tests {
             ["LOST: 10 of 60 pieces of deferred work mail of app (10) were forgotten before they started"]
         );
         assert!(text.contains("100 were forgotten before they started, as timers are that are cancelled"));
-        snapshot.targets[0].exited = true;
+        assert!(!text.contains("without being known"), "{text}");
+        (snapshot.targets[0].unmatched, snapshot.targets[0].exited) = (7, true);
+        assert!(report(&snapshot).contains("went on 7 times without being known: it was put off before"));
         assert!(report(&snapshot).contains("of app (10), which has ended, were forgotten"));
     }
 }

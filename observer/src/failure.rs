@@ -4,6 +4,8 @@ use std::{fmt, io};
 
 use nix::libc;
 
+use crate::export::plain::clean;
+
 /// One line why, one line what to do; ends observer with exit code 1.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -39,7 +41,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n  {}", self.what, self.cure)
+        write!(f, "{}\n  {}", clean(&self.what), clean(&self.cure))
     }
 }
 

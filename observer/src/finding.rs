@@ -2,6 +2,8 @@
 
 use std::io::{self, Write};
 
+use crate::export::plain::Lines;
+
 /// Column in which purposes begin.
 const PURPOSE: usize = 30;
 
@@ -32,6 +34,7 @@ impl Finding {
             (Err(_), false) => "no",
             (Err(_), true) => "NO",
         };
+        let mut out = Lines(out);
         writeln!(out, "{verdict:<4} {:<PURPOSE$} {}", self.name, self.purpose)?;
         if let Err(reason) = &self.outcome {
             writeln!(out, "{:<4} {:<PURPOSE$} reason: {reason}", "", "")?;

@@ -29,6 +29,7 @@ use anyhow::Result;
 use clap::{CommandFactory as _, FromArgMatches as _, parser::ValueSource};
 
 use cli::{Cli, Command};
+use export::plain::clean_lines;
 
 /// Does what the command line asks for. Errors end up on standard error, and in the exit code.
 #[must_use]
@@ -44,7 +45,7 @@ pub fn main() -> ExitCode {
         // Whoever read the output has had enough, as `head` has.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("observer: {error:#}");
+            eprintln!("observer: {}", clean_lines(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }

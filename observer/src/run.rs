@@ -29,6 +29,7 @@ use crate::{
         endpoint, flame, json,
         live::{self, Live},
         otlp::{BUFFER, Collector, Due, Push, settings::Settings},
+        plain::clean,
         series::Cap,
         text,
     },
@@ -320,7 +321,7 @@ fn announce(
     figures: Option<&str>,
     pushes: bool,
 ) {
-    let names: Vec<_> = observation.live().map(|p| format!("{} ({})", p.comm, p.pid)).collect();
+    let names: Vec<_> = observation.live().map(|p| format!("{} ({})", clean(&p.comm), p.pid)).collect();
     let shown = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
     let more = names.len().saturating_sub(4);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };

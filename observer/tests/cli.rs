@@ -2,15 +2,16 @@
 //! observer leaves nothing behind.
 
 use std::{
+    io::Read as _,
     net::TcpListener,
     os::unix::process::CommandExt as _,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
 use crate::support::{
-    http,
+    Process, http,
     observer::{BINARY, Observer},
     servers::{Server, free_port},
     wait_for,
@@ -157,6 +158,30 @@ fn check_says_no_without_rights() {
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{stdout}");
     assert!(stdout.contains("NO   CAP_BPF") && stdout.contains("cure:"), "{stdout}");
+}
+
+/// A process is called what would change a terminal's title and colours, and begin a line.
+#[test]
+fn names_do_not_steer_the_terminal() {
+    let script = "import select; open('/proc/self/comm', 'w').write('\\x1b]0;x\\x07\\x9bm\\nLATE'); print(flush=True); \
+                  select.epoll().poll()";
+    let mut child =
+        Command::new("/usr/bin/python3").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+    let process = Process(child);
+    let pid = process.pid().to_string();
+    for arguments in [
+        &["--pid", &pid, "--no-listen", "--duration", "1s", "--format", "text"][..],
+        &["check", "--pid", &pid],
+    ] {
+        let output = observer(arguments);
+        for (text, has_name) in [(output.stdout, true), (output.stderr, arguments[0] != "check")] {
+            let text = String::from_utf8(text).unwrap();
+            assert_eq!(text.contains("\u{fffd}]0;x\u{fffd}\u{fffd}m\u{fffd}LATE"), has_name, "{text:?}");
+            assert!(text.lines().all(|line| !line.chars().any(char::is_control)), "{text:?}");
+            assert!(!text.lines().any(|line| line.starts_with("LATE")), "{text}");
+        }
+    }
 }
 
 #[test]

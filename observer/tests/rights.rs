@@ -130,6 +130,20 @@ fn a_user_without_rights_is_told_of_each() {
         assert!(said.starts_with("NO ") && said.contains(reason), "{said}");
         assert!(said.contains("cure: "), "{said}");
     }
+    // Nobody has looked whether the kernel has it.
+    for (name, cure) in [
+        ("eBPF programs", "see CAP_BPF"),
+        ("ring buffer", "see CAP_BPF"),
+        ("tracefs", "see CAP_SYS_ADMIN above, or mount it"),
+        ("system call tracepoints", "see tracefs above"),
+        ("BTF tracepoints", "see tracefs above"),
+        ("io_uring tracepoints", "see tracefs above"),
+    ] {
+        let said = said_of(&output, name);
+        // With tracefs mounted for all, there is nothing to mend in it.
+        assert!(said.starts_with("yes ") || said.contains(&format!("cure: {cure}")), "{said}");
+    }
+    assert!(!output.contains("a kernel that has it"), "{output}");
 }
 
 #[test]

@@ -16,8 +16,17 @@ use crate::workspace::{host, kept, plain_cargo, root};
 use crate::{observer, toolchain};
 
 /// What goes along with the program, as it is in the repository.
-const ALONG: [&str; 7] =
-    ["CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "README.md", "dashboards", "deploy", "docs"];
+const ALONG: [&str; 9] = [
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE-APACHE",
+    "LICENSE-MIT",
+    "README.md",
+    "SECURITY.md",
+    "dashboards",
+    "deploy",
+    "docs",
+];
 
 /// Checksums of what is handed out.
 const SUMS: &str = "SHA256SUMS";

@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use inferno::flamegraph::{self, Options};
 
+use super::plain::clean;
 use crate::{
     failure::Failure,
     model::snapshot::{Reactor, Snapshot, Target},
@@ -87,7 +88,8 @@ fn of_reactor(target: &Target, reactor: &Reactor) -> Vec<String> {
     lines
         .filter(|(_, weight)| *weight >= 1.0)
         .map(|(frames, weight)| {
-            let all = base.iter().chain(&frames).map(|part| part.replace(';', ":")).collect::<Vec<_>>();
+            let all =
+                base.iter().chain(&frames).map(|part| clean(part).replace(';', ":")).collect::<Vec<_>>();
             format!("{} {weight}", all.join(";"))
         })
         .collect()

@@ -5,6 +5,7 @@ pub(crate) mod flame;
 pub(crate) mod json;
 pub(crate) mod live;
 pub(crate) mod otlp;
+pub(crate) mod plain;
 pub(crate) mod prometheus;
 pub(crate) mod reference;
 pub(crate) mod series;

@@ -4,7 +4,10 @@ use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 
 use anyhow::Result;
 
-use super::words::{self, due_to, named, percent, reactor_name, request_name, span};
+use super::{
+    plain::Lines,
+    words::{self, due_to, named, percent, reactor_name, request_name, span},
+};
 use crate::model::{
     deferred::{Deferred, is_held_up},
     histogram::Histogram,
@@ -24,6 +27,7 @@ const SITES: usize = 4;
 
 /// Writes the report.
 pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
+    let out = &mut Lines(out);
     let own = &snapshot.own;
     writeln!(
         out,
@@ -55,18 +59,21 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     if !silent.is_empty() {
         let names: BTreeSet<&str> = silent.iter().map(|target| target.comm.as_str()).collect();
         let names: Vec<&str> = names.into_iter().take(4).collect();
+        writeln!(out)?;
         writeln!(
             out,
-            "\nAlso observed, without an event loop or a listener: {} ({})",
+            "Also observed, without an event loop or a listener: {} ({})",
             silent.len(),
             names.join(", ")
         )?;
     }
     for lost in own.lost.iter().filter(|lost| lost.count > 0) {
-        writeln!(out, "\nNot everything could be kept: {} ({} times)", lost.cause, lost.count)?;
+        writeln!(out)?;
+        writeln!(out, "Not everything could be kept: {} ({} times)", lost.cause, lost.count)?;
     }
     for missing in &own.missing {
-        writeln!(out, "\nNot seen here: {} ({})", missing.source, missing.reason)?;
+        writeln!(out)?;
+        writeln!(out, "Not seen here: {} ({})", missing.source, missing.reason)?;
     }
     Ok(())
 }
@@ -129,10 +136,11 @@ fn dropped(target: &Target) -> impl Iterator<Item = String> + '_ {
     })
 }
 
-fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
+fn write_target(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     let gone = if target.exited { ", exited" } else { "" };
     let place = words::place(&target.place);
-    writeln!(out, "\n{}, process {}{place}{gone}  {}", target.comm, target.pid, target.exe)?;
+    writeln!(out)?;
+    writeln!(out, "{}, process {}{place}{gone}  {}", target.comm, target.pid, target.exe)?;
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }
@@ -146,7 +154,7 @@ fn write_target(target: &Target, out: &mut impl Write) -> Result<()> {
 }
 
 /// What matters most of deferred work: the kinds of which most waits, or has run.
-fn write_deferred(target: &Target, out: &mut impl Write) -> Result<()> {
+fn write_deferred(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     let mut kinds: Vec<&Deferred> = target.deferred.iter().collect();
     kinds.sort_by_key(|kind| Reverse((kind.orphaned.min(1), kind.links.len(), kind.enqueued + kind.pending)));
     for kind in kinds.iter().take(KINDS) {
@@ -185,7 +193,7 @@ fn write_deferred(target: &Target, out: &mut impl Write) -> Result<()> {
     if target.unmatched > 0 {
         writeln!(
             out,
-            "  deferred work went on {} times without being known: most of that was put off before observer came",
+            "  deferred work went on {} times without being known: it was put off before observer came, perhaps to be called again and again, as a listener's callback is",
             target.unmatched
         )?;
     }
@@ -197,7 +205,7 @@ fn requests(kind: &Deferred) -> usize {
     kind.links.iter().map(|link| link.origin.id).collect::<BTreeSet<_>>().len()
 }
 
-fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
+fn write_reactor(reactor: &Reactor, out: &mut Lines<'_>) -> Result<()> {
     let gone = if reactor.exited { ", exited" } else { "" };
     writeln!(out, "  event loop {}{gone}", reactor_name(reactor))?;
     writeln!(out, "    late        {} on average{}", span(reactor.lag.mean()), quantiles(&reactor.lag))?;
@@ -228,7 +236,7 @@ fn write_reactor(reactor: &Reactor, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-fn write_gc(gc: &Gc, out: &mut impl Write) -> Result<()> {
+fn write_gc(gc: &Gc, out: &mut Lines<'_>) -> Result<()> {
     match (&gc.pause, gc.seconds) {
         (Some(pause), _) => writeln!(out, "  gc            {} pauses{}", gc.count, quantiles(pause))?,
         (None, Some(seconds)) => {
@@ -239,7 +247,7 @@ fn write_gc(gc: &Gc, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-fn write_look(look: &Look, most: usize, out: &mut impl Write) -> Result<()> {
+fn write_look(look: &Look, most: usize, out: &mut Lines<'_>) -> Result<()> {
     for (n, frame) in look.frames.iter().take(most).enumerate() {
         let relation = if n == 0 { "in " } else { "by " };
         writeln!(out, "                {relation} {frame}")?;
@@ -254,7 +262,7 @@ fn write_look(look: &Look, most: usize, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-fn write_listener(listener: &Listener, out: &mut impl Write) -> Result<()> {
+fn write_listener(listener: &Listener, out: &mut Lines<'_>) -> Result<()> {
     let gone = if listener.closed { ", closed" } else { "" };
     writeln!(out, "  listener {}{gone}", listener.name())?;
     let full = if listener.limit > 0 && listener.depth >= listener.limit { " (FULL)" } else { "" };
@@ -328,7 +336,7 @@ fn of_which_gc(reactor: &Reactor) -> String {
 }
 
 /// The places that account for most of the lag, with what was seen there.
-fn write_stalls(stalls: &Stalls, out: &mut impl Write) -> Result<()> {
+fn write_stalls(stalls: &Stalls, out: &mut Lines<'_>) -> Result<()> {
     if stalls.count > 0 {
         writeln!(
             out,
@@ -376,7 +384,11 @@ fn quantiles(histogram: &Histogram) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::live::testing, *};
+    use super::{
+        super::{live::testing, plain::is_shown},
+        *,
+    };
+    use crate::model::snapshot::Missing;
 
     fn report(snapshot: &Snapshot) -> String {
         let mut text = Vec::new();
@@ -388,6 +400,29 @@ mod tests {
     fn stalls_are_told_with_the_request_they_were_for() {
         let text = report(&testing::snapshot(5.0, |reactor| testing::slept(reactor, 3)));
         assert!(text.contains("360 ms together, asleep (clock_nanosleep) for GET /job/7\n"), "{text}");
+    }
+
+    #[test]
+    fn names_do_not_steer_the_terminal_and_are_no_lines_of_the_report() {
+        const EVIL: &str = "\u{1b}]0;x\u{7}\u{9b}2J\nLATE: \u{202e}all";
+        let mut snapshot = testing::snapshot(5.0, |reactor| {
+            testing::slept(reactor, 3);
+            reactor.name = EVIL.into();
+            let site = &mut reactor.stalls.sites[0];
+            site.syscall = Some(EVIL.into());
+            site.look.frames[0].function = EVIL.into();
+        });
+        let target = &mut snapshot.targets[0];
+        (target.comm, target.exe, target.place.unit) = (EVIL.into(), EVIL.into(), Some(EVIL.into()));
+        target.deferred = vec![testing::kind(EVIL, 50)];
+        let missing = Missing { source: EVIL.into(), reason: EVIL.into() };
+        snapshot.own.missing.push(missing);
+        let harmless =
+            |text: &str| EVIL.chars().filter(|c| !is_shown(*c)).all(|c| c == '\n' || !text.contains(c));
+        let text = report(&snapshot);
+        assert!(harmless(&text), "{text:?}");
+        assert!(text.contains("\u{fffd}]0;x\u{fffd}\u{fffd}2J\u{fffd}LATE: \u{fffd}all"), "{text}");
+        assert_eq!(text.lines().filter(|line| line.starts_with("LATE: \u{fffd}")).count(), 0, "{text}");
     }
 
     #[test]
@@ -414,7 +449,9 @@ mod tests {
             ["LOST: 10 of 60 pieces of deferred work mail of app (10) were forgotten before they started"]
         );
         assert!(text.contains("100 were forgotten before they started, as timers are that are cancelled"));
-        snapshot.targets[0].exited = true;
+        assert!(!text.contains("without being known"), "{text}");
+        (snapshot.targets[0].unmatched, snapshot.targets[0].exited) = (7, true);
+        assert!(report(&snapshot).contains("went on 7 times without being known: it was put off before"));
         assert!(report(&snapshot).contains("of app (10), which has ended, were forgotten"));
     }
 }

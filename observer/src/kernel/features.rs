@@ -2,7 +2,7 @@
 //! A feature is what the running kernel shows, never what its version number promises.
 
 use aya::{maps::MapType, programs::ProgramType, sys};
-use observer_common::ring::RingShape;
+use observer_common::{layout::KernelLayout, ring::RingShape};
 
 use super::{layout, tracefs, uprobe};
 
@@ -18,13 +18,35 @@ pub(crate) struct Feature {
     pub(crate) purpose: &'static str,
     /// What to do if it is missing, other than a newer kernel.
     pub(crate) cure: Option<&'static str>,
-    probe: fn() -> Result<(), String>,
+    probe: fn() -> Result<(), Lack>,
+}
+
+/// Why something is missing.
+struct Lack {
+    why: String,
+    /// What to do where nobody can tell whether the kernel has it.
+    cure: Option<&'static str>,
+}
+
+impl Lack {
+    /// The kernel has none.
+    fn of(why: impl Into<String>) -> Self {
+        Self { why: why.into(), cure: None }
+    }
+
+    /// The kernel did not answer, as it does not without a right.
+    fn of_bpf(error: impl Into<anyhow::Error>) -> Self {
+        Self { why: format!("{:#}", error.into()), cure: Some("see CAP_BPF and bpf() above") }
+    }
 }
 
 impl Feature {
-    /// Looks at the running kernel. An error says why not.
-    pub(crate) fn probe(&self) -> Result<(), String> {
-        (self.probe)()
+    /// Looks at the running kernel. An error says why not, and what to do.
+    pub(crate) fn probe(&self) -> Result<(), (String, String)> {
+        (self.probe)().map_err(|lack| {
+            let newer = || format!("a kernel that has it: Linux {} or newer", self.since);
+            (lack.why, lack.cure.or(self.cure).map_or_else(newer, Into::into))
+        })
     }
 }
 
@@ -41,7 +63,8 @@ pub(crate) const FEATURES: &[Feature] = &[
         probe: || match std::fs::metadata(layout::VMLINUX) {
             Ok(_) => Ok(()),
             Err(_) => {
-                Err(format!("no {}: the kernel was built without CONFIG_DEBUG_INFO_BTF", layout::VMLINUX))
+                let file = layout::VMLINUX;
+                Err(Lack::of(format!("no {file}: the kernel was built without CONFIG_DEBUG_INFO_BTF")))
             }
         },
     },
@@ -53,8 +76,8 @@ pub(crate) const FEATURES: &[Feature] = &[
         cure: None,
         probe: || match sys::is_program_supported(ProgramType::TracePoint) {
             Ok(true) => Ok(()),
-            Ok(false) => Err("this kernel has none for tracepoints".into()),
-            Err(e) => Err(format!("{:#}", anyhow::Error::new(e))),
+            Ok(false) => Err(Lack::of("this kernel has none for tracepoints")),
+            Err(error) => Err(Lack::of_bpf(error)),
         },
     },
     Feature {
@@ -63,9 +86,9 @@ pub(crate) const FEATURES: &[Feature] = &[
         required: true,
         purpose: "offsets of tracepoint fields, ids to attach by",
         cure: Some(
-            "mount it: `mount -t tracefs nodev /sys/kernel/tracing`; in a container, mount the host's there",
+            "see CAP_SYS_ADMIN above, or mount it: `mount -t tracefs nodev /sys/kernel/tracing`; in a container, mount the host's there",
         ),
-        probe: || tracefs::ensure_mounted().map_err(|e| format!("{e:#}")),
+        probe: || tracefs::ensure_mounted().map_err(|error| Lack::of(format!("{error:#}"))),
     },
     Feature {
         name: "system call tracepoints",
@@ -89,7 +112,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         required: true,
         purpose: "scheduler, socket and process events, with fields where the programs look",
         cure: None,
-        probe: || layout::of_running_kernel().map(drop).map_err(|e| format!("{e:#}")),
+        probe: || fields().map(drop),
     },
     Feature {
         name: "epoll_pwait2",
@@ -105,12 +128,11 @@ pub(crate) const FEATURES: &[Feature] = &[
         required: false,
         purpose: "accepts through io_uring, which go unseen without them",
         cure: None,
-        probe: || match layout::of_running_kernel() {
-            Ok(layout) if layout.ring_shape == RingShape::Unknown as u32 => {
-                Err("this kernel has none, or none that observer knows".into())
+        probe: || match fields()?.ring_shape {
+            shape if shape == RingShape::Unknown as u32 => {
+                Err(Lack::of("this kernel has none, or none that observer knows"))
             }
-            Ok(_) => Ok(()),
-            Err(e) => Err(format!("{e:#}")),
+            _ => Ok(()),
         },
     },
     Feature {
@@ -121,7 +143,7 @@ pub(crate) const FEATURES: &[Feature] = &[
         cure: Some(
             "CAP_SYS_ADMIN, which kernels since July 2025 ask for, or a kernel with CONFIG_UPROBE_EVENTS",
         ),
-        probe: uprobe::probe,
+        probe: || uprobe::probe().map_err(Lack::of),
     },
     Feature {
         name: "ring buffer",
@@ -131,13 +153,23 @@ pub(crate) const FEATURES: &[Feature] = &[
         cure: None,
         probe: || match sys::is_map_supported(MapType::RingBuf) {
             Ok(true) => Ok(()),
-            Ok(false) => Err("this kernel has no such map".into()),
-            Err(error) => Err(format!("{:#}", anyhow::Error::from(error))),
+            Ok(false) => Err(Lack::of("this kernel has no such map")),
+            Err(error) => Err(Lack::of_bpf(error)),
         },
     },
 ];
 
-fn event(name: &str, lack: &str) -> Result<(), String> {
-    tracefs::ensure_mounted().map_err(|_| "tracefs cannot be read, see above".to_owned())?;
-    if tracefs::has(name) { Ok(()) } else { Err(lack.into()) }
+fn event(name: &str, lack: &str) -> Result<(), Lack> {
+    ensure_readable()?;
+    if tracefs::has(name) { Ok(()) } else { Err(Lack::of(lack)) }
+}
+
+fn fields() -> Result<KernelLayout, Lack> {
+    ensure_readable()?;
+    layout::of_running_kernel().map_err(|error| Lack::of(format!("{error:#}")))
+}
+
+fn ensure_readable() -> Result<(), Lack> {
+    tracefs::ensure_mounted()
+        .map_err(|_| Lack { why: "tracefs cannot be read".into(), cure: Some("see tracefs above") })
 }

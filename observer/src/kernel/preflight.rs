@@ -104,14 +104,13 @@ fn look(is_asked: fn(bool) -> bool) -> impl Iterator<Item = Finding> {
         outcome: (setting.probe)(),
         cure: setting.cure.into(),
     });
-    let features = FEATURES.iter().filter(move |feature| is_asked(feature.required)).map(|feature| Finding {
-        name: feature.name.into(),
-        purpose: feature.purpose.into(),
-        required: feature.required,
-        outcome: feature.probe(),
-        cure: feature
-            .cure
-            .map_or_else(|| format!("a kernel that has it: Linux {} or newer", feature.since), Into::into),
+    let features = FEATURES.iter().filter(move |feature| is_asked(feature.required)).map(|feature| {
+        let (outcome, cure) = match feature.probe() {
+            Ok(()) => (Ok(()), String::new()),
+            Err((why, cure)) => (Err(why), cure),
+        };
+        let (name, purpose) = (feature.name.into(), feature.purpose.into());
+        Finding { name, purpose, required: feature.required, outcome, cure }
     });
     rights.chain(settings).chain(features)
 }

@@ -27,7 +27,7 @@ use crate::{
         deferred::{self, Attached, Shared},
         origin,
     },
-    profiles::Naming,
+    profiles::{self, Naming},
     read::{
         capacity::Capacity,
         maps::{Maps, entries, insert_new},
@@ -241,8 +241,9 @@ impl Follower {
         Some(Missing {
             source: format!("deferred work of process {pid}"),
             reason: format!(
-                "{rate} traps a second into the kernel would cost it {} % of a CPU; --profile {profile} follows it all the same",
-                rate / 5_000
+                "{rate} traps a second into the kernel would cost it {} % of a CPU; {} follows it all the same",
+                rate / 5_000,
+                profiles::insistence(&profile)
             ),
         })
     }

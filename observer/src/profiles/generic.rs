@@ -10,6 +10,9 @@ use super::{
     hook::{At, Hook, Names, Site},
 };
 
+/// What its profile is called, which nobody can ask for by that name.
+pub(super) const NAME: &str = "generic";
+
 /// A function and what its work is known by: `libtask.so:task_enqueue:arg0`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct OwnHook {
@@ -68,7 +71,7 @@ impl Profile {
         ];
         hooks.extend(forget.map(|forget| forget.as_hook(home, Verb::Forget, false)));
         Self {
-            name: "generic".into(),
+            name: NAME.into(),
             about: "a library of one's own".into(),
             marker: Names::One(snapshot.function.clone()),
             home: Some(home.clone()),

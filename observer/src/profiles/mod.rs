@@ -171,6 +171,17 @@ pub(crate) fn is_file(wanted: &str) -> bool {
     Path::new(wanted).extension().is_some_and(|extension| extension == "toml")
 }
 
+/// What has a profile of this name followed at any cost.
+pub(crate) fn insistence(name: &str) -> String {
+    if name == generic::NAME {
+        "`--profile none` beside the flags that describe it".into()
+    } else if PROFILES.iter().any(|profile| profile.name == name) {
+        format!("`--profile {name}`")
+    } else {
+        format!("`--profile` with the file of {name} alone")
+    }
+}
+
 /// Reads a profile of the user's own.
 fn read(file: &Path) -> Result<Profile, Failure> {
     let cure = "see docs/profiles.md for what a profile looks like";
@@ -252,6 +263,20 @@ mod tests {
         assert!(no_key.contains("key"), "{no_key}");
     }
 
+    /// What is advised is understood, and asks for nothing but what is named.
+    #[test]
+    fn what_has_a_profile_followed_at_any_cost_can_be_asked_for() {
+        let hook: OwnHook = "libtask.so:task_enqueue:arg0".parse().unwrap();
+        let own = Profile::of_own_library(&hook, &hook, None);
+        assert_eq!(insistence(&own.name), "`--profile none` beside the flags that describe it");
+        for profile in PROFILES.iter() {
+            let advice = insistence(&profile.name);
+            let wanted = advice.strip_prefix("`--profile ").and_then(|rest| rest.strip_suffix('`')).unwrap();
+            assert!(Arc::ptr_eq(&chosen(&[wanted.to_owned()]).unwrap()[0], profile));
+        }
+        assert_eq!(insistence("libtask"), "`--profile` with the file of libtask alone");
+    }
+
     #[test]
     fn profiles_are_chosen_by_name_and_by_file() {
         let names = |wanted: &[&str]| {
@@ -262,6 +287,7 @@ mod tests {
         assert_eq!(names(&["none"]).unwrap(), 0);
         assert_eq!(names(&["Ruby", "node"]).map_err(|e| e.to_string()).unwrap_or(0), 2);
         assert!(names(&["cobol"]).is_err());
+        assert!(names(&["generic"]).is_err());
         assert!(names(&["/no/such/profile.toml"]).is_err());
     }
 }

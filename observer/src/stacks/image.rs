@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use flate2::Crc;
+use nix::fcntl::OFlag;
 use procfs::process::{MMapPath, MemoryMap};
 
 use super::{
@@ -101,7 +102,7 @@ fn by_build(root: &File, elf: &Elf) -> Result<Elf> {
     let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     let (folder, name) = digits.split_at_checked(2).context("its build id is too short")?;
     let path = format!("{FOLDER}/.build-id/{folder}/{name}.debug");
-    let debug = Elf::of_symbols(&open_under(root, path.as_ref())?)?;
+    let debug = Elf::of_symbols(&open_under(root, path.as_ref(), OFlag::empty())?)?;
     (debug.build_id() == Some(id)).then_some(debug).context("it is for another build")
 }
 
@@ -112,7 +113,7 @@ fn by_link(root: &File, module: &Path, elf: &Elf) -> Option<Elf> {
     let folder = module.parent().filter(|_| Path::new(name).file_name() == Some(name))?;
     let of_all = Path::new(FOLDER).join(folder.strip_prefix("/").ok()?);
     [folder.join(name), folder.join(".debug").join(name), of_all.join(name)].iter().find_map(|path| {
-        let file = open_under(root, path).ok()?;
+        let file = open_under(root, path, OFlag::empty()).ok()?;
         (checksum_of(&file).ok()? == checksum).then(|| Elf::of_symbols(&file).ok())?
     })
 }

@@ -95,7 +95,7 @@ impl Mappings {
         let MMapPath::Path(path) = &map.pathname else {
             return Err(io::Error::other("no file is mapped there"));
         };
-        let file = File::open(inside(self.pid, path))?;
+        let file = open_inside(self.pid, path)?;
         if file.metadata()?.ino() != map.inode {
             return Err(io::Error::other(format!("{} has been replaced", path.display())));
         }
@@ -126,15 +126,21 @@ fn mapping(line: &[u8]) -> Option<MemoryMap> {
     Some(MemoryMap { pathname, ..map })
 }
 
-/// Opens a regular file by its name under a root, which no symbolic link leads out of. Nothing else is opened, be it for a
-/// moment: opening a device may do something.
-pub(super) fn open_under(root: &File, path: &Path) -> io::Result<File> {
-    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
+/// Opens a regular file by its name under a root, which no symbolic link leads out of; `links` tells whether the last part
+/// may be one. Nothing else is opened, be it for a moment: a device may do something, a pipe wait for somebody to write.
+pub(super) fn open_under(root: &File, path: &Path, links: OFlag) -> io::Result<File> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC | links;
+    let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_IN_ROOT);
     let place = File::from(openat2(root, path, how)?);
     if !place.metadata()?.is_file() {
         return Err(io::Error::other(format!("{} is no file", path.display())));
     }
     File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))
+}
+
+/// Opens a regular file by the name that it has for a process.
+pub(super) fn open_inside(pid: u32, path: &Path) -> io::Result<File> {
+    open_under(&File::open(inside(pid, "/".as_ref()))?, path, OFlag::empty())
 }
 
 /// A path of a process, as seen from here, whatever its root is.

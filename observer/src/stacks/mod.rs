@@ -11,6 +11,7 @@ pub(crate) mod mappings;
 pub(crate) mod memory;
 pub(crate) mod naming;
 pub(crate) mod now;
+mod perf_map;
 pub(crate) mod python;
 pub(crate) mod ruby;
 mod sampler;

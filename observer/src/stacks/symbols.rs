@@ -3,7 +3,7 @@
 //! Tables of a big program take more memory than all the rest of observer. They are dropped after each batch, and
 //! only what was found is kept.
 
-use std::{collections::HashMap, fs::File, hash::Hash, io, path::Path};
+use std::{collections::HashMap, fs::File, hash::Hash, io, os::fd::AsRawFd as _, path::Path};
 
 use blazesym::{
     MaybeDefault, Pid,
@@ -18,7 +18,8 @@ use procfs::process::{MMapPath, MemoryMap};
 use super::{
     elf::Elf,
     harmless::is_harmless,
-    mappings::{FileId, Mappings, Version, file_id, inside, module_name},
+    mappings::{FileId, Mappings, Version, file_id, module_name, open_inside},
+    perf_map,
 };
 use crate::model::frame::Frame;
 
@@ -99,13 +100,15 @@ fn look_up(mappings: &Mappings, addresses: &[u64], by_range: bool) -> Vec<Vec<Fr
     let pid = mappings.pid;
     let symbolizer = Symbolizer::builder()
         .set_process_dispatcher(move |member| match member.member_entry {
-            ProcessMemberType::Path(path) if by_range => open(&path.maps_file),
-            ProcessMemberType::Path(path) => open(&inside(pid, &path.symbolic_path)),
+            ProcessMemberType::Path(path) if by_range => resolver(&File::open(&path.maps_file)?),
+            ProcessMemberType::Path(path) => resolver(&open_inside(pid, &path.symbolic_path)?),
             _ => Ok(None),
         })
         .build();
     let mut process = Process::new(Pid::from(pid));
     process.map_files = by_range;
+    // It would open whatever has the name of one.
+    process.perf_map = false;
     let source = Source::Process(process);
     let found = symbolizer.symbolize(&source, Input::AbsAddr(addresses)).or_else(|_| {
         // One file that cannot be read spoils all: then each address by itself.
@@ -116,18 +119,26 @@ fn look_up(mappings: &Mappings, addresses: &[u64], by_range: bool) -> Vec<Vec<Fr
         each.collect::<blazesym::Result<Vec<_>>>()
     });
     let found = found.unwrap_or_default();
-    addresses
-        .iter()
-        .zip(found)
-        .map(|(&address, found)| frames(mappings.find(address), address, &found))
-        .collect()
+    let is_made = |address: &u64| {
+        let map = mappings.find(*address);
+        map.is_some_and(|map| !matches!(map.pathname, MMapPath::Path(_) | MMapPath::Vdso))
+    };
+    let made: Vec<u64> = addresses.iter().copied().filter(is_made).collect();
+    let made = perf_map::functions(pid, &made);
+    let frames = addresses.iter().zip(found).map(|(&address, found)| match made.get(&address) {
+        Some(function) => vec![Frame { function: function.clone(), module: None, file: None, line: None }],
+        None => frames(mappings.find(address), address, &found),
+    });
+    frames.collect()
 }
 
-/// A mapped file, if it does no harm.
-fn open(path: &Path) -> blazesym::Result<Option<Box<dyn Resolve>>> {
-    let elf = File::open(path).and_then(|file| Elf::open(&file).map_err(io::Error::other))?;
-    if !is_harmless(&elf, path) {
-        return Err(io::Error::other(format!("{} is not to be trusted", path.display())).into());
+/// What tells the symbols of a mapped file, if that does no harm. It is read as it was opened, whatever its name leads to
+/// now.
+fn resolver(file: &File) -> blazesym::Result<Option<Box<dyn Resolve>>> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let path = Path::new(&path);
+    if !is_harmless(&Elf::open(file).map_err(io::Error::other)?, path) {
+        return Err(io::Error::other("it is not to be trusted").into());
     }
     Ok(Some(Box::new(ElfResolver::open(path)?)))
 }
@@ -135,7 +146,7 @@ fn open(path: &Path) -> blazesym::Result<Option<Box<dyn Resolve>>> {
 /// Frames at an address of a file that is nobody's.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn in_file(path: &Path, address: u64) -> Vec<Frame> {
-    if open(path).is_err() {
+    if !File::open(path).is_ok_and(|file| resolver(&file).is_ok()) {
         return Vec::new();
     }
     let source = Source::Elf(blazesym::symbolize::source::Elf::new(path));

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::screen;
+use crate::export::plain::clean_lines;
 
 /// Bytes that wait at most; beyond that messages are only counted.
 const MOST: usize = 64 * 1024;
@@ -24,10 +25,12 @@ pub(crate) struct Messages;
 
 impl Write for Messages {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
-        if !screen::is_taken() {
-            return stderr().write(text);
+        let clean = clean_lines(&String::from_utf8_lossy(text));
+        if screen::is_taken() {
+            held().add(clean.as_bytes());
+        } else {
+            stderr().write_all(clean.as_bytes())?;
         }
-        held().add(text);
         Ok(text.len())
     }
 

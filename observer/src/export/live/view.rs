@@ -16,7 +16,10 @@ use super::{
     verdict::{Finding, all_is_well, cause, findings, stack},
 };
 use crate::{
-    export::words::{due_to, percent, span},
+    export::{
+        plain::is_shown,
+        words::{due_to, percent, span},
+    },
     model::{
         snapshot::{Reactor, Snapshot},
         stall::Stalls,
@@ -74,6 +77,13 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &mut State, facts: &Facts, them
         Page::Details | Page::Help => "q quit  p pause  Up/Down scroll  Esc back  ? help",
     };
     frame.render_widget(Line::styled(help, theme.quiet()), keys);
+    // What takes no cell of its own has been added to the one before it.
+    for cell in &mut frame.buffer_mut().content {
+        if !cell.symbol().chars().all(is_shown) {
+            let kept: String = cell.symbol().chars().filter(|&character| is_shown(character)).collect();
+            cell.set_symbol(&kept);
+        }
+    }
 }
 
 /// A long page, of which as much is shown as fits.
@@ -422,8 +432,9 @@ mod tests {
     #[test]
     fn names_with_control_characters_do_no_harm() {
         let mut state = State::default();
-        state.look(testing::snapshot(1.0, |reactor| reactor.name = "\u{1b}[2Jevil\n".into()));
+        state.look(testing::snapshot(1.0, |reactor| reactor.name = "\u{1b}[2Jev\u{202e}il\u{9b}\n".into()));
         let text = screen(&mut state, (80, 24), &Facts::default(), &[]);
-        assert!(!text.contains('\u{1b}') && text.lines().count() == 24, "{text:?}");
+        assert!(text.contains("[2Jevil") && text.lines().count() == 24, "{text:?}");
+        assert!(text.lines().all(|line| line.chars().all(is_shown)), "{text:?}");
     }
 }

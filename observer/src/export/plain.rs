@@ -1,0 +1,61 @@
+//! Text for people's terminals. Processes and their clients choose names and paths: what is in there must neither steer a
+//! terminal, nor pass for lines of observer's own, nor turn what stands beside it around.
+
+use std::{
+    borrow::Cow,
+    fmt,
+    io::{self, Write},
+};
+
+/// Whether a character is shown as it is. All others are shown as U+FFFD; where characters have places, they are left out.
+pub(crate) fn is_shown(character: char) -> bool {
+    // Beside control characters: what ends a line or a paragraph, and what turns the direction of writing.
+    let turns = matches!(character, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    !character.is_control() && !turns
+}
+
+/// Text of one line.
+pub(crate) fn clean(text: &str) -> Cow<'_, str> {
+    if text.chars().all(is_shown) {
+        return text.into();
+    }
+    text.chars().map(|c| if is_shown(c) { c } else { char::REPLACEMENT_CHARACTER }).collect()
+}
+
+/// Text of several lines, such as a message with what caused it.
+pub(crate) fn clean_lines(text: &str) -> String {
+    text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
+}
+
+/// What each `writeln!` makes one line of, whatever is in it.
+pub(crate) struct Lines<'a>(pub(crate) &'a mut dyn Write);
+
+impl Lines<'_> {
+    pub(crate) fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
+        let text = text.to_string();
+        let (line, end) = text.strip_suffix('\n').map_or((&*text, ""), |line| (line, "\n"));
+        write!(self.0, "{}{end}", clean(line))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_steers_a_terminal_is_not_written() {
+        assert_eq!(clean("söme → text 漢字"), "söme → text 漢字");
+        // Of a terminal's title, of colours in one byte, of the other direction.
+        assert_eq!(
+            clean("\x1b]0;x\x07 \u{9b}31m \u{202e}txt.exe"),
+            "\u{fffd}]0;x\u{fffd} \u{fffd}31m \u{fffd}txt.exe"
+        );
+        assert_eq!(clean_lines("a\r\n\tb\n"), "a\u{fffd}\n\u{fffd}b\n");
+        let mut written = Vec::new();
+        let mut lines = Lines(&mut written);
+        writeln!(lines, "listener {}", "@a\nLATE: b\u{2028}").unwrap();
+        write!(lines, "{}", 1).unwrap();
+        writeln!(lines).unwrap();
+        assert_eq!(String::from_utf8(written).unwrap(), "listener @a\u{fffd}LATE: b\u{fffd}\n1\n");
+    }
+}

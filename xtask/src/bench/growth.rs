@@ -22,8 +22,9 @@ resets so many connections a second, from clients on another CPU.
 *First figure*: from the start of observer until a scrape has the figure of a loop or a listener. *CPU*: of one, while
 nobody scrapes, for connections while they come. *Scrape*: the median and the longest of some, from connecting to the last
 byte, uncompressed, each of figures read anew. *Resident*: after those scrapes, and at its peak since the start. *Maps*:
-memory in the kernel. *Fullest map*: of those that take in what is observed and never push anything out. *Lost*: what observer
-says it had no room for.
+memory in the kernel. *Fullest map*: of those that take in what is observed and never push anything out, for connections
+while they come. *Lost*: what observer says it had no room for. *Seen to be accepted*: of the connections that clients saw
+made; those that were reset before they saw that can make it more than all.
 ";
 
 /// What there is much of.
@@ -112,13 +113,13 @@ impl Bench<'_> {
             Observer::start(self.observer, &[crowd.pid()], &["--capacity", &capacity.to_string()])?;
         let pid = observer.tool.pid();
         pause(Duration::from_secs(self.seconds.min(2)));
-        // Scrapes are looked at while connections still come.
+        let mut text = observer.scrape()?;
+        let before = accepted(&text);
+        // Maps are looked into while connections still come.
         let lasts = self.seconds + 2;
         let client = (kind == Kind::Connections)
             .then(|| Client::start(self.crowd, self.cpus.load, crowd.port(), count, lasts))
             .transpose()?;
-        let mut text = observer.scrape()?;
-        let before = accepted(&text);
         let (start, used) = (Instant::now(), fine_cpu_seconds(pid)?);
         pause(Duration::from_secs(self.seconds));
         let cpu = (fine_cpu_seconds(pid)? - used) / start.elapsed().as_secs_f64();

@@ -96,15 +96,15 @@ impl Tool {
         command.args(words).stdout(said.try_clone()?).stderr(said.try_clone()?);
         let start = Instant::now();
         let mut process = Process::start(&mut command)?;
-        let mut held_since = None;
+        let mut held = None;
         let ready = wait_for_start(&words.join(" "), || {
             if !matches!(process.has_ended(), Ok(false)) {
                 return Some(None);
             }
-            let is_held = program_ids(process.pid()).is_ok_and(|ids| !ids.is_empty());
-            let since = *held_since.get_or_insert_with(|| is_held.then(Instant::now));
-            held_since = since.map(Some);
-            since.filter(|since| since.elapsed() > TO_ATTACH).map(Some)
+            if held.is_none() && program_ids(process.pid()).is_ok_and(|ids| !ids.is_empty()) {
+                held = Some(Instant::now());
+            }
+            held.filter(|held| held.elapsed() > TO_ATTACH).map(Some)
         })?;
         Ok(match ready {
             Some(held) => Ok(Self { process, start: held - start }),

@@ -28,6 +28,7 @@ use crate::{
     probes::{
         self, When,
         gc::{self, Collectors},
+        listener,
         reactor::{self, Calls},
     },
     profiles::Profile,
@@ -154,6 +155,7 @@ impl Observation {
             insert_new(&mut maps.targets, pid, RawTarget::default()).context("cannot add a target")?;
         }
         let mut missing = probes::attach(&mut ebpf, When::Always, &selection.calls)?;
+        listener::link_steps(&mut ebpf)?;
         if !reactor::find_registers(&mut ebpf, &maps.registers)? {
             let reason = "this kernel keeps the registers of system calls in an unknown place".into();
             missing.push(Missing { source: "what blocked threads wait for".into(), reason });

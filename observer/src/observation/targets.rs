@@ -112,6 +112,7 @@ impl Observation {
     fn let_go_of(&mut self, pids: &BTreeSet<u32>) -> Result<()> {
         for pid in pids {
             self.live.remove(pid);
+            self.programs.remove(pid);
             self.collectors.let_go(&mut self.maps, *pid);
             self.follower.let_go(&mut self.maps, *pid);
         }

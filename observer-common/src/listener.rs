@@ -38,6 +38,8 @@ pub struct Queue {
     pub oldest_ns: u64,
     /// Address of that connection's `struct sock`; 0 if none waits.
     pub longest_sk: u64,
+    /// Where the walk over them has got to: those from there on nobody looked at. 0 if that is the end.
+    pub rest: u64,
     /// Connections that wait.
     pub depth: u32,
     /// Of those, the ones their clients have reset.
@@ -51,7 +53,7 @@ pub struct Queue {
     /// 1 if the socket does not listen any more.
     pub closed: u32,
 }
-crate::shared!(Queue, 48);
+crate::shared!(Queue, 56);
 
 /// Value of `LISTENERS`, whose key is the inode number of the listening socket (as in `/proc/PID/fd`).
 #[repr(C)]
@@ -116,6 +118,7 @@ impl Listener {
             looked_ns: 0,
             oldest_ns: 0,
             longest_sk: 0,
+            rest: 0,
             depth: 0,
             aborted: 0,
             limit: 0,

@@ -619,9 +619,27 @@ impl Socket {
 }
 
 /// A place in an accept queue.
+#[derive(Clone, Copy)]
 pub(crate) struct Waiting(*const u8);
 
 impl Waiting {
+    /// The one at this address, which the caller has from the kernel.
+    #[inline(always)]
+    pub(crate) fn known(address: u64) -> Self {
+        Self(address as *const u8)
+    }
+
+    #[inline(always)]
+    pub(crate) fn address(self) -> u64 {
+        self.0 as u64
+    }
+
+    /// Whether nobody waits here.
+    #[inline(always)]
+    pub(crate) fn is_end(self) -> bool {
+        self.0.is_null()
+    }
+
     /// The connection that waits here, and the place behind it.
     #[inline(always)]
     pub(crate) fn take(self) -> Option<(Socket, Self)> {

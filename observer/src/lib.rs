@@ -12,6 +12,7 @@ mod failure;
 mod finding;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
+mod heap;
 mod kernel;
 mod manual;
 mod model;

@@ -34,6 +34,7 @@ use crate::{
         text,
     },
     failure::Failure,
+    heap,
     kernel::{preflight, rights},
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
@@ -152,6 +153,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
     let format = format(output);
     let settings = Settings::find(output)?;
     ensure_possible(&selection)?;
+    heap::keep_little();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
@@ -183,7 +185,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
                 Observation::start(&selection, output.verbose).map_err(Failure::explained)?;
             let diagnostics = output.verbose.then(|| show_diagnostics(&mut observation)).transpose()?;
             rights::drop_others()?;
-            return_memory();
+            heap::give_back();
             // Before anybody is told how to end it.
             let mut signals = Signals::catch(controls.reload.is_some())?;
             let view = if format == Format::Live {
@@ -288,15 +290,6 @@ async fn listen(output: &Output) -> Result<TcpListener> {
         let what = format!("cannot listen on {address}: {error}");
         Failure::new(what, "choose another address with --listen ADDR, or none with --no-listen").into()
     })
-}
-
-/// Gives back what reading the kernel's BTF took, several times what observer keeps.
-fn return_memory() {
-    // SAFETY: no preconditions; only free memory is touched.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        nix::libc::malloc_trim(0);
-    }
 }
 
 /// Passes on what the programs themselves have to say.

@@ -7,7 +7,7 @@ use aya_ebpf::{
     bindings::BPF_NOEXIST,
     helpers::bpf_ktime_get_ns,
     macros::{map, raw_tracepoint, tracepoint},
-    maps::HashMap,
+    maps::{HashMap, ProgramArray},
     programs::{RawTracePointContext, TracePointContext},
 };
 use observer_common::{
@@ -18,7 +18,7 @@ use observer_common::{
 use super::{accept, connect, process};
 use crate::{
     emit::lost,
-    kernel::{self, OpenFile, Socket},
+    kernel::{self, OpenFile, Socket, Waiting},
 };
 
 /// Listeners of targets, by inode number of the socket.
@@ -28,9 +28,13 @@ static LISTENERS: HashMap<u64, Listener> = HashMap::with_max_entries(1024, 0);
 /// What a new entry starts from: too large for the stack.
 static NEW: Listener = Listener::EMPTY;
 
-/// Connections looked at in one accept queue; the verifier follows no longer walk. Of those behind, nobody knows
-/// whether they were reset.
-const WALK: u32 = 1024;
+/// Where a walk goes on, in the only place: [`look_on`].
+#[map]
+static STEPS: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
+/// Connections that one step of a walk looks at, and 33 steps may follow each other. The verifier follows every turn of a
+/// loop on its own: for one of 1024 it took a quarter of a second.
+const STEP: u32 = 32;
 
 /// A thread of a target is about to listen. Whether that works, the next look tells.
 #[tracepoint]
@@ -65,8 +69,26 @@ fn look(ctx: RawTracePointContext) -> i32 {
         // SAFETY: a live map value; only looks write `queue`, and the loader takes one at a time.
         unsafe {
             match Socket::still_at((*listener).sk, inode) {
-                Some(socket) if socket.listens() => look_at(&raw mut (*listener).queue, socket),
+                Some(socket) if socket.listens() => {
+                    if look_at(&raw mut (*listener).queue, socket) {
+                        STEPS.tail_call(&ctx, 0);
+                    }
+                }
                 _ => (*listener).queue.closed = 1,
+            }
+        }
+    }
+    0
+}
+
+/// Goes on where [`look`] or itself has left off, with the same argument, as often as the kernel allows.
+#[raw_tracepoint(tracepoint = "sys_enter")]
+fn look_on(ctx: RawTracePointContext) -> i32 {
+    if let Some(listener) = LISTENERS.get_ptr_mut(ctx.arg::<u64>(0)) {
+        // SAFETY: as in `look`, of which this is a part.
+        unsafe {
+            if step(&raw mut (*listener).queue) {
+                STEPS.tail_call(&ctx, 0);
             }
         }
     }
@@ -131,13 +153,12 @@ pub(super) fn listener_with(inode: u64) -> Option<*mut Listener> {
     LISTENERS.get_ptr_mut(inode)
 }
 
-/// Fills in a queue. What the walk finds is kept in the map, not in registers: the verifier does not tell map
-/// contents apart, and so sees one way through each step where it would otherwise see ever more.
+/// Fills in a queue, but for what a walk over it finds. Tells whether there is one to walk over.
 ///
 /// # Safety
 /// `queue` points into a live map value that nobody else writes.
 #[inline(always)]
-unsafe fn look_at(queue: *mut Queue, socket: Socket) {
+unsafe fn look_at(queue: *mut Queue, socket: Socket) -> bool {
     // SAFETY: by contract.
     unsafe {
         (*queue).looked_ns = bpf_ktime_get_ns();
@@ -146,14 +167,30 @@ unsafe fn look_at(queue: *mut Queue, socket: Socket) {
         (*queue).drops = socket.drops().unwrap_or(0);
         if socket.is_unix() {
             (*queue).oldest_ns = socket.first_unix_waiting().and_then(accept::arrival_of).unwrap_or(0);
-            return;
+            return false;
         }
         (*queue).half_open = socket.half_open().unwrap_or(0);
+        (*queue).aborted = 0;
+        (*queue).longest_sk = 0;
+        (*queue).oldest_ns = 0;
+        let first = socket.first_waiting();
+        (*queue).rest = first.address();
+        !first.is_end()
+    }
+}
+
+/// One step of the walk. Tells whether there is more to walk over. What it finds is kept in the map, not in registers:
+/// the verifier does not tell map contents apart, and so sees one way through where it would otherwise see ever more.
+///
+/// # Safety
+/// As for [`look_at`].
+#[inline(always)]
+unsafe fn step(queue: *mut Queue) -> bool {
+    // SAFETY: by contract.
+    unsafe {
         let (aborted, longest) = (&raw mut (*queue).aborted, &raw mut (*queue).longest_sk);
-        aborted.write_volatile(0);
-        longest.write_volatile(0);
-        let mut place = socket.first_waiting();
-        for _ in 0..WALK {
+        let mut place = Waiting::known((*queue).rest);
+        for _ in 0..STEP {
             let Some((connection, behind)) = place.take() else { break };
             if connection.is_closed() {
                 aborted.write_volatile(aborted.read_volatile() + 1);
@@ -162,6 +199,8 @@ unsafe fn look_at(queue: *mut Queue, socket: Socket) {
             }
             place = behind;
         }
+        (*queue).rest = place.address();
         (*queue).oldest_ns = accept::arrival_of(Socket::known(longest.read_volatile())).unwrap_or(0);
+        !place.is_end()
     }
 }

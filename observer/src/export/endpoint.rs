@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use super::{prometheus, series::Cap};
-use crate::{model::snapshot::Snapshot, observation::Observation};
+use crate::{heap, model::snapshot::Snapshot, observation::Observation};
 
 /// An observation that the endpoint and the main loop share; none while observer is turned off.
 pub(crate) type Shared = Arc<Mutex<Option<Arc<Mutex<Observation>>>>>;
@@ -58,6 +58,9 @@ const HEAD_LINES: usize = 64;
 const AGE: Duration = Duration::from_millis(100);
 const AGE_OF_COSTS: u32 = 10;
 
+/// What took much memory to make, in bytes.
+const LONG: usize = 256 << 10;
+
 /// How long to wait when no more connections can be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -70,10 +73,13 @@ pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<M
             None => Snapshot::turned_off(),
         };
         let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Page {
-            is_off: snapshot.own.service.is_off,
-            ..Page::of(prometheus::encode(&snapshot, &mut cap)?)?
-        })
+        let is_off = snapshot.own.service.is_off;
+        let text = prometheus::encode(&snapshot, &mut cap)?;
+        drop(snapshot);
+        if text.len() > LONG {
+            heap::give_back();
+        }
+        Ok(Page { is_off, ..Page::of(text)? })
     });
     let mut open = VecDeque::<JoinHandle<()>>::new();
     loop {

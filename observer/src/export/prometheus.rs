@@ -14,10 +14,11 @@ use crate::model::{
 
 /// Writes a snapshot; families without series are left out.
 pub(crate) fn encode(snapshot: &Snapshot, cap: &mut Cap) -> Result<Vec<u8>> {
-    let all = families().zip(cap.gather(snapshot));
-    let families: Vec<_> = all.filter(|(_, s)| !s.is_empty()).map(|(f, s)| family(f, s)).collect();
     let mut text = Vec::new();
-    TextEncoder::new().encode(&families, &mut text)?;
+    // One by one: what the library makes of a family is several times its text.
+    for (of, series) in families().zip(cap.gather(snapshot)).filter(|(_, series)| !series.is_empty()) {
+        TextEncoder::new().encode(&[family(of, series)], &mut text)?;
+    }
     Ok(text)
 }
 

@@ -1,7 +1,7 @@
 //! The listeners of an observation: found, looked at, and let go when they close.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     mem,
 };
 
@@ -16,7 +16,7 @@ use crate::{
     kernel::clock,
     model::snapshot::Listener,
     probes::{
-        self, When,
+        self, Types, When,
         listener::{self, Before},
     },
     read::maps::entries,
@@ -39,19 +39,31 @@ impl Observation {
     /// Remembers the counters of the first targets' network namespaces, and forgets those that targets have left:
     /// the kernel gives their numbers to others.
     pub(super) fn note_namespaces(&mut self) {
-        let namespaces = self.namespaces();
+        self.namespaces.retain(|pid, _| self.live.contains_key(pid));
+        let new = self.live.keys().filter(|pid| !self.namespaces.contains_key(pid)).copied();
+        // Hardly any moves to another: some at a time are asked again.
+        let asked: Vec<_> = new.chain(self.namespaces_asked.next(&self.namespaces)).collect();
+        for pid in asked {
+            if let Some(netns) = process::network_namespace(pid) {
+                self.namespaces.insert(pid, netns);
+            }
+        }
         if self.first_look_done {
-            self.drops_before.retain(|netns, _| namespaces.contains_key(netns));
+            let present: HashSet<u32> = self.namespaces.values().copied().collect();
+            self.drops_before.retain(|netns, _| present.contains(netns));
         } else {
-            let drops =
-                namespaces.iter().filter_map(|(&netns, &pid)| Some((netns, drops::of_namespace(pid)?)));
+            // Each with any process that is in it.
+            let present: HashMap<u32, u32> =
+                self.namespaces.iter().map(|(&pid, &netns)| (netns, pid)).collect();
+            let drops = present.iter().filter_map(|(&netns, &pid)| Some((netns, drops::of_namespace(pid)?)));
             self.drops_before = drops.collect();
         }
     }
 
-    /// Network namespaces that targets are in, each with one of them.
-    fn namespaces(&self) -> HashMap<u32, u32> {
-        self.live.keys().filter_map(|&pid| Some((process::network_namespace(pid)?, pid))).collect()
+    /// The counters of a network namespace now; `None` if no target is in it any more.
+    fn drops_now(&self, netns: u32) -> Option<ListenDrops> {
+        let mut in_it = self.namespaces.iter().filter(|(_, known)| **known == netns).map(|(&pid, _)| pid);
+        drops::of_namespace(in_it.find(|&pid| process::network_namespace(pid) == Some(netns))?)
     }
 
     /// Looks at every accept queue. Listeners that targets opened meanwhile have made their own entries; what new
@@ -62,7 +74,12 @@ impl Observation {
         }
         for (inode, raw) in entries(&self.maps.listeners) {
             if raw.unix_name != 0 && self.unix_since_ns.is_none() {
-                self.missing.extend(probes::attach(&mut self.ebpf, When::UnixListener, &[])?);
+                self.missing.extend(probes::attach(
+                    &mut self.ebpf,
+                    &Types::default(),
+                    When::UnixListener,
+                    &[],
+                )?);
                 self.unix_since_ns = Some(clock::monotonic_ns());
             }
             listener::look(&mut self.ebpf, inode)?;
@@ -162,12 +179,11 @@ impl Observation {
         for (&netns, _) in namespaces.iter().zip(&*listeners).filter(|(_, listener)| listener.drops > 0) {
             *dropping.entry(netns).or_default() += 1;
         }
-        let now = self.namespaces();
-        let now = now.into_iter().filter(|(netns, _)| dropping.contains_key(netns));
-        let grown: HashMap<u32, ListenDrops> = now
-            .filter_map(|(netns, pid)| {
+        let grown: HashMap<u32, ListenDrops> = dropping
+            .keys()
+            .filter_map(|&netns| {
                 let before = self.drops_before.get(&netns).copied().unwrap_or_default();
-                Some((netns, drops::of_namespace(pid)?.since(before)?))
+                Some((netns, self.drops_now(netns)?.since(before)?))
             })
             .collect();
         let mut is_final = true;

@@ -27,8 +27,9 @@ use crate::{
         trace::{Event, Events},
     },
     probes::{
-        self, When,
+        self, Types, When,
         gc::{self, Collectors},
+        listener,
         reactor::{self, Calls},
     },
     profiles::Profile,
@@ -48,7 +49,7 @@ use crate::{
 use deferred::{Figures, Follower};
 use listeners::{Known, numbered};
 use reactors::Thread;
-use turns::Turns;
+use turns::{ASKED, Round, Turns};
 
 pub(crate) static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
 
@@ -110,6 +111,8 @@ pub(crate) struct Observation {
     /// Release of the running kernel.
     kernel: String,
     live: BTreeMap<u32, Process>,
+    /// How many programs they had started when their names were last asked for, if they have started any.
+    programs: HashMap<u32, u32>,
     exited: Vec<Process>,
     /// By inode number.
     listeners: BTreeMap<u64, Known>,
@@ -119,9 +122,15 @@ pub(crate) struct Observation {
     /// as they did when they were made: one that is older has more drops than its listeners here, which makes
     /// nothing certain.
     drops_before: HashMap<u32, ListenDrops>,
+    /// Which of them each target was in when it was last asked.
+    namespaces: BTreeMap<u32, u32>,
+    namespaces_asked: Round,
+    /// Whose names were asked for.
+    processes_asked: Round,
+    threads_asked: Round,
     finished: Vec<(u32, Reactor)>,
     /// Of each reactor's thread what is not in the kernel, kept for when it is gone.
-    threads: HashMap<u32, Thread>,
+    threads: BTreeMap<u32, Thread>,
     /// What becomes of what is pushed.
     ledgers: Vec<Arc<Ledger>>,
 }
@@ -130,6 +139,10 @@ impl Observation {
     /// Loads the programs, attaches them and finds what the targets were doing already. `verbose` turns on the
     /// diagnostics of the programs, which are not even loaded otherwise.
     pub(crate) fn start(selection: &Selection, verbose: bool) -> Result<Self> {
+        // A new one has read the kernel's types, which only programs that are relocated by them need: it lets go of them
+        // before others read them.
+        let mut loader = EbpfLoader::new();
+        loader.btf(None);
         let layout = layout::of_running_kernel()?;
         let follow = u8::from(selection.follow);
         let selects = u8::from(!selection.choice.is_none());
@@ -140,7 +153,6 @@ impl Observation {
         // A signal makes the kernel give up the load of a program, which is then tried again with a log: one that tells each
         // step takes so long that nobody could end observer with Ctrl-C.
         let verifier_log = if verbose { VerifierLogLevel::VERBOSE } else { VerifierLogLevel::STATS };
-        let mut loader = EbpfLoader::new();
         selection.capacity.apply(&mut loader);
         let mut ebpf = loader
             .verifier_log_level(verifier_log)
@@ -158,7 +170,9 @@ impl Observation {
         for &pid in &wanted {
             maps.targets.insert_new(pid, RawTarget::default()).context("cannot add a target")?;
         }
-        let mut missing = probes::attach(&mut ebpf, When::Always, &selection.calls)?;
+        let types = Types::default();
+        let mut missing = probes::attach(&mut ebpf, &types, When::Always, &selection.calls)?;
+        listener::link_steps(&mut ebpf)?;
         if !reactor::find_registers(&mut ebpf, &maps.registers)? {
             let reason = "this kernel keeps the registers of system calls in an unknown place".into();
             missing.push(Missing { source: "what blocked threads wait for".into(), reason });
@@ -167,8 +181,9 @@ impl Observation {
             let reason = "this kernel's io_uring has no tracepoints, or none that observer knows".into();
             missing.push(Missing { source: "accepts through io_uring".into(), reason });
         } else {
-            missing.extend(probes::attach(&mut ebpf, When::RingsUnderstood, &selection.calls)?);
+            missing.extend(probes::attach(&mut ebpf, &types, When::RingsUnderstood, &selection.calls)?);
         }
+        drop(types);
         let mut observation = Self {
             ebpf,
             maps,
@@ -196,12 +211,17 @@ impl Observation {
                 .to_string_lossy()
                 .into(),
             live: BTreeMap::new(),
+            programs: HashMap::new(),
             exited: Vec::new(),
             listeners: BTreeMap::new(),
             first_look_done: false,
             drops_before: HashMap::new(),
+            namespaces: BTreeMap::new(),
+            namespaces_asked: Round::default(),
+            processes_asked: Round::default(),
+            threads_asked: Round::default(),
             finished: Vec::new(),
-            threads: HashMap::new(),
+            threads: BTreeMap::new(),
             ledgers: Vec::new(),
         };
         observation.adopt(wanted)?;
@@ -290,6 +310,7 @@ impl Observation {
                 let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
                 self.ancestors.remove(&pid);
                 self.exited.push(known);
+                self.programs.remove(&pid);
                 self.collectors.exited(&mut self.maps, pid, ENDED);
                 self.follower.exited(&mut self.maps, pid, ENDED);
                 changed = true;
@@ -307,6 +328,16 @@ impl Observation {
                 self.live.insert(pid, Process::of(pid));
                 self.remember_ancestors(pid);
                 changed = true;
+            }
+            if raw.execs > 0
+                && self.programs.insert(pid, raw.execs) != Some(raw.execs)
+                && let Some(process) = self.live.get_mut(&pid)
+                && process::is_there(pid)
+            {
+                process.refresh();
+                for (&tid, thread) in self.threads.iter_mut().filter(|(_, thread)| thread.pid == pid) {
+                    thread.rename(tid);
+                }
             }
             if !is_new || !waits {
                 live.push((pid, raw.execs));
@@ -335,17 +366,18 @@ impl Observation {
         self.follower.adopt_connections(&mut self.maps);
     }
 
-    /// Asks for names again: a process may have started another program, a thread may have renamed itself.
+    /// Asks for names again, some at a time: a thread may have renamed itself, a process may have moved.
     fn rename(&mut self) {
-        for process in self.live.values_mut() {
-            if process::is_there(process.pid) {
+        for pid in self.processes_asked.next(&self.live) {
+            if let Some(process) = self.live.get_mut(&pid)
+                && process::is_there(pid)
+            {
                 process.refresh();
             }
         }
-        for (&tid, thread) in &mut self.threads {
-            let now = process::thread_name(thread.pid, tid);
-            if !now.is_empty() {
-                thread.name = now;
+        for tid in self.threads_asked.next(&self.threads) {
+            if let Some(thread) = self.threads.get_mut(&tid) {
+                thread.rename(tid);
             }
         }
     }
@@ -424,6 +456,10 @@ impl Observation {
 
     /// The same with every piece of deferred work that is over.
     pub(crate) fn report(&mut self) -> Result<Snapshot> {
+        // Nobody will ask again.
+        for _ in 0..self.live.len().max(self.threads.len()) / ASKED {
+            self.rename();
+        }
         let mut snapshot = self.snapshot()?;
         for target in snapshot.targets.iter_mut().filter(|target| !target.exited) {
             self.follower.add_links(target.pid, &mut target.deferred);

@@ -202,6 +202,14 @@ impl Thread {
         Self { pid, name: process::thread_name(pid, tid), prober: Prober::default(), stalls }
     }
 
+    /// Asks for its name again, which stays if it is gone.
+    pub(super) fn rename(&mut self, tid: u32) {
+        let now = process::thread_name(self.pid, tid);
+        if !now.is_empty() {
+            self.name = now;
+        }
+    }
+
     /// Its figures as of now, stalls that have ended included.
     fn figures(&mut self, tid: u32, raw: &RawReactor, now: u64) -> Reactor {
         let mut reactor = reactor::decode(tid, self.name.clone(), raw, &mut self.prober, now);

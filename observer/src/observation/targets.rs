@@ -139,6 +139,7 @@ impl Observation {
         for pid in pids {
             self.live.remove(pid);
             self.ancestors.remove(pid);
+            self.programs.remove(pid);
             self.collectors.let_go(&mut self.maps, *pid);
             self.follower.let_go(&mut self.maps, *pid);
         }

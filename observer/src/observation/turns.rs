@@ -1,8 +1,9 @@
 //! Whose turn it is to have the runtime attached to: a crowd that starts at once is not stopped all at once for that.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     num::NonZero,
+    ops::Bound::{Excluded, Unbounded},
     time::{Duration, Instant},
 };
 
@@ -70,6 +71,26 @@ impl Turns {
     }
 }
 
+/// How many are asked again at a time, of those whom asking hardly ever tells anything new.
+pub(super) const ASKED: usize = 128;
+
+/// Whose turn it is to be asked again.
+#[derive(Default)]
+pub(super) struct Round {
+    /// Who was asked last.
+    last: u32,
+}
+
+impl Round {
+    /// The next of them, all if they are few.
+    pub(super) fn next<V>(&mut self, all: &BTreeMap<u32, V>) -> Vec<u32> {
+        let after = all.range((Excluded(self.last), Unbounded));
+        let next: Vec<u32> = after.chain(all.range(..=self.last)).take(ASKED).map(|(&id, _)| id).collect();
+        self.last = next.last().copied().unwrap_or(0);
+        next
+    }
+}
+
 fn a_second_before(now: Instant) -> Instant {
     now.checked_sub(Duration::from_secs(1)).unwrap_or(now)
 }
@@ -113,5 +134,18 @@ mod tests {
     fn nobody_waits_who_was_asked_for() {
         let mut turns = Turns::at(NonZero::<u32>::MIN);
         assert_eq!(turns.of(crowd(300), &BTreeSet::new(), false).len(), 300);
+    }
+
+    #[test]
+    fn all_are_asked_in_turn_and_each_once_a_round() {
+        let mut round = Round::default();
+        let few: BTreeMap<u32, ()> = (1..=5).map(|id| (id, ())).collect();
+        assert_eq!(round.next(&few), [1, 2, 3, 4, 5]);
+        assert_eq!(round.next(&few), [1, 2, 3, 4, 5]);
+        let many: BTreeMap<u32, ()> = (1..=1000).map(|id| (id, ())).collect();
+        let asked: Vec<u32> = (0..8).flat_map(|_| round.next(&many)).collect();
+        assert_eq!(asked.len(), 8 * ASKED);
+        assert_eq!(asked.iter().collect::<BTreeSet<_>>().len(), 1000);
+        assert_eq!(round.next(&BTreeMap::<u32, ()>::new()), []);
     }
 }

@@ -49,7 +49,7 @@ pub(super) const PROBE: Probe = Probe {
 /// Loads the programs, and attaches those that do not wait for a runtime.
 pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
     uprobe::probe().map_err(|why| anyhow!(why))?;
-    super::attach(ebpf, When::Deferring, &[])?;
+    super::attach(ebpf, &super::Types::default(), When::Deferring, &[])?;
     Ok(())
 }
 

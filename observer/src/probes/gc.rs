@@ -214,7 +214,7 @@ impl Process {
 /// Loads the programs.
 fn load(ebpf: &mut Ebpf) -> Result<()> {
     uprobe::probe().map_err(|why| anyhow!(why))?;
-    super::attach(ebpf, When::Collector, &[])?;
+    super::attach(ebpf, &super::Types::default(), When::Collector, &[])?;
     Ok(())
 }
 

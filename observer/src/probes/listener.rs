@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
+    maps::ProgramArray,
     programs::{Iter, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use nix::libc;
@@ -18,6 +19,7 @@ use crate::model::{
 
 const FIND: &str = "find_listeners";
 const LOOK: &str = "look";
+const LOOK_ON: &str = "look_on";
 
 pub(super) const PROBE: Probe = Probe {
     name: "listener",
@@ -29,6 +31,7 @@ pub(super) const PROBE: Probe = Probe {
         Hook { program: "listen_enter", events: Events::Plain(&[("syscalls", "sys_enter_listen")]) },
         Hook { program: FIND, events: Events::Iterator("task_file") },
         Hook { program: LOOK, events: Events::OnDemand },
+        Hook { program: LOOK_ON, events: Events::OnDemand },
     ],
 };
 
@@ -40,6 +43,14 @@ pub(crate) fn find(ebpf: &mut Ebpf) -> Result<()> {
     // The program writes nothing: its work is done when the end is reached.
     std::io::copy(&mut files, &mut std::io::sink()).context("the walk over open files failed")?;
     Ok(())
+}
+
+/// Lets a look at a long queue go on from one step to the next, once it is loaded.
+pub(crate) fn link_steps(ebpf: &mut Ebpf) -> Result<()> {
+    let step = ebpf.program(LOOK_ON).context("no program looks on")?.fd()?.try_clone()?;
+    let mut steps =
+        ProgramArray::try_from(ebpf.map_mut("STEPS").context("the eBPF object has no map STEPS")?)?;
+    steps.set(0, &step, 0).context("no step can follow another")
 }
 
 /// Brings the `queue` of one entry up to date.

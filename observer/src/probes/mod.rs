@@ -1,7 +1,7 @@
 //! The probes: what each measures, what it hooks, what that costs. [`PROBES`] is the one table; each probe's file
 //! also decodes what its programs leave in their maps.
 
-use std::fs::File;
+use std::{cell::OnceCell, fs::File};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
@@ -95,15 +95,28 @@ pub(crate) const PROBES: &[Probe] = &[
     deferred::PROBE,
 ];
 
+/// The kernel's types, read when a program needs one, and once: they take tens of megabytes and of milliseconds.
+#[derive(Default)]
+pub(crate) struct Types(OnceCell<Btf>);
+
+impl Types {
+    fn get(&self) -> Result<&Btf, ProgramError> {
+        if let Some(btf) = self.0.get() {
+            return Ok(btf);
+        }
+        let btf = Btf::from_sys_fs()?;
+        Ok(self.0.get_or_init(|| btf))
+    }
+}
+
 /// Loads and attaches the programs of the probes that wait for this, of waits those for the given calls. Tells which
 /// optional tracepoints the running kernel lacks. What is attached stays so until `ebpf` is dropped.
-pub(crate) fn attach(ebpf: &mut Ebpf, when: When, calls: &[Calls]) -> Result<Vec<Missing>> {
-    let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
+pub(crate) fn attach(ebpf: &mut Ebpf, types: &Types, when: When, calls: &[Calls]) -> Result<Vec<Missing>> {
     let hooks = PROBES.iter().filter(|probe| probe.when == when).flat_map(|probe| probe.hooks);
     let wanted = hooks.filter(|hook| !matches!(hook.events, Events::Waits(of, _) if !calls.contains(&of)));
     // All are loaded before the first is attached, so that they begin to watch together.
     for hook in wanted.clone() {
-        load(program(ebpf, hook)?, hook, &btf).map_err(|error| rejected(hook, error))?;
+        load(program(ebpf, hook)?, hook, types).map_err(|error| rejected(hook, error))?;
     }
     let mut missing = Vec::new();
     for hook in wanted {
@@ -149,10 +162,10 @@ fn program<'e>(ebpf: &'e mut Ebpf, hook: &Hook) -> Result<&'e mut Program> {
     ebpf.program_mut(hook.program).with_context(|| format!("no program {}", hook.program))
 }
 
-fn load(program: &mut Program, hook: &Hook, btf: &Btf) -> Result<(), ProgramError> {
+fn load(program: &mut Program, hook: &Hook, types: &Types) -> Result<(), ProgramError> {
     match hook.events {
-        Events::Btf(names) => load_for_first(program.try_into()?, names, btf),
-        Events::Iterator(kind) => TryInto::<&mut Iter>::try_into(program)?.load(kind, btf),
+        Events::Btf(names) => load_for_first(program.try_into()?, names, types.get()?),
+        Events::Iterator(kind) => TryInto::<&mut Iter>::try_into(program)?.load(kind, types.get()?),
         Events::OnDemand => TryInto::<&mut RawTracePoint>::try_into(program)?.load(),
         Events::Runtime(_) => TryInto::<&mut UProbe>::try_into(program)?.load(),
         Events::Plain(_) | Events::Waits(..) => TryInto::<&mut TracePoint>::try_into(program)?.load(),

@@ -25,6 +25,7 @@ use observer_common::{
 };
 
 use super::{
+    batch,
     board::Board,
     capacity::Capacity,
     counted::{Counted, Counts},
@@ -253,5 +254,8 @@ pub(crate) fn reactors(map: &HashMap<MapData, u32, Reactor>) -> Vec<(u32, Reacto
 
 /// All entries. An entry that is removed meanwhile is left out.
 pub(crate) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) -> Vec<(K, V)> {
-    map.keys().filter_map(|key| key.ok().and_then(|key| Some((key, map.get(&key, 0).ok()?)))).collect()
+    let one_by_one = |_| {
+        map.keys().filter_map(|key| key.ok().and_then(|key| Some((key, map.get(&key, 0).ok()?)))).collect()
+    };
+    batch::entries(map).unwrap_or_else(one_by_one)
 }

@@ -1,5 +1,6 @@
 //! Takes raw figures out of the kernel.
 
+mod batch;
 pub(crate) mod board;
 pub(crate) mod capacity;
 mod counted;

@@ -85,7 +85,7 @@ impl Part {
                 page_servers::write(&mut page, &figures, rounds, seconds);
             }
             Self::Start => {
-                let (starts, rounds, seconds) = if *is_quick { (3, 1, 1) } else { (15, 5, 2) };
+                let (starts, rounds, seconds) = if *is_quick { (3, 1, 1) } else { (15, 4, 2) };
                 start::Bench { observer, cpus, starts, rounds, seconds }.run(&mut page)?;
             }
             Self::Growth => {

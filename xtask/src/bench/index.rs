@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum as _;
@@ -14,7 +14,6 @@ use super::goals;
 use super::machine::{Machine, rows, versions};
 use super::page::Page;
 use super::statistics::Spread;
-use crate::workspace::root;
 
 const INDEX: &str = "docs/benchmarks.md";
 const PARTS: &str = "docs/benchmarks";
@@ -40,7 +39,7 @@ runtime that is blocked.
 ";
 
 /// Keeps what a part has measured; answers where.
-pub(super) fn keep(part: Part, machine: &Machine, page: &Page) -> Result<String> {
+pub(super) fn keep(root: &Path, part: Part, machine: &Machine, page: &Page) -> Result<String> {
     let round = |figure: f64| (figure * 1000.0).round() / 1000.0;
     let figures: BTreeMap<_, _> = page
         .figures
@@ -48,8 +47,8 @@ pub(super) fn keep(part: Part, machine: &Machine, page: &Page) -> Result<String>
         .map(|(key, Spread { low, median, high })| (key, [*low, *median, *high].map(round)))
         .collect();
     let record = json!({ "date": machine.date, "observer": machine.observer, "figures": figures });
-    fs::create_dir_all(root().join(PARTS)).with_context(|| format!("cannot make {PARTS}"))?;
-    save(&file(part, "json"), &format!("{record:#}\n"))?;
+    fs::create_dir_all(root.join(PARTS)).with_context(|| format!("cannot make {PARTS}"))?;
+    save(root, &file(part, "json"), &format!("{record:#}\n"))?;
     let name = file(part, "md");
     let mut whole = Page::default();
     // The title comes before the machine, what follows after it.
@@ -61,19 +60,19 @@ pub(super) fn keep(part: Part, machine: &Machine, page: &Page) -> Result<String>
     ));
     whole.table(&["", ""], rows(machine, &versions()));
     whole.text(rest.trim_start());
-    save(&name, &whole.finished())?;
+    save(root, &name, &whole.finished())?;
     Ok(name)
 }
 
 /// Writes the index of what is kept; answers where.
-pub(super) fn write(machine: &Machine) -> Result<&'static str> {
+pub(super) fn write(root: &Path, machine: &Machine) -> Result<&'static str> {
     let mut page = Page::default();
     page.text(HEAD);
     page.table(&["", ""], rows(machine, &[]));
     let records: Vec<(Part, Value)> = Part::value_variants()
         .iter()
         .filter_map(|&part| {
-            let text = fs::read_to_string(path(&file(part, "json"))).ok()?;
+            let text = fs::read_to_string(root.join(file(part, "json"))).ok()?;
             Some((part, serde_json::from_str(&text).ok()?))
         })
         .collect();
@@ -93,7 +92,7 @@ pub(super) fn write(machine: &Machine) -> Result<&'static str> {
     });
     page.table(&["part", "what", "date", "observer"], list);
     page.text(BY_HAND);
-    save(INDEX, &page.finished())?;
+    save(root, INDEX, &page.finished())?;
     Ok(INDEX)
 }
 
@@ -115,10 +114,32 @@ fn file(part: Part, kind: &str) -> String {
     format!("{PARTS}/{}.{kind}", part.name())
 }
 
-fn path(name: &str) -> PathBuf {
-    root().join(name)
+fn save(root: &Path, name: &str, text: &str) -> Result<()> {
+    fs::write(root.join(name), text).with_context(|| format!("cannot write {name}"))
 }
 
-fn save(name: &str, text: &str) -> Result<()> {
-    fs::write(path(name), text).with_context(|| format!("cannot write {name}"))
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::{Machine, Page, Part, Spread, goals, keep, write};
+
+    #[test]
+    fn the_index_has_the_goals_of_parts_that_were_kept() {
+        let root = tempfile::tempdir().unwrap();
+        let read = |name| fs::read_to_string(root.path().join(name)).unwrap();
+        let machine = Machine { date: "today".into(), observer: "observer 1".into(), others: Vec::new() };
+        let mut page = Page::default();
+        page.text("# Start\n\nHow it was measured.");
+        page.figure(&goals::FIRST_FIGURE, Spread { low: 100.0, median: 150.0, high: 160.0 });
+        keep(root.path(), Part::Start, &machine, &page).unwrap();
+        write(root.path(), &machine).unwrap();
+
+        let part = read("docs/benchmarks/start.md");
+        assert!(part.starts_with("# Start\n") && part.contains("today") && part.ends_with("measured.\n"));
+        let index = read("docs/benchmarks.md");
+        assert!(index.contains("| 300 ms | 150 ms (100 to 160) | yes: 50 % of the limit |"), "{index}");
+        assert!(index.contains("| [start](benchmarks/start.md) |"), "{index}");
+        assert!(!index.contains("growth.md"), "{index}");
+    }
 }

@@ -17,7 +17,7 @@ pub(super) struct Machine {
     pub(super) date: String,
     /// Its version and commit.
     pub(super) observer: String,
-    others: Vec<(&'static str, String)>,
+    pub(super) others: Vec<(&'static str, String)>,
 }
 
 /// A program of observer's, and the probe it belongs to.

@@ -28,7 +28,7 @@ use clap::ValueEnum;
 
 use self::page::Page;
 use crate::shell::is_root;
-use crate::workspace::build;
+use crate::workspace::{build, root};
 use crate::{observer, packages};
 
 /// What can be measured by itself.
@@ -85,7 +85,7 @@ impl Part {
                 page_servers::write(&mut page, &figures, rounds, seconds);
             }
             Self::Start => {
-                let (starts, rounds, seconds) = if *is_quick { (3, 1, 1) } else { (15, 5, 2) };
+                let (starts, rounds, seconds) = if *is_quick { (3, 1, 1) } else { (15, 4, 2) };
                 start::Bench { observer, cpus, starts, rounds, seconds }.run(&mut page)?;
             }
             Self::Growth => {
@@ -144,14 +144,14 @@ pub(crate) fn run(parts: &[Part], is_quick: bool) -> Result<()> {
         if is_quick {
             println!("{}", page.finished());
         } else {
-            println!("{}", index::keep(part, &machine, &page)?);
+            println!("{}", index::keep(root(), part, &machine, &page)?);
         }
         pages.push(page);
     }
     if is_quick {
         print!("{}", index::goals_of(&pages).finished());
     } else {
-        println!("{}", index::write(&machine)?);
+        println!("{}", index::write(root(), &machine)?);
     }
     Ok(())
 }

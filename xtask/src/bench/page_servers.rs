@@ -13,8 +13,8 @@ so that what drifts falls on all alike. wrk has 32 connections that stay, redis-
 time. *p99* is what the load generator tells of a request. CPU time is the server's own (`utime` and `stime` of all its
 processes), which has in it what programs take in its threads. Of Node.js and asyncio observer follows deferred work until
 that has been too fast for three seconds (`--profile`), as it is here: its figures are from thereafter, and apart from them
-those of its first seconds, which are also what a profile costs that is named. *Change* compares with *nothing* in the same round. All
-figures are medians, with the quartiles in brackets.
+those of its first seconds, which are also what a profile costs that is named. *Change* compares with *nothing* in the same
+round. All figures are medians, with the quartiles in brackets.
 ";
 
 const TOOLS: &str = "## observer and bpftrace themselves

@@ -104,7 +104,7 @@ impl Bench<'_> {
             self.server("asyncio, a deferred task for each request", &asyncio, &deferring, || wrk(&asyncio))?;
 
         let ruby = Server::ruby(cpu)?;
-        let ruby = self.server("Ruby's async", &ruby, &most, || wrk(&ruby))?;
+        let ruby = self.server("Ruby's async", &ruby, &[Arm::Nothing, Arm::Observer], || wrk(&ruby))?;
         Ok(vec![nginx, redis, node, asyncio, ruby])
     }
 

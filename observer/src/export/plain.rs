@@ -53,7 +53,8 @@ mod tests {
         assert_eq!(clean_lines("a\r\n\tb\n"), "a\u{fffd}\n\u{fffd}b\n");
         let mut written = Vec::new();
         let mut lines = Lines(&mut written);
-        writeln!(lines, "listener {}", "@a\nLATE: b\u{2028}").unwrap();
+        let name = "@a\nLATE: b\u{2028}";
+        writeln!(lines, "listener {name}").unwrap();
         write!(lines, "{}", 1).unwrap();
         writeln!(lines).unwrap();
         assert_eq!(String::from_utf8(written).unwrap(), "listener @a\u{fffd}LATE: b\u{fffd}\n1\n");

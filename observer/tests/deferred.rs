@@ -30,21 +30,6 @@ fn asyncio_links_each_piece_to_its_request() {
     assert_true("asyncio", &report, &[server.pid()], &verdict, pieces.len());
 }
 
-/// A loop calls back for each connection in the context that it had when it began to listen.
-#[test]
-fn asyncio_goes_on_unknown_for_each_connection_if_it_listened_before() {
-    let connections = 50;
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
-    let observer = server.observe("asyncio");
-    http::get_many(server.port, "/", connections);
-    let report = observer.finish();
-    let target = report.target(server.pid());
-    assert_eq!(target["unmatched"], connections, "{:#}", target["hooks"]);
-    let kinds = target["deferred"].as_array().unwrap();
-    let serving = kinds.iter().find(|kind| kind["task"] == "serve").unwrap();
-    assert_eq!(serving["started"], connections, "{serving:#}");
-}
-
 /// Of tokio only the types of futures tell tasks apart, which programs without debug information do not name: requests
 /// are compared.
 fn tokio_links(flavour: &str) {

@@ -7,7 +7,7 @@ use std::{
     os::unix::process::CommandExt as _,
     process::{Command, ExitStatus, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use nix::{
@@ -371,44 +371,6 @@ fn what_finds_no_room_in_a_ring_is_counted() {
             .iter()
             .all(|l| l["count"] == 0 || l["cause"] == "stalls_full")
     );
-}
-
-/// Runs code that is in no file for a third of a second or so, again and again, where its map should be a pipe.
-const MADE_CODE: &str = "
-import ctypes, mmap, os, select, socket
-code = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7)
-code.write(bytes.fromhex('b90046c323 ffc9 75fc c3'))
-spin = ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
-os.mkfifo(f'/tmp/perf-{os.getpid()}.map')
-epoll = select.epoll(); a, b = socket.socketpair(); epoll.register(b); a.send(b'x'); print(flush=True)
-while True:
-    epoll.poll(); spin()
-";
-
-/// It hung until it was killed, when it still opened whatever was there.
-#[test]
-fn a_pipe_in_place_of_a_map_of_code_holds_nobody_up() {
-    if !cfg!(target_arch = "x86_64") {
-        eprintln!("skipped: a_pipe_in_place_of_a_map_of_code_holds_nobody_up: the code is for x86-64");
-        return;
-    }
-    let mut child = Command::new("/usr/bin/python3")
-        .args(["-c", MADE_CODE])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
-    let process = Process(child);
-    let pipe = format!("/tmp/perf-{}.map", process.pid());
-    let observer = Observer::of(process.pid());
-    thread::sleep(Duration::from_secs(3));
-    let report = observer.finish();
-    std::fs::remove_file(pipe).unwrap();
-    let sites = report.reactor(process.pid())["stalls"]["sites"].as_array().unwrap();
-    let is_made =
-        |frame: &Value| frame["function"].as_str().unwrap().starts_with("0x") && frame["module"].is_null();
-    assert!(sites.iter().any(|site| is_made(&site["frames"][0])), "{sites:#?}");
 }
 
 /// Starts more of everything than there is room for, when it is told to.

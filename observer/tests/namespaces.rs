@@ -54,7 +54,7 @@ fn a_runtime_in_a_container_is_seen_through() {
         let answer: Value = serde_json::from_str(&get("")).unwrap();
         assert_eq!(answer["connections"], number);
     }
-    get("sleep/200");
+    get("sleep/1000");
     // When this is answered, that slice is over.
     get("");
     let report = observer.finish();

@@ -82,21 +82,6 @@ fn a_request_for_all_of_the_ring_s_own_table_from_before() {
     assert_adopted("a_request_for_all_of_the_ring_s_own_table_from_before", "fixed");
 }
 
-/// One that waits from before is known by its wake-up, for which there is no room by then.
-#[test]
-fn what_a_wake_up_finds_no_room_for_is_counted() {
-    const ROOM: u32 = 8192;
-    let test = "what_a_wake_up_finds_no_room_for_is_counted";
-    let Some(mut acceptor) = Acceptor::ring(test, "v4", "single", 128) else { return };
-    acceptor.tell("arm");
-    let observer = Observer::of(acceptor.pid());
-    assert_eq!(acceptor.tell(&format!("fill {ROOM}")), ROOM);
-    assert_eq!((acceptor.tell("connect 1"), acceptor.tell("accept 1")), (1, 1));
-    let report = observer.finish();
-    let listener = report.listener(acceptor.place().parse().unwrap());
-    assert_eq!((&listener["accepts"], report.lost("accepting_full")), (&0.into(), 1), "{listener:#}");
-}
-
 /// Clients that come and go as fast as they can, all at once.
 fn assert_load_counted(test: &str, method: &str) {
     const CLIENTS: u32 = 4;

@@ -22,9 +22,6 @@ use crate::{
 #[map]
 static RING_ACCEPTS: HashMap<RingKey, RingAccept> = HashMap::with_max_entries(8192, 0);
 
-/// What the kernel says to an entry that is there: `-EEXIST`.
-const KNOWN_ALREADY: i32 = -17;
-
 /// A request is about to be tried for the first time.
 #[btf_tracepoint(function = "io_uring_submit_req")]
 fn ring_submit(ctx: BtfTracePointContext) -> u32 {
@@ -49,10 +46,7 @@ fn ring_wakeup(ctx: BtfTracePointContext) -> u32 {
         if let Some(inode) = inode {
             let direct = u32::from(wakeup.is_direct);
             let new = RingAccept { inode, request: 0, pending: 1, direct, reserved: 0 };
-            let added = RING_ACCEPTS.insert(wakeup.key, new, u64::from(BPF_NOEXIST));
-            if added.is_err_and(|error| error != KNOWN_ALREADY) {
-                lost(Loss::AcceptingFull);
-            }
+            let _known_already = RING_ACCEPTS.insert(wakeup.key, new, u64::from(BPF_NOEXIST));
         }
     }
     0

@@ -4,7 +4,6 @@
 //! port, or a path. Then, for each line of input, an answer in a line:
 //!   connect N    connects N times to itself; prints how many
 //!   arm          submits what accepts from now on: a multishot request, or one for each of 64 connections
-//!   fill N       submits N accepts that are known apart
 //!   accept N     accepts N connections, by what is armed already or else by itself; prints how many
 //!   reset        closes its own clients
 
@@ -88,12 +87,8 @@ impl Acceptor {
 
     fn submit(&mut self) -> std::io::Result<()> {
         let request = self.request();
-        self.submit_this(&request)
-    }
-
-    fn submit_this(&mut self, request: &Entry) -> std::io::Result<()> {
         // SAFETY: the request names a listener that lives as long as the ring, and no memory.
-        unsafe { self.ring.submission().push(request).expect("room for a request") };
+        unsafe { self.ring.submission().push(&request).expect("room for a request") };
         self.ring.submit().map(drop)
     }
 
@@ -104,14 +99,6 @@ impl Acceptor {
         }
         self.is_armed = true;
         Ok(requests)
-    }
-
-    fn fill(&mut self, count: u32) -> std::io::Result<u32> {
-        for n in 1..=count {
-            let request = self.request().user_data(ACCEPT + u64::from(n));
-            self.submit_this(&request)?;
-        }
-        Ok(count)
     }
 
     /// Connections that are accepted are closed at once, but for those in the ring's own table.
@@ -189,7 +176,6 @@ fn main() -> std::io::Result<()> {
                 u32::try_from(connected).expect("as many as asked for")
             }
             Some("arm") => acceptor.arm()?,
-            Some("fill") => acceptor.fill(count)?,
             Some("accept") => acceptor.accept(count)?,
             Some("reset") => {
                 clients.clear();

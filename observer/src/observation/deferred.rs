@@ -185,7 +185,8 @@ impl Follower {
         }
         // Processes that come and go in great numbers are let alone while those before them are let go: else there would be
         // ever more of them, and nothing else would be done.
-        if detach::is_busy() {
+        // And what is mapped now is of the program that it runs now.
+        if detach::is_busy() || maps.execs(pid) != Some(execs) {
             return Vec::new();
         }
         process.looks += 1;

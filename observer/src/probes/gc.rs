@@ -117,7 +117,8 @@ impl Collectors {
         if process.is_watched() || process.looks == LOOKS {
             return None;
         }
-        if detach::is_busy() {
+        // What is mapped now is of the program that it runs now.
+        if detach::is_busy() || maps.execs(pid) != Some(execs) {
             return None;
         }
         process.looks += 1;
@@ -136,7 +137,13 @@ impl Collectors {
             begin(watch, ebpf, maps, pid)
         });
         match watched {
-            Ok(watched) => process.watched = watched,
+            Ok(watched) => {
+                process.watched = watched;
+                if maps.execs(pid) != Some(execs) {
+                    // The next program has other things at these addresses.
+                    forget(maps, pid);
+                }
+            }
             // It has ended meanwhile.
             Err(_) if !is_there(pid) => {}
             Err(why) => {

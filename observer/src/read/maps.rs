@@ -145,6 +145,11 @@ impl Maps {
         Ok(())
     }
 
+    /// How many programs a target has started by now; `None` if it is none any more.
+    pub(crate) fn execs(&self, pid: u32) -> Option<u32> {
+        self.targets.get(&pid, 0).ok().map(|target| target.execs)
+    }
+
     /// Stalls that have ended since the last time.
     pub(crate) fn stalls(&mut self) -> Vec<Stall> {
         drain(&mut self.stalls)

@@ -55,7 +55,13 @@ pub enum Clue {
     /// By the lowest descriptor in the sets that its second and third argument point to (`select`); it sleeps if the
     /// first says that there are none.
     Select = 18,
+    /// A futex: a [`Block::Lock`], or where a thread is parked that has nothing to do, which its third argument may tell.
+    Futex = 19,
 }
+
+/// The value of a futex that a thread waits for a mutex at, in glibc, Rust's standard library and Go: held, and others wait.
+/// Whoever parks waits at another value, or where another has been.
+pub const CONTENDED: u32 = 2;
 
 /// System calls told apart, by number; higher ones are [`Clue::Other`].
 pub const CALLS: usize = 512;

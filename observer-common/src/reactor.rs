@@ -17,6 +17,8 @@ pub enum Phase {
     Slice = 1,
     /// The thread is gone; its figures are final.
     Exited = 2,
+    /// One of a pool that is parked, while others of it wait for events.
+    Parked = 3,
 }
 
 /// What the scheduler does with a reactor's thread.
@@ -78,14 +80,14 @@ pub struct Habit {
     pub set: u32,
     /// 1 once a wait that may block has shown this.
     pub is_firm: u32,
-    /// Zero; keeps the size free of padding.
-    pub reserved: u32,
+    /// 1 once the thread is counted among those that wait on this set.
+    pub is_counted: u32,
 }
 crate::shared!(Habit, 16);
 
 impl Habit {
     /// One that nothing is known of.
-    pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, reserved: 0 };
+    pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, is_counted: 0 };
 
     /// Whether a call of this thread is the wait of its event loop, rather than a part of the slice; learns from it.
     ///
@@ -109,6 +111,7 @@ impl Habit {
             self.kind = kind;
             self.set = call.set;
             self.is_firm = 0;
+            self.is_counted = 0;
         }
         if blocks {
             self.is_firm = 1;
@@ -116,6 +119,17 @@ impl Habit {
         true
     }
 }
+
+/// Key of `POOLS`, whose values are how many threads wait on an epoll set, by turns or at once: of several one may park.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// Their process.
+    pub tgid: u32,
+    /// The set's descriptor.
+    pub set: u32,
+}
+crate::shared!(Pool, 8);
 
 /// Value of `REACTORS`, whose key is the thread id (as the initial pid namespace has it).
 #[repr(C)]
@@ -147,7 +161,7 @@ pub struct Reactor {
     pub waits: u64,
     /// Events those waits returned.
     pub events: u64,
-    /// Time spent in finished waits, nanoseconds.
+    /// Time spent in finished waits, and parked, nanoseconds.
     pub wait_ns: u64,
     /// Time in slices by part (see [`PARTS`]), nanoseconds, up to `run_since_ns`.
     pub parts_ns: [u64; PARTS],
@@ -165,6 +179,13 @@ pub struct Reactor {
     pub works: u32,
     /// 1 once the present slice has had more than time on its CPU: else what is kept of it besides needs no clearing.
     pub is_eventful: u32,
+    /// Since when it is blocked in a way that may mean that it is parked, monotonic nanoseconds; else 0. Taken for parked as
+    /// soon as others are known to wait on the same set.
+    pub may_be_parked_ns: u64,
+    /// The futex where that was last.
+    pub parked_at: u64,
+    /// The futex that it is blocked at as at a mutex; else 0.
+    pub contended_at: u64,
     /// What it worked for in the present slice, longest at once.
     pub longest_work_for: Origin,
     /// How long that was, nanoseconds.
@@ -183,7 +204,7 @@ pub struct Reactor {
     /// over if that ended it, else from being made runnable.
     pub reply: Histogram,
 }
-crate::shared!(Reactor, 184 + 16 * PARTS + 3 * size_of::<Histogram>());
+crate::shared!(Reactor, 208 + 16 * PARTS + 3 * size_of::<Histogram>());
 
 impl Reactor {
     /// One that has done nothing.
@@ -210,6 +231,9 @@ impl Reactor {
         longest_queue_after: 0,
         works: 0,
         is_eventful: 0,
+        may_be_parked_ns: 0,
+        parked_at: 0,
+        contended_at: 0,
         longest_work_for: Origin::NONE,
         longest_work_ns: 0,
         gc_ns: 0,

@@ -6,7 +6,7 @@ use aya_ebpf::{
     maps::Array,
     programs::{BtfTracePointContext, RawTracePointContext},
 };
-use observer_common::block::{Block, CALLS, Clue, NO_CALL};
+use observer_common::block::{Block, CALLS, CONTENDED, Clue, NO_CALL};
 
 use crate::kernel::{self, CallInProgress, OpenFile};
 
@@ -47,11 +47,16 @@ pub(crate) struct Blocked {
     pub(crate) block: u32,
     /// Its frame pointer in user space; 0 if that is not known.
     pub(crate) frame_pointer: u64,
+    /// The address of the futex it waits at; 0 if it waits at none.
+    pub(crate) futex: u64,
+    /// Whether that has the value of a mutex that others wait for.
+    pub(crate) is_contended: bool,
 }
 
 impl Blocked {
     /// Nobody knows where.
-    pub(crate) const SOMEWHERE: Self = Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0 };
+    pub(crate) const SOMEWHERE: Self =
+        Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0, futex: 0, is_contended: false };
 
     /// The current thread, when `sched_switch` takes it off its CPU.
     #[inline(always)]
@@ -61,22 +66,43 @@ impl Blocked {
         let frame_pointer = registers.frame_pointer().unwrap_or(0);
         match registers.number() {
             // Outside of any call a thread blocks only for its own memory.
-            None => Self { call: NO_CALL, block: Block::PageFault as u32, frame_pointer },
+            None => Self { block: Block::PageFault as u32, frame_pointer, ..Self::SOMEWHERE },
             Some(call) => {
-                let block = block_in(&registers, call).unwrap_or(Block::Other as u32);
-                Self { call, block, frame_pointer }
+                let clue = clue_of(call);
+                let block = block_in(&registers, clue).unwrap_or(Block::Other as u32);
+                let at_futex = if clue == Clue::Futex as u8 { futex(&registers) } else { None };
+                let (futex, is_contended) = at_futex.unwrap_or_default();
+                Self { call, block, frame_pointer, futex, is_contended }
             }
         }
     }
 }
 
 #[inline(always)]
-fn block_in(call: &CallInProgress, number: u32) -> Option<u32> {
+fn clue_of(number: u32) -> u8 {
     if number as usize >= CALLS {
-        return None;
+        return Clue::Other as u8;
     }
     // SAFETY: inside the array; only the loader ever writes there, before any program runs.
-    let clue = unsafe { (&raw const CLUES).cast::<u8>().add(number as usize).read_volatile() };
+    unsafe { (&raw const CLUES).cast::<u8>().add(number as usize).read_volatile() }
+}
+
+/// Where a thread inside `futex` waits, if it does, and whether that is contended.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
+fn futex(call: &CallInProgress) -> Option<(u64, bool)> {
+    /// `FUTEX_WAIT` and `FUTEX_WAIT_BITSET`, and the part of the argument that tells.
+    const WAITS: [u32; 2] = [0, 9];
+    const COMMAND: u32 = 0x7f;
+    let command = call.second()? as u32 & COMMAND;
+    if command != WAITS[0] && command != WAITS[1] {
+        return None;
+    }
+    Some((call.first()?, call.third()? as u32 == CONTENDED))
+}
+
+#[inline(always)]
+fn block_in(call: &CallInProgress, clue: u8) -> Option<u32> {
     let descriptor = if clue == Clue::File as u8 {
         call.first()?
     } else if clue == Clue::Poll as u8 {
@@ -93,6 +119,8 @@ fn block_in(call: &CallInProgress, number: u32) -> Option<u32> {
             return Some(Block::Sleep as u32);
         }
         lowest(call.second()?, call.third()?)?
+    } else if clue == Clue::Futex as u8 {
+        return Some(Block::Lock as u32);
     } else {
         return Some(clue.into());
     };

@@ -8,6 +8,7 @@ mod block;
 mod context;
 mod emit;
 mod kernel;
+mod pool;
 mod presence;
 mod probes;
 mod work;

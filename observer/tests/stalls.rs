@@ -142,3 +142,36 @@ fn a_threshold_divides() {
         assert_eq!(stalls(&report, server.pid())["count"], count, "{:#}", report.0);
     }
 }
+
+/// Of tokio's workers one waits for events while the others are parked, for as long as there is nothing to do: nobody waits
+/// for those. Somebody does for one that waits for a mutex.
+#[test]
+fn workers_are_late_at_a_mutex_but_not_parked() {
+    const PAUSES: u32 = 8;
+    let pause = Duration::from_millis(300);
+    let server = Server::tokio();
+    let observer = Observer::of(server.pid());
+    for _ in 0..PAUSES {
+        // Several at once, so that each worker takes its turn.
+        thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(|| http::get(server.port, "/")))));
+        thread::sleep(pause);
+    }
+    (0..STALLS).for_each(|_| drop(http::get(server.port, "/lock/150")));
+    let report = observer.finish();
+    report.assert_complete();
+    let reactors = report.target(server.pid())["reactors"].as_array().unwrap();
+    assert!(reactors.len() > 1, "workers took no turns: {reactors:#?}");
+    let locked: usize = reactors.iter().map(|reactor| count_of(&reactor["stalls"], "lock")).sum();
+    assert_eq!(locked as u64, STALLS, "{reactors:#?}");
+    let sum = |figure: fn(&Value) -> &Value| -> f64 {
+        reactors.iter().map(|reactor| figure(reactor).as_f64().unwrap()).sum()
+    };
+    let blocked = sum(|reactor| &reactor["split_seconds"]["blocked"]["lock"]);
+    let (least, rest) = (0.15 * STALLS as f64, (PAUSES * pause).as_secs_f64() / 4.0);
+    assert!((least..least + rest).contains(&blocked), "{blocked} s blocked: {reactors:#?}");
+    let waiting = sum(|reactor| &reactor["wait_seconds"]);
+    eprintln!(
+        "{} workers: {blocked:.3} s blocked by a lock for {least} s, {waiting:.3} s waiting",
+        reactors.len()
+    );
+}

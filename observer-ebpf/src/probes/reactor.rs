@@ -11,10 +11,12 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 use observer_common::{
-    block::NO_CALL,
+    block::{Block, CONTENDED, NO_CALL},
     loss::Loss,
     origin::Origin,
-    reactor::{Call, FOREVER, Kind, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall},
+    reactor::{
+        Call, FOREVER, GC_UNKNOWN, Kind, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall,
+    },
 };
 
 use super::{deferred, gc, origin, process};
@@ -22,7 +24,7 @@ use crate::{
     block::Blocked,
     emit::{lost, record_alone},
     kernel::{self, Off, Task},
-    presence,
+    pool, presence,
 };
 
 /// Reactors by thread id. Only its own thread writes an entry, but for a wake-up, which the scheduler orders
@@ -294,22 +296,18 @@ impl Thread {
         let Some(reactor) = self.reactor() else { return };
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
+            let before = (*reactor).habit;
             if !(*reactor).habit.is_wait(call) {
                 return;
+            }
+            if (*reactor).habit.is_counted == 0 {
+                pool::leave(self.tgid, before);
+                pool::join(self.tgid, &raw mut (*reactor).habit);
             }
             let now = bpf_ktime_get_ns();
             if (*reactor).phase == Phase::Slice as u32 {
                 turn(reactor, Run::Cpu, now);
-                gc::slice_ends(reactor, now);
-                if (*reactor).works != 0 {
-                    deferred::turn_from(self.tid);
-                }
-                let length = now.saturating_sub((*reactor).phase_since_ns);
-                record_alone(&raw mut (*reactor).slice, length);
-                post(reactor, 0);
-                if length >= core::ptr::read_volatile(&raw const STALL_NS) {
-                    report(reactor, self.tid, length);
-                }
+                slice_ends(reactor, self.tid, now);
             }
             (*reactor).phase = Phase::Waiting as u32;
             (*reactor).phase_since_ns = now;
@@ -317,6 +315,27 @@ impl Thread {
             (*reactor).run_since_ns = now;
             (*reactor).timeout_ns = call.timeout_ns;
             (*reactor).woken_ns = 0;
+        }
+    }
+}
+
+/// The slice of the current thread is over.
+///
+/// # Safety
+/// `reactor` points to a live map value that nobody else writes now.
+#[inline(always)]
+unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
+    // SAFETY: by contract.
+    unsafe {
+        gc::slice_ends(reactor, now);
+        if (*reactor).works != 0 {
+            deferred::turn_from(tid);
+        }
+        let length = now.saturating_sub((*reactor).phase_since_ns);
+        record_alone(&raw mut (*reactor).slice, length);
+        post(reactor, 0);
+        if length >= core::ptr::read_volatile(&raw const STALL_NS) {
+            report(reactor, tid, length);
         }
     }
 }
@@ -348,6 +367,20 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
             }
         }
         gc::slice_begins(reactor);
+        // Of one that waited when the loader came nobody saw that it does.
+        pool::join((*reactor).tgid, &raw mut (*reactor).habit);
+        slice_begins(reactor, now);
+    }
+}
+
+/// A slice begins, on a CPU.
+///
+/// # Safety
+/// `reactor` points to a live map value that nobody else writes now.
+#[inline(always)]
+unsafe fn slice_begins(reactor: *mut Reactor, now: u64) {
+    // SAFETY: by contract.
+    unsafe {
         (*reactor).phase = Phase::Slice as u32;
         (*reactor).phase_since_ns = now;
         (*reactor).run = Run::Cpu as u32;
@@ -487,14 +520,28 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
         let run = if off == Off::Preempted { Run::Preempted } else { Run::Blocked };
         // SAFETY: a live map value; its thread is here, going off its CPU.
         unsafe {
-            turn(reactor, run, bpf_ktime_get_ns());
+            let now = bpf_ktime_get_ns();
+            turn(reactor, run, now);
             if (*reactor).phase == Phase::Slice as u32 {
                 // Whoever is stopped waits for nothing, wherever that has met it.
                 let at = if off == Off::Blocked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
-                (*reactor).call = at.call;
-                (*reactor).block = at.block;
-                if let Some(place) = BOARD.get_ptr_mut((*reactor).place) {
-                    (*place).frame_pointer = at.frame_pointer;
+                // Some park at a counter, which comes past the value of a mutex.
+                let may_be_parked = at.futex != 0 && (!at.is_contended || at.futex == (*reactor).parked_at);
+                if may_be_parked {
+                    (*reactor).parked_at = at.futex;
+                }
+                (*reactor).contended_at = if may_be_parked { 0 } else { at.futex };
+                if may_be_parked && pool::is_any((*reactor).tgid, (*reactor).habit) {
+                    slice_ends(reactor, previous, now);
+                    (*reactor).phase = Phase::Parked as u32;
+                    (*reactor).phase_since_ns = now;
+                } else {
+                    (*reactor).may_be_parked_ns = if may_be_parked { now } else { 0 };
+                    (*reactor).call = at.call;
+                    (*reactor).block = at.block;
+                    if let Some(place) = BOARD.get_ptr_mut((*reactor).place) {
+                        (*place).frame_pointer = at.frame_pointer;
+                    }
                 }
             }
         }
@@ -503,6 +550,12 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
         // SAFETY: a live map value; its thread is here, going on its CPU.
         unsafe {
             let now = bpf_ktime_get_ns();
+            if (*reactor).phase == Phase::Slice as u32 && (*reactor).may_be_parked_ns != 0 {
+                if pool::is_any((*reactor).tgid, (*reactor).habit) {
+                    was_parked(reactor, Task::argument(&ctx, 2).tid());
+                }
+                (*reactor).may_be_parked_ns = 0;
+            }
             if (*reactor).phase == Phase::Slice as u32 && (*reactor).run != Run::Blocked as u32 {
                 let queued = now.saturating_sub((*reactor).run_since_ns);
                 if queued > (*reactor).longest_queue_ns {
@@ -511,9 +564,55 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
                 }
             }
             turn(reactor, Run::Cpu, now);
+            if (*reactor).phase == Phase::Parked as u32 {
+                (*reactor).wait_ns += now.saturating_sub((*reactor).phase_since_ns);
+                // Its memory cannot be read yet.
+                (*reactor).gc_before_ns = GC_UNKNOWN;
+                slice_begins(reactor, now);
+            }
         }
     }
     0
+}
+
+/// A thread that is blocked as at a mutex is woken: if by its own process, what is there now tells a mutex, which another
+/// has let go of, from a counter, which has been moved on.
+///
+/// # Safety
+/// As below.
+#[inline(always)]
+unsafe fn look_again(reactor: *mut Reactor) {
+    // SAFETY: by contract.
+    unsafe {
+        let is_counter = (*reactor).tgid == kernel::current().0
+            && kernel::pointed::<u32>((*reactor).contended_at).is_some_and(|value| value > CONTENDED);
+        if is_counter {
+            (*reactor).parked_at = (*reactor).contended_at;
+            (*reactor).may_be_parked_ns = (*reactor).run_since_ns;
+        }
+        (*reactor).contended_at = 0;
+    }
+}
+
+/// A thread that is about to run was parked, though by then nobody else was known to wait on its set: the first time, one
+/// parks because another is about to wait.
+///
+/// # Safety
+/// `reactor` points to a live map value that nobody else writes now.
+#[inline(always)]
+unsafe fn was_parked(reactor: *mut Reactor, tid: u32) {
+    const LOCK: usize = Run::Blocked as usize + Block::Lock as usize;
+    // SAFETY: by contract.
+    unsafe {
+        let since = (*reactor).may_be_parked_ns;
+        if (*reactor).run == Run::Woken as u32 {
+            (*reactor).parts_ns[LOCK] -= (*reactor).run_since_ns.saturating_sub(since);
+        }
+        (*reactor).gc_before_ns = GC_UNKNOWN;
+        slice_ends(reactor, tid, since);
+        (*reactor).phase = Phase::Parked as u32;
+        (*reactor).phase_since_ns = since;
+    }
 }
 
 #[btf_tracepoint(function = "sched_wakeup")]
@@ -522,6 +621,9 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
         // SAFETY: a live map value; its thread is blocked, so nothing else writes it.
         unsafe {
             if (*reactor).run == Run::Blocked as u32 {
+                if (*reactor).phase == Phase::Slice as u32 && (*reactor).contended_at != 0 {
+                    look_again(reactor);
+                }
                 let now = bpf_ktime_get_ns();
                 turn(reactor, Run::Woken, now);
                 (*reactor).woken_ns = now;
@@ -567,6 +669,7 @@ pub(super) fn thread_exited(tid: u32) {
         // SAFETY: a live map value; its thread is the one that exits.
         unsafe {
             (*reactor).phase = Phase::Exited as u32;
+            pool::leave((*reactor).tgid, (*reactor).habit);
             post(reactor, 0);
         }
     }
@@ -605,7 +708,10 @@ unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
                 }
                 (*reactor).block = 0;
             }
-        } else if from == Run::Woken as u32 && to as u32 == Run::Cpu as u32 {
+        } else if (*reactor).phase == Phase::Waiting as u32
+            && from == Run::Woken as u32
+            && to as u32 == Run::Cpu as u32
+        {
             record_alone(&raw mut (*reactor).wakeup, elapsed);
         }
         (*reactor).run = to as u32;

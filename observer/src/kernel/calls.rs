@@ -5,7 +5,8 @@ use syscalls::Sysno;
 
 /// What each call tells; those that are not listed tell nothing ([`Clue::Other`]).
 const CLUED: &[(Clue, &[Sysno])] = &[
-    (Clue::Lock, &[Sysno::futex, Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
+    (Clue::Futex, &[Sysno::futex]),
+    (Clue::Lock, &[Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
     (Clue::Sleep, &[Sysno::nanosleep, Sysno::clock_nanosleep]),
     (
         Clue::Network,

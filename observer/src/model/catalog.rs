@@ -295,7 +295,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_wait_seconds_total",
         otlp: "observer.reactor.wait",
         unit: "s",
-        help: "Time spent waiting for events.",
+        help: "Time spent waiting for events, or parked while other threads waited on the same epoll set.",
         kind: Kind::Counter,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| Value::Number(r.wait_seconds)),

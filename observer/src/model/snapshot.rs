@@ -173,7 +173,7 @@ pub(crate) struct Reactor {
     pub(crate) waits: u64,
     /// Events those waits returned; a ring does not tell.
     pub(crate) events: u64,
-    /// Time spent waiting, the wait in progress included.
+    /// Time spent waiting, or parked while other threads waited on the same epoll set; what is in progress included.
     pub(crate) wait_seconds: f64,
     /// Time spent in slices, the slice in progress included.
     pub(crate) busy_seconds: f64,

@@ -129,6 +129,8 @@ pub(crate) struct Observation {
     processes_asked: Round,
     threads_asked: Round,
     finished: Vec<(u32, Reactor)>,
+    /// Processes whose pools are to be forgotten: what their threads were about to count is counted by the next look.
+    poolless: BTreeSet<u32>,
     /// Of each reactor's thread what is not in the kernel, kept for when it is gone.
     threads: BTreeMap<u32, Thread>,
     /// What becomes of what is pushed.
@@ -221,6 +223,7 @@ impl Observation {
             processes_asked: Round::default(),
             threads_asked: Round::default(),
             finished: Vec::new(),
+            poolless: BTreeSet::new(),
             threads: BTreeMap::new(),
             ledgers: Vec::new(),
         };

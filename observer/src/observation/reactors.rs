@@ -134,6 +134,7 @@ impl Observation {
     /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
     pub(super) fn collect_finished(&mut self) -> Result<()> {
         self.collect_stalls()?;
+        self.maps.forget_pools(&mut self.poolless);
         for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
             let now = clock::monotonic_ns();
             if !self.is_target(raw.tgid) {
@@ -144,6 +145,7 @@ impl Observation {
             // will hear when the process is no target any more.
             if self.maps.targets.get(&raw.tgid, 0).is_err() {
                 raw.phase = Phase::Exited as u32;
+                self.poolless.insert(raw.tgid);
             }
             let thread = self.thread(tid, raw.tgid);
             if reactor::is_final(&raw) {
@@ -163,6 +165,7 @@ impl Observation {
     /// Observes a thread no more whose process was turned down. That of a candidate waits.
     fn forget_stranger(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
         if self.maps.targets.get(&raw.tgid, 0).is_err() {
+            self.poolless.insert(raw.tgid);
             self.let_go(tid, raw)?;
         }
         Ok(())

@@ -122,7 +122,7 @@ pub(crate) fn waiting(tgid: u32, place: u32, now: u64, kind: Kind, set: u32) -> 
     Raw {
         tgid,
         place,
-        habit: Habit { kind: kind as u32, set, is_firm: 1, reserved: 0 },
+        habit: Habit { kind: kind as u32, set, is_firm: 1, is_counted: 0 },
         phase: Phase::Waiting as u32,
         phase_since_ns: now,
         run: Run::Blocked as u32,
@@ -145,7 +145,7 @@ pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
     } else if waits && raw.run == Run::Woken as u32 {
         let due = now.saturating_sub(raw.woken_ns).min(age);
         (due, age - due)
-    } else if waits {
+    } else if waits || raw.phase == Phase::Parked as u32 {
         (0, age)
     } else {
         (0, 0)
@@ -160,7 +160,8 @@ pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now
     let in_slice = raw.phase == Phase::Slice as u32;
     let in_phase = seconds(now.saturating_sub(raw.phase_since_ns));
     let busy_seconds = slice.sum() + if in_slice { in_phase } else { 0.0 };
-    let waits_now = raw.phase == Phase::Waiting as u32 && raw.phase_since_ns != 0;
+    let waits_now =
+        raw.phase == Phase::Parked as u32 || (raw.phase == Phase::Waiting as u32 && raw.phase_since_ns != 0);
     let wait_seconds = seconds(raw.wait_ns) + if waits_now { in_phase } else { 0.0 };
     let observed = busy_seconds + wait_seconds;
 

@@ -25,6 +25,7 @@ const fn room(map: &'static str, entries: u32, loops: u32) -> Room {
 /// In the proportions of the object's own sizes, which are those of the default.
 const ROOMS: &[Room] = &[
     room("REACTORS", 1, 1),
+    room("POOLS", 1, 1),
     // The first place is nobody's.
     Room { map: "BOARD", entries: 1, loops: 1, more: 1 },
     Room { map: "FREE_PLACES", entries: 1, loops: 1, more: 1 },

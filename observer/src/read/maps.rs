@@ -2,6 +2,7 @@
 //! of one value may be a few events apart from each other, never wrong by more than what happens meanwhile.
 
 use std::{
+    collections::BTreeSet,
     io,
     os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
 };
@@ -21,7 +22,7 @@ use observer_common::{
     loss::Loss,
     origin::{Answer, Connection, Descriptor, Request},
     process::Target,
-    reactor::{Reactor, Stall},
+    reactor::{Phase, Pool, Reactor, Stall},
 };
 
 use super::{
@@ -45,6 +46,8 @@ pub(crate) struct Maps {
     pub(crate) strangers: HashMap<MapData, u32, u8>,
     /// By thread id.
     pub(crate) reactors: Counted<Reactor>,
+    /// How many threads wait on an epoll set.
+    pools: HashMap<MapData, Pool, u32>,
     /// By inode number.
     pub(crate) listeners: HashMap<MapData, u64, Listener>,
     /// Ports whose new connections get a time stamp, with the key of the listener, or 0 if there are several.
@@ -102,6 +105,7 @@ impl Maps {
             targets: counts.processes(HashMap::try_from(take(ebpf, "TARGETS")?)?),
             strangers: HashMap::try_from(take(ebpf, "STRANGERS")?)?,
             reactors: counts.threads(HashMap::try_from(take(ebpf, "REACTORS")?)?),
+            pools: HashMap::try_from(take(ebpf, "POOLS")?)?,
             listeners: HashMap::try_from(take(ebpf, "LISTENERS")?)?,
             ports: HashMap::try_from(take(ebpf, "PORTS")?)?,
             unix_names: HashMap::try_from(take(ebpf, "UNIX_NAMES")?)?,
@@ -143,6 +147,21 @@ impl Maps {
             self.free_places.push(place, 0)?;
         }
         Ok(())
+    }
+
+    /// Forgets who waits on the sets of processes that are observed no more, or gone with nobody there to see; leaves those
+    /// whose ids are others' by now for later.
+    pub(crate) fn forget_pools(&mut self, pids: &mut BTreeSet<u32>) {
+        let (others, gone) = pids.iter().partition::<BTreeSet<_>, _>(|pid| self.targets.get(pid, 0).is_ok());
+        *pids = others;
+        if gone.is_empty() {
+            return;
+        }
+        for (pool, _) in entries::<Pool, u32>(&self.pools) {
+            if gone.contains(&pool.tgid) {
+                let _unless_it_left = self.pools.remove(&pool);
+            }
+        }
     }
 
     /// How many programs a target has started by now; `None` if it is none any more.
@@ -241,7 +260,8 @@ pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
 }
 
 /// All reactors, each as it was between two events: one that was read while a slice ended would have that twice. One
-/// that is too busy to be read in between is so in slices too short to matter.
+/// that is too busy to be read in between is so in slices too short to matter. Those that are parked are told so, if only
+/// what all of them are doing shows that: the programs find out when they wake up.
 pub(crate) fn reactors(map: &HashMap<MapData, u32, Reactor>) -> Vec<(u32, Reactor)> {
     let mut reactors = entries(map);
     for (tid, reactor) in &mut reactors {
@@ -252,6 +272,18 @@ pub(crate) fn reactors(map: &HashMap<MapData, u32, Reactor>) -> Vec<(u32, Reacto
             if is_settled {
                 break;
             }
+        }
+    }
+    let mut pools = std::collections::HashMap::<_, u32>::new();
+    let pool = |reactor: &Reactor| (reactor.tgid, reactor.habit.set);
+    for (_, reactor) in &reactors {
+        *pools.entry(pool(reactor)).or_default() += reactor.habit.is_counted;
+    }
+    for (_, reactor) in &mut reactors {
+        let may_be = reactor.phase == Phase::Slice as u32 && reactor.may_be_parked_ns != 0;
+        if may_be && pools.get(&pool(reactor)).is_some_and(|threads| *threads > 1) {
+            reactor.phase = Phase::Parked as u32;
+            reactor.phase_since_ns = reactor.may_be_parked_ns;
         }
     }
     reactors

@@ -5,6 +5,7 @@ Prints where it listens: a port, or a path. Then, for each line of input, an ans
   connect N [FAMILY]   begins N connections to itself and waits until that is done, or 0.2 s; prints how many are connected
   accept N [MEMBER]    accepts N connections, from one member of the group alone if that is given; prints how many
   reset                resets all its own connections that nobody has accepted
+  hang_up              closes both ends of all connections
   close, listen        closes the listeners; listens again in the same place
 """
 
@@ -94,6 +95,13 @@ def reset():
     clients.clear()
 
 
+def hang_up():
+    for connection in clients + accepted:
+        connection.close()
+    clients.clear()
+    accepted.clear()
+
+
 listen()
 print(path.replace("\0", "@") if path else port, flush=True)
 for line in sys.stdin:
@@ -105,6 +113,8 @@ for line in sys.stdin:
         answer = accept(int(words[0]), *words[1:])
     elif command == "reset":
         reset()
+    elif command == "hang_up":
+        hang_up()
     elif command == "close":
         while listeners:
             listeners.pop().close()

@@ -1,0 +1,59 @@
+//! Pools: threads of a process that wait on the same epoll set, one after another while the others are parked, or all at
+//! once. The workers of tokio and of Asio are such: who is parked there keeps nothing waiting.
+
+use aya_ebpf::{bindings::BPF_NOEXIST, macros::map, maps::HashMap};
+use observer_common::reactor::{Habit, Kind, Pool, REACTORS};
+
+use crate::emit::add_word;
+
+/// How many threads wait on a set. Each thread is counted once, so that it has room for all.
+#[map]
+static POOLS: HashMap<Pool, u32> = HashMap::with_max_entries(REACTORS, 0);
+
+/// Counts a thread of this process that waits in this way, unless it is counted.
+///
+/// # Safety
+/// `habit` is part of a live map value that only this thread writes.
+#[inline(always)]
+pub(crate) unsafe fn join(tgid: u32, habit: *mut Habit) {
+    // SAFETY: by contract.
+    let Habit { kind, set, is_counted, .. } = unsafe { *habit };
+    if kind != Kind::Epoll as u32 || is_counted != 0 {
+        return;
+    }
+    // SAFETY: by contract.
+    unsafe { (*habit).is_counted = 1 };
+    let pool = Pool { tgid, set };
+    if POOLS.insert(pool, 1, u64::from(BPF_NOEXIST)).is_err()
+        && let Some(threads) = POOLS.get_ptr_mut(pool)
+    {
+        // SAFETY: a live map value.
+        unsafe { add_word(threads, 1) };
+    }
+}
+
+/// Counts a thread no more that was counted and waits no longer in this way.
+#[inline(always)]
+pub(crate) fn leave(tgid: u32, habit: Habit) {
+    let pool = Pool { tgid, set: habit.set };
+    if habit.is_counted != 0
+        && let Some(threads) = POOLS.get_ptr_mut(pool)
+    {
+        // SAFETY: a live map value.
+        let is_last = unsafe {
+            add_word(threads, 1_u32.wrapping_neg());
+            threads.read_volatile() == 0
+        };
+        if is_last {
+            let _present = POOLS.remove(pool);
+        }
+    }
+}
+
+/// Whether other threads wait on the same set.
+#[inline(always)]
+pub(crate) fn is_any(tgid: u32, habit: Habit) -> bool {
+    // SAFETY: a live map value; four bytes are read at once.
+    habit.is_counted != 0
+        && POOLS.get_ptr(Pool { tgid, set: habit.set }).is_some_and(|threads| unsafe { *threads > 1 })
+}

@@ -1,6 +1,6 @@
 //! Where the fields of kernel structures are on the running kernel, as byte offsets.
 //! Found by the loader in BTF and tracefs, injected as one global before the programs are verified, so
-//! that the verifier sees constants; read only by the eBPF side's `kernel.rs`.
+//! that the verifier sees constants; read only by the eBPF side's `kernel/`.
 
 /// Stands for the offset of a member that the running kernel does not have.
 pub const ABSENT: u32 = u32::MAX;

@@ -1,5 +1,5 @@
 //! The programs that run in the kernel. This file only lists them: each probe has its maps and programs in
-//! `probes/`, and nothing but `kernel.rs` knows where the kernel keeps its fields.
+//! `probes/`, and nothing but `kernel/` knows where the kernel keeps its fields.
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]

@@ -1,21 +1,23 @@
 //! *reactor*: what a thread that waits for events does between two waits, how long, and whether it had a CPU; and how
-//! late its waits return. One program for each shape of call, because each has its arguments in other places.
+//! late its waits return.
+
+mod calls;
 
 use core::ptr::null_mut;
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
     helpers::bpf_ktime_get_ns,
-    macros::{btf_tracepoint, map, tracepoint},
+    macros::{btf_tracepoint, map},
     maps::{Array, HashMap, RingBuf, Stack},
-    programs::{BtfTracePointContext, TracePointContext},
+    programs::BtfTracePointContext,
 };
 use observer_common::{
     block::{Block, CONTENDED, NO_CALL},
     loss::Loss,
     origin::Origin,
     reactor::{
-        Call, FOREVER, GC_UNKNOWN, Kind, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall,
+        Call, FOREVER, GC_UNKNOWN, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall,
     },
 };
 
@@ -51,166 +53,6 @@ static STALL_NS: u64 = 0;
 
 /// What a new entry starts from: too large for the stack.
 static NEW: Reactor = Reactor::EMPTY;
-
-/// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and how a wait of a ring says that its time was up.
-const GETEVENTS: u32 = 1 << 0;
-const EXT_ARG: u32 = 1 << 3;
-const ETIME: i64 = -62;
-/// Answer of an interrupted `poll` that the kernel will go on with: the wait is not over.
-const ERESTART_RESTARTBLOCK: i64 = -516;
-
-/// Words of a `fd_set` that are looked at, as many as C libraries have.
-const SET_WORDS: u32 = 16;
-
-#[tracepoint]
-fn epoll_enter(ctx: TracePointContext) -> u32 {
-    if let Some(thread) = Thread::current() {
-        thread.enters(epoll(&ctx));
-    }
-    0
-}
-
-#[inline(always)]
-fn epoll(ctx: &TracePointContext) -> Option<Call> {
-    let [set, _, _, timeout] = kernel::arguments(ctx)?;
-    Some(Call { kind: Kind::Epoll, set: low(set), is_single: false, timeout_ns: milliseconds(timeout) })
-}
-
-#[tracepoint]
-fn pwait2_enter(ctx: TracePointContext) -> u32 {
-    if let Some(thread) = Thread::current() {
-        thread.enters(pwait2(&ctx));
-    }
-    0
-}
-
-#[inline(always)]
-fn pwait2(ctx: &TracePointContext) -> Option<Call> {
-    let [set, _, _, timeout] = kernel::arguments(ctx)?;
-    Some(Call { kind: Kind::Epoll, set: low(set), is_single: false, timeout_ns: timespec(timeout) })
-}
-
-#[tracepoint]
-fn uring_enter(ctx: TracePointContext) -> u32 {
-    if let Some(thread) = Thread::current() {
-        thread.enters(uring(&ctx));
-    }
-    0
-}
-
-/// Submissions alone are part of the slice; only a call that asks for completions waits.
-#[inline(always)]
-fn uring(ctx: &TracePointContext) -> Option<Call> {
-    let [ring, _, completions, flags, argument] = kernel::arguments(ctx)?;
-    if low(completions) == 0 || low(flags) & GETEVENTS == 0 {
-        return None;
-    }
-    // `struct io_uring_getevents_arg`: a signal mask, its size, padding, and a pointer to a timespec.
-    let timeout = if low(flags) & EXT_ARG == 0 { None } else { kernel::pointed::<[u64; 3]>(argument) };
-    let timeout_ns = timeout.map_or(FOREVER, |[_, _, timeout]| timespec(timeout));
-    Some(Call { kind: Kind::IoUring, set: low(ring), is_single: false, timeout_ns })
-}
-
-#[tracepoint]
-fn poll_enter(ctx: TracePointContext) -> u32 {
-    if let Some(thread) = Thread::current() {
-        thread.enters(poll(&ctx));
-    }
-    0
-}
-
-#[inline(always)]
-fn poll(ctx: &TracePointContext) -> Option<Call> {
-    let [descriptors, count, timeout] = kernel::arguments(ctx)?;
-    polled(descriptors, low(count), milliseconds(timeout))
-}
-
-#[tracepoint]
-fn ppoll_enter(ctx: TracePointContext) -> u32 {
-    if let Some(thread) = Thread::current() {
-        thread.enters(ppoll(&ctx));
-    }
-    0
-}
-
-#[inline(always)]
-fn ppoll(ctx: &TracePointContext) -> Option<Call> {
-    let [descriptors, count, timeout] = kernel::arguments(ctx)?;
-    polled(descriptors, low(count), timespec(timeout))
-}
-
-#[tracepoint]
-fn select_enter(ctx: TracePointContext) -> u32 {
-    if let Some(thread) = Thread::current() {
-        thread.enters(select(&ctx));
-    }
-    0
-}
-
-#[inline(always)]
-fn select(ctx: &TracePointContext) -> Option<Call> {
-    let [limit, read, write, except, timeout] = kernel::arguments(ctx)?;
-    // A `timeval` is a `timespec` of microseconds.
-    selected(low(limit), [read, write, except], relative(timeout, 1_000))
-}
-
-#[tracepoint]
-fn pselect_enter(ctx: TracePointContext) -> u32 {
-    if let Some(thread) = Thread::current() {
-        thread.enters(pselect(&ctx));
-    }
-    0
-}
-
-#[inline(always)]
-fn pselect(ctx: &TracePointContext) -> Option<Call> {
-    let [limit, read, write, except, timeout] = kernel::arguments(ctx)?;
-    selected(low(limit), [read, write, except], timespec(timeout))
-}
-
-/// A thread whose call nobody saw begin waited as well: a slice begins in any case.
-#[tracepoint]
-fn epoll_exit(ctx: TracePointContext) -> u32 {
-    if let Some(reactor) = Thread::current().and_then(|thread| thread.reactor()) {
-        let events = kernel::returned(&ctx).unwrap_or(0);
-        // SAFETY: a live map value that only this thread writes while it runs.
-        unsafe { returned(reactor, events, events == 0) };
-    }
-    0
-}
-
-/// A ring tells how many requests it took, not how many completions there are.
-#[tracepoint]
-fn uring_exit(ctx: TracePointContext) -> u32 {
-    if let Some(reactor) = reactor_of(kernel::current().1) {
-        let answer = kernel::returned(&ctx).unwrap_or(0);
-        // SAFETY: as above.
-        unsafe { returned(reactor, 0, answer == ETIME) };
-    }
-    0
-}
-
-#[tracepoint]
-fn poll_exit(ctx: TracePointContext) -> u32 {
-    polled_or_selected(&ctx)
-}
-
-#[tracepoint]
-fn select_exit(ctx: TracePointContext) -> u32 {
-    polled_or_selected(&ctx)
-}
-
-#[inline(always)]
-fn polled_or_selected(ctx: &TracePointContext) -> u32 {
-    if let Some(reactor) = reactor_of(kernel::current().1) {
-        let events = kernel::returned(ctx).unwrap_or(0);
-        if events != ERESTART_RESTARTBLOCK {
-            // SAFETY: as above.
-            unsafe { returned(reactor, events, events == 0) };
-        }
-    }
-    0
-}
 
 /// Whether this entry is of a thread that is gone, whose id the current one has been given before the loader came for the
 /// figures: they make room.
@@ -444,72 +286,6 @@ unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
     }
     // Rare, and fetched by the clock: waking the user side would cost more than all the rest.
     entry.submit(u64::from(BPF_RB_NO_WAKEUP));
-}
-
-/// A call of the `poll` family; `None` if it waits for no descriptor and so only sleeps.
-#[inline(always)]
-fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
-    if count == 0 {
-        return None;
-    }
-    Some(Call { kind: Kind::Poll, set: kernel::pointed(descriptors)?, is_single: count == 1, timeout_ns })
-}
-
-/// A call of the `select` family; `None` if it waits for no descriptor and so only sleeps.
-#[inline(always)]
-fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
-    let mut first = None;
-    let mut is_single = true;
-    for word in 0..SET_WORDS {
-        if word * u64::BITS >= limit {
-            break;
-        }
-        let mut members = 0;
-        for set in sets {
-            if set != 0 {
-                members |= kernel::pointed::<u64>(set + u64::from(word) * 8).unwrap_or(0);
-            }
-        }
-        if members != 0 {
-            if first.is_some() || members & (members - 1) != 0 {
-                is_single = false;
-            }
-            if first.is_none() {
-                first = Some(word * u64::BITS + members.trailing_zeros());
-            }
-        }
-    }
-    Some(Call { kind: Kind::Poll, set: first?, is_single, timeout_ns })
-}
-
-/// An `int` argument: the upper half of its register is anything.
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
-const fn low(argument: u64) -> u32 {
-    argument as u32
-}
-
-/// A timeout given in milliseconds, in nanoseconds; a negative one never comes.
-#[inline(always)]
-const fn milliseconds(argument: u64) -> u64 {
-    let timeout = low(argument);
-    if timeout.cast_signed() < 0 { FOREVER } else { timeout as u64 * 1_000_000 }
-}
-
-/// A timeout given as a pointer to a `timespec`, in nanoseconds.
-#[inline(always)]
-fn timespec(argument: u64) -> u64 {
-    relative(argument, 1)
-}
-
-/// A timeout given as a pointer to seconds and units of so many nanoseconds; none if that is null or unreadable.
-#[inline(always)]
-fn relative(argument: u64, unit: u64) -> u64 {
-    match kernel::pointed::<[u64; 2]>(argument) {
-        // Longer than a century: as good as never.
-        Some([seconds, units]) if seconds < 1 << 32 => seconds * 1_000_000_000 + units * unit,
-        _ => FOREVER,
-    }
 }
 
 #[btf_tracepoint(function = "sched_switch")]

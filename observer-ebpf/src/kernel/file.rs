@@ -1,0 +1,334 @@
+//! Open files and sockets, and the queues of connections that wait to be accepted.
+
+use core::{ffi::c_void, ptr::null};
+
+use aya_ebpf::{
+    helpers::{bpf_get_current_task, bpf_probe_read_kernel_buf},
+    programs::BtfTracePointContext,
+};
+use observer_common::{block::Block, listener::NAME};
+
+use super::{LAYOUT, load, offset, probe};
+
+const TCP: u16 = 6;
+const AF_UNIX: u16 = 1;
+const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
+const SOCK_STREAM: u16 = 1;
+const SOCK_SEQPACKET: u16 = 5;
+const CLOSED: u8 = 7;
+const LISTENING: u8 = 10;
+/// `S_IFMT`, `S_IFSOCK`, `S_IFREG` and `S_IFBLK`.
+const FILE_KINDS: u16 = 0o170_000;
+const SOCKET_FILE: u16 = 0o140_000;
+const REGULAR_FILE: u16 = 0o100_000;
+const BLOCK_DEVICE: u16 = 0o060_000;
+
+/// A `struct sock` handed to a BTF tracepoint.
+pub(crate) struct Sock(*const u8);
+
+impl Sock {
+    #[inline(always)]
+    pub(crate) fn argument(ctx: &BtfTracePointContext, n: usize) -> Self {
+        Self(ctx.arg(n))
+    }
+
+    /// Its address, which identifies it while it lives.
+    #[inline(always)]
+    pub(crate) fn address(&self) -> u64 {
+        self.0 as u64
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_tcp(&self) -> bool {
+        // SAFETY: typed pointer, offset of this field.
+        let protocol: u16 = unsafe { load(self.0, offset(&LAYOUT.sock_protocol)) };
+        protocol == TCP
+    }
+
+    /// Local port, host byte order.
+    #[inline(always)]
+    pub(crate) fn port(&self) -> u16 {
+        // SAFETY: as above.
+        unsafe { load(self.0, offset(&LAYOUT.sock_port)) }
+    }
+
+    /// Inode number of its network namespace.
+    #[inline(always)]
+    pub(crate) fn netns(&self) -> u32 {
+        // SAFETY: as above; `net` is a typed pointer as well.
+        unsafe {
+            let net: *const u8 = load(self.0, offset(&LAYOUT.sock_net));
+            load(net, offset(&LAYOUT.net_inum))
+        }
+    }
+}
+
+/// The task and the file that an iteration over open files has come to; `None` at its end.
+#[inline(always)]
+pub(crate) fn iterated(ctx: *mut c_void) -> Option<(u32, OpenFile)> {
+    // The verifier lets contexts be loaded from at fixed places alone; the helper does not mind.
+    let task: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_task))?;
+    let file: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_file))?;
+    if task.is_null() || file.is_null() {
+        return None;
+    }
+    Some((probe(task, offset(&LAYOUT.task_tgid))?, OpenFile(file)))
+}
+
+/// A file that some process has open.
+#[derive(Clone, Copy)]
+pub(crate) struct OpenFile(pub(super) *const u8);
+
+impl OpenFile {
+    /// What descriptor `fd` of the current process stands for.
+    #[inline(always)]
+    pub(crate) fn of(fd: u32) -> Option<Self> {
+        // SAFETY: has no preconditions.
+        let task = unsafe { bpf_get_current_task() } as *const u8;
+        let files: *const u8 = probe(task, offset(&LAYOUT.task_files))?;
+        let table: *const u8 = probe(files, offset(&LAYOUT.files_fdt))?;
+        if fd >= probe::<u32>(table, offset(&LAYOUT.fdt_max_fds))? {
+            return None;
+        }
+        let open: *const u8 = probe(table, offset(&LAYOUT.fdt_fd))?;
+        let file: *const u8 = probe(open, fd as usize * size_of::<*const u8>())?;
+        if file.is_null() { None } else { Some(Self(file)) }
+    }
+
+    /// Inode number, as in `/proc/PID/fd`.
+    #[inline(always)]
+    pub(crate) fn inode(self) -> Option<u64> {
+        probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
+    }
+
+    /// Whether it is no file of any file system, but an `eventfd`, a `timerfd` or the like.
+    #[inline(always)]
+    pub(crate) fn is_anonymous(self) -> Option<bool> {
+        let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
+        Some(probe::<u16>(inode, offset(&LAYOUT.inode_mode))? & FILE_KINDS == 0)
+    }
+
+    /// What a thread waits for that is blocked on it.
+    #[inline(always)]
+    pub(crate) fn block(self) -> Option<Block> {
+        let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
+        Some(match probe::<u16>(inode, offset(&LAYOUT.inode_mode))? & FILE_KINDS {
+            SOCKET_FILE => Block::Network,
+            REGULAR_FILE | BLOCK_DEVICE => Block::Disk,
+            _ => Block::Other,
+        })
+    }
+
+    /// The socket behind it, where the caller knows that it is one.
+    #[inline(always)]
+    pub(crate) fn known_socket(self) -> Option<Socket> {
+        let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
+        Some(Socket(probe(socket, offset(&LAYOUT.socket_sk))?))
+    }
+
+    /// The unix stream socket behind it, where the caller knows that it is a socket of any kind.
+    #[inline(always)]
+    pub(crate) fn unix_socket(self) -> Option<Socket> {
+        let socket = self.known_socket()?;
+        if socket.is_unix() { Socket::checked(socket.0) } else { None }
+    }
+
+    /// The stream socket behind it; `None` if it is anything else.
+    #[inline(always)]
+    pub(crate) fn socket(self) -> Option<Socket> {
+        let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
+        // Any file may have private data; only a socket points back at its file.
+        if probe::<*const u8>(socket, offset(&LAYOUT.socket_file))? != self.0 {
+            return None;
+        }
+        Socket::checked(probe(socket, offset(&LAYOUT.socket_sk))?)
+    }
+}
+
+/// A `struct sock` of TCP or of a unix stream.
+#[derive(Clone, Copy)]
+pub(crate) struct Socket(*const u8);
+
+impl Socket {
+    #[inline(always)]
+    fn checked(sk: *const u8) -> Option<Self> {
+        let family: u16 = probe(sk, offset(&LAYOUT.sock_family))?;
+        let protocol: u16 = probe(sk, offset(&LAYOUT.sock_protocol))?;
+        let kind: u16 = probe(sk, offset(&LAYOUT.sock_type))?;
+        let is_tcp = (family == AF_INET || family == AF_INET6) && protocol == TCP;
+        let is_stream = family == AF_UNIX && (kind == SOCK_STREAM || kind == SOCK_SEQPACKET);
+        if is_tcp || is_stream { Some(Self(sk)) } else { None }
+    }
+
+    /// The one at this address, which the caller knows to be open.
+    #[inline(always)]
+    pub(crate) fn known(address: u64) -> Self {
+        Self(address as *const u8)
+    }
+
+    /// The one that was at this address, if it still is: sockets are freed while nobody looks.
+    #[inline(always)]
+    pub(crate) fn still_at(address: u64, inode: u64) -> Option<Self> {
+        let sk = address as *const u8;
+        let socket: *const u8 = probe(sk, offset(&LAYOUT.sock_socket))?;
+        let file = OpenFile(probe(socket, offset(&LAYOUT.socket_file))?);
+        if file.inode()? == inode { Self::checked(sk) } else { None }
+    }
+
+    /// Its address, which identifies it while it lives, as [`Sock::address`] does.
+    #[inline(always)]
+    pub(crate) fn address(self) -> u64 {
+        self.0 as u64
+    }
+
+    #[inline(always)]
+    pub(crate) fn listens(self) -> bool {
+        probe::<u8>(self.0, offset(&LAYOUT.sock_state)) == Some(LISTENING)
+    }
+
+    /// Whether its connection is over; one that was reset while it waited still waits to be accepted.
+    #[inline(always)]
+    pub(crate) fn is_closed(self) -> bool {
+        probe::<u8>(self.0, offset(&LAYOUT.sock_state)) == Some(CLOSED)
+    }
+
+    #[inline(always)]
+    pub(crate) fn family(self) -> Option<u16> {
+        probe(self.0, offset(&LAYOUT.sock_family))
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_unix(self) -> bool {
+        self.family() == Some(AF_UNIX)
+    }
+
+    /// The other end of a unix connection; while a connection waits to be accepted, its client's socket.
+    #[inline(always)]
+    pub(crate) fn peer(self) -> Option<Self> {
+        let peer: *const u8 = probe(self.0, offset(&LAYOUT.unix_peer))?;
+        if peer.is_null() { None } else { Some(Self(peer)) }
+    }
+
+    /// Identifies the name of a unix socket: a listener and the connections made to it have it in common.
+    #[inline(always)]
+    pub(crate) fn unix_name(self) -> Option<u64> {
+        probe(self.0, offset(&LAYOUT.unix_address))
+    }
+
+    /// Local port, host byte order.
+    #[inline(always)]
+    pub(crate) fn port(self) -> Option<u16> {
+        probe(self.0, offset(&LAYOUT.sock_port))
+    }
+
+    /// Inode number of its network namespace.
+    #[inline(always)]
+    pub(crate) fn netns(self) -> Option<u32> {
+        probe(probe(self.0, offset(&LAYOUT.sock_net))?, offset(&LAYOUT.net_inum))
+    }
+
+    /// Writes the local address, or a unix socket's path, and returns how many bytes of that are meant.
+    #[inline(always)]
+    pub(crate) fn name(self, to: &mut [u8; NAME]) -> Option<u16> {
+        match self.family()? {
+            AF_INET => {
+                let address: [u8; 4] = probe(self.0, offset(&LAYOUT.sock_address4))?;
+                to[..4].copy_from_slice(&address);
+                Some(4)
+            }
+            AF_INET6 => {
+                let address: [u8; 16] = probe(self.0, offset(&LAYOUT.sock_address6))?;
+                to[..16].copy_from_slice(&address);
+                Some(16)
+            }
+            _ => {
+                let address: *const u8 = probe(self.0, offset(&LAYOUT.unix_address))?;
+                let length: i32 = probe(address, offset(&LAYOUT.address_length))?;
+                let name = address.wrapping_add(offset(&LAYOUT.address_name)).wrapping_add(size_of::<u16>());
+                // SAFETY: the helper checks the address.
+                unsafe { bpf_probe_read_kernel_buf(name, to) }.ok()?;
+                u16::try_from(length).ok()?.checked_sub(2)
+            }
+        }
+    }
+
+    /// Connections in its accept queue.
+    #[inline(always)]
+    pub(crate) fn queued(self) -> Option<u32> {
+        if self.family()? == AF_UNIX {
+            probe(self.0, offset(&LAYOUT.sock_received))
+        } else {
+            probe(self.0, offset(&LAYOUT.sock_ack_backlog))
+        }
+    }
+
+    /// Most connections the kernel lets wait.
+    #[inline(always)]
+    pub(crate) fn limit(self) -> Option<u32> {
+        probe(self.0, offset(&LAYOUT.sock_max_ack_backlog))
+    }
+
+    /// Connections dropped by the kernel since the socket was made.
+    #[inline(always)]
+    pub(crate) fn drops(self) -> Option<u32> {
+        probe(self.0, offset(&LAYOUT.sock_drops))
+    }
+
+    /// Handshakes that have begun and are not done. TCP alone has any.
+    #[inline(always)]
+    pub(crate) fn half_open(self) -> Option<u32> {
+        probe(self.0, offset(&LAYOUT.accept_half_open))
+    }
+
+    /// The first in a unix socket's accept queue, which is the one that has waited longest.
+    #[inline(always)]
+    pub(crate) fn first_unix_waiting(self) -> Option<Self> {
+        let buffer: *const u8 = probe(self.0, offset(&LAYOUT.sock_received_first))?;
+        // The end of the list is its head, inside the listener itself.
+        if buffer == self.0.wrapping_add(offset(&LAYOUT.sock_received_first)) {
+            return None;
+        }
+        Some(Self(probe(buffer, offset(&LAYOUT.buffer_sk))?))
+    }
+
+    /// The first in the accept queue, which is the one that has waited longest. TCP alone.
+    #[inline(always)]
+    pub(crate) fn first_waiting(self) -> Waiting {
+        Waiting(probe(self.0, offset(&LAYOUT.accept_head)).unwrap_or(null()))
+    }
+}
+
+/// A place in an accept queue.
+#[derive(Clone, Copy)]
+pub(crate) struct Waiting(*const u8);
+
+impl Waiting {
+    /// The one at this address, which the caller has from the kernel.
+    #[inline(always)]
+    pub(crate) fn known(address: u64) -> Self {
+        Self(address as *const u8)
+    }
+
+    #[inline(always)]
+    pub(crate) fn address(self) -> u64 {
+        self.0 as u64
+    }
+
+    /// Whether nobody waits here.
+    #[inline(always)]
+    pub(crate) fn is_end(self) -> bool {
+        self.0.is_null()
+    }
+
+    /// The connection that waits here, and the place behind it.
+    #[inline(always)]
+    pub(crate) fn take(self) -> Option<(Socket, Self)> {
+        if self.0.is_null() {
+            return None;
+        }
+        // What cannot be read reads as null, without a branch: the verifier counts them.
+        let connection = Socket(probe(self.0, offset(&LAYOUT.request_sk)).unwrap_or(null()));
+        Some((connection, Self(probe(self.0, offset(&LAYOUT.request_next)).unwrap_or(null()))))
+    }
+}

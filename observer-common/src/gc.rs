@@ -21,7 +21,7 @@ crate::shared!(Begun, 16);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Address of the number of collections in the process.
+    /// Address of the number of collections in the process; 0 once the process is gone.
     pub count_address: u64,
     /// Addresses of nanoseconds they took, to be added up; 0 for none.
     pub ns_addresses: [u64; PARTS],

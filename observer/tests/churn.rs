@@ -282,6 +282,7 @@ fn keys(map: String) -> Vec<u32> {
 const BY_ID: &[&str] = &[
     "TARGETS",
     "REACTORS",
+    "POOLS",
     "ACCEPTING",
     "CONNECTING",
     "WORK",

@@ -88,6 +88,15 @@ pub(super) fn program_changed(tgid: u32) {
     let _known = GC_TOTALS.remove(tgid);
 }
 
+/// What the totals of a process were is for the loader to read; another may get its id before that.
+#[inline(always)]
+pub(super) fn process_exited(tgid: u32) {
+    if let Some(totals) = GC_TOTALS.get_ptr_mut(tgid) {
+        // SAFETY: a live map value; only the last thread of a process gets here.
+        unsafe { (*totals).count_address = 0 };
+    }
+}
+
 /// A slice of a reactor begins now.
 ///
 /// # Safety
@@ -129,6 +138,9 @@ fn nanoseconds(tgid: u32) -> u64 {
     let Some(totals) = GC_TOTALS.get_ptr_mut(tgid) else { return GC_UNKNOWN };
     // SAFETY: a live map value. Of several threads that write it at once, one leaves what it read: all are right.
     unsafe {
+        if (*totals).count_address == 0 {
+            return GC_UNKNOWN;
+        }
         let Some(count) = kernel::pointed::<u64>((*totals).count_address) else {
             lost(Loss::GcTotalsUnread);
             return GC_UNKNOWN;

@@ -134,6 +134,8 @@ fn process_exec(ctx: BtfTracePointContext) -> u32 {
 #[btf_tracepoint(function = "sched_process_exit")]
 fn process_exit(ctx: BtfTracePointContext) -> u32 {
     let task = Task::argument(&ctx, 0);
+    // Even if the loader has heard of the end of its process already: threads that exit together are told one by one.
+    reactor::thread_exited(task.tid());
     let Some(target) = target(task.tgid()) else {
         if selects() {
             // It may have been turned down inside a call.
@@ -147,11 +149,11 @@ fn process_exit(ctx: BtfTracePointContext) -> u32 {
         }
         return 0;
     };
-    reactor::thread_exited(task.tid());
     accept::thread_exited(task.tid());
     gc::thread_exited(task.tid());
     work::thread_exited(task.tid());
     if task.live_threads() == 0 {
+        gc::process_exited(task.tgid());
         // SAFETY: a live map value; only the last thread of a process gets here.
         unsafe { (*target).exited = 1 };
     }

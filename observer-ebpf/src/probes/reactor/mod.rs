@@ -143,8 +143,8 @@ impl Thread {
                 return;
             }
             if (*reactor).habit.is_counted == 0 {
-                pool::leave(self.tgid, before);
-                pool::join(self.tgid, &raw mut (*reactor).habit);
+                pool::leave((*reactor).tgid, before);
+                pool::join((*reactor).tgid, &raw mut (*reactor).habit);
             }
             let now = bpf_ktime_get_ns();
             if (*reactor).phase == Phase::Slice as u32 {

@@ -3,9 +3,8 @@
 
 use std::{
     collections::VecDeque,
-    io::Write as _,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -21,7 +20,6 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::get,
 };
-use flate2::{Compression, write::GzEncoder};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -34,7 +32,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{prometheus, series::Cap};
+use super::{gzip, prometheus, series::Cap};
 use crate::{heap, model::snapshot::Snapshot, observation::Observation};
 
 /// An observation that the endpoint and the main loop share; none while observer is turned off.
@@ -79,7 +77,7 @@ pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<M
         if text.len() > LONG {
             heap::give_back();
         }
-        Ok(Page { is_off, ..Page::of(text)? })
+        Ok(Page { is_off, ..Page::of(text) })
     });
     let mut open = VecDeque::<JoinHandle<()>>::new();
     loop {
@@ -152,7 +150,7 @@ async fn metrics(State(scrapes): State<Arc<Scrapes>>, headers: HeaderMap) -> Res
         Ok(page) => {
             let common = [(CONTENT_TYPE, ::prometheus::TEXT_FORMAT), (VARY, "accept-encoding")];
             if takes_gzip(&headers) {
-                (common, [(CONTENT_ENCODING, "gzip")], page.gzip).into_response()
+                (common, [(CONTENT_ENCODING, "gzip")], page.compressed()).into_response()
             } else {
                 (common, page.plain).into_response()
             }
@@ -182,17 +180,20 @@ struct Scrapes {
 #[derive(Clone)]
 pub(crate) struct Page {
     plain: Bytes,
-    gzip: Bytes,
+    /// The same compressed, once somebody has asked for that.
+    gzip: Arc<OnceLock<Bytes>>,
     /// Whether they are those of an observer that is turned off.
     is_off: bool,
 }
 
 impl Page {
-    /// Compresses them as well.
-    pub(crate) fn of(plain: Vec<u8>) -> Result<Self> {
-        let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-        gzip.write_all(&plain)?;
-        Ok(Self { plain: plain.into(), gzip: gzip.finish()?.into(), is_off: false })
+    /// Of an observer that is on.
+    pub(crate) fn of(plain: Vec<u8>) -> Self {
+        Self { plain: plain.into(), gzip: Arc::default(), is_off: false }
+    }
+
+    fn compressed(&self) -> Bytes {
+        self.gzip.get_or_init(|| gzip::compressed(&self.plain)).clone()
     }
 }
 

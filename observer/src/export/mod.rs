@@ -2,6 +2,7 @@
 
 pub(crate) mod endpoint;
 pub(crate) mod flame;
+mod gzip;
 pub(crate) mod json;
 pub(crate) mod live;
 pub(crate) mod otlp;

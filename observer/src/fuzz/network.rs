@@ -44,7 +44,8 @@ pub(super) fn scrape(data: &[u8]) {
     let (part, bytes) = choice(data);
     RUNTIME.block_on(async {
         let (mut client, server) = duplex(ROOM);
-        let served = endpoint::answer(server, endpoint::routes(|| endpoint::Page::of(b"figures\n".to_vec())));
+        let served =
+            endpoint::answer(server, endpoint::routes(|| Ok(endpoint::Page::of(b"figures\n".to_vec()))));
         let asked = async {
             for part in bytes.chunks(usize::from(part) + 1) {
                 if client.write_all(part).await.is_err() {

@@ -35,7 +35,7 @@ use crate::{
     profiles::Profile,
     read::{
         capacity::Capacity,
-        maps::{self, Maps, entries},
+        maps::{Maps, entries},
     },
     stacks::watch::Watcher,
     target::{
@@ -48,7 +48,7 @@ use crate::{
 
 use deferred::{Figures, Follower};
 use listeners::{Known, numbered};
-use reactors::Thread;
+use reactors::{Running, Thread};
 use turns::{ASKED, Round, Turns};
 
 pub(crate) static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
@@ -229,7 +229,7 @@ impl Observation {
         };
         observation.adopt(wanted)?;
         // Runtimes take longest, and nothing waits for them.
-        let live = observation.refresh_targets()?;
+        let (live, _none) = observation.refresh_targets()?;
         observation.adopt_calls(observation.live.keys().copied().collect())?;
         observation.unattributed_before = observation.maps.lost(Loss::AcceptUnattributed)?;
         observation.refresh_runtimes(live);
@@ -292,13 +292,15 @@ impl Observation {
 
     /// Brings processes, listeners and runtimes up to date.
     pub(crate) fn refresh(&mut self) -> Result<()> {
-        let live = self.refresh_targets()?;
+        let (live, running) = self.refresh_targets()?;
+        self.ask_probers(&running);
         self.refresh_runtimes(live);
         Ok(())
     }
 
-    /// Brings processes and listeners up to date. Returns live targets, each with how many programs it has started.
-    fn refresh_targets(&mut self) -> Result<Vec<(u32, u32)>> {
+    /// Brings processes and listeners up to date. Returns live targets, each with how many programs it has started, and
+    /// their reactors.
+    fn refresh_targets(&mut self) -> Result<(Vec<(u32, u32)>, Running)> {
         self.select()?;
         self.leave_out()?;
         // Many that are selected are gone soon: what those run is not worth a look.
@@ -346,13 +348,13 @@ impl Observation {
                 live.push((pid, raw.execs));
             }
         }
-        self.collect_finished()?;
+        let running = self.collect_finished()?;
         self.follower.name_all(&self.maps);
         self.note_namespaces();
         self.refresh_listeners(changed)?;
         let surplus = self.exited.len().saturating_sub(ENDED);
         self.exited.drain(..surplus);
-        Ok(live)
+        Ok((live, running))
     }
 
     /// Watches what the runtimes of targets do.
@@ -387,18 +389,16 @@ impl Observation {
 
     /// Everything known now.
     pub(crate) fn snapshot(&mut self) -> Result<Snapshot> {
-        self.refresh()?;
+        let (live, running) = self.refresh_targets()?;
+        self.refresh_runtimes(live);
         self.rename();
         let mut reactors = BTreeMap::<u32, Vec<Reactor>>::new();
         for (tgid, finished) in &self.finished {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
-        for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
-            if !self.is_target(raw.tgid) {
-                continue;
-            }
-            raw.gc_ns += gc::in_progress(&self.maps, tid, &raw, clock::monotonic_ns());
-            reactors.entry(raw.tgid).or_default().push(self.figures(tid, &raw));
+        for (tid, mut raw) in running.reactors {
+            raw.gc_ns += gc::in_progress(&self.maps, tid, &raw, running.now);
+            reactors.entry(raw.tgid).or_default().push(self.figures(tid, &raw, running.now));
         }
         let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
         let decoded = self.decode_listeners()?;

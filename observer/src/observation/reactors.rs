@@ -38,6 +38,13 @@ pub(super) struct Thread {
     stalls: Stalls,
 }
 
+/// Reactors whose threads go on, by thread id.
+pub(super) struct Running {
+    pub(super) reactors: Vec<(u32, RawReactor)>,
+    /// When they were read, monotonic nanoseconds.
+    pub(super) now: u64,
+}
+
 impl Observation {
     /// Adds the waits and accepts that threads of these processes were inside before the programs could see them enter. What
     /// happens meanwhile the programs see themselves: their entries win.
@@ -131,35 +138,47 @@ impl Observation {
         thread
     }
 
-    /// Takes final figures out of the map, so that it holds no more than live threads, and asks probers again.
-    pub(super) fn collect_finished(&mut self) -> Result<()> {
+    /// Takes final figures out of the map, so that it holds no more than live threads. Returns those that go on.
+    pub(super) fn collect_finished(&mut self) -> Result<Running> {
         self.collect_stalls()?;
         self.maps.forget_pools(&mut self.poolless);
-        for (tid, mut raw) in maps::reactors(&self.maps.reactors) {
-            let now = clock::monotonic_ns();
+        // Before they are read: what is in progress is no older than that.
+        let now = clock::monotonic_ns();
+        let mut reactors = maps::reactors(&self.maps.reactors);
+        let mut others = BTreeSet::new();
+        for (tid, raw) in &mut reactors {
             if !self.is_target(raw.tgid) {
-                self.forget_stranger(tid, &raw)?;
+                self.forget_stranger(*tid, raw)?;
+                others.insert(*tid);
                 continue;
             }
             // Of threads that exit together, the last to be counted may be the first to be heard of: of the others nobody
             // will hear when the process is no target any more.
-            if self.maps.targets.get(&raw.tgid, 0).is_err() {
+            let is_process_gone = self.maps.targets.get(&raw.tgid, 0).is_err();
+            if is_process_gone || reactor::is_final(raw) {
+                self.let_go(*tid, raw)?;
                 raw.phase = Phase::Exited as u32;
-                self.poolless.insert(raw.tgid);
-            }
-            let thread = self.thread(tid, raw.tgid);
-            if reactor::is_final(&raw) {
-                let reactor = thread.figures(tid, &raw, now);
-                self.threads.remove(&tid);
+                let reactor = self.thread(*tid, raw.tgid).figures(*tid, raw, now);
+                self.threads.remove(tid);
                 self.finished.push((raw.tgid, reactor));
-                self.let_go(tid, &raw)?;
-            } else {
-                let _only_attributes = reactor::lag(&raw, &mut thread.prober, now);
+                others.insert(*tid);
+            }
+            if is_process_gone {
+                self.poolless.insert(raw.tgid);
             }
         }
         let surplus = self.finished.len().saturating_sub(ENDED);
         self.finished.drain(..surplus);
-        Ok(())
+        reactors.retain(|(tid, _)| !others.contains(tid));
+        Ok(Running { reactors, now })
+    }
+
+    /// Asks probers again, so that waits are attributed to replies of their time.
+    pub(super) fn ask_probers(&mut self, running: &Running) {
+        for (tid, raw) in &running.reactors {
+            let thread = self.thread(*tid, raw.tgid);
+            let _only_attributes = reactor::lag(raw, &mut thread.prober, running.now);
+        }
     }
 
     /// Observes a thread no more whose process was turned down. That of a candidate waits.
@@ -173,15 +192,16 @@ impl Observation {
 
     /// Removes an entry of the map, unless the programs have already because its id is another thread's.
     fn let_go(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
-        if self.maps.reactors.remove(tid) {
+        let is_same =
+            |now: RawReactor| now.tgid == raw.tgid && reactor::is_final(&now) == reactor::is_final(raw);
+        if self.maps.reactors.get(&tid, 0).is_ok_and(is_same) && self.maps.reactors.remove(tid) {
             self.maps.free_place(raw.place)?;
         }
         Ok(())
     }
 
-    /// A reactor's figures as of now; a slice in progress is looked at if it takes long.
-    pub(super) fn figures(&mut self, tid: u32, raw: &RawReactor) -> Reactor {
-        let now = clock::monotonic_ns();
+    /// A reactor's figures as of `now`; a slice in progress is looked at if it takes long.
+    pub(super) fn figures(&mut self, tid: u32, raw: &RawReactor, now: u64) -> Reactor {
         let threshold = self.stall_threshold.as_secs_f64();
         let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns, frame_pointer: 0 };
         let in_progress = Some(reactor::stall_in_progress(raw, now))

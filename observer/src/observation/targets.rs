@@ -50,6 +50,7 @@ impl Observation {
     /// Whether a process is or was a target. All are that were not selected by more than their ids.
     pub(super) fn is_target(&self, pid: u32) -> bool {
         self.choice.is_none()
+            || self.live.contains_key(&pid)
             || self
                 .maps
                 .targets

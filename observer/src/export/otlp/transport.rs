@@ -6,14 +6,12 @@ use std::ffi::{c_char, c_int};
 use std::{
     error::Error,
     fs,
-    io::Write as _,
     marker::PhantomData,
     path::Path,
     time::{Duration, SystemTime},
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes};
-use flate2::{Compression, write::GzEncoder};
 use http::{
     HeaderMap, HeaderValue, Method, Request, StatusCode,
     header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER, USER_AGENT},
@@ -40,7 +38,7 @@ use tonic::{
 };
 
 use super::{settings::Endpoint, signal::Signal};
-use crate::{cli::Protocol, failure::Failure};
+use crate::{cli::Protocol, export::gzip, failure::Failure};
 
 /// Most bytes that are read of an answer.
 const ANSWER: usize = 64 << 10;
@@ -137,7 +135,7 @@ impl Transport {
     }
 
     async fn post<S: Signal>(&self, request: Bytes) -> Result<S::Response, Problem> {
-        let body = if self.endpoint.gzip { compressed(&request) } else { request };
+        let body = if self.endpoint.gzip { gzip::compressed(&request) } else { request };
         let mut request = Request::new(Body::new(Full::new(body)));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.endpoint.uri.clone();
@@ -225,11 +223,6 @@ fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
     };
     let text = fs::read(file).map_err(|error| unreadable(&error))?;
     CertificateDer::pem_slice_iter(&text).collect::<Result<_, _>>().map_err(|error| unreadable(&error))
-}
-
-fn compressed(request: &[u8]) -> Bytes {
-    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-    gzip.write_all(request).and_then(|()| gzip.finish()).expect("memory takes whatever is written").into()
 }
 
 /// What is at the bottom of an error: what surrounds it says little.

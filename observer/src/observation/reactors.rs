@@ -154,7 +154,8 @@ impl Observation {
             }
             // Of threads that exit together, the last to be counted may be the first to be heard of: of the others nobody
             // will hear when the process is no target any more.
-            let is_process_gone = self.maps.targets.get(&raw.tgid, 0).is_err();
+            let is_process_gone =
+                !self.live.contains_key(&raw.tgid) && self.maps.targets.get(&raw.tgid, 0).is_err();
             if is_process_gone || reactor::is_final(raw) {
                 self.let_go(*tid, raw)?;
                 raw.phase = Phase::Exited as u32;

@@ -1,6 +1,6 @@
 //! Calls that wait for events. One program for each shape of call, because each has its arguments in other places.
 
-use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
+use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::tracepoint, programs::TracePointContext};
 use observer_common::reactor::{Call, FOREVER, Kind};
 
 use super::{Thread, reactor_of, returned};
@@ -178,8 +178,9 @@ fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
 /// A call of the `select` family; `None` if it waits for no descriptor and so only sleeps.
 #[inline(always)]
 fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
-    let mut first = None;
-    let mut is_single = true;
+    // Zero, which only we know: the verifier would go through all that follows for each of the numbers that it may be.
+    let unknown = bpf_get_current_pid_tgid() ^ bpf_get_current_pid_tgid();
+    let (mut first, mut count) = (0, 0);
     for word in 0..SET_WORDS {
         if word * u64::BITS >= limit {
             break;
@@ -191,15 +192,18 @@ fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
             }
         }
         if members != 0 {
-            if first.is_some() || members & (members - 1) != 0 {
-                is_single = false;
+            if count == 0 {
+                first = u64::from(word * u64::BITS + members.trailing_zeros());
             }
-            if first.is_none() {
-                first = Some(word * u64::BITS + members.trailing_zeros());
-            }
+            count += if members & (members - 1) == 0 { 1 } else { 2 };
         }
+        first ^= unknown;
+        count ^= unknown;
     }
-    Some(Call { kind: Kind::Poll, set: first?, is_single, timeout_ns })
+    if count == 0 {
+        return None;
+    }
+    Some(Call { kind: Kind::Poll, set: low(first), is_single: count == 1, timeout_ns })
 }
 
 /// An `int` argument: the upper half of its register is anything.

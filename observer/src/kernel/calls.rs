@@ -142,7 +142,8 @@ mod tests {
     fn calls_have_names_and_clues() {
         let clues = clues();
         let clue = |call: Sysno| clues[usize::try_from(call.id()).unwrap()];
-        assert_eq!(clue(Sysno::futex), Block::Lock as u8);
+        assert_eq!(clue(Sysno::futex), Clue::Futex as u8);
+        assert_eq!(clue(Sysno::flock), Block::Lock as u8);
         assert_eq!(clue(Sysno::read), Clue::File as u8);
         assert_eq!(clue(Sysno::ppoll), Clue::Poll as u8);
         assert_eq!(clue(Sysno::wait4), Block::Other as u8);

@@ -1,7 +1,6 @@
 //! Threads: who one is, why it goes off its CPU, and the system call that it is in.
 
 use aya_ebpf::{helpers::bpf_get_current_task, programs::BtfTracePointContext};
-
 use observer_common::layout::ABSENT;
 
 use super::{LAYOUT, load, offset, probe};

@@ -277,7 +277,10 @@ pub(crate) fn reactors(map: &HashMap<MapData, u32, Reactor>) -> Vec<(u32, Reacto
     let mut pools = std::collections::HashMap::<_, u32>::new();
     let pool = |reactor: &Reactor| (reactor.tgid, reactor.habit.set);
     for (_, reactor) in &reactors {
-        *pools.entry(pool(reactor)).or_default() += reactor.habit.is_counted;
+        // Who is gone has left.
+        if reactor.phase != Phase::Exited as u32 {
+            *pools.entry(pool(reactor)).or_default() += reactor.habit.is_counted;
+        }
     }
     for (_, reactor) in &mut reactors {
         let may_be = reactor.phase == Phase::Slice as u32 && reactor.may_be_parked_ns != 0;

@@ -389,12 +389,12 @@ fn who_comes_and_goes_leaves_nothing_behind() {
         });
     }
     eprintln!("all forgotten {:.1} s after the last was ended", begin.elapsed().as_secs_f64() - elapsed);
-    let after = Held::by(&observer);
-    eprintln!("after: {after:?}");
-    for (map, &entries) in &after.maps {
-        let before = before.maps[map];
-        assert!(entries <= before + OTHERS, "{map} has {entries} entries, {before} before");
-    }
+    // This test listens, so it is observed, and so is each bpftool that it starts, until observer looks again.
+    let after = wait_for("maps of their size before", || {
+        let after = Held::by(&observer);
+        eprintln!("after: {after:?}");
+        after.maps.iter().all(|(map, entries)| *entries <= before.maps[map] + OTHERS).then_some(after)
+    });
     assert!(after.descriptors <= before.descriptors + OTHERS, "{} descriptors", after.descriptors);
     assert!(after.memory <= before.memory + MEMORY, "{} bytes", after.memory);
 

@@ -8,7 +8,7 @@ use prometheus::{
 
 use super::series::{Cap, Distribution, Figure, Series};
 use crate::model::{
-    catalog::{Family, Kind, families},
+    catalog::{Family, Kind},
     snapshot::Snapshot,
 };
 
@@ -16,7 +16,7 @@ use crate::model::{
 pub(crate) fn encode(snapshot: &Snapshot, cap: &mut Cap) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     // One by one: what the library makes of a family is several times its text.
-    for (of, series) in families().zip(cap.gather(snapshot)).filter(|(_, series)| !series.is_empty()) {
+    for (of, series) in cap.gather(snapshot).filter(|(_, series)| !series.is_empty()) {
         TextEncoder::new().encode(&[family(of, series)], &mut text)?;
     }
     Ok(text)

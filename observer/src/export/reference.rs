@@ -8,7 +8,10 @@ use super::{
     endpoint::{CONNECTIONS, GRACE, LIFE},
     series::{OTHER, SHOWN},
 };
-use crate::model::catalog::{Kind, Subject, Together, families};
+use crate::model::{
+    catalog::{Kind, Together, families},
+    subject::Subject,
+};
 
 const HEAD: &str = "\
 # Metrics

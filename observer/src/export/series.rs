@@ -4,9 +4,10 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::model::{
-    catalog::{Family, Kind, Subject, Together, Value, families},
+    catalog::{Family, Kind, Together, Value, families},
     histogram::Resolution,
     snapshot::Snapshot,
+    subject::{Subject, subjects},
 };
 
 /// Listeners, event loops, processes and missing sources told one by one, of each so many.
@@ -117,16 +118,14 @@ impl Cap {
         Self { resolution, shown: HashSet::new(), others: HashMap::new(), counted: HashMap::new() }
     }
 
-    /// All series of a snapshot, by family in the order of the catalog.
-    pub(crate) fn gather(&mut self, snapshot: &Snapshot) -> Vec<Vec<Series>> {
-        let all: Vec<_> =
-            families().map(|family| (family, collect(family, snapshot, self.resolution))).collect();
-        let present = all.iter().flat_map(|(family, series)| series.iter().map(|s| key(family, &s.labels)));
-        self.seat(present.collect());
-        all.into_iter()
-            .enumerate()
-            .map(|(place, (family, series))| self.merge(place, family, series))
-            .collect()
+    /// All series of a snapshot, by family in the order of the catalog. One family after the other: all of a thousand targets
+    /// at a time would be many megabytes.
+    pub(crate) fn gather(
+        &mut self,
+        snapshot: &Snapshot,
+    ) -> impl Iterator<Item = (&'static Family, Vec<Series>)> {
+        self.seat(subjects(snapshot).map(|(subject, labels)| key(subject, &labels)).collect());
+        families().enumerate().map(|(place, family)| (family, self.of_family(place, family, snapshot)))
     }
 
     /// Decides who is told one by one.
@@ -153,17 +152,19 @@ impl Cap {
     }
 
     /// The series of one family, those of the others merged.
-    fn merge(&mut self, place: usize, family: &Family, series: Vec<Series>) -> Vec<Series> {
-        let named = family.subject().labels();
+    fn of_family(&mut self, place: usize, family: &Family, snapshot: &Snapshot) -> Vec<Series> {
+        let subject = family.subject();
+        let named = subject.labels();
         let mut merged = Vec::new();
         let mut gauges = HashMap::<Vec<String>, f64>::new();
-        for series in series {
-            let Some(last) = self.others.get_mut(&key(family, &series.labels)) else {
-                merged.push(series);
-                continue;
+        (family.collect)(snapshot, &mut |mut labels, value| {
+            let figure = Figure::of(&value, self.resolution);
+            let Some(last) = self.others.get_mut(&key(subject, &labels)) else {
+                merged.push(Series { labels, figure });
+                return;
             };
-            let rest = series.labels[named..].to_vec();
-            match (family.kind, series.figure) {
+            let rest = labels.split_off(named);
+            match (family.kind, figure) {
                 (Kind::Gauge(together), Figure::Number(number)) => {
                     let gauge = gauges.entry(rest).or_default();
                     *gauge = match together {
@@ -182,7 +183,7 @@ impl Cap {
                     last.insert(shared, figure);
                 }
             }
-        }
+        });
         let counted = self.counted.iter().filter(|((family, _), _)| *family == place);
         let counted = counted.map(|((_, rest), figure)| (rest.clone(), figure.clone()));
         let gauges = gauges.into_iter().map(|(rest, number)| (rest, Figure::Number(number)));
@@ -196,25 +197,18 @@ impl Cap {
     }
 }
 
-fn collect(family: &Family, snapshot: &Snapshot, resolution: Resolution) -> Vec<Series> {
-    let mut series = Vec::new();
-    (family.collect)(snapshot, &mut |labels, value| {
-        series.push(Series { labels, figure: Figure::of(&value, resolution) });
-    });
-    series
-}
-
-fn key(family: &Family, labels: &[String]) -> Key {
-    let subject = family.subject();
+fn key(subject: Subject, labels: &[String]) -> Key {
     (subject, subject.lasting_labels().iter().map(|&label| labels[label].clone()).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::live;
     use crate::model::{
+        deferred::HookFigures,
         place::Place,
-        snapshot::{Own, Reactor, SCHEMA, Snapshot, Split, Target},
+        snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Split, Target},
     };
 
     fn reactor(tid: u32, waits: u64, utilization: f64) -> Reactor {
@@ -265,8 +259,9 @@ mod tests {
 
     /// The series of a family, the other's last.
     fn series(cap: &mut Cap, name: &str, reactors: Vec<Reactor>) -> Vec<Series> {
-        let place = families().position(|family| family.name == name).unwrap();
-        cap.gather(&snapshot(reactors)).swap_remove(place)
+        let snapshot = snapshot(reactors);
+        let found = cap.gather(&snapshot).find(|(family, _)| family.name == name);
+        found.unwrap().1
     }
 
     fn tids(count: usize) -> impl Iterator<Item = u32> {
@@ -329,5 +324,32 @@ mod tests {
         reactors[SHOWN].name = "renamed".into();
         let all = series(&mut cap, "observer_reactor_waits_total", reactors);
         assert_eq!(all.last().unwrap().figure, Figure::Number(7.0));
+    }
+
+    #[test]
+    fn everything_that_has_series_may_be_told_with_the_others() {
+        let mut snapshot = live::testing::snapshot(1.0, |_| ());
+        let target = &mut snapshot.targets[0];
+        target.deferred.push(live::testing::kind("store", 5));
+        target.hooks.push(HookFigures {
+            profile: "mine".into(),
+            verb: "restore",
+            place: "libtask:task_execute".into(),
+            hits: 5,
+            matches: 5,
+        });
+        target.gc = Some(Gc { count: 1, seconds: None, pause: None });
+        snapshot.own.missing.push(Missing { source: "wakeups".into(), reason: "no tracepoint".into() });
+
+        let told = subjects(&snapshot).map(|(subject, labels)| key(subject, &labels)).collect();
+        let mut present = HashSet::new();
+        for family in families().filter(|family| family.subject() != Subject::Own) {
+            let subject = family.subject();
+            (family.collect)(&snapshot, &mut |labels, _| {
+                present.insert(key(subject, &labels));
+            });
+        }
+        assert_eq!(present, told);
+        assert_eq!(present.len(), 7, "one of each subject: {present:?}");
     }
 }

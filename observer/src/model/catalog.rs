@@ -6,8 +6,12 @@ use super::{
     histogram::Histogram,
     own::OWN,
     place::Place,
-    snapshot::{Depths, Gc, Listener, Reactor, Snapshot, Target},
+    snapshot::{Depths, Gc, Listener, Reactor, Snapshot},
     stall::Cause,
+    subject::{
+        HOOK, LISTENER, PROGRAM, REACTOR, Subject, TARGET, TASK, hook_labels, listener_labels, live,
+        live_listeners, live_reactors, reactor_labels, target_labels, task_labels,
+    },
 };
 
 /// What kind of figure a family holds.
@@ -61,79 +65,12 @@ pub(crate) struct Family {
     pub(crate) collect: fn(&Snapshot, &mut Sink<'_>),
 }
 
-/// What the series of a family are about. Only so many are told one by one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Subject {
-    /// Listeners.
-    Listener,
-    /// Event loops.
-    Reactor,
-    /// Kinds of deferred work.
-    Task,
-    /// Places that are watched in runtimes.
-    Hook,
-    /// Processes.
-    Target,
-    /// Processes, by what they run.
-    Program,
-    /// Sources of figures.
-    Source,
-    /// observer itself, of which there is one.
-    Own,
-}
-
-impl Subject {
-    /// How many of the first labels name it.
-    pub(crate) const fn labels(self) -> usize {
-        match self {
-            Self::Listener => LISTENER.len(),
-            Self::Reactor => REACTOR.len(),
-            Self::Task => TASK.len(),
-            Self::Hook => HOOK.len(),
-            Self::Target => TARGET.len(),
-            Self::Program => PROGRAM.len(),
-            Self::Source => SOURCE.len(),
-            Self::Own => 0,
-        }
-    }
-
-    /// Which of them stay the same as long as it lives: names may change.
-    pub(crate) const fn lasting_labels(self) -> &'static [usize] {
-        match self {
-            Self::Listener | Self::Reactor | Self::Task => &[0, 4],
-            Self::Hook => &[0, 4, 5, 6],
-            Self::Target | Self::Program => &[0],
-            Self::Source => &[0, 1],
-            Self::Own => &[],
-        }
-    }
-}
-
 impl Family {
     /// What its series are about, as its labels tell.
     pub(crate) fn subject(&self) -> Subject {
-        let subjects = [
-            (LISTENER, Subject::Listener),
-            (REACTOR, Subject::Reactor),
-            (TASK, Subject::Task),
-            (HOOK, Subject::Hook),
-            (PROGRAM, Subject::Program),
-            (TARGET, Subject::Target),
-            (SOURCE, Subject::Source),
-        ];
-        let found = subjects.into_iter().find(|(labels, _)| self.labels.starts_with(labels));
-        found.map_or(Subject::Own, |(_, subject)| subject)
+        Subject::of(self.labels)
     }
 }
-
-const TARGET: &[&str] = &["pid", "comm", "container", "pod"];
-const LISTENER: &[&str] = &["pid", "comm", "container", "pod", "listener"];
-const REACTOR: &[&str] = &["pid", "comm", "container", "pod", "tid", "reactor"];
-const TASK: &[&str] = &["pid", "comm", "container", "pod", "task"];
-const HOOK: &[&str] = &["pid", "comm", "container", "pod", "profile", "verb", "place"];
-const PROGRAM: &[&str] =
-    &["pid", "comm", "container", "pod", "exe", "namespace", "container_name", "pod_uid", "unit"];
-pub(super) const SOURCE: &[&str] = &["source", "reason"];
 
 /// All families, in the order of the reference page: those of what is observed, then observer's own.
 pub(crate) fn families() -> impl Iterator<Item = &'static Family> {
@@ -532,23 +469,6 @@ pub(super) fn count(n: u64) -> Value<'static> {
     Value::Number(n as f64)
 }
 
-/// A series dies with its process.
-pub(super) fn live(snapshot: &Snapshot) -> impl Iterator<Item = &Target> {
-    snapshot.targets.iter().filter(|target| !target.exited)
-}
-
-fn live_reactors(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Reactor)> {
-    live(snapshot)
-        .flat_map(|target| target.reactors.iter().filter(|reactor| !reactor.exited).map(move |r| (target, r)))
-}
-
-fn target_labels(target: &Target) -> Vec<String> {
-    let Place { container, kubernetes, .. } = &target.place;
-    let pod = kubernetes.as_ref().and_then(|pod| pod.name.clone());
-    let (container, pod) = (container.clone().unwrap_or_default(), pod.unwrap_or_default());
-    vec![target.pid.to_string(), target.comm.clone(), container, pod]
-}
-
 fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'g> fn(&'g Gc) -> Option<Value<'g>>) {
     for target in live(snapshot) {
         if let Some(figure) = target.gc.as_ref().and_then(figure) {
@@ -560,9 +480,7 @@ fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'g> fn(&'g G
 fn tasks(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'d> fn(&'d Deferred) -> Value<'d>) {
     for target in live(snapshot) {
         for deferred in &target.deferred {
-            let mut labels = target_labels(target);
-            labels.push(deferred.task.clone());
-            sink(labels, figure(deferred));
+            sink(task_labels(target, deferred), figure(deferred));
         }
     }
 }
@@ -570,35 +488,15 @@ fn tasks(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'d> fn(&'d Deferr
 fn hooks(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: fn(&HookFigures) -> u64) {
     for target in live(snapshot) {
         for hook in &target.hooks {
-            let mut labels = target_labels(target);
-            labels.extend([hook.profile.clone(), hook.verb.into(), hook.place.clone()]);
-            sink(labels, count(figure(hook)));
+            sink(hook_labels(target, hook), count(figure(hook)));
         }
     }
-}
-
-fn reactor_labels(target: &Target, reactor: &Reactor) -> Vec<String> {
-    let mut labels = target_labels(target);
-    labels.extend([reactor.tid.to_string(), reactor.name.clone()]);
-    labels
 }
 
 fn reactors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'r> fn(&'r Reactor) -> Value<'r>) {
     for (target, reactor) in live_reactors(snapshot) {
         sink(reactor_labels(target, reactor), figure(reactor));
     }
-}
-
-fn live_listeners(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Listener)> {
-    live(snapshot).flat_map(|target| {
-        target.listeners.iter().filter(|listener| !listener.closed).map(move |l| (target, l))
-    })
-}
-
-fn listener_labels(target: &Target, listener: &Listener) -> Vec<String> {
-    let mut labels = target_labels(target);
-    labels.push(listener.name());
-    labels
 }
 
 fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'l> fn(&'l Listener) -> Value<'l>) {

@@ -11,4 +11,5 @@ pub(crate) mod place;
 pub(crate) mod request;
 pub(crate) mod snapshot;
 pub(crate) mod stall;
+pub(crate) mod subject;
 pub(crate) mod trace;

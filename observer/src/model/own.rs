@@ -1,7 +1,10 @@
 //! The metrics of observer itself: what it is, what it could not see or keep, what it waits for, and what it has delivered.
 //! Part of the catalog.
 
-use super::catalog::{Family, Kind, SOURCE, Together, Value, count, live};
+use super::{
+    catalog::{Family, Kind, Together, Value, count},
+    subject::{SOURCE, live, source_labels},
+};
 
 /// In the order of the reference page.
 pub(super) const OWN: &[Family] = &[
@@ -36,7 +39,7 @@ pub(super) const OWN: &[Family] = &[
         labels: SOURCE,
         collect: |s, sink| {
             for missing in &s.own.missing {
-                sink(vec![missing.source.clone(), missing.reason.clone()], Value::Number(1.0));
+                sink(source_labels(missing), Value::Number(1.0));
             }
         },
     },

@@ -22,8 +22,9 @@ use super::{
 use crate::{
     export::series::{Cap, Distribution, Figure, Series},
     model::{
-        catalog::{Family, Kind, Subject, families},
+        catalog::{Family, Kind},
         snapshot::{Snapshot, Target},
+        subject::Subject,
     },
     target::process::Process,
 };
@@ -82,7 +83,7 @@ fn of_resources(
     now: u64,
 ) -> Vec<ResourceMetrics> {
     let mut by_pid = BTreeMap::<Option<u32>, Vec<(&Family, Vec<Series>)>>::new();
-    for (family, series) in families().zip(cap.gather(snapshot)) {
+    for (family, series) in cap.gather(snapshot) {
         let mut of_family = BTreeMap::<Option<u32>, Vec<Series>>::new();
         for series in series {
             of_family.entry(pid(family, &series)).or_default().push(series);

@@ -1,7 +1,13 @@
 //! The probes: what each measures, what it hooks, what that costs. [`PROBES`] is the one table; each probe's file
 //! also decodes what its programs leave in their maps.
 
-use std::{cell::OnceCell, fs::File};
+use std::{
+    collections::HashMap,
+    fs::File,
+    panic::resume_unwind,
+    sync::{Mutex, OnceLock, PoisonError},
+    thread,
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
@@ -95,12 +101,16 @@ pub(crate) const PROBES: &[Probe] = &[
     deferred::PROBE,
 ];
 
+/// Most programs that the verifier looks at at the same time: it takes a CPU for each.
+const LOADERS: usize = 4;
+
 /// The kernel's types, read when a program needs one, and once: they take tens of megabytes and of milliseconds.
 #[derive(Default)]
-pub(crate) struct Types(OnceCell<Btf>);
+pub(crate) struct Types(OnceLock<Btf>, Mutex<()>);
 
 impl Types {
     fn get(&self) -> Result<&Btf, ProgramError> {
+        let _one = self.1.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(btf) = self.0.get() {
             return Ok(btf);
         }
@@ -115,9 +125,7 @@ pub(crate) fn attach(ebpf: &mut Ebpf, types: &Types, when: When, calls: &[Calls]
     let hooks = PROBES.iter().filter(|probe| probe.when == when).flat_map(|probe| probe.hooks);
     let wanted = hooks.filter(|hook| !matches!(hook.events, Events::Waits(of, _) if !calls.contains(&of)));
     // All are loaded before the first is attached, so that they begin to watch together.
-    for hook in wanted.clone() {
-        load(program(ebpf, hook)?, hook, types).map_err(|error| rejected(hook, error))?;
-    }
+    load_all(ebpf, wanted.clone().collect(), types)?;
     let mut missing = Vec::new();
     for hook in wanted {
         let program = program(ebpf, hook)?;
@@ -140,6 +148,31 @@ pub(crate) fn attach(ebpf: &mut Ebpf, types: &Types, when: When, calls: &[Calls]
         }
     }
     Ok(missing)
+}
+
+/// Loads the programs of these hooks, some at a time: nearly all of a start is the verifier's.
+fn load_all(ebpf: &mut Ebpf, hooks: Vec<&Hook>, types: &Types) -> Result<()> {
+    let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
+    let pairs = hooks.into_iter().map(|hook| {
+        let program = programs.remove(hook.program);
+        Ok((hook, program.with_context(|| format!("no program {}", hook.program))?))
+    });
+    let pairs: Vec<_> = pairs.collect::<Result<_>>()?;
+    let loaders = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(LOADERS)).min(pairs.len());
+    let pairs = Mutex::new(pairs.into_iter());
+    let next = || pairs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let load_some = || {
+        while let Some((hook, program)) = next() {
+            load(program, hook, types).map_err(|error| rejected(hook, error))?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let loaders: Vec<_> = (0..loaders).map(|_| scope.spawn(load_some)).collect();
+        let loaded =
+            loaders.into_iter().map(|loader| loader.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        loaded.collect()
+    })
 }
 
 /// Loads a program for the first of the tracepoint's names that this kernel has.

@@ -136,7 +136,7 @@ fn row(
     // What runs once in a while has no cost for each connection.
     let often = costs.iter().filter(|(_, cost)| cost.events >= 0.01);
     let programs: Vec<String> = often
-        .map(|(name, Cost { events, nanoseconds })| {
+        .map(|(name, Cost { events, nanoseconds, .. })| {
             format!("{name} {events:.2} x {:.0}", nanoseconds - measuring)
         })
         .collect();

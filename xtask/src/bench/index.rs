@@ -13,6 +13,7 @@ use super::Part;
 use super::goals;
 use super::machine::{Machine, rows, versions};
 use super::page::Page;
+use super::repeat::Run;
 use super::statistics::Spread;
 
 const INDEX: &str = "docs/benchmarks.md";
@@ -40,13 +41,13 @@ runtime that is blocked.
 
 /// Keeps what a part has measured; answers where.
 pub(super) fn keep(root: &Path, part: Part, machine: &Machine, page: &Page) -> Result<String> {
-    let round = |figure: f64| (figure * 1000.0).round() / 1000.0;
-    let figures: BTreeMap<_, _> = page
-        .figures
-        .iter()
-        .map(|(key, Spread { low, median, high })| (key, [*low, *median, *high].map(round)))
-        .collect();
-    let record = json!({ "date": machine.date, "observer": machine.observer, "figures": figures });
+    let figures: BTreeMap<_, _> = page.figures.iter().map(|(key, figure)| (key, figure.record())).collect();
+    let Machine { date, observer, .. } = machine;
+    let run = Run { date: date.clone(), observer: observer.clone(), ratios: page.ratios.clone() };
+    let before = record(root, part).and_then(|record| Run::before(&record, date));
+    let mut record = run.record();
+    record["figures"] = json!(figures);
+    record["before"] = before.as_ref().map_or(Value::Null, Run::record);
     fs::create_dir_all(root.join(PARTS)).with_context(|| format!("cannot make {PARTS}"))?;
     save(root, &file(part, "json"), &format!("{record:#}\n"))?;
     let name = file(part, "md");
@@ -60,6 +61,9 @@ pub(super) fn keep(root: &Path, part: Part, machine: &Machine, page: &Page) -> R
     ));
     whole.table(&["", ""], rows(machine, &versions()));
     whole.text(rest.trim_start());
+    if let Some(before) = before {
+        before.table(&run, &mut whole);
+    }
     save(root, &name, &whole.finished())?;
     Ok(name)
 }
@@ -69,15 +73,10 @@ pub(super) fn write(root: &Path, machine: &Machine) -> Result<&'static str> {
     let mut page = Page::default();
     page.text(HEAD);
     page.table(&["", ""], rows(machine, &[]));
-    let records: Vec<(Part, Value)> = Part::value_variants()
-        .iter()
-        .filter_map(|&part| {
-            let text = fs::read_to_string(root.join(file(part, "json"))).ok()?;
-            Some((part, serde_json::from_str(&text).ok()?))
-        })
-        .collect();
+    let records: Vec<(Part, Value)> =
+        Part::value_variants().iter().filter_map(|&part| Some((part, record(root, part)?))).collect();
     page.text(GOALS);
-    let figure = |key| records.iter().find_map(|(_, record)| spread(&record["figures"][key]));
+    let figure = |key| records.iter().find_map(|(_, record)| Spread::kept(&record["figures"][key]));
     page.table(&goals::HEAD, goals::ALL.iter().map(|goal| goal.row(figure(goal.key))));
     page.text(LIST);
     let list = records.iter().map(|(part, record)| {
@@ -88,9 +87,10 @@ pub(super) fn write(root: &Path, machine: &Machine) -> Result<&'static str> {
             part.about().to_owned(),
             text("date"),
             text("observer"),
+            repeated(record),
         ]
     });
-    page.table(&["part", "what", "date", "observer"], list);
+    page.table(&["part", "what", "date", "observer", "ratios that were the same on another day"], list);
     page.text(BY_HAND);
     save(root, INDEX, &page.finished())?;
     Ok(INDEX)
@@ -105,9 +105,19 @@ pub(super) fn goals_of(pages: &[Page]) -> Page {
     goals
 }
 
-fn spread(kept: &Value) -> Option<Spread> {
-    let figure = |n: usize| kept[n].as_f64();
-    Some(Spread { low: figure(0)?, median: figure(1)?, high: figure(2)? })
+/// How far a part's run and the one before it agree.
+fn repeated(record: &Value) -> String {
+    let runs = Run::from(&record["before"]).zip(Run::from(record));
+    runs.map_or_else(String::new, |(then, now)| {
+        let (same, of) = then.agreement(&now);
+        format!("{same} of {of}, {}", then.date)
+    })
+}
+
+/// What a part has left of its last run.
+fn record(root: &Path, part: Part) -> Option<Value> {
+    let text = fs::read_to_string(root.join(file(part, "json"))).ok()?;
+    serde_json::from_str(&text).ok()
 }
 
 fn file(part: Part, kind: &str) -> String {

@@ -14,6 +14,7 @@ mod page_programs;
 mod page_servers;
 mod process;
 mod programs;
+mod repeat;
 mod servers;
 mod start;
 mod statistics;

@@ -11,6 +11,8 @@ pub(super) struct Page {
     pub(super) text: String,
     /// By the goal's key.
     pub(super) figures: BTreeMap<&'static str, Spread>,
+    /// What can be compared with runs of other days, by name: figures as a part of what ran beside them.
+    pub(super) ratios: BTreeMap<String, Spread>,
 }
 
 impl Page {
@@ -31,6 +33,13 @@ impl Page {
     pub(super) fn figure(&mut self, goal: &Goal, figure: Spread) {
         if !figure.median.is_nan() {
             self.figures.insert(goal.key, figure);
+        }
+    }
+
+    /// Notes a ratio, unless there is none.
+    pub(super) fn ratio(&mut self, name: String, ratio: Spread) {
+        if !ratio.median.is_nan() {
+            self.ratios.insert(name, ratio);
         }
     }
 

@@ -116,7 +116,23 @@ fn note(page: &mut Page, hooks: &[Hook], programs: &Figures) {
     let loops = net(programs, lines.iter().filter(|line| line.probe == "reactor"), &pair.target);
     let script = net(programs, self::lines(&[], &programs.script).iter(), &programs.script.target);
     figure(&goals::LOOPS_TO_BPFTRACE, Some(loops / script * 100.0));
+    let all = [
+        ("observer, target", &pair.target),
+        ("observer, stranger", &pair.stranger),
+        ("bpftrace, all", &programs.script.target),
+        ("bpftrace, stranger", &programs.script.stranger),
+    ];
+    for (who, costs) in all {
+        // What hardly ever runs has no ratio that two runs could have in common.
+        for (name, cost) in costs.iter().filter(|(_, cost)| cost.events >= OFTEN) {
+            let ratio = cost.spread.part_of(programs.measuring_any());
+            page.ratio(format!("{} ({who}) to a program that does nothing", shown(name)), ratio);
+        }
+    }
 }
+
+/// Events for each operation, from which on something is compared with other runs.
+const OFTEN: f64 = 0.1;
 
 /// A program in a table.
 struct Line<'a> {

@@ -47,6 +47,17 @@ fn note(page: &mut Page, servers: &[Figures]) {
             page.figure(to_bpftrace, Spread::at(ours.median / theirs.median * 100.0));
         }
     }
+    for figures in servers {
+        for (arm, samples) in figures.arms.iter().filter(|(arm, _)| *arm != Arm::Nothing) {
+            let nothing = figures.samples(Arm::Nothing);
+            let ratio = |figure: fn(&Sample) -> f64| {
+                Spread::of(samples.iter().zip(nothing).map(|(a, b)| figure(a) / figure(b)))
+            };
+            let name = |of| format!("{of} of {} beside {} to nothing", figures.server, arm.title());
+            page.ratio(name("CPU time"), ratio(|sample| sample.cpu));
+            page.ratio(name("requests"), ratio(|sample| sample.per_second));
+        }
+    }
     let tools = servers.iter().find(|figures| figures.server == "nginx").into_iter();
     let tools = tools.flat_map(|figures| figures.tools(Arm::Observer)).collect::<Vec<_>>();
     page.figure(&goals::CPU, Spread::of(tools.iter().map(|tool| tool.cpu_seconds / tool.seconds * 100.0)));

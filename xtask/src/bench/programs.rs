@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::load::{Wrk, on_ring, on_socket};
 use super::process::program_ids;
 use super::servers::{RingAcceptor, Server};
-use super::statistics::median;
+use super::statistics::{Spread, median};
 use super::tools::{EMPTY, SLICES, Script, Tool, settle};
 use super::{Cpus, progress};
 use crate::shell::{ask, find};
@@ -103,6 +103,8 @@ pub(super) struct Cost {
     pub(super) events: f64,
     /// Nanoseconds an event, with what measuring it takes.
     pub(super) nanoseconds: f64,
+    /// The same, with how far rounds are from each other.
+    pub(super) spread: Spread,
 }
 
 /// Costs by the program's name as the kernel keeps it.
@@ -262,8 +264,9 @@ pub(super) fn costs(rounds: &[Round]) -> Costs {
             let usages = || rounds.iter().filter_map(|round| Some((round, *round.usage.get(name)?)));
             let events = usages().map(|(round, (runs, _))| runs as f64 / round.operations as f64);
             let ran = usages().filter(|(_, (runs, _))| *runs > 0);
-            let nanoseconds = median(ran.map(|(_, (runs, time))| time as f64 / runs as f64));
-            let cost = Cost { events: median(events), nanoseconds };
+            let spread = Spread::of(ran.map(|(_, (runs, time))| time as f64 / runs as f64));
+            let nanoseconds = spread.median;
+            let cost = Cost { events: median(events), nanoseconds, spread };
             (!nanoseconds.is_nan()).then(|| (name.clone(), cost))
         })
         .collect()

@@ -1,5 +1,7 @@
 //! Medians and quartiles: a few rounds on a busy machine have outliers, which means would follow.
 
+use serde_json::Value;
+
 /// Where the middle half of some figures lies.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Spread {
@@ -18,6 +20,23 @@ impl Spread {
     /// Of a single figure.
     pub(super) fn at(figure: f64) -> Self {
         Self { low: figure, median: figure, high: figure }
+    }
+
+    /// Each as a part of this.
+    pub(super) fn part_of(self, whole: f64) -> Self {
+        let Self { low, median, high } = self;
+        Self { low: low / whole, median: median / whole, high: high / whole }
+    }
+
+    /// As it is kept in a file.
+    pub(super) fn record(self) -> Value {
+        let round = |figure: f64| (figure * 1000.0).round() / 1000.0;
+        [self.low, self.median, self.high].map(round).into_iter().collect()
+    }
+
+    pub(super) fn kept(record: &Value) -> Option<Self> {
+        let figure = |n: usize| record[n].as_f64();
+        Some(Self { low: figure(0)?, median: figure(1)?, high: figure(2)? })
     }
 
     /// The median, with the quartiles in brackets unless they are the same.

@@ -17,8 +17,8 @@ pub(super) const TARGET_WAIT: Goal = goal(
     "target_wait",
     "a target's wait and its return, net",
     (100.0, "ns"),
-    "each of the two looks its thread up in a hash map and reads the clock, and each ends one phase and posts the next; the \
-     programs of bpftrace do as much for less",
+    "each of its two programs looks its thread up in a hash map and reads the clock, ends one phase, keeps its length and \
+     begins the next",
 );
 pub(super) const STRANGER_SWITCH: Goal = goal(
     "stranger_switch",
@@ -43,19 +43,16 @@ pub(super) const NGINX_LOSS: Goal = goal(
     "nginx_loss",
     "throughput that nginx loses at saturation",
     (1.0, "%"),
-    "a request of 7 us waits for events, and is switched to and from, once or more: each wait takes some 2 % of that",
+    "the way to programs rather than what they do: observer on another process takes as much, and so does bpftrace for less; \
+     every system call and context switch goes a longer way while anybody hooks some",
 );
-pub(super) const REDIS_LOSS: Goal = goal(
-    "redis_loss",
-    "throughput that Redis loses at saturation",
-    (1.0, "%"),
-    "as with nginx, but that a wait returns with several commands",
-);
+pub(super) const REDIS_LOSS: Goal =
+    goal("redis_loss", "throughput that Redis loses at saturation", (1.0, "%"), "as with nginx");
 pub(super) const NGINX_TO_BPFTRACE: Goal = goal(
     "nginx_to_bpftrace",
     "CPU time that nginx takes more for a request, of what it does beside bpftrace",
     (50.0, "%"),
-    "getting into a program takes as much time as being in it, and is the same for both",
+    "the way to programs, which is the same for both",
 );
 pub(super) const REDIS_TO_BPFTRACE: Goal = goal(
     "redis_to_bpftrace",

@@ -2,6 +2,7 @@
 //! or fails by its figures: they depend on the machine, so they are read by people.
 
 mod bcc;
+mod calls;
 mod crowd;
 mod goals;
 mod growth;
@@ -75,6 +76,7 @@ impl Part {
                 let acceptor = &bench.example("ring_acceptor")?;
                 let figures = programs::Bench { observer, acceptor, cpus, rounds, seconds }.run()?;
                 page_programs::write(&mut page, &machine::probes(observer)?, &figures, rounds, seconds);
+                calls::run(&mut page, observer, if *is_quick { 2 } else { 7 })?;
             }
             Self::Bcc => {
                 let (rounds, seconds) = if *is_quick { (1, 1) } else { (3, 2) };

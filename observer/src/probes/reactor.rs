@@ -65,7 +65,7 @@ pub(super) const PROBE: Probe = Probe {
     purpose: "event loops: how late they are; how long between two waits, on a CPU, waiting for one, or blocked, and in what; which of that are stalls; how late after a wake-up",
     since: "5.5",
     when: When::Always,
-    cost: "every wait for events, context switch and wake-up on the machine; one or two look-ups for a stranger's",
+    cost: "every wait for events, context switch and wake-up on the machine; one or two look-ups for a stranger's; some 60 ns for every other system call, which the kernel sends a longer way as soon as one is hooked",
     hooks: &[
         Hook { program: FIND_REGISTERS, events: Events::OnDemand },
         Hook { program: "sched_switch", events: Events::Btf(&["sched_switch"]) },

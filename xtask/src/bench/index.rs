@@ -34,9 +34,8 @@ Medians, with the quartiles in brackets where there are rounds.
 const LIST: &str = "## Parts
 ";
 
-const BY_HAND: &str =
-    "`beside-hud.md` was written by hand: [observer beside hud](benchmarks/beside-hud.md) on a tokio
-runtime that is blocked.
+const BY_HAND: &str = "Two were written by hand: [the same programs on two days](benchmarks/two-days.md), and
+[observer beside hud](benchmarks/beside-hud.md) on a tokio runtime that is blocked.
 ";
 
 /// Keeps what a part has measured; answers where.

@@ -69,8 +69,7 @@ impl Page {
             [line.title.clone()].into_iter().chain(figures.into_iter().flatten()).collect()
         });
         let sums = both.map(|costs| {
-            let gross: f64 = costs.values().map(|cost| cost.events * cost.nanoseconds).sum();
-            [String::new(), format!("{gross:.0}"), format!("{:.0}", net(programs, lines.iter(), costs))]
+            [String::new(), format!("{:.0}", gross(costs)), format!("{:.0}", net(programs, lines.iter(), costs))]
         });
         let sum = [format!("all, for each {operation}")].into_iter().chain(sums.into_iter().flatten());
         let head =
@@ -116,23 +115,24 @@ fn note(page: &mut Page, hooks: &[Hook], programs: &Figures) {
     let loops = net(programs, lines.iter().filter(|line| line.probe == "reactor"), &pair.target);
     let script = net(programs, self::lines(&[], &programs.script).iter(), &programs.script.target);
     figure(&goals::LOOPS_TO_BPFTRACE, Some(loops / script * 100.0));
-    let all = [
-        ("observer, target", &pair.target),
-        ("observer, stranger", &pair.stranger),
-        ("bpftrace, all", &programs.script.target),
-        ("bpftrace, stranger", &programs.script.stranger),
-    ];
-    for (who, costs) in all {
-        // What hardly ever runs has no ratio that two runs could have in common.
-        for (name, cost) in costs.iter().filter(|(_, cost)| cost.events >= OFTEN) {
-            let ratio = cost.spread.part_of(programs.measuring_any());
-            page.ratio(format!("{} ({who}) to a program that does nothing", shown(name)), ratio);
+    for (load, pair) in &programs.observer {
+        let script = gross(&programs.script.target);
+        for (who, costs) in [("target", &pair.target), ("stranger", &pair.stranger)] {
+            let title = format!("{}: all programs, {who}, to bpftrace's for slices of nginx", load.title());
+            page.ratio(title, Spread::at(gross(costs) / script));
+        }
+    }
+    for (who, costs) in [("target", &pair.target), ("stranger", &pair.stranger)] {
+        for line in &lines {
+            if let (Some(ours), Some(theirs)) =
+                (costs.get(line.name), programs.script.target.get(kept(line.event)))
+            {
+                let title = format!("{}, {who}, to bpftrace's on that event", line.title);
+                page.ratio(title, ours.spread.part_of(theirs.nanoseconds));
+            }
         }
     }
 }
-
-/// Events for each operation, from which on something is compared with other runs.
-const OFTEN: f64 = 0.1;
 
 /// A program in a table.
 struct Line<'a> {
@@ -163,6 +163,11 @@ fn lines<'a>(hooks: &'a [Hook], pair: &'a Pair) -> Vec<Line<'a>> {
 fn net<'a>(programs: &Figures, lines: impl Iterator<Item = &'a Line<'a>>, costs: &Costs) -> f64 {
     let net = |line: &Line, cost: &Cost| cost.events * (cost.nanoseconds - programs.measuring(line.event));
     lines.filter_map(|line| Some(net(line, costs.get(line.name)?))).sum()
+}
+
+/// The same with it, of all programs.
+fn gross(costs: &Costs) -> f64 {
+    costs.values().map(|cost| cost.events * cost.nanoseconds).sum()
 }
 
 /// A name that may have lost its end.

@@ -65,7 +65,7 @@ pub(super) struct Follower {
     /// By process id.
     processes: HashMap<u32, Process>,
     /// Of these, the ones whose connections have not been looked at.
-    new: Vec<u32>,
+    new: HashSet<u32>,
     /// Whether the kernel has taken the programs; `None` while nobody needs them.
     loaded: Option<Result<(), String>>,
     shared: Shared,
@@ -296,7 +296,7 @@ impl Follower {
         let work = format!("{} work", profile.name);
         let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_told_later }));
         process.spaces.extend(spaces);
-        self.new.push(pid);
+        self.new.insert(pid);
         Ok(())
     }
 

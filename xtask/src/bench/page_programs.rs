@@ -69,7 +69,11 @@ impl Page {
             [line.title.clone()].into_iter().chain(figures.into_iter().flatten()).collect()
         });
         let sums = both.map(|costs| {
-            [String::new(), format!("{:.0}", gross(costs)), format!("{:.0}", net(programs, lines.iter(), costs))]
+            [
+                String::new(),
+                format!("{:.0}", gross(costs)),
+                format!("{:.0}", net(programs, lines.iter(), costs)),
+            ]
         });
         let sum = [format!("all, for each {operation}")].into_iter().chain(sums.into_iter().flatten());
         let head =

@@ -83,7 +83,7 @@ impl Bench<'_> {
         let Cpus { server: cpu, load: load_cpu } = self.cpus;
         let all = [Arm::Nothing, Arm::Observer, Arm::Elsewhere, Arm::Bpftrace];
         let most = [Arm::Nothing, Arm::Observer, Arm::Bpftrace];
-        let deferring = [Arm::Nothing, Arm::Observer, Arm::Following];
+        let deferring = [Arm::Nothing, Arm::Observer, Arm::Following, Arm::Bpftrace];
 
         let nginx = Server::nginx(cpu, false)?;
         let wrk = |server: &Server| Wrk::prepare(load_cpu, server.port, self.seconds, true)?.run();
@@ -104,7 +104,7 @@ impl Bench<'_> {
             self.server("asyncio, a deferred task for each request", &asyncio, &deferring, || wrk(&asyncio))?;
 
         let ruby = Server::ruby(cpu)?;
-        let ruby = self.server("Ruby's async", &ruby, &[Arm::Nothing, Arm::Observer], || wrk(&ruby))?;
+        let ruby = self.server("Ruby's async", &ruby, &most, || wrk(&ruby))?;
         Ok(vec![nginx, redis, node, asyncio, ruby])
     }
 

@@ -5,7 +5,6 @@ use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns, macros::map, maps::
 use observer_common::{
     deferred::{UnitKey, Work},
     loss::Loss,
-    origin::Origin,
 };
 
 use crate::{emit::lost, probes::reactor};
@@ -30,7 +29,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work) {
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe {
-            reactor::worked(tid, &(*work).origin, now.saturating_sub((*work).since_ns), !is_nothing);
+            reactor::worked(tid, &*work, now, !is_nothing);
             *work = *next;
             (*work).since_ns = now;
         }
@@ -40,7 +39,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work) {
             lost(Loss::WorkFull);
             return;
         }
-        reactor::worked(tid, &Origin::NONE, 0, true);
+        reactor::worked(tid, &work, now, true);
     }
 }
 

@@ -34,32 +34,35 @@ pub(crate) struct Cli {
 /// Blocks that begin with a title. `manual.rs` makes sections of them, and of lines with two columns a list.
 const MORE: &str = "\
 Examples:
-  sudo observer --pid $(pidof -s nginx)                    watch on a terminal until q; then print a report
-  sudo observer --pid 4242 --duration 30s --format text    look for 30 seconds, then print a report; figures meanwhile
-                                                           at http://127.0.0.1:9464/metrics
+  sudo observer --pid $(pgrep -o nginx)                    watch until q, then a report; with all its workers
+  sudo observer --pid 4242 --duration 30s --format text    a report after 30 seconds; figures meanwhile at
+                                                           http://127.0.0.1:9464/metrics
   sudo observer --pid 4242 --duration 10s --format json    a report for programs
   sudo observer --port 8080 --port 8081                    whoever listens there, now or later
   sudo observer --all --format text                        every server of this machine
-  sudo observer --config /etc/observer.toml --format text  as a service: docs/configuration.md, docs/deployment.md
+  sudo observer --config /etc/observer.toml --format text  as a service: docs/configuration.md
   sudo observer demo                                       watch a server with known misbehaviour
 
 Words:
-  slice     the time between the return of a wait for events and the next wait of the same thread: nothing else on
-            that event loop can run meanwhile
+  slice     the time between the return of a wait for events and the next wait of the same thread:
+            nothing else on that event loop can run meanwhile
   late      lag: the delay that something due at a random moment meets, be it a request or a timer
-  stall     a slice of --stall-threshold or more; stalls are put down to the code that was seen in most of the looks
-            that observer took while they lasted
+  stall     a slice of --stall-threshold or more; stalls are put down to the code that was seen in
+            most of the looks that observer took while they lasted
   wake-up   the delay between an event making the loop runnable and the loop running
-  depth     connections whose handshake is done and that nobody has accepted yet; limit is the most that may wait,
-            oldest how long the first of them has waited
+  depth     connections whose handshake is done and that nobody has accepted yet; limit is the most
+            that may wait, oldest how long the first of them has waited
 
-Live view: it needs a terminal that can place text (TERM=dumb cannot) and at least 50 x 12 characters; ? in it tells its
-keys. NO_COLOR turns its colours off. Messages wait until the terminal is given back; the latest is shown.
+Live view: it needs a terminal that can place text (TERM=dumb cannot) and at least 50 x 12
+characters; ? in it tells its keys. NO_COLOR turns its colours off. Messages wait until the
+terminal is given back; the latest is shown.
 
-Pushing: these variables are respected, those of OTEL_EXPORTER_OTLP_ also as OTEL_EXPORTER_OTLP_METRICS_…, which comes first:
-OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS, _TIMEOUT, _COMPRESSION (gzip), _CERTIFICATE, _CLIENT_CERTIFICATE,
-_CLIENT_KEY; OTEL_METRIC_EXPORT_INTERVAL (milliseconds; a minute without it), OTEL_RESOURCE_ATTRIBUTES, OTEL_SERVICE_NAME
-(of observer itself), OTEL_METRICS_EXPORTER=none, OTEL_SDK_DISABLED. Mind that sudo does not pass variables on unless told so.
+Pushing: these variables are respected, those of OTEL_EXPORTER_OTLP_ also as
+OTEL_EXPORTER_OTLP_METRICS_…, which comes first: OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS,
+_TIMEOUT, _COMPRESSION (gzip), _CERTIFICATE, _CLIENT_CERTIFICATE, _CLIENT_KEY;
+OTEL_METRIC_EXPORT_INTERVAL (milliseconds; a minute without it), OTEL_RESOURCE_ATTRIBUTES,
+OTEL_SERVICE_NAME (of observer itself), OTEL_METRICS_EXPORTER=none, OTEL_SDK_DISABLED. Mind that
+sudo does not pass variables on unless told so.
 
 Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.";
 
@@ -124,6 +127,15 @@ pub(crate) struct Observe {
     /// What finds no room is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
     #[arg(long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,
+    #[command(flatten)]
+    pub(crate) known: Known,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// What runtimes are known by.
+#[derive(Args, Debug)]
+pub(crate) struct Known {
     /// What runtimes are known by: `auto` for all built-in profiles, `none`, names, or files ending in .toml
     ///
     /// A profile tells how a runtime is recognised, how its garbage collections can be watched, and where it puts work
@@ -134,9 +146,9 @@ pub(crate) struct Observe {
     pub(crate) profiles: Vec<String>,
     /// Function of a library of one's own that puts work off, and what the work is known by
     ///
-    /// LIBRARY is how the name of the library's or the program's file begins; KEY is an argument, arg0 to arg5, perhaps
-    /// with pointers to follow from there, such as arg0->8. Work that is put off is due to the request that was handled
-    /// at the time. More can be said in a profile, see --profile.
+    /// LIBRARY is how the name of the library's or the program's file begins; KEY is an argument, arg0 to arg5, or a
+    /// register by its name, perhaps with pointers to follow from there, such as arg0->8. Work that is put off is due to
+    /// the request that was handled at the time. More can be said in a profile, see --profile.
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "restore")]
     pub(crate) snapshot: Option<OwnHook>,
     /// Function that goes on with work that was put off; it ends with --forget or, without that, where its thread turns
@@ -146,8 +158,6 @@ pub(crate) struct Observe {
     /// Function after which the work is no more
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
     pub(crate) forget: Option<OwnHook>,
-    #[command(flatten)]
-    pub(crate) output: Output,
 }
 
 /// Whom to observe: whoever any of these fits, each with all its threads and children.
@@ -155,7 +165,7 @@ pub(crate) struct Observe {
 #[group(id = "which", required = true, multiple = true)]
 pub(crate) struct Which {
     /// Process to observe; this, like all that select processes, can be given more than once
-    #[arg(long = "pid", value_name = "PID")]
+    #[arg(long = "pid", value_name = "PID", value_parser = process_id)]
     pub(crate) pids: Vec<u32>,
     /// Every process of this name, as `ps -o comm` shows it
     ///
@@ -208,12 +218,18 @@ pub(crate) fn stall_threshold(text: &str) -> Result<Duration, String> {
     if threshold < Duration::from_millis(1) { Err("at least 1ms".into()) } else { Ok(threshold) }
 }
 
+fn process_id(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "a process id is a number; --comm and --exe take names".into())
+}
+
 /// The check.
 #[derive(Args, Debug)]
 pub(crate) struct Check {
     /// Also tell what can be seen of this process
-    #[arg(long, value_name = "PID")]
+    #[arg(long, value_name = "PID", value_parser = process_id)]
     pub(crate) pid: Option<u32>,
+    #[command(flatten)]
+    pub(crate) known: Known,
 }
 
 /// The demonstration.

@@ -3,6 +3,7 @@
 use std::{
     io::{Write as _, stdout},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::Result;
@@ -10,20 +11,25 @@ use clap::{Command, CommandFactory as _};
 use clap_complete::{Shell, generate};
 
 use crate::{
-    cli::Cli,
+    cli::{Cli, Known},
     export::reference,
     kernel::preflight,
     manual,
     probes::{Events, PROBES},
-    profiles::PROFILES,
-    target::outlook,
+    profiles::{self, PROFILES, Profile},
+    target::{outlook, runtime::Runtimes},
 };
 
 /// Prints what this kernel, these rights and this process allow, each no with its reason and its cure.
-pub(crate) fn check(pid: Option<u32>) -> Result<ExitCode> {
+pub(crate) fn check(pid: Option<u32>, known: &Known) -> Result<ExitCode> {
+    let profiles = profiles::of(known)?;
+    let is_asked_for =
+        |profile: &Arc<Profile>| profiles::is_asked_for(profile, profiles::are_automatic(known));
+    let of_process =
+        |pid| outlook::findings(pid, Runtimes::of_profiles(profiles.clone()).asked_for(is_asked_for));
     let mut out = stdout().lock();
     let mut can_run = true;
-    for finding in preflight::findings().chain(pid.into_iter().flat_map(outlook::findings)) {
+    for finding in preflight::findings().chain(pid.into_iter().flat_map(of_process)) {
         can_run &= !finding.prevents();
         finding.write(&mut out)?;
     }

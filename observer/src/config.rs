@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use crate::{
     cli::{self, Observe, Protocol},
     export::otlp::settings::uri,
-    failure::Failure,
+    failure::{Failure, understand},
     model::histogram::Resolution,
     probes::reactor::Calls,
     profiles,
@@ -115,16 +115,6 @@ fn patterns<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Pattern>, D::Error
     patterns.collect::<Result<_, _>>().map_err(D::Error::custom)
 }
 
-/// Understands a file's text. An error says `LINE:COLUMN: what is wrong`.
-pub(crate) fn parse(text: &str) -> Result<Config, String> {
-    toml::from_str(text).map_err(|error| {
-        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
-        let line = before.matches('\n').count() + 1;
-        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-        format!("{line}:{column}: {}", error.message().replace('\n', ", "))
-    })
-}
-
 impl Config {
     /// Reads the file that the command line names; without one, nothing is said.
     pub(crate) fn of(observe: &Observe) -> Result<Self, Failure> {
@@ -132,7 +122,7 @@ impl Config {
         let failed = |what: String| Failure::new(what, "docs/configuration.md tells what may be in it");
         let text = fs::read_to_string(file)
             .map_err(|error| failed(format!("cannot read {}: {error}", file.display())))?;
-        parse(&text).map_err(|why| failed(format!("{}:{why}", file.display())))
+        understand(&text).map_err(|why| failed(format!("{}:{why}", file.display())))
     }
 
     /// Takes over each setting that the command line does not have; `is_given` tells whether it has one of that name.
@@ -147,7 +137,7 @@ impl Config {
         take(&self.reactor_calls, is_given("reactor_calls"), &mut observe.reactor_calls);
         take(&self.stall_threshold, is_given("stall_threshold"), &mut observe.stall_threshold);
         take(&self.capacity, is_given("capacity"), &mut observe.capacity);
-        take(&self.profiles, is_given("profiles"), &mut observe.profiles);
+        take(&self.profiles, is_given("profiles"), &mut observe.known.profiles);
         take(&self.attach_per_second, is_given("attach_per_second"), &mut observe.attach_per_second);
         let output = &mut observe.output;
         take(&self.listen, is_given("listen") || is_given("no_listen"), &mut output.listen);
@@ -206,7 +196,7 @@ mod tests {
 
     #[test]
     fn the_documented_example_says_everything() {
-        let config = parse(example()).unwrap();
+        let config: Config = understand(example()).unwrap();
         let table: toml::Table = example().parse().unwrap();
         let told = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
         let all = [
@@ -228,7 +218,7 @@ mod tests {
         assert_eq!(told(table["include"].as_table().unwrap()), ["all", "cgroup", "comm", "exe", "port"]);
         assert_eq!(config.include.port, [NonZero::new(8080).unwrap()]);
         assert_eq!(config.stall_threshold, Some(Duration::from_millis(50)));
-        assert_eq!(parse("").unwrap(), Config::default());
+        assert_eq!(understand::<Config>("").unwrap(), Config::default());
     }
 
     #[test]
@@ -249,14 +239,14 @@ mod tests {
             ("resolution = 3\n", "1:14: 1, 2, 4 or 8"),
             ("all = true\n", "1:1: unknown field `all`"),
         ] {
-            let error = parse(text).unwrap_err();
+            let error = understand::<Config>(text).unwrap_err();
             assert!(error.starts_with(why) && !error.contains('\n'), "{error} for {text}");
         }
     }
 
     #[test]
     fn settings_that_have_changed_are_named() {
-        let config = |text: &str| parse(text).unwrap();
+        let config = |text: &str| understand::<Config>(text).unwrap();
         let before = config("follow = true\n[include]\nall = true\n");
         let changed = |text: &str| config(text).settings_changed_from(&before);
         assert_eq!(changed("follow = true\n[exclude]\ncomm = [\"sshd\"]\n"), [""; 0]);

@@ -3,6 +3,7 @@
 use std::{fmt, io};
 
 use nix::libc;
+use serde::de::DeserializeOwned;
 
 use crate::export::plain::clean;
 
@@ -37,6 +38,16 @@ impl Failure {
         };
         Self::new(format!("{error:#}"), cure).into()
     }
+}
+
+/// Understands a file's text. An error says `LINE:COLUMN: what is wrong`.
+pub(crate) fn understand<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    toml::from_str(text).map_err(|error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        format!("{line}:{column}: {}", error.message().replace('\n', ", "))
+    })
 }
 
 impl fmt::Display for Failure {

@@ -61,7 +61,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn dispatch(cli: Cli, is_given: impl Fn(&str) -> bool) -> Result<ExitCode> {
     match cli.command {
         None => run::observe(cli.observe, is_given),
-        Some(Command::Check(check)) => commands::check(check.pid),
+        Some(Command::Check(check)) => commands::check(check.pid, &check.known),
         Some(Command::Probes) => commands::probes(),
         Some(Command::Profiles) => commands::profiles(),
         Some(Command::Metrics) => commands::metrics(),

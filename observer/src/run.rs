@@ -38,7 +38,7 @@ use crate::{
     kernel::{preflight, rights},
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
-    profiles::{self, Profile},
+    profiles,
     target::{choice::Choice, criteria::Criteria, process::ensure_observable},
 };
 
@@ -72,8 +72,8 @@ pub(crate) fn observe(mut observe: Observe, is_given: impl Fn(&str) -> bool) -> 
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
         capacity: observe.capacity,
-        profiles: profiles(&observe)?,
-        is_limited: observe.profiles.iter().any(|profile| profile == "auto"),
+        profiles: profiles::of(&observe.known)?,
+        is_limited: profiles::are_automatic(&observe.known),
     };
     let output = observe.output.clone();
     let kill_switch = observe.kill_switch.clone();
@@ -129,15 +129,6 @@ impl Reload {
         }
         Ok(())
     }
-}
-
-/// What runtimes are known by: what was chosen, and a library of the user's own.
-fn profiles(observe: &Observe) -> Result<Vec<Arc<Profile>>> {
-    let mut chosen = profiles::chosen(&observe.profiles)?;
-    if let (Some(snapshot), Some(restore)) = (&observe.snapshot, &observe.restore) {
-        chosen.push(Arc::new(Profile::of_own_library(snapshot, restore, observe.forget.as_ref())));
-    }
-    Ok(chosen)
 }
 
 /// Observes until the time is up, a signal comes or all targets are gone; then prints the report.

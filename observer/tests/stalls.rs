@@ -1,7 +1,8 @@
 //! Stalls of real servers: each is told once, with the cause that was provoked and the code that was at it.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
     thread,
     time::{Duration, Instant},
 };
@@ -174,4 +175,36 @@ fn workers_are_late_at_a_mutex_but_not_parked() {
         "{} workers: {blocked:.3} s blocked by a lock for {least} s, {waiting:.3} s waiting",
         reactors.len()
     );
+}
+
+/// In one slice a request that is known does a little, and one of an older connection, of which nobody knows, nearly all.
+#[test]
+fn a_stall_is_not_put_down_to_who_had_little_of_it() {
+    const ROUNDS: usize = 8;
+    let server = Server::asyncio();
+    let mut older: Vec<_> = (0..2 * ROUNDS).map(|_| http::connect(server.port)).collect();
+    // By then they are accepted, too.
+    http::get(server.port, "/");
+    let observer = Observer::of(server.pid());
+    let send = |mut connection: &TcpStream, path: &str| {
+        write!(connection, "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    };
+    for pair in older.chunks_mut(2) {
+        let mut newer = http::connect(server.port);
+        thread::sleep(Duration::from_millis(50));
+        send(&pair[0], "/sleep/300");
+        thread::sleep(Duration::from_millis(100));
+        // Both are read in one slice, when that is over, and go on in the next.
+        send(&newer, "/sleep/20");
+        send(&pair[1], "/sleep/120");
+        for connection in pair.iter_mut().chain([&mut newer]) {
+            connection.read_to_end(&mut Vec::new()).unwrap();
+        }
+    }
+    http::get(server.port, "/sleep/120");
+    let report = observer.finish();
+    let recent = stalls(&report, server.pid())["recent"].as_array().unwrap();
+    assert_eq!(recent.len(), 2 * ROUNDS + 1, "{recent:#?}");
+    let named: Vec<_> = recent.iter().filter_map(|stall| stall["origin"]["path"].as_str()).collect();
+    assert_eq!(named, ["/sleep/120"], "{recent:#?}");
 }

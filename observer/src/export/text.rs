@@ -40,11 +40,7 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     writeln!(out)?;
     let findings: Vec<String> = snapshot.targets.iter().flat_map(findings).collect();
     if findings.is_empty() {
-        writeln!(
-            out,
-            "Not late: no event loop was away for {} or more, no connection waited that long.",
-            span(LATE)
-        )?;
+        writeln!(out, "{}", not_late(&snapshot.targets))?;
     }
     for finding in &findings {
         writeln!(out, "LATE: {finding}")?;
@@ -78,6 +74,18 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
+/// What is said where nothing is late: that nothing was there to be late is no good news.
+fn not_late(targets: &[Target]) -> String {
+    if targets.is_empty() {
+        "Nobody was observed: no process that fits what was asked for was there, or came.".into()
+    } else if targets.iter().all(Target::is_silent) {
+        "Nothing that could be late was seen: no event loop and no listener.".into()
+    } else {
+        let late = span(LATE);
+        format!("Not late: no event loop was away for {late} or more, no connection waited that long.")
+    }
+}
+
 /// What is late about a target, one sentence each.
 fn findings(target: &Target) -> Vec<String> {
     let who = format!("{} ({})", target.comm, target.pid);
@@ -103,26 +111,37 @@ fn findings(target: &Target) -> Vec<String> {
     reactors.chain(waits).chain(stuck).chain(dropped).chain(late_work(target)).collect()
 }
 
-/// Which deferred work of a target started later than it should, one sentence each.
+/// Which deferred work of a target started later than it should: in one sentence what late event loops held up, and one for
+/// each kind that has not started at all.
 fn late_work(target: &Target) -> impl Iterator<Item = String> + '_ {
+    let who = format!("{} ({})", target.comm, target.pid);
     let lag = target.reactors.iter().map(|reactor| reactor.lag.max()).fold(0.0, f64::max);
-    target.deferred.iter().filter_map(move |kind| {
-        let who = format!("deferred work {} of {} ({})", kind.task, target.comm, target.pid);
-        if kind.is_overdue() {
-            let (oldest, most) = (span(kind.oldest_seconds.unwrap_or(0.0)), span(kind.wait.max()));
-            let pending = kind.pending;
-            return Some(format!(
-                "{who} has {pending} pending, the oldest for {oldest}; no other waited for more than {most}"
-            ));
-        }
-        let half = kind.wait.quantile(0.5).filter(|_| is_held_up(&kind.wait, lag))?;
-        Some(format!(
-            "{who} started up to {} after it was put off, half of it within {}; event loops were up to {} late",
-            span(kind.wait.max()),
-            span(half),
+    let (overdue, others): (Vec<_>, Vec<_>) = target.deferred.iter().partition(|kind| kind.is_overdue());
+    let held_up: Vec<_> = others.into_iter().filter(|kind| is_held_up(&kind.wait, lag)).collect();
+    let longest = held_up.iter().max_by(|a, b| a.wait.max().total_cmp(&b.wait.max()));
+    let held_up = longest.map(|longest| {
+        let others = match held_up.len() - 1 {
+            0 => String::new(),
+            1 => " and one more kind".into(),
+            more => format!(" and {more} more kinds"),
+        };
+        format!(
+            "deferred work {}{others} of {who} started up to {} after it was put off, half of it within {}; event loops were up to {} late",
+            longest.task,
+            span(longest.wait.max()),
+            span(longest.wait.quantile(0.5).unwrap_or(0.0)),
             span(lag)
-        ))
-    })
+        )
+    });
+    let overdue = overdue.into_iter().map(move |kind| {
+        let (oldest, most) = (span(kind.oldest_seconds.unwrap_or(0.0)), span(kind.wait.max()));
+        let pending = kind.pending;
+        format!(
+            "deferred work {} of {who} has {pending} pending, the oldest for {oldest}; no other waited for more than {most}",
+            kind.task
+        )
+    });
+    held_up.into_iter().chain(overdue)
 }
 
 /// What a target was to do and never will, one sentence each.
@@ -188,12 +207,22 @@ fn write_deferred(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     }
     let more = kinds.len().saturating_sub(KINDS);
     if more > 0 {
-        writeln!(out, "  deferred work of {more} more kinds")?;
+        let kinds = if more == 1 { "kind" } else { "kinds" };
+        writeln!(out, "  deferred work of {more} more {kinds}")?;
     }
-    if target.unmatched > 0 {
+    /// Times, from which on it is no coincidence.
+    const ENOUGH: u64 = 10;
+    let has_started = target.deferred.iter().any(|kind| kind.started > 0);
+    if target.unmatched >= ENOUGH && !has_started && target.deferred.iter().any(|kind| kind.enqueued > 0) {
         writeln!(
             out,
-            "  deferred work went on {} times without being known: it was put off before observer came, perhaps to be called again and again, as a listener's callback is",
+            "  deferred work went on {} times, and none of what was put off ever did: what a snapshot and a restore of the profile are known by does not meet",
+            target.unmatched
+        )?;
+    } else if target.unmatched > 0 {
+        writeln!(
+            out,
+            "  deferred work went on {} times without being known: it was put off before observer came, perhaps to be called again and again, as callbacks of listeners and of older connections are; for whom is not known either",
             target.unmatched
         )?;
     }

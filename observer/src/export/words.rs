@@ -44,12 +44,22 @@ pub(crate) fn request_name(request: &Request) -> String {
     }
 }
 
-/// ` for GET /job/7 and others`, the latest of some requests; empty if there is none.
+/// ` for GET /job/7, GET /job/3 and others`, the latest of some requests first; empty if there is none.
 pub(crate) fn due_to(requests: &[&Request]) -> String {
-    let Some(latest) = requests.last().map(|request| request_name(request)) else { return String::new() };
-    let others =
-        if requests.iter().any(|request| request_name(request) != latest) { " and others" } else { "" };
-    format!(" for {latest}{others}")
+    /// Of different ones so many are named.
+    const NAMED: usize = 3;
+    let mut names = Vec::new();
+    for name in requests.iter().rev().map(|request| request_name(request)) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if names.is_empty() {
+        return String::new();
+    }
+    let others = if names.len() > NAMED { " and others" } else { "" };
+    names.truncate(NAMED);
+    format!(" for {}{others}", names.join(", "))
 }
 
 /// What people call it.
@@ -101,10 +111,11 @@ mod tests {
             path: Some(path.into()),
             ..Request::default()
         };
-        let (one, other) = (request("/1"), request("/2"));
+        let (one, other, more, last) = (request("/1"), request("/2"), request("/3"), request("/4"));
         assert_eq!(due_to(&[]), "");
         assert_eq!(due_to(&[&one, &one]), " for GET /1");
-        assert_eq!(due_to(&[&one, &other]), " for GET /2 and others");
+        assert_eq!(due_to(&[&one, &other, &one]), " for GET /1, GET /2");
+        assert_eq!(due_to(&[&one, &other, &more, &last]), " for GET /4, GET /3, GET /2 and others");
         let unknown = Request { time: "2026-11-24T12:00:00Z".into(), ..Request::default() };
         assert_eq!(due_to(&[&unknown]), " for a request at 2026-11-24T12:00:00Z");
     }

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use crate::{
-    config,
+    config::Config,
     export::otlp::settings as otlp,
+    failure::understand,
     profiles::{OwnHook, Profile, Steps, Test},
 };
 
@@ -33,7 +34,7 @@ pub(super) fn profile(data: &[u8]) {
 /// A configuration file.
 pub(super) fn config(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else { return };
-    match config::parse(text) {
+    match understand::<Config>(text) {
         Ok(config) => assert!(config.settings_changed_from(&config).is_empty()),
         Err(why) => {
             let mut place = why.splitn(3, ':');

@@ -32,7 +32,7 @@ use crate::{
         listener,
         reactor::{self, Calls},
     },
-    profiles::Profile,
+    profiles::{self, Profile},
     read::{
         capacity::Capacity,
         maps::{Maps, entries},
@@ -191,7 +191,8 @@ impl Observation {
             maps,
             watcher: Watcher::new(selection.stall_threshold),
             stall_threshold: selection.stall_threshold,
-            runtimes: Runtimes::of_profiles(selection.profiles.clone()),
+            runtimes: Runtimes::of_profiles(selection.profiles.clone())
+                .asked_for(|profile| profiles::is_asked_for(profile, selection.is_limited)),
             collectors: Collectors::at_most(selection.capacity.collectors()),
             follower: Follower::new(selection.is_limited, selection.capacity),
             pids: selection.pids.clone(),
@@ -462,6 +463,11 @@ impl Observation {
         // Nobody will ask again.
         for _ in 0..self.live.len().max(self.threads.len()) / ASKED {
             self.rename();
+        }
+        if !self.live.is_empty() || !self.exited.is_empty() {
+            for (profile, reason) in self.runtimes.unmet() {
+                self.note_missing(format!("deferred work by the profile {profile}"), reason);
+            }
         }
         let mut snapshot = self.snapshot()?;
         for target in snapshot.targets.iter_mut().filter(|target| !target.exited) {

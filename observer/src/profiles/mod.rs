@@ -19,7 +19,11 @@ pub(crate) use expression::{Hop, Operand, Path as Steps, Test};
 pub(crate) use generic::OwnHook;
 pub(crate) use hook::{At, Case, Hook, Names, Naming, Site, Table};
 
-use crate::{failure::Failure, stacks::mappings::module_name};
+use crate::{
+    cli::Known,
+    failure::{Failure, understand},
+    stacks::mappings::module_name,
+};
 
 /// Names and contents of all files, as the build script finds them.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/profiles.rs"));
@@ -171,6 +175,25 @@ pub(crate) fn is_file(wanted: &str) -> bool {
     Path::new(wanted).extension().is_some_and(|extension| extension == "toml")
 }
 
+/// The profiles that a command line asks for, and a library of the user's own.
+pub(crate) fn of(known: &Known) -> Result<Vec<Arc<Profile>>, Failure> {
+    let mut chosen = chosen(&known.profiles)?;
+    if let (Some(snapshot), Some(restore)) = (&known.snapshot, &known.restore) {
+        chosen.push(Arc::new(Profile::of_own_library(snapshot, restore, known.forget.as_ref())));
+    }
+    Ok(chosen)
+}
+
+/// Whether those that are built in may fit or not.
+pub(crate) fn are_automatic(known: &Known) -> bool {
+    known.profiles.iter().any(|profile| profile == "auto")
+}
+
+/// Whether somebody wants to hear that a profile fits nobody.
+pub(crate) fn is_asked_for(profile: &Arc<Profile>, are_automatic: bool) -> bool {
+    !are_automatic || !PROFILES.iter().any(|built_in| Arc::ptr_eq(built_in, profile))
+}
+
 /// What has a profile of this name followed at any cost.
 pub(crate) fn insistence(name: &str) -> String {
     if name == generic::NAME {
@@ -185,9 +208,9 @@ pub(crate) fn insistence(name: &str) -> String {
 /// Reads a profile of the user's own.
 fn read(file: &Path) -> Result<Profile, Failure> {
     let cure = "see docs/profiles.md for what a profile looks like";
-    let told = |why: String| Failure::new(format!("the profile {}: {why}", file.display()), cure);
-    let text = fs::read_to_string(file).map_err(|error| told(error.to_string()))?;
-    toml::from_str(&text).map_err(|error| told(error.to_string().trim_end().to_owned()))
+    let told = |why: String| Failure::new(format!("the profile {}:{why}", file.display()), cure);
+    let text = fs::read_to_string(file).map_err(|error| told(format!(" {error}")))?;
+    understand(&text).map_err(told)
 }
 
 #[cfg(test)]

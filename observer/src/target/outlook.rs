@@ -14,7 +14,6 @@ use super::{
 };
 use crate::{
     finding::Finding,
-    profiles::PROFILES,
     stacks::{interpreter::Interpreter, mappings::Mappings, memory::Live},
 };
 
@@ -22,7 +21,7 @@ use crate::{
 const ELF_CLASS_64: u8 = 2;
 
 /// Looks at a process. Whoever cannot be observed at all has one finding alone.
-pub(crate) fn findings(pid: u32) -> Vec<Finding> {
+pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<Finding> {
     let process = Process::of(pid);
     let place = [
         process.place.container.as_deref().map(|id| format!(", container {id}")),
@@ -63,7 +62,7 @@ pub(crate) fn findings(pid: u32) -> Vec<Finding> {
                 "a 64-bit program: what this one blocks in is told wrong, all else is right",
             ));
         }
-        findings.extend(code(pid));
+        findings.extend(code(pid, runtimes));
     }
     findings
 }
@@ -80,7 +79,7 @@ fn is_64_bit(pid: u32) -> io::Result<bool> {
 }
 
 /// What is known of the code it runs.
-fn code(pid: u32) -> Vec<Finding> {
+fn code(pid: u32, mut runtimes: Runtimes) -> Vec<Finding> {
     let rights = "see CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH above";
     let memory = Live::of(pid).map(drop).map_err(|error| error.to_string());
     let is_read = memory.is_ok();
@@ -99,7 +98,7 @@ fn code(pid: u32) -> Vec<Finding> {
         Err(error) => findings.push(finding("runtime", "functions by name", Err(error.to_string()), rights)),
     }
     let Ok(mappings) = Mappings::of(pid) else { return findings };
-    let found = Runtimes::of_profiles(PROFILES.clone()).of(&mappings);
+    let found = runtimes.of(&mappings);
     for (at, runtime) in found.iter().enumerate() {
         let profile = &runtime.profile;
         if let Some(collector) = &runtime.collector {
@@ -123,5 +122,9 @@ fn code(pid: u32) -> Vec<Finding> {
             ));
         }
     }
+    findings.extend(runtimes.unmet().into_iter().map(|(profile, why)| {
+        let cure = "the name as `nm -D` or /proc/PID/maps shows it, and a process that has it loaded by now";
+        finding(&format!("profile {profile}"), "deferred work, tied to its requests", Err(why), cure)
+    }));
     findings
 }

@@ -33,6 +33,8 @@ pub(crate) struct Runtimes {
     profiles: Vec<Arc<Profile>>,
     /// What is in the files that processes have mapped; nothing if that is no runtime.
     files: HashMap<(FileId, Option<Version>), Vec<Arc<Module>>>,
+    /// Profiles that somebody asked for and that no process was found to fit.
+    unmet: Vec<Arc<Profile>>,
 }
 
 /// A file with a runtime in it.
@@ -80,7 +82,27 @@ pub(crate) enum Watch {
 impl Runtimes {
     /// Finds those that these profiles describe.
     pub(crate) fn of_profiles(profiles: Vec<Arc<Profile>>) -> Self {
-        Self { profiles, files: HashMap::new() }
+        Self { profiles, files: HashMap::new(), unmet: Vec::new() }
+    }
+
+    /// The same; of some it is to be known whether they fit anybody.
+    pub(crate) fn asked_for(mut self, is_asked_for: impl Fn(&Arc<Profile>) -> bool) -> Self {
+        self.unmet = self.profiles.iter().filter(|profile| is_asked_for(profile)).cloned().collect();
+        self
+    }
+
+    /// Profiles that were asked for and fit nobody until now: what each is called, and why not.
+    pub(crate) fn unmet(&self) -> Vec<(String, String)> {
+        let why = |profile: &Profile| match &profile.home {
+            Some(home) => {
+                format!("no process that was looked at has a file mapped whose name begins with {home}")
+            }
+            None => {
+                let markers = profile.marker.as_slice().join(" or ");
+                format!("no process that was looked at has a module that defines {markers}")
+            }
+        };
+        self.unmet.iter().map(|profile| (profile.name.clone(), why(profile))).collect()
     }
 
     /// Finds out what a process runs; nothing if that is nothing known here.
@@ -112,6 +134,7 @@ impl Runtimes {
         });
         let named: Vec<_> = named.collect();
         found.extend(named);
+        self.unmet.retain(|profile| !found.iter().any(|runtime| Arc::ptr_eq(&runtime.profile, profile)));
         found
     }
 

@@ -34,7 +34,7 @@ impl Prometheus {
     pub(crate) fn scraping(ports: &[u16]) -> Self {
         let files = tempfile::tempdir().unwrap();
         let rules = fs::read_to_string(dashboards().join("rules.yml")).unwrap();
-        let rules = rules.replace("[5m]", &format!("[{RANGE}]")).replace("[1m]", &format!("[{RANGE}]"));
+        let rules = rules.replace("[5m]", &format!("[{RANGE}]")).replace("[2m]", &format!("[{RANGE}]"));
         let rules = rules.replace("for: 5m", &format!("for: {PATIENCE}"));
         let rules = rules.replace("for: 1m", &format!("for: {PATIENCE}"));
         assert!(

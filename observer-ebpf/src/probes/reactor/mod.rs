@@ -14,6 +14,7 @@ use aya_ebpf::{
 };
 use observer_common::{
     block::{Block, CONTENDED, NO_CALL},
+    deferred::Work,
     loss::Loss,
     origin::Origin,
     reactor::{
@@ -26,7 +27,7 @@ use crate::{
     block::Blocked,
     emit::{lost, record_alone},
     kernel::{self, Off, Task},
-    pool, presence,
+    pool, presence, work,
 };
 
 /// Reactors by thread id. Only its own thread writes an entry, but for a wake-up, which the scheduler orders
@@ -263,13 +264,15 @@ unsafe fn post(reactor: *const Reactor, since_ns: u64) {
 /// # Safety
 /// `reactor` points to a live map value that nobody else writes now.
 #[inline(always)]
-unsafe fn report(reactor: *const Reactor, tid: u32, length_ns: u64) {
+unsafe fn report(reactor: *mut Reactor, tid: u32, length_ns: u64) {
     let Some(mut entry) = STALLS.reserve::<Stall>(0) else {
         lost(Loss::StallsFull);
         return;
     };
     // SAFETY: the place is ours until it is submitted, and large enough; `reactor` by contract.
     unsafe {
+        let last = work::current(tid);
+        keep_longest(reactor, &last.origin, last.since_ns, (*reactor).phase_since_ns + length_ns);
         origin::stalled((*reactor).tgid, &(*reactor).longest_work_for);
         let stall = entry.as_mut_ptr();
         (*stall).tid = tid;
@@ -422,18 +425,33 @@ pub(super) fn collected(tid: u32, since: u64, now: u64) {
     }
 }
 
-/// The current thread has worked for this origin so long at once; whether it turns to other work now, or to none.
+/// The current thread has done this work until now; whether it turns to other work, or to none.
 #[inline(always)]
-pub(crate) fn worked(tid: u32, origin: &Origin, elapsed_ns: u64, works: bool) {
+pub(crate) fn worked(tid: u32, work: &Work, now: u64, works: bool) {
     if let Some(reactor) = reactor_of(tid) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             (*reactor).works = u32::from(works);
-            if origin.request != 0 && elapsed_ns > (*reactor).longest_work_ns {
-                (*reactor).is_eventful = 1;
-                (*reactor).longest_work_ns = elapsed_ns;
-                (*reactor).longest_work_for = *origin;
-            }
+            keep_longest(reactor, &work.origin, work.since_ns, now);
+        }
+    }
+}
+
+/// What a slice was for is what it did longest at once, be it for nobody that is known: that is no reason to put it down to
+/// somebody who had little of it.
+///
+/// # Safety
+/// `reactor` points to a live map value that nobody else writes now.
+#[inline(always)]
+unsafe fn keep_longest(reactor: *mut Reactor, origin: &Origin, since_ns: u64, now: u64) {
+    // SAFETY: by contract.
+    unsafe {
+        // Before that it waited.
+        let elapsed = now.saturating_sub(since_ns.max((*reactor).phase_since_ns));
+        if elapsed > (*reactor).longest_work_ns {
+            (*reactor).is_eventful = 1;
+            (*reactor).longest_work_ns = elapsed;
+            (*reactor).longest_work_for = if origin.request == 0 { Origin::NONE } else { *origin };
         }
     }
 }

@@ -27,30 +27,41 @@ const HISTORY: usize = 6;
 const LATEST: usize = 16;
 
 const HELP: &str = "
- Is it late, and whose fault is it? The first lines answer that for the last ten seconds.
+ Is it late, and whose fault is it? The first lines answer that for the last ten
+ seconds.
 
  q, Ctrl-C      leave the view and print the report of the whole observation
  p, Space       stop the picture and let it go on; nothing is missed meanwhile
  s              sort by lateness, by load, by name
- /, f           filter by a part of a name, an address or a process id; Esc ends it
- Tab            go from event loops to accept queues, to deferred work, and back
+ /, f           filter by a part of a name, an address or a process id; Esc
+                ends it
+ Tab            go from event loops to accept queues, to deferred work, and
+                back
  Up, Down       select (k and j as well, PageUp, PageDown, Home, End)
- Enter          all about what is selected: quantiles, causes, stalls with their stacks
+ Enter          all about what is selected: quantiles, causes, stalls with
+                their stacks
  Esc            back
  ?              this page
 
- mean, p99, longest  the delay that something due at a random moment meets, be it a request or a timer, in the
-                last ten seconds; `ever` is the longest since the start
+ mean, p99, longest  the delay that something due at a random moment meets, be
+                it a request or a timer, in the last ten seconds; `ever` is the
+                longest since the start
  busy           the share of time in which the loop did not wait for events
- the bar        where busy time goes: on a CPU, waiting for one, or blocked: in a lock, files, the network,
-                asleep, by page faults, in something else
- stalls         slices of the threshold or more, with the code that was seen in most looks at them; the percentage
-                is the share of the mean lag that would be gone with that code mended
- oldest         how long the first of those that wait to be accepted has waited; p99 and longest are waits too
- depth          connections that wait now and how many may; | in the bar is the most that were seen
- DEFERRED WORK  kinds of work that was put off: pieces that have not started (pending) and how long the first of them
-                has waited (oldest), how many start, how long they waited and ran; orphans were forgotten before they
-                started. Timers wait on purpose, and many are cancelled: neither is a fault. Kinds that only the start
+ the bar        where busy time goes: on a CPU, waiting for one, or blocked: in
+                a lock, files, the network, asleep, by page faults, in
+                something else
+ stalls         slices of the threshold or more, with the code that was seen in
+                most looks at them; the percentage is the share of the mean lag
+                that would be gone with that code mended
+ oldest         how long the first of those that wait to be accepted has
+                waited; p99 and longest are waits too
+ depth          connections that wait now and how many may; | in the bar is the
+                most that were seen
+ DEFERRED WORK  kinds of work that was put off: pieces that have not started
+                (pending) and how long the first of them has waited (oldest),
+                how many start, how long they waited and ran; orphans were
+                forgotten before they started. Timers wait on purpose, and many
+                are cancelled: neither is a fault. Kinds that only the start
                 tells are pending as work of any kind
 ";
 

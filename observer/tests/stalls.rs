@@ -204,7 +204,9 @@ fn a_stall_is_not_put_down_to_who_had_little_of_it() {
     http::get(server.port, "/sleep/120");
     let report = observer.finish();
     let recent = stalls(&report, server.pid())["recent"].as_array().unwrap();
-    assert_eq!(recent.len(), 2 * ROUNDS + 1, "{recent:#?}");
-    let named: Vec<_> = recent.iter().filter_map(|stall| stall["origin"]["path"].as_str()).collect();
+    // What a busy machine makes stalls of besides is shorter.
+    let long = || recent.iter().filter(|stall| stall["seconds"].as_f64().unwrap() >= 0.1);
+    assert_eq!(long().count(), 2 * ROUNDS + 1, "{recent:#?}");
+    let named: Vec<_> = long().filter_map(|stall| stall["origin"]["path"].as_str()).collect();
     assert_eq!(named, ["/sleep/120"], "{recent:#?}");
 }

@@ -3,33 +3,51 @@
 //! a mutex that another thread holds for so many milliseconds. Prints its port.
 
 use std::{
-    io,
+    fs, io,
     net::Ipv4Addr,
-    sync::{Mutex, mpsc},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
 
-use nix::unistd::gettid;
+use nix::unistd::{Pid, gettid};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
     task::spawn_blocking,
 };
 
-/// Waits for a mutex for as long as another thread holds it.
+/// Waits for a mutex that another thread holds for so long from when this one is blocked.
 fn wait_for_a_lock(time: Duration) {
     let lock = Mutex::new(());
     let (holds, held) = mpsc::channel();
+    let (worker, is_about_to) = (gettid(), AtomicBool::new(false));
     thread::scope(|scope| {
         scope.spawn(|| {
             let _guard = lock.lock();
             let _unless_gone = holds.send(());
+            // A busy machine may take as long until then as it is to wait.
+            let is_blocked = || is_about_to.load(Ordering::SeqCst) && is_asleep(worker);
+            (0..PATIENCE).take_while(|_| !is_blocked()).for_each(|_| thread::sleep(LOOK));
             thread::sleep(time);
         });
         let _unless_gone = held.recv();
+        is_about_to.store(true, Ordering::SeqCst);
         let _guard = lock.lock();
     });
+}
+
+/// How often to look whether a thread is asleep, and how many times.
+const LOOK: Duration = Duration::from_millis(1);
+const PATIENCE: u32 = 10_000;
+
+fn is_asleep(tid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|state| state.starts_with('S'))
 }
 
 async fn serve(client: TcpStream) -> io::Result<()> {

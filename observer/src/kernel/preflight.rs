@@ -121,7 +121,12 @@ pub(crate) fn ensure() -> Result<(), Failure> {
     let missing: Vec<_> = missing.collect();
     if let Some(first) = missing.first() {
         let names: Vec<_> = missing.iter().map(|right| right.capability.to_string()).collect();
-        return Err(Failure::new(format!("missing rights: {}", names.join(", ")), first.cure()));
+        let cure = if missing.len() == 1 {
+            first.cure()
+        } else {
+            "run observer as root, for example with sudo; in a container, add these capabilities".into()
+        };
+        return Err(Failure::new(format!("missing rights: {}", names.join(", ")), cure));
     }
     match look(|required| required).find(Finding::prevents) {
         Some(Finding { name, outcome: Err(reason), cure, .. }) => {

@@ -186,7 +186,7 @@ pub struct Reactor {
     pub parked_at: u64,
     /// The futex that it is blocked at as at a mutex; else 0.
     pub contended_at: u64,
-    /// What it worked for in the present slice, longest at once.
+    /// What it worked for in the present slice, longest at once; nothing where nobody knows what that was for.
     pub longest_work_for: Origin,
     /// How long that was, nanoseconds.
     pub longest_work_ns: u64,

@@ -1,4 +1,5 @@
-//! What series are about, and the labels that name it.
+//! What series are about, and the labels that name it: only so many of each are told one by one, whichever families of the
+//! catalog tell of them.
 
 use super::{
     deferred::{Deferred, HookFigures},

@@ -105,6 +105,7 @@ pub(crate) const PROBES: &[Probe] = &[
 const LOADERS: usize = 4;
 
 /// The kernel's types, read when a program needs one, and once: they take tens of megabytes and of milliseconds.
+/// The lock has one loader read them while others wait.
 #[derive(Default)]
 pub(crate) struct Types(OnceLock<Btf>, Mutex<()>);
 

@@ -70,19 +70,19 @@ pub(super) const MEMORY: Goal = goal(
     "memory",
     "observer's resident memory with one target",
     (20.0, "MiB"),
-    "half of it is the program itself",
+    "most of it is the program itself",
 );
 pub(super) const MEMORY_OF_MANY: Goal = goal(
     "memory_of_many",
     "observer's resident memory with a thousand targets",
     (60.0, "MiB"),
-    "figures of loops and listeners as they were last read, 10 KB for each of both, and the page of the last scrape",
+    "figures of loops and listeners as they were last read, and the page of the last scrape",
 );
 pub(super) const SCRAPE_OF_MANY: Goal = goal(
     "scrape_of_many",
     "a scrape of a thousand targets",
     (100.0, "ms"),
-    "a third is reading maps and /proc, two thirds are making 4 MB of text of 20,000 series",
+    "half is reading maps and /proc, half is making the text",
 );
 pub(super) const FIRST_FIGURE: Goal = goal(
     "first_figure",

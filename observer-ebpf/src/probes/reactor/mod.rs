@@ -271,6 +271,7 @@ unsafe fn report(reactor: *mut Reactor, tid: u32, length_ns: u64) {
     };
     // SAFETY: the place is ours until it is submitted, and large enough; `reactor` by contract.
     unsafe {
+        // What it has done since it last turned to something counts as well, be it nothing.
         let last = work::current(tid);
         keep_longest(reactor, &last.origin, last.since_ns, (*reactor).phase_since_ns + length_ns);
         origin::stalled((*reactor).tgid, &(*reactor).longest_work_for);

@@ -22,11 +22,11 @@ pub struct Arrival {
 }
 crate::shared!(Arrival, 16);
 
-/// Value of `ACCEPTING`, whose key is the thread id: an accept call in progress.
+/// Value of `ACCEPTING`, whose key is the thread id: the accept call in progress.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accepting {
-    /// Key of the listener.
+    /// Key of the listener; 0 if there is no such call.
     pub inode: u64,
     /// Connections that waited when the call began.
     pub depth: u32,
@@ -34,6 +34,11 @@ pub struct Accepting {
     pub reserved: u32,
 }
 crate::shared!(Accepting, 16);
+
+impl Accepting {
+    /// No call.
+    pub const NONE: Self = Self { inode: 0, depth: 0, reserved: 0 };
+}
 
 /// What stands for the process that accepts, where several do: no process has this id.
 pub const SEVERAL: u32 = u32::MAX;

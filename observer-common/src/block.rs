@@ -6,7 +6,7 @@
 pub enum Block {
     /// None of the others, or not known.
     Other = 0,
-    /// Another thread or process: a futex, a file lock, a semaphore.
+    /// Another thread or process: a futex, a file lock, a semaphore, the lock of an address space.
     Lock = 1,
     /// A file system.
     Disk = 2,

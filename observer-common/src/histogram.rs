@@ -58,12 +58,12 @@ pub struct Bucket {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Histogram {
-    /// By [`bucket_of`].
-    pub buckets: [Bucket; BUCKETS],
     /// Shortest duration in nanoseconds; 0 while there is none (a duration of 0 is kept as 1).
     pub min_ns: u64,
     /// Longest duration in nanoseconds.
     pub max_ns: u64,
+    /// By [`bucket_of`].
+    pub buckets: [Bucket; BUCKETS],
 }
 crate::shared!(Histogram, 16 * BUCKETS + 16);
 

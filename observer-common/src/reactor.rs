@@ -13,7 +13,7 @@ use crate::{
 pub enum Phase {
     /// Inside a wait for events.
     Waiting = 0,
-    /// Between the return of a wait and the next wait: a slice.
+    /// Between the end of a wait, when the thread was on a CPU again, and the moment it blocks in the next: a slice.
     Slice = 1,
     /// The thread is gone; its figures are final.
     Exited = 2,
@@ -131,12 +131,17 @@ pub struct Pool {
 }
 crate::shared!(Pool, 8);
 
-/// Value of `REACTORS`, whose key is the thread id (as the initial pid namespace has it).
-#[repr(C)]
+/// Value of `REACTORS`: who a reactor is and what it is doing, in slots that the user side has mapped. What every wait
+/// writes is in the first two cache lines.
+#[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reactor {
-    /// Process of the thread.
+    /// The thread, as the initial pid namespace has it; 0 in a slot that nobody has had yet.
+    pub tid: u32,
+    /// Its process.
     pub tgid: u32,
+    /// This slot.
+    pub slot: u32,
     /// A [`Phase`].
     pub phase: u32,
     /// Start of the current phase, monotonic nanoseconds.
@@ -147,26 +152,30 @@ pub struct Reactor {
     pub run: u32,
     /// Of a thread that is blocked in a slice, the [`Block`](crate::block::Block); else 0.
     pub block: u32,
-    /// The system call it is blocked in, likewise; [`NO_CALL`] if there is none.
-    pub call: u32,
-    /// Its place on the board; 0 if it has none.
-    pub place: u32,
-    /// Which of its calls are waits.
-    pub habit: Habit,
     /// Timeout of the wait in progress, nanoseconds; [`FOREVER`] if it has none.
     pub timeout_ns: u64,
     /// When the wait in progress was last made runnable, monotonic nanoseconds; 0 if it was not.
     pub woken_ns: u64,
+    /// 1 while its thread is known to work for something.
+    pub works: u32,
+    /// 1 once the present slice has had more than time on its CPU: else what is kept of it besides needs no clearing.
+    pub is_eventful: u16,
+    /// 1 once the thread has called its wait in the present slice, which goes on until it blocks there or returns.
+    pub is_in_wait: u16,
+    /// Which of its calls are waits.
+    pub habit: Habit,
     /// Finished waits.
     pub waits: u64,
     /// Events those waits returned.
     pub events: u64,
     /// Time spent in finished waits, and parked, nanoseconds.
     pub wait_ns: u64,
-    /// Time in slices by part (see [`PARTS`]), nanoseconds, up to `run_since_ns`.
-    pub parts_ns: [u64; PARTS],
-    /// The same as it was when the present slice began.
-    pub parts_before_ns: [u64; PARTS],
+    /// What the runtime's own totals said of its collections when the slice began; [`GC_UNKNOWN`] where nobody reads any.
+    pub gc_before_ns: u64,
+    /// Time in slices by part (see [`PARTS`]), up to `run_since_ns`.
+    pub parts: [Part; PARTS],
+    /// Of that, what went into garbage collections.
+    pub gc: Part,
     /// Longest time that the thread was blocked at once in the present slice, nanoseconds.
     pub longest_block_ns: u64,
     /// Longest time that it waited at once for a CPU in the present slice, nanoseconds.
@@ -175,10 +184,10 @@ pub struct Reactor {
     pub longest_block_call: u32,
     /// The thread that had the CPU before it after the longest wait for one; 0 if there was none.
     pub longest_queue_after: u32,
-    /// 1 while its thread is known to work for something.
-    pub works: u32,
-    /// 1 once the present slice has had more than time on its CPU: else what is kept of it besides needs no clearing.
-    pub is_eventful: u32,
+    /// What it worked for in the present slice, longest at once; nothing where nobody knows what that was for.
+    pub longest_work_for: Origin,
+    /// How long that was, nanoseconds.
+    pub longest_work_ns: u64,
     /// Since when it is blocked in a way that may mean that it is parked, monotonic nanoseconds; else 0. Taken for parked as
     /// soon as others are known to wait on the same set.
     pub may_be_parked_ns: u64,
@@ -186,63 +195,87 @@ pub struct Reactor {
     pub parked_at: u64,
     /// The futex that it is blocked at as at a mutex; else 0.
     pub contended_at: u64,
-    /// What it worked for in the present slice, longest at once; nothing where nobody knows what that was for.
-    pub longest_work_for: Origin,
-    /// How long that was, nanoseconds.
-    pub longest_work_ns: u64,
-    /// Of the time in slices, what went into garbage collections, nanoseconds.
-    pub gc_ns: u64,
-    /// The same as it was when the present slice began.
-    pub gc_at_start_ns: u64,
-    /// What the runtime's own totals said of that when the slice began; [`GC_UNKNOWN`] where nobody reads any.
-    pub gc_before_ns: u64,
-    /// Lengths of finished slices.
-    pub slice: Histogram,
-    /// Made runnable -> running, for wake-ups out of a wait.
-    pub wakeup: Histogram,
-    /// What ended a wait -> the return of the wait, one for each wait that blocked: from the moment the timeout was
-    /// over if that ended it, else from being made runnable.
-    pub reply: Histogram,
+    /// Frame pointer that it had when it last blocked in a slice; 0 if that is not known.
+    pub frame_pointer: u64,
+    /// The system call it is blocked in in a slice; [`NO_CALL`] if there is none.
+    pub call: u32,
+    /// Zero; keeps the size free of padding.
+    pub reserved: [u32; 5],
 }
-crate::shared!(Reactor, 208 + 16 * PARTS + 3 * size_of::<Histogram>());
+crate::shared!(Reactor, 384);
+
+/// Time that is kept as a total.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// All of it, nanoseconds.
+    pub ns: u64,
+    /// The same as it was when the present slice began.
+    pub before_ns: u64,
+}
+crate::shared!(Part, 16);
+
+impl Part {
+    /// None.
+    pub const NONE: Self = Self { ns: 0, before_ns: 0 };
+}
 
 impl Reactor {
     /// One that has done nothing.
     pub const EMPTY: Self = Self {
+        tid: 0,
         tgid: 0,
+        slot: 0,
         phase: Phase::Waiting as u32,
         phase_since_ns: 0,
         run_since_ns: 0,
         run: Run::Cpu as u32,
         block: 0,
-        call: NO_CALL,
-        place: 0,
-        habit: Habit::NONE,
         timeout_ns: FOREVER,
         woken_ns: 0,
+        works: 0,
+        is_eventful: 0,
+        is_in_wait: 0,
+        habit: Habit::NONE,
         waits: 0,
         events: 0,
         wait_ns: 0,
-        parts_ns: [0; PARTS],
-        parts_before_ns: [0; PARTS],
+        gc_before_ns: GC_UNKNOWN,
+        parts: [Part::NONE; PARTS],
+        gc: Part::NONE,
         longest_block_ns: 0,
         longest_queue_ns: 0,
         longest_block_call: NO_CALL,
         longest_queue_after: 0,
-        works: 0,
-        is_eventful: 0,
+        longest_work_for: Origin::NONE,
+        longest_work_ns: 0,
         may_be_parked_ns: 0,
         parked_at: 0,
         contended_at: 0,
-        longest_work_for: Origin::NONE,
-        longest_work_ns: 0,
-        gc_ns: 0,
-        gc_at_start_ns: 0,
-        gc_before_ns: GC_UNKNOWN,
-        slice: Histogram::EMPTY,
-        wakeup: Histogram::EMPTY,
-        reply: Histogram::EMPTY,
+        frame_pointer: 0,
+        call: NO_CALL,
+        reserved: [0; 5],
     };
+}
+
+/// Value of `DURATIONS`, in the slot of the reactor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Durations {
+    /// Lengths of finished slices.
+    pub slice: Histogram,
+    /// Made runnable -> running, for wake-ups out of a wait.
+    pub wakeup: Histogram,
+    /// What ended a wait -> its thread on a CPU, one for each wait that blocked: from the moment the timeout was
+    /// over if that ended it, else from being made runnable.
+    pub reply: Histogram,
+}
+crate::shared!(Durations, 3 * size_of::<Histogram>());
+
+impl Durations {
+    /// None.
+    pub const NONE: Self =
+        Self { slice: Histogram::EMPTY, wakeup: Histogram::EMPTY, reply: Histogram::EMPTY };
 }
 
 /// A slice that was longer than the threshold, sent through the ring `STALLS` when it ended.
@@ -270,26 +303,8 @@ pub struct Stall {
 }
 crate::shared!(Stall, 48 + 8 * PARTS);
 
-/// One place on the board `BOARD`, which the user side has mapped: who is in a slice, and since when. As large as a
-/// cache line, so that threads do not get into each other's way.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Place {
-    /// Start of the slice in progress, monotonic nanoseconds; 0 while there is none.
-    pub since_ns: u64,
-    /// The thread.
-    pub tid: u32,
-    /// Its process.
-    pub tgid: u32,
-    /// Frame pointer that it had when it last blocked in a slice; 0 if that is not known.
-    pub frame_pointer: u64,
-    /// Zero; keeps the size free of padding.
-    pub reserved: [u64; 5],
-}
-crate::shared!(Place, 64);
-
-/// Places on the board; the first is nobody's.
-pub const PLACES: u32 = 1 + REACTORS;
+/// Slots for reactors; the first is nobody's.
+pub const SLOTS: u32 = 1 + REACTORS;
 
 /// Most reactors at a time.
 pub const REACTORS: u32 = 1024;

@@ -2,57 +2,58 @@
 //! look and is all that a stranger pays.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
-use observer_common::presence::{PLACES, Presence, place};
+use observer_common::presence::{Presence, Seen, place, seen, share};
 
-use crate::emit::add_word;
+use crate::emit::{add, add_word};
 
 #[map]
 static PRESENCE: Array<Presence> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Whether `REACTORS` may have an entry for this thread.
+/// Which thread that `THREADS` has this may be.
 #[inline(always)]
-pub(crate) fn of_thread(tid: u32) -> bool {
-    // SAFETY: a live map value.
-    PRESENCE.get_ptr(0).is_some_and(|all| unsafe { is_any(&raw const (*all).threads, tid) })
+pub(crate) fn of_thread(tid: u32) -> Seen {
+    // SAFETY: a live map value, and a place is inside.
+    PRESENCE.get_ptr(0).map_or(Seen::Nobody, |all| unsafe {
+        seen((&raw const (*all).threads).cast::<u64>().add(place(tid)).read_volatile())
+    })
 }
 
 /// Whether `TARGETS` may have an entry for this process.
 #[inline(always)]
 pub(crate) fn of_process(tgid: u32) -> bool {
-    // SAFETY: a live map value.
-    PRESENCE.get_ptr(0).is_some_and(|all| unsafe { is_any(&raw const (*all).processes, tgid) })
+    // SAFETY: a live map value, and a place is inside.
+    PRESENCE.get_ptr(0).is_some_and(|all| unsafe {
+        (&raw const (*all).processes).cast::<u32>().add(place(tgid)).read_volatile() != 0
+    })
 }
 
-/// Counts entries of `REACTORS` that are about to be added, or have been removed.
+/// Counts an entry of `THREADS` that is about to be added.
 #[inline(always)]
-pub(crate) fn count_threads(tid: u32, change: i32) {
+pub(crate) fn add_thread(tid: u32, slot: u32) {
+    change(tid, share(slot));
+}
+
+/// Counts one no more that has been removed.
+#[inline(always)]
+pub(crate) fn remove_thread(tid: u32, slot: u32) {
+    change(tid, share(slot).wrapping_neg());
+}
+
+#[inline(always)]
+fn change(tid: u32, by: u64) {
     if let Some(all) = PRESENCE.get_ptr_mut(0) {
-        // SAFETY: a live map value.
-        unsafe { count(&raw mut (*all).threads, tid, change) };
+        // SAFETY: a live map value, and a place is inside.
+        unsafe { add((&raw mut (*all).threads).cast::<u64>().add(place(tid)), by) };
     }
 }
 
-/// Counts entries of `TARGETS`, likewise.
+/// Counts entries of `TARGETS` that are about to be added, or have been removed.
 #[inline(always)]
 pub(crate) fn count_processes(tgid: u32, change: i32) {
     if let Some(all) = PRESENCE.get_ptr_mut(0) {
-        // SAFETY: a live map value.
-        unsafe { count(&raw mut (*all).processes, tgid, change) };
+        // SAFETY: a live map value, and a place is inside.
+        unsafe {
+            add_word((&raw mut (*all).processes).cast::<u32>().add(place(tgid)), change.cast_unsigned());
+        }
     }
-}
-
-/// # Safety
-/// `places` points into a live map value.
-#[inline(always)]
-unsafe fn is_any(places: *const [u32; PLACES], id: u32) -> bool {
-    // SAFETY: by contract, and a place is inside.
-    unsafe { places.cast::<u32>().add(place(id)).read_volatile() != 0 }
-}
-
-/// # Safety
-/// As above.
-#[inline(always)]
-unsafe fn count(places: *mut [u32; PLACES], id: u32, change: i32) {
-    // SAFETY: by contract, and a place is inside.
-    unsafe { add_word(places.cast::<u32>().add(place(id)), change.cast_unsigned()) };
 }

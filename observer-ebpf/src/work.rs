@@ -1,7 +1,7 @@
 //! What each thread works for now: set by *origin* when a request comes in and by *deferred* when put-off work goes on,
 //! ended by the slice. Shared by both, and by *reactor* to say what a stall was for.
 
-use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns, macros::map, maps::HashMap};
+use aya_ebpf::{bindings::BPF_ANY, macros::map, maps::HashMap};
 use observer_common::{
     deferred::{UnitKey, Work},
     loss::Loss,
@@ -22,9 +22,7 @@ pub(crate) fn current(tid: u32) -> Work {
 
 /// The current thread turns to other work now.
 #[inline(always)]
-pub(crate) fn turn_to(tid: u32, next: &Work) {
-    // SAFETY: has no preconditions.
-    let now = unsafe { bpf_ktime_get_ns() };
+pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
     let is_nothing = next.origin.inode == 0 && next.key.tgid == 0;
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
@@ -61,9 +59,8 @@ pub(crate) fn thread_exited(tid: u32) {
 /// A number for something that this thread begins now. Nothing else has it: what the same thread began when its clock
 /// showed the same, an hour before, is long over.
 #[inline(always)]
-pub(crate) fn number(tid: u32) -> u64 {
+pub(crate) const fn number(tid: u32, now: u64) -> u64 {
     /// As many bits as a thread id can have.
     const TID_BITS: u32 = 22;
-    // SAFETY: has no preconditions.
-    unsafe { bpf_ktime_get_ns() << TID_BITS | u64::from(tid) }
+    now << TID_BITS | tid as u64
 }

@@ -44,8 +44,8 @@ Examples:
   sudo observer demo                                       watch a server with known misbehaviour
 
 Words:
-  slice     the time between the return of a wait for events and the next wait of the same thread:
-            nothing else on that event loop can run meanwhile
+  slice     the time between two waits for events of the same thread, from when it is back on a CPU to
+            when it blocks again: nothing else on that event loop can run meanwhile
   late      lag: the delay that something due at a random moment meets, be it a request or a timer
   stall     a slice of --stall-threshold or more; stalls are put down to the code that was seen in
             most of the looks that observer took while they lasted
@@ -123,7 +123,7 @@ pub(crate) struct Observe {
     pub(crate) stall_threshold: Duration,
     /// Room for so many event loops and listeners, four times as many processes, and the rest in proportion; from 16 to 65536
     ///
-    /// What this takes of the kernel's memory (about 48 MiB for 1024) is told at the start, taken at once and never grows.
+    /// What this takes of the kernel's memory (about 49 MiB for 1024) is told at the start, taken at once and never grows.
     /// What finds no room is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
     #[arg(long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,

@@ -1,7 +1,8 @@
 //! Causes injected into event loops: each block is one stall, with its cause and the function that is to blame.
 
 use std::{
-    env,
+    env, fs,
+    io::{BufRead as _, BufReader},
     path::Path,
     process::{Command, Stdio},
 };
@@ -162,6 +163,49 @@ fn a_file_s_lock_is_a_lock() {
 #[test]
 fn a_lock_that_another_thread_holds_is_a_lock() {
     assert_stalls_everywhere("futex", "lock");
+}
+
+/// Whoever reads how much memory a process has, as monitoring agents do, holds the lock of its address space meanwhile.
+#[test]
+fn the_address_space_s_lock_is_a_lock() {
+    const READS: u32 = 100;
+    const LOOP: &str = "
+import mmap, os, select, sys, time
+SIZE = 256 << 20
+large = mmap.mmap(-1, SIZE)
+large.madvise(mmap.MADV_NOHUGEPAGE)
+for page in range(0, SIZE, mmap.PAGESIZE): large[page] = 1
+figures = os.open('/proc/self/schedstat', os.O_RDONLY)
+off_cpu = lambda: time.monotonic() - time.thread_time() - int(os.pread(figures, 99, 0).split()[1]) / 1e9
+events = select.epoll()
+events.register(sys.stdin, select.EPOLLIN)
+print('ready', flush=True)
+blocked = 0
+while not events.poll(0.001):
+    blocked -= off_cpu()
+    mmap.mmap(-1, mmap.PAGESIZE).close()
+    blocked += off_cpu()
+print(blocked)
+";
+    let mut program = Command::new("/usr/bin/python3");
+    program.args(["-c", LOOP]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut program = Process(program.spawn().unwrap());
+    let mut told = BufReader::new(program.0.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!(told.next().as_deref(), Some("ready"));
+    let observer = Observer::of(program.pid());
+    for _ in 0..READS {
+        fs::read(format!("/proc/{}/smaps_rollup", program.pid())).unwrap();
+    }
+    drop(program.0.stdin.take());
+    let truth: f64 = told.next().unwrap().parse().unwrap();
+    let report = observer.finish();
+    let blocked = &report.reactor(program.pid())["split_seconds"]["blocked"];
+    eprintln!("{truth} s blocked: {blocked}");
+    assert!(truth > 0.01, "it was in nobody's way: {truth} s");
+    // Emulated, to look at three clocks takes as long as a block, and the reader may run in between.
+    let share = if is_emulated() { 0.5 } else { 0.1 };
+    assert_close("blocked by the lock", blocked["lock"].as_f64().unwrap(), truth, share, 0.005);
+    assert_eq!(blocked["other"], 0.0, "{blocked}");
 }
 
 #[test]

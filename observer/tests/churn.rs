@@ -281,7 +281,7 @@ fn keys(map: String) -> Vec<u32> {
 /// Maps whose keys are ids of processes or threads.
 const BY_ID: &[&str] = &[
     "TARGETS",
-    "REACTORS",
+    "THREADS",
     "POOLS",
     "ACCEPTING",
     "CONNECTING",

@@ -108,8 +108,8 @@ impl Run {
         Self { rows, contention }
     }
 
-    /// What the two do not agree on, if there is anything.
-    fn dispute(&self) -> Option<String> {
+    /// On which figure the two do not agree, if there is any, and what they say.
+    fn dispute(&self) -> Option<(&'static str, String)> {
         let (share, slack) = tolerance();
         let agrees = |(figure, inside, outside): (&str, f64, f64)| {
             let apart = slack.max(share * inside);
@@ -119,18 +119,19 @@ impl Run {
             (outside - apart - unmet..=outside + apart + rounded).contains(&inside)
         };
         let (figure, inside, outside) = self.rows.into_iter().find(|&row| !agrees(row))?;
-        Some(format!("{figure} is {inside} s inside, {outside} s outside"))
+        Some((figure, format!("{figure} is {inside} s inside, {outside} s outside")))
     }
 }
 
 /// Asserts that the two agree, if not in the first run then in a further one where a run was disturbed: what is kept
-/// from its CPU in the middle of telling how late it is, is that late as well.
+/// from its CPU in the middle of telling how late it is, is that late as well. For the longest delay of some thousand
+/// that once is enough, as when somebody else has the whole machine.
 fn assert_lag(runtime: &Runtime, workload: &str) {
     for run in 1.. {
         let figures = Run::of(runtime, workload);
-        let Some(dispute) = figures.dispute() else { return };
+        let Some((figure, dispute)) = figures.dispute() else { return };
         let waited = format!("the loop waited for a CPU for {:.1} % of the run", figures.contention * 100.0);
-        let is_final = run == RUNS || figures.contention < CONTENTION;
+        let is_final = run == RUNS || (figures.contention < CONTENTION && figure != "max");
         assert!(!is_final, "{}, {workload}: {dispute}; {waited}", runtime.name);
         eprintln!("again, for {waited}, and {dispute}");
     }

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -169,4 +169,76 @@ fn a_loop_that_polls_has_one() {
     let report = observer.report();
     report.assert_complete();
     assert_eq!(reactors(&report), BTreeSet::from([program.pid()]), "{:#}", report.0["targets"]);
+}
+
+/// The most ids there can be, until it is dropped.
+struct MoreIds(String);
+
+impl MoreIds {
+    const FILE: &str = "/proc/sys/kernel/pid_max";
+
+    /// At least so many, if that can be changed here.
+    fn at_least(ids: u32) -> io::Result<Self> {
+        let before = fs::read_to_string(Self::FILE)?;
+        if before.trim().parse::<u32>().is_ok_and(|most| most < ids) {
+            fs::write(Self::FILE, ids.to_string())?;
+        }
+        Ok(Self(before))
+    }
+}
+
+impl Drop for MoreIds {
+    fn drop(&mut self) {
+        let _there_was_one = fs::write(Self::FILE, &self.0);
+    }
+}
+
+/// Programs look for a thread by the lower half of its id. Two that have that in common are two, also when one is gone.
+#[test]
+fn threads_whose_ids_have_half_in_common_are_told_apart() {
+    const LAST: &str = "/proc/sys/kernel/ns_last_pid";
+    let first = Server::asyncio();
+    let id = first.pid() + 0x1_0000;
+    let _more = match MoreIds::at_least(id + 0x1000) {
+        Ok(more) => more,
+        Err(why) => {
+            eprintln!(
+                "skipped: reactors::threads_whose_ids_have_half_in_common_are_told_apart: {}: {why}",
+                MoreIds::FILE
+            );
+            return;
+        }
+    };
+    let mut tries = 0;
+    let second = loop {
+        fs::write(LAST, (id - 1).to_string()).unwrap();
+        let second = Server::asyncio();
+        if second.pid() == id {
+            break second;
+        }
+        tries += 1;
+        // Whoever else starts a process meanwhile may be quicker.
+        assert!(tries < 50, "others are always quicker");
+    };
+    let servers = [&first, &second];
+    servers.iter().for_each(|server| server.wait_until_idle());
+    let [before, before_second] = servers.map(Server::waits);
+    let pids = [first.pid(), id].map(|pid| pid.to_string());
+    let observer = Observer::start(&["--pid", &pids[0], "--pid", &pids[1], "--listen", "127.0.0.1:0"]);
+    for round in 0..ROUNDS {
+        servers[usize::from(round % 3 == 0)].block("none", 0);
+    }
+    second.wait_until_idle();
+    let of_second = second.waits() - before_second;
+    drop(second);
+    for _ in 0..ROUNDS {
+        first.block("none", 0);
+    }
+    first.wait_until_idle();
+    let of_first = first.waits() - before;
+    let report = observer.finish();
+    report.assert_complete();
+    assert_eq!(report.reactor(first.pid())["waits"], of_first, "{:#}", report.0["targets"]);
+    // It was ended in one more wait.
+    assert_eq!(report.reactor(id)["slices"], of_second, "{:#}", report.0["targets"]);
 }

@@ -123,7 +123,7 @@ fn whoever_comes_is_observed_at_once() {
 #[test]
 fn whoever_is_not_wanted_is_let_go() {
     let observer = select(&["--port", &free_port().to_string()]);
-    let kept = || ["TARGETS", "REACTORS", "LISTENERS"].map(entries_of);
+    let kept = || ["TARGETS", "THREADS", "LISTENERS"].map(entries_of);
     let server = Server::asyncio();
     server.block("sleep", 60);
     wait_for("it to be let go", || (kept() == [0; 3]).then_some(()));

@@ -1,6 +1,7 @@
-//! Reads what test executables printed: how many tests passed and failed, and which could not run.
+//! Reads what test executables printed: how many tests passed and failed, why, and which could not run.
 //! A test that cannot run says `skipped: <test>: <reason>` and returns, which libtest takes for a pass.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::AddAssign;
 
@@ -9,7 +10,7 @@ use std::ops::AddAssign;
 pub(crate) struct Tally {
     pub(crate) passed: usize,
     pub(crate) failed: usize,
-    /// Their names, where they are known.
+    /// Their names, where they are known, each with what it panicked with on lines of its own.
     pub(crate) failures: Vec<String>,
     /// `<test>: <reason>` of each.
     pub(crate) skipped: Vec<String>,
@@ -20,6 +21,7 @@ impl Tally {
         let mut tally = Self::default();
         let mut pretended = 0;
         let mut lists_failures = false;
+        let panics = panics(output);
         for line in output.lines() {
             // libtest has begun the line with the test's name before the test writes its own.
             let begun = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "));
@@ -27,7 +29,9 @@ impl Tally {
             if line.trim_end() == "failures:" {
                 lists_failures = true;
             } else if let Some(name) = line.strip_prefix("    ").filter(|_| lists_failures) {
-                tally.failures.push(name.trim_end().to_owned());
+                let name = name.trim_end();
+                let said = panics.get(name).into_iter().flatten();
+                tally.failures.push(said.fold(name.to_owned(), |all, line| all + "\n    " + line));
             } else if !line.trim_end().is_empty() {
                 lists_failures = false;
             }
@@ -66,6 +70,22 @@ impl fmt::Display for Tally {
     }
 }
 
+/// The first lines of what each thread that is named after a test panicked with.
+fn panics(output: &str) -> HashMap<&str, Vec<&str>> {
+    const LINES: usize = 8;
+    let mut panics: HashMap<_, Vec<_>> = HashMap::new();
+    let mut lines = output.lines().map(str::trim_end);
+    while let Some(line) = lines.next() {
+        let begun = line.split_once("thread '").and_then(|(_, rest)| rest.split_once("' "));
+        if let Some((test, place)) = begun.filter(|(_, rest)| rest.contains("panicked at ")) {
+            let is_over = |line: &&str| line.starts_with("stack backtrace:") || line.starts_with("note: ");
+            let said = lines.by_ref().take_while(|line| !is_over(line)).take(LINES);
+            panics.entry(test).or_default().extend([place].into_iter().chain(said));
+        }
+    }
+    panics
+}
+
 /// The number before a word in `ok. 3 passed; 0 failed; …`.
 fn count(counts: &str, of: &str) -> usize {
     let part = counts.split([';', '.']).find_map(|part| part.trim().strip_suffix(of));
@@ -84,7 +104,12 @@ mod tests {
             "test queue::drains ... skipped: queue::drains: nginx is missing\r\n",
             "ok\n",
             "test slow ... ignored, takes an hour\n",
-            "test queue::spills ... FAILED\n",
+            "test queue::spills ... \n",
+            "thread 'queue::spills' (71) panicked at tests/queue.rs:7:5:\r\n",
+            "3 are left\r\n",
+            "stack backtrace:\n",
+            "   0: core::panicking::panic_fmt\n",
+            "FAILED\n",
             "\n",
             "failures:\n",
             "\n",
@@ -96,7 +121,8 @@ mod tests {
         ));
         let skipped = ["queue::drains: nginx is missing", "slow: ignored, takes an hour"];
         let skipped = skipped.map(str::to_owned).to_vec();
-        let failures = vec!["queue::spills".to_owned()];
+        let failures =
+            vec!["queue::spills\n    (71) panicked at tests/queue.rs:7:5:\n    3 are left".to_owned()];
         assert_eq!(tally, Tally { passed: 6, failed: 1, failures, skipped });
     }
 

@@ -11,7 +11,7 @@ use observer_common::{block::Block, listener::NAME};
 use super::{LAYOUT, load, offset, probe};
 
 const TCP: u16 = 6;
-const AF_UNIX: u16 = 1;
+pub(crate) const AF_UNIX: u16 = 1;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 const SOCK_STREAM: u16 = 1;
@@ -88,12 +88,24 @@ impl OpenFile {
         let task = unsafe { bpf_get_current_task() } as *const u8;
         let files: *const u8 = probe(task, offset(&LAYOUT.task_files))?;
         let table: *const u8 = probe(files, offset(&LAYOUT.files_fdt))?;
-        if fd >= probe::<u32>(table, offset(&LAYOUT.fdt_max_fds))? {
+        let (max, open): (u32, *const u8) = Self::table(table)?;
+        if fd >= max {
             return None;
         }
-        let open: *const u8 = probe(table, offset(&LAYOUT.fdt_fd))?;
         let file: *const u8 = probe(open, fd as usize * size_of::<*const u8>())?;
         if file.is_null() { None } else { Some(Self(file)) }
+    }
+
+    /// How many descriptors a table has room for, and where they are: beside each other, so far, which saves a read.
+    #[inline(always)]
+    fn table(table: *const u8) -> Option<(u32, *const u8)> {
+        let (max, open) = (offset(&LAYOUT.fdt_max_fds), offset(&LAYOUT.fdt_fd));
+        if open == max + size_of::<u64>() {
+            let [max, open]: [u64; 2] = probe(table, max)?;
+            #[expect(clippy::cast_possible_truncation, reason = "the lower half, which is the number")]
+            return Some((max as u32, open as *const u8));
+        }
+        Some((probe(table, max)?, probe(table, open)?))
     }
 
     /// Inode number, as in `/proc/PID/fd`.
@@ -253,10 +265,10 @@ impl Socket {
         }
     }
 
-    /// Connections in its accept queue.
+    /// Connections in its accept queue, if it is of this family.
     #[inline(always)]
-    pub(crate) fn queued(self) -> Option<u32> {
-        if self.family()? == AF_UNIX {
+    pub(crate) fn queued(self, family: u16) -> Option<u32> {
+        if family == AF_UNIX {
             probe(self.0, offset(&LAYOUT.sock_received))
         } else {
             probe(self.0, offset(&LAYOUT.sock_ack_backlog))

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use observer_common::layout::{ABSENT, KernelLayout};
 
-pub(crate) use file::{OpenFile, Sock, Socket, Waiting, iterated};
+pub(crate) use file::{AF_UNIX, OpenFile, Sock, Socket, Waiting, iterated};
 pub(crate) use ring::{RingAcceptRequest, RingCompletion, RingWakeup};
 pub(crate) use task::{CallInProgress, Off, Task, off, registers_place};
 

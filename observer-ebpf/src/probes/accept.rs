@@ -17,7 +17,8 @@ use observer_common::{
 use super::{listener, origin, process};
 use crate::{
     emit::{add, lost, record},
-    kernel::{self, OpenFile, Sock, Socket},
+    kernel::{self, AF_UNIX, OpenFile, Sock, Socket},
+    presence,
 };
 
 /// Ports of targets' listeners, each with the listener's key, or 0 if there are several: other connections get no
@@ -30,7 +31,8 @@ static PORTS: HashMap<PortKey, u64> = HashMap::with_max_entries(4096, 0);
 #[map]
 static QUEUED: HashMap<u64, Arrival> = HashMap::with_max_entries(65_536, 0);
 
-/// Each thread inside an accept call, by thread id.
+/// What each thread that has called accept is in, by thread id. An entry stays until its thread is gone: to make one anew and
+/// remove it would cost a sixth of what an accept does.
 #[map]
 static ACCEPTING: HashMap<u32, Accepting> = HashMap::with_max_entries(8192, 0);
 
@@ -70,7 +72,7 @@ fn accept_enter(ctx: TracePointContext) -> u32 {
 #[tracepoint]
 fn accept_exit(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
-    if process::is_target(tgid) {
+    if presence::of_process(tgid) {
         let _no_socket = exit(&ctx, tgid, tid);
     }
     0
@@ -87,13 +89,17 @@ fn enter(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     let (inode, listener) = listener::listener_of(OpenFile::of(kernel::fd_argument(ctx)?)?, tgid)?;
     // SAFETY: a live map value; a lost race between two accepts leaves the lesser of two peaks.
     let depth = unsafe {
-        let depth = Socket::known((*listener).sk).queued()?;
+        let depth = Socket::known((*listener).sk).queued((*listener).family)?;
         if depth > (*listener).peak {
             (*listener).peak = depth;
         }
         depth
     };
-    if ACCEPTING.insert(tid, Accepting { inode, depth, reserved: 0 }, u64::from(BPF_ANY)).is_err() {
+    let call = Accepting { inode, depth, reserved: 0 };
+    if let Some(known) = ACCEPTING.get_ptr_mut(tid) {
+        // SAFETY: a live map value that only this thread writes.
+        unsafe { *known = call };
+    } else if ACCEPTING.insert(tid, call, u64::from(BPF_ANY)).is_err() {
         lost(Loss::AcceptingFull);
     }
     Some(())
@@ -101,12 +107,12 @@ fn enter(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
 
 #[inline(always)]
 fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
-    let call = ACCEPTING.get_ptr(tid).map(|call| {
-        // SAFETY: a live map value that only this thread writes.
-        unsafe { *call }
-    });
-    if call.is_some() {
-        let _present = ACCEPTING.remove(tid);
+    // SAFETY: a live map value that only this thread writes.
+    let call = ACCEPTING.get_ptr_mut(tid).map(|call| unsafe { call.replace(Accepting::NONE) });
+    let call = call.filter(|call| call.inode != 0);
+    // Whoever has such a call was a target when it began.
+    if call.is_none() && !process::is_target(tgid) {
+        return None;
     }
     let fd = u32::try_from(kernel::returned(ctx)?).ok()?;
     let file = OpenFile::of(fd)?;
@@ -141,7 +147,8 @@ pub(super) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, 
             other if other != tgid => (*listener).accepter = SEVERAL,
             _ => {}
         }
-        if let Some(address) = connection.and_then(queued_as)
+        let family = (*listener).family;
+        if let Some(address) = connection.and_then(|connection| queued_as(connection, family))
             && let Some(arrival) = QUEUED.get_ptr(address)
         {
             record(&raw mut (*listener).wait, bpf_ktime_get_ns().saturating_sub((*arrival).at_ns));
@@ -154,10 +161,10 @@ pub(super) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, 
     }
 }
 
-/// What a connection that waits, or has just been accepted, is known by in `QUEUED`.
+/// What a connection of this family that waits, or has just been accepted, is known by in `QUEUED`.
 #[inline(always)]
-fn queued_as(connection: Socket) -> Option<u64> {
-    if connection.is_unix() { Some(connection.peer()?.address()) } else { Some(connection.address()) }
+pub(super) fn queued_as(connection: Socket, family: u16) -> Option<u64> {
+    if family == AF_UNIX { Some(connection.peer()?.address()) } else { Some(connection.address()) }
 }
 
 /// # Safety
@@ -173,10 +180,10 @@ unsafe fn count_depth(listener: *mut Listener, depth: u32) {
     }
 }
 
-/// When a connection that waits had its handshake done, if anybody saw that.
+/// When a connection that waits, known by this, had its handshake done, if anybody saw that.
 #[inline(always)]
-pub(super) fn arrival_of(connection: Socket) -> Option<u64> {
-    QUEUED.get_ptr(queued_as(connection)?).map(|arrival| {
+pub(super) fn arrival_of(address: u64) -> Option<u64> {
+    QUEUED.get_ptr(address).map(|arrival| {
         // SAFETY: a live map value; eight bytes are written at once.
         unsafe { (*arrival).at_ns }
     })

@@ -124,7 +124,7 @@ pub(super) unsafe fn slice_ends(reactor: *mut Reactor, now: u64) {
         if after != GC_UNKNOWN {
             let slice = now.saturating_sub((*reactor).phase_since_ns);
             // The runtime's clock is another one.
-            (*reactor).gc_ns += after.saturating_sub(before).min(slice);
+            reactor::add_collected(reactor, after.saturating_sub(before).min(slice));
         }
     }
 }

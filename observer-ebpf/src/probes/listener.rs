@@ -18,7 +18,7 @@ use observer_common::{
 use super::{accept, connect, process};
 use crate::{
     emit::lost,
-    kernel::{self, OpenFile, Socket, Waiting},
+    kernel::{self, AF_UNIX, OpenFile, Socket, Waiting},
 };
 
 /// Listeners of targets, by inode number of the socket.
@@ -70,7 +70,7 @@ fn look(ctx: RawTracePointContext) -> i32 {
         unsafe {
             match Socket::still_at((*listener).sk, inode) {
                 Some(socket) if socket.listens() => {
-                    if look_at(&raw mut (*listener).queue, socket) {
+                    if look_at(&raw mut (*listener).queue, socket, (*listener).family) {
                         STEPS.tail_call(&ctx, 0);
                     }
                 }
@@ -115,11 +115,11 @@ pub(super) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
     };
     // SAFETY: a live map value; whoever else makes it at the same time writes the same.
     unsafe {
+        (*listener).family = socket.family()?;
         (*listener).sk = socket.address();
         (*listener).owner = tgid;
         (*listener).since_ns = bpf_ktime_get_ns();
         (*listener).netns = socket.netns()?;
-        (*listener).family = socket.family()?;
         let length = socket.name(&mut (*listener).name)?;
         if socket.is_unix() {
             (*listener).port = length;
@@ -153,20 +153,21 @@ pub(super) fn listener_with(inode: u64) -> Option<*mut Listener> {
     LISTENERS.get_ptr_mut(inode)
 }
 
-/// Fills in a queue, but for what a walk over it finds. Tells whether there is one to walk over.
+/// Fills in the queue of a listener of this family, but for what a walk over it finds. Tells whether there is one to walk over.
 ///
 /// # Safety
 /// `queue` points into a live map value that nobody else writes.
 #[inline(always)]
-unsafe fn look_at(queue: *mut Queue, socket: Socket) -> bool {
+unsafe fn look_at(queue: *mut Queue, socket: Socket, family: u16) -> bool {
     // SAFETY: by contract.
     unsafe {
         (*queue).looked_ns = bpf_ktime_get_ns();
-        (*queue).depth = socket.queued().unwrap_or(0);
+        (*queue).depth = socket.queued(family).unwrap_or(0);
         (*queue).limit = socket.limit().unwrap_or(0);
         (*queue).drops = socket.drops().unwrap_or(0);
-        if socket.is_unix() {
-            (*queue).oldest_ns = socket.first_unix_waiting().and_then(accept::arrival_of).unwrap_or(0);
+        if family == AF_UNIX {
+            let first = socket.first_unix_waiting().and_then(|first| accept::queued_as(first, family));
+            (*queue).oldest_ns = first.and_then(accept::arrival_of).unwrap_or(0);
             return false;
         }
         (*queue).half_open = socket.half_open().unwrap_or(0);
@@ -200,7 +201,7 @@ unsafe fn step(queue: *mut Queue) -> bool {
             place = behind;
         }
         (*queue).rest = place.address();
-        (*queue).oldest_ns = accept::arrival_of(Socket::known(longest.read_volatile())).unwrap_or(0);
+        (*queue).oldest_ns = accept::arrival_of(longest.read_volatile()).unwrap_or(0);
         !place.is_end()
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     block,
     emit::lost,
     kernel::{self, CallInProgress, OpenFile},
-    work,
+    presence, work,
 };
 
 /// How much of a request is copied at once, in bytes.
@@ -132,10 +132,10 @@ unsafe fn answer(connection: *mut Connection, fd: u32) {
     }
 }
 
-/// Whether a process's deferred work is followed.
+/// Whether a process's deferred work is followed, which makes it a target.
 #[inline(always)]
 fn is_followed(tgid: u32) -> bool {
-    FOLLOWED.get_ptr(tgid).is_some()
+    presence::of_process(tgid) && FOLLOWED.get_ptr(tgid).is_some()
 }
 
 /// The current thread has accepted a connection: what it does now is for that, until a request comes.
@@ -146,7 +146,9 @@ pub(super) fn accepted(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
         && remember(tgid, fd, inode)
     {
         let origin = Origin { request: 0, inode, fd, reserved: 0 };
-        work::turn_to(tid, &Work { origin, ..work::current(tid) });
+        // SAFETY: has no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        work::turn_to(tid, &Work { origin, ..work::current(tid) }, now);
     }
 }
 
@@ -280,6 +282,8 @@ impl Read {
     /// The bytes are in a buffer of this length: a request, or more of one.
     #[inline(always)]
     fn arrived(&self, buffer: u64, length: u64) {
+        // SAFETY: has no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() };
         let is_http = kernel::pointed::<[u8; 8]>(buffer).is_some_and(begins_request);
         // SAFETY: a live map value; only who reads from the connection writes these.
         let request = unsafe {
@@ -296,15 +300,15 @@ impl Read {
                 (*connection).is_answered = 0;
                 (*connection).is_told = 0;
                 (*connection).is_http |= u32::from(is_http);
-                (*connection).request = work::number(self.tid);
-                self.keep(buffer, length);
+                (*connection).request = work::number(self.tid, now);
+                self.keep(buffer, length, now);
             }
             (*connection).request
         };
         // SAFETY: as above.
         let inode = unsafe { (*self.connection).inode };
         let origin = Origin { request, inode, fd: self.fd, reserved: 0 };
-        work::turn_to(self.tid, &Work { origin, ..work::current(self.tid) });
+        work::turn_to(self.tid, &Work { origin, ..work::current(self.tid) }, now);
     }
 
     /// Keeps the beginning of the connection's latest request.
@@ -312,7 +316,7 @@ impl Read {
     /// # Safety
     /// `self.connection` points to a live map value.
     #[inline(always)]
-    unsafe fn keep(&self, buffer: u64, length: u64) {
+    unsafe fn keep(&self, buffer: u64, length: u64, now: u64) {
         // SAFETY: by contract; the place is a live map value of this CPU's.
         unsafe {
             let id = (*self.connection).request;
@@ -322,7 +326,7 @@ impl Read {
             (*self.connection).head = head;
             let Some(request) = HEADS.get_ptr_mut(head) else { return };
             (*request).id = id;
-            (*request).at_ns = bpf_ktime_get_ns();
+            (*request).at_ns = now;
             (*request).answered_ns = 0;
             (*request).inode = (*self.connection).inode;
             (*request).tgid = self.tgid;

@@ -116,7 +116,7 @@ fn count(accept: &RingAccept, connection: Option<Socket>, tgid: u32) -> Option<(
     };
     // SAFETY: a live map value; a lost race between two accepts leaves the lesser of two peaks.
     unsafe {
-        let depth = Socket::known((*listener).sk).queued()? + 1;
+        let depth = Socket::known((*listener).sk).queued((*listener).family)? + 1;
         if depth > (*listener).peak {
             (*listener).peak = depth;
         }

@@ -7,7 +7,7 @@ use observer_common::{
     histogram,
     listener::Listener,
     origin::Request,
-    reactor::{Reactor, Stall},
+    reactor::Stall,
 };
 
 use super::number;
@@ -19,6 +19,7 @@ use crate::{
     model::{histogram::Histogram, lag::Prober},
     probes::{deferred, listener, origin, reactor},
     profiles::Naming,
+    read::reactors::Raw,
 };
 
 /// Types of a kernel.
@@ -42,8 +43,8 @@ pub(super) fn record(data: &[u8]) {
     assert!(!told.address.is_empty());
     let told = origin::decode(&record_of::<Request>(bytes));
     assert!(told.path.is_none_or(|path| !path.contains(['?', '#'])));
-    let raw = record_of::<Reactor>(&figures);
-    let _ = reactor::decode(1, "name".into(), &raw, &mut Prober::default(), now);
+    let raw = Raw { now: record_of(&figures), durations: record_of(&figures) };
+    let _ = reactor::decode("name".into(), &raw, &mut Prober::default(), now);
     let _ = reactor::stall_in_progress(&raw, now);
     let _ = reactor::stall(&record_of::<Stall>(&figures), None);
     let _ = deferred::decode("work", true, &record_of(&figures), Some(now));

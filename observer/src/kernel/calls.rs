@@ -7,6 +7,8 @@ use syscalls::Sysno;
 const CLUED: &[(Clue, &[Sysno])] = &[
     (Clue::Futex, &[Sysno::futex]),
     (Clue::Lock, &[Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
+    // That of the address space, which another thread changes, copies or reads.
+    (Clue::Lock, &[Sysno::brk, Sysno::mmap, Sysno::munmap, Sysno::mremap, Sysno::mprotect, Sysno::madvise]),
     (Clue::Sleep, &[Sysno::nanosleep, Sysno::clock_nanosleep]),
     (
         Clue::Network,
@@ -144,6 +146,7 @@ mod tests {
         let clue = |call: Sysno| clues[usize::try_from(call.id()).unwrap()];
         assert_eq!(clue(Sysno::futex), Clue::Futex as u8);
         assert_eq!(clue(Sysno::flock), Block::Lock as u8);
+        assert_eq!(clue(Sysno::madvise), Block::Lock as u8);
         assert_eq!(clue(Sysno::read), Clue::File as u8);
         assert_eq!(clue(Sysno::ppoll), Clue::Poll as u8);
         assert_eq!(clue(Sysno::wait4), Block::Other as u8);

@@ -214,7 +214,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_slice_seconds",
         otlp: "observer.reactor.slice",
         unit: "s",
-        help: "Time between the return of a wait for events and the next wait: how long nothing else could run.",
+        help: "Time between two waits for events, from being back on a CPU to blocking again: how long nothing else could run.",
         kind: Kind::Histogram,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.slice)),

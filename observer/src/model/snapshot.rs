@@ -167,7 +167,7 @@ pub(crate) struct Reactor {
     pub(crate) tid: u32,
     /// Its name.
     pub(crate) name: String,
-    /// Finished slices: stretches between the return of one wait and the next wait.
+    /// Finished slices: stretches between one wait and the next.
     pub(crate) slices: u64,
     /// Finished waits.
     pub(crate) waits: u64,
@@ -271,7 +271,7 @@ impl Split {
 /// Blocked time by what it blocked in, in seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct Blocked {
-    /// In another thread's or process's way: a futex, a file lock, a semaphore.
+    /// In another thread's or process's way: a futex, a file lock, a semaphore, the lock of an address space.
     pub(crate) lock: f64,
     /// In a file system.
     pub(crate) disk: f64,

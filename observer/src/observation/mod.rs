@@ -397,9 +397,9 @@ impl Observation {
         for (tgid, finished) in &self.finished {
             reactors.entry(*tgid).or_default().push(finished.clone());
         }
-        for (tid, mut raw) in running.reactors {
-            raw.gc_ns += gc::in_progress(&self.maps, tid, &raw, running.now);
-            reactors.entry(raw.tgid).or_default().push(self.figures(tid, &raw, running.now));
+        for mut raw in running.reactors {
+            raw.now.gc.ns += gc::in_progress(&self.maps, &raw.now, running.now);
+            reactors.entry(raw.now.tgid).or_default().push(self.figures(&raw, running.now));
         }
         let mut listeners = BTreeMap::<u32, Vec<Listener>>::new();
         let decoded = self.decode_listeners()?;

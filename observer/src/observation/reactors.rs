@@ -3,10 +3,7 @@
 use std::{collections::BTreeSet, io, os::fd::OwnedFd, time::Duration};
 
 use anyhow::Result;
-use observer_common::{
-    accept::Accepting,
-    reactor::{Phase, Reactor as RawReactor},
-};
+use observer_common::{accept::Accepting, reactor::Phase};
 
 use super::{ENDED, Observation};
 use crate::{
@@ -20,8 +17,8 @@ use crate::{
     },
     probes::reactor,
     read::{
-        board::InSlice,
-        maps::{self, insert_new},
+        maps::insert_new,
+        reactors::{InSlice, Raw},
     },
     target::{
         calls::{self, Call},
@@ -38,9 +35,9 @@ pub(super) struct Thread {
     stalls: Stalls,
 }
 
-/// Reactors whose threads go on, by thread id.
+/// Reactors whose threads go on.
 pub(super) struct Running {
-    pub(super) reactors: Vec<(u32, RawReactor)>,
+    pub(super) reactors: Vec<Raw>,
     /// When they were read, monotonic nanoseconds.
     pub(super) now: u64,
 }
@@ -52,16 +49,10 @@ impl Observation {
         for pid in pids {
             for (tid, call) in calls::blocked_in(pid, &self.waits) {
                 let has_room = match call {
-                    Call::Wait { .. } if self.maps.reactors.get(&tid, 0).is_ok() => true,
+                    Call::Wait { .. } if self.maps.reactors.get(tid).is_some() => true,
                     Call::Wait { kind, set } => {
-                        let place = self.maps.claim_place(tid, pid)?;
-                        let entry = reactor::waiting(pid, place, clock::monotonic_ns(), kind, set);
-                        let has_room = self.maps.reactors.insert_new(tid, entry)?;
-                        // The programs may have made one meanwhile, with a place of its own.
-                        if self.maps.reactors.get(&tid, 0).map_or(true, |there| there.place != place) {
-                            self.maps.free_place(place)?;
-                        }
-                        has_room
+                        let entry = reactor::waiting(pid, clock::monotonic_ns(), kind, set);
+                        self.maps.reactors.adopt(tid, entry)?
                     }
                     Call::Accept { fd } => match process::socket_inode(pid, fd) {
                         Some(inode) => {
@@ -98,7 +89,7 @@ impl Observation {
     pub(crate) fn watch(&mut self) -> Result<()> {
         self.collect_stalls()?;
         // Of those that nobody has asked for not even the stacks are read.
-        let in_progress = self.maps.board.in_slices().filter(|slice| self.is_target(slice.pid));
+        let in_progress = self.maps.reactors.in_slices().filter(|slice| self.is_target(slice.pid));
         let in_progress: Vec<_> = in_progress.collect();
         self.watcher.glance(in_progress.into_iter(), clock::monotonic_ns());
         Ok(())
@@ -144,72 +135,63 @@ impl Observation {
         self.maps.forget_pools(&mut self.poolless);
         // Before they are read: what is in progress is no older than that.
         let now = clock::monotonic_ns();
-        let mut reactors = maps::reactors(&self.maps.reactors);
+        let mut reactors = self.maps.reactors.all();
         let mut others = BTreeSet::new();
-        for (tid, raw) in &mut reactors {
-            if !self.is_target(raw.tgid) {
-                self.forget_stranger(*tid, raw)?;
-                others.insert(*tid);
+        for raw in &mut reactors {
+            let (tid, pid) = (raw.now.tid, raw.now.tgid);
+            if !self.is_target(pid) {
+                self.forget_stranger(raw)?;
+                others.insert(raw.now.slot);
                 continue;
             }
             // Of threads that exit together, the last to be counted may be the first to be heard of: of the others nobody
             // will hear when the process is no target any more.
-            let is_process_gone =
-                !self.live.contains_key(&raw.tgid) && self.maps.targets.get(&raw.tgid, 0).is_err();
-            if is_process_gone || reactor::is_final(raw) {
-                self.let_go(*tid, raw)?;
-                raw.phase = Phase::Exited as u32;
-                let reactor = self.thread(*tid, raw.tgid).figures(*tid, raw, now);
-                self.threads.remove(tid);
-                self.finished.push((raw.tgid, reactor));
-                others.insert(*tid);
-            }
+            let is_process_gone = !self.live.contains_key(&pid) && self.maps.targets.get(&pid, 0).is_err();
             if is_process_gone {
-                self.poolless.insert(raw.tgid);
+                self.poolless.insert(pid);
+            }
+            if is_process_gone || reactor::is_final(raw) {
+                self.maps.reactors.let_go(&raw.now)?;
+                raw.now.phase = Phase::Exited as u32;
+                let reactor = self.thread(tid, pid).figures(raw, now);
+                self.threads.remove(&tid);
+                self.finished.push((pid, reactor));
+                others.insert(raw.now.slot);
             }
         }
         let surplus = self.finished.len().saturating_sub(ENDED);
         self.finished.drain(..surplus);
-        reactors.retain(|(tid, _)| !others.contains(tid));
+        reactors.retain(|raw| !others.contains(&raw.now.slot));
         Ok(Running { reactors, now })
     }
 
     /// Asks probers again, so that waits are attributed to replies of their time.
     pub(super) fn ask_probers(&mut self, running: &Running) {
-        for (tid, raw) in &running.reactors {
-            let thread = self.thread(*tid, raw.tgid);
+        for raw in &running.reactors {
+            let thread = self.thread(raw.now.tid, raw.now.tgid);
             let _only_attributes = reactor::lag(raw, &mut thread.prober, running.now);
         }
     }
 
     /// Observes a thread no more whose process was turned down. That of a candidate waits.
-    fn forget_stranger(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
-        if self.maps.targets.get(&raw.tgid, 0).is_err() {
-            self.poolless.insert(raw.tgid);
-            self.let_go(tid, raw)?;
-        }
-        Ok(())
-    }
-
-    /// Removes an entry of the map, unless the programs have already because its id is another thread's.
-    fn let_go(&mut self, tid: u32, raw: &RawReactor) -> Result<()> {
-        let is_same =
-            |now: RawReactor| now.tgid == raw.tgid && reactor::is_final(&now) == reactor::is_final(raw);
-        if self.maps.reactors.get(&tid, 0).is_ok_and(is_same) && self.maps.reactors.remove(tid) {
-            self.maps.free_place(raw.place)?;
+    fn forget_stranger(&mut self, raw: &Raw) -> Result<()> {
+        if self.maps.targets.get(&raw.now.tgid, 0).is_err() {
+            self.poolless.insert(raw.now.tgid);
+            self.maps.reactors.let_go(&raw.now)?;
         }
         Ok(())
     }
 
     /// A reactor's figures as of `now`; a slice in progress is looked at if it takes long.
-    pub(super) fn figures(&mut self, tid: u32, raw: &RawReactor, now: u64) -> Reactor {
+    pub(super) fn figures(&mut self, raw: &Raw, now: u64) -> Reactor {
         let threshold = self.stall_threshold.as_secs_f64();
-        let slice = InSlice { tid, pid: raw.tgid, since_ns: raw.phase_since_ns, frame_pointer: 0 };
+        let (tid, pid) = (raw.now.tid, raw.now.tgid);
+        let slice = InSlice { tid, pid, since_ns: raw.now.phase_since_ns, frame_pointer: 0 };
         let in_progress = Some(reactor::stall_in_progress(raw, now))
             .filter(|stall| reactor::is_in_slice(raw) && stall.seconds >= threshold);
         let present = in_progress.map(|stall| (stall, self.watcher.seen_so_far(slice)));
-        let thread = self.thread(tid, raw.tgid);
-        let mut reactor = thread.figures(tid, raw, now);
+        let thread = self.thread(tid, pid);
+        let mut reactor = thread.figures(raw, now);
         if let Some((stall, look)) = present {
             let mut stalls = thread.stalls.clone();
             stalls.add_in_progress(&stall, look.clone());
@@ -235,8 +217,8 @@ impl Thread {
     }
 
     /// Its figures as of now, stalls that have ended included.
-    fn figures(&mut self, tid: u32, raw: &RawReactor, now: u64) -> Reactor {
-        let mut reactor = reactor::decode(tid, self.name.clone(), raw, &mut self.prober, now);
+    fn figures(&mut self, raw: &Raw, now: u64) -> Reactor {
+        let mut reactor = reactor::decode(self.name.clone(), raw, &mut self.prober, now);
         reactor.stalls = self.stalls.ranked(lag_weight(&reactor.lag));
         reactor
     }

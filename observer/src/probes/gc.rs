@@ -266,10 +266,10 @@ fn read(memory: &Live, places: &Totals) -> Option<Sum> {
 }
 
 /// What a collection in progress has taken by now of the thread's slice in progress, in nanoseconds.
-pub(crate) fn in_progress(maps: &Maps, tid: u32, reactor: &Reactor, now: u64) -> u64 {
+pub(crate) fn in_progress(maps: &Maps, reactor: &Reactor, now: u64) -> u64 {
     if reactor.phase != Phase::Slice as u32 {
         return 0;
     }
-    let begun = maps.gc_begun.get(&tid, 0);
+    let begun = maps.gc_begun.get(&reactor.tid, 0);
     begun.map_or(0, |Begun { since_ns, .. }| now.saturating_sub(since_ns.max(reactor.phase_since_ns)))
 }

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use nix::libc;
 use observer_common::{
     block::{Block, NO_CALL},
-    reactor::{Habit, Kind, PARTS, Phase, Reactor as Raw, Run, Stall as RawStall},
+    reactor::{Habit, Kind, PARTS, Part, Phase, Reactor as Doing, Run, Stall as RawStall},
 };
 
 use super::{Events, Hook, Probe, When};
@@ -25,6 +25,7 @@ use crate::{
         snapshot::{Blocked, Reactor, Split},
         stall::{Cause, Stall, Stalls},
     },
+    read::reactors::Raw,
     target::process,
 };
 
@@ -70,11 +71,7 @@ pub(super) const PROBE: Probe = Probe {
         Hook { program: FIND_REGISTERS, events: Events::OnDemand },
         Hook { program: "sched_switch", events: Events::Btf(&["sched_switch"]) },
         Hook { program: "sched_wakeup", events: Events::Btf(&["sched_wakeup"]) },
-        Hook {
-            program: "epoll_enter",
-            events: Events::Waits(Calls::Epoll, &["sys_enter_epoll_pwait", "sys_enter_epoll_wait"]),
-        },
-        Hook { program: "pwait2_enter", events: Events::Waits(Calls::Epoll, &["sys_enter_epoll_pwait2"]) },
+        // Returns before calls: a wait that is seen to begin is seen to end, however long attaching takes.
         Hook {
             program: "epoll_exit",
             events: Events::Waits(
@@ -82,10 +79,7 @@ pub(super) const PROBE: Probe = Probe {
                 &["sys_exit_epoll_pwait", "sys_exit_epoll_wait", "sys_exit_epoll_pwait2"],
             ),
         },
-        Hook { program: "uring_enter", events: Events::Waits(Calls::IoUring, &["sys_enter_io_uring_enter"]) },
         Hook { program: "uring_exit", events: Events::Waits(Calls::IoUring, &["sys_exit_io_uring_enter"]) },
-        Hook { program: "poll_enter", events: Events::Waits(Calls::Poll, &["sys_enter_poll"]) },
-        Hook { program: "ppoll_enter", events: Events::Waits(Calls::Poll, &["sys_enter_ppoll"]) },
         Hook {
             program: "poll_exit",
             // The kernel goes on with an interrupted poll under another name.
@@ -94,12 +88,20 @@ pub(super) const PROBE: Probe = Probe {
                 &["sys_exit_poll", "sys_exit_ppoll", "sys_exit_restart_syscall"],
             ),
         },
-        Hook { program: "select_enter", events: Events::Waits(Calls::Select, &["sys_enter_select"]) },
-        Hook { program: "pselect_enter", events: Events::Waits(Calls::Select, &["sys_enter_pselect6"]) },
         Hook {
             program: "select_exit",
             events: Events::Waits(Calls::Select, &["sys_exit_select", "sys_exit_pselect6"]),
         },
+        Hook {
+            program: "epoll_enter",
+            events: Events::Waits(Calls::Epoll, &["sys_enter_epoll_pwait", "sys_enter_epoll_wait"]),
+        },
+        Hook { program: "pwait2_enter", events: Events::Waits(Calls::Epoll, &["sys_enter_epoll_pwait2"]) },
+        Hook { program: "uring_enter", events: Events::Waits(Calls::IoUring, &["sys_enter_io_uring_enter"]) },
+        Hook { program: "poll_enter", events: Events::Waits(Calls::Poll, &["sys_enter_poll"]) },
+        Hook { program: "ppoll_enter", events: Events::Waits(Calls::Poll, &["sys_enter_ppoll"]) },
+        Hook { program: "select_enter", events: Events::Waits(Calls::Select, &["sys_enter_select"]) },
+        Hook { program: "pselect_enter", events: Events::Waits(Calls::Select, &["sys_enter_pselect6"]) },
     ],
 };
 
@@ -118,63 +120,67 @@ pub(crate) fn find_registers(ebpf: &mut Ebpf, place: &Array<MapData, u32>) -> Re
 }
 
 /// What the kernel would have written for a thread that was already waiting at `now`, in this way.
-pub(crate) fn waiting(tgid: u32, place: u32, now: u64, kind: Kind, set: u32) -> Raw {
-    Raw {
+pub(crate) fn waiting(tgid: u32, now: u64, kind: Kind, set: u32) -> Doing {
+    Doing {
         tgid,
-        place,
         habit: Habit { kind: kind as u32, set, is_firm: 1, is_counted: 0 },
         phase: Phase::Waiting as u32,
         phase_since_ns: now,
         run: Run::Blocked as u32,
         run_since_ns: now,
-        ..Raw::EMPTY
+        ..Doing::EMPTY
     }
 }
 
 /// Whether the thread is gone and its figures are final.
 pub(crate) fn is_final(raw: &Raw) -> bool {
-    raw.phase == Phase::Exited as u32
+    raw.now.phase == Phase::Exited as u32
 }
 
 /// A reactor's lag as of `now`. To be asked now and then, so that waits are attributed to replies of their time.
 pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
-    let waits = raw.phase == Phase::Waiting as u32 && raw.phase_since_ns != 0;
-    let age = now.saturating_sub(raw.phase_since_ns);
-    let (in_progress_ns, wait_ns) = if raw.phase == Phase::Slice as u32 {
+    let waits = raw.now.phase == Phase::Waiting as u32 && raw.now.phase_since_ns != 0;
+    let age = now.saturating_sub(raw.now.phase_since_ns);
+    let (in_progress_ns, wait_ns) = if raw.now.phase == Phase::Slice as u32 {
         (age, 0)
-    } else if waits && raw.run == Run::Woken as u32 {
-        let due = now.saturating_sub(raw.woken_ns).min(age);
+    } else if waits && raw.now.run == Run::Woken as u32 {
+        let due = now.saturating_sub(raw.now.woken_ns).min(age);
         (due, age - due)
-    } else if waits || raw.phase == Phase::Parked as u32 {
+    } else if waits || raw.now.phase == Phase::Parked as u32 {
         (0, age)
     } else {
         (0, 0)
     };
-    let wait_ns = raw.wait_ns + wait_ns;
-    prober.ask(Observed { slices: &raw.slice, replies: &raw.reply, in_progress_ns, wait_ns })
+    let wait_ns = raw.now.wait_ns + wait_ns;
+    prober.ask(Observed {
+        slices: &raw.durations.slice,
+        replies: &raw.durations.reply,
+        in_progress_ns,
+        wait_ns,
+    })
 }
 
 /// A reactor's figures as of `now`; what is in progress counts up to then.
-pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now: u64) -> Reactor {
-    let slice = Histogram::from(&raw.slice);
-    let in_slice = raw.phase == Phase::Slice as u32;
-    let in_phase = seconds(now.saturating_sub(raw.phase_since_ns));
+pub(crate) fn decode(name: String, raw: &Raw, prober: &mut Prober, now: u64) -> Reactor {
+    let slice = Histogram::from(&raw.durations.slice);
+    let in_slice = raw.now.phase == Phase::Slice as u32;
+    let in_phase = seconds(now.saturating_sub(raw.now.phase_since_ns));
     let busy_seconds = slice.sum() + if in_slice { in_phase } else { 0.0 };
-    let waits_now =
-        raw.phase == Phase::Parked as u32 || (raw.phase == Phase::Waiting as u32 && raw.phase_since_ns != 0);
-    let wait_seconds = seconds(raw.wait_ns) + if waits_now { in_phase } else { 0.0 };
+    let waits_now = raw.now.phase == Phase::Parked as u32
+        || (raw.now.phase == Phase::Waiting as u32 && raw.now.phase_since_ns != 0);
+    let wait_seconds = seconds(raw.now.wait_ns) + if waits_now { in_phase } else { 0.0 };
     let observed = busy_seconds + wait_seconds;
 
-    let mut parts_ns = raw.parts_ns;
-    if in_slice && let Some(running) = parts_ns.get_mut(raw.run.wrapping_add(raw.block) as usize) {
-        *running += now.saturating_sub(raw.run_since_ns);
+    let mut parts_ns = raw.now.parts.map(|part| part.ns);
+    if in_slice && let Some(running) = parts_ns.get_mut(raw.now.run.wrapping_add(raw.now.block) as usize) {
+        *running += now.saturating_sub(raw.now.run_since_ns);
     }
     Reactor {
-        tid,
+        tid: raw.now.tid,
         name,
         slices: slice.count(),
-        waits: raw.waits,
-        events: raw.events,
+        waits: raw.now.waits,
+        events: raw.now.events,
         wait_seconds,
         busy_seconds,
         utilization: (observed > 0.0).then(|| busy_seconds / observed),
@@ -182,8 +188,8 @@ pub(crate) fn decode(tid: u32, name: String, raw: &Raw, prober: &mut Prober, now
         current_stack: None,
         lag: lag(raw, prober, now),
         slice,
-        wakeup: Histogram::from(&raw.wakeup),
-        split_seconds: split(&parts_ns, raw.gc_ns),
+        wakeup: Histogram::from(&raw.durations.wakeup),
+        split_seconds: split(&parts_ns, raw.now.gc.ns),
         stalls: Stalls::default(),
         exited: is_final(raw),
     }
@@ -225,24 +231,22 @@ pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>) -> Stall {
 
 /// The slice in progress as of `now`, as if it ended then.
 pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
-    let mut parts_ns = raw.parts_ns;
-    for (part, before) in parts_ns.iter_mut().zip(raw.parts_before_ns) {
-        *part = part.saturating_sub(before);
-    }
-    let present_ns = now.saturating_sub(raw.run_since_ns);
-    if let Some(running) = parts_ns.get_mut(raw.run.wrapping_add(raw.block) as usize) {
+    let of_slice = |part: Part| part.ns.saturating_sub(part.before_ns);
+    let mut parts_ns = raw.now.parts.map(of_slice);
+    let present_ns = now.saturating_sub(raw.now.run_since_ns);
+    if let Some(running) = parts_ns.get_mut(raw.now.run.wrapping_add(raw.now.block) as usize) {
         *running += present_ns;
     }
-    let is_longest = raw.run == Run::Blocked as u32 && present_ns > raw.longest_block_ns;
+    let is_longest = raw.now.run == Run::Blocked as u32 && present_ns > raw.now.longest_block_ns;
     let raw = RawStall {
         tid: 0,
-        tgid: raw.tgid,
-        start_ns: raw.phase_since_ns,
-        length_ns: now.saturating_sub(raw.phase_since_ns),
+        tgid: raw.now.tgid,
+        start_ns: raw.now.phase_since_ns,
+        length_ns: now.saturating_sub(raw.now.phase_since_ns),
         parts_ns,
-        gc_ns: raw.gc_ns.saturating_sub(raw.gc_at_start_ns),
-        longest_block_call: if is_longest { raw.call } else { raw.longest_block_call },
-        longest_queue_after: raw.longest_queue_after,
+        gc_ns: of_slice(raw.now.gc),
+        longest_block_call: if is_longest { raw.now.call } else { raw.now.longest_block_call },
+        longest_queue_after: raw.now.longest_queue_after,
         request: 0,
     };
     // What it works for is told when it ends.
@@ -251,7 +255,7 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
 
 /// Whether a slice is in progress.
 pub(crate) fn is_in_slice(raw: &Raw) -> bool {
-    raw.phase == Phase::Slice as u32
+    raw.now.phase == Phase::Slice as u32
 }
 
 fn call_name(number: u32) -> Option<String> {
@@ -260,23 +264,31 @@ fn call_name(number: u32) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use observer_common::reactor::Durations;
+
     use super::*;
 
     const SECOND: u64 = 1_000_000_000;
 
+    const fn raw(now: Doing) -> Raw {
+        Raw { now, durations: Durations::NONE }
+    }
+
     #[test]
     fn a_slice_in_progress_counts_at_its_present_age() {
-        let raw = Raw {
+        let mut parts = [Part::NONE; PARTS];
+        parts[Run::Cpu as usize].ns = SECOND;
+        let raw = raw(Doing {
             phase: Phase::Slice as u32,
             phase_since_ns: 10 * SECOND,
             run: Run::Blocked as u32,
             run_since_ns: 11 * SECOND,
             block: Block::Sleep as u32,
-            parts_ns: [SECOND, 0, 0, 0, 0, 0, 0, 0, 0],
+            parts,
             wait_ns: 2 * SECOND,
-            ..Raw::EMPTY
-        };
-        let reactor = decode(1, String::new(), &raw, &mut Prober::default(), 12 * SECOND);
+            ..Doing::EMPTY
+        });
+        let reactor = decode(String::new(), &raw, &mut Prober::default(), 12 * SECOND);
         assert_eq!(reactor.current_slice_seconds, Some(2.0));
         assert_eq!((reactor.busy_seconds, reactor.wait_seconds), (2.0, 2.0));
         assert_eq!(reactor.utilization, Some(0.5));
@@ -288,8 +300,12 @@ mod tests {
 
     #[test]
     fn a_reply_that_does_not_come_counts_at_its_present_age() {
-        let raw =
-            Raw { phase_since_ns: 10 * SECOND, run: Run::Woken as u32, woken_ns: 13 * SECOND, ..Raw::EMPTY };
+        let raw = raw(Doing {
+            phase_since_ns: 10 * SECOND,
+            run: Run::Woken as u32,
+            woken_ns: 13 * SECOND,
+            ..Doing::EMPTY
+        });
         let lag = lag(&raw, &mut Prober::default(), 15 * SECOND);
         assert_eq!((lag.count(), lag.max()), (5000, 2.0));
         assert!((lag.sum() / 2000.0 - 1.0).abs() < 0.01, "{}", lag.sum());
@@ -297,8 +313,8 @@ mod tests {
 
     #[test]
     fn a_thread_that_has_waited_since_we_came_is_idle() {
-        let raw = waiting(7, 1, SECOND, Kind::Epoll, 3);
-        let reactor = decode(1, String::new(), &raw, &mut Prober::default(), 4 * SECOND);
+        let raw = raw(waiting(7, SECOND, Kind::Epoll, 3));
+        let reactor = decode(String::new(), &raw, &mut Prober::default(), 4 * SECOND);
         assert_eq!((reactor.lag.count(), reactor.lag.sum()), (3000, 0.0));
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds), (3.0, 0.0));
         assert_eq!(reactor.utilization, Some(0.0));
@@ -307,8 +323,8 @@ mod tests {
 
     #[test]
     fn an_exited_thread_no_longer_ages() {
-        let raw = Raw { phase: Phase::Exited as u32, phase_since_ns: SECOND, ..Raw::EMPTY };
-        let reactor = decode(1, String::new(), &raw, &mut Prober::default(), 100 * SECOND);
+        let raw = raw(Doing { phase: Phase::Exited as u32, phase_since_ns: SECOND, ..Doing::EMPTY });
+        let reactor = decode(String::new(), &raw, &mut Prober::default(), 100 * SECOND);
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds, reactor.utilization), (0.0, 0.0, None));
         assert!(reactor.exited);
     }

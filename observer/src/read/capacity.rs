@@ -24,11 +24,12 @@ const fn room(map: &'static str, entries: u32, loops: u32) -> Room {
 
 /// In the proportions of the object's own sizes, which are those of the default.
 const ROOMS: &[Room] = &[
-    room("REACTORS", 1, 1),
+    room("THREADS", 1, 1),
+    // The first slot is nobody's.
+    Room { map: "REACTORS", entries: 1, loops: 1, more: 1 },
+    Room { map: "DURATIONS", entries: 1, loops: 1, more: 1 },
+    Room { map: "FREE_SLOTS", entries: 1, loops: 1, more: 1 },
     room("POOLS", 1, 1),
-    // The first place is nobody's.
-    Room { map: "BOARD", entries: 1, loops: 1, more: 1 },
-    Room { map: "FREE_PLACES", entries: 1, loops: 1, more: 1 },
     room("TARGETS", 4, 1),
     room("STRANGERS", 16, 1),
     room("LISTENERS", 1, 1),
@@ -70,8 +71,8 @@ impl Capacity {
         }
     }
 
-    /// Places on the board of slices, nobody's included.
-    pub(crate) const fn places(self) -> u32 {
+    /// Slots for reactors, nobody's included.
+    pub(crate) const fn slots(self) -> u32 {
         self.0 + 1
     }
 

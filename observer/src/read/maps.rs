@@ -21,31 +21,22 @@ use observer_common::{
     listener::Listener,
     loss::Loss,
     origin::{Answer, Connection, Descriptor, Request},
-    process::Target,
-    reactor::{Phase, Pool, Reactor, Stall},
+    reactor::{Pool, Stall},
 };
 
-use super::{
-    batch,
-    board::Board,
-    capacity::Capacity,
-    counted::{Counted, Counts},
-};
+use super::{batch, capacity::Capacity, presence::Presence, reactors::Reactors, targets::Targets};
 
 /// What an insertion does if the key is there: leaves the programs' own entry alone.
 const NO_EXIST: u64 = 1;
 
-/// How often an entry is read at most until two readings agree.
-const READS: usize = 8;
-
 /// All maps of the programs.
 pub(crate) struct Maps {
     /// By process id.
-    pub(crate) targets: Counted<Target>,
+    pub(crate) targets: Targets,
     /// Processes that were turned down, by id.
     pub(crate) strangers: HashMap<MapData, u32, u8>,
-    /// By thread id.
-    pub(crate) reactors: Counted<Reactor>,
+    /// Threads that wait for events.
+    pub(crate) reactors: Reactors,
     /// How many threads wait on an epoll set.
     pools: HashMap<MapData, Pool, u32>,
     /// By inode number.
@@ -60,10 +51,6 @@ pub(crate) struct Maps {
     pub(crate) accepting: HashMap<MapData, u32, Accepting>,
     /// Where on a kernel stack its thread's registers are; 0 while that is not known.
     pub(crate) registers: Array<MapData, u32>,
-    /// Slices in progress.
-    pub(crate) board: Board,
-    /// Places on the board that nobody has.
-    free_places: Stack<MapData, u32>,
     stalls: RingBuf<MapData>,
     /// Pauses for garbage collections, by process id.
     pub(crate) gc_pauses: HashMap<MapData, u32, Histogram>,
@@ -90,21 +77,23 @@ pub(crate) struct Maps {
     links: RingBuf<MapData>,
     kinds: RingBuf<MapData>,
     losses: PerCpuArray<MapData, u64>,
-    _counts: Counts,
 }
 
 impl Maps {
     /// Takes the maps over from the loader.
     pub(crate) fn take(ebpf: &mut Ebpf, capacity: Capacity) -> Result<Self> {
-        let mut free_places = Stack::try_from(take(ebpf, "FREE_PLACES")?)?;
-        for place in (1..capacity.places()).rev() {
-            free_places.push(place, 0)?;
-        }
-        let counts = Counts::of(take(ebpf, "PRESENCE")?)?;
+        let presence = Presence::of(take(ebpf, "PRESENCE")?)?;
         Ok(Self {
-            targets: counts.processes(HashMap::try_from(take(ebpf, "TARGETS")?)?),
+            targets: Targets::of(HashMap::try_from(take(ebpf, "TARGETS")?)?, presence.clone()),
             strangers: HashMap::try_from(take(ebpf, "STRANGERS")?)?,
-            reactors: counts.threads(HashMap::try_from(take(ebpf, "REACTORS")?)?),
+            reactors: Reactors::of(
+                take(ebpf, "REACTORS")?,
+                Array::try_from(take(ebpf, "DURATIONS")?)?,
+                HashMap::try_from(take(ebpf, "THREADS")?)?,
+                Stack::try_from(take(ebpf, "FREE_SLOTS")?)?,
+                presence,
+                capacity.slots(),
+            )?,
             pools: HashMap::try_from(take(ebpf, "POOLS")?)?,
             listeners: HashMap::try_from(take(ebpf, "LISTENERS")?)?,
             ports: HashMap::try_from(take(ebpf, "PORTS")?)?,
@@ -112,8 +101,6 @@ impl Maps {
             queued: HashMap::try_from(take(ebpf, "QUEUED")?)?,
             accepting: HashMap::try_from(take(ebpf, "ACCEPTING")?)?,
             registers: Array::try_from(take(ebpf, "REGISTERS")?)?,
-            board: Board::of(take(ebpf, "BOARD")?, capacity.places())?,
-            free_places,
             stalls: RingBuf::try_from(take(ebpf, "STALLS")?)?,
             gc_pauses: HashMap::try_from(take(ebpf, "GC_PAUSES")?)?,
             gc_begun: HashMap::try_from(take(ebpf, "GC_BEGUN")?)?,
@@ -130,23 +117,7 @@ impl Maps {
             links: RingBuf::try_from(take(ebpf, "LINKS")?)?,
             kinds: RingBuf::try_from(take(ebpf, "KINDS")?)?,
             losses: PerCpuArray::try_from(take(ebpf, "LOSSES")?)?,
-            _counts: counts,
         })
-    }
-
-    /// A place on the board for a reactor that the programs have not met yet; 0 if there is none.
-    pub(crate) fn claim_place(&mut self, tid: u32, pid: u32) -> Result<u32> {
-        let Ok(place) = self.free_places.pop(0) else { return Ok(0) };
-        self.board.assign(place, tid, pid)?;
-        Ok(place)
-    }
-
-    /// Takes back the place of a reactor that is gone.
-    pub(crate) fn free_place(&mut self, place: u32) -> Result<()> {
-        if place != 0 {
-            self.free_places.push(place, 0)?;
-        }
-        Ok(())
     }
 
     /// Forgets who waits on the sets of processes that are observed no more, or gone with nobody there to see; leaves those
@@ -257,39 +228,6 @@ pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
     value: V,
 ) -> Result<bool, MapError> {
     Ok(add(map, key, value)? != Added::NoRoom)
-}
-
-/// All reactors, each as it was between two events: one that was read while a slice ended would have that twice. One
-/// that is too busy to be read in between is so in slices too short to matter. Those that are parked are told so, if only
-/// what all of them are doing shows that: the programs find out when they wake up.
-pub(crate) fn reactors(map: &HashMap<MapData, u32, Reactor>) -> Vec<(u32, Reactor)> {
-    let mut reactors = entries(map);
-    for (tid, reactor) in &mut reactors {
-        for _ in 0..READS {
-            let Ok(again) = map.get(tid, 0) else { break };
-            let is_settled = (again.phase, again.phase_since_ns) == (reactor.phase, reactor.phase_since_ns);
-            *reactor = again;
-            if is_settled {
-                break;
-            }
-        }
-    }
-    let mut pools = std::collections::HashMap::<_, u32>::new();
-    let pool = |reactor: &Reactor| (reactor.tgid, reactor.habit.set);
-    for (_, reactor) in &reactors {
-        // Who is gone has left.
-        if reactor.phase != Phase::Exited as u32 {
-            *pools.entry(pool(reactor)).or_default() += reactor.habit.is_counted;
-        }
-    }
-    for (_, reactor) in &mut reactors {
-        let may_be = reactor.phase == Phase::Slice as u32 && reactor.may_be_parked_ns != 0;
-        if may_be && pools.get(&pool(reactor)).is_some_and(|threads| *threads > 1) {
-            reactor.phase = Phase::Parked as u32;
-            reactor.phase_since_ns = reactor.may_be_parked_ns;
-        }
-    }
-    reactors
 }
 
 /// All entries. An entry that is removed meanwhile is left out.

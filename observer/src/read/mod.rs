@@ -1,7 +1,8 @@
 //! Takes raw figures out of the kernel.
 
 mod batch;
-pub(crate) mod board;
 pub(crate) mod capacity;
-mod counted;
 pub(crate) mod maps;
+mod presence;
+pub(crate) mod reactors;
+mod targets;

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     model::{frame::Frame, snapshot::Look},
-    read::board::InSlice,
+    read::reactors::InSlice,
 };
 
 /// How long a process is taken to run the program that it was found to run; one that has another before fails to be

@@ -10,12 +10,12 @@ use super::{
     now::{Looker, Sight},
     sampler::Sampler,
 };
-use crate::{model::snapshot::Look, read::board::InSlice};
+use crate::{model::snapshot::Look, read::reactors::InSlice};
 
 /// Share of a threshold after which a slice is suspected, as (numerator, denominator): early enough for a look before
 /// the threshold, late enough to leave ordinary slices alone.
 const SUSPICION: (u64, u64) = (3, 5);
-/// How often in a threshold the board is looked at: often enough for a glance between suspicion and threshold.
+/// How often in a threshold the slices are looked at: often enough for a glance between suspicion and threshold.
 const GLANCES: u32 = 3;
 /// Bounds of the time between two glances.
 const FASTEST: Duration = Duration::from_millis(2);

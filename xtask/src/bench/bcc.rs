@@ -7,8 +7,9 @@ use aya::sys::{Stats, enable_stats};
 
 use super::load::Wrk;
 use super::page::Page;
-use super::programs::{Cost, Costs, Round, costs, count};
+use super::programs::{Cost, Costs, Round, costs, count, total};
 use super::servers::Server;
+use super::statistics::Spread;
 use super::tools::{EMPTY, Tool};
 use super::{Cpus, progress};
 use crate::shell::find;
@@ -51,7 +52,8 @@ pub(super) struct Bench<'a> {
 }
 
 enum Outcome {
-    Ran(Costs),
+    /// What each program costs, and nanoseconds of all of them for each connection, with what measuring takes.
+    Ran(Costs, Spread),
     Refused(String),
 }
 
@@ -63,13 +65,13 @@ impl Bench<'_> {
         page.text(&format!("Rounds: {} of {} s each, of which the medians.\n", self.rounds, self.seconds));
 
         let empty = self.rounds("programs that do nothing", |_| Ok(Ok(Tool::bpftrace(EMPTY, 0)?)))?;
-        let Outcome::Ran(empty) = empty else { unreachable!("bpftrace that does not start is an error") };
+        let Outcome::Ran(empty, _) = empty else { unreachable!("bpftrace that does not start is an error") };
         let events: f64 = empty.values().map(|cost| cost.events).sum();
         let measuring = empty.values().map(|cost| cost.events * cost.nanoseconds).sum::<f64>() / events;
 
-        let observer =
+        let ours =
             self.rounds("observer", |server| Ok(Ok(Tool::observer(self.observer, &[server.pid()])?)))?;
-        let mut rows = row("observer", "all of it", &observer, measuring).into_iter().collect::<Vec<_>>();
+        let mut rows = row("observer", "all of it", &ours, measuring).into_iter().collect::<Vec<_>>();
         let mut refused = Vec::new();
         for (words, tells) in TOOLS {
             let title = format!("`{}`", words.join(" "));
@@ -87,7 +89,12 @@ impl Bench<'_> {
                 Outcome::Refused("not installed".to_owned())
             };
             match row(&title, tells, &outcome, measuring) {
-                Ok(row) => rows.push(row),
+                Ok(row) => {
+                    if let (Outcome::Ran(_, ours), Outcome::Ran(_, theirs)) = (&ours, &outcome) {
+                        page.ratio(format!("observer to {title}, a connection"), ours.part_of(theirs.median));
+                    }
+                    rows.push(row);
+                }
                 Err(reason) => refused.push(vec![title, (*tells).to_owned(), reason]),
             }
         }
@@ -117,7 +124,7 @@ impl Bench<'_> {
             };
             rounds.push(count(&tool, || Ok(wrk.run()?.requests))?);
         }
-        Ok(Outcome::Ran(costs(&rounds)))
+        Ok(Outcome::Ran(costs(&rounds), total(&rounds)))
     }
 }
 
@@ -129,8 +136,8 @@ fn row(
     measuring: f64,
 ) -> std::result::Result<Vec<String>, String> {
     let costs = match outcome {
-        Outcome::Ran(costs) if costs.is_empty() => return Err("its programs never ran".to_owned()),
-        Outcome::Ran(costs) => costs,
+        Outcome::Ran(costs, _) if costs.is_empty() => return Err("its programs never ran".to_owned()),
+        Outcome::Ran(costs, _) => costs,
         Outcome::Refused(reason) => return Err(reason.clone()),
     };
     // What runs once in a while has no cost for each connection.

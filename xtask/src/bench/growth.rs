@@ -89,6 +89,7 @@ impl Bench<'_> {
         for (kind, counts) in KINDS {
             page.text(&format!("## {}\n", kind.title()));
             let mut rows = Vec::new();
+            let mut scrapes = Vec::new();
             let roomy = (kind == ROOMY.kind).then_some(ROOMY);
             let cases = counts.iter().map(|&count| Case { kind, count, capacity: CAPACITY }).chain(roomy);
             for case in cases {
@@ -99,8 +100,18 @@ impl Bench<'_> {
                     page.figure(&goals::SCRAPE_OF_MANY, sample.milliseconds());
                 }
                 rows.push(sample.row(&case));
+                // Those of connections are all of one listener; where there is room for more, most bring nothing new.
+                if kind != Kind::Connections && case.capacity == CAPACITY {
+                    scrapes.push((case.title(), sample.milliseconds()));
+                }
             }
             page.table(&kind.head(), rows);
+            if let Some(((most, longest), fewer)) = scrapes.split_last() {
+                for (title, scrape) in fewer {
+                    let title = format!("a scrape of {title}, to one of {most}");
+                    page.ratio(title, scrape.part_of(longest.median));
+                }
+            }
         }
         Ok(())
     }

@@ -68,14 +68,10 @@ impl Page {
             });
             [line.title.clone()].into_iter().chain(figures.into_iter().flatten()).collect()
         });
-        let sums = both.map(|costs| {
-            [
-                String::new(),
-                format!("{:.0}", gross(costs)),
-                format!("{:.0}", net(programs, lines.iter(), costs)),
-            ]
+        let sums = both.into_iter().zip(pair.totals).flat_map(|(costs, total)| {
+            [String::new(), total.show(0, ""), format!("{:.0}", net(programs, lines.iter(), costs))]
         });
-        let sum = [format!("all, for each {operation}")].into_iter().chain(sums.into_iter().flatten());
+        let sum = [format!("all, for each {operation}")].into_iter().chain(sums);
         let head =
             who.map(|who| [format!("{who}: events a {operation}"), "ns an event".into(), "net".into()]);
         let head: Vec<&str> =
@@ -109,21 +105,21 @@ fn note(page: &mut Page, hooks: &[Hook], programs: &Figures) {
     let lines = lines(hooks, pair);
     let cost = |costs: &Costs, name: &str| {
         let line = lines.iter().find(|line| line.name == name)?;
-        Some(costs.get(name)?.nanoseconds - programs.measuring(line.event))
+        Some(costs.get(name)?.spread.beyond(programs.measuring(line.event)))
     };
-    let wait = |costs: &Costs| Some(cost(costs, "epoll_enter")? + cost(costs, "epoll_exit")?);
-    let mut figure = |goal, figure: Option<f64>| page.figure(goal, Spread::at(figure.unwrap_or(f64::NAN)));
+    let wait = |costs: &Costs| Some(cost(costs, "epoll_enter")?.and(cost(costs, "epoll_exit")?));
+    let mut figure = |goal, figure: Option<Spread>| page.figure(goal, figure.unwrap_or(Spread::at(f64::NAN)));
     figure(&goals::TARGET_WAIT, wait(&pair.target));
     figure(&goals::STRANGER_WAIT, wait(&pair.stranger));
     figure(&goals::STRANGER_SWITCH, cost(&pair.stranger, "sched_switch"));
     let loops = net(programs, lines.iter().filter(|line| line.probe == "reactor"), &pair.target);
     let script = net(programs, self::lines(&[], &programs.script).iter(), &programs.script.target);
-    figure(&goals::LOOPS_TO_BPFTRACE, Some(loops / script * 100.0));
+    figure(&goals::LOOPS_TO_BPFTRACE, Some(Spread::at(loops / script * 100.0)));
     for (load, pair) in &programs.observer {
-        let script = gross(&programs.script.target);
-        for (who, costs) in [("target", &pair.target), ("stranger", &pair.stranger)] {
+        let [script, _] = programs.script.totals;
+        for (who, total) in ["target", "stranger"].iter().zip(pair.totals) {
             let title = format!("{}: all programs, {who}, to bpftrace's for slices of nginx", load.title());
-            page.ratio(title, Spread::at(gross(costs) / script));
+            page.ratio(title, total.part_of(script.median));
         }
     }
     for (who, costs) in [("target", &pair.target), ("stranger", &pair.stranger)] {
@@ -167,11 +163,6 @@ fn lines<'a>(hooks: &'a [Hook], pair: &'a Pair) -> Vec<Line<'a>> {
 fn net<'a>(programs: &Figures, lines: impl Iterator<Item = &'a Line<'a>>, costs: &Costs) -> f64 {
     let net = |line: &Line, cost: &Cost| cost.events * (cost.nanoseconds - programs.measuring(line.event));
     lines.filter_map(|line| Some(net(line, costs.get(line.name)?))).sum()
-}
-
-/// The same with it, of all programs.
-fn gross(costs: &Costs) -> f64 {
-    costs.values().map(|cost| cost.events * cost.nanoseconds).sum()
 }
 
 /// A name that may have lost its end.

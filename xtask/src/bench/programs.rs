@@ -110,10 +110,12 @@ pub(super) struct Cost {
 /// Costs by the program's name as the kernel keeps it.
 pub(super) type Costs = BTreeMap<String, Cost>;
 
-/// The same load observed and not.
+/// The same load observed and not: what each program costs, and all of them together.
 pub(super) struct Pair {
     pub(super) target: Costs,
     pub(super) stranger: Costs,
+    /// Nanoseconds for each operation of the target's and the stranger's, with what measuring takes.
+    pub(super) totals: [Spread; 2],
 }
 
 pub(super) struct Figures {
@@ -178,10 +180,14 @@ impl Bench<'_> {
                 rounds.push(self.round(*job)?);
             }
         }
-        let mut costs = done.iter().map(|rounds| costs(rounds));
-        let mut next = || costs.next().expect("one for each job");
-        let empty = next();
-        let mut pair = || Pair { target: next(), stranger: next() };
+        let mut done = done.iter();
+        let mut next = || done.next().expect("one for each job");
+        let empty = costs(next());
+        let mut pair = || {
+            let both = [next(), next()];
+            let [target, stranger] = both.map(|rounds| costs(rounds));
+            Pair { target, stranger, totals: both.map(|rounds| total(rounds)) }
+        };
         Ok(Figures { empty, script: pair(), observer: Load::ALL.map(|load| (load, pair())).into() })
     }
 
@@ -254,6 +260,12 @@ fn usage_of(tool: &Tool) -> Result<Usage> {
         }
     }
     Ok(usage)
+}
+
+/// Nanoseconds of all programs for each operation, with what measuring takes.
+pub(super) fn total(rounds: &[Round]) -> Spread {
+    let nanoseconds = |round: &Round| round.usage.values().map(|(_, time)| time).sum::<u64>() as f64;
+    Spread::of(rounds.iter().map(|round| nanoseconds(round) / round.operations as f64))
 }
 
 /// Of programs that ran at all.

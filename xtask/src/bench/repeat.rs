@@ -26,11 +26,12 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// The last run of another day that a part's record knows, itself included.
+    /// The last run of another day that a part's record knows, itself included, if it has ratios.
     pub(super) fn before(record: &Value, date: &str) -> Option<Self> {
         let day = |date: &str| date.split(' ').next().map(str::to_owned);
         let run = Self::from(record)?;
-        if day(&run.date) == day(date) { Self::from(&record["before"]) } else { Some(run) }
+        let run = if day(&run.date) == day(date) { Self::from(&record["before"])? } else { run };
+        (!run.ratios.is_empty()).then_some(run)
     }
 
     pub(super) fn from(record: &Value) -> Option<Self> {
@@ -89,5 +90,7 @@ mod tests {
         // One more run of the same day is compared with what the first was.
         record["before"] = run("2026-11-20 10:00 UTC", 1.0, 1.25).record();
         assert_eq!(Run::before(&record, "2026-11-24 23:00 UTC").unwrap().date, "2026-11-20 10:00 UTC");
+        record["before"]["ratios"] = serde_json::json!({});
+        assert!(Run::before(&record, "2026-11-24 23:00 UTC").is_none());
     }
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::goals;
 use super::latency::{Client, Request};
-use super::page::{Page, spread};
+use super::page::Page;
 use super::process::pause;
 use super::servers::Server;
 use super::statistics::{Spread, quantile};
@@ -60,14 +60,20 @@ impl Bench<'_> {
         page.text(FIRST);
         page.text(&format!("Starts: {} for each.\n", self.starts));
         let mut rows = Vec::new();
+        // The first of them.
+        let mut on_nginx = None;
         for (name, server) in &servers {
             progress(&format!("starts on {name}"));
             let starts = self.starts(server)?;
-            if *name == "nginx" {
-                page.figure(&goals::FIRST_FIGURE, Spread::of(starts.iter().copied()));
+            let first = Spread::of(starts.iter().copied());
+            if let Some(nginx) = on_nginx {
+                page.ratio(format!("first figure on {name}, to that on nginx"), first.part_of(nginx));
+            } else {
+                page.figure(&goals::FIRST_FIGURE, first);
+                on_nginx = Some(first.median);
             }
-            let longest = format!("{:.0} ms", starts.iter().copied().fold(0.0, f64::max));
-            rows.push(vec![(*name).to_owned(), spread(starts.into_iter(), 0, "ms"), longest]);
+            let longest = format!("{:.0} ms", starts.into_iter().fold(0.0, f64::max));
+            rows.push(vec![(*name).to_owned(), first.show(0, "ms"), longest]);
         }
         page.table(&["server", "first figure after", "longest"], rows);
 

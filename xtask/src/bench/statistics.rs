@@ -28,6 +28,18 @@ impl Spread {
         Self { low: low / whole, median: median / whole, high: high / whole }
     }
 
+    /// Each without this much.
+    pub(super) fn beyond(self, base: f64) -> Self {
+        let Self { low, median, high } = self;
+        Self { low: low - base, median: median - base, high: high - base }
+    }
+
+    /// One after the other, as far from each other as both may be.
+    pub(super) fn and(self, other: Self) -> Self {
+        let Self { low, median, high } = self;
+        Self { low: low + other.low, median: median + other.median, high: high + other.high }
+    }
+
     /// As it is kept in a file.
     pub(super) fn record(self) -> Value {
         let round = |figure: f64| (figure * 1000.0).round() / 1000.0;

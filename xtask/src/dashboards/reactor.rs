@@ -85,7 +85,7 @@ pub(super) const DASHBOARD: Dashboard = Dashboard {
         },
         Panel {
             title: "Slices",
-            description: "Time between the return of a wait for events and the next wait: how long nothing else could run.",
+            description: "Time between two waits for events, from when the first is over: how long nothing else could run.",
             look: Look::Lines,
             unit: Unit::Seconds,
             queries: &[

@@ -3,7 +3,7 @@
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::tracepoint, programs::TracePointContext};
 use observer_common::reactor::{Call, FOREVER, Kind};
 
-use super::{Thread, reactor_of, returned};
+use super::{Thread, returned, slots::find};
 use crate::kernel;
 
 /// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and how a wait of a ring says that its time was up.
@@ -122,13 +122,14 @@ fn pselect(ctx: &TracePointContext) -> Option<Call> {
     selected(low(limit), [read, write, except], timespec(timeout))
 }
 
-/// A thread whose call nobody saw begin waited as well: a slice begins in any case.
+/// Who was in a call before anybody saw it begin, the loader has made known.
 #[tracepoint]
 fn epoll_exit(ctx: TracePointContext) -> u32 {
-    if let Some(reactor) = Thread::current().and_then(|thread| thread.reactor()) {
+    let tid = kernel::current().1;
+    if let Some(reactor) = find(tid) {
         let events = kernel::returned(&ctx).unwrap_or(0);
         // SAFETY: a live map value that only this thread writes while it runs.
-        unsafe { returned(reactor, events, events == 0) };
+        unsafe { returned(reactor, tid, events, events == 0) };
     }
     0
 }
@@ -136,10 +137,11 @@ fn epoll_exit(ctx: TracePointContext) -> u32 {
 /// A ring tells how many requests it took, not how many completions there are.
 #[tracepoint]
 fn uring_exit(ctx: TracePointContext) -> u32 {
-    if let Some(reactor) = reactor_of(kernel::current().1) {
+    let tid = kernel::current().1;
+    if let Some(reactor) = find(tid) {
         let answer = kernel::returned(&ctx).unwrap_or(0);
         // SAFETY: as above.
-        unsafe { returned(reactor, 0, answer == ETIME) };
+        unsafe { returned(reactor, tid, 0, answer == ETIME) };
     }
     0
 }
@@ -156,11 +158,12 @@ fn select_exit(ctx: TracePointContext) -> u32 {
 
 #[inline(always)]
 fn polled_or_selected(ctx: &TracePointContext) -> u32 {
-    if let Some(reactor) = reactor_of(kernel::current().1) {
+    let tid = kernel::current().1;
+    if let Some(reactor) = find(tid) {
         let events = kernel::returned(ctx).unwrap_or(0);
         if events != ERESTART_RESTARTBLOCK {
             // SAFETY: as above.
-            unsafe { returned(reactor, events, events == 0) };
+            unsafe { returned(reactor, tid, events, events == 0) };
         }
     }
     0

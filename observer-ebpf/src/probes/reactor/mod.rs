@@ -2,14 +2,15 @@
 //! late its waits return.
 
 mod calls;
+mod slots;
 
 use core::ptr::null_mut;
 
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, BPF_RB_NO_WAKEUP},
+    bindings::BPF_RB_NO_WAKEUP,
     helpers::bpf_ktime_get_ns,
     macros::{btf_tracepoint, map},
-    maps::{Array, HashMap, RingBuf, Stack},
+    maps::RingBuf,
     programs::BtfTracePointContext,
 };
 use observer_common::{
@@ -17,31 +18,17 @@ use observer_common::{
     deferred::Work,
     loss::Loss,
     origin::Origin,
-    reactor::{
-        Call, FOREVER, GC_UNKNOWN, PARTS, PLACES, Phase, Place, REACTORS as MOST, Reactor, Run, Stall,
-    },
+    reactor::{Call, FOREVER, GC_UNKNOWN, PARTS, Part, Phase, Reactor, Run, Stall},
 };
 
+use self::slots::{claim, find, replaces, took};
 use super::{deferred, gc, origin, process};
 use crate::{
     block::Blocked,
-    emit::{lost, record_alone},
+    emit::lost,
     kernel::{self, Off, Task},
-    pool, presence, work,
+    pool, work,
 };
-
-/// Reactors by thread id. Only its own thread writes an entry, but for a wake-up, which the scheduler orders
-/// between the switch that took the thread off its CPU and the one that puts it back.
-#[map]
-static REACTORS: HashMap<u32, Reactor> = HashMap::with_max_entries(MOST, 0);
-
-/// Slices in progress, for the user side to see which of them take long.
-#[map]
-static BOARD: Array<Place> = Array::with_max_entries(PLACES, BPF_F_MMAPABLE);
-
-/// Places on the board that nobody has, the lowest on top; filled by the loader.
-#[map]
-static FREE_PLACES: Stack<u32> = Stack::with_max_entries(PLACES, 0);
 
 /// Slices that were longer than the threshold.
 #[map]
@@ -51,28 +38,6 @@ static STALLS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 // SAFETY: a name of our own, for the loader to find.
 #[unsafe(no_mangle)]
 static STALL_NS: u64 = 0;
-
-/// What a new entry starts from: too large for the stack.
-static NEW: Reactor = Reactor::EMPTY;
-
-/// Whether this entry is of a thread that is gone, whose id the current one has been given before the loader came for the
-/// figures: they make room.
-#[inline(always)]
-fn replaces(reactor: *const Reactor, tid: u32) -> bool {
-    // SAFETY: a live map value; of a thread that is gone nobody writes it.
-    let (phase, place) = unsafe { ((*reactor).phase, (*reactor).place) };
-    if phase != Phase::Exited as u32 {
-        return false;
-    }
-    lost(Loss::ReactorsReplaced);
-    if REACTORS.remove(tid).is_ok() {
-        presence::count_threads(tid, -1);
-    }
-    if place != 0 {
-        let _has_room = FREE_PLACES.push(place, 0);
-    }
-    true
-}
 
 /// The current thread, if it is a target's.
 struct Thread {
@@ -86,7 +51,7 @@ impl Thread {
     #[inline(always)]
     fn current() -> Option<Self> {
         let (tgid, tid) = kernel::current();
-        let known = reactor_of(tid).filter(|reactor| !replaces(*reactor, tid)).unwrap_or(null_mut());
+        let known = find(tid).filter(|reactor| !replaces(*reactor, tid)).unwrap_or(null_mut());
         if !known.is_null() || process::is_target(tgid) || process::comes_up(tgid) {
             Some(Self { tgid, tid, known })
         } else {
@@ -96,40 +61,12 @@ impl Thread {
 
     /// Its entry, made if there is none.
     #[inline(always)]
-    #[expect(
-        clippy::needless_borrows_for_generic_args,
-        reason = "by value it would be copied to the stack first"
-    )]
     fn reactor(&self) -> Option<*mut Reactor> {
-        if !self.known.is_null() {
-            return Some(self.known);
-        }
-        // Fails as well if the loader has made it meanwhile, which is fine.
-        presence::count_threads(self.tid, 1);
-        if REACTORS.insert(self.tid, &NEW, u64::from(BPF_NOEXIST)).is_err() {
-            presence::count_threads(self.tid, -1);
-        }
-        let Some(reactor) = REACTORS.get_ptr_mut(self.tid) else {
-            lost(Loss::ReactorsFull);
-            return None;
-        };
-        // SAFETY: a live map value that only this thread writes.
-        unsafe {
-            (*reactor).tgid = self.tgid;
-            if (*reactor).place == 0
-                && let Ok(Some(free)) = FREE_PLACES.pop()
-                && let Some(place) = BOARD.get_ptr_mut(free)
-            {
-                (*place).tid = self.tid;
-                (*place).tgid = self.tgid;
-                (*reactor).place = free;
-            }
-        }
-        Some(reactor)
+        if self.known.is_null() { claim(self.tid, self.tgid) } else { Some(self.known) }
     }
 
     /// It enters this call, if it is one that may be a wait. If it is the wait of its event loop, the slice, if one
-    /// was seen to begin, is over.
+    /// was seen to begin, is over as soon as the thread blocks there.
     #[inline(always)]
     fn enters(self, call: Option<Call>) {
         let Some(call) = call else { return };
@@ -147,15 +84,15 @@ impl Thread {
                 pool::leave((*reactor).tgid, before);
                 pool::join((*reactor).tgid, &raw mut (*reactor).habit);
             }
-            let now = bpf_ktime_get_ns();
             if (*reactor).phase == Phase::Slice as u32 {
-                turn(reactor, Run::Cpu, now);
-                slice_ends(reactor, self.tid, now);
+                (*reactor).is_in_wait = 1;
+            } else {
+                let now = bpf_ktime_get_ns();
+                (*reactor).phase = Phase::Waiting as u32;
+                (*reactor).phase_since_ns = now;
+                (*reactor).run = Run::Cpu as u32;
+                (*reactor).run_since_ns = now;
             }
-            (*reactor).phase = Phase::Waiting as u32;
-            (*reactor).phase_since_ns = now;
-            (*reactor).run = Run::Cpu as u32;
-            (*reactor).run_since_ns = now;
             (*reactor).timeout_ns = call.timeout_ns;
             (*reactor).woken_ns = 0;
         }
@@ -172,11 +109,10 @@ unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
     unsafe {
         gc::slice_ends(reactor, now);
         if (*reactor).works != 0 {
-            deferred::turn_from(tid);
+            deferred::turn_from(tid, now);
         }
         let length = now.saturating_sub((*reactor).phase_since_ns);
-        record_alone(&raw mut (*reactor).slice, length);
-        post(reactor, 0);
+        took(reactor, |durations| &raw mut (*durations).slice, length);
         if length >= core::ptr::read_volatile(&raw const STALL_NS) {
             report(reactor, tid, length);
         }
@@ -188,31 +124,40 @@ unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
 /// # Safety
 /// `reactor` points to a live map value that nobody else writes now.
 #[inline(always)]
-unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
+unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, timed_out: bool) {
     // SAFETY: by contract.
     unsafe {
-        if (*reactor).phase != Phase::Waiting as u32 {
-            return;
-        }
-        let now = bpf_ktime_get_ns();
-        if (*reactor).phase_since_ns != 0 {
-            let elapsed = now.saturating_sub((*reactor).phase_since_ns);
-            (*reactor).waits += 1;
+        let since = if (*reactor).phase == Phase::Waiting as u32 {
+            // It came onto its CPU in the wait. A look at the clock would be most of what this program takes.
+            let is_known = (*reactor).run == Run::Cpu as u32;
+            let since = if is_known { (*reactor).run_since_ns } else { bpf_ktime_get_ns() };
+            let elapsed = since.saturating_sub((*reactor).phase_since_ns);
             (*reactor).wait_ns += elapsed;
-            if events > 0 {
-                (*reactor).events += events.cast_unsigned();
-            }
             let (timeout, woken) = ((*reactor).timeout_ns, (*reactor).woken_ns);
             if woken != 0 {
                 let is_due = timed_out && timeout != FOREVER;
-                let reply = if is_due { elapsed.saturating_sub(timeout) } else { now.saturating_sub(woken) };
-                record_alone(&raw mut (*reactor).reply, reply);
+                let reply =
+                    if is_due { elapsed.saturating_sub(timeout) } else { since.saturating_sub(woken) };
+                took(reactor, |durations| &raw mut (*durations).reply, reply);
             }
+            since
+        } else if (*reactor).is_in_wait != 0 {
+            // It has not blocked: a wait of no time.
+            let now = bpf_ktime_get_ns();
+            turn(reactor, Run::Cpu, now);
+            slice_ends(reactor, tid, now);
+            now
+        } else {
+            return;
+        };
+        (*reactor).waits += 1;
+        if events > 0 {
+            (*reactor).events += events.cast_unsigned();
         }
         gc::slice_begins(reactor);
         // Of one that waited when the loader came nobody saw that it does.
         pool::join((*reactor).tgid, &raw mut (*reactor).habit);
-        slice_begins(reactor, now);
+        slice_begins(reactor, since);
     }
 }
 
@@ -221,40 +166,29 @@ unsafe fn returned(reactor: *mut Reactor, events: i64, timed_out: bool) {
 /// # Safety
 /// `reactor` points to a live map value that nobody else writes now.
 #[inline(always)]
-unsafe fn slice_begins(reactor: *mut Reactor, now: u64) {
+unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
     // SAFETY: by contract.
     unsafe {
         (*reactor).phase = Phase::Slice as u32;
-        (*reactor).phase_since_ns = now;
+        (*reactor).is_in_wait = 0;
+        (*reactor).phase_since_ns = since_ns;
         (*reactor).run = Run::Cpu as u32;
-        (*reactor).run_since_ns = now;
-        (*reactor).parts_before_ns[Run::Cpu as usize] = (*reactor).parts_ns[Run::Cpu as usize];
-        (*reactor).gc_at_start_ns = (*reactor).gc_ns;
+        (*reactor).run_since_ns = since_ns;
+        let on_cpu = &raw mut (*reactor).parts[Run::Cpu as usize];
+        (*on_cpu).before_ns = (*on_cpu).ns;
         // Most slices are on their CPU all the time, and for nobody that is known: nothing to clear away.
         if (*reactor).is_eventful != 0 {
             (*reactor).is_eventful = 0;
-            (*reactor).parts_before_ns = (*reactor).parts_ns;
+            for part in &mut (*reactor).parts {
+                part.before_ns = part.ns;
+            }
+            (*reactor).gc.before_ns = (*reactor).gc.ns;
             (*reactor).longest_block_ns = 0;
             (*reactor).longest_block_call = NO_CALL;
             (*reactor).longest_queue_ns = 0;
             (*reactor).longest_queue_after = 0;
             (*reactor).longest_work_for = Origin::NONE;
             (*reactor).longest_work_ns = 0;
-        }
-        post(reactor, now);
-    }
-}
-
-/// Shows on the board since when this thread is in a slice, or with 0 that it is in none.
-///
-/// # Safety
-/// `reactor` points to a live map value.
-#[inline(always)]
-unsafe fn post(reactor: *const Reactor, since_ns: u64) {
-    // SAFETY: by contract; a place is written by its own thread alone, but for the first, which is nobody's.
-    unsafe {
-        if let Some(place) = BOARD.get_ptr_mut((*reactor).place) {
-            (*place).since_ns = since_ns;
         }
     }
 }
@@ -281,9 +215,10 @@ unsafe fn report(reactor: *mut Reactor, tid: u32, length_ns: u64) {
         (*stall).start_ns = (*reactor).phase_since_ns;
         (*stall).length_ns = length_ns;
         for part in 0..PARTS {
-            (*stall).parts_ns[part] = (*reactor).parts_ns[part] - (*reactor).parts_before_ns[part];
+            let Part { ns, before_ns } = (*reactor).parts[part];
+            (*stall).parts_ns[part] = ns - before_ns;
         }
-        (*stall).gc_ns = (*reactor).gc_ns - (*reactor).gc_at_start_ns;
+        (*stall).gc_ns = (*reactor).gc.ns - (*reactor).gc.before_ns;
         (*stall).longest_block_call = (*reactor).longest_block_call;
         (*stall).longest_queue_after = (*reactor).longest_queue_after;
         (*stall).request = (*reactor).longest_work_for.request;
@@ -295,41 +230,44 @@ unsafe fn report(reactor: *mut Reactor, tid: u32, length_ns: u64) {
 #[btf_tracepoint(function = "sched_switch")]
 fn sched_switch(ctx: BtfTracePointContext) -> u32 {
     let (previous, next) = (Task::argument(&ctx, 1).tid(), Task::argument(&ctx, 2).tid());
-    if let Some(reactor) = reactor_of(previous) {
+    let mut switched_ns = 0;
+    if let Some(reactor) = find(previous) {
         let off = kernel::off(&ctx);
         let run = if off == Off::Preempted { Run::Preempted } else { Run::Blocked };
         // SAFETY: a live map value; its thread is here, going off its CPU.
         unsafe {
             let now = bpf_ktime_get_ns();
+            switched_ns = now;
             turn(reactor, run, now);
+            // Who is pushed off its CPU in a wait wants it back: it may have found something already.
+            let waits = (*reactor).is_in_wait != 0 && off != Off::Preempted;
             if (*reactor).phase == Phase::Slice as u32 {
                 // Whoever is stopped waits for nothing, wherever that has met it.
-                let at = if off == Off::Blocked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
+                let is_asked = off == Off::Blocked && !waits;
+                let at = if is_asked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
                 // Some park at a counter, which comes past the value of a mutex.
                 let may_be_parked = at.futex != 0 && (!at.is_contended || at.futex == (*reactor).parked_at);
                 if may_be_parked {
                     (*reactor).parked_at = at.futex;
                 }
                 (*reactor).contended_at = if may_be_parked { 0 } else { at.futex };
-                if may_be_parked && pool::is_any((*reactor).tgid, (*reactor).habit) {
+                if waits || (may_be_parked && pool::is_any((*reactor).tgid, (*reactor).habit)) {
                     slice_ends(reactor, previous, now);
-                    (*reactor).phase = Phase::Parked as u32;
+                    (*reactor).phase = if waits { Phase::Waiting } else { Phase::Parked } as u32;
                     (*reactor).phase_since_ns = now;
                 } else {
                     (*reactor).may_be_parked_ns = if may_be_parked { now } else { 0 };
                     (*reactor).call = at.call;
                     (*reactor).block = at.block;
-                    if let Some(place) = BOARD.get_ptr_mut((*reactor).place) {
-                        (*place).frame_pointer = at.frame_pointer;
-                    }
+                    (*reactor).frame_pointer = at.frame_pointer;
                 }
             }
         }
     }
-    if let Some(reactor) = reactor_of(next) {
+    if let Some(reactor) = find(next) {
         // SAFETY: a live map value; its thread is here, going on its CPU.
         unsafe {
-            let now = bpf_ktime_get_ns();
+            let now = if switched_ns == 0 { bpf_ktime_get_ns() } else { switched_ns };
             if (*reactor).phase == Phase::Slice as u32 && (*reactor).may_be_parked_ns != 0 {
                 if pool::is_any((*reactor).tgid, (*reactor).habit) {
                     was_parked(reactor, Task::argument(&ctx, 2).tid());
@@ -386,7 +324,7 @@ unsafe fn was_parked(reactor: *mut Reactor, tid: u32) {
     unsafe {
         let since = (*reactor).may_be_parked_ns;
         if (*reactor).run == Run::Woken as u32 {
-            (*reactor).parts_ns[LOCK] -= (*reactor).run_since_ns.saturating_sub(since);
+            (*reactor).parts[LOCK].ns -= (*reactor).run_since_ns.saturating_sub(since);
         }
         (*reactor).gc_before_ns = GC_UNKNOWN;
         slice_ends(reactor, tid, since);
@@ -397,7 +335,7 @@ unsafe fn was_parked(reactor: *mut Reactor, tid: u32) {
 
 #[btf_tracepoint(function = "sched_wakeup")]
 fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
-    if let Some(reactor) = reactor_of(Task::argument(&ctx, 0).tid()) {
+    if let Some(reactor) = find(Task::argument(&ctx, 0).tid()) {
         // SAFETY: a live map value; its thread is blocked, so nothing else writes it.
         unsafe {
             if (*reactor).run == Run::Blocked as u32 {
@@ -416,20 +354,33 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
 /// The current thread has collected garbage since that moment. What of that is in its slice counts as part of it.
 #[inline(always)]
 pub(super) fn collected(tid: u32, since: u64, now: u64) {
-    if let Some(reactor) = reactor_of(tid) {
+    if let Some(reactor) = find(tid) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             if (*reactor).phase == Phase::Slice as u32 {
-                (*reactor).gc_ns += now.saturating_sub(since.max((*reactor).phase_since_ns));
+                add_collected(reactor, now.saturating_sub(since.max((*reactor).phase_since_ns)));
             }
         }
+    }
+}
+
+/// Of the present slice, so much went into collections.
+///
+/// # Safety
+/// `reactor` points to a live map value that nobody else writes now.
+#[inline(always)]
+pub(super) unsafe fn add_collected(reactor: *mut Reactor, ns: u64) {
+    // SAFETY: by contract.
+    unsafe {
+        (*reactor).is_eventful |= u16::from(ns != 0);
+        (*reactor).gc.ns += ns;
     }
 }
 
 /// The current thread has done this work until now; whether it turns to other work, or to none.
 #[inline(always)]
 pub(crate) fn worked(tid: u32, work: &Work, now: u64, works: bool) {
-    if let Some(reactor) = reactor_of(tid) {
+    if let Some(reactor) = find(tid) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             (*reactor).works = u32::from(works);
@@ -460,20 +411,13 @@ unsafe fn keep_longest(reactor: *mut Reactor, origin: &Origin, since_ns: u64, no
 /// The figures of a thread that exits are final: a stranger may get its id next.
 #[inline(always)]
 pub(super) fn thread_exited(tid: u32) {
-    if let Some(reactor) = reactor_of(tid) {
+    if let Some(reactor) = find(tid) {
         // SAFETY: a live map value; its thread is the one that exits.
         unsafe {
             (*reactor).phase = Phase::Exited as u32;
             pool::leave((*reactor).tgid, (*reactor).habit);
-            post(reactor, 0);
         }
     }
-}
-
-/// The entry of a thread that may be a reactor; the idle thread, whose id is 0, never is.
-#[inline(always)]
-fn reactor_of(tid: u32) -> Option<*mut Reactor> {
-    if presence::of_thread(tid) { REACTORS.get_ptr_mut(tid) } else { None }
 }
 
 /// Ends one scheduler state and begins another. Inside a slice the time goes to the slice's split; inside a
@@ -492,9 +436,9 @@ unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
             // Volatile for the reason given in `emit::bucket`.
             let part = core::ptr::read_volatile(&raw const part);
             if part < PARTS {
-                (*reactor).is_eventful |= u32::from(from != Run::Cpu as u32);
-                let part = (&raw mut (*reactor).parts_ns).cast::<u64>().add(part);
-                *part += elapsed;
+                (*reactor).is_eventful |= u16::from(from != Run::Cpu as u32);
+                let part = (&raw mut (*reactor).parts).cast::<Part>().add(part);
+                (*part).ns += elapsed;
             }
             if from == Run::Blocked as u32 {
                 if elapsed > (*reactor).longest_block_ns {
@@ -507,7 +451,7 @@ unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
             && from == Run::Woken as u32
             && to as u32 == Run::Cpu as u32
         {
-            record_alone(&raw mut (*reactor).wakeup, elapsed);
+            took(reactor, |durations| &raw mut (*durations).wakeup, elapsed);
         }
         (*reactor).run = to as u32;
         (*reactor).run_since_ns = now;

@@ -19,7 +19,7 @@ use crate::{
         self, Types, When,
         listener::{self, Before},
     },
-    read::maps::entries,
+    read::maps::{NO_EXIST, entries},
     target::{
         drops::{self, ListenDrops},
         process,
@@ -28,6 +28,20 @@ use crate::{
 
 /// How often to look at listeners until none drops connections between that and a look at its namespace's counters.
 const LOOKS: usize = 4;
+
+/// What stands for a port's only listener where there are several.
+const SEVERAL_LISTENERS: u64 = 0;
+
+/// What connections to a listener name: network namespace and port, or the name of a unix socket.
+type Place = (u32, u16, u64);
+
+fn place(listener: &RawListener) -> Place {
+    (listener.netns, listener.port, listener.unix_name)
+}
+
+fn port(listener: &RawListener) -> PortKey {
+    PortKey { netns: listener.netns, port: listener.port.into() }
+}
 
 /// A listener as it was when last looked at, and as it was before.
 pub(super) struct Known {
@@ -84,12 +98,13 @@ impl Observation {
             }
             listener::look(&mut self.ebpf, inode)?;
         }
+        let mut closed = Vec::new();
         for (inode, raw) in entries(&self.maps.listeners) {
             let is_first_look = !self.first_look_done;
             // A listen call that failed, or a listener so short-lived that there is nothing to tell.
             if raw.queue.closed != 0 && raw.accepts == 0 && !self.listeners.contains_key(&inode) {
                 self.maps.listeners.remove(&inode)?;
-                self.expect_none_for(&raw)?;
+                closed.push(raw);
                 continue;
             }
             let known = self.listeners.entry(inode).or_insert_with(|| Known {
@@ -101,9 +116,10 @@ impl Observation {
                 // How deep it was when it closed is not to be known any more; how deep it was before is.
                 known.raw.queue = Queue { closed: 1, ..last.queue };
                 self.maps.listeners.remove(&inode)?;
-                self.expect_none_for(&raw)?;
+                closed.push(raw);
             }
         }
+        self.end_time_stamps(&closed)?;
         self.first_look_done = true;
         let closed: Vec<u64> = self
             .listeners
@@ -117,43 +133,74 @@ impl Observation {
         Ok(())
     }
 
-    /// Ends the time stamps for connections to a closed listener, unless they may be another's.
-    fn expect_none_for(&mut self, closed: &RawListener) -> Result<()> {
-        if closed.unix_name != 0 {
-            let _never_wanted = self.maps.unix_names.remove(&closed.unix_name);
-            // Those who waited are gone without an event.
-            for (address, arrival) in entries(&self.maps.queued) {
-                if arrival.unix_name == closed.unix_name {
-                    let _accepted = self.maps.queued.remove(&address);
-                }
-            }
+    /// Ends the time stamps for connections to closed listeners, unless they may be another's. Which others there are, the
+    /// kernel knows: one may have begun to listen in the same place since the last look.
+    fn end_time_stamps(&mut self, closed: &[RawListener]) -> Result<()> {
+        if closed.is_empty() {
             return Ok(());
         }
-        let place = |raw: &RawListener| (raw.netns, raw.port, raw.unix_name);
-        let open = self.listeners.iter().filter(|(_, known)| known.raw.queue.closed == 0);
-        let mut others =
-            open.filter(|(_, known)| place(&known.raw) == place(closed)).map(|(&inode, _)| inode);
-        let port = PortKey { netns: closed.netns, port: closed.port.into() };
-        match (others.next(), others.next()) {
-            (None, _) => {
-                let _never_wanted = self.maps.ports.remove(&port);
+        let open = self.open_listeners();
+        let mut ended = Vec::new();
+        for listener in closed {
+            let others = open.get(&place(listener)).map_or(&[][..], Vec::as_slice);
+            match (listener.unix_name, others) {
+                (0, []) => {
+                    let _never_wanted = self.maps.ports.remove(&port(listener));
+                    ended.push(listener);
+                }
+                (0, &[only]) => self.maps.ports.insert(port(listener), only, 0)?,
+                (name, []) => {
+                    let _never_wanted = self.maps.unix_names.remove(&name);
+                    ended.push(listener);
+                }
+                _ => {}
             }
-            (Some(only), None) => self.maps.ports.insert(port, only, 0)?,
-            _ => {}
+        }
+        // A listener that put itself in before its place was taken out is out as well; from now on it stays in.
+        let open = self.open_listeners();
+        for listener in ended {
+            match (listener.unix_name, open.get(&place(listener)).map(Vec::as_slice)) {
+                (0, None) => {}
+                (0, Some(&[only])) if self.maps.ports.insert(port(listener), only, NO_EXIST).is_ok() => {}
+                (0, Some(_)) => self.maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?,
+                (name, None) => self.forget_queued(name),
+                (name, Some(_)) => self.maps.unix_names.insert(name, 1, 0)?,
+            }
         }
         Ok(())
     }
 
+    /// Keys of the listeners that the kernel knows to be open, by their place.
+    fn open_listeners(&self) -> HashMap<Place, Vec<u64>> {
+        let mut open = HashMap::<_, Vec<u64>>::new();
+        for (inode, raw) in entries(&self.maps.listeners) {
+            if raw.queue.closed == 0 {
+                open.entry(place(&raw)).or_default().push(inode);
+            }
+        }
+        open
+    }
+
+    /// Forgets connections that waited at a unix listener of this name: they are gone without an event.
+    fn forget_queued(&mut self, unix_name: u64) {
+        for (address, arrival) in entries(&self.maps.queued) {
+            if arrival.unix_name == unix_name {
+                let _accepted = self.maps.queued.remove(&address);
+            }
+        }
+    }
+
     /// Forgets those of processes that are no targets after all, unless a target accepts from them.
     pub(super) fn forget_listeners(&mut self, of: &BTreeSet<u32>) -> Result<()> {
+        let mut forgotten = Vec::new();
         for (inode, raw) in entries(&self.maps.listeners) {
             if of.contains(&raw.owner) && !self.live.contains_key(&raw.accepter) {
                 let _gone = self.maps.listeners.remove(&inode);
                 self.listeners.remove(&inode);
-                self.expect_none_for(&raw)?;
+                forgotten.push(raw);
             }
         }
-        Ok(())
+        self.end_time_stamps(&forgotten)
     }
 
     /// Figures of all listeners, in the order in which they are known.

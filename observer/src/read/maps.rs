@@ -27,7 +27,7 @@ use observer_common::{
 use super::{batch, capacity::Capacity, presence::Presence, reactors::Reactors, targets::Targets};
 
 /// What an insertion does if the key is there: leaves the programs' own entry alone.
-const NO_EXIST: u64 = 1;
+pub(crate) const NO_EXIST: u64 = 1;
 
 /// All maps of the programs.
 pub(crate) struct Maps {

@@ -111,8 +111,8 @@ pub(crate) struct Observation {
     /// Release of the running kernel.
     kernel: String,
     live: BTreeMap<u32, Process>,
-    /// How many programs they had started when their names were last asked for, if they have started any.
-    programs: HashMap<u32, u32>,
+    /// What they ran when they were last looked at.
+    programs: HashMap<u32, Program>,
     exited: Vec<Process>,
     /// By inode number.
     listeners: BTreeMap<u64, Known>,
@@ -135,6 +135,15 @@ pub(crate) struct Observation {
     threads: BTreeMap<u32, Thread>,
     /// What becomes of what is pushed.
     ledgers: Vec<Arc<Ledger>>,
+}
+
+/// What a process runs.
+#[derive(Clone, Copy)]
+struct Program {
+    /// When the process was started, in ticks of the kernel: another one may get its id. `None` if it was gone by then.
+    started: Option<u64>,
+    /// How many programs it has started.
+    execs: u32,
 }
 
 impl Observation {
@@ -313,12 +322,7 @@ impl Observation {
                 continue;
             }
             if raw.exited != 0 {
-                let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
-                self.ancestors.remove(&pid);
-                self.exited.push(known);
-                self.programs.remove(&pid);
-                self.collectors.exited(&mut self.maps, pid, ENDED);
-                self.follower.exited(&mut self.maps, pid, ENDED);
+                self.note_exit(pid);
                 changed = true;
                 // It may be gone already if the process was found dead on arrival.
                 let _gone = self.maps.targets.remove(pid);
@@ -329,14 +333,25 @@ impl Observation {
                 }
                 continue;
             }
+            let last = self.programs.get(&pid).copied();
+            let has_changed = last.is_some_and(|last| last.execs != raw.execs);
+            if last.is_none() || has_changed {
+                let started = process::start_ticks(pid);
+                // Forked by another target, with the id of one that has exited since the last look: the entry is the new
+                // one's, in which nothing tells of that exit.
+                if last.is_some_and(|last| started.is_some() && started != last.started) {
+                    self.note_exit(pid);
+                }
+                self.programs.insert(pid, Program { started, execs: raw.execs });
+            }
             let is_new = !self.live.contains_key(&pid);
             if is_new {
                 self.live.insert(pid, Process::of(pid));
                 self.remember_ancestors(pid);
                 changed = true;
             }
-            if raw.execs > 0
-                && self.programs.insert(pid, raw.execs) != Some(raw.execs)
+            if has_changed
+                && !is_new
                 && let Some(process) = self.live.get_mut(&pid)
                 && process::is_there(pid)
             {
@@ -356,6 +371,16 @@ impl Observation {
         let surplus = self.exited.len().saturating_sub(ENDED);
         self.exited.drain(..surplus);
         Ok((live, running))
+    }
+
+    /// Keeps the last figures of a target that has exited.
+    fn note_exit(&mut self, pid: u32) {
+        let known = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
+        self.ancestors.remove(&pid);
+        self.exited.push(known);
+        self.programs.remove(&pid);
+        self.collectors.exited(&mut self.maps, pid, ENDED);
+        self.follower.exited(&mut self.maps, pid, ENDED);
     }
 
     /// Watches what the runtimes of targets do.

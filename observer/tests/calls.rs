@@ -36,28 +36,27 @@ fn assert_one_loop(reactors: &[Value]) {
     assert_eq!(reactors[0]["slices"], WAITS - 1, "{:#}", reactors[0]);
 }
 
-#[test]
+#[real_test]
 fn epoll_is_seen_unasked() {
     assert_one_loop(&reactors("EpollSelector", &[]));
 }
 
-#[test]
+#[real_test]
 fn poll_is_seen_on_request() {
     assert_one_loop(&reactors("PollSelector", &["--reactor-calls", "poll"]));
     assert!(reactors("PollSelector", &[]).is_empty());
 }
 
-#[test]
+#[real_test]
 fn select_is_seen_on_request() {
     assert_one_loop(&reactors("SelectSelector", &["--reactor-calls", "epoll,select"]));
     assert!(reactors("SelectSelector", &["--reactor-calls", "epoll,poll"]).is_empty());
 }
 
 /// Each connection takes one call that submits alone, and one that waits for the result.
-#[test]
+#[real_test(contract)]
 fn io_uring_is_seen_where_it_waits() {
-    let mut acceptor =
-        Acceptor::ring("io_uring_is_seen_where_it_waits", "v4", "single", 128).expect("single");
+    let mut acceptor = Acceptor::ring("v4", "single", 128);
     let observer = Observer::of(acceptor.pid());
     acceptor.tell(&format!("connect {WAITS}"));
     acceptor.tell(&format!("accept {WAITS}"));

@@ -28,7 +28,7 @@ use serde_json::Value;
 use crate::support::{
     LIMIT,
     acceptor::Acceptor,
-    example, exit_within, http, is_emulated,
+    example, exit_within, http, is_emulated, is_full,
     observer::Observer,
     servers::{Server, free_port},
     told::Told,
@@ -53,7 +53,8 @@ impl Scale {
                 Self { time, crowd: 300, loops: 2_000 }
             }
             Err(_) if is_emulated() => Self { time: Duration::from_secs(30), crowd: 8, loops: 50 },
-            Err(_) => Self { time: Duration::from_secs(20), crowd: 60, loops: 500 },
+            Err(_) if is_full() => Self { time: Duration::from_secs(20), crowd: 60, loops: 500 },
+            Err(_) => Self { time: Duration::from_secs(8), crowd: 40, loops: 200 },
         }
     }
 }
@@ -312,7 +313,7 @@ fn cpu(observer: &Observer) -> f64 {
 const OTHERS: usize = 20;
 const MEMORY: u64 = 96 << 20;
 
-#[test]
+#[real_test(alone, userspace)]
 fn who_comes_and_goes_leaves_nothing_behind() {
     let scale = Scale::chosen();
     let files = tempfile::tempdir().unwrap();

@@ -12,9 +12,9 @@ use std::{
 
 use crate::support::{
     Process, http,
+    kernel::wait_until_clean,
     observer::{BINARY, Observer},
     servers::{Server, free_port},
-    wait_for,
 };
 
 fn observer(arguments: &[&str]) -> Output {
@@ -33,17 +33,17 @@ fn assert_refused(output: &Output, why: &str) {
     assert!(output.stdout.is_empty());
 }
 
-#[test]
+#[real_test(userspace)]
 fn a_missing_pid() {
     assert_refused(&observer(&["--pid", "4194304"]), "no process has the id 4194304");
 }
 
-#[test]
+#[real_test(userspace)]
 fn a_kernel_thread() {
     assert_refused(&observer(&["--pid", "2"]), "process 2 (kthreadd) is a kernel thread");
 }
 
-#[test]
+#[real_test(userspace)]
 fn a_thread_instead_of_a_process() {
     let server = Server::node();
     let threads = std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
@@ -57,7 +57,7 @@ fn a_thread_instead_of_a_process() {
     );
 }
 
-#[test]
+#[real_test(userspace)]
 fn without_root() {
     let nobody = 65_534;
     let output =
@@ -65,7 +65,7 @@ fn without_root() {
     assert_refused(&output, "missing rights: CAP_BPF, CAP_PERFMON");
 }
 
-#[test]
+#[real_test(userspace)]
 fn a_busy_port() {
     let server = Server::asyncio();
     let port = free_port();
@@ -75,7 +75,7 @@ fn a_busy_port() {
     assert_refused(&output, &format!("cannot listen on 127.0.0.1:{port}"));
 }
 
-#[test]
+#[real_test(userspace)]
 fn a_flame_graph_in_no_folder() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
@@ -84,7 +84,7 @@ fn a_flame_graph_in_no_folder() {
     assert_refused(&output, "cannot write the flame graph to /no/such/folder/x.svg");
 }
 
-#[test]
+#[real_test(userspace)]
 fn wrong_usage() {
     for arguments in [
         &[][..],
@@ -104,16 +104,7 @@ fn printed(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Runs a program of the machine, unless it has none of that name.
-fn run_on(test: &str, program: &str, arguments: &[&str]) -> Option<Output> {
-    let output = Command::new(program).args(arguments).output();
-    if output.is_err() {
-        eprintln!("skipped: cli::{test}: no {program} here");
-    }
-    output.ok()
-}
-
-#[test]
+#[real_test(userspace, programs(&["bash"]))]
 fn bash_completes_options_and_commands() {
     // Asks the function that the script has registered, as bash does when somebody presses Tab.
     let script = printed(&["completions", "bash"])
@@ -125,26 +116,24 @@ fn bash_completes_options_and_commands() {
                 echo "${COMPREPLY[*]}"
             done
         "#;
-    if let Some(output) = run_on("bash_completes_options_and_commands", "bash", &["-c", &script]) {
-        assert_eq!(String::from_utf8_lossy(&output.stdout), "--stall-threshold\nprofiles\n\n", "{output:?}");
-        assert!(output.stderr.is_empty(), "{output:?}");
-    }
+    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "--stall-threshold\nprofiles\n\n", "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
 }
 
-#[test]
+#[real_test(userspace, programs(&["man"]))]
 fn man_finds_no_fault_with_the_page() {
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("observer.8");
     std::fs::write(&page, printed(&["man"])).unwrap();
     let arguments = ["--warnings", "--encoding=UTF-8", "--local-file", page.to_str().unwrap()];
-    if let Some(output) = run_on("man_finds_no_fault_with_the_page", "man", &arguments) {
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
-        assert!(text.contains("--stall-threshold <TIME> [default: 50ms]"), "{text}");
-    }
+    let output = Command::new("man").args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    assert!(text.contains("--stall-threshold <TIME> [default: 50ms]"), "{text}");
 }
 
-#[test]
+#[real_test(userspace)]
 fn check_says_yes_here() {
     let output = observer(&["check"]);
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -152,7 +141,7 @@ fn check_says_yes_here() {
     assert!(!stdout.contains("NO "), "{stdout}");
 }
 
-#[test]
+#[real_test(userspace)]
 fn check_says_no_without_rights() {
     let output = Command::new(BINARY).arg("check").uid(65_534).gid(65_534).output().unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -161,7 +150,7 @@ fn check_says_no_without_rights() {
 }
 
 /// A process is called what would change a terminal's title and colours, and begin a line.
-#[test]
+#[real_test(userspace)]
 fn names_do_not_steer_the_terminal() {
     let script = "import select; open('/proc/self/comm', 'w').write('\\x1b]0;x\\x07\\x9bm\\nLATE'); print(flush=True); \
                   select.epoll().poll()";
@@ -184,7 +173,7 @@ fn names_do_not_steer_the_terminal() {
     }
 }
 
-#[test]
+#[real_test(userspace)]
 fn a_duration_ends_by_itself() {
     let server = Server::asyncio();
     let report =
@@ -194,32 +183,9 @@ fn a_duration_ends_by_itself() {
     assert_eq!(report.0["schema"], "observer.report/1");
 }
 
-/// Names of our programs, and links of any kind, as bpftool shows them.
-pub(crate) fn in_the_kernel() -> (Vec<String>, usize) {
-    let bpftool = |what: &str| -> serde_json::Value {
-        let output =
-            Command::new("bpftool").args(["-j", what, "show"]).output().expect("bpftool is installed");
-        serde_json::from_slice(&output.stdout).unwrap_or_default()
-    };
-    let ours = [
-        "epoll_enter",
-        "epoll_exit",
-        "sched_switch",
-        "sched_wakeup",
-        "sock_state",
-        "accept_enter",
-        "accept_exit",
-    ];
-    let programs = bpftool("prog");
-    let names = programs.as_array().into_iter().flatten().filter_map(|p| p["name"].as_str());
-    let links = bpftool("link").as_array().map_or(0, Vec::len);
-    (names.filter(|name| ours.contains(name)).map(str::to_owned).collect(), links)
-}
-
-#[test]
+#[real_test(userspace)]
 fn a_kill_leaves_nothing_behind_and_the_server_untouched() {
     let server = Server::nginx(1);
-    let (_, links_before) = in_the_kernel();
     let done = AtomicBool::new(false);
     let served = thread::scope(|scope| {
         let client = scope.spawn(|| {
@@ -231,15 +197,11 @@ fn a_kill_leaves_nothing_behind_and_the_server_untouched() {
             served
         });
         let observer = Observer::of(server.pid());
-        let programs = in_the_kernel().0.len();
+        let has_all = observer.has_all_programs();
         observer.kill();
-        // Programs are freed a grace period after their last descriptor.
-        wait_for("the kernel to free the programs", || {
-            let (programs, links) = in_the_kernel();
-            (programs.is_empty() && links <= links_before).then_some(())
-        });
+        wait_until_clean();
         done.store(true, Ordering::Relaxed);
-        assert_eq!(programs, 7, "all programs were there while observer ran");
+        assert!(has_all, "all programs were there while observer ran");
         client.join().unwrap()
     });
     assert!(served > 0);

@@ -9,7 +9,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use crate::support::{http, is_emulated, observer::Observer, servers::Server};
+use crate::harness::skip;
+use crate::support::{http, observer::Observer, servers::Server};
 
 /// Known operations.
 const CONNECTIONS: u64 = 23;
@@ -23,14 +24,8 @@ fn step(seconds: i64) {
 }
 
 /// An hour forward in the middle of a stall, and back in the middle of the next: all durations are what they were.
-#[test]
+#[real_test(guest_only("the clock of this machine is others' too"))]
 fn a_clock_that_is_set_changes_no_duration() {
-    if !is_emulated() {
-        eprintln!(
-            "skipped: clocks::a_clock_that_is_set_changes_no_duration: the clock of this machine is others' too"
-        );
-        return;
-    }
     let server = Server::asyncio();
     let observer = Observer::of(server.pid());
     let mut longest = 0.0_f64;
@@ -60,17 +55,11 @@ fn a_clock_that_is_set_changes_no_duration() {
 }
 
 /// A processor that goes takes nothing with it, and what happens on it when it is back is seen.
-#[test]
+#[real_test(guest_only("the processors of this machine are others' too"))]
 fn a_processor_may_go_and_come_back() {
-    let name = "clocks::a_processor_may_go_and_come_back";
     let switch = Path::new("/sys/devices/system/cpu/cpu1/online");
-    if !is_emulated() {
-        eprintln!("skipped: {name}: the processors of this machine are others' too");
-        return;
-    }
     if !switch.exists() {
-        eprintln!("skipped: {name}: this machine has one processor, or none that can go");
-        return;
+        skip("this machine has one processor, or none that can go");
     }
     let server = Server::nginx(2);
     let before = server.nginx_accepts_of_all();

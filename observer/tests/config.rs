@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use crate::support::{
     LIMIT, Process, http,
+    kernel::wait_until_clean,
     observer::{BINARY, Observer, Report},
     send,
     servers::{Server, free_port},
@@ -62,7 +63,7 @@ fn reloads(observer: &Observer, outcome: &str) -> u32 {
     line.unwrap_or_else(|| panic!("{name} in {scrape}")).parse().unwrap()
 }
 
-#[test]
+#[real_test]
 fn a_file_chooses_and_is_read_again() {
     let (stays, goes, comes) = (Server::redis(), Server::redis(), Server::redis());
     let config = Config::new(&of_ports(&[stays.port, goes.port]));
@@ -99,7 +100,7 @@ fn a_file_chooses_and_is_read_again() {
     assert!(!is_target(&report, goes.pid()));
 }
 
-#[test]
+#[real_test]
 fn an_accept_that_goes_on_when_its_server_is_chosen_is_counted() {
     let first = Server::redis();
     let port = free_port();
@@ -146,7 +147,7 @@ print('gone', flush=True)
 while True: server.accept()[0].close()
 ";
 
-#[test]
+#[real_test]
 fn whoever_is_followed_stays_when_those_before_it_are_gone() {
     let other = Server::redis();
     let mut family = Told::python(FAMILY);
@@ -180,7 +181,7 @@ fn whoever_is_followed_stays_when_those_before_it_are_gone() {
     assert!(report.listeners(&format!("127.0.0.1:{port_of_child}")).is_empty());
 }
 
-#[test]
+#[real_test]
 fn settings_take_a_restart() {
     let server = Server::redis();
     let config = Config::new(&of_ports(&[server.port]));
@@ -192,7 +193,7 @@ fn settings_take_a_restart() {
     assert!(is_target(&observer.finish(), server.pid()));
 }
 
-#[test]
+#[real_test]
 fn what_is_wrong_is_told_with_its_place() {
     let config = Config::new("[include]\nall = true\n[exclude]\nexe = [\"[a\"]\n");
     let output = Command::new(BINARY).arg("--config").arg(config.path()).output().unwrap();
@@ -202,7 +203,7 @@ fn what_is_wrong_is_told_with_its_place() {
     assert!(told.contains("docs/configuration.md"), "{told}");
 }
 
-#[test]
+#[real_test]
 fn without_a_file_a_closed_terminal_ends_it_in_good_order() {
     let server = Server::redis();
     let observer = Observer::of(server.pid());
@@ -210,7 +211,7 @@ fn without_a_file_a_closed_terminal_ends_it_in_good_order() {
     assert!(is_target(&observer.report(), server.pid()));
 }
 
-#[test]
+#[real_test(alone)]
 fn whoever_is_excluded_is_left_alone() {
     let (wanted, other) = (Server::redis(), Server::asyncio());
     let program = fs::read_link(format!("/proc/{}/exe", other.pid())).unwrap();
@@ -233,15 +234,7 @@ fn whoever_is_excluded_is_left_alone() {
     assert!(asked_for.iter().all(|pid| targets.contains(pid)), "{targets:?}");
 }
 
-/// How many of our programs are in the kernel.
-fn programs() -> usize {
-    let output = Command::new("bpftool").args(["-j", "prog", "show"]).output().expect("bpftool is installed");
-    let programs: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let ours = |program: &&serde_json::Value| program["name"] == "process_fork";
-    programs.as_array().map_or(0, |programs| programs.iter().filter(ours).count())
-}
-
-#[test]
+#[real_test]
 fn a_kill_switch_takes_everything_out_of_the_kernel() {
     let server = Server::redis();
     let folder = tempfile::tempdir().unwrap();
@@ -250,9 +243,10 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     let flags = ["--pid", &pid, "--listen", "127.0.0.1:0", "--kill-switch", switch.to_str().unwrap()];
     let observer = Observer::start(&flags);
     let is_off = || http::get(observer.port(), "/metrics").contains("observer_self_off 1\n");
-    assert!(programs() == 1 && !is_off());
+    assert!(observer.has_all_programs() && !is_off());
     fs::write(&switch, "").unwrap();
-    wait_for("the programs to be gone", || (programs() == 0).then_some(()));
+    wait_for("the programs to be gone", || (observer.programs() == 0).then_some(()));
+    wait_until_clean();
     wait_for("the endpoint to say so", || is_off().then_some(()));
     let scrape = http::get(observer.port(), "/metrics");
     assert!(!scrape.contains(&format!("pid=\"{pid}\"")), "{scrape}");
@@ -261,7 +255,7 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     let answer = http::get(observer.port(), "/readyz");
     assert_eq!(answer, "turned off, by the file of --kill-switch\n");
     fs::remove_file(&switch).unwrap();
-    wait_for("the programs to be back", || (programs() == 1).then_some(()));
+    wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
     wait_for("the endpoint to say so", || (!is_off()).then_some(()));
     for _ in 0..CONNECTIONS {
         http::connect(server.port);
@@ -276,7 +270,7 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
 }
 
 /// What was chosen anew before observer was turned off stays chosen, and so does what the file says by the time it is on again.
-#[test]
+#[real_test]
 fn a_kill_switch_undoes_no_choice() {
     let (first, second, third) = (Server::redis(), Server::redis(), Server::redis());
     let config = Config::new(&of_ports(&[first.port]));
@@ -291,10 +285,11 @@ fn a_kill_switch_undoes_no_choice() {
     assert_eq!(observed(), [true, false, false]);
     let cycle = |meanwhile: &dyn Fn()| {
         fs::write(&switch, "").unwrap();
-        wait_for("the programs to be gone", || (programs() == 0).then_some(()));
+        wait_for("the programs to be gone", || (observer.programs() == 0).then_some(()));
+        wait_until_clean();
         meanwhile();
         fs::remove_file(&switch).unwrap();
-        wait_for("the programs to be back", || (programs() == 1).then_some(()));
+        wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
     };
     config.write(&of_ports(&[second.port]));
     observer.signal(Signal::SIGHUP);
@@ -310,7 +305,7 @@ fn a_kill_switch_undoes_no_choice() {
 }
 
 /// One that takes connections and never answers keeps nothing in the kernel.
-#[test]
+#[real_test]
 fn a_kill_switch_waits_for_no_collector() {
     let server = Server::redis();
     let collector = TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -327,13 +322,14 @@ fn a_kill_switch_waits_for_no_collector() {
     push.read_exact(&mut [0; 4]).unwrap();
 
     fs::write(&switch, "").unwrap();
-    wait_for("the programs to be gone", || (programs() == 0).then_some(()));
+    wait_for("the programs to be gone", || (observer.programs() == 0).then_some(()));
+    wait_until_clean();
     // Only then is it given up.
     let given_up = |told: &String| told.contains("were not delivered");
     let before = observer.messages();
     assert!(!before.iter().any(given_up), "{before:?}");
     wait_for("the collector to be given up", || given_up(&observer.message()).then_some(()));
     fs::remove_file(&switch).unwrap();
-    wait_for("the programs to be back", || (programs() == 1).then_some(()));
+    wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
     assert!(is_target(&observer.finish(), server.pid()));
 }

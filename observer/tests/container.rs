@@ -155,7 +155,7 @@ fn configure(bundle: &Path, cgroup: &str, arguments: &[&str], mounts: &[(PathBuf
     fs::write(path, config.to_string()).unwrap();
 }
 
-#[test]
+#[real_test]
 fn a_server_in_a_container_is_found_with_its_container() {
     let container = Container::new();
     let pid = container.pid().unwrap();
@@ -184,7 +184,7 @@ fn a_server_in_a_container_is_found_with_its_container() {
     assert!(text.lines().any(|line| line == name), "{name} in {text}");
 }
 
-#[test]
+#[real_test]
 fn a_server_in_no_container_has_none() {
     let server = Server::asyncio();
     let report = Observer::of(server.pid()).finish();
@@ -192,7 +192,7 @@ fn a_server_in_no_container_has_none() {
     assert_eq!(report.target(server.pid())["kubernetes"], Value::Null);
 }
 
-#[test]
+#[real_test]
 fn a_server_of_systemd_s_has_a_service() {
     let container = Container::in_cgroup("/observer-test.service", Command::new("runc"));
     let pid = container.pid().unwrap();
@@ -244,7 +244,7 @@ fn names() -> Value {
     json!({ "namespace": "shop", "pod": "web-0", "container": "web", "uid": UID })
 }
 
-#[test]
+#[real_test]
 fn a_server_in_a_pod_has_its_names() {
     let logs = Logs::new();
     let container = Container::in_cgroup(&pod_cgroup(), Command::new("runc"));
@@ -276,7 +276,7 @@ fn a_server_in_a_pod_has_its_names() {
 }
 
 /// As where the node is a container itself, or observer is in one.
-#[test]
+#[real_test]
 fn a_pod_s_names_are_those_of_whoever_runs_it() {
     let logs = Logs::new();
     logs.link();
@@ -286,12 +286,8 @@ fn a_pod_s_names_are_those_of_whoever_runs_it() {
     assert_eq!(report.target(pid)["kubernetes"], names(), "{:#}", report.target(pid));
 }
 
-#[test]
+#[real_test(host_only("guests have no collector"))]
 fn a_collector_is_told_which_pod_it_is() {
-    if is_emulated() {
-        eprintln!("skipped: container::a_collector_is_told_which_pod_it_is: no collector in guests");
-        return;
-    }
     let logs = Logs::new();
     logs.link();
     let container = Container::in_cgroup(&pod_cgroup(), Command::new("runc"));

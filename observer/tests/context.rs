@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::support::{
     deferred::{Deferring, TRUTH},
-    example, is_emulated,
+    example,
 };
 
 /// Pieces of work that each job of the server makes.
@@ -48,7 +48,7 @@ fn links(target: &Value) -> Vec<Link> {
 }
 
 /// The server is the program itself, and says by the trace's number which job it is.
-#[test]
+#[real_test(links)]
 fn a_programs_own_variable_is_read_on_every_kernel() {
     let server = Deferring::start(Command::new(example("deferred_library")));
     let observer = server.observe_library();
@@ -76,14 +76,8 @@ fn a_programs_own_variable_is_read_on_every_kernel() {
 
 /// The server's tracer wraps whatever its event loop calls, so that all of it has one name; what runs in other threads keeps
 /// its own. In the event loop's thread a piece has started last when it writes itself down.
-#[test]
+#[real_test(links, host_only("guests have no tracer"))]
 fn links_have_the_context_of_the_place_where_work_was_put_off() {
-    if is_emulated() {
-        eprintln!(
-            "skipped: context::links_have_the_context_of_the_place_where_work_was_put_off: no tracer in guests"
-        );
-        return;
-    }
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut command = Command::new("/usr/bin/python3");
     command.arg(manifest.join("tests/servers/context_ddtrace.py"));

@@ -11,13 +11,13 @@ use serde_json::json;
 
 use crate::support::{
     deferred::{CLIENTS, Deferring, ask, assert_true, compare, jobs_for},
-    example, http, is_emulated,
+    example, http,
     observer::Observer,
     servers::Server,
     wait_for,
 };
 
-#[test]
+#[real_test(alone, links)]
 fn asyncio_links_each_piece_to_its_request() {
     let of_job = 15;
     let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
@@ -45,17 +45,17 @@ fn tokio_links(flavour: &str) {
     assert_true(flavour, &report, &[server.pid()], &verdict, pieces.len());
 }
 
-#[test]
+#[real_test(alone, links)]
 fn tokio_links_each_task_of_one_thread() {
     tokio_links("current");
 }
 
-#[test]
+#[real_test(alone, links)]
 fn tokio_links_each_task_of_several_threads() {
     tokio_links("multi");
 }
 
-#[test]
+#[real_test(alone, links)]
 fn node_links_what_its_pool_of_threads_does() {
     let of_job = 17;
     let server = Deferring::script("node", "deferred_node.js");
@@ -68,7 +68,7 @@ fn node_links_what_its_pool_of_threads_does() {
     assert_true("node", &report, &[server.pid()], &verdict, pieces.len());
 }
 
-#[test]
+#[real_test]
 fn a_server_without_a_known_runtime_is_left_alone() {
     let server = Server::nginx(1);
     let observer = Observer::of(server.pid());
@@ -86,7 +86,7 @@ fn a_server_without_a_known_runtime_is_left_alone() {
     }
 }
 
-#[test]
+#[real_test(alone, links)]
 fn a_library_of_ones_own_is_named_on_the_command_line() {
     let of_job = 4;
     let server = Deferring::start(Command::new(example("deferred_library")));
@@ -101,7 +101,7 @@ fn a_library_of_ones_own_is_named_on_the_command_line() {
     assert_eq!((&kind["started"], &kind["finished"]), (&kind["enqueued"], &kind["enqueued"]), "{kind:#}");
 }
 
-#[test]
+#[real_test(contract, links)]
 fn connections_from_before_are_known_as_well() {
     let server = Deferring::start(Command::new(example("deferred_library")));
     let mut connection = BufReader::new(http::connect(server.port));
@@ -115,7 +115,7 @@ fn connections_from_before_are_known_as_well() {
     assert_eq!((verdict.matched, verdict.wrong, verdict.unmatched), (4, 0, 0));
 }
 
-#[test]
+#[real_test(links)]
 fn requests_that_overlap_are_nobodys() {
     let server = Deferring::start(Command::new(example("deferred_library")));
     let observer = server.observe_library();
@@ -132,14 +132,8 @@ fn requests_that_overlap_are_nobodys() {
     assert!(links.iter().all(|link| link["origin"]["path"].is_null()), "{links:?}");
 }
 
-#[test]
+#[real_test(alone, host_only("an emulated machine is too slow to cost so much"))]
 fn what_costs_too_much_is_no_longer_followed_unless_it_is_asked_for() {
-    if is_emulated() {
-        eprintln!(
-            "skipped: what_costs_too_much_is_no_longer_followed: an emulated machine is too slow to cost so much"
-        );
-        return;
-    }
     let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
     let observer = Observer::of(server.pid());
     // Far more than 25,000 traps a second, for longer than three seconds.

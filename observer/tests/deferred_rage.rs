@@ -16,6 +16,7 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::harness::skip;
 use crate::support::{
     deferred::{CLIENTS, Deferring, Piece, TRUTH, assert_true, compare},
     http,
@@ -33,12 +34,9 @@ const SLACK_OF_MOST: f64 = 0.02;
 const HELD: usize = 500;
 
 /// Folder of Rage; without it the test is skipped.
-fn folder(test: &str) -> Option<PathBuf> {
+fn folder() -> PathBuf {
     let folder = std::env::var_os("OBSERVER_RAGE").map(PathBuf::from);
-    if folder.is_none() {
-        eprintln!("skipped: deferred_rage::{test}: OBSERVER_RAGE names no folder of Rage");
-    }
-    folder
+    folder.unwrap_or_else(|| skip("OBSERVER_RAGE names no folder of Rage"))
 }
 
 /// Starts the application with so many workers, and with what it had left in its folder.
@@ -126,18 +124,18 @@ fn assert_links(what: &str, report: &Report, pids: &[u32], server: &Deferring) {
     }
 }
 
-#[test]
+#[real_test(alone, links)]
 fn links_each_task_to_its_request() {
-    let Some(rage) = folder("links_each_task_to_its_request") else { return };
+    let rage = folder();
     let server = start_new(&rage, 1);
     let observer = server.observe("rage");
     load(&server, 10_000);
     assert_links("Rage", &observer.finish(), &[server.pid()], &server);
 }
 
-#[test]
+#[real_test(alone, links)]
 fn request_ids_of_clients_are_told_whole_or_not_at_all() {
-    let Some(rage) = folder("request_ids_of_clients_are_told_whole_or_not_at_all") else { return };
+    let rage = folder();
     let server = start_new(&rage, 1);
     if !has_request_ids(&server) {
         return;
@@ -161,9 +159,9 @@ fn request_ids_of_clients_are_told_whole_or_not_at_all() {
     assert_eq!((verdict.request_ids, verdict.missing_request_ids), (3, 3), "{verdict:?}");
 }
 
-#[test]
+#[real_test(alone, links)]
 fn links_the_tasks_of_several_workers() {
-    let Some(rage) = folder("links_the_tasks_of_several_workers") else { return };
+    let rage = folder();
     let server = start_new(&rage, 2);
     let workers = children(server.pid());
     let observer = server.observe("rage");
@@ -171,9 +169,9 @@ fn links_the_tasks_of_several_workers() {
     assert_links("Rage with two workers", &observer.finish(), &workers, &server);
 }
 
-#[test]
+#[real_test(alone, links)]
 fn two_runtimes_do_not_disturb_each_other() {
-    let Some(folder) = folder("two_runtimes_do_not_disturb_each_other") else { return };
+    let folder = folder();
     let rage = start_new(&folder, 1);
     let python = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
     let (pid, other) = (rage.pid().to_string(), python.pid().to_string());
@@ -209,17 +207,14 @@ fn pending(observer: &Observer) -> u64 {
     series.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
-/// Starts an application that is asked for a burst of tasks next. `None` where that is too much.
-fn start_for_burst(test: &str) -> Option<(PathBuf, Deferring)> {
-    let rage = folder(test)?;
+/// Starts an application that is asked for a burst of tasks next; where that is too much the test is skipped.
+fn start_for_burst() -> (PathBuf, Deferring) {
+    let rage = folder();
     let server = start_new(&rage, 1);
     if !takes_bursts(&server) {
-        eprintln!(
-            "skipped: deferred_rage::{test}: Rage stops in bursts on this Ruby, with or without observer"
-        );
-        return None;
+        skip("Rage stops in bursts on this Ruby, with or without observer");
     }
-    Some((rage, server))
+    (rage, server)
 }
 
 /// Asks for a burst of tasks; the answer comes on the connection.
@@ -229,9 +224,9 @@ fn burst(server: &Deferring) -> TcpStream {
     connection
 }
 
-#[test]
+#[real_test(alone, links)]
 fn pending_is_the_backlog() {
-    let Some((_, server)) = start_for_burst("pending_is_the_backlog") else { return };
+    let (_, server) = start_for_burst();
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     let _connection = burst(&server);
     let all = backlog(&server, 0);
@@ -252,10 +247,9 @@ fn sum(report: &Report, pid: u32, figure: &str) -> u64 {
     kinds.iter().map(|kind| kind[figure].as_u64().unwrap()).sum()
 }
 
-#[test]
+#[real_test(alone, links)]
 fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
-    let test = "tasks_that_never_start_are_orphans_and_link_nothing_later";
-    let Some((rage, server)) = start_for_burst(test) else { return };
+    let (rage, server) = start_for_burst();
     let observer = server.observe("rage");
     for job in LATER {
         http::get(server.port, &format!("/job/{job}?how=later"));
@@ -309,10 +303,9 @@ fn is_among(piece: &Piece, jobs: Range<usize>) -> bool {
     piece.request.parse().is_ok_and(|job| jobs.contains(&job))
 }
 
-#[test]
+#[real_test(alone, programs(&["strip"]))]
 fn without_symbols_all_but_deferred_work_is_seen() {
-    let test = "without_symbols_all_but_deferred_work_is_seen";
-    let Some(rage) = folder(test) else { return };
+    let rage = folder();
     let files = Arc::new(tempfile::tempdir().unwrap());
     let whole = start_new(&rage, 1);
     let extension = http::get(whole.port, "/extension");
@@ -320,13 +313,7 @@ fn without_symbols_all_but_deferred_work_is_seen() {
     let library = format!("/proc/{}/root{}", whole.pid(), library.display());
     let copied = files.path().join("lib");
     assert!(Command::new("cp").arg("-r").arg(library).arg(&copied).status().unwrap().success());
-    match Command::new("strip").arg(copied.join("iodine/iodine_ext.so")).status() {
-        Ok(status) => assert!(status.success()),
-        Err(why) => {
-            eprintln!("skipped: deferred_rage::{test}: strip: {why}");
-            return;
-        }
-    }
+    assert!(Command::new("strip").arg(copied.join("iodine/iodine_ext.so")).status().unwrap().success());
     let first = files.path().join("first.rb");
     fs::write(&first, format!("$LOAD_PATH.unshift({:?})", copied.display().to_string())).unwrap();
     let server = start(&rage, files, 1, &[("RUBYOPT", format!("-r{}", first.display()))]);

@@ -40,7 +40,7 @@ fn capabilities(pod: &Value) -> Vec<String> {
     added.iter().map(|name| format!("CAP_{}", name.as_str().unwrap())).collect()
 }
 
-#[test]
+#[real_test(userspace)]
 fn the_manifest_and_the_unit_give_the_same_rights() {
     let unit = read(UNIT);
     let in_unit = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
@@ -54,7 +54,7 @@ fn the_manifest_and_the_unit_give_the_same_rights() {
     assert_eq!(asked_for, in_manifest, "{check}");
 }
 
-#[test]
+#[real_test(userspace)]
 fn the_component_takes_the_right_away_that_it_is_named_after() {
     let place = capabilities(&pod()).iter().position(|name| name == "CAP_SYS_ADMIN").unwrap();
     let component: Value =
@@ -224,7 +224,7 @@ fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
     fs::write(path, config.to_string()).unwrap();
 }
 
-#[test]
+#[real_test(alone, userspace)]
 fn a_pod_of_the_daemonset_sees_every_connection_of_a_node_with_its_names() {
     let logs = Logs::new();
     logs.link();
@@ -244,17 +244,21 @@ fn a_pod_of_the_daemonset_sees_every_connection_of_a_node_with_its_names() {
         http::get(server.port, "/");
     }
     server.block("sleep", 150);
-    let scrape = deployed.get("/metrics").unwrap();
     let series = |name: &str, of: &str| {
+        let scrape = deployed.get("/metrics").unwrap();
         let mut lines = scrape.lines().filter(|line| line.starts_with(name) && line.contains(of));
-        let line = lines.next().unwrap_or_else(|| panic!("no {name} of {of} in {scrape}"));
-        line.rsplit(' ').next().unwrap().to_owned()
+        lines.next()?.rsplit(' ').next().map(str::to_owned)
+    };
+    // A scrape may be of some age.
+    let wait_for_accepts = |of: &str, accepts: u32| {
+        let accepts = Some(accepts.to_string());
+        wait_for(of, || (series("observer_accept_queue_accepts_total", of) == accepts).then_some(()));
     };
     let in_container = format!("container=\"{}\",pod=\"web-0\",listener=\"{ADDRESS}\"", container.id);
-    assert_eq!(series("observer_accept_queue_accepts_total", &in_container), CONNECTIONS.to_string());
-    let on_node = format!("listener=\"127.0.0.1:{}\"", server.port);
-    assert_eq!(series("observer_accept_queue_accepts_total", &on_node), (CONNECTIONS + 1).to_string());
-    series("observer_target_info", &format!("namespace=\"shop\",container_name=\"web\",pod_uid=\"{UID}\""));
+    wait_for_accepts(&in_container, CONNECTIONS);
+    wait_for_accepts(&format!("listener=\"127.0.0.1:{}\"", server.port), CONNECTIONS + 1);
+    let names = format!("namespace=\"shop\",container_name=\"web\",pod_uid=\"{UID}\"");
+    assert!(series("observer_target_info", &names).is_some(), "no target of these names");
 
     let said = deployed.finish();
     assert!(said.contains("container web (") && said.contains("of pod shop/web-0"), "{said}");

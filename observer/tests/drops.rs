@@ -24,7 +24,7 @@ fn listener<'r>(report: &'r Report, acceptor: &Acceptor) -> &'r Value {
 }
 
 /// Of two that overflow nobody can tell which one's an overflow was; one that dropped nothing has none.
-#[test]
+#[real_test]
 fn overflows_of_two_listeners_are_told_for_neither() {
     let mut first = Acceptor::in_own_namespace(8);
     let mut second = Acceptor::beside(&first, 8);
@@ -45,7 +45,7 @@ fn overflows_of_two_listeners_are_told_for_neither() {
 }
 
 /// Beside listeners that drop nothing an overflow can only be this one's, however fast they come.
-#[test]
+#[real_test]
 fn overflows_beside_silent_listeners_are_certain() {
     let mut full = Acceptor::in_own_namespace(8);
     let silent = Acceptor::beside(&full, 8);
@@ -60,7 +60,7 @@ fn overflows_beside_silent_listeners_are_certain() {
 }
 
 /// A listener drops segments that begin no connection, which its namespace does not count as drops of listeners.
-#[test]
+#[real_test]
 fn stray_segments_are_drops_but_no_overflows() {
     const SEGMENTS: u32 = 23;
     let acceptor = Acceptor::in_own_namespace(8);

@@ -52,7 +52,7 @@ fn ask_once(port: u16, request: &str) -> Answer {
 
 const SCRAPE: &str = "GET /metrics HTTP/1.1\r\nHost: test\r\nAccept-Encoding: gzip\r\n\r\n";
 
-#[test]
+#[real_test(userspace)]
 fn there_are_pages_for_people_and_machines() {
     let server = Server::nginx(1);
     let observer = observe(server.pid());
@@ -72,7 +72,7 @@ fn there_are_pages_for_people_and_machines() {
     observer.finish();
 }
 
-#[test]
+#[real_test(userspace)]
 fn the_series_of_a_dead_process_are_gone() {
     let (dying, living) = (Server::asyncio(), Server::asyncio());
     let pids = [dying.pid().to_string(), living.pid().to_string()];
@@ -89,7 +89,7 @@ fn the_series_of_a_dead_process_are_gone() {
 }
 
 /// Of a crowd of listeners the first are told one by one, the others together; nothing is missing from the sum.
-#[test]
+#[real_test(userspace)]
 fn a_crowd_is_told_together() {
     let mut crowd = Acceptor::group(250);
     let observer = observe(crowd.pid());
@@ -107,7 +107,7 @@ fn a_crowd_is_told_together() {
 
 /// Clients that say nothing, half of something, too much, nonsense, or do not read what they asked for: whoever
 /// scrapes meanwhile does not notice, and observer does not grow.
-#[test]
+#[real_test(userspace)]
 fn hostile_clients_do_no_harm() {
     let server = Server::nginx(1);
     let observer = observe(server.pid());
@@ -157,7 +157,7 @@ fn hostile_clients_do_no_harm() {
 }
 
 /// So many scrapes a second, for so long, while a server takes all the machine has: none fails, nothing grows.
-#[test]
+#[real_test(alone, userspace)]
 fn a_thousand_scrapes_a_second_are_served() {
     const CLIENTS: u64 = 8;
     let (rate, seconds) = if is_emulated() { (40, 4) } else { (1000, seconds()) };

@@ -20,7 +20,7 @@ fn series(scrape: &str, name: &str, labels: &[&str]) -> f64 {
     found[0].rsplit(' ').next().unwrap().parse().unwrap()
 }
 
-#[test]
+#[real_test(userspace)]
 fn the_scrape_and_the_report_agree() {
     let server = Server::asyncio();
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
@@ -53,7 +53,7 @@ fn the_scrape_and_the_report_agree() {
 }
 
 /// With all bounds that there are, the scrape has the report's own.
-#[test]
+#[real_test(userspace)]
 fn a_scrape_is_as_fine_as_was_asked_for() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
@@ -75,7 +75,7 @@ fn a_scrape_is_as_fine_as_was_asked_for() {
 }
 
 /// HELP and TYPE once for each family, no series twice.
-#[test]
+#[real_test(userspace)]
 fn the_scrape_is_well_formed() {
     let server = Server::nginx(2);
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
@@ -92,7 +92,7 @@ fn the_scrape_is_well_formed() {
 }
 
 /// The demonstration shows what it promises, in figures.
-#[test]
+#[real_test(alone, userspace)]
 fn the_demo_shows_its_misbehaviour() {
     let output = Command::new(BINARY)
         .args(["demo", "--duration", "5s", "--no-listen", "--format", "json"])
@@ -121,7 +121,7 @@ fn the_demo_shows_its_misbehaviour() {
 }
 
 /// The first line a person reads says whether it is late, and where the time went.
-#[test]
+#[real_test(userspace)]
 fn the_text_names_the_late_loop() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();

@@ -19,16 +19,14 @@ use seccompiler::{
 };
 use serde_json::Value;
 
-use crate::{
-    cli::in_the_kernel,
-    support::{
-        LIMIT, Process, exit_within, http, is_emulated,
-        observer::{BINARY, Observer, Report},
-        send,
-        servers::Server,
-        told::Told,
-        wait_for, waits_for_events,
-    },
+use crate::support::{
+    LIMIT, Process, exit_within, http, is_emulated, is_full,
+    kernel::wait_until_clean,
+    observer::{BINARY, Observer, Report},
+    send,
+    servers::Server,
+    told::Told,
+    wait_for, waits_for_events,
 };
 
 /// What became of an observer that ended by itself.
@@ -139,18 +137,9 @@ const REFUSED: &[Refused] = &[
     Refused { what: "an event queue", call: libc::SYS_epoll_create1, command: None, answer: libc::ENFILE },
 ];
 
-/// Whether nothing of ours is left in the kernel; programs are freed a grace period after their last descriptor.
-fn wait_until_clean(links_before: usize) {
-    wait_for("the kernel to free the programs", || {
-        let (programs, links) = in_the_kernel();
-        (programs.is_empty() && links <= links_before).then_some(())
-    });
-}
-
-#[test]
+#[real_test]
 fn what_the_kernel_refuses_halfway_is_told() {
     let server = Server::redis();
-    let (_, links) = in_the_kernel();
     for refused in REFUSED {
         let end = End::of(look_at(&mut refused.observer(), server.pid()));
         let why = if end.status.success() {
@@ -160,16 +149,15 @@ fn what_the_kernel_refuses_halfway_is_told() {
             end.failure()
         };
         eprintln!("| {} | {why} |", refused.what);
-        wait_until_clean(links);
+        wait_until_clean();
     }
     assert!(server.redis_accepts() > 0, "the server does not answer any more");
 }
 
 /// Whatever number of descriptors it may have, it works or says that there are too few.
-#[test]
+#[real_test]
 fn too_few_descriptors_are_told() {
     let server = Server::redis();
-    let (_, links) = in_the_kernel();
     let enough = {
         let observer = Observer::of(server.pid());
         let count = std::fs::read_dir(format!("/proc/{}/fd", observer.pid())).unwrap().count();
@@ -184,23 +172,22 @@ fn too_few_descriptors_are_told() {
         let why = if end.status.success() { "works" } else { end.failure() };
         eprintln!("| {limit} of {enough} | {why} |");
         assert!(end.status.success() || why.contains("Too many open files"), "{}", end.stderr);
-        wait_until_clean(links);
+        wait_until_clean();
     }
     assert!(server.redis_accepts() > 0, "the server does not answer any more");
 }
 
 /// Kernels before 5.11 count what is in maps and programs as locked memory of the user.
-#[test]
+#[real_test]
 fn too_little_locked_memory_is_told() {
     let server = Server::redis();
-    let (_, links) = in_the_kernel();
     // Not even root may raise it everywhere.
     for limit in ["65536", "4000000", "8000000"] {
         let mut command = Command::new("prlimit");
         let end = End::of(look_at(command.arg(format!("--memlock={limit}")).arg(BINARY), server.pid()));
         let why = if end.status.success() { "works" } else { end.failure() };
         eprintln!("| {limit} bytes | {why} |");
-        wait_until_clean(links);
+        wait_until_clean();
     }
 }
 
@@ -211,13 +198,12 @@ fn victim() -> Told {
     victim
 }
 
-#[test]
+#[real_test]
 fn a_target_may_die_while_observer_comes() {
-    let (_, links) = in_the_kernel();
     let start = Instant::now();
     Observer::of(victim().pid()).interrupt();
     let time_to_come = start.elapsed();
-    let rounds = if is_emulated() { 5 } else { 20 };
+    let rounds = if is_full() && !is_emulated() { 20 } else { 6 };
     let mut reported = 0;
     for round in 0..rounds {
         let victim = victim();
@@ -245,7 +231,7 @@ fn a_target_may_die_while_observer_comes() {
     eprintln!(
         "{rounds} targets died within {time_to_come:?}: {reported} were reported, of the others it was said"
     );
-    wait_until_clean(links);
+    wait_until_clean();
 }
 
 /// observer where something is put over places in `/proc`.
@@ -255,7 +241,7 @@ fn with_covered(covers: &str) -> Command {
     command
 }
 
-#[test]
+#[real_test]
 fn a_process_that_cannot_be_read_is_not_observed() {
     let server = Server::redis();
     let cover = format!("mount -t tmpfs none /proc/{}", server.pid());
@@ -264,7 +250,7 @@ fn a_process_that_cannot_be_read_is_not_observed() {
 }
 
 /// Of a process of which only this and that can be read, this and that is told, and what the programs count is exact.
-#[test]
+#[real_test]
 fn what_cannot_be_read_of_a_process_harms_nothing_else() {
     const CONNECTIONS: u64 = 23;
     let server = Server::asyncio();
@@ -292,7 +278,7 @@ fn what_cannot_be_read_of_a_process_harms_nothing_else() {
 }
 
 /// A report that nobody can write down is no success.
-#[test]
+#[real_test]
 fn a_full_disk_is_told() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
@@ -311,7 +297,7 @@ fn a_full_disk_is_told() {
 }
 
 /// The report is printed all the same: it is all there is of what was observed.
-#[test]
+#[real_test]
 fn a_full_disk_under_the_flame_graph_is_told() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
@@ -337,7 +323,7 @@ fn a_full_disk_under_the_flame_graph_is_told() {
 }
 
 /// Stalls that end while observer is held up find no room: they are counted, and all figures but theirs stay exact.
-#[test]
+#[real_test]
 fn what_finds_no_room_in_a_ring_is_counted() {
     let blocks = if is_emulated() { 2_500_u64 } else { 5_000 };
     let script = format!(
@@ -390,7 +376,7 @@ print(flush=True)
 ";
 
 /// What finds no room is counted, what found some is exact, and what all the room takes of the kernel is told beforehand.
-#[test]
+#[real_test]
 fn more_than_there_is_room_for_is_counted() {
     let mut crowd = Told::python(CROWD);
     crowd.said();
@@ -402,9 +388,7 @@ fn more_than_there_is_room_for_is_counted() {
         let line =
             scrape.lines().find_map(|line| line.strip_prefix("observer_self_map_memory_bytes ")).unwrap();
         let told: u64 = line.parse().unwrap();
-        let output = Command::new("bpftool").args(["-j", "map", "show"]).output().unwrap();
-        let maps: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
-        let of_all: u64 = maps.iter().map(|map| map["bytes_memlock"].as_u64().unwrap()).sum();
+        let of_all = observer.map_bytes();
         assert!(told > 0 && told <= of_all, "{told} of {of_all} bytes");
         told
     };

@@ -137,71 +137,62 @@ fn assert_lag(runtime: &Runtime, workload: &str) {
     }
 }
 
-/// Each run takes some time: emulated machines have all workloads for one runtime, and the most telling for the others.
-fn assert_lag_on_hardware(test: &str, runtime: &Runtime, workload: &str) {
-    if is_emulated() {
-        eprintln!("skipped: {test}: an emulated machine has asyncio under this workload alone");
-        return;
-    }
-    assert_lag(runtime, workload);
-}
-
-#[test]
+#[real_test(quiet, userspace)]
 fn an_idle_asyncio_loop() {
     assert_lag(&ASYNCIO, "idle");
 }
 
-#[test]
+#[real_test(alone, userspace)]
 fn an_asyncio_loop_of_short_slices() {
     assert_lag(&ASYNCIO, "short");
 }
 
-#[test]
+#[real_test(quiet, userspace)]
 fn an_asyncio_loop_with_rare_blocks() {
     assert_lag(&ASYNCIO, "rare");
 }
 
-#[test]
+#[real_test(alone, userspace)]
 fn a_saturated_asyncio_loop() {
     assert_lag(&ASYNCIO, "saturated");
 }
 
-#[test]
+#[real_test(full, quiet, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
 fn an_idle_node_loop() {
-    assert_lag_on_hardware("an_idle_node_loop", &NODE, "idle");
+    assert_lag(&NODE, "idle");
 }
 
-#[test]
+#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
 fn a_node_loop_of_short_slices() {
-    assert_lag_on_hardware("a_node_loop_of_short_slices", &NODE, "short");
+    assert_lag(&NODE, "short");
 }
 
-#[test]
+#[real_test(quiet, userspace)]
 fn a_node_loop_with_rare_blocks() {
     assert_lag(&NODE, "rare");
 }
 
-#[test]
+#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
 fn a_saturated_node_loop() {
-    assert_lag_on_hardware("a_saturated_node_loop", &NODE, "saturated");
+    assert_lag(&NODE, "saturated");
 }
 
-#[test]
+#[real_test(full, quiet, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
 fn an_idle_ruby_loop() {
-    assert_lag_on_hardware("an_idle_ruby_loop", &RUBY, "idle");
+    assert_lag(&RUBY, "idle");
 }
 
-#[test]
+#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
 fn a_ruby_loop_of_short_slices() {
-    assert_lag_on_hardware("a_ruby_loop_of_short_slices", &RUBY, "short");
+    assert_lag(&RUBY, "short");
 }
 
-#[test]
+#[real_test(quiet, userspace)]
 fn a_ruby_loop_with_rare_blocks() {
     assert_lag(&RUBY, "rare");
 }
 
-#[test]
+#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
 fn a_saturated_ruby_loop() {
-    assert_lag_on_hardware("a_saturated_ruby_loop", &RUBY, "saturated");
+    assert_lag(&RUBY, "saturated");
 }

@@ -8,7 +8,7 @@ use std::{
 use crate::support::{
     acceptor::{self, Acceptor, CONNECTIONS},
     is_emulated,
-    observer::{Observer, in_flight},
+    observer::Observer,
     wait_for,
 };
 
@@ -19,36 +19,41 @@ fn hold_and_accept(kind: &str, method: &str, client: &str, address: &str) {
     assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");
 }
 
-#[test]
+#[real_test]
 fn ipv4_by_every_way_to_accept() {
     for method in ["accept4", "accept", "nonblocking"] {
         hold_and_accept("v4", method, "", "127.0.0.1:PLACE");
     }
 }
 
-#[test]
+#[real_test]
 fn ipv6_by_every_way_to_accept() {
     for method in ["accept4", "accept", "nonblocking"] {
         hold_and_accept("v6", method, "", "[::1]:PLACE");
     }
 }
 
-#[test]
+#[real_test]
 fn dual_stack_with_ipv6_and_mapped_ipv4() {
     hold_and_accept("dual", "accept4", "v6", "[::]:PLACE");
     hold_and_accept("dual", "accept4", "v4", "[::]:PLACE");
 }
 
-#[test]
-fn unix_by_every_way_to_accept() {
-    for method in ["accept4", "accept", "nonblocking"] {
+#[real_test(contract)]
+fn unix_by_accept4() {
+    hold_and_accept("unix", "accept4", "", "unix:PLACE");
+}
+
+#[real_test]
+fn unix_by_other_ways_to_accept() {
+    for method in ["accept", "nonblocking"] {
         hold_and_accept("unix", method, "", "unix:PLACE");
     }
     hold_and_accept("abstract", "accept4", "", "unix:PLACE");
 }
 
 /// Exactly the member that nobody accepts from shows depth and age.
-#[test]
+#[real_test]
 fn a_stuck_member_of_a_reuseport_group_stands_out() {
     let mut group = Acceptor::group(4);
     let observer = Observer::of(group.pid());
@@ -83,7 +88,7 @@ fn assert_the_oldest_ages(observer: &Observer) {
 }
 
 /// A unix connection that came after observer did is as old as it is, one from before at least as old as observer.
-#[test]
+#[real_test]
 fn the_oldest_unix_connection_ages() {
     for connects_before in [false, true] {
         let mut acceptor = Acceptor::new("unix", "accept4", 16);
@@ -110,21 +115,21 @@ fn the_oldest_unix_connection_ages() {
 }
 
 /// Connections that wait die with their listener; nothing of them is kept.
-#[test]
+#[real_test]
 fn a_listener_that_closes_leaves_nothing_behind() {
     for kind in ["v4", "unix"] {
         let mut acceptor = Acceptor::new(kind, "accept4", 16);
         let observer = Observer::of(acceptor.pid());
         assert_eq!(acceptor.tell("connect 5"), 5);
-        assert_eq!(in_flight(), 5, "{kind}");
+        assert_eq!(observer.in_flight(), 5, "{kind}");
         acceptor.tell("close");
-        wait_for("the closed listener to be noticed", || (in_flight() == 0).then_some(()));
+        wait_for("the closed listener to be noticed", || (observer.in_flight() == 0).then_some(()));
         observer.finish().assert_complete();
     }
 }
 
 /// A listener with room for 8, nobody who accepts, and 200 who come.
-#[test]
+#[real_test]
 fn an_overflow_agrees_with_ss_and_nstat() {
     let mut acceptor = Acceptor::in_own_namespace(8);
     let arguments = ["--pid", &acceptor.pid().to_string(), "--listen", "127.0.0.1:0"];
@@ -154,7 +159,7 @@ fn an_overflow_agrees_with_ss_and_nstat() {
 }
 
 /// A thousand clients that give up while they wait.
-#[test]
+#[real_test]
 fn resets_in_the_queue_are_counted_and_leave_nothing_behind() {
     let mut acceptor = Acceptor::new("v4", "accept4", 1024);
     let observer = Observer::start(&["--pid", &acceptor.pid().to_string(), "--listen", "127.0.0.1:0"]);
@@ -166,7 +171,7 @@ fn resets_in_the_queue_are_counted_and_leave_nothing_behind() {
     // The kernel keeps them until somebody accepts them.
     assert_eq!(observer.figure("observer_accept_queue_depth"), f64::from(depth));
     assert_eq!(observer.figure("observer_accept_queue_oldest_seconds"), 0.0);
-    assert_eq!(in_flight(), 0, "connections remembered though none waits");
+    assert_eq!(observer.in_flight(), 0, "connections remembered though none waits");
 
     acceptor.tell("accept 1000");
     let report = observer.finish();
@@ -178,7 +183,7 @@ fn resets_in_the_queue_are_counted_and_leave_nothing_behind() {
 }
 
 /// Opened after observer came, closed, opened again in the same place: two listeners, each with its own figures.
-#[test]
+#[real_test]
 fn a_listener_closed_and_opened_again() {
     let mut acceptor = Acceptor::new("v4", "accept4", 16);
     let place = acceptor.place().to_owned();

@@ -1,7 +1,7 @@
 //! The live view of the real binary in a real terminal: what its first screen tells, and how it leaves.
 
 use std::{
-    io::{BufReader, ErrorKind},
+    io::BufReader,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -27,8 +27,7 @@ struct Terminal {
 }
 
 impl Terminal {
-    /// `None` where there is no tmux.
-    fn start(test: &str, environment: &str, pid: u32) -> Option<Self> {
+    fn start(test: &str, environment: &str, pid: u32) -> Self {
         let socket = format!("observer-test-{}-{test}", std::process::id());
         let inside = format!(
             "env {environment} {BINARY} --pid {pid} --no-listen; echo ended with $?; stty -a; exec sleep 300"
@@ -37,16 +36,8 @@ impl Terminal {
             .args(["-L", &socket, "-f", "/dev/null"])
             .args(["new-session", "-d", "-x", "80", "-y", "24", &inside])
             .status();
-        match started {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                eprintln!("skipped: live::{test}: there is no tmux here");
-                None
-            }
-            started => {
-                assert!(started.unwrap().success(), "tmux does not start");
-                Some(Self { socket })
-            }
-        }
+        assert!(started.unwrap().success(), "tmux does not start");
+        Self { socket }
     }
 
     fn tmux(&self, arguments: &[&str]) -> String {
@@ -114,10 +105,10 @@ fn is_late(screen: &str) -> bool {
         && screen.lines().nth(2).is_some_and(|line| line.contains("asleep") && line.contains("block ("))
 }
 
-#[test]
+#[real_test(programs(&["tmux"]))]
 fn the_first_screen_names_the_late_loop_and_its_culprit() {
     let server = Server::asyncio();
-    let Some(terminal) = Terminal::start("the_first_screen", "LANG=C.UTF-8", server.pid()) else { return };
+    let terminal = Terminal::start("the_first_screen", "LANG=C.UTF-8", server.pid());
     while_late(&server, || {
         let screen = terminal.wait("the first screen to tell", is_late);
         assert!(screen.lines().next().unwrap().starts_with(" observer  python3"), "{screen}");
@@ -141,10 +132,10 @@ fn the_first_screen_names_the_late_loop_and_its_culprit() {
 }
 
 /// Kinds of deferred work are counted as the server has put them off, in the list and by themselves.
-#[test]
+#[real_test(programs(&["tmux"]))]
 fn deferred_work_is_listed() {
     let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
-    let Some(terminal) = Terminal::start("deferred_work", "LANG=C.UTF-8", server.pid()) else { return };
+    let terminal = Terminal::start("deferred_work", "LANG=C.UTF-8", server.pid());
     terminal.wait("the first screen", |screen| screen.contains("q quit"));
     let mut connection = BufReader::new(http::connect(server.port));
     for job in 0..JOBS {
@@ -164,10 +155,10 @@ fn deferred_work_is_listed() {
     terminal.wait("observer to end", |screen| screen.contains("ended with 0"));
 }
 
-#[test]
+#[real_test(programs(&["tmux"]))]
 fn ctrl_c_gives_the_terminal_back_and_colours_can_be_off() {
     let server = Server::asyncio();
-    let Some(terminal) = Terminal::start("ctrl_c", "NO_COLOR=1 LC_ALL=C", server.pid()) else { return };
+    let terminal = Terminal::start("ctrl_c", "NO_COLOR=1 LC_ALL=C", server.pid());
     while_late(&server, || {
         terminal.wait("the first screen to tell", is_late);
         let styled = terminal.tmux(&["capture-pane", "-p", "-e"]);
@@ -181,10 +172,10 @@ fn ctrl_c_gives_the_terminal_back_and_colours_can_be_off() {
     });
 }
 
-#[test]
+#[real_test(programs(&["tmux"]))]
 fn a_signal_gives_the_terminal_back() {
     let server = Server::asyncio();
-    let Some(terminal) = Terminal::start("a_signal", "LANG=C.UTF-8", server.pid()) else { return };
+    let terminal = Terminal::start("a_signal", "LANG=C.UTF-8", server.pid());
     while_late(&server, || {
         terminal.wait("the first screen to tell", is_late);
         let shell = terminal.tmux(&["display-message", "-p", "#{pane_pid}"]).trim().parse().unwrap();
@@ -194,10 +185,10 @@ fn a_signal_gives_the_terminal_back() {
     });
 }
 
-#[test]
+#[real_test(programs(&["tmux"]))]
 fn a_dumb_terminal_gets_text() {
     let server = Server::asyncio();
-    let Some(terminal) = Terminal::start("a_dumb_terminal", "TERM=dumb", server.pid()) else { return };
+    let terminal = Terminal::start("a_dumb_terminal", "TERM=dumb", server.pid());
     while_late(&server, || {
         terminal.wait("the announcement", |screen| screen.contains("report at Ctrl-C"));
         server.block("sleep", 150);

@@ -1,6 +1,9 @@
 //! Tests that drive the real binary against real servers; they need root. One file a probe, and one each for the
 //! command line and for what comes out. They run one at a time, because they share the machine's scheduler.
 
+#[macro_use]
+extern crate real_test;
+
 mod accept;
 mod calls;
 mod causes;
@@ -10,6 +13,7 @@ mod clocks;
 mod config;
 mod container;
 mod context;
+mod contract;
 mod deferred;
 mod deferred_rage;
 mod deploy;
@@ -19,6 +23,7 @@ mod exports;
 mod faults;
 mod flood;
 mod gc;
+mod harness;
 mod lag;
 mod listener;
 mod live;
@@ -37,3 +42,7 @@ mod stacks;
 mod stalls;
 mod support;
 mod symbols;
+
+fn main() -> std::process::ExitCode {
+    harness::run()
+}

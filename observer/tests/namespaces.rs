@@ -11,6 +11,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::harness::skip;
 use crate::{
     container::Container,
     support::{
@@ -37,7 +38,7 @@ fn port(folder: &tempfile::TempDir) -> u16 {
 }
 
 /// CPython with asyncio, whose files and ids are its container's own: all is told as of any other process.
-#[test]
+#[real_test]
 fn a_runtime_in_a_container_is_seen_through() {
     let folder = tempfile::tempdir().unwrap();
     let container = Container::running(
@@ -73,7 +74,7 @@ fn a_runtime_in_a_container_is_seen_through() {
 }
 
 /// Work that is put off there is followed by the same profile, and collections are counted.
-#[test]
+#[real_test(links)]
 fn deferred_work_in_a_container_is_followed() {
     const JOBS: usize = 5;
     let folder = tempfile::tempdir().unwrap();
@@ -106,7 +107,7 @@ fn deferred_work_in_a_container_is_followed() {
     assert!(report.target(pid)["gc"]["count"].as_u64().is_some(), "{:#}", report.target(pid)["gc"]);
 }
 
-#[test]
+#[real_test]
 fn redis_in_a_container_is_exact() {
     let folder = tempfile::tempdir().unwrap();
     let container =
@@ -137,7 +138,7 @@ fn redis_in_a_container_is_exact() {
 }
 
 /// Ids, networks, names of hosts and mounts of its own, without any container.
-#[test]
+#[real_test]
 fn a_target_in_namespaces_of_its_own_is_exact() {
     let script = "ip link set lo up; exec /usr/bin/python3 \"$@\"";
     let server = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/asyncio_server.py");
@@ -187,7 +188,7 @@ fn a_target_in_namespaces_of_its_own_is_exact() {
 
 /// The second program has other names, another collector and other functions, and what was known of the first does not
 /// get in its way.
-#[test]
+#[real_test]
 fn another_program_in_an_old_process_is_known_as_that() {
     const NODE: &str = "const http = require('node:http'); let n = 0; \
         const s = http.createServer((q, r) => { for (let i = 0; i < 3; i++) gc(); r.end(String(++n)); }); \
@@ -224,7 +225,7 @@ fn another_program_in_an_old_process_is_known_as_that() {
     assert!(collections >= 3 * CONNECTIONS as u64, "{collections} collections");
 }
 
-#[test]
+#[real_test]
 fn a_thread_is_known_by_its_latest_name() {
     let script = "
 import select, socket, sys, threading
@@ -259,7 +260,7 @@ rename('second'); print(flush=True); sys.stdin.readline()
 }
 
 /// A second process with the id of one that is gone: each has its own figures, and what the second does is told as it does it.
-#[test]
+#[real_test(alone)]
 fn a_second_process_with_the_same_id_is_another() {
     const LAST: &str = "/proc/sys/kernel/ns_last_pid";
     let observer = Observer::start(&["--all", "--listen", "127.0.0.1:0"]);
@@ -281,10 +282,7 @@ fn a_second_process_with_the_same_id_is_another() {
     let mut tries = 0;
     let second = loop {
         if fs::write(LAST, (pid - 1).to_string()).is_err() {
-            eprintln!(
-                "skipped: namespaces::a_second_process_with_the_same_id_is_another: {LAST} cannot be written"
-            );
-            return;
+            skip(format!("{LAST} cannot be written"));
         }
         let second = Server::asyncio();
         if second.pid() == pid {

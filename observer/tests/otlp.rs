@@ -11,7 +11,7 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    http, is_emulated,
+    http,
     observer::{BINARY, Observer},
     otlp::{Figures, Receiver, Rotel, certificate, for_each_point, pushed, scraped},
     servers::{Server, free_port},
@@ -21,14 +21,6 @@ pub(crate) const PROTOCOLS: [&str; 2] = ["grpc", "http/protobuf"];
 
 /// Between two pushes.
 const INTERVAL: Duration = Duration::from_millis(250);
-
-/// Whether the test goes without: guests have no collector aboard.
-pub(crate) fn is_skipped(test: &str) -> bool {
-    if is_emulated() {
-        eprintln!("skipped: otlp::{test}: no collector in guests");
-    }
-    is_emulated()
-}
 
 /// observer at work on a server, pushing metrics often.
 fn push(server: &Server, address: &str, protocol: &str, variables: &[(&str, &str)]) -> Observer {
@@ -50,11 +42,8 @@ fn now() -> u64 {
 
 /// A collector that nobody here wrote takes what observer pushes between two scrapes and hands it on. Whatever is the
 /// same in both scrapes must be the same in between, and whatever grows must be between the two.
-#[test]
+#[real_test(userspace, host_only("guests have no collector"))]
 fn a_collector_gets_the_figures_of_a_scrape() {
-    if is_skipped("a_collector_gets_the_figures_of_a_scrape") {
-        return;
-    }
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);
         let rotel = Rotel::before(receiver.port);
@@ -131,11 +120,8 @@ fn a_collector_gets_the_figures_of_a_scrape() {
     }
 }
 
-#[test]
+#[real_test(userspace, host_only("guests have no collector"))]
 fn headers_and_secrets_arrive() {
-    if is_skipped("headers_and_secrets_arrive") {
-        return;
-    }
     let files = tempfile::tempdir().unwrap();
     let pem = certificate(files.path());
     let pem = pem.to_str().unwrap();
@@ -171,11 +157,8 @@ fn headers_and_secrets_arrive() {
 }
 
 /// What a collector asks to send again arrives, and not before the time that it asked for.
-#[test]
+#[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn a_collector_may_ask_to_wait() {
-    if is_skipped("a_collector_may_ask_to_wait") {
-        return;
-    }
     let server = Server::asyncio();
     // Unavailable, and exhausted with a time to wait, without which that would be for good.
     for (protocol, answers) in [("grpc", ["14=2", "8=2"]), ("http/protobuf", ["503=2", "429=2"])] {
@@ -218,11 +201,8 @@ fn assert_unbroken(requests: &[Value], since: Instant) {
     assert!(moments.len() as f64 > expected / 2.0, "{} pushes instead of {expected}", moments.len());
 }
 
-#[test]
+#[real_test(userspace, host_only("guests have no collector"))]
 fn what_a_collector_refuses_is_counted() {
-    if is_skipped("what_a_collector_refuses_is_counted") {
-        return;
-    }
     let server = Server::asyncio();
     for (protocol, answers) in [("grpc", ["3", "8"]), ("http/protobuf", ["400", "500"])] {
         let receiver = Receiver::start(protocol, &answers);
@@ -238,11 +218,8 @@ fn what_a_collector_refuses_is_counted() {
 }
 
 /// A collector that is not there at first, and killed later, gets all in the end.
-#[test]
+#[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn a_collector_may_come_and_go() {
-    if is_skipped("a_collector_may_come_and_go") {
-        return;
-    }
     let server = Server::asyncio();
     for protocol in PROTOCOLS {
         let port = free_port();
@@ -272,11 +249,8 @@ fn a_collector_may_come_and_go() {
 }
 
 /// Nobody who observes waits for a collector: not at the start, not in between, and at the end only so long.
-#[test]
+#[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn a_collector_that_says_nothing_holds_nobody_up() {
-    if is_skipped("a_collector_that_says_nothing_holds_nobody_up") {
-        return;
-    }
     let server = Server::asyncio();
     for protocol in PROTOCOLS {
         // Connections are made by the kernel, and nobody accepts them.
@@ -295,7 +269,7 @@ fn a_collector_that_says_nothing_holds_nobody_up() {
     }
 }
 
-#[test]
+#[real_test(userspace)]
 fn what_is_wrong_with_an_address_is_told_at_once() {
     let fails = |arguments: &[&str], variables: &[(&str, &str)], what: &str| {
         let me = std::process::id().to_string();

@@ -12,7 +12,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
 use crate::{
-    otlp::{PROTOCOLS, figures_of, is_skipped, url},
+    otlp::{PROTOCOLS, figures_of, url},
     support::{
         deferred::{Deferring, Piece, ask, read_answer},
         http,
@@ -157,11 +157,8 @@ fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&
     off
 }
 
-#[test]
+#[real_test(userspace, links, host_only("guests have no collector"))]
 fn a_request_and_what_it_put_off_are_one_trace() {
-    if is_skipped("a_request_and_what_it_put_off_are_one_trace") {
-        return;
-    }
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);
         let rotel = Rotel::before(receiver.port);
@@ -244,11 +241,8 @@ fn a_request_and_what_it_put_off_are_one_trace() {
 }
 
 /// Those of requests come in the end, whenever a collector is there to take them.
-#[test]
+#[real_test(userspace, host_only("guests have no collector"))]
 fn a_collector_may_come_late() {
-    if is_skipped("a_collector_may_come_late") {
-        return;
-    }
     for protocol in PROTOCOLS {
         let port = free_port();
         let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
@@ -290,11 +284,8 @@ fn a_collector_may_come_late() {
 }
 
 /// What nobody takes in time is told, and the end does not wait for it.
-#[test]
+#[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn what_is_not_delivered_is_told() {
-    if is_skipped("what_is_not_delivered_is_told") {
-        return;
-    }
     let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
     let none = [("OTEL_METRICS_EXPORTER", "none")];
     let observer = trace(server.pid(), &url(free_port()), "http/protobuf", &none);
@@ -315,7 +306,7 @@ fn what_is_not_delivered_is_told() {
 }
 
 /// A collector that takes connections and never answers is waited for, but not by whoever asks twice.
-#[test]
+#[real_test(quiet, userspace)]
 fn a_second_signal_waits_for_no_collector() {
     let server = Server::asyncio();
     let deaf = TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -333,11 +324,8 @@ fn a_second_signal_waits_for_no_collector() {
 }
 
 /// A stall is an event of the request that it hit.
-#[test]
+#[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn a_stall_is_told_with_its_request() {
-    if is_skipped("a_stall_is_told_with_its_request") {
-        return;
-    }
     let server = Server::asyncio();
     let receiver = Receiver::start("http", &[]);
     let observer = trace(server.pid(), &url(receiver.port), "http/protobuf", &[]);
@@ -386,11 +374,8 @@ fn a_stall_is_told_with_its_request() {
 }
 
 /// One that is due to no request, for nobody looks for requests, is a trace by itself.
-#[test]
+#[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn a_stall_without_a_request_is_told_alone() {
-    if is_skipped("a_stall_without_a_request_is_told_alone") {
-        return;
-    }
     let server = Server::asyncio();
     let receiver = Receiver::start("grpc", &[]);
     let observer = trace_stalls(["--pid", &server.pid().to_string()], &url(receiver.port), "grpc");
@@ -408,11 +393,8 @@ fn a_stall_without_a_request_is_told_alone() {
 }
 
 /// Whoever comes up for selection is observed until it is decided about; what it did meanwhile is told to nobody.
-#[test]
+#[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn a_stall_of_whom_nobody_wants_is_not_told() {
-    if is_skipped("a_stall_of_whom_nobody_wants_is_not_told") {
-        return;
-    }
     let receiver = Receiver::start("http", &[]);
     let port = free_port().to_string();
     let observer = trace_stalls(["--port", &port], &url(receiver.port), "http/protobuf");

@@ -12,7 +12,7 @@ use crate::support::{
 };
 use nix::sys::signal::Signal;
 
-#[test]
+#[real_test]
 fn nginx_master_given_workers_found() {
     let server = Server::nginx(2);
     let workers = children(server.pid());
@@ -24,7 +24,7 @@ fn nginx_master_given_workers_found() {
 }
 
 /// nginx replaces its worker on SIGHUP: a child that did not exist when observer came.
-#[test]
+#[real_test(contract)]
 fn a_child_forked_later_is_followed() {
     let server = Server::nginx(1);
     let first = children(server.pid());
@@ -42,7 +42,7 @@ fn a_child_forked_later_is_followed() {
     assert_eq!(report.listener(server.port)["accepts"], 1);
 }
 
-#[test]
+#[real_test]
 fn children_are_left_out_on_request() {
     let server = Server::nginx(1);
     let report =
@@ -52,7 +52,7 @@ fn children_are_left_out_on_request() {
 }
 
 /// Two targets at once, each with its own figures.
-#[test]
+#[real_test]
 fn several_pids() {
     let (asyncio, redis) = (Server::asyncio(), Server::redis());
     let arguments = ["--pid", &asyncio.pid().to_string(), "--pid", &redis.pid().to_string(), "--no-listen"];
@@ -66,7 +66,7 @@ fn several_pids() {
 }
 
 /// Nobody has to press Ctrl-C when there is nothing left to observe, and figures of the dead are kept.
-#[test]
+#[real_test]
 fn the_end_of_the_last_target_ends_observer() {
     let server = Server::asyncio();
     let observer = Observer::of(server.pid());
@@ -79,7 +79,7 @@ fn the_end_of_the_last_target_ends_observer() {
 }
 
 /// Hundreds of short-lived children: followed, forgotten, nothing left over.
-#[test]
+#[real_test]
 fn a_storm_of_forks_is_survived() {
     const FORKS: usize = 500;
     let files = tempfile::tempdir().unwrap();
@@ -100,7 +100,7 @@ fn a_storm_of_forks_is_survived() {
 }
 
 /// A server that puts itself in the background: the process that opened the listener is gone, the listener is not.
-#[test]
+#[real_test]
 fn a_listener_is_inherited() {
     let script = "import os, socket, time\n\
         s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()\n\

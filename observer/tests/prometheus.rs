@@ -15,21 +15,13 @@ use serde_json::Value;
 use crate::support::{
     acceptor::Acceptor,
     deferred::{Deferring, ask},
-    example, http, is_emulated,
+    example, http,
     observer::Observer,
     prometheus::{Prometheus, RANGE, dashboards},
     servers::Server,
     told::Told,
     wait_for,
 };
-
-/// Whether the test goes without: guests have no Prometheus aboard.
-fn is_skipped(test: &str) -> bool {
-    if is_emulated() {
-        eprintln!("skipped: prometheus::{test}: no Prometheus in guests");
-    }
-    is_emulated()
-}
 
 #[track_caller]
 fn promtool(arguments: &[&str], input: &str) -> String {
@@ -49,11 +41,8 @@ fn promtool(arguments: &[&str], input: &str) -> String {
     said
 }
 
-#[test]
+#[real_test(host_only("guests have no Prometheus"))]
 fn promtool_finds_no_fault() {
-    if is_skipped("promtool_finds_no_fault") {
-        return;
-    }
     let server = Server::asyncio();
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     server.block("sleep", 60);
@@ -170,11 +159,8 @@ fn queries() -> Vec<Query> {
 
 /// The loop blocks for 20 ms out of some 40, and nothing else happens to it; that of another process hardly works, and
 /// puts off a little: each figure has to be in the order of magnitude that follows, in the unit that its panel shows.
-#[test]
+#[real_test(host_only("guests have no Prometheus"))]
 fn every_panel_and_rule_has_data_in_its_unit() {
-    if is_skipped("every_panel_and_rule_has_data_in_its_unit") {
-        return;
-    }
     let server = Server::asyncio();
     let deferring = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
     let pids = [server.pid(), deferring.pid()].map(|pid| pid.to_string());
@@ -258,16 +244,13 @@ fn every_panel_and_rule_has_data_in_its_unit() {
 }
 
 /// Makes each cause happen, waits for its alert, takes the cause away and waits for the alert to end.
-#[test]
+#[real_test(host_only("guests have no Prometheus"))]
 fn every_alert_fires_and_resolves() {
-    if is_skipped("every_alert_fires_and_resolves") {
-        return;
-    }
     let server = Server::asyncio();
     let mut library = Library::start();
     let mut acceptor = Acceptor::in_own_namespace(8);
     // More than observer has room for.
-    let mut crowd = Acceptor::group(1100);
+    let mut crowd = Acceptor::group(40);
     let start = |pids: &[u32], more: &[&'static str]| {
         let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
         let mut arguments = [&["--listen", "127.0.0.1:0"], more].concat();
@@ -275,7 +258,7 @@ fn every_alert_fires_and_resolves() {
         Observer::start(&arguments)
     };
     let observer = start(&[server.pid(), acceptor.pid(), library.0.pid()], &Library::HOOKS);
-    let crowded = start(&[crowd.pid()], &[]);
+    let crowded = start(&[crowd.pid()], &["--capacity", "16"]);
     let prometheus = Prometheus::scraping(&[observer.port(), crowded.port()]);
     let mut fired = Vec::new();
     let mut fires = |what: &str| {

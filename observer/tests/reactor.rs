@@ -63,7 +63,7 @@ fn slack(times: u64) -> f64 {
     each * f64::from(u32::try_from(times).unwrap())
 }
 
-#[test]
+#[real_test(quiet, contract)]
 fn asyncio_23_sleeps_are_23_slices_and_blocked() {
     let server = Server::asyncio();
     // So that files which its first answer needs are not looked for in the first block.
@@ -78,7 +78,7 @@ fn asyncio_23_sleeps_are_23_slices_and_blocked() {
     assert!(seconds(&reactor, "cpu") < 1.05 * computed, "{computed} s computed: {reactor:#}");
 }
 
-#[test]
+#[real_test(alone)]
 fn asyncio_23_spins_are_23_slices_on_a_cpu() {
     let server = Server::asyncio();
     let (reactor, _, cpu) = block(&server, "spin", BLOCKS);
@@ -89,7 +89,7 @@ fn asyncio_23_spins_are_23_slices_on_a_cpu() {
     assert!(seconds(&reactor, "blocked") < 0.05 * cpu, "{reactor:#}");
 }
 
-#[test]
+#[real_test(quiet)]
 fn node_23_sleeps_are_23_slices_and_blocked() {
     let server = Server::node();
     // So that compiling the handler is not part of the first block.
@@ -110,7 +110,7 @@ fn hog() -> Process {
 }
 
 /// A neighbour that computes on the same CPU is told apart from the server's own work.
-#[test]
+#[real_test(alone)]
 fn a_hog_on_the_same_cpu_shows_as_time_waiting_for_a_cpu() {
     let _hog = hog();
     let server = Server::asyncio_on_cpu(0);
@@ -127,7 +127,7 @@ fn a_hog_on_the_same_cpu_shows_as_time_waiting_for_a_cpu() {
 }
 
 /// Every wait and every slice is counted once, by the loop's own count.
-#[test]
+#[real_test(contract)]
 fn waits_and_slices_are_counted_exactly() {
     let server = Server::asyncio();
     server.wait_until_idle();
@@ -147,7 +147,7 @@ fn waits_and_slices_are_counted_exactly() {
 }
 
 /// A wait is time off a CPU: all that a loop has of one is in its slices, however short, by the scheduler's own account.
-#[test]
+#[real_test(alone)]
 fn all_time_on_a_cpu_is_in_slices() {
     // Both on one CPU, so that it never sleeps: the scheduler counts what it takes a CPU to wake up as its thread's.
     const LOOP: &str = "
@@ -187,7 +187,7 @@ while events.poll() and sys.stdin.readline():
 }
 
 /// A wait that returns at once is no idle time, and who is pushed off its CPU there wants it back.
-#[test]
+#[real_test(alone)]
 fn a_loop_that_never_has_to_wait_is_busy_all_the_time() {
     const LOOP: &str = "
 import os, select
@@ -218,7 +218,7 @@ while True: events.poll()
 }
 
 /// The parts are the whole.
-#[test]
+#[real_test(quiet)]
 fn the_split_adds_up_to_busy_time() {
     let server = Server::asyncio();
     let (reactor, ..) = block(&server, "sleep", 5);
@@ -227,7 +227,7 @@ fn the_split_adds_up_to_busy_time() {
 }
 
 /// A loop with nothing to do never returns from its wait, and is shown all the same.
-#[test]
+#[real_test(quiet)]
 fn an_idle_loop_is_seen_and_idle() {
     let server = Server::asyncio();
     let observer = Observer::of(server.pid());
@@ -242,7 +242,7 @@ fn an_idle_loop_is_seen_and_idle() {
 }
 
 /// A loop that is stuck when the report is written counts with the age of its slice so far.
-#[test]
+#[real_test(quiet)]
 fn a_slice_in_progress_is_reported() {
     let server = Server::asyncio();
     let observer = Observer::of(server.pid());
@@ -258,7 +258,7 @@ fn a_slice_in_progress_is_reported() {
 }
 
 /// More event loops than there is room for: the others are seen, and that some are not is said.
-#[test]
+#[real_test]
 fn more_reactors_than_fit() {
     const THREADS: usize = 1100;
     let script = format!(

@@ -11,6 +11,7 @@ use std::{
 
 use serde_json::Value;
 
+use crate::harness::skip;
 use crate::support::{
     Process,
     acceptor::Acceptor,
@@ -54,7 +55,7 @@ fn assert_only_main(report: &Report, pid: u32) {
 }
 
 /// The master waits for signals.
-#[test]
+#[real_test]
 fn nginx_has_one_in_each_worker() {
     let server = Server::nginx(2);
     let report = observe(&server, || (0..ROUNDS).for_each(|_| drop(http::get(server.port, "/"))));
@@ -62,7 +63,7 @@ fn nginx_has_one_in_each_worker() {
 }
 
 /// Its other threads close files and free memory. Commands that take long are slices as long as they take.
-#[test]
+#[real_test(alone)]
 fn redis_has_one() {
     let keys = if is_emulated() { 100_000 } else { 1_000_000 };
     let server = Server::redis();
@@ -93,7 +94,7 @@ fn redis_has_one() {
 
 /// The threads of its pool wait for work, not for events. V8 has a thread with a loop of its own, for what it wants to be
 /// done later: that is an event loop, and an idle one.
-#[test]
+#[real_test]
 fn node_has_one_that_runs() {
     let server = Server::node();
     let report = observe(&server, || (0..ROUNDS).for_each(|_| drop(server.block("pool", 4))));
@@ -112,21 +113,21 @@ fn assert_has_one(server: &Server) {
 }
 
 /// epoll itself, asyncio, and Ruby's async.
-#[test]
+#[real_test]
 fn native_python_and_ruby_loops_have_one() {
     for runtime in [Runtime::Native, Runtime::Python, Runtime::Ruby] {
         assert_has_one(&Server::causes(runtime));
     }
 }
 
-#[test]
+#[real_test]
 fn uvloop_has_one() {
     assert_has_one(&Server::uvloop());
 }
 
 /// Workers take turns in waiting for events; the others sleep, as does the main thread. The pool for blocking calls
 /// waits for work.
-#[test]
+#[real_test]
 fn tokio_has_those_workers_that_wait_for_events() {
     let server = Server::tokio();
     let mut blocking = BTreeSet::new();
@@ -143,9 +144,9 @@ fn tokio_has_those_workers_that_wait_for_events() {
     assert!(found.is_subset(&workers), "{found:?} of {workers:?}: {:#}", report.0["targets"]);
 }
 
-#[test]
+#[real_test]
 fn an_io_uring_loop_has_one() {
-    let mut acceptor = Acceptor::ring("an_io_uring_loop_has_one", "v4", "single", 128).expect("single");
+    let mut acceptor = Acceptor::ring("v4", "single", 128);
     let observer = Observer::of(acceptor.pid());
     acceptor.tell(&format!("connect {ROUNDS}"));
     acceptor.tell(&format!("accept {ROUNDS}"));
@@ -155,7 +156,7 @@ fn an_io_uring_loop_has_one() {
 }
 
 /// Where that is asked for.
-#[test]
+#[real_test]
 fn a_loop_that_polls_has_one() {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/selector_loop.py");
     let mut command = Command::new("/usr/bin/python3");
@@ -194,21 +195,13 @@ impl Drop for MoreIds {
 }
 
 /// Programs look for a thread by the lower half of its id. Two that have that in common are two, also when one is gone.
-#[test]
+#[real_test(alone)]
 fn threads_whose_ids_have_half_in_common_are_told_apart() {
     const LAST: &str = "/proc/sys/kernel/ns_last_pid";
     let first = Server::asyncio();
     let id = first.pid() + 0x1_0000;
-    let _more = match MoreIds::at_least(id + 0x1000) {
-        Ok(more) => more,
-        Err(why) => {
-            eprintln!(
-                "skipped: reactors::threads_whose_ids_have_half_in_common_are_told_apart: {}: {why}",
-                MoreIds::FILE
-            );
-            return;
-        }
-    };
+    let _more = MoreIds::at_least(id + 0x1000)
+        .unwrap_or_else(|why| skip(format!("{} cannot be changed: {why}", MoreIds::FILE)));
     let mut tries = 0;
     let second = loop {
         fs::write(LAST, (id - 1).to_string()).unwrap();

@@ -30,17 +30,7 @@ fn with_only(capabilities: &str, preparation: &str) -> Command {
 /// Where nobody has mounted it, whoever has no right to needs it mounted.
 const TRACEFS: &str = "{ mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing; }";
 
-/// Whether this guest has what takes rights away.
-fn is_possible(test: &str) -> bool {
-    let is_there = |program: &str| Command::new(program).arg("--version").output().is_ok();
-    if is_there("/usr/bin/setpriv") && is_there("unshare") {
-        return true;
-    }
-    eprintln!("skipped: rights::{test}: no setpriv and unshare in this guest");
-    false
-}
-
-#[test]
+#[real_test]
 fn what_is_not_needed_is_given_up() {
     let server = Server::asyncio();
     let observer = Observer::of(server.pid());
@@ -60,11 +50,8 @@ fn what_is_not_needed_is_given_up() {
 
 /// As where a platform team grants no `CAP_SYS_ADMIN`, which kernels ask for since July 2025 before they attach to
 /// functions.
-#[test]
+#[real_test(programs(&["setpriv", "unshare"]))]
 fn without_the_right_to_attach_to_functions_the_rest_is_exact() {
-    if !is_possible("without_the_right_to_attach_to_functions_the_rest_is_exact") {
-        return;
-    }
     let server = Server::asyncio();
     // Before 5.11, maps are locked memory.
     let rights = || {
@@ -113,7 +100,7 @@ fn check(mut command: Command) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8(output.stdout).unwrap())
 }
 
-#[test]
+#[real_test]
 fn a_user_without_rights_is_told_of_each() {
     let mut nobody = Command::new(BINARY);
     nobody.uid(65_534).gid(65_534);
@@ -146,11 +133,8 @@ fn a_user_without_rights_is_told_of_each() {
     assert!(!output.contains("a kernel that has it"), "{output}");
 }
 
-#[test]
+#[real_test(programs(&["setpriv", "unshare"]))]
 fn what_this_machine_lacks_is_named() {
-    if !is_possible("what_this_machine_lacks_is_named") {
-        return;
-    }
     let all = "+bpf,+perfmon,+sys_ptrace,+dac_read_search,+sys_resource";
     let lockdown = "mount -t tmpfs none /sys/kernel/security 2>/dev/null && \
                     echo 'none integrity [confidentiality]' > /sys/kernel/security/lockdown";
@@ -175,7 +159,7 @@ fn what_this_machine_lacks_is_named() {
     }
 }
 
-#[test]
+#[real_test]
 fn a_process_is_looked_at_before_it_is_observed() {
     let server = Server::asyncio();
     let check = |pid: u32| {

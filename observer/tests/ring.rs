@@ -5,61 +5,61 @@ use std::thread;
 use crate::support::{
     acceptor::{self, Acceptor, CONNECTIONS},
     http, is_emulated,
-    observer::{Observer, in_flight},
+    observer::Observer,
 };
 
 /// How many waits are known of connections that were held and then accepted by io_uring.
-fn waits_known(test: &str, kind: &str, method: &str, address: &str) -> Option<u64> {
-    let acceptor = Acceptor::ring(test, kind, method, 128)?;
+fn waits_known(kind: &str, method: &str, address: &str) -> u64 {
+    let acceptor = Acceptor::ring(kind, method, 128);
     let listener = acceptor::hold_and_accept(acceptor, &format!("{kind} io_uring {method}"), "", address);
     let known = listener["wait"]["count"].as_u64().unwrap();
     assert_eq!(listener["accepts_unknown_wait"], u64::from(CONNECTIONS) - known, "{listener:#}");
-    Some(known)
+    known
 }
 
-/// The same where every wait is known: over TCP and, unless the method is missing here, over a unix socket.
-fn assert_all_waits_known(test: &str, method: &str) {
+/// The same where every wait is known: over TCP and over a unix socket.
+fn assert_all_waits_known(method: &str) {
     for (kind, address) in [("v4", "127.0.0.1:PLACE"), ("unix", "unix:PLACE")] {
-        let Some(known) = waits_known(test, kind, method, address) else { return };
+        let known = waits_known(kind, method, address);
         assert_eq!(known, u64::from(CONNECTIONS), "{kind} {method}");
     }
 }
 
-#[test]
+#[real_test(contract)]
 fn one_request_for_each_connection() {
-    assert_all_waits_known("one_request_for_each_connection", "single");
+    assert_all_waits_known("single");
 }
 
-#[test]
+#[real_test]
 fn one_request_for_all_connections() {
-    assert_all_waits_known("one_request_for_all_connections", "multishot");
+    assert_all_waits_known("multishot");
 }
 
-#[test]
+#[real_test]
 fn from_a_listener_in_the_ring_s_own_table() {
-    assert_all_waits_known("from_a_listener_in_the_ring_s_own_table", "fixed");
+    assert_all_waits_known("fixed");
 }
 
-#[test]
+#[real_test]
 fn submitted_by_the_kernel_s_own_thread() {
-    assert_all_waits_known("submitted_by_the_kernel_s_own_thread", "sqpoll");
+    assert_all_waits_known("sqpoll");
 }
 
 /// Such connections are no descriptors, so nobody finds them to tell how long they waited.
-#[test]
+#[real_test]
 fn into_the_ring_s_own_table() {
-    let known = waits_known("into_the_ring_s_own_table", "v4", "direct", "127.0.0.1:PLACE");
-    assert!(known.is_none_or(|known| known == 0), "{known:?}");
+    let known = waits_known("v4", "direct", "127.0.0.1:PLACE");
+    assert_eq!(known, 0);
 }
 
 /// Requests that wait for a connection when observer comes tell nothing before one wakes them.
-fn assert_adopted(test: &str, method: &str) {
-    let Some(mut acceptor) = Acceptor::ring(test, "v4", method, 128) else { return };
+fn assert_adopted(method: &str) {
+    let mut acceptor = Acceptor::ring("v4", method, 128);
     acceptor.tell("arm");
     let observer = Observer::of(acceptor.pid());
     assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS}")), CONNECTIONS);
     assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), CONNECTIONS);
-    assert_eq!(in_flight(), 0, "connections remembered though none waits");
+    assert_eq!(observer.in_flight(), 0, "connections remembered though none waits");
     let report = observer.finish();
     report.assert_complete();
     let listener = report.listener(acceptor.place().parse().unwrap());
@@ -67,28 +67,28 @@ fn assert_adopted(test: &str, method: &str) {
     assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");
 }
 
-#[test]
+#[real_test]
 fn requests_for_one_each_from_before_observer_came() {
-    assert_adopted("requests_for_one_each_from_before_observer_came", "single");
+    assert_adopted("single");
 }
 
-#[test]
+#[real_test]
 fn a_request_for_all_from_before_observer_came() {
-    assert_adopted("a_request_for_all_from_before_observer_came", "multishot");
+    assert_adopted("multishot");
 }
 
-#[test]
+#[real_test]
 fn a_request_for_all_of_the_ring_s_own_table_from_before() {
-    assert_adopted("a_request_for_all_of_the_ring_s_own_table_from_before", "fixed");
+    assert_adopted("fixed");
 }
 
 /// Clients that come and go as fast as they can, all at once.
-fn assert_load_counted(test: &str, method: &str) {
+fn assert_load_counted(method: &str) {
     const CLIENTS: u32 = 4;
     let each = if is_emulated() { 250 } else { 1_000 };
     let connections = CLIENTS * each;
     // Room for all of them: a connection that overflows comes again after a second, or never.
-    let Some(mut acceptor) = Acceptor::ring(test, "v4", method, connections) else { return };
+    let mut acceptor = Acceptor::ring("v4", method, connections);
     let port = acceptor.place().parse().unwrap();
     let observer = Observer::of(acceptor.pid());
     thread::scope(|scope| {
@@ -97,7 +97,7 @@ fn assert_load_counted(test: &str, method: &str) {
         }
         assert_eq!(acceptor.tell(&format!("accept {connections}")), connections);
     });
-    assert_eq!(in_flight(), 0, "connections remembered though none waits");
+    assert_eq!(observer.in_flight(), 0, "connections remembered though none waits");
     let skipped = observer.skipped_runs();
     let report = observer.finish();
     report.assert_complete();
@@ -112,12 +112,12 @@ fn assert_load_counted(test: &str, method: &str) {
     eprintln!("io_uring {method}: {connections} connections counted");
 }
 
-#[test]
+#[real_test]
 fn under_load_by_one_request_for_each() {
-    assert_load_counted("under_load_by_one_request_for_each", "single");
+    assert_load_counted("single");
 }
 
-#[test]
+#[real_test]
 fn under_load_by_one_request_for_all() {
-    assert_load_counted("under_load_by_one_request_for_all", "multishot");
+    assert_load_counted("multishot");
 }

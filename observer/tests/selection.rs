@@ -9,10 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::harness::skip;
 use crate::support::{
     acceptor::Acceptor,
     http, is_emulated,
-    observer::{Observer, Report, entries_of},
+    observer::{Observer, Report},
     servers::{Server, free_port},
     wait_for,
 };
@@ -32,17 +33,15 @@ fn is_target(report: &Report, pid: u32) -> bool {
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// `None` where there are no cgroups of version 2.
-    fn new(test: &str) -> Option<Self> {
+    /// Skips the test where there are no cgroups of version 2.
+    fn new() -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        let Some(root) = mounts.find(|mount| mount[2] == "cgroup2").map(|mount| mount[1].to_owned()) else {
-            eprintln!("skipped: selection::{test}: no cgroups of version 2 are mounted");
-            return None;
-        };
+        let root = mounts.find(|mount| mount[2] == "cgroup2").map(|mount| mount[1].to_owned());
+        let root = root.unwrap_or_else(|| skip("no cgroups of version 2 are mounted"));
         let path = Path::new(&root).join(format!("observer-test-{}", std::process::id()));
         fs::create_dir_all(path.join("inner")).unwrap();
-        Some(Self(path))
+        Self(path)
     }
 
     fn take(&self, pid: u32) {
@@ -64,7 +63,7 @@ impl Drop for Cgroup {
     }
 }
 
-#[test]
+#[real_test]
 fn whoever_is_there_is_found() {
     let (wanted, other) = (Server::redis(), Server::asyncio());
     let port = wanted.port.to_string();
@@ -89,9 +88,9 @@ fn whoever_is_there_is_found() {
     }
 }
 
-#[test]
+#[real_test]
 fn whoever_is_in_a_cgroup_is_found() {
-    let Some(cgroup) = Cgroup::new("whoever_is_in_a_cgroup_is_found") else { return };
+    let cgroup = Cgroup::new();
     let (wanted, other) = (Server::asyncio(), Server::asyncio());
     cgroup.take(wanted.pid());
     let observer = select(&["--cgroup", &cgroup.name()]);
@@ -102,7 +101,7 @@ fn whoever_is_in_a_cgroup_is_found() {
 }
 
 /// From its very first connection, whatever it is selected by.
-#[test]
+#[real_test(alone)]
 fn whoever_comes_is_observed_at_once() {
     for criteria in [&["--all"][..], &["--exe", "/usr/bin/python3*"]] {
         let observer = select(criteria);
@@ -120,10 +119,10 @@ fn whoever_comes_is_observed_at_once() {
 }
 
 /// It is observed until observer has looked at it, and leaves nothing behind.
-#[test]
+#[real_test(alone)]
 fn whoever_is_not_wanted_is_let_go() {
     let observer = select(&["--port", &free_port().to_string()]);
-    let kept = || ["TARGETS", "THREADS", "LISTENERS"].map(entries_of);
+    let kept = || ["TARGETS", "THREADS", "LISTENERS"].map(|map| observer.entries_of(map));
     let server = Server::asyncio();
     server.block("sleep", 60);
     wait_for("it to be let go", || (kept() == [0; 3]).then_some(()));
@@ -137,7 +136,7 @@ fn whoever_is_not_wanted_is_let_go() {
 }
 
 /// A child of one that is selected is a target, though it would not be selected by itself.
-#[test]
+#[real_test]
 fn children_of_those_selected_are_followed() {
     let server = Server::nginx(2);
     let observer = select(&["--port", &server.port.to_string()]);
@@ -183,7 +182,7 @@ time.sleep(0.01)
 ";
 
 /// Those that stay are counted exactly in the middle of it, and nothing of the others is kept.
-#[test]
+#[real_test(alone)]
 fn survivors_of_a_storm_are_exact() {
     let time = Duration::from_secs(if is_emulated() { 20 } else { 12 });
     let observer = Observer::start(&["--all", "--listen", "127.0.0.1:0"]);

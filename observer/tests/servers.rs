@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::support::{
-    http, is_emulated,
+    http, is_emulated, is_full,
     load::{observe, redis_benchmark, wrk},
     servers::{Server, children},
 };
@@ -30,7 +30,7 @@ fn depths(listener: &Value) -> Vec<u64> {
 }
 
 /// Each connection wakes every worker that waits; all but one of them come too late, and none of those is counted.
-#[test]
+#[real_test(userspace)]
 fn gunicorn_workers_that_lose_the_race_count_nothing() {
     /// How often to try until some worker has lost a race: how many do is the scheduler's choice.
     const ROUNDS: u64 = 20;
@@ -56,7 +56,7 @@ fn gunicorn_workers_that_lose_the_race_count_nothing() {
     assert_eq!(listener["peak"], 1, "{listener:#}");
 }
 
-#[test]
+#[real_test(userspace)]
 fn gunicorn_under_load() {
     let server = Server::gunicorn();
     let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
@@ -67,7 +67,7 @@ fn gunicorn_under_load() {
     assert_eq!(depths(listener).iter().sum::<u64>(), connections, "{listener:#}");
 }
 
-#[test]
+#[real_test(userspace)]
 fn haproxy_under_load() {
     let server = Server::haproxy();
     let load = |port| wrk(port, CLOSE, || server.haproxy_accepts() > MANY);
@@ -76,7 +76,7 @@ fn haproxy_under_load() {
 }
 
 /// The first process accepts and hands connections on: the listener is its.
-#[test]
+#[real_test(full, userspace)]
 fn node_cluster_whose_first_process_accepts() {
     let server = Server::node_cluster("rr");
     let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
@@ -85,7 +85,7 @@ fn node_cluster_whose_first_process_accepts() {
     assert_eq!(report.target(server.pid())["listeners"].as_array().unwrap().len(), 1, "{:#}", report.0);
 }
 
-#[test]
+#[real_test(userspace)]
 fn node_cluster_whose_workers_accept() {
     let server = Server::node_cluster("none");
     let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
@@ -94,7 +94,7 @@ fn node_cluster_whose_workers_accept() {
 }
 
 /// One listener for each worker: together they accept what nginx counts, and each is listed with its worker.
-#[test]
+#[real_test(userspace)]
 fn nginx_with_a_listener_for_each_worker() {
     let server = Server::nginx_reuseport(2);
     let load = |port| wrk(port, CLOSE, || server.nginx_accepts() > MANY);
@@ -107,10 +107,14 @@ fn nginx_with_a_listener_for_each_worker() {
     }
 }
 
-#[test]
+#[real_test(userspace)]
 fn redis_under_load_without_keep_alive() {
     let server = Server::redis();
-    let commands = if is_emulated() { 2_000 } else { 100_000 };
+    let commands = match (is_emulated(), is_full()) {
+        (true, _) => 2_000,
+        (_, false) => 20_000,
+        (_, true) => 100_000,
+    };
     let (connections, _) = observe(&server, Server::redis_accepts, |port| redis_benchmark(port, commands));
     assert_many("redis", connections);
     assert!(connections >= u64::from(commands));

@@ -36,7 +36,7 @@ fn functions(report: &Report, pid: u32) -> Vec<&str> {
     frames.iter().map(|frame| frame["function"].as_str().unwrap()).collect()
 }
 
-#[test]
+#[real_test(quiet, userspace)]
 fn a_stuck_asyncio_loop_names_its_functions_asleep_or_busy() {
     for kind in ["sleep", "spin"] {
         let server = Server::asyncio();
@@ -50,7 +50,7 @@ fn a_stuck_asyncio_loop_names_its_functions_asleep_or_busy() {
 }
 
 /// Native code, without a symbol of its own as distributions build it: at least the call it sleeps in has a name.
-#[test]
+#[real_test(quiet, userspace)]
 fn a_stuck_redis_names_the_call_it_sleeps_in() {
     let server = Server::redis();
     let report = stuck(&server, &format!("DEBUG SLEEP {}\r\n", BLOCK.as_secs()));
@@ -61,7 +61,7 @@ fn a_stuck_redis_names_the_call_it_sleeps_in() {
 }
 
 /// A loop that waits is not stuck, and nobody looks into it.
-#[test]
+#[real_test(quiet, userspace)]
 fn a_loop_that_waits_is_left_alone() {
     let server = Server::asyncio();
     let observer = Observer::of(server.pid());

@@ -41,7 +41,7 @@ fn count_of(stalls: &Value, cause: &str) -> usize {
     recent.iter().filter(|stall| stall["cause"] == cause).count()
 }
 
-#[test]
+#[real_test(quiet, contract)]
 fn redis_told_to_sleep_is_asleep() {
     let server = Server::redis();
     let observer = Observer::of(server.pid());
@@ -59,7 +59,7 @@ fn redis_told_to_sleep_is_asleep() {
 }
 
 /// Native code that computes: the kernel's clock sees it, whatever the distribution has stripped.
-#[test]
+#[real_test(alone)]
 fn redis_with_a_million_keys_computes_while_it_lists_them() {
     let keys = if is_emulated() { 100_000 } else { 1_000_000 };
     let server = Server::redis();
@@ -87,7 +87,7 @@ fn redis_with_a_million_keys_computes_while_it_lists_them() {
 }
 
 /// A loop that never comes back shows a growing lag within two seconds, wherever one looks.
-#[test]
+#[real_test(alone)]
 fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
     let server = Server::asyncio();
     let flame = tempfile::Builder::new().suffix(".svg").tempfile().unwrap();
@@ -129,7 +129,7 @@ fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
 }
 
 /// Slices below the threshold are none of its business.
-#[test]
+#[real_test(quiet)]
 fn a_threshold_divides() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
@@ -146,7 +146,7 @@ fn a_threshold_divides() {
 
 /// Of tokio's workers one waits for events while the others are parked, for as long as there is nothing to do: nobody waits
 /// for those. Somebody does for one that waits for a mutex.
-#[test]
+#[real_test(quiet)]
 fn workers_are_late_at_a_mutex_but_not_parked() {
     const PAUSES: u32 = 8;
     let pause = Duration::from_millis(300);
@@ -178,7 +178,7 @@ fn workers_are_late_at_a_mutex_but_not_parked() {
 }
 
 /// In one slice a request that is known does a little, and one of an older connection, of which nobody knows, nearly all.
-#[test]
+#[real_test(quiet, links)]
 fn a_stall_is_not_put_down_to_who_had_little_of_it() {
     const ROUNDS: usize = 8;
     let server = Server::asyncio();

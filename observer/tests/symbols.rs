@@ -13,6 +13,7 @@ use std::{
 
 use tempfile::TempDir;
 
+use crate::harness::skip;
 use crate::support::{
     deferred::{Deferring, TRUTH, ask, assert_true, compare, jobs_for},
     example, http,
@@ -21,15 +22,6 @@ use crate::support::{
 
 /// Pieces of each test.
 const PIECES: usize = 3_000;
-
-/// Whether there is such a program; says so if not, and that the test is skipped.
-fn is_here(test: &str, program: &str) -> bool {
-    let is_here = Command::new(program).arg("--version").output().is_ok();
-    if !is_here {
-        eprintln!("skipped: symbols::{test}: there is no {program} here");
-    }
-    is_here
-}
 
 #[track_caller]
 fn run(command: &mut Command) -> Vec<u8> {
@@ -77,12 +69,8 @@ fn assert_linked(how: &str, server: &Deferring) {
     assert_true(how, &report, &[server.pid()], &verdict, pieces.len());
 }
 
-#[test]
+#[real_test(alone, userspace, links, programs(&["objcopy"]))]
 fn a_file_with_the_symbols_is_found_by_its_link_and_believed_by_its_checksum() {
-    let test = "a_file_with_the_symbols_is_found_by_its_link";
-    if !is_here(test, "objcopy") {
-        return;
-    }
     let (folder, debug) = stripped(".debug/deferred_library.debug");
     let server = start(&folder);
     assert_linked("a debug link", &server);
@@ -96,22 +84,16 @@ fn a_file_with_the_symbols_is_found_by_its_link_and_believed_by_its_checksum() {
 }
 
 /// Another root, in a mount namespace of its own, as containers have it.
-#[test]
+#[real_test(alone, userspace, links, programs(&["objcopy", "readelf"]))]
 fn files_with_symbols_are_looked_for_where_the_process_has_its_root() {
-    let test = "files_with_symbols_are_looked_for_where_the_process_has_its_root";
-    if !is_here(test, "objcopy") || !is_here(test, "readelf") {
-        return;
-    }
     for by_build in [false, true] {
         let (folder, debug) = stripped("usr/lib/debug/deferred_library.debug");
         let server = folder.path().join("deferred_library");
         if by_build {
             let notes = run(Command::new("readelf").arg("-n").arg(&server));
             let notes = String::from_utf8(notes).unwrap();
-            let Some(id) = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: ")) else {
-                eprintln!("skipped: symbols::{test}: the linker leaves no build id");
-                return;
-            };
+            let id = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: "));
+            let id = id.unwrap_or_else(|| skip("the linker leaves no build id"));
             let place = debug.with_file_name(format!(".build-id/{}/{}.debug", &id[..2], &id[2..]));
             fs::create_dir_all(place.parent().unwrap()).unwrap();
             fs::rename(&debug, place).unwrap();
@@ -139,12 +121,8 @@ const LIBRARY: &str = "
 
 /// Two files of one name, of which one is linked as if it were prelinked, and stripped; the other is loaded twice, the
 /// second time when it is observed already.
-#[test]
+#[real_test(alone, userspace, links, programs(&["gcc", "objcopy"]))]
 fn work_is_followed_through_every_copy_of_a_library() {
-    let test = "work_is_followed_through_every_copy";
-    if !is_here(test, "gcc") || !is_here(test, "objcopy") {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let code = folder.path().join("code.c");
     fs::write(&code, LIBRARY).unwrap();

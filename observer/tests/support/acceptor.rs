@@ -10,6 +10,8 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::harness::skip;
+
 use super::{example, observer::Observer, told::Told};
 
 /// The server, its place and its commands.
@@ -27,18 +29,17 @@ impl Acceptor {
         Self::start(Command::new("/usr/bin/python3"), kind, method, backlog, 1)
     }
 
-    /// The same by io_uring; `None`, with a word why, where the kernel does not have this method.
-    pub(crate) fn ring(test: &str, kind: &str, method: &str, backlog: u32) -> Option<Self> {
+    /// The same by io_uring. Skips the test where the kernel does not have this method.
+    pub(crate) fn ring(kind: &str, method: &str, backlog: u32) -> Self {
         let mut program = Command::new(example("ring_acceptor"));
         program.args([kind, method, &backlog.to_string()]);
         let mut acceptor = Self::serve(program);
         // One for itself, before anybody looks.
         acceptor.tell("connect 1");
         if acceptor.tell("accept 1") == 0 {
-            eprintln!("skipped: {test}: this kernel's io_uring does not accept by {method}");
-            return None;
+            skip(format!("this kernel's io_uring does not accept by {method}"));
         }
-        Some(acceptor)
+        acceptor
     }
 
     /// An SO_REUSEPORT group.

@@ -19,7 +19,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::{
-    Process, http, is_emulated,
+    Process, http, is_emulated, is_full,
     observer::{Observer, Report},
     servers::end,
     wait_for,
@@ -392,5 +392,10 @@ pub(crate) fn assert_true(what: &str, report: &Report, pids: &[u32], verdict: &V
 
 /// How many jobs make for so many pieces, fewer where everything is slow.
 pub(crate) fn jobs_for(pieces: usize, of_job: usize) -> usize {
-    (if is_emulated() { pieces / 20 } else { pieces }).div_ceil(of_job)
+    let pieces = match (is_emulated(), is_full()) {
+        (true, _) => pieces / 20,
+        (_, false) => pieces / 4,
+        (_, true) => pieces,
+    };
+    pieces.div_ceil(of_job)
 }

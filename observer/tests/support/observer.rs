@@ -210,21 +210,6 @@ impl Report {
     }
 }
 
-/// Connections that the programs remember as waiting.
-pub(crate) fn in_flight() -> usize {
-    entries_of("QUEUED")
-}
-
-/// How many entries a map of the programs has, as bpftool finds them.
-pub(crate) fn entries_of(map: &str) -> usize {
-    let output = Command::new("bpftool").args(["-j", "map", "dump", "name", map]).output().unwrap();
-    let entries: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
-    // Of several maps it lists the maps.
-    let is_one = entries.iter().all(|entry| entry.get("key").is_some());
-    assert!(is_one, "another observer is at work: {entries:?}");
-    entries.len()
-}
-
 /// How many durations of a histogram are in `(above, up_to]` seconds; both have to be bounds of buckets.
 pub(crate) fn count_between(histogram: &Value, above: f64, up_to: f64) -> u64 {
     let at = |bound: f64| {

@@ -1,0 +1,50 @@
+//! What every kernel must do for observer at least: take and attach all programs. The other part of the contract, an exact
+//! count or time for each probe, are the tests in this folder that declare themselves `contract`.
+
+use std::process::Command;
+
+use crate::support::{
+    kernel::programs_of,
+    observer::{BINARY, Observer},
+    told::Told,
+};
+
+/// A target for every probe: it listens on TCP and on a unix socket, has an event loop, collects garbage, and defers work.
+const SERVER: &str = "
+import asyncio, tempfile
+async def serve(reader, writer): writer.close()
+async def main():
+    with tempfile.TemporaryDirectory() as folder:
+        await asyncio.start_unix_server(serve, folder + '/socket')
+        server = await asyncio.start_server(serve, '127.0.0.1', 0)
+        print(flush=True)
+        await server.serve_forever()
+asyncio.run(main())
+";
+
+/// Names of all programs, as `observer probes` lists them.
+fn programs() -> Vec<String> {
+    let output = Command::new(BINARY).arg("probes").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let hooks = text.lines().filter_map(|line| line.trim().strip_prefix("hook "));
+    hooks.map(|hook| hook.split_whitespace().next().unwrap().to_owned()).collect()
+}
+
+/// What the oldest kernel of all does not have yet.
+const NEWER: [&str; 2] = ["syscalls/sys_enter_epoll_pwait2", "syscalls/sys_exit_epoll_pwait2"];
+
+#[real_test(contract)]
+fn every_program_loads_and_attaches() {
+    let mut server = Told::python(SERVER);
+    server.said();
+    let pid = server.pid().to_string();
+    let all = ["--reactor-calls", "epoll,io_uring,poll,select", "--profile", "asyncio,CPython"];
+    let observer = Observer::start(&[&["--no-listen", "--pid", &pid], &all[..]].concat());
+    let held = programs_of(&observer);
+    let report = observer.finish();
+    let unseen: Vec<_> = report.0["self"]["missing"].as_array().unwrap().iter().collect();
+    assert!(unseen.iter().all(|it| NEWER.iter().any(|&newer| it["source"] == newer)), "{unseen:?}");
+    let mut missing = programs();
+    missing.retain(|program| !held.contains(program) && (unseen.is_empty() || program != "pwait2_enter"));
+    assert!(missing.is_empty(), "not in the kernel: {missing:?}; there are {held:?}");
+}

@@ -6,14 +6,14 @@ use cargo_metadata::MetadataCommand;
 use cargo_metadata::semver::Version;
 use duct::cmd;
 
+use crate::report::Findings;
 use crate::shell::{ask, quietly};
-use crate::tally::Tally;
 use crate::toolchain;
 use crate::workspace::{host, plain_cargo, root};
 
 /// Finds fault with what should not be there.
-pub(crate) fn check(tally: &mut Tally) -> Result<()> {
-    check_oldest_rust(tally)?;
+pub(crate) fn check(findings: &mut Findings) -> Result<()> {
+    check_oldest_rust(findings)?;
     // The fuzzer is no member of the workspace and has a lock file of its own, which must know observer's dependencies.
     let fuzzer = "metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml";
     quietly("reading fuzz/Cargo.lock", &plain_cargo(fuzzer.split(' ')))?;
@@ -24,7 +24,7 @@ pub(crate) fn check(tally: &mut Tally) -> Result<()> {
 
 /// That observer can be built with the Rust that its manifest states: what it uses of the standard library clippy compares
 /// (`incompatible_msrv`), what crates say of themselves is compared here, and where this is that Rust, the builds prove it.
-fn check_oldest_rust(tally: &mut Tally) -> Result<()> {
+fn check_oldest_rust(findings: &mut Findings) -> Result<()> {
     let metadata = MetadataCommand::new()
         .manifest_path(root().join("Cargo.toml"))
         .other_options(["--locked".to_owned(), "--filter-platform".to_owned(), host()?])
@@ -38,7 +38,7 @@ fn check_oldest_rust(tally: &mut Tally) -> Result<()> {
     let here = ask(&cmd!("rustc", "--version")).context("rustc cannot be run")?;
     let here = here.split(' ').nth(1).context("rustc tells no version")?.parse::<Version>()?;
     if (here.major, here.minor) != (ours.major, ours.minor) {
-        tally.skipped.push(format!("dependencies: building with Rust {ours}, for this is {here}"));
+        findings.skipped.push(format!("building with Rust {ours}, for this is {here}"));
     }
     Ok(())
 }

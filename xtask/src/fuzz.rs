@@ -104,7 +104,7 @@ fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32) -> Result<Run> {
         target: target.to_owned(),
         executions: word_after("stat::number_of_executed_units:").unwrap_or_else(|| "unknown".into()),
         coverage: word_after(" cov: ").unwrap_or_else(|| "unknown".into()),
-        found: !shown.success,
+        found: shown.code != Some(0),
     };
     if run.found {
         eprintln!("by hand: mend it, and put its file from {} into fuzz/corpus/{target}", findings.display());

@@ -106,11 +106,15 @@ pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
     Ok(image)
 }
 
-/// What the guest runs, instead of a shell, before it ends: shell commands, begun in the repository.
-pub(crate) fn set_command(image: &mut Image, commands: &str) -> Result<()> {
+/// What the guest runs, instead of a shell, before it ends: shell commands, begun in the repository. A file that they
+/// leave there is handed out.
+pub(crate) fn set_command(image: &mut Image, commands: &str, file: Option<&Path>) -> Result<()> {
     let root = root().to_str().context("the repository's path is not UTF-8")?;
     let text = format!("cd {}\n{commands}\n", shlex::try_quote(root)?);
     image.add_text("/command", 0o755, text);
+    if let Some(file) = file {
+        image.add_text("/handed-out", 0o644, format!("{root}/{}\n", file.display()));
+    }
     Ok(())
 }
 

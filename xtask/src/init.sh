@@ -27,5 +27,11 @@ if [ -e /command ]; then
 else
     setsid cttyhack sh
 fi
-echo $? >/dev/ttyS1
+status=$?
+stty -F /dev/ttyS1 raw
+if [ -e /handed-out ] && read -r file </handed-out && [ -e "$file" ]; then
+    cat "$file" >/dev/ttyS1
+    echo >/dev/ttyS1
+fi
+echo $status >/dev/ttyS1
 poweroff -f

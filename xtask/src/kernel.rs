@@ -11,8 +11,12 @@ use clap::ValueEnum;
 use duct::{Expression, cmd};
 use walkdir::WalkDir;
 
+use crate::pins;
 use crate::shell::{ask, quietly};
 use crate::workspace::kept;
+
+/// The file beside a kernel that names its package.
+const PACKAGE: &str = "package";
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -24,6 +28,8 @@ const MODULES: [&str; 3] = ["inet_diag.ko", "tcp_diag.ko", "unix_diag.ko"];
 pub(crate) struct Kernel {
     pub(crate) image: PathBuf,
     pub(crate) modules: [PathBuf; MODULES.len()],
+    /// The package it is from, as `name=version`.
+    pub(crate) package: String,
 }
 
 /// A kernel that some Debian release carries.
@@ -36,6 +42,9 @@ pub(crate) enum Series {
     V6_1,
     #[value(name = "6.12")]
     V6_12,
+    /// The newest that Debian has: it changes from week to week.
+    #[value(name = "newest")]
+    Newest,
 }
 
 impl Series {
@@ -44,7 +53,23 @@ impl Series {
             Self::V5_10 => "bullseye",
             Self::V6_1 => "bookworm",
             Self::V6_12 => "trixie",
+            Self::Newest => "sid",
         }
+    }
+
+    /// The package that the tests depend on, if they depend on a certain one.
+    pub(crate) fn pinned(self) -> Option<&'static str> {
+        match self {
+            Self::V5_10 => Some(pins::LINUX_5_10),
+            Self::V6_1 => Some(pins::LINUX_6_1),
+            Self::V6_12 => Some(pins::LINUX_6_12),
+            Self::Newest => None,
+        }
+    }
+
+    /// How the names of its packages begin.
+    fn prefix(self) -> String {
+        if self == Self::Newest { "linux-image-".to_owned() } else { format!("linux-image-{self}.") }
     }
 
     /// The kernel, fetched unless an earlier run did.
@@ -55,19 +80,22 @@ impl Series {
             );
         }
         let folder = kept("kernels").join(self.to_string());
-        if !folder.exists() {
+        let package = |folder: &Path| fs::read_to_string(folder.join(PACKAGE)).ok();
+        let is_current = package(&folder).is_some_and(|it| self.pinned().is_none_or(|pinned| it == pinned));
+        if !is_current {
             eprintln!("setup: fetching Linux {self} of Debian {}", self.release());
             fetch(self, &folder).map_err(|error| {
                 anyhow!(
                     "Linux {self} could not be fetched: {error:#}\n\
-                     by hand: put vmlinuz, {} of that series into {}",
+                     by hand: put vmlinuz, {} of that series into {}, and NAME=VERSION of the package into {PACKAGE} there",
                     MODULES.join(", "),
                     folder.display()
                 )
             })?;
         }
         let modules = MODULES.map(|module| folder.join(module));
-        Ok(Kernel { image: folder.join("vmlinuz"), modules })
+        let package = package(&folder).context("a kernel that was fetched is gone")?;
+        Ok(Kernel { image: folder.join("vmlinuz"), modules, package })
     }
 }
 
@@ -77,6 +105,7 @@ impl fmt::Display for Series {
             Self::V5_10 => "5.10",
             Self::V6_1 => "6.1",
             Self::V6_12 => "6.12",
+            Self::Newest => "newest",
         })
     }
 }
@@ -90,16 +119,21 @@ fn fetch(series: Series, to: &Path) -> Result<()> {
     fs::write(folder.join("sources.list"), sources(series.release())?)?;
 
     quietly("apt-get update", &apt("apt-get", folder, &["update", "-q"]))?;
-    let prefix = format!("linux-image-{series}.");
-    let names = apt("apt-cache", folder, &["pkgnames", &prefix]).read()?;
-    // The ending leaves out what is not a kernel of its own: `-unsigned`, `-dbg`.
-    let newest = names.lines().filter(|name| name.ends_with("-cloud-amd64")).max_by_key(|name| numbers(name));
-    let newest = newest.context("the mirror has none")?;
-    quietly("apt-get download", &apt("apt-get", folder, &["download", "-q", newest]))?;
+    // The pinned package if the mirror still has it, else the newest.
+    let download = |package: &str| apt("apt-get", folder, &["download", "-q", package]);
+    let pinned = series.pinned().filter(|pinned| ask(&download(pinned)).is_some());
+    let package = match pinned {
+        Some(package) => package.to_owned(),
+        None => {
+            let package = newest(series, folder)?;
+            quietly("apt-get download", &download(&package))?;
+            package
+        }
+    };
 
     let content = folder.join("content");
-    let package = find_file(folder, |name| name.ends_with(".deb"))?;
-    quietly("dpkg-deb", &cmd!("dpkg-deb", "-x", package, &content))?;
+    let archive = find_file(folder, |name| name.ends_with(".deb"))?;
+    quietly("dpkg-deb", &cmd!("dpkg-deb", "-x", archive, &content))?;
     let kept = folder.join("kept");
     fs::create_dir(&kept)?;
     fs::rename(find_file(&content, |name| name.starts_with("vmlinuz-"))?, kept.join("vmlinuz"))?;
@@ -111,9 +145,25 @@ fn fetch(series: Series, to: &Path) -> Result<()> {
             &cmd!("xz", "--decompress", "--force", "--stdout", found).stdout_path(kept.join(module)),
         )?;
     }
+    fs::write(kept.join(PACKAGE), package)?;
     // Last and at once, so that what is there is whole.
+    if to.exists() {
+        fs::remove_dir_all(to)?;
+    }
     fs::rename(kept, to)?;
     Ok(())
+}
+
+/// The newest package of a series that the mirror has, as `name=version`.
+fn newest(series: Series, folder: &Path) -> Result<String> {
+    let names = apt("apt-cache", folder, &["pkgnames", &series.prefix()]).read()?;
+    // The ending leaves out what is not a kernel of its own (`-unsigned`, `-dbg`), the number what only points to one.
+    let is_kernel = |name: &&str| name.ends_with("-cloud-amd64") && numbers(name).len() > 3;
+    let newest = names.lines().filter(is_kernel).max_by_key(|name| numbers(name));
+    let newest = newest.context("the mirror has none")?;
+    let versions = apt("apt-cache", folder, &["madison", newest]).read()?;
+    let version = versions.lines().next().and_then(|line| line.split('|').nth(1));
+    Ok(format!("{newest}={}", version.context("apt names no version")?.trim()))
 }
 
 fn find_file(folder: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<PathBuf> {
@@ -147,7 +197,7 @@ fn sources(release: &str) -> Result<String> {
     };
     let main = source("Debian", release)
         .context("this machine's apt knows no Debian mirror; `apt-get update` may help")?;
-    let security = source("Debian-Security", &format!("{release}-security"));
+    let security = source("Debian-Security", &format!("{release}-security")).filter(|_| release != "sid");
     Ok(main + &security.unwrap_or_default())
 }
 

@@ -11,13 +11,15 @@ mod guest;
 mod image;
 mod kernel;
 mod manifests;
+mod nextest;
 mod observer;
 mod packages;
+mod pins;
 mod python;
 mod report;
+mod results;
 mod shell;
 mod suite;
-mod tally;
 mod toolchain;
 mod vm;
 mod workspace;
@@ -28,7 +30,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::kernel::Series;
-use crate::suite::Machine;
+use crate::suite::{Machine, Options};
 
 /// Builds, tests and tries out observer.
 #[derive(Parser)]
@@ -78,13 +80,19 @@ enum Command {
         #[arg(long, default_value_t = 600)]
         seconds: u32,
     },
-    /// Run everything that CI runs.
+    /// Run what CI runs: lints, the tests against real servers here, a short contract on each kernel.
     Test {
-        /// Where to run the tests; may be repeated, default is everywhere.
+        /// Run every test on every kernel, on the newest one that Debian has as well.
+        #[arg(long)]
+        full: bool,
+        /// Repeat the tests N times without reruns and print how often each failed.
+        #[arg(long, value_name = "N")]
+        soak: Option<u32>,
+        /// Where to run the tests; may be repeated.
         #[arg(long = "kernel", value_name = "KERNEL")]
         machines: Vec<Machine>,
-        /// Run only the tests whose name contains this.
-        filter: Option<String>,
+        /// Run only the tests whose names contain one of these, and no lints.
+        names: Vec<String>,
     },
 }
 
@@ -105,7 +113,9 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Bench { parts, quick } => bench::run(&parts, quick)?,
         Command::Fuzz { targets, seconds } => return fuzz::run(&targets, seconds),
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
-        Command::Test { machines, filter } => return Ok(suite::run(&machines, filter.as_deref())),
+        Command::Test { full, soak, machines, names } => {
+            return Ok(suite::run(&Options { full, soak, machines, names }));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

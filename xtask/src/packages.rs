@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::{Result, anyhow, bail};
 use duct::cmd;
 
+use crate::pins::DEBIAN_LLVM;
 use crate::shell::{find, is_root, quietly};
-use crate::toolchain::DEBIAN_LLVM;
 
 /// The servers and tools that the tests observe or compare with.
 const TESTS: &[&str] = &[

@@ -1,92 +1,71 @@
 //! Packages of the Python registry that xtask and the tests use: pinned, and kept in a folder of their own each.
 
+use std::fs;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use duct::cmd;
 
-use crate::shell::{ask, quietly};
+use crate::pins;
+use crate::shell::quietly;
 use crate::workspace::kept;
 
 /// Debian's own: a version manager's may be too old.
 pub(crate) const PYTHON: &str = "/usr/bin/python3";
 
+/// The file in a folder of packages that lists what was installed.
+const RECORD: &str = "installed";
+
 /// Packages that are installed together.
 pub(crate) struct Packages {
     /// Their folder's name.
     pub(crate) folder: &'static str,
-    /// What can be imported when they are there.
+    /// What can be imported when they are there, if anything can.
     pub(crate) modules: &'static str,
     /// Them and all that they need.
     pub(crate) requirements: &'static [&'static str],
 }
 
-/// Grafana's model of dashboards, as its release 11.6 has it.
 pub(crate) const DASHBOARD_MODEL: Packages = Packages {
     folder: "grafana-foundation-sdk",
     modules: "grafana_foundation_sdk",
-    requirements: &["grafana-foundation-sdk==1769699379!11.6.0"],
+    requirements: pins::DASHBOARD_MODEL,
 };
 
-/// The schemas of Kubernetes, release by release.
-pub(crate) const SCHEMAS: Packages = Packages {
-    folder: "kubernetes",
-    modules: "kubernetes_validate, yaml",
-    requirements: &[
-        "kubernetes-validate==1.37.0",
-        "PyYAML==6.0.4",
-        "attrs==26.1.0",
-        "importlib-resources==7.1.0",
-        "jsonschema==4.26.0",
-        "jsonschema-specifications==2025.9.1",
-        "packaging==26.4",
-        "referencing==0.37.0",
-        "rpds-py==2026.9.1",
-        "typing-extensions==4.16.0",
-    ],
-};
+pub(crate) const SCHEMAS: Packages =
+    Packages { folder: "kubernetes", modules: "kubernetes_validate, yaml", requirements: pins::SCHEMAS };
 
-/// A collector, and what the tests take OTLP with.
 pub(crate) const COLLECTOR: Packages = Packages {
     folder: "otlp",
     modules: "rotel, grpc, google.rpc.status_pb2, opentelemetry.proto.metrics.v1.metrics_pb2",
-    requirements: &[
-        "rotel==0.0.1a15",
-        "grpcio==1.85.3",
-        "protobuf==7.36.2",
-        "typing-extensions==4.16.0",
-        "googleapis-common-protos==1.76.0",
-        "opentelemetry-proto==1.45.2",
-    ],
+    requirements: pins::COLLECTOR,
 };
 
-/// A tracer that publishes OpenTelemetry's thread context.
-pub(crate) const TRACER: Packages = Packages {
-    folder: "ddtrace",
-    modules: "ddtrace.internal.native",
-    requirements: &[
-        "ddtrace==4.16.0",
-        "ddtrace-internal==0.1.0",
-        "bytecode==0.19.1",
-        "envier==0.6.1",
-        "opentelemetry-api==1.45.2",
-        "typing-extensions==4.16.0",
-        "wrapt==2.5.2",
-    ],
-};
+pub(crate) const TRACER: Packages =
+    Packages { folder: "ddtrace", modules: "ddtrace.internal.native", requirements: pins::TRACER };
 
 impl Packages {
-    /// Installs them if they are not there; returns their folder.
+    /// Installs them if they are not there in these versions; returns their folder.
     pub(crate) fn install(&self) -> Result<PathBuf> {
         let folder = kept("tools").join(self.folder);
-        let import = format!("import {}", self.modules);
-        if ask(&cmd!(PYTHON, "-c", import).env("PYTHONPATH", &folder)).is_none() {
-            let list = self.requirements.join(" ");
-            eprintln!("setup: fetching {list}");
-            let args = ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"];
-            let args = args.map(Into::into).into_iter().chain([folder.clone().into_os_string()]);
-            quietly("pip install", &cmd(PYTHON, args.chain(self.requirements.iter().map(Into::into))))?;
+        let record = folder.join(RECORD);
+        let list = self.requirements.join(" ");
+        if fs::read_to_string(&record).is_ok_and(|installed| installed == list) {
+            return Ok(folder);
         }
+        eprintln!("setup: fetching {list}");
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        let args = ["-m", "pip", "install", "--quiet", "--no-deps", "--target"];
+        let args = args.map(Into::into).into_iter().chain([folder.clone().into_os_string()]);
+        quietly("pip install", &cmd(PYTHON, args.chain(self.requirements.iter().map(Into::into))))?;
+        if !self.modules.is_empty() {
+            let import = cmd!(PYTHON, "-c", format!("import {}", self.modules)).env("PYTHONPATH", &folder);
+            quietly("importing what pip installed", &import)?;
+        }
+        // Last, so that what it names is whole.
+        fs::write(record, list)?;
         Ok(folder)
     }
 }

@@ -1,6 +1,7 @@
-//! Times the stages of `xtask test` and closes with a table: what was checked where, what took how long,
-//! and which tests could not run.
+//! Times the stages of `xtask test` and closes with tables: what was checked where and how long that took, the slowest
+//! tests, and each test that was skipped, was flaky or failed.
 
+use std::fmt::Write as _;
 use std::num::NonZero;
 use std::panic::resume_unwind;
 use std::process::ExitCode;
@@ -10,7 +11,23 @@ use std::{iter, thread};
 
 use anyhow::Result;
 
-use crate::tally::Tally;
+use crate::results::{Counts, Results, Test, Verdict};
+
+/// With more flaky tests than these a run has failed.
+const MOST_FLAKY: usize = 3;
+
+/// How many of the slowest tests are listed.
+const SLOWEST: usize = 10;
+
+/// What a stage found besides success or failure.
+#[derive(Default)]
+pub(crate) struct Findings {
+    pub(crate) results: Results,
+    /// Checks that could not be made, and why.
+    pub(crate) skipped: Vec<String>,
+    /// Versions other than the pinned ones. With any of these a failure of the stage does not fail the run.
+    pub(crate) unpinned: Vec<String>,
+}
 
 #[derive(Default)]
 pub(crate) struct Report {
@@ -20,53 +37,76 @@ pub(crate) struct Report {
 struct Stage {
     name: String,
     took: Duration,
-    failed: bool,
-    tally: Tally,
+    error: Option<String>,
+    findings: Findings,
 }
 
 impl Stage {
-    fn of<T>(name: &str, work: impl FnOnce(&mut Tally) -> Result<T>) -> (Self, Option<T>) {
+    fn of<T>(name: &str, work: impl FnOnce(&mut Findings) -> Result<T>) -> (Self, Option<T>) {
         eprintln!("== {name}");
         let start = Instant::now();
-        let mut tally = Tally::default();
-        let result = work(&mut tally);
-        if let Err(error) = &result {
-            eprintln!("error: {name}: {error:#}");
-            // So that the sum never looks as if all were well.
-            tally.failed = tally.failed.max(1);
+        let mut findings = Findings::default();
+        let result = work(&mut findings);
+        let (error, value) = match result {
+            Ok(value) => (None, Some(value)),
+            Err(error) => (Some(format!("{error:#}")), None),
+        };
+        if let Some(error) = &error {
+            eprintln!("error: {name}: {error}");
         }
-        let failed = result.is_err();
-        (Self { name: name.to_owned(), took: start.elapsed(), failed, tally }, result.ok())
+        (Self { name: name.to_owned(), took: start.elapsed(), error, findings }, value)
+    }
+
+    fn has_failed(&self) -> bool {
+        self.error.is_some() || self.findings.results.failed().next().is_some()
+    }
+
+    /// Whether the run fails with it.
+    fn is_fatal(&self) -> bool {
+        self.has_failed() && self.findings.unpinned.is_empty()
+    }
+
+    fn verdict(&self) -> &'static str {
+        match (self.has_failed(), self.is_fatal()) {
+            (false, _) => "ok",
+            (true, true) => "FAILED",
+            (true, false) => "failed, not pinned",
+        }
     }
 }
 
-/// What a stage of several at once does.
+/// A stage that runs beside others.
 pub(crate) struct Work<'a> {
     name: String,
     act: Act<'a>,
 }
 
-type Act<'a> = Box<dyn FnOnce(&mut Tally) -> Result<()> + Send + 'a>;
+type Act<'a> = Box<dyn FnOnce(&mut Findings) -> Result<()> + Send + 'a>;
 
 impl<'a> Work<'a> {
-    pub(crate) fn new(name: String, act: impl FnOnce(&mut Tally) -> Result<()> + Send + 'a) -> Self {
+    pub(crate) fn new(name: String, act: impl FnOnce(&mut Findings) -> Result<()> + Send + 'a) -> Self {
         Self { name, act: Box::new(act) }
     }
 }
 
 impl Report {
     /// Does a stage's work, and says what went wrong if something did.
-    pub(crate) fn stage<T>(&mut self, name: &str, work: impl FnOnce(&mut Tally) -> Result<T>) -> Option<T> {
+    pub(crate) fn stage<T>(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(&mut Findings) -> Result<T>,
+    ) -> Option<T> {
         let (stage, outcome) = Stage::of(name, work);
         self.stages.push(stage);
         outcome
     }
 
-    /// Does what does not disturb each other, as much of it at a time as there are processors.
+    /// Does the work of several stages, in their order: one more at a time than there are processors, for some of them
+    /// mostly wait.
     pub(crate) fn at_once<'a>(&mut self, works: impl Iterator<Item = Work<'a>> + Send) {
         let works = Mutex::new(works);
         let next = || works.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let workers = thread::available_parallelism().map_or(1, NonZero::get);
+        let workers = thread::available_parallelism().map_or(1, NonZero::get) + 1;
         let done = thread::scope(|scope| {
             let worker = || {
                 let stages = iter::from_fn(next).map(|work| Stage::of(&work.name, work.act).0);
@@ -81,30 +121,174 @@ impl Report {
         self.stages.extend(done);
     }
 
-    /// Prints the table, tests that were skipped or failed, and the sum.
+    /// Prints the tables and the sum; the exit code says whether the run has passed.
     pub(crate) fn finish(self) -> ExitCode {
-        let mut sum = Tally::default();
-        println!();
+        let (text, has_passed) = self.close();
+        println!("\n{text}");
+        if has_passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
+    fn tests(&self) -> impl Iterator<Item = (&str, &Test)> {
+        self.stages
+            .iter()
+            .flat_map(|stage| stage.findings.results.0.iter().map(|test| (stage.name.as_str(), test)))
+    }
+
+    /// What is printed at the end, and whether the run has passed.
+    fn close(&self) -> (String, bool) {
+        let mut text = String::new();
+        let mut sum = Counts::default();
         for stage in &self.stages {
-            let verdict = if stage.failed { "FAILED" } else { "ok" };
-            let counts = if stage.tally.is_empty() { String::new() } else { stage.tally.to_string() };
-            println!("{:<16} {:>7.1} s  {verdict:<6}  {counts}", stage.name, stage.took.as_secs_f64());
-            sum += &stage.tally;
+            let mut counts = stage.findings.results.counts();
+            counts.skipped += stage.findings.skipped.len();
+            // A stage without tests that failed must not leave the sum looking well.
+            counts.failed += usize::from(stage.error.is_some());
+            let shown = if counts == Counts::default() { String::new() } else { show(counts) };
+            let seconds = stage.took.as_secs_f64();
+            text += &format!("{:<22} {seconds:>7.1} s  {:<7} {shown}\n", stage.name, stage.verdict());
+            sum = add(sum, counts, stage.is_fatal() || !stage.has_failed());
         }
+        let mut slowest: Vec<_> = self.tests().collect();
+        slowest.sort_by_key(|(_, test)| std::cmp::Reverse(test.took));
+        if !slowest.is_empty() {
+            text.push_str("\nslowest tests\n");
+        }
+        for (stage, test) in slowest.iter().take(SLOWEST) {
+            let _ = writeln!(text, "{:>7.1} s  {stage}: {test}", test.took.as_secs_f64());
+        }
+        text.push('\n');
         for stage in &self.stages {
-            for skipped in &stage.tally.skipped {
-                println!("{}: skipped {skipped}", stage.name);
+            for reason in &stage.findings.skipped {
+                let _ = writeln!(text, "{}: skipped {reason}", stage.name);
+            }
+            for version in &stage.findings.unpinned {
+                let _ = writeln!(text, "{}: not pinned: {version}", stage.name);
             }
         }
-        for stage in &self.stages {
-            for failure in &stage.tally.failures {
-                println!("{}: FAILED {failure}", stage.name);
+        for (stage, test) in self.tests() {
+            if let Verdict::Skipped(reason) = &test.verdict {
+                let _ = writeln!(text, "{stage}: skipped {test}: {reason}");
             }
         }
-        println!("{sum}");
-        if self.stages.iter().any(|stage| stage.failed) || sum.passed == 0 {
-            return ExitCode::FAILURE;
+        for (stage, test) in self.tests() {
+            let (word, said) = match &test.verdict {
+                Verdict::Flaky(said) => ("flaky", said),
+                Verdict::Failed(said) => ("FAILED", said),
+                Verdict::Passed | Verdict::Skipped(_) => continue,
+            };
+            let _ = writeln!(text, "{stage}: {word} {test}\n    {}", said.replace('\n', "\n    "));
         }
-        ExitCode::SUCCESS
+        for stage in &self.stages {
+            if let Some(error) = &stage.error {
+                let _ = writeln!(text, "{}: FAILED {error}", stage.name);
+            }
+        }
+        let is_too_flaky = sum.flaky > MOST_FLAKY;
+        if is_too_flaky {
+            let _ = writeln!(text, "FAILED: {} tests are flaky, more than {MOST_FLAKY}", sum.flaky);
+        }
+        let failed = sum.failed + usize::from(is_too_flaky);
+        if sum.flaky > 0 {
+            let _ = writeln!(text, "{} of those that passed are flaky", sum.flaky);
+        }
+        let passed = sum.passed + sum.flaky;
+        let _ = write!(text, "{passed} passed, {failed} failed, {} skipped", sum.skipped);
+        let has_passed = failed == 0 && passed > 0 && !self.stages.iter().any(Stage::is_fatal);
+        (text, has_passed)
+    }
+}
+
+fn show(counts: Counts) -> String {
+    let flaky = if counts.flaky > 0 { format!(", {} flaky", counts.flaky) } else { String::new() };
+    format!("{} passed, {} failed, {} skipped{flaky}", counts.passed, counts.failed, counts.skipped)
+}
+
+/// Failures count only where they fail the run.
+fn add(sum: Counts, counts: Counts, with_failures: bool) -> Counts {
+    Counts {
+        passed: sum.passed + counts.passed,
+        failed: sum.failed + if with_failures { counts.failed } else { 0 },
+        skipped: sum.skipped + counts.skipped,
+        flaky: sum.flaky + counts.flaky,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use anyhow::bail;
+
+    use super::{Findings, Report};
+    use crate::results::{Results, Test, Verdict};
+
+    fn found(verdicts: impl IntoIterator<Item = Verdict>) -> Results {
+        let test = |(number, verdict)| Test {
+            binary: "observer::real".to_owned(),
+            name: format!("test_{number}"),
+            took: Duration::from_secs(1),
+            verdict,
+        };
+        Results(verdicts.into_iter().enumerate().map(test).collect())
+    }
+
+    fn closed(verdicts: Vec<Verdict>, unpinned: &[&str]) -> (String, bool) {
+        let mut report = Report::default();
+        report.stage("tests", |findings: &mut Findings| {
+            findings.results = found(verdicts);
+            findings.unpinned = unpinned.iter().map(|&version| version.to_owned()).collect();
+            Ok(())
+        });
+        report.close()
+    }
+
+    #[test]
+    fn one_failure_fails_the_run_and_is_told_with_its_output() {
+        let (text, has_passed) = closed(vec![Verdict::Passed, Verdict::Failed("3 are left".into())], &[]);
+        assert!(!has_passed);
+        assert!(text.contains("tests: FAILED observer::real test_1\n    3 are left\n"), "{text}");
+        assert!(text.ends_with("\n1 passed, 1 failed, 0 skipped"), "{text}");
+    }
+
+    #[test]
+    fn up_to_three_flaky_tests_pass_and_are_listed() {
+        for (count, passes) in [(3, true), (4, false)] {
+            let verdicts = vec![Verdict::Flaky("3 are left".into()); count];
+            let (text, has_passed) = closed(verdicts, &[]);
+            assert_eq!(has_passed, passes, "{text}");
+            assert!(text.contains("tests: flaky observer::real test_0\n    3 are left\n"), "{text}");
+        }
+    }
+
+    #[test]
+    fn skipped_tests_did_not_pass() {
+        let (text, has_passed) = closed(vec![Verdict::Skipped("no tmux".into())], &[]);
+        assert!(!has_passed, "nothing ran: {text}");
+        let (text, has_passed) = closed(vec![Verdict::Skipped("no tmux".into()), Verdict::Passed], &[]);
+        assert!(has_passed, "{text}");
+        assert!(text.contains("tests: skipped observer::real test_0: no tmux\n"), "{text}");
+        assert!(text.ends_with("\n1 passed, 0 failed, 1 skipped"), "{text}");
+    }
+
+    #[test]
+    fn a_failure_on_a_version_that_is_not_pinned_is_printed_only() {
+        let (text, has_passed) =
+            closed(vec![Verdict::Passed, Verdict::Failed("3 are left".into())], &["6.99"]);
+        assert!(has_passed, "{text}");
+        assert!(text.contains("tests: not pinned: 6.99\n"), "{text}");
+        assert!(text.contains("tests: FAILED observer::real test_1\n    3 are left\n"), "{text}");
+    }
+
+    #[test]
+    fn a_stage_that_breaks_off_fails_the_run() {
+        let mut report = Report::default();
+        report.stage("tests", |findings| {
+            findings.results = found([Verdict::Passed]);
+            Ok(())
+        });
+        report.stage("lint", |_| -> anyhow::Result<()> { bail!("clippy found something") });
+        let (text, has_passed) = report.close();
+        assert!(!has_passed, "{text}");
+        assert!(text.contains("lint: FAILED clippy found something\n"), "{text}");
     }
 }

@@ -11,10 +11,10 @@ use duct::{Expression, cmd};
 
 use crate::workspace::root;
 
-/// What a command that was shown live said, and whether it succeeded.
+/// What a command that was shown live printed, and its exit code unless a signal ended it.
 pub(crate) struct Shown {
     pub(crate) output: String,
-    pub(crate) success: bool,
+    pub(crate) code: Option<i32>,
 }
 
 /// Runs a command whose output only matters when it fails.
@@ -49,8 +49,8 @@ pub(crate) fn show(command: &Expression, prefix: &str) -> Result<Shown> {
         stdout.write_all(&line)?;
         output.append(&mut line);
     }
-    let success = reader.get_ref().try_wait()?.is_some_and(|finished| finished.status.success());
-    Ok(Shown { output: String::from_utf8_lossy(&output).into_owned(), success })
+    let code = reader.get_ref().try_wait()?.and_then(|finished| finished.status.code());
+    Ok(Shown { output: String::from_utf8_lossy(&output).into_owned(), code })
 }
 
 /// A command that is killed when it takes too long. In the foreground, so that Ctrl-C still reaches it.

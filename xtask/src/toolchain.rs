@@ -10,14 +10,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use duct::cmd;
 
 use crate::packages;
+use crate::pins::{BPF_LINKER, CYCLONEDX, DEBIAN_LLVM, DENY, EBPF_RUSTC};
 use crate::shell::{ask, find, is_root, limited, quietly};
-use crate::workspace::{kept, plain_cargo};
-
-const BPF_LINKER: &str = "0.13.0";
-const CYCLONEDX: &str = "0.5.9";
-const DENY: &str = "0.20.2";
-/// The LLVM of Debian's `rustc-web`.
-pub(crate) const DEBIAN_LLVM: u32 = 22;
+use crate::workspace::{kept, plain_cargo, share};
 
 struct Toolchain {
     /// A name that rustup knows, or the absolute path of a sysroot.
@@ -30,6 +25,7 @@ struct Toolchain {
 
 /// Makes sure that eBPF programs can be built. Silent and quick when they can.
 pub(crate) fn setup() -> Result<()> {
+    share()?;
     let record = kept("ebpf-toolchain");
     if Toolchain::read(&record).is_some_and(|toolchain| toolchain.works()) {
         return Ok(());
@@ -64,6 +60,15 @@ impl fmt::Display for Toolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "toolchain={}\nbootstrap={}\npath={}", self.name, u8::from(self.bootstrap), self.path)
     }
+}
+
+/// The compiler of eBPF programs where it is not the pinned one.
+pub(crate) fn unpinned() -> Option<String> {
+    let toolchain = Toolchain::read(&kept("ebpf-toolchain"))?;
+    let rustc = sysroot(&toolchain.name)?.join("bin/rustc");
+    let version = ask(&cmd!(rustc, "--version"))?;
+    let is_pinned = version.split(' ').nth(1).is_some_and(|version| version.starts_with(EBPF_RUSTC));
+    (!is_pinned).then_some(version)
 }
 
 fn installed() -> Option<Toolchain> {
@@ -145,7 +150,12 @@ fn subcommand(name: &str, version: &str) -> Result<String> {
     if installed.is_none_or(|told| told.rsplit(' ').next() != Some(version)) {
         eprintln!("setup: building cargo-{name} {version} (about two minutes)");
         let what = format!("install cargo-{name} --version {version} --locked --force --root target/tools");
-        let install = plain_cargo(what.split(' ')).env_remove("RUSTFLAGS");
+        // Quick to build matters more than quick to run.
+        let install =
+            plain_cargo(what.split(' ')).env_remove("RUSTFLAGS").env("CARGO_PROFILE_RELEASE_LTO", "off");
+        let install =
+            install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_DEBUG", "0");
+        let install = install.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
         quietly(&format!("building cargo-{name}"), &install)?;
     }
     bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))

@@ -16,13 +16,14 @@ use crate::{guest, observer, packages};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// Longer than any test run takes when emulated.
-const LIMIT: Duration = Duration::from_secs(35 * 60);
+const LIMIT: Duration = Duration::from_secs(75 * 60);
 
 /// What became of a guest.
 pub(crate) struct Outcome {
-    pub(crate) output: String,
     /// Of the command; none if the guest crashed, hung or ran out of time.
     pub(crate) status: Option<u8>,
+    /// What the command left in the file that was asked for; empty if it left none.
+    pub(crate) file: String,
 }
 
 /// `xtask vm`: one command, or a shell, in a guest.
@@ -37,14 +38,14 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
         }
         let words = command.iter().map(String::as_str);
         let line = shlex::try_join(words).context("a word of the command holds a NUL")?;
-        guest::set_command(&mut image, &line)?;
+        guest::set_command(&mut image, &line, None)?;
     }
     let image = image.write()?;
     let status = if command.is_empty() {
         eprintln!("vm: Linux {series}; leave with `exit`, or with Ctrl-A X");
         let report = tempfile::tempfile()?;
         cmd(QEMU, arguments(&kernel, &image, &report, "mon:stdio")).unchecked().run()?;
-        exit_status(report)
+        read(report).status
     } else {
         run(&kernel, &image, "")?.status
     };
@@ -57,12 +58,15 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
 /// Boots a guest that runs the command in its image; its console is shown live, each line behind the prefix.
 pub(crate) fn run(kernel: &Kernel, image: &File, prefix: &str) -> Result<Outcome> {
     let report = tempfile::tempfile()?;
-    let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")), prefix)?;
-    Ok(Outcome { output: shown.output, status: exit_status(report) })
+    show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")), prefix)?;
+    Ok(read(report))
 }
 
-fn exit_status(report: File) -> Option<u8> {
-    io::read_to_string(report).ok()?.trim().parse().ok()
+/// The guest writes the file, if one was asked for, and then the exit status on a line of its own.
+fn read(report: File) -> Outcome {
+    let text = io::read_to_string(report).unwrap_or_default();
+    let (file, status) = text.trim_end().rsplit_once('\n').unwrap_or(("", text.trim()));
+    Outcome { status: status.trim().parse().ok(), file: file.to_owned() }
 }
 
 fn arguments(kernel: &Kernel, image: &File, report: &File, console: &str) -> Vec<OsString> {

@@ -41,7 +41,7 @@ pub fn main() -> ExitCode {
         matches.try_contains_id(setting).is_ok()
             && matches.value_source(setting) == Some(ValueSource::CommandLine)
     };
-    match dispatch(cli, is_given) {
+    let code = match dispatch(cli, is_given) {
         Ok(code) => code,
         // Whoever read the output has had enough, as `head` has.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -49,7 +49,9 @@ pub fn main() -> ExitCode {
             eprintln!("observer: {}", clean_lines(&format!("{error:#}")));
             ExitCode::FAILURE
         }
-    }
+    };
+    run::wait_for_removal();
+    code
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 use aya_log::EbpfLogger;
 use env_logger::Target;
 use log::LevelFilter;
+use nix::sys::signal::{SigHandler, Signal as NixSignal, signal as set_signal_action};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpListener,
@@ -35,7 +36,7 @@ use crate::{
     },
     failure::Failure,
     heap,
-    kernel::{preflight, rights},
+    kernel::{detach, preflight, rights},
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
     profiles,
@@ -44,6 +45,9 @@ use crate::{
 
 /// How often targets, listeners and finished threads are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// How long breakpoints are removed without a word.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How an observation is controlled from outside.
 #[derive(Default)]
@@ -219,6 +223,17 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
     // Whoever looks a name up that nobody knows may take long over it.
     runtime.shutdown_background();
     outcome
+}
+
+/// Returns when no breakpoint is left in any target. A signal may end the wait: the kernel removes the rest all the same.
+pub(crate) fn wait_for_removal() {
+    for number in [NixSignal::SIGINT, NixSignal::SIGTERM, NixSignal::SIGHUP] {
+        // SAFETY: sets no handler, but takes one away that nobody needs any more.
+        let _cannot_fail = unsafe { set_signal_action(number, SigHandler::SigDfl) };
+    }
+    detach::finish_all(REMOVAL_PATIENCE, |left| {
+        eprintln!("still removing {left} breakpoints from the processes that were observed");
+    });
 }
 
 /// Waits until the kill switch is gone. Whether it is: before that, the time may be up or a signal may come.

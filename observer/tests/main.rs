@@ -17,6 +17,7 @@ mod contract;
 mod deferred;
 mod deferred_rage;
 mod deploy;
+mod detach;
 mod drops;
 mod endpoint;
 mod exports;

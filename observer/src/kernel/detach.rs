@@ -1,23 +1,52 @@
-//! Detaches programs from processes. With each the kernel waits for grace periods, a tenth of a second on a busy machine,
-//! one program after the other, and attaches none meanwhile. So a thread waits that has nothing else to do, and whoever
-//! wants to attach comes back when it is done.
+//! Detaches programs from places in processes: closes the events that they are attached by.
+//!
+//! The kernel removes a breakpoint when the last descriptor of its event is closed. If the closing thread is being killed
+//! meanwhile, as happens when its process exits, the kernel gives up and the breakpoint stays in the target for ever
+//! ("failed to unregister, leaking uprobe"). A process that is exiting can no longer be interrupted. So events are closed by a
+//! child process that does nothing but exit.
+//!
+//! With each event the kernel waits for grace periods, a tenth of a second on a busy machine, and attaches none meanwhile. So a
+//! thread waits for the child, and what wants to attach comes back when it is done.
 
 use std::{
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd as _, OwnedFd, RawFd},
     sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
     thread,
+    time::Duration,
+};
+
+use nix::{
+    fcntl::OFlag,
+    libc,
+    sys::{signal::SigSet, wait::waitpid},
+    unistd::{ForkResult, fork, pipe2},
 };
 
 const STACK: usize = 64 << 10;
 
-/// What is to be detached, each with its process.
+/// What is to be detached.
 #[derive(Default)]
 struct Pending {
-    /// The last comes first.
+    /// Events, each with the process it is attached to. The last comes first.
     waiting: Vec<(u32, OwnedFd)>,
-    /// The process of what the thread is at.
-    in_hand: Option<u32>,
+    /// The process that events are being detached from, and how many.
+    in_hand: Option<(u32, usize)>,
     has_thread: bool,
+}
+
+impl Pending {
+    fn count(&self) -> usize {
+        self.waiting.len() + self.in_hand.map_or(0, |(_, count)| count)
+    }
+
+    /// All that is waiting of the process whose turn it is.
+    fn next(&mut self) -> Option<(u32, Vec<OwnedFd>)> {
+        let (pid, _) = *self.waiting.last()?;
+        let (batch, rest) = std::mem::take(&mut self.waiting).into_iter().partition(|(of, _)| *of == pid);
+        self.waiting = rest;
+        let batch: Vec<(u32, OwnedFd)> = batch;
+        Some((pid, batch.into_iter().map(|(_, event)| event).collect()))
+    }
 }
 
 #[derive(Default)]
@@ -29,32 +58,48 @@ struct Detacher {
 
 static DETACHER: LazyLock<Detacher> = LazyLock::new(Detacher::default);
 
-/// Detaches what this descriptor stands for from a process, soon.
-pub(super) fn later(pid: u32, attached: OwnedFd) {
+/// Detaches the program of this event from a process, soon.
+pub(super) fn later(pid: u32, event: OwnedFd) {
     let mut pending = DETACHER.lock();
     if !pending.has_thread {
         let thread = thread::Builder::new().name("detach".into()).stack_size(STACK);
         pending.has_thread = thread.spawn(|| DETACHER.work()).is_ok();
     }
-    // Without a thread it is done here and now, when it is dropped.
     if pending.has_thread {
-        pending.waiting.push((pid, attached));
+        pending.waiting.push((pid, event));
         DETACHER.has_more.notify_one();
+    } else {
+        drop(pending);
+        close_by_exit(vec![event]);
     }
 }
 
 /// Whether anything is still to be detached.
 pub(crate) fn is_busy() -> bool {
-    let pending = DETACHER.lock();
-    !pending.waiting.is_empty() || pending.in_hand.is_some()
+    DETACHER.lock().count() > 0
 }
 
 /// Returns when all is detached that was to be from this process: until then a program may still run where it stood.
 pub(crate) fn finish(pid: u32) {
     let mut pending = DETACHER.lock();
     pending.waiting.sort_by_key(|(of, _)| *of == pid);
-    while pending.in_hand == Some(pid) || pending.waiting.iter().any(|(of, _)| *of == pid) {
+    while pending.in_hand.is_some_and(|(of, _)| of == pid) || pending.waiting.iter().any(|(of, _)| *of == pid)
+    {
         pending = DETACHER.has_less.wait(pending).unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+/// Returns when nothing is to be detached any more. When that takes longer than so long, `report` is called, again and again,
+/// with the number of events that are left.
+pub(crate) fn finish_all(patience: Duration, report: impl Fn(usize)) {
+    let mut pending = DETACHER.lock();
+    while pending.count() > 0 {
+        let outcome = DETACHER.has_less.wait_timeout(pending, patience);
+        let (guard, timeout) = outcome.unwrap_or_else(PoisonError::into_inner);
+        pending = guard;
+        if timeout.timed_out() {
+            report(pending.count());
+        }
     }
 }
 
@@ -65,12 +110,14 @@ impl Detacher {
     }
 
     fn work(&self) {
+        // Signals are for the main thread, and never for the children made here.
+        let _cannot_fail = SigSet::all().thread_block();
         let mut pending = self.lock();
         loop {
-            if let Some((pid, attached)) = pending.waiting.pop() {
-                pending.in_hand = Some(pid);
+            if let Some((pid, events)) = pending.next() {
+                pending.in_hand = Some((pid, events.len()));
                 drop(pending);
-                drop(attached);
+                close_by_exit(events);
                 pending = self.lock();
                 pending.in_hand = None;
                 self.has_less.notify_all();
@@ -78,5 +125,45 @@ impl Detacher {
                 pending = self.has_more.wait(pending).unwrap_or_else(PoisonError::into_inner);
             }
         }
+    }
+}
+
+/// Closes events in a process that is exiting; returns when the kernel is done. Where no process can be made they are closed
+/// here, which only a signal that kills observer at this very moment can interrupt.
+fn close_by_exit(mut events: Vec<OwnedFd>) {
+    events.sort_by_key(|event| event.as_raw_fd());
+    let Ok((go, hold)) = pipe2(OFlag::O_CLOEXEC) else { return };
+    // SAFETY: the child makes nothing but system calls.
+    match unsafe { fork() } {
+        Ok(ForkResult::Child) => exit_with(&events, go.as_raw_fd(), hold.as_raw_fd()),
+        Ok(ForkResult::Parent { child }) => {
+            // The child's are the last descriptors from now on, whatever becomes of this process.
+            drop(events);
+            drop(hold);
+            let _its_end = waitpid(child, None);
+        }
+        Err(_) => {}
+    }
+}
+
+/// What the child does: waits until its descriptors of these events, which are in order, are the last ones, closes all others,
+/// and exits. Allocates nothing: another thread may have held the allocator's lock.
+fn exit_with(events: &[OwnedFd], go: RawFd, hold: RawFd) -> ! {
+    // SAFETY: system calls on descriptors and memory of this process, which runs nothing else.
+    unsafe {
+        libc::close(hold);
+        let mut byte = 0_u8;
+        while libc::read(go, (&raw mut byte).cast(), 1) > 0 {}
+        // Observer's sockets and maps end with observer, not with this.
+        let mut first: RawFd = 0;
+        for event in events {
+            let event = event.as_raw_fd();
+            if event > first {
+                libc::syscall(libc::SYS_close_range, first, event - 1, 0);
+            }
+            first = event + 1;
+        }
+        libc::syscall(libc::SYS_close_range, first, RawFd::MAX, 0);
+        libc::_exit(0)
     }
 }

@@ -72,9 +72,10 @@ impl Uprobe {
     /// Attaches a loaded program to one place in a file, wherever the process has that mapped, now or later.
     pub(crate) fn attach(program: BorrowedFd<'_>, file: &File, site: Site, pid: u32) -> io::Result<Self> {
         let event = open(file, site, pid, 0)?;
+        let (descriptor, uprobe) = (event.as_raw_fd(), Self { pid, event: Some(event) });
         // SAFETY: two descriptors that are open; the kernel holds on to the program itself.
-        let outcome = unsafe { libc::ioctl(event.as_raw_fd(), PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) };
-        if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(Self { pid, event: Some(event) }) }
+        let outcome = unsafe { libc::ioctl(descriptor, PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) };
+        if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(uprobe) }
     }
 }
 

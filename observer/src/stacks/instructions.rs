@@ -75,16 +75,17 @@ fn beginning(
     read: &[u64],
 ) -> (Option<u64>, Option<Instruction>) {
     let mut info = InstructionInfoFactory::new();
-    let mut first = None;
+    let (mut first, mut is_begun) = (None, false);
     let read = (0..).zip(REGISTERS).filter(|(number, _)| read.contains(number));
     let read: Vec<_> = read.map(|(_, register)| register).collect();
     for instruction in code.into_iter().take(NEAR) {
         if instruction.code() == Code::Endbr64 {
             continue;
         }
-        if !is_refused(&instruction) {
+        if !is_refused(&instruction) && (!is_begun || !becomes_call(&instruction)) {
             first = first.or(Some(instruction.ip()));
         }
+        is_begun = true;
         if is_cheap(&instruction) {
             return (first, Some(instruction));
         }
@@ -238,6 +239,18 @@ fn is_refused(instruction: &Instruction) -> bool {
     instruction.has_lock_prefix() || instruction.segment_prefix() != Register::None
 }
 
+/// Whether Linux 6.18 turns a breakpoint on this instruction into a call. Until a later fix, that overwrites the 128 bytes below
+/// the stack pointer, where a function that calls no other may keep its variables; where it begins, it keeps none yet.
+fn becomes_call(instruction: &Instruction) -> bool {
+    instruction.mnemonic() == Mnemonic::Nop && instruction.len() == 5
+}
+
+/// Whether a probe at an address in the middle of a function would do harm, for that reason.
+pub(crate) fn is_unsafe_place(elf: &Elf, address: u64) -> bool {
+    let instruction = decoder(elf, address).and_then(|code| code.into_iter().next());
+    instruction.is_none_or(|instruction| becomes_call(&instruction))
+}
+
 fn writes(info: &mut InstructionInfoFactory, instruction: &Instruction, register: Register) -> bool {
     info.info(instruction).used_registers().iter().any(|used| {
         let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None);
@@ -305,6 +318,20 @@ mod tests {
         assert_eq!(place(REGISTER, &[]), Some(0x100a));
         let rsp = register::OTHERS + 2;
         assert_eq!(place(REGISTER, &[rsp]), None);
+    }
+
+    #[test]
+    fn a_five_byte_nop_is_taken_only_where_a_function_begins() {
+        const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+        let endbr64 = [0xf3, 0x0f, 0x1e, 0xfa];
+        // mov %fs:0x28,%rax, on which the kernel puts no probe; mov %rdi,%rax
+        let (refused, other) = ([0x64, 0x48, 0x8b, 0x04, 0x25, 0x28, 0, 0, 0], [0x48, 0x89, 0xf8]);
+        let first = |code: &[&[u8]]| beginning(decoded(&code.concat(), 0x1000), &[]);
+        assert_eq!(first(&[&endbr64, &NOP, &other]), (Some(0x1004), None));
+        assert_eq!(first(&[&refused, &NOP, &other]), (Some(0x100e), None));
+        // Near the end of a function: mov, the NOP, ret.
+        let code = decoded(&[&other[..], &NOP, &[0xc3]].concat(), 0x1000);
+        assert_eq!(cheap_end(&code, false), None);
     }
 
     #[test]

@@ -210,6 +210,9 @@ impl Usdt {
             let found = elf.usdt(&self.provider, name);
             let offset = |address| elf.file_offset(address).ok_or("a probe of its own is not in its file");
             let sites = found.iter().take(SITES).map(|probe| {
+                if instructions::is_unsafe_place(elf, probe.location) {
+                    return Err("its probe stands on an instruction that some kernels replace by a call");
+                }
                 let counter = if probe.semaphore == 0 { 0 } else { offset(probe.semaphore)? };
                 Ok(Site { instruction: offset(probe.location)?, counter })
             });

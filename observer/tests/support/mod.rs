@@ -10,6 +10,7 @@ pub(crate) mod observer;
 pub(crate) mod otlp;
 pub(crate) mod prometheus;
 pub(crate) mod servers;
+pub(crate) mod text;
 pub(crate) mod told;
 
 use std::{

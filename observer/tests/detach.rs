@@ -1,0 +1,210 @@
+//! However an observation ends, nothing of it stays in its targets: their code is what their files hold, the kernel reports
+//! no probe that it could not remove, and every request is answered meanwhile. `OBSERVER_TEST_DETACH=200` sets how often each
+//! kind of end is tried.
+
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader},
+    os::unix::process::ExitStatusExt as _,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    thread,
+};
+
+use nix::sys::signal::Signal;
+
+use crate::support::{
+    LIMIT, Process,
+    deferred::{Deferring, ask},
+    example, exit_within, http,
+    observer::BINARY,
+    servers::{Runtime, Server},
+    text::{KernelLog, altered_code},
+    wait_for,
+};
+
+/// How an observation ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum End {
+    Duration,
+    Interrupt,
+    Terminate,
+    Kill,
+    KillSwitch,
+    TargetExits,
+}
+
+const ENDS: [End; 6] =
+    [End::Duration, End::Interrupt, End::Terminate, End::Kill, End::KillSwitch, End::TargetExits];
+
+/// How often each kind of end is tried.
+fn rounds(by_default: usize) -> usize {
+    env::var("OBSERVER_TEST_DETACH").map_or(by_default, |rounds| rounds.parse().unwrap())
+}
+
+/// A server whose functions observer attaches to.
+trait Target {
+    fn pid(&self) -> u32;
+    fn port(&self) -> u16;
+    /// Asks again and again until it is over.
+    fn ask(port: u16, is_over: &AtomicBool, served: &AtomicU64);
+}
+
+impl Target for Deferring {
+    fn pid(&self) -> u32 {
+        Self::pid(self)
+    }
+
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn ask(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
+        let mut connection = BufReader::new(http::connect(port));
+        while !is_over.load(Relaxed) {
+            ask(&mut connection, "/job/1");
+            served.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+impl Target for Server {
+    fn pid(&self) -> u32 {
+        Self::pid(self)
+    }
+
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn ask(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
+        while !is_over.load(Relaxed) {
+            http::get(port, "/none/0");
+            served.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+/// Starts observer on a process; returns when it has attached to functions, with whatever it says meanwhile.
+fn observe(pid: u32, end: End, arguments: &[&str], switch: &Path) -> Process {
+    let mut command = Command::new(BINARY);
+    command.args(["--pid", &pid.to_string(), "--no-listen", "--format", "json"]).args(arguments);
+    match end {
+        End::Duration => drop(command.args(["--duration", "1s"])),
+        End::KillSwitch => drop(command.arg("--kill-switch").arg(switch)),
+        _ => {}
+    }
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut observer = Process(child);
+    let mut lines = BufReader::new(observer.0.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.starts_with("report ")), "observer does not start");
+    // Or what it says later would have nowhere to go.
+    thread::spawn(move || lines.for_each(|line| eprintln!("observer: {line}")));
+    observer
+}
+
+fn wait_for_exit(observer: &mut Child, end: End) {
+    let status = exit_within(observer, LIMIT).unwrap_or_else(|| panic!("{end:?}: observer does not end"));
+    let is_killed = status.signal() == Some(Signal::SIGKILL as i32);
+    assert_eq!((status.success(), is_killed), (end != End::Kill, end == End::Kill), "{end:?}: {status}");
+}
+
+/// Ends one observation of a target in one way, and looks for what it left behind. Returns the target unless it was to exit.
+fn end_once<T: Target>(target: T, end: End, arguments: &[&str], log: &mut KernelLog) -> Option<T> {
+    let folder = tempfile::tempdir().unwrap();
+    let switch = folder.path().join("off");
+    let mut observer = observe(target.pid(), end, arguments, &switch);
+    let pid = target.pid();
+    let is_clean = || altered_code(pid).is_empty();
+    wait_for("breakpoints", || (!is_clean()).then_some(()));
+    let mut target = Some(target);
+    match end {
+        End::Duration => {}
+        End::Interrupt => observer.signal(Signal::SIGINT),
+        End::Terminate => observer.signal(Signal::SIGTERM),
+        End::Kill => observer.signal(Signal::SIGKILL),
+        End::KillSwitch => {
+            fs::write(&switch, "").unwrap();
+            wait_for("breakpoints to be removed", || is_clean().then_some(()));
+            observer.signal(Signal::SIGTERM);
+        }
+        End::TargetExits => drop(target.take()),
+    }
+    wait_for_exit(&mut observer.0, end);
+    if target.is_some() {
+        // What has ended well has waited for that. A process that is killed is gone before its descriptors are.
+        if end == End::Kill {
+            wait_for("breakpoints to be removed", || is_clean().then_some(()));
+        }
+        assert_eq!(altered_code(pid), Vec::<String>::new(), "{end:?}");
+    }
+    let complaints: Vec<_> = log.lines().into_iter().filter(|line| line.contains("uprobe")).collect();
+    assert!(complaints.is_empty(), "{end:?}: {complaints:?}");
+    target
+}
+
+/// Tries all kinds of ends on a server that is asked all the time.
+fn assert_nothing_stays<T: Target + Send>(start: impl Fn() -> T, arguments: &[&str], rounds: usize) {
+    let mut log = KernelLog::from_now_on();
+    for end in ENDS {
+        let mut target = Some(start());
+        for _ in 0..rounds {
+            let server = target.take().unwrap_or_else(&start);
+            let (is_over, served) = (&AtomicBool::new(false), &AtomicU64::new(0));
+            let port = server.port();
+            target = thread::scope(|scope| {
+                let _stop = StopOnDrop(is_over);
+                // What exits first need not answer.
+                if end != End::TargetExits {
+                    scope.spawn(move || T::ask(port, is_over, served));
+                }
+                end_once(server, end, arguments, &mut log)
+            });
+            assert!(served.load(Relaxed) > 0 || end == End::TargetExits, "nothing was asked");
+        }
+        eprintln!("{end:?}: {rounds} ends");
+    }
+}
+
+/// Has the others come to an end when one fails.
+struct StopOnDrop<'s>(&'s AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+#[real_test]
+fn nothing_stays_in_python() {
+    let start = || Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    assert_nothing_stays(start, &["--profile", "asyncio,CPython"], rounds(2));
+}
+
+#[real_test]
+fn nothing_stays_in_node() {
+    let start = || Deferring::script("node", "deferred_node.js");
+    assert_nothing_stays(start, &["--profile", "node"], rounds(1));
+}
+
+/// Without Rage, by functions of the interpreter's own.
+#[real_test]
+fn nothing_stays_in_ruby() {
+    let (snapshot, restore) = ("libruby:rb_fiber_new:arg0", "libruby:rb_io_wait:arg0");
+    assert_nothing_stays(
+        || Server::causes(Runtime::Ruby),
+        &["--snapshot", snapshot, "--restore", restore],
+        rounds(1),
+    );
+}
+
+#[real_test]
+fn nothing_stays_in_tokio() {
+    let start = || {
+        let mut command = Command::new(example("deferred_tokio"));
+        command.arg("multi");
+        Deferring::start(command)
+    };
+    assert_nothing_stays(start, &["--profile", "tokio"], rounds(1));
+}

@@ -1,0 +1,64 @@
+//! A process's code as it is in its memory, compared with the files that it was mapped from: a breakpoint is a difference.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::Read as _,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+};
+
+use nix::libc;
+use procfs::process::{MMPermissions, MMapPath, Process};
+
+/// Places where a process's code differs from its file, as `path+offset`.
+pub(crate) fn altered_code(pid: u32) -> Vec<String> {
+    let process = Process::new(pid.cast_signed()).unwrap();
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut altered = Vec::new();
+    for map in process.maps().unwrap() {
+        let MMapPath::Path(path) = &map.pathname else { continue };
+        if !map.perms.contains(MMPermissions::EXECUTE) {
+            continue;
+        }
+        let (start, end) = map.address;
+        let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}")).unwrap();
+        let length = usize::try_from(end - start).unwrap();
+        let (mut in_memory, mut in_file) = (vec![0; length], vec![0; length]);
+        memory.read_exact_at(&mut in_memory, start).unwrap();
+        // The last page may go beyond the file's end.
+        let mut read = 0;
+        while read < length {
+            let more = file.read_at(&mut in_file[read..], map.offset + read as u64).unwrap();
+            if more == 0 {
+                break;
+            }
+            read += more;
+        }
+        let differs = (0..read).filter(|&at| in_memory[at] != in_file[at]);
+        altered.extend(differs.map(|at| format!("{}+{:#x}", path.display(), map.offset + at as u64)));
+    }
+    altered
+}
+
+/// What the kernel logs from now on.
+pub(crate) struct KernelLog(File);
+
+impl KernelLog {
+    /// Skips what is there already.
+    pub(crate) fn from_now_on() -> Self {
+        let log = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg");
+        let mut log = Self(log.unwrap());
+        log.lines();
+        log
+    }
+
+    /// Lines since the last time.
+    pub(crate) fn lines(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut record = [0; 8192];
+        // One record a read; the end, or one that was overwritten meanwhile, is an error.
+        while let Ok(length) = self.0.read(&mut record) {
+            lines.push(String::from_utf8_lossy(&record[..length]).into_owned());
+        }
+        lines
+    }
+}

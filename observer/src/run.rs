@@ -2,7 +2,7 @@
 
 use std::{
     future::pending,
-    io::stdout,
+    io::{Write as _, stderr, stdout},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -232,7 +232,8 @@ pub(crate) fn wait_for_removal() {
         let _cannot_fail = unsafe { set_signal_action(number, SigHandler::SigDfl) };
     }
     detach::finish_all(REMOVAL_PATIENCE, |left| {
-        eprintln!("still removing {left} breakpoints from the processes that were observed");
+        let message = format!("still removing {left} breakpoints from the processes that were observed\n");
+        let _nobody_reads = stderr().write_all(message.as_bytes());
     });
 }
 

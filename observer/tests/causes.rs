@@ -218,7 +218,7 @@ print(blocked)
     assert_eq!(blocked["other"], 0.0, "{blocked}");
 }
 
-#[real_test(quiet)]
+#[real_test(alone)]
 fn an_uncached_file_is_disk() {
     let folder = env::temp_dir();
     if !is_on_disk(&folder) {

@@ -3,6 +3,8 @@
 
 use std::process::Command;
 
+use procfs::sys::kernel::Version;
+
 use crate::support::{
     kernel::programs_of,
     observer::{BINARY, Observer},
@@ -43,8 +45,11 @@ fn every_program_loads_and_attaches() {
     let held = programs_of(&observer);
     let report = observer.finish();
     let unseen: Vec<_> = report.0["self"]["missing"].as_array().unwrap().iter().collect();
+    let is_old = Version::current().unwrap() < Version::new(5, 11, 0);
+    assert!(is_old || unseen.is_empty(), "{unseen:?}");
     assert!(unseen.iter().all(|it| NEWER.iter().any(|&newer| it["source"] == newer)), "{unseen:?}");
     let mut missing = programs();
+    assert!(missing.len() > 20, "these are not all programs: {missing:?}");
     missing.retain(|program| !held.contains(program) && (unseen.is_empty() || program != "pwait2_enter"));
     assert!(missing.is_empty(), "not in the kernel: {missing:?}; there are {held:?}");
 }

@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 use crate::support::{
     LIMIT, Process,
     deferred::{Deferring, ask},
-    example, exit_within, http,
+    example, exit_within, http, is_emulated,
     observer::BINARY,
     servers::{Runtime, Server},
     text::{KernelLog, altered_code},
@@ -40,6 +40,7 @@ const ENDS: [End; 6] =
 
 /// How often each kind of end is tried.
 fn rounds(by_default: usize) -> usize {
+    let by_default = if is_emulated() { 1 } else { by_default };
     env::var("OBSERVER_TEST_DETACH").map_or(by_default, |rounds| rounds.parse().unwrap())
 }
 
@@ -91,7 +92,7 @@ fn observe(pid: u32, end: End, arguments: &[&str], switch: &Path) -> Process {
     let mut command = Command::new(BINARY);
     command.args(["--pid", &pid.to_string(), "--no-listen", "--format", "json"]).args(arguments);
     match end {
-        End::Duration => drop(command.args(["--duration", "1s"])),
+        End::Duration => drop(command.args(["--duration", "3s"])),
         End::KillSwitch => drop(command.arg("--kill-switch").arg(switch)),
         _ => {}
     }

@@ -241,7 +241,7 @@ fn a_request_and_what_it_put_off_are_one_trace() {
 }
 
 /// Those of requests come in the end, whenever a collector is there to take them.
-#[real_test(userspace, host_only("guests have no collector"))]
+#[real_test(links, userspace, host_only("guests have no collector"))]
 fn a_collector_may_come_late() {
     for protocol in PROTOCOLS {
         let port = free_port();
@@ -324,7 +324,7 @@ fn a_second_signal_waits_for_no_collector() {
 }
 
 /// A stall is an event of the request that it hit.
-#[real_test(quiet, userspace, host_only("guests have no collector"))]
+#[real_test(links, quiet, userspace, host_only("guests have no collector"))]
 fn a_stall_is_told_with_its_request() {
     let server = Server::asyncio();
     let receiver = Receiver::start("http", &[]);

@@ -72,31 +72,54 @@ impl Series {
         if self == Self::Newest { "linux-image-".to_owned() } else { format!("linux-image-{self}.") }
     }
 
-    /// The kernel, fetched unless an earlier run did.
+    /// Fetches the kernel unless the pinned one is here. Where that fails, one that is here will do.
+    pub(crate) fn fetch_kernel(self) -> Result<()> {
+        let folder = self.folder();
+        let present = present(&folder);
+        let is_right = |package: &String| self.pinned().is_none_or(|pinned| package == pinned);
+        if present.as_ref().is_some_and(is_right) {
+            return Ok(());
+        }
+        eprintln!("setup: fetching Linux {self} of Debian {}", self.release());
+        match (fetch(self, &folder), present) {
+            (Ok(()), _) => Ok(()),
+            (Err(error), Some(package)) => {
+                eprintln!("setup: {error:#}; goes on with {package}");
+                Ok(())
+            }
+            (Err(error), None) => Err(anyhow!(
+                "Linux {self} could not be fetched: {error:#}\n\
+                 by hand: put vmlinuz, {} of that series into {}, and NAME=VERSION of the package into {PACKAGE} there",
+                MODULES.join(", "),
+                folder.display()
+            )),
+        }
+    }
+
+    /// The kernel, fetched unless one is here.
     pub(crate) fn kernel(self) -> Result<Kernel> {
         if ARCH != "x86_64" {
             bail!(
                 "guests are x86-64 and run this machine's own programs\nby hand: leave it at `--kernel host`"
             );
         }
-        let folder = kept("kernels").join(self.to_string());
-        let package = |folder: &Path| fs::read_to_string(folder.join(PACKAGE)).ok();
-        let is_current = package(&folder).is_some_and(|it| self.pinned().is_none_or(|pinned| it == pinned));
-        if !is_current {
-            eprintln!("setup: fetching Linux {self} of Debian {}", self.release());
-            fetch(self, &folder).map_err(|error| {
-                anyhow!(
-                    "Linux {self} could not be fetched: {error:#}\n\
-                     by hand: put vmlinuz, {} of that series into {}, and NAME=VERSION of the package into {PACKAGE} there",
-                    MODULES.join(", "),
-                    folder.display()
-                )
-            })?;
+        let folder = self.folder();
+        if present(&folder).is_none() {
+            self.fetch_kernel()?;
         }
         let modules = MODULES.map(|module| folder.join(module));
-        let package = package(&folder).context("a kernel that was fetched is gone")?;
+        let package = present(&folder).context("a kernel that was fetched is gone")?;
         Ok(Kernel { image: folder.join("vmlinuz"), modules, package })
     }
+
+    fn folder(self) -> PathBuf {
+        kept("kernels").join(self.to_string())
+    }
+}
+
+/// The package of the kernel in a folder, if there is one.
+fn present(folder: &Path) -> Option<String> {
+    Some(fs::read_to_string(folder.join(PACKAGE)).ok()?.trim().to_owned())
 }
 
 impl fmt::Display for Series {

@@ -77,6 +77,13 @@ pub(crate) fn install() -> Result<PathBuf> {
     Ok(folder.join("bin/cargo-nextest"))
 }
 
+/// Whether nextest says that it ran all that it began with: of a run that was broken off its summary counts `3/10 tests run`.
+fn is_whole(output: &str) -> bool {
+    let summary = output.lines().find_map(|line| line.trim_start().strip_prefix("Summary ["));
+    let count = summary.and_then(|summary| summary.split_once("] ")?.1.trim_start().split(' ').next());
+    count.is_some_and(|count| count.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 impl Nextest {
     /// Describes the tests of this repository, building what is not built.
     pub(crate) fn of_repository() -> Result<Self> {
@@ -115,6 +122,8 @@ impl Nextest {
         // What another kernel or a filter leaves nothing of is no mistake here; a whole run without a test is.
         words.extend(["--no-tests", "pass", "--profile", profile, "-E", expression].map(Into::into));
         words.extend(["--color", "never", "--show-progress", "none"].map(Into::into));
+        // Whatever the environment says.
+        words.extend(["--no-fail-fast", "--retries", "0"].map(Into::into));
         if !names.is_empty() {
             // Whoever asks for certain tests wants to read the figures that they print.
             words.extend(["--success-output", "immediate"].map(Into::into));
@@ -140,12 +149,25 @@ impl Nextest {
         if tests.is_full {
             command = command.env(FULL, "1");
         }
-        match show(&command, "")?.code {
-            Some(0 | TESTS_FAILED) if junit.exists() => self.keep(&fs::read_to_string(junit)?, &tests.label),
-            // It writes no file where it ran nothing.
-            Some(0) => Ok(Results::default()),
-            code => bail!("nextest could not run the tests, status {code:?}"),
+        let shown = show(&command, "")?;
+        // It writes no file where it ran nothing.
+        let junit = fs::read_to_string(junit).unwrap_or_default();
+        self.read(&tests.label, shown.code, &shown.output, &junit)
+    }
+
+    /// Reads the results of a run from its exit status, what it printed, and its JUnit file, of which a copy stays under the
+    /// label. A run that was broken off is an error: what it did not run is in no file.
+    pub(crate) fn read(&self, label: &str, code: Option<i32>, output: &str, junit: &str) -> Result<Results> {
+        let Some(0 | TESTS_FAILED) = code else { bail!("nextest could not run the tests, status {code:?}") };
+        if !is_whole(output) {
+            bail!("nextest was broken off before all tests had run");
         }
+        let results = if junit.is_empty() { Results::default() } else { self.keep(junit, label)? };
+        let has_failures = results.failed().next().is_some();
+        if has_failures != (code == Some(TESTS_FAILED)) {
+            bail!("nextest ended with status {code:?}, which its JUnit file does not explain");
+        }
+        Ok(results)
     }
 
     /// Runs tests here and those that failed again, each by itself, as often as they may.
@@ -163,7 +185,7 @@ impl Nextest {
     }
 
     /// Copies a JUnit file to `target/junit` and reads it.
-    pub(crate) fn keep(&self, junit: &str, label: &str) -> Result<Results> {
+    fn keep(&self, junit: &str, label: &str) -> Result<Results> {
         let folder = self.workspace.join("target/junit");
         fs::create_dir_all(&folder)?;
         fs::write(folder.join(label.replace(", ", "-").replace(' ', "-") + ".xml"), junit)?;
@@ -175,7 +197,7 @@ impl Nextest {
 mod tests {
     use std::fs;
 
-    use super::{BESIDE_OTHERS, Nextest, Selection, Threads};
+    use super::{BESIDE_OTHERS, Nextest, Selection, Threads, is_whole};
     use crate::results::{Counts, Verdict};
 
     /// Tests of all kinds, in a package of its own.
@@ -197,6 +219,16 @@ slow-timeout = { period = '1s', terminate-after = 1, grace-period = '1s' }
 path = 'junit.xml'
 store-success-output = true
 ";
+
+    #[test]
+    fn a_run_that_was_broken_off_is_no_result() {
+        assert!(is_whole(
+            "Starting\n     Summary [ 343.270s] 430 tests run: 430 passed (4 slow), 75 skipped\n"
+        ));
+        assert!(is_whole("     Summary [   0.002s] 0 tests run: 0 passed, 505 skipped\n"));
+        assert!(!is_whole("     Summary [   3.270s] 12/430 tests run: 12 passed, 75 skipped\n"));
+        assert!(!is_whole("Starting 430 tests\n"));
+    }
 
     #[test]
     fn a_broken_test_fails_and_one_that_fails_once_is_flaky() {

@@ -54,18 +54,21 @@ impl Packages {
             return Ok(folder);
         }
         eprintln!("setup: fetching {list}");
+        let scratch = tempfile::tempdir_in(kept("tools"))?;
+        let args = ["-m", "pip", "install", "--quiet", "--no-deps", "--target"];
+        let args = args.map(Into::into).into_iter().chain([scratch.path().as_os_str().to_owned()]);
+        quietly("pip install", &cmd(PYTHON, args.chain(self.requirements.iter().map(Into::into))))?;
+        if !self.modules.is_empty() {
+            let import = cmd!(PYTHON, "-c", format!("import {}", self.modules));
+            let import = import.env("PYTHONPATH", scratch.path());
+            quietly("importing what pip installed", &import)?;
+        }
+        fs::write(scratch.path().join(RECORD), list)?;
+        // Last and at once, so that what is there is whole: other clones have the same folder.
         if folder.exists() {
             fs::remove_dir_all(&folder)?;
         }
-        let args = ["-m", "pip", "install", "--quiet", "--no-deps", "--target"];
-        let args = args.map(Into::into).into_iter().chain([folder.clone().into_os_string()]);
-        quietly("pip install", &cmd(PYTHON, args.chain(self.requirements.iter().map(Into::into))))?;
-        if !self.modules.is_empty() {
-            let import = cmd!(PYTHON, "-c", format!("import {}", self.modules)).env("PYTHONPATH", &folder);
-            quietly("importing what pip installed", &import)?;
-        }
-        // Last, so that what it names is whole.
-        fs::write(record, list)?;
+        fs::rename(scratch.keep(), &folder)?;
         Ok(folder)
     }
 }

@@ -25,7 +25,7 @@ pub(crate) struct Findings {
     pub(crate) results: Results,
     /// Checks that could not be made, and why.
     pub(crate) skipped: Vec<String>,
-    /// Versions other than the pinned ones. With any of these a failure of the stage does not fail the run.
+    /// Versions other than the pinned ones. With any of these a failed test of the stage does not fail the run.
     pub(crate) unpinned: Vec<String>,
 }
 
@@ -63,7 +63,7 @@ impl Stage {
 
     /// Whether the run fails with it.
     fn is_fatal(&self) -> bool {
-        self.has_failed() && self.findings.unpinned.is_empty()
+        self.error.is_some() || (self.has_failed() && self.findings.unpinned.is_empty())
     }
 
     fn verdict(&self) -> &'static str {
@@ -286,7 +286,11 @@ mod tests {
             findings.results = found([Verdict::Passed]);
             Ok(())
         });
-        report.stage("lint", |_| -> anyhow::Result<()> { bail!("clippy found something") });
+        report.stage("lint", |findings| -> anyhow::Result<()> {
+            // Whatever the versions are.
+            findings.unpinned.push("6.99".to_owned());
+            bail!("clippy found something")
+        });
         let (text, has_passed) = report.close();
         assert!(!has_passed, "{text}");
         assert!(text.contains("lint: FAILED clippy found something\n"), "{text}");

@@ -103,13 +103,14 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 /// Leaves early where going on makes no sense.
 fn stages(report: &mut Report, options: &Options) -> Option<()> {
     let guests = options.guests();
-    report.stage("setup", |_| {
+    report.stage("setup", |findings| {
         toolchain::setup()?;
+        findings.unpinned.extend(toolchain::unpinned());
         packages::install(&if guests.is_empty() { packages::for_tests() } else { packages::for_guests() })?;
         nextest::install()?;
         COLLECTOR.install()?;
         TRACER.install()?;
-        guests.iter().try_for_each(|series| series.kernel().map(drop))
+        guests.iter().try_for_each(|series| series.fetch_kernel())
     })?;
     if !options.is_partial() {
         checks(report);
@@ -220,7 +221,6 @@ impl Built {
         if series.pinned() != Some(&package) {
             findings.unpinned.push(package);
         }
-        findings.unpinned.extend(toolchain::unpinned());
         let label = format!("Linux {series}");
         let mut results = self.in_guest(series, &label, &options.expression(series), &options.names)?;
         // Afresh, so that nothing of the first run is in the way.
@@ -252,13 +252,10 @@ impl Built {
         let run = shlex::try_join(words.iter().map(AsRef::as_ref))?;
         guest::set_command(&mut image, &run, Some(Path::new("target/nextest/guest/junit.xml")))?;
         let outcome = vm::run(&kernel, &image.write()?, &format!("{series} | "))?;
-        match outcome.status {
-            // What failed is in the file.
-            Some(_) if !outcome.file.is_empty() => self.nextest.keep(&outcome.file, label),
-            Some(0) => Ok(Results::default()),
-            Some(status) => bail!("nextest could not run the tests, status {status}"),
-            None => bail!("the guest with Linux {series} did not come to its end, see above"),
-        }
+        let Some(status) = outcome.status else {
+            bail!("the guest with Linux {series} did not come to its end, see above")
+        };
+        self.nextest.read(label, Some(status.into()), &outcome.output, &outcome.file)
     }
 }
 

@@ -22,6 +22,8 @@ const LIMIT: Duration = Duration::from_secs(75 * 60);
 pub(crate) struct Outcome {
     /// Of the command; none if the guest crashed, hung or ran out of time.
     pub(crate) status: Option<u8>,
+    /// What was on its console.
+    pub(crate) output: String,
     /// What the command left in the file that was asked for; empty if it left none.
     pub(crate) file: String,
 }
@@ -58,15 +60,15 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
 /// Boots a guest that runs the command in its image; its console is shown live, each line behind the prefix.
 pub(crate) fn run(kernel: &Kernel, image: &File, prefix: &str) -> Result<Outcome> {
     let report = tempfile::tempfile()?;
-    show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")), prefix)?;
-    Ok(read(report))
+    let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")), prefix)?;
+    Ok(Outcome { output: shown.output, ..read(report) })
 }
 
 /// The guest writes the file, if one was asked for, and then the exit status on a line of its own.
 fn read(report: File) -> Outcome {
     let text = io::read_to_string(report).unwrap_or_default();
     let (file, status) = text.trim_end().rsplit_once('\n').unwrap_or(("", text.trim()));
-    Outcome { status: status.trim().parse().ok(), file: file.to_owned() }
+    Outcome { status: status.trim().parse().ok(), output: String::new(), file: file.to_owned() }
 }
 
 fn arguments(kernel: &Kernel, image: &File, report: &File, console: &str) -> Vec<OsString> {

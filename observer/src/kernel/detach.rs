@@ -24,6 +24,9 @@ use nix::{
 
 const STACK: usize = 64 << 10;
 
+/// Events that one child closes: a fork takes a millisecond, an event a hundred, and others wait for the child.
+const BATCH: usize = 4;
+
 /// What is to be detached.
 #[derive(Default)]
 struct Pending {
@@ -39,12 +42,11 @@ impl Pending {
         self.waiting.len() + self.in_hand.map_or(0, |(_, count)| count)
     }
 
-    /// All that is waiting of the process whose turn it is.
+    /// The next of one process.
     fn next(&mut self) -> Option<(u32, Vec<OwnedFd>)> {
         let (pid, _) = *self.waiting.last()?;
-        let (batch, rest) = std::mem::take(&mut self.waiting).into_iter().partition(|(of, _)| *of == pid);
-        self.waiting = rest;
-        let batch: Vec<(u32, OwnedFd)> = batch;
+        let alike = self.waiting.iter().rev().take(BATCH).take_while(|(of, _)| *of == pid).count();
+        let batch = self.waiting.split_off(self.waiting.len() - alike);
         Some((pid, batch.into_iter().map(|(_, event)| event).collect()))
     }
 }
@@ -97,7 +99,7 @@ pub(crate) fn finish_all(patience: Duration, report: impl Fn(usize)) {
         let outcome = DETACHER.has_less.wait_timeout(pending, patience);
         let (guard, timeout) = outcome.unwrap_or_else(PoisonError::into_inner);
         pending = guard;
-        if timeout.timed_out() {
+        if timeout.timed_out() && pending.count() > 0 {
             report(pending.count());
         }
     }
@@ -159,11 +161,27 @@ fn exit_with(events: &[OwnedFd], go: RawFd, hold: RawFd) -> ! {
         for event in events {
             let event = event.as_raw_fd();
             if event > first {
-                libc::syscall(libc::SYS_close_range, first, event - 1, 0);
+                close_all(first, event - 1);
             }
             first = event + 1;
         }
-        libc::syscall(libc::SYS_close_range, first, RawFd::MAX, 0);
+        close_all(first, RawFd::MAX);
+        // Killed rather than told to exit: from then on further signals no longer reach it.
+        libc::kill(libc::getpid(), libc::SIGKILL);
         libc::_exit(0)
+    }
+}
+
+/// Closes these descriptors and all between them, one by one where the kernel or a filter refuses to do it at once.
+fn close_all(first: RawFd, last: RawFd) {
+    /// More than observer ever has.
+    const MOST: RawFd = 1 << 16;
+    // SAFETY: system calls on descriptors that this process no longer uses.
+    unsafe {
+        if libc::syscall(libc::SYS_close_range, first, last, 0) != 0 {
+            for descriptor in first..=last.min(MOST) {
+                libc::close(descriptor);
+            }
+        }
     }
 }

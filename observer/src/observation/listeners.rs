@@ -140,31 +140,35 @@ impl Observation {
             return Ok(());
         }
         let open = self.open_listeners();
-        let mut ended = Vec::new();
+        let mut places = HashMap::new();
         for listener in closed {
-            let others = open.get(&place(listener)).map_or(&[][..], Vec::as_slice);
-            match (listener.unix_name, others) {
+            let (place, name) = (place(listener), listener.unix_name);
+            match (name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
                 (0, []) => {
                     let _never_wanted = self.maps.ports.remove(&port(listener));
-                    ended.push(listener);
                 }
                 (0, &[only]) => self.maps.ports.insert(port(listener), only, 0)?,
-                (name, []) => {
+                (name, []) if name != 0 => {
                     let _never_wanted = self.maps.unix_names.remove(&name);
-                    ended.push(listener);
                 }
                 _ => {}
             }
+            places.insert(place, listener);
         }
-        // A listener that put itself in before its place was taken out is out as well; from now on it stays in.
+        // A listener that put itself in meanwhile was taken out or overwritten; from now on it stays.
         let open = self.open_listeners();
-        for listener in ended {
-            match (listener.unix_name, open.get(&place(listener)).map(Vec::as_slice)) {
-                (0, None) => {}
-                (0, Some(&[only])) if self.maps.ports.insert(port(listener), only, NO_EXIST).is_ok() => {}
-                (0, Some(_)) => self.maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?,
-                (name, None) => self.forget_queued(name),
-                (name, Some(_)) => self.maps.unix_names.insert(name, 1, 0)?,
+        for (place, listener) in places {
+            match (listener.unix_name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
+                (0, []) => {}
+                (0, &[only]) => {
+                    let _there_already = self.maps.ports.insert(port(listener), only, NO_EXIST);
+                    if self.maps.ports.get(&port(listener), 0).is_ok_and(|present| present != only) {
+                        self.maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?;
+                    }
+                }
+                (0, _) => self.maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?,
+                (name, []) => self.forget_queued(name),
+                (name, _) => self.maps.unix_names.insert(name, 1, 0)?,
             }
         }
         Ok(())

@@ -342,6 +342,7 @@ impl Observation {
                 if last.is_some_and(|last| started.is_some() && started != last.started) {
                     self.note_exit(pid);
                 }
+                let started = started.or(last.and_then(|last| last.started));
                 self.programs.insert(pid, Program { started, execs: raw.execs });
             }
             let is_new = !self.live.contains_key(&pid);

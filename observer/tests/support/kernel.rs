@@ -9,10 +9,18 @@ use super::{observer::Observer, wait_for};
 /// Programs that every observer attaches.
 const PROGRAMS: &[&str] = &["sched_switch", "sched_wakeup", "sock_state", "accept_enter", "accept_exit"];
 
-/// What bpftool lists of a kind of object.
+/// What bpftool lists of a kind of object. It fails when one goes while it lists them, so it is asked again.
 fn listed(kind: &str) -> Vec<Value> {
-    let output = Command::new("bpftool").args(["-j", kind, "show"]).output().expect("bpftool is installed");
-    serde_json::from_slice(&output.stdout).unwrap_or_default()
+    wait_for(&format!("bpftool {kind} show"), || {
+        let output =
+            Command::new("bpftool").args(["-j", kind, "show"]).output().expect("bpftool is installed");
+        if !output.status.success() {
+            return None;
+        }
+        // It prints nothing where there is nothing.
+        let is_empty = output.stdout.trim_ascii().is_empty();
+        if is_empty { Some(Vec::new()) } else { serde_json::from_slice(&output.stdout).ok() }
+    })
 }
 
 /// Ids of objects that a process holds, by the key that `fdinfo` has for their kind.
@@ -36,15 +44,15 @@ fn id(object: &Value) -> u64 {
     object["id"].as_u64().unwrap()
 }
 
-/// Programs of ours and links of any kind that are in the kernel though no process holds them.
+/// Programs of ours and links to them that are in the kernel though no process holds them.
 fn leftovers() -> Vec<Value> {
     // Before and after: what comes and goes in between is held by somebody who came or went.
     let mut programs = listed("prog");
     programs.retain(|program| PROGRAMS.iter().any(|&name| program["name"] == name));
-    let links = listed("link");
+    let mut links = listed("link");
+    links.retain(|link| programs.iter().any(|program| link["prog_id"] == program["id"]));
     let (held_programs, held_links) = (held("prog_id:"), held("link_id:"));
     programs.retain(|program| !held_programs.contains(&id(program)));
-    let mut links = links;
     links.retain(|link| !held_links.contains(&id(link)));
     let (still_programs, still_links) = (listed("prog"), listed("link"));
     let is_still = |list: &[Value], object: &Value| list.iter().any(|other| id(other) == id(object));

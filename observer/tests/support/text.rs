@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::Read as _,
+    io::{ErrorKind, Read as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
 };
 
@@ -20,10 +20,13 @@ pub(crate) fn altered_code(pid: u32) -> Vec<String> {
             continue;
         }
         let (start, end) = map.address;
-        let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}")).unwrap();
+        // A library that was loaded or unloaded meanwhile is looked at the next time.
+        let Ok(file) = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}")) else { continue };
         let length = usize::try_from(end - start).unwrap();
         let (mut in_memory, mut in_file) = (vec![0; length], vec![0; length]);
-        memory.read_exact_at(&mut in_memory, start).unwrap();
+        if memory.read_exact_at(&mut in_memory, start).is_err() {
+            continue;
+        }
         // The last page may go beyond the file's end.
         let mut read = 0;
         while read < length {
@@ -55,10 +58,14 @@ impl KernelLog {
     pub(crate) fn lines(&mut self) -> Vec<String> {
         let mut lines = Vec::new();
         let mut record = [0; 8192];
-        // One record a read; the end, or one that was overwritten meanwhile, is an error.
-        while let Ok(length) = self.0.read(&mut record) {
-            lines.push(String::from_utf8_lossy(&record[..length]).into_owned());
+        loop {
+            match self.0.read(&mut record) {
+                Ok(length) => lines.push(String::from_utf8_lossy(&record[..length]).into_owned()),
+                // Some were overwritten before they were read.
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return lines,
+                Err(error) => panic!("/dev/kmsg: {error}"),
+            }
         }
-        lines
     }
 }

@@ -1,5 +1,5 @@
 //! Versions of kernels and tools that the tests depend on, all in one place. A newer one may be used where the pinned one
-//! cannot be had; then what fails for that reason is printed and does not fail the run.
+//! cannot be had. What is used instead is printed, and tests that fail on another kernel do not fail the run.
 
 /// Links eBPF programs.
 pub(crate) const BPF_LINKER: &str = "0.13.0";

@@ -148,32 +148,43 @@ fn close_by_exit(mut events: Vec<OwnedFd>) {
     }
 }
 
-/// What the child does: waits until its descriptors of these events, which are in order, are the last ones, closes all others,
-/// and exits. Allocates nothing: another thread may have held the allocator's lock.
+/// What the child does: closes all descriptors but those of these events, which are in order, waits until observer has closed
+/// its own, and exits. Allocates nothing: another thread may have held the allocator's lock.
 fn exit_with(events: &[OwnedFd], go: RawFd, hold: RawFd) -> ! {
     // SAFETY: system calls on descriptors and memory of this process, which runs nothing else.
     unsafe {
         libc::close(hold);
-        let mut byte = 0_u8;
-        while libc::read(go, (&raw mut byte).cast(), 1) > 0 {}
-        // Observer's sockets and maps end with observer, not with this.
+        // While observer still has all of these: observer's sockets and maps end with observer, and the last descriptor of
+        // another event is never closed here.
         let mut first: RawFd = 0;
         for event in events {
-            let event = event.as_raw_fd();
-            if event > first {
-                close_all(first, event - 1);
-            }
-            first = event + 1;
+            close_between(first, event.as_raw_fd(), go);
+            first = event.as_raw_fd() + 1;
         }
-        close_all(first, RawFd::MAX);
+        close_between(first, RawFd::MAX, go);
+        let mut byte = 0_u8;
+        while libc::read(go, (&raw mut byte).cast(), 1) > 0 {}
         // Killed rather than told to exit: from then on further signals no longer reach it.
         libc::kill(libc::getpid(), libc::SIGKILL);
         libc::_exit(0)
     }
 }
 
+/// Closes descriptors from the first up to the end, which is left open, as is the kept one.
+fn close_between(first: RawFd, end: RawFd, kept: RawFd) {
+    if (first..end).contains(&kept) {
+        close_all(first, kept - 1);
+        close_all(kept + 1, end - 1);
+    } else {
+        close_all(first, end - 1);
+    }
+}
+
 /// Closes these descriptors and all between them, one by one where the kernel or a filter refuses to do it at once.
 fn close_all(first: RawFd, last: RawFd) {
+    if first > last {
+        return;
+    }
     /// More than observer ever has.
     const MOST: RawFd = 1 << 16;
     // SAFETY: system calls on descriptors that this process no longer uses.

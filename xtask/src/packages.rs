@@ -36,8 +36,8 @@ const TESTS: &[&str] = &[
 /// What only `xtask bench` runs beside those.
 const COMPARISON: &[&str] = &["bpftrace", "libbpf-tools", "bpfcc-tools"];
 
-/// What boots the kernels of `xtask vm` and `xtask test`.
-const EMULATOR: &[&str] = &["qemu-system-x86"];
+/// What unpacks and boots the kernels of `xtask vm` and `xtask test`.
+const EMULATOR: &[&str] = &["qemu-system-x86", "xz-utils"];
 
 /// Debian's current Rust with the standard library's source, and the LLVM it was built with.
 pub(crate) fn for_ebpf() -> Vec<String> {

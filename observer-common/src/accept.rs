@@ -9,7 +9,7 @@ pub struct PortKey {
     /// Local port, host byte order.
     pub port: u32,
 }
-crate::shared!(PortKey, 8);
+crate::shared::shared!(PortKey, 8);
 
 /// Value of `QUEUED`, whose key is the address of a connection's socket, of a unix connection that of its client's.
 #[repr(C)]
@@ -20,7 +20,7 @@ pub struct Arrival {
     /// Of a unix connection, its listener's `unix_name`, once that is known; 0 for TCP.
     pub unix_name: u64,
 }
-crate::shared!(Arrival, 16);
+crate::shared::shared!(Arrival, 16);
 
 /// Value of `ACCEPTING`, whose key is the thread id: the accept call in progress.
 #[repr(C)]
@@ -33,7 +33,7 @@ pub struct Accepting {
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
 }
-crate::shared!(Accepting, 16);
+crate::shared::shared!(Accepting, 16);
 
 impl Accepting {
     /// No call.

@@ -56,7 +56,7 @@ pub struct Place {
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
 }
-crate::shared!(Place, 16);
+crate::shared::shared!(Place, 16);
 
 /// Value of `HOOKS`: what it means that a process comes to a place.
 #[repr(C)]
@@ -75,7 +75,7 @@ pub struct Hook {
     /// How often that meant something: a key could be read and, but for a snapshot, was known.
     pub matches: u64,
 }
-crate::shared!(Hook, 32);
+crate::shared::shared!(Hook, 32);
 
 impl Hook {
     /// Work ends where its thread turns to something else, because nothing else tells.
@@ -117,7 +117,7 @@ pub struct Step {
     /// See there.
     pub value: u64,
 }
-crate::shared!(Step, 24);
+crate::shared::shared!(Step, 24);
 
 impl Step {
     /// The end.
@@ -147,13 +147,13 @@ pub struct Recipe {
     /// Where the process keeps the pointer to a thread's trace context.
     pub context: ThreadLocal,
 }
-crate::shared!(Recipe, 24 * (KEY_STEPS + CLASS_STEPS + REQUEST_ID_STEPS) + 8);
+crate::shared::shared!(Recipe, 24 * (KEY_STEPS + CLASS_STEPS + REQUEST_ID_STEPS) + 8);
 
 /// A variable of which each thread has its own. One word, so that nobody ever sees half of it.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThreadLocal(u64);
-crate::shared!(ThreadLocal, 8);
+crate::shared::shared!(ThreadLocal, 8);
 
 impl ThreadLocal {
     /// None.
@@ -190,7 +190,7 @@ pub struct Context {
     /// The span in it.
     pub span_id: u64,
 }
-crate::shared!(Context, 24);
+crate::shared::shared!(Context, 24);
 
 /// What deferred work is known by.
 #[repr(C)]
@@ -203,7 +203,7 @@ pub struct UnitKey {
     /// As in [`Hook`].
     pub space: u32,
 }
-crate::shared!(UnitKey, 16);
+crate::shared::shared!(UnitKey, 16);
 
 /// What a thread is working for, and on.
 #[repr(C)]
@@ -218,7 +218,7 @@ pub struct Work {
     /// Since when, monotonic nanoseconds.
     pub since_ns: u64,
 }
-crate::shared!(Work, 56);
+crate::shared::shared!(Work, 56);
 
 impl Work {
     /// Nothing that anybody knows of.
@@ -237,7 +237,7 @@ pub struct ClassKey {
     /// How to make a name of `value`; 0 if the class is not told, [`ClassKey::OTHERS`] for those without room.
     pub naming: u32,
 }
-crate::shared!(ClassKey, 16);
+crate::shared::shared!(ClassKey, 16);
 
 impl ClassKey {
     /// What `naming` is for the classes that found no room.
@@ -265,7 +265,7 @@ pub struct Class {
     /// Started -> worked on for the last time, of those that have ended.
     pub run: Histogram,
 }
-crate::shared!(Class, 40 + 2 * size_of::<Histogram>());
+crate::shared::shared!(Class, 40 + 2 * size_of::<Histogram>());
 
 impl Class {
     /// One of which there has been none.
@@ -309,7 +309,7 @@ pub struct Unit {
     /// What the runtime calls the request, up to the first zero; nothing if that is not told.
     pub request_id: [u8; REQUEST_ID],
 }
-crate::shared!(Unit, 168 + REQUEST_ID);
+crate::shared::shared!(Unit, 168 + REQUEST_ID);
 
 impl Unit {
     /// One that nothing is known of.
@@ -352,4 +352,4 @@ pub struct Link {
     /// As in [`Unit`].
     pub request_id: [u8; REQUEST_ID],
 }
-crate::shared!(Link, 88 + REQUEST_ID);
+crate::shared::shared!(Link, 88 + REQUEST_ID);

@@ -15,7 +15,7 @@ pub struct Begun {
     /// How many have begun in it that are not done, itself included.
     pub depth: u64,
 }
-crate::shared!(Begun, 16);
+crate::shared::shared!(Begun, 16);
 
 /// Value of `GC_TOTALS`, whose key is the process id: where a runtime keeps totals of its own, and what they were.
 #[repr(C)]
@@ -30,4 +30,4 @@ pub struct Totals {
     /// The nanoseconds, as last read.
     pub ns: u64,
 }
-crate::shared!(Totals, 8 + 8 * PARTS + 16);
+crate::shared::shared!(Totals, 8 + 8 * PARTS + 16);

@@ -65,7 +65,7 @@ pub struct Histogram {
     /// By [`bucket_of`].
     pub buckets: [Bucket; BUCKETS],
 }
-crate::shared!(Histogram, 16 * BUCKETS + 16);
+crate::shared::shared!(Histogram, 16 * BUCKETS + 16);
 
 impl Histogram {
     /// One without any duration.

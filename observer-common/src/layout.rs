@@ -118,4 +118,4 @@ kernel_layout! {
 }
 
 const WORDS: usize = KernelLayout::MEMBERS.len() + KernelLayout::OPTIONAL.len() + 4;
-crate::shared!(KernelLayout, 4 * WORDS);
+crate::shared::shared!(KernelLayout, 4 * WORDS);

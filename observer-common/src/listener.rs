@@ -53,7 +53,7 @@ pub struct Queue {
     /// 1 if the socket does not listen any more.
     pub closed: u32,
 }
-crate::shared!(Queue, 56);
+crate::shared::shared!(Queue, 56);
 
 /// Value of `LISTENERS`, whose key is the inode number of the listening socket (as in `/proc/PID/fd`).
 #[repr(C)]
@@ -94,7 +94,7 @@ pub struct Listener {
     /// Handshake done -> accept returned.
     pub wait: Histogram,
 }
-crate::shared!(Listener, 152 + 24 + 8 * DEPTHS + 8 + size_of::<Queue>() + size_of::<Histogram>());
+crate::shared::shared!(Listener, 152 + 24 + 8 * DEPTHS + 8 + size_of::<Queue>() + size_of::<Histogram>());
 
 impl Listener {
     /// One that nothing is known of.

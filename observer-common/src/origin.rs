@@ -16,7 +16,7 @@ pub struct Descriptor {
     /// Its number.
     pub fd: u32,
 }
-crate::shared!(Descriptor, 8);
+crate::shared::shared!(Descriptor, 8);
 
 /// What something is done for.
 #[repr(C)]
@@ -31,7 +31,7 @@ pub struct Origin {
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
 }
-crate::shared!(Origin, 24);
+crate::shared::shared!(Origin, 24);
 
 impl Origin {
     /// Nothing that anybody knows of.
@@ -59,7 +59,7 @@ pub struct Connection {
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
 }
-crate::shared!(Connection, 40);
+crate::shared::shared!(Connection, 40);
 
 /// A request as it came in: value of `HEADS`, and what `REQUESTS` passes on of those that matter.
 #[repr(C)]
@@ -84,7 +84,7 @@ pub struct Request {
     /// Its beginning.
     pub bytes: [u8; HEAD],
 }
-crate::shared!(Request, 48 + HEAD);
+crate::shared::shared!(Request, 48 + HEAD);
 
 /// A request that was answered after the user side had been told of it, as `ANSWERS` passes it on.
 #[repr(C)]
@@ -95,4 +95,4 @@ pub struct Answer {
     /// As in [`Request`].
     pub answered_ns: u64,
 }
-crate::shared!(Answer, 16);
+crate::shared::shared!(Answer, 16);

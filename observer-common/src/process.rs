@@ -11,4 +11,4 @@ pub struct Target {
     /// 1 if nobody has asked for it by its id: it has listened, or waited for events, and the loader is to decide.
     pub is_candidate: u32,
 }
-crate::shared!(Target, 12);
+crate::shared::shared!(Target, 12);

@@ -83,7 +83,7 @@ pub struct Habit {
     /// 1 once the thread is counted among those that wait on this set.
     pub is_counted: u32,
 }
-crate::shared!(Habit, 16);
+crate::shared::shared!(Habit, 16);
 
 impl Habit {
     /// One that nothing is known of.
@@ -129,7 +129,7 @@ pub struct Pool {
     /// The set's descriptor.
     pub set: u32,
 }
-crate::shared!(Pool, 8);
+crate::shared::shared!(Pool, 8);
 
 /// Value of `REACTORS`: who a reactor is and what it is doing, in slots that the user side has mapped. What every wait
 /// writes is in the first two cache lines.
@@ -202,7 +202,7 @@ pub struct Reactor {
     /// Zero; keeps the size free of padding.
     pub reserved: [u32; 5],
 }
-crate::shared!(Reactor, 384);
+crate::shared::shared!(Reactor, 384);
 
 /// Time that is kept as a total.
 #[repr(C)]
@@ -213,7 +213,7 @@ pub struct Part {
     /// The same as it was when the present slice began.
     pub before_ns: u64,
 }
-crate::shared!(Part, 16);
+crate::shared::shared!(Part, 16);
 
 impl Part {
     /// None.
@@ -270,7 +270,7 @@ pub struct Durations {
     /// over if that ended it, else from being made runnable.
     pub reply: Histogram,
 }
-crate::shared!(Durations, 3 * size_of::<Histogram>());
+crate::shared::shared!(Durations, 3 * size_of::<Histogram>());
 
 impl Durations {
     /// None.
@@ -301,7 +301,7 @@ pub struct Stall {
     /// The request it worked for, longest at once; 0 if none is known.
     pub request: u64,
 }
-crate::shared!(Stall, 48 + 8 * PARTS);
+crate::shared::shared!(Stall, 48 + 8 * PARTS);
 
 /// Slots for reactors; the first is nobody's.
 pub const SLOTS: u32 = 1 + REACTORS;

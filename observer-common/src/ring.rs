@@ -24,7 +24,7 @@ pub struct RingKey {
     /// What the process gave the operation to know it by.
     pub user_data: u64,
 }
-crate::shared!(RingKey, 16);
+crate::shared::shared!(RingKey, 16);
 
 /// Value of `RING_ACCEPTS`: accepts in flight, of which a process may give several the same `user_data`.
 #[repr(C)]
@@ -41,4 +41,4 @@ pub struct RingAccept {
     /// Zero; keeps the size free of padding.
     pub reserved: u32,
 }
-crate::shared!(RingAccept, 32);
+crate::shared::shared!(RingAccept, 32);

@@ -1,17 +1,14 @@
-//! The programs that run in the kernel. This file only lists them: each probe has its maps and programs in
-//! `probes/`, and nothing but `kernel/` knows where the kernel keeps its fields.
+//! The programs that run in the kernel. Each probe has a file in `probes/`, which holds entry points only; what they know is in
+//! `state/`, and nothing but `kernel/` knows where the kernel keeps its fields. A module uses only those declared before it.
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
-mod block;
-mod context;
-mod emit;
 mod kernel;
-mod pool;
-mod presence;
+mod emit;
+mod trace_context;
+mod state;
 mod probes;
-mod work;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -7,7 +7,8 @@ use clap_complete::Shell;
 use glob::Pattern;
 
 use crate::{
-    model::histogram::Resolution, probes::reactor::Calls, profiles::OwnHook, read::capacity::Capacity,
+    export::otlp::settings::OtlpArguments, model::histogram::Resolution, process::wait_call::WaitCall,
+    profiles::ProfileSelection, read::capacity::Capacity,
 };
 
 /// What a command line asks for.
@@ -116,8 +117,8 @@ pub(crate) struct Observe {
     /// blocking calls count as time blocked. A poll or select on a single descriptor is a wait only in a loop that
     /// polls several otherwise. A call with a timeout of 0 is a wait that returns at once if it looks at what the
     /// loop waits on; otherwise (into a nested epoll set) it is part of the work.
-    #[arg(long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = Calls::DEFAULT)]
-    pub(crate) reactor_calls: Vec<Calls>,
+    #[arg(long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = WaitCall::DEFAULT)]
+    pub(crate) reactor_calls: Vec<WaitCall>,
     /// From which length on a slice is a stall, told with its cause and culprit; at least 1ms
     #[arg(long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
     pub(crate) stall_threshold: Duration,
@@ -128,36 +129,9 @@ pub(crate) struct Observe {
     #[arg(long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]
-    pub(crate) known: Known,
+    pub(crate) known: ProfileSelection,
     #[command(flatten)]
     pub(crate) output: Output,
-}
-
-/// What runtimes are known by.
-#[derive(Args, Debug)]
-pub(crate) struct Known {
-    /// What runtimes are known by: `auto` for all built-in profiles, `none`, names, or files ending in .toml
-    ///
-    /// A profile tells how a runtime is recognised, how its garbage collections can be watched, and where it puts work
-    /// off; `observer profiles` lists the built-in ones. A process without such a runtime is not touched. With `auto`,
-    /// deferred work of a process is no longer followed once that takes more than 25,000 traps into the kernel a second
-    /// (about 5 % of a CPU) for three seconds; a profile that is named is followed at any cost.
-    #[arg(long = "profile", value_name = "PROFILES", value_delimiter = ',', default_value = "auto")]
-    pub(crate) profiles: Vec<String>,
-    /// Function of a library of one's own that puts work off, and what the work is known by
-    ///
-    /// LIBRARY is how the name of the library's or the program's file begins; KEY is an argument, arg0 to arg5, or a
-    /// register by its name, perhaps with pointers to follow from there, such as arg0->8. Work that is put off is due to
-    /// the request that was handled at the time. More can be said in a profile, see --profile.
-    #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "restore")]
-    pub(crate) snapshot: Option<OwnHook>,
-    /// Function that goes on with work that was put off; it ends with --forget or, without that, where its thread turns
-    /// to something else
-    #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
-    pub(crate) restore: Option<OwnHook>,
-    /// Function after which the work is no more
-    #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
-    pub(crate) forget: Option<OwnHook>,
 }
 
 /// Whom to observe: whoever any of these fits, each with all its threads and children.
@@ -229,7 +203,7 @@ pub(crate) struct Check {
     #[arg(long, value_name = "PID", value_parser = process_id)]
     pub(crate) pid: Option<u32>,
     #[command(flatten)]
-    pub(crate) known: Known,
+    pub(crate) known: ProfileSelection,
 }
 
 /// The demonstration.
@@ -270,27 +244,11 @@ pub(crate) struct Output {
     /// With 1, a quantile is exact to a factor of 2; with 8, as in reports, to 12.5 %, at eight times as many series.
     #[arg(long, value_name = "BOUNDS", default_value_t = Resolution::LOWEST)]
     pub(crate) resolution: Resolution,
-    /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
-    ///
-    /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.
-    #[arg(long, value_name = "URL")]
-    pub(crate) otlp_endpoint: Option<String>,
-    /// How to speak to it; without this and its variable, http/protobuf
-    #[arg(long, value_enum, value_name = "PROTOCOL")]
-    pub(crate) otlp_protocol: Option<Protocol>,
+    #[command(flatten)]
+    pub(crate) otlp: OtlpArguments,
     /// Tell more about what observer does, the eBPF programs' own diagnostics included, on standard error
     #[arg(short, long)]
     pub(crate) verbose: bool,
-}
-
-/// How to speak to an OpenTelemetry collector.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Protocol {
-    /// gRPC, usually at port 4317
-    Grpc,
-    /// Plain HTTP with encoded messages, usually at port 4318; paths such as /v1/metrics are added to the address
-    #[value(name = "http/protobuf")]
-    HttpProtobuf,
 }
 
 /// What to show.
@@ -340,9 +298,9 @@ mod tests {
     #[test]
     fn calls_are_a_list() {
         let calls = |arguments: &[&str]| Cli::try_parse_from(arguments).map(|cli| cli.observe.reactor_calls);
-        assert_eq!(calls(&["observer", "--pid", "1"]).unwrap(), [Calls::Epoll, Calls::IoUring]);
+        assert_eq!(calls(&["observer", "--pid", "1"]).unwrap(), [WaitCall::Epoll, WaitCall::IoUring]);
         let all = ["observer", "--pid", "1", "--reactor-calls", "epoll,io_uring,poll,select"];
-        assert_eq!(calls(&all).unwrap(), Calls::value_variants());
+        assert_eq!(calls(&all).unwrap(), WaitCall::value_variants());
         assert!(calls(&["observer", "--pid", "1", "--reactor-calls", "kqueue"]).is_err());
     }
 

@@ -11,22 +11,22 @@ use clap::{Command, CommandFactory as _};
 use clap_complete::{Shell, generate};
 
 use crate::{
-    cli::{Cli, Known},
+    cli::Cli,
     export::reference,
     kernel::preflight,
     manual,
     probes::{Events, PROBES},
-    profiles::{self, PROFILES, Profile},
-    target::{outlook, runtime::Runtimes},
+    process::{check, runtime::Runtimes},
+    profiles::{self, PROFILES, Profile, ProfileSelection},
 };
 
 /// Prints what this kernel, these rights and this process allow, each no with its reason and its cure.
-pub(crate) fn check(pid: Option<u32>, known: &Known) -> Result<ExitCode> {
-    let profiles = profiles::of(known)?;
+pub(crate) fn check(pid: Option<u32>, known: &ProfileSelection) -> Result<ExitCode> {
+    let profiles = profiles::selected(known)?;
     let is_asked_for =
         |profile: &Arc<Profile>| profiles::is_asked_for(profile, profiles::are_automatic(known));
     let of_process =
-        |pid| outlook::findings(pid, Runtimes::of_profiles(profiles.clone()).asked_for(is_asked_for));
+        |pid| check::findings(pid, Runtimes::of_profiles(profiles.clone()).asked_for(is_asked_for));
     let mut out = stdout().lock();
     let mut can_run = true;
     for finding in preflight::findings().chain(pid.into_iter().flat_map(of_process)) {

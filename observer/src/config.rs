@@ -7,15 +7,16 @@ use clap::ValueEnum;
 use glob::Pattern;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
+use crate::export::otlp::settings::Protocol;
 use crate::{
-    cli::{self, Observe, Protocol},
+    cli::{self, Observe},
     export::otlp::settings::uri,
     failure::{Failure, understand},
     model::histogram::Resolution,
-    probes::reactor::Calls,
+    process::criteria::Criteria,
+    process::wait_call::WaitCall,
     profiles,
     read::capacity::Capacity,
-    target::criteria::Criteria,
 };
 
 /// Everything that the file may say.
@@ -28,7 +29,7 @@ pub(crate) struct Config {
     pub(crate) exclude: Selectors,
     follow: Option<bool>,
     #[serde(deserialize_with = "values")]
-    reactor_calls: Option<Vec<Calls>>,
+    reactor_calls: Option<Vec<WaitCall>>,
     #[serde(deserialize_with = "stall_threshold")]
     stall_threshold: Option<Duration>,
     #[serde(deserialize_with = "number")]
@@ -143,8 +144,8 @@ impl Config {
         take(&self.listen, is_given("listen") || is_given("no_listen"), &mut output.listen);
         take(&self.resolution, is_given("resolution"), &mut output.resolution);
         let endpoint = self.otlp_endpoint.clone().map(Some);
-        take(&endpoint, is_given("otlp_endpoint"), &mut output.otlp_endpoint);
-        take(&self.otlp_protocol.map(Some), is_given("otlp_protocol"), &mut output.otlp_protocol);
+        take(&endpoint, is_given("otlp_endpoint"), &mut output.otlp.endpoint);
+        take(&self.otlp_protocol.map(Some), is_given("otlp_protocol"), &mut output.otlp.protocol);
         let kill_switch = self.kill_switch.clone().map(Some);
         take(&kill_switch, is_given("kill_switch"), &mut observe.kill_switch);
     }

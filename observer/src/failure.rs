@@ -5,7 +5,7 @@ use std::{fmt, io};
 use nix::libc;
 use serde::de::DeserializeOwned;
 
-use crate::export::plain::clean;
+use crate::sanitize::clean;
 
 /// One line why, one line what to do; ends observer with exit code 1.
 #[derive(Debug)]

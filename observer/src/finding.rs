@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use crate::export::plain::Lines;
+use crate::sanitize::Lines;
 
 /// Column in which purposes begin.
 const PURPOSE: usize = 30;

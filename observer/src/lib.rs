@@ -1,28 +1,41 @@
 //! observer: tells, from outside, how late an event-loop server is and why.
 //!
-//! Data flows one way, and the folders show it: `probes` (kernel) -> `read` -> `model` -> `export`;
-//! `observation` holds it together, `kernel` and `target` know the surroundings.
+//! Data flows one way, and imports go the other: a module uses only those that are declared before it, and never the file that
+//! declares it. `xtask/tests/modules.rs` checks that, here and in every folder.
 
-mod cli;
-mod commands;
-mod config;
-mod demo;
-mod export;
+// What every module may use.
+mod sanitize;
 mod failure;
 mod finding;
+mod heap;
+
+// What is measured.
+mod model;
+
+// The kernel that it runs on, and the maps that its programs share with observer.
+mod kernel;
+mod read;
+
+// The processes under observation.
+mod stacks;
+mod profiles;
+mod process;
+
+// From the maps to snapshots, and from those to people and programs.
+mod probes;
+mod observation;
+mod export;
+
+// What people ask for.
+mod cli;
+mod config;
+mod manual;
+mod commands;
+mod run;
+mod demo;
+
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
-mod heap;
-mod kernel;
-mod manual;
-mod model;
-mod observation;
-mod probes;
-mod profiles;
-mod read;
-mod run;
-mod stacks;
-mod target;
 
 use std::{io, process::ExitCode};
 
@@ -30,7 +43,7 @@ use anyhow::Result;
 use clap::{CommandFactory as _, FromArgMatches as _, parser::ValueSource};
 
 use cli::{Cli, Command};
-use export::plain::clean_lines;
+use sanitize::clean_lines;
 
 /// Does what the command line asks for. Errors end up on standard error, and in the exit code.
 #[must_use]

@@ -30,7 +30,6 @@ use crate::{
         endpoint, flame, json,
         live::{self, Live},
         otlp::{BUFFER, Collector, Due, Push, settings::Settings},
-        plain::clean,
         series::Cap,
         text,
     },
@@ -39,8 +38,9 @@ use crate::{
     kernel::{detach, preflight, rights},
     model::snapshot::Snapshot,
     observation::{Observation, Selection},
+    process::{choice::Choice, criteria::Criteria, ensure_observable},
     profiles,
-    target::{choice::Choice, criteria::Criteria, process::ensure_observable},
+    sanitize::clean,
 };
 
 /// How often targets, listeners and finished threads are looked after.
@@ -76,7 +76,7 @@ pub(crate) fn observe(mut observe: Observe, is_given: impl Fn(&str) -> bool) -> 
         calls: observe.reactor_calls.clone(),
         stall_threshold: observe.stall_threshold,
         capacity: observe.capacity,
-        profiles: profiles::of(&observe.known)?,
+        profiles: profiles::selected(&observe.known)?,
         is_limited: profiles::are_automatic(&observe.known),
     };
     let output = observe.output.clone();
@@ -146,7 +146,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
         .target(Target::Pipe(Box::new(live::Messages)))
         .init();
     let format = format(output);
-    let settings = Settings::find(output)?;
+    let settings = Settings::find(&output.otlp)?;
     ensure_possible(&selection)?;
     heap::keep_little();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -157,10 +157,17 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
         let figures = endpoint.as_ref().and_then(figures);
         // Whoever is told by name is so everywhere.
         let cap = Arc::new(Mutex::new(Cap::at(output.resolution)));
-        let current = Arc::new(Mutex::new(None));
+        // None while observer is turned off.
+        let current = Arc::new(Mutex::new(None::<Arc<Mutex<Observation>>>));
         if let Some(endpoint) = endpoint {
             // It answers from the first time on that nothing else is to be done: while observer waits, or observes.
-            tokio::spawn(endpoint::serve(endpoint, Arc::clone(&current), Arc::clone(&cap)));
+            let current = Arc::clone(&current);
+            let read = move || {
+                let observation = lock(&current).clone();
+                observation
+                    .map_or_else(|| Ok(Snapshot::turned_off()), |observation| lock(&observation).snapshot())
+            };
+            tokio::spawn(endpoint::serve(endpoint, read, Arc::clone(&cap)));
         }
         let mut end = None;
         loop {
@@ -190,7 +197,11 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
                 None
             };
             let mut push =
-                collector.map(|collector| Push::start(collector, &mut observation, Arc::clone(&cap)));
+                collector.map(|collector| Push::start(collector, observation.started(), Arc::clone(&cap)));
+            if let Some(push) = &push {
+                push.ledgers().for_each(|ledger| observation.tell_of(ledger));
+                push.trace_ledger().into_iter().for_each(|ledger| observation.trace(ledger));
+            }
             let observation = Arc::new(Mutex::new(observation));
             *lock(&current) = Some(Arc::clone(&observation));
             // From when there is something to see, and not once more if observer was turned off meanwhile.
@@ -201,7 +212,8 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
             let snapshot = lock(&observation).report()?;
             let reported = if is_off { Ok(()) } else { report(&snapshot, flame.take(), format) };
             if let Some(push) = &mut push {
-                push.push_last(&snapshot, &mut lock(&observation));
+                push_traces(push, &mut lock(&observation), true);
+                push.push_metrics(&snapshot);
             }
             if is_off {
                 // Out of the kernel at once, whatever the collector does.
@@ -436,7 +448,10 @@ async fn until_over(
             }
             _ = watch.tick() => lock(observation).watch()?,
             quit = until_quit(&mut view) => return quit.map(|()| End::Over),
-            (push, due) = until_due(push) => push.push(due, &mut lock(observation))?,
+            (push, due) = until_due(push) => match due {
+                Due::Metrics => push.push_metrics(&lock(observation).snapshot()?),
+                Due::Traces => push_traces(push, &mut lock(observation), false),
+            },
             _ = housekeeping.tick() => {
                 if controls.kill_switch.as_deref().is_some_and(Path::exists) {
                     return Ok(End::TurnedOff);
@@ -471,6 +486,12 @@ async fn until_due(push: &mut Option<Push>) -> (&mut Push, Due) {
         }
         None => pending().await,
     }
+}
+
+/// Queues spans of what has happened since the last time.
+fn push_traces(push: &mut Push, observation: &mut Observation, are_last: bool) {
+    let events = observation.events();
+    push.push_traces(events, observation.live(), |pid| observation.process(pid), are_last);
 }
 
 /// Whoever panicked with the lock in hand has left nothing half done that matters to others.

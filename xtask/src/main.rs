@@ -1,28 +1,29 @@
 //! `cargo xtask`: everything about this repository that is not plain `cargo build`.
-//! One subcommand each; the modules below hold the work, this file only the command line.
+//! One subcommand each; the modules below hold the work, this file only the command line. A module uses only those declared
+//! before it.
 
-mod bench;
+mod workspace;
+mod shell;
+mod pins;
+mod packages;
+mod toolchain;
+mod python;
+mod observer;
+mod results;
+mod report;
 mod dashboards;
-mod dependencies;
-mod dist;
 mod documents;
+mod dependencies;
+mod manifests;
+mod dist;
+mod bench;
 mod fuzz;
-mod guest;
 mod image;
 mod kernel;
-mod manifests;
-mod nextest;
-mod observer;
-mod packages;
-mod pins;
-mod python;
-mod report;
-mod results;
-mod shell;
-mod suite;
-mod toolchain;
+mod guest;
 mod vm;
-mod workspace;
+mod nextest;
+mod suite;
 
 use std::process::ExitCode;
 

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use observer_common::{block::Block, listener::NAME};
 
-use super::{LAYOUT, load, offset, probe};
+use super::access::{LAYOUT, load, offset, probe};
 
 const TCP: u16 = 6;
 pub(crate) const AF_UNIX: u16 = 1;

@@ -4,51 +4,23 @@
 //! Two ways to read: arguments of BTF tracepoints are typed pointers, loaded directly and checked by the
 //! verifier; everything reached from a plain tracepoint goes through `bpf_probe_read_kernel`.
 
+mod access;
 mod file;
 mod ring;
 mod task;
 
-use core::ptr::read_volatile;
-
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_user},
+    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task, bpf_probe_read_user},
     programs::{ProbeContext, TracePointContext},
 };
-use observer_common::layout::{ABSENT, KernelLayout};
+use observer_common::layout::ABSENT;
+
+use access::{LAYOUT, offset, probe};
 
 pub(crate) use file::{AF_UNIX, OpenFile, Sock, Socket, Waiting, iterated};
 pub(crate) use ring::{RingAcceptRequest, RingCompletion, RingWakeup};
 pub(crate) use task::{CallInProgress, Off, Task, off, registers_place};
-
-/// Filled in by the loader.
-// SAFETY: a name of our own, for the loader to find.
-#[unsafe(no_mangle)]
-static LAYOUT: KernelLayout = KernelLayout::ZERO;
-
-/// The injected offset of a field; volatile, because the compiler believes in the zero it was built with.
-#[inline(always)]
-fn offset(field: &'static u32) -> usize {
-    // SAFETY: a reference; only the loader ever writes there, before any program runs.
-    unsafe { read_volatile(field) as usize }
-}
-
-/// Loads a field through a pointer whose BTF type the verifier knows.
-///
-/// # Safety
-/// `base` is such a pointer and `offset` that of a `T` in it. A stale pointer reads as zero.
-#[inline(always)]
-unsafe fn load<T: Copy>(base: *const u8, offset: usize) -> T {
-    // SAFETY: by contract.
-    unsafe { read_volatile(base.add(offset).cast()) }
-}
-
-/// Reads a field through any kernel pointer; `None` if it does not point to memory.
-#[inline(always)]
-fn probe<T>(base: *const u8, offset: usize) -> Option<T> {
-    // SAFETY: the helper checks the address.
-    unsafe { bpf_probe_read_kernel(base.wrapping_add(offset).cast()) }.ok()
-}
 
 /// Process and thread id of whoever runs now, as the initial pid namespace has them.
 #[inline(always)]

@@ -6,7 +6,10 @@ use observer_common::{
     ring::{RingKey, RingShape},
 };
 
-use super::{LAYOUT, file::OpenFile, load, offset, probe};
+use super::{
+    access::{LAYOUT, load, offset, probe},
+    file::OpenFile,
+};
 
 /// An accept, among the operations of io_uring.
 const RING_ACCEPT: u8 = 13;

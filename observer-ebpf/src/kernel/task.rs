@@ -3,7 +3,7 @@
 use aya_ebpf::{helpers::bpf_get_current_task, programs::BtfTracePointContext};
 use observer_common::layout::ABSENT;
 
-use super::{LAYOUT, load, offset, probe};
+use super::access::{LAYOUT, load, offset, probe};
 
 /// `__TASK_STOPPED` and `__TASK_TRACED`.
 const STOPPED: u64 = 4 | 8;

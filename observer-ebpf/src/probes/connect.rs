@@ -9,15 +9,11 @@ use aya_ebpf::{
 };
 use observer_common::loss::Loss;
 
-use super::accept;
 use crate::{
     emit::lost,
     kernel::{self, OpenFile, Socket},
+    state::accept_queue,
 };
-
-/// Names of targets' unix listeners, by address in the kernel.
-#[map]
-static UNIX_NAMES: HashMap<u64, u8> = HashMap::with_max_entries(1024, 0);
 
 /// The client's socket of each thread inside a connect call, by thread id.
 #[map]
@@ -31,7 +27,7 @@ fn connect_enter(ctx: TracePointContext) -> u32 {
         let (_, tid) = kernel::current();
         // The acceptor may be faster than the rest of this call.
         let is_noted = CONNECTING.insert(tid, client.address(), u64::from(BPF_ANY)).is_ok()
-            && accept::queue(client.address()).is_ok();
+            && accept_queue::queue(client.address()).is_ok();
         if !is_noted {
             lost(Loss::QueuedFull);
         }
@@ -49,15 +45,9 @@ fn connect_exit(ctx: TracePointContext) -> u32 {
     let _present = CONNECTING.remove(tid);
     let is_connected = kernel::returned(&ctx) == Some(0);
     let name = client.peer().and_then(Socket::unix_name);
-    match name.filter(|&name| is_connected && UNIX_NAMES.get_ptr(name).is_some()) {
-        Some(name) => accept::queue_again(client.address(), name),
-        None => accept::forget(client.address()),
+    match name.filter(|&name| is_connected && accept_queue::is_wanted_unix(name)) {
+        Some(name) => accept_queue::queue_again(client.address(), name),
+        None => accept_queue::forget(client.address()),
     }
     0
-}
-
-/// Makes connections to the listener of this name worth a time stamp.
-#[inline(always)]
-pub(super) fn want(name: u64) {
-    let _full_means_unknown_waits = UNIX_NAMES.insert(name, 1, u64::from(BPF_ANY));
 }

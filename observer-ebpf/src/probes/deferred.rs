@@ -4,27 +4,30 @@
 use core::ptr::read_volatile;
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    bindings::BPF_ANY,
     helpers::{bpf_ktime_get_ns, bpf_probe_read_user_str_bytes},
     macros::{map, uprobe},
-    maps::{Array, HashMap, RingBuf},
+    maps::{Array, HashMap},
     programs::ProbeContext,
 };
 use observer_common::{
     deferred::{
-        Action, CLASSES as MOST_CLASSES, Class, ClassKey, HOOKS as MOST_HOOKS, Hook, Link, Place,
-        RECIPES as MOST_RECIPES, REQUEST_ID_STEPS, Recipe, Step, ThreadLocal, UNITS as MOST, Unit, UnitKey,
-        Verb, Work,
+        Action, ClassKey, HOOKS as MOST_HOOKS, Hook, Place, RECIPES as MOST_RECIPES, REQUEST_ID_STEPS,
+        Recipe, Step, ThreadLocal, Unit, UnitKey, Verb, Work,
     },
     loss::Loss,
     origin::Origin,
 };
 
-use super::origin;
 use crate::{
-    context,
     emit::{add, lost, record},
-    kernel, work,
+    kernel,
+    state::{
+        requests,
+        tasks::{NEW_UNIT, UNITS, end, end_if_once, figures, parent, turn_from},
+        work,
+    },
+    trace_context,
 };
 
 /// What it means to come to a place, by process and address; kept by the loader.
@@ -34,27 +37,6 @@ static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MOST_HOOKS, 0);
 /// How to read places; kept by the loader.
 #[map]
 static RECIPES: Array<Recipe> = Array::with_max_entries(MOST_RECIPES, 0);
-
-/// Deferred work in flight.
-#[map]
-static UNITS: HashMap<UnitKey, Unit> = HashMap::with_max_entries(MOST, 0);
-
-/// Figures by kind of work. For each process the loader makes an entry for those that find no room.
-#[map]
-static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSES, 0);
-
-/// Deferred work that is over, of requests.
-#[map]
-static LINKS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
-
-/// Kinds of work that were met for the first time. What they are called is to be found out at once: what tells may be
-/// elsewhere soon. Where one finds no room here it is asked for later.
-#[map]
-static KINDS: RingBuf = RingBuf::with_byte_size(4096, 0);
-
-/// What new entries start from: too large for the stack.
-static NEW: Class = Class::EMPTY;
-static NEW_UNIT: Unit = Unit::EMPTY;
 
 #[uprobe]
 fn deferred(ctx: ProbeContext) -> u32 {
@@ -156,7 +138,7 @@ impl At<'_> {
         }
         let unit = UNITS.get_ptr_mut(key)?;
         let current = work::current(self.tid);
-        let origin = origin::kept(key.tgid, &current.origin);
+        let origin = requests::kept(key.tgid, &current.origin);
         let class =
             self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 });
         // SAFETY: a live map value that nobody else knows of yet.
@@ -170,7 +152,7 @@ impl At<'_> {
             (*unit).outer = current;
             let pointer = read_volatile(&raw const (*self.recipe).context);
             if pointer != ThreadLocal::NONE
-                && let Some(context) = context::published(pointer)
+                && let Some(context) = trace_context::published(pointer)
             {
                 (*unit).context = context;
             }
@@ -208,7 +190,7 @@ impl At<'_> {
         // SAFETY: a live map value; work is done by one thread at a time.
         unsafe {
             if (*unit).class.naming == ClassKey::SAME_WORK {
-                let origin = origin::present(key.tgid, &(*unit).origin);
+                let origin = requests::present(key.tgid, &(*unit).origin);
                 work::turn_to(self.tid, &Work { origin, ..(*unit).outer }, self.now);
                 return Some(());
             }
@@ -221,7 +203,7 @@ impl At<'_> {
                 (*unit).outer = if before.unit == 0 { Work::NONE } else { before };
             }
             (*unit).once = self.flags & Hook::ONCE;
-            let own = origin::present(key.tgid, &(*unit).origin);
+            let own = requests::present(key.tgid, &(*unit).origin);
             let origin = if own.inode == 0 { has_read } else { own };
             work::turn_to(self.tid, &Work { origin, unit: (*unit).id, key, since_ns: 0 }, self.now);
         }
@@ -344,111 +326,6 @@ impl At<'_> {
         let found = unsafe { follow((&raw const (*self.recipe).class).cast(), CLASS, self.ctx) };
         found.value().map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
     }
-}
-
-/// The piece that puts off another one for this origin, if it is due to the same request; 0 if it serves a connection,
-/// whose requests come and go.
-#[inline(always)]
-fn parent(current: &Work, origin: &Origin) -> u64 {
-    match UNITS.get_ptr(current.key) {
-        // SAFETY: a live map value; what is read never changes.
-        Some(unit) if unsafe { (*unit).id == current.unit && (*unit).origin.request == origin.request } => {
-            current.unit
-        }
-        _ => 0,
-    }
-}
-
-/// The current thread works for nobody from here on: its slice has ended, or the runtime says so.
-#[inline(always)]
-pub(super) fn turn_from(tid: u32, now: u64) {
-    let current = work::current(tid);
-    if current.unit != 0
-        && let Some(unit) = UNITS.get_ptr_mut(current.key)
-    {
-        // SAFETY: a live map value; only this thread works on it.
-        unsafe {
-            if (*unit).id == current.unit {
-                (*unit).left_ns = now;
-            }
-        }
-    }
-    work::turn_to(tid, &Work::NONE, now);
-    end_if_once(&current.key, now);
-}
-
-/// Ends work that nothing else ends.
-#[inline(always)]
-fn end_if_once(key: &UnitKey, now: u64) {
-    if let Some(unit) = UNITS.get_ptr_mut(*key) {
-        // SAFETY: a live map value; only this thread works on it.
-        let is_over = unsafe { (*unit).once != 0 && (*unit).started_ns != 0 };
-        if is_over {
-            end(unit, key, now);
-        }
-    }
-}
-
-/// A piece of work is over.
-#[inline(always)]
-fn end(unit: *mut Unit, key: &UnitKey, now: u64) {
-    // SAFETY: a live map value, that nobody works on any more; figures are counted in atomically.
-    unsafe {
-        if (*unit).class.naming == ClassKey::SAME_WORK {
-            let _present = UNITS.remove(key);
-            return;
-        }
-        let has_started = (*unit).started_ns != 0;
-        if let Some(class) = figures(&(*unit).class) {
-            if has_started {
-                add(&raw mut (*class).finished, 1);
-                record(&raw mut (*class).run, (*unit).left_ns.saturating_sub((*unit).started_ns));
-            } else {
-                add(&raw mut (*class).orphaned, 1);
-                add(&raw mut (*class).pending, u64::MAX);
-                if (*unit).class.naming == 0 {
-                    add(&raw mut (*class).enqueued, 1);
-                }
-            }
-        }
-        if (*unit).origin.request != 0 {
-            if let Some(mut entry) = LINKS.reserve::<Link>(0) {
-                let link = entry.as_mut_ptr();
-                (*link).id = (*unit).id;
-                (*link).parent = (*unit).parent;
-                (*link).request = (*unit).origin.request;
-                (*link).class = (*unit).class;
-                (*link).queued_ns = (*unit).queued_ns;
-                (*link).started_ns = (*unit).started_ns;
-                (*link).ended_ns = if has_started { (*unit).left_ns } else { now };
-                (*link).context = (*unit).context;
-                (*link).request_id = (*unit).request_id;
-                entry.submit(u64::from(BPF_RB_NO_WAKEUP));
-            } else {
-                lost(Loss::LinksFull);
-            }
-        }
-    }
-    let _present = UNITS.remove(key);
-}
-
-/// Figures of a class, made if there are none; those of all others if there is no room.
-#[inline(always)]
-#[expect(
-    clippy::needless_borrows_for_generic_args,
-    reason = "by value it would be copied to the stack first"
-)]
-fn figures(key: &ClassKey) -> Option<*mut Class> {
-    if let Some(class) = CLASSES.get_ptr_mut(*key) {
-        return Some(class);
-    }
-    if CLASSES.insert(*key, &NEW, u64::from(BPF_NOEXIST)).is_ok() {
-        let _no_room = KINDS.output::<ClassKey>(key, u64::from(BPF_RB_FORCE_WAKEUP));
-    }
-    CLASSES.get_ptr_mut(*key).or_else(|| {
-        lost(Loss::ClassesFull);
-        CLASSES.get_ptr_mut(ClassKey { value: 0, naming: ClassKey::OTHERS, ..*key })
-    })
 }
 
 /// Takes steps from the registers of the current thread on.

@@ -4,29 +4,21 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
     helpers::bpf_ktime_get_ns,
     macros::{map, raw_tracepoint, tracepoint},
-    maps::{HashMap, ProgramArray},
+    maps::ProgramArray,
     programs::{RawTracePointContext, TracePointContext},
 };
-use observer_common::{
-    listener::{Listener, Queue},
-    loss::Loss,
-};
+use observer_common::listener::Queue;
 
-use super::{accept, connect, process};
 use crate::{
-    emit::lost,
     kernel::{self, AF_UNIX, OpenFile, Socket, Waiting},
+    state::{
+        accept_queue,
+        listeners::{inherit, listener_of, listener_with},
+        targets,
+    },
 };
-
-/// Listeners of targets, by inode number of the socket.
-#[map]
-static LISTENERS: HashMap<u64, Listener> = HashMap::with_max_entries(1024, 0);
-
-/// What a new entry starts from: too large for the stack.
-static NEW: Listener = Listener::EMPTY;
 
 /// Where a walk goes on, in the only place: [`look_on`].
 #[map]
@@ -40,7 +32,7 @@ const STEP: u32 = 32;
 #[tracepoint]
 fn listen_enter(ctx: TracePointContext) -> u32 {
     let (tgid, _) = kernel::current();
-    if (process::is_target(tgid) || process::comes_up_again(tgid))
+    if (targets::is_target(tgid) || targets::comes_up_again(tgid))
         && let Some(file) = kernel::fd_argument(&ctx).and_then(OpenFile::of)
     {
         let _no_room = listener_of(file, tgid);
@@ -53,7 +45,7 @@ fn listen_enter(ctx: TracePointContext) -> u32 {
 #[unsafe(no_mangle)]
 fn find_listeners(ctx: *mut c_void) -> i32 {
     if let Some((tgid, file)) = kernel::iterated(ctx)
-        && process::is_target(tgid)
+        && targets::is_target(tgid)
         && file.socket().is_some_and(Socket::listens)
     {
         inherit(file, tgid);
@@ -65,7 +57,7 @@ fn find_listeners(ctx: *mut c_void) -> i32 {
 #[raw_tracepoint(tracepoint = "sys_enter")]
 fn look(ctx: RawTracePointContext) -> i32 {
     let inode: u64 = ctx.arg(0);
-    if let Some(listener) = LISTENERS.get_ptr_mut(inode) {
+    if let Some(listener) = listener_with(inode) {
         // SAFETY: a live map value; only looks write `queue`, and the loader takes one at a time.
         unsafe {
             match Socket::still_at((*listener).sk, inode) {
@@ -84,7 +76,7 @@ fn look(ctx: RawTracePointContext) -> i32 {
 /// Goes on where [`look`] or itself has left off, with the same argument, as often as the kernel allows.
 #[raw_tracepoint(tracepoint = "sys_enter")]
 fn look_on(ctx: RawTracePointContext) -> i32 {
-    if let Some(listener) = LISTENERS.get_ptr_mut(ctx.arg::<u64>(0)) {
+    if let Some(listener) = listener_with(ctx.arg(0)) {
         // SAFETY: as in `look`, of which this is a part.
         unsafe {
             if step(&raw mut (*listener).queue) {
@@ -93,64 +85,6 @@ fn look_on(ctx: RawTracePointContext) -> i32 {
         }
     }
     0
-}
-
-/// The entry of the listener behind a file, made if there is none.
-#[inline(always)]
-#[expect(
-    clippy::needless_borrows_for_generic_args,
-    reason = "by value it would be copied to the stack first"
-)]
-pub(super) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listener)> {
-    let inode = file.inode()?;
-    if let Some(listener) = LISTENERS.get_ptr_mut(inode) {
-        return Some((inode, listener));
-    }
-    let socket = file.socket()?;
-    // Fails as well if another thread has made it meanwhile, which is fine.
-    let _full = LISTENERS.insert(inode, &NEW, u64::from(BPF_NOEXIST));
-    let Some(listener) = LISTENERS.get_ptr_mut(inode) else {
-        lost(Loss::ListenersFull);
-        return None;
-    };
-    // SAFETY: a live map value; whoever else makes it at the same time writes the same.
-    unsafe {
-        (*listener).family = socket.family()?;
-        (*listener).sk = socket.address();
-        (*listener).owner = tgid;
-        (*listener).since_ns = bpf_ktime_get_ns();
-        (*listener).netns = socket.netns()?;
-        let length = socket.name(&mut (*listener).name)?;
-        if socket.is_unix() {
-            (*listener).port = length;
-            (*listener).unix_name = socket.unix_name()?;
-            connect::want((*listener).unix_name);
-        } else {
-            (*listener).port = socket.port()?;
-            accept::want((*listener).netns, (*listener).port, inode);
-        }
-    }
-    Some((inode, listener))
-}
-
-/// Makes the entry of a listener, or hands it on to this process if the one that had it is gone.
-#[inline(always)]
-fn inherit(file: OpenFile, tgid: u32) {
-    if let Some((_, listener)) = listener_of(file, tgid) {
-        // SAFETY: a live map value; the loader walks over files one at a time.
-        unsafe {
-            if !process::is_target((*listener).owner) {
-                (*listener).owner = tgid;
-                (*listener).since_ns = bpf_ktime_get_ns();
-            }
-        }
-    }
-}
-
-/// The entry with this key.
-#[inline(always)]
-pub(super) fn listener_with(inode: u64) -> Option<*mut Listener> {
-    LISTENERS.get_ptr_mut(inode)
 }
 
 /// Fills in the queue of a listener of this family, but for what a walk over it finds. Tells whether there is one to walk over.
@@ -166,8 +100,8 @@ unsafe fn look_at(queue: *mut Queue, socket: Socket, family: u16) -> bool {
         (*queue).limit = socket.limit().unwrap_or(0);
         (*queue).drops = socket.drops().unwrap_or(0);
         if family == AF_UNIX {
-            let first = socket.first_unix_waiting().and_then(|first| accept::queued_as(first, family));
-            (*queue).oldest_ns = first.and_then(accept::arrival_of).unwrap_or(0);
+            let first = socket.first_unix_waiting().and_then(|first| accept_queue::queued_as(first, family));
+            (*queue).oldest_ns = first.and_then(accept_queue::arrival_of).unwrap_or(0);
             return false;
         }
         (*queue).half_open = socket.half_open().unwrap_or(0);
@@ -201,7 +135,7 @@ unsafe fn step(queue: *mut Queue) -> bool {
             place = behind;
         }
         (*queue).rest = place.address();
-        (*queue).oldest_ns = accept::arrival_of(longest.read_volatile()).unwrap_or(0);
+        (*queue).oldest_ns = accept_queue::arrival_of(longest.read_volatile()).unwrap_or(0);
         !place.is_end()
     }
 }

@@ -1,11 +1,11 @@
-//! One file a probe: its maps and its programs, under the name it has on the user side too.
+//! One file a probe: its programs, under the name it has on the user side too.
 
-mod accept;
-mod connect;
-mod deferred;
-mod gc;
-mod listener;
-mod origin;
 mod process;
-pub(crate) mod reactor;
+mod listener;
+mod accept;
 mod ring;
+mod connect;
+mod gc;
+mod reactor;
+mod origin;
+mod deferred;

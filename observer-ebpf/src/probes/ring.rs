@@ -12,10 +12,10 @@ use observer_common::{
     ring::{RingAccept, RingKey},
 };
 
-use super::{accept, listener, process};
 use crate::{
     emit::{add, lost},
     kernel::{self, OpenFile, RingAcceptRequest, RingCompletion, RingWakeup, Socket},
+    state::{accept_queue, listeners, targets},
 };
 
 /// Accepts in flight.
@@ -27,7 +27,7 @@ static RING_ACCEPTS: HashMap<RingKey, RingAccept> = HashMap::with_max_entries(81
 fn ring_submit(ctx: BtfTracePointContext) -> u32 {
     if let Some(request) = RingAcceptRequest::submitted(&ctx) {
         let (tgid, _) = kernel::current();
-        if process::is_target(tgid) {
+        if targets::is_target(tgid) {
             let _gone = submit(&request, tgid);
         }
     }
@@ -40,7 +40,7 @@ fn ring_wakeup(ctx: BtfTracePointContext) -> u32 {
     if let Some(wakeup) = RingWakeup::of(&ctx) {
         // Where the file is not to be known, the completion tells whether a target is meant.
         let inode = match wakeup.file {
-            Some(file) => file.inode().filter(|&inode| listener::listener_with(inode).is_some()),
+            Some(file) => file.inode().filter(|&inode| listeners::listener_with(inode).is_some()),
             None => Some(0),
         };
         if let Some(inode) = inode {
@@ -69,7 +69,7 @@ fn ring_complete(ctx: BtfTracePointContext) -> u32 {
     }
     let (tgid, _) = kernel::current();
     if let Ok(fd) = u32::try_from(completion.result)
-        && process::is_target(tgid)
+        && targets::is_target(tgid)
     {
         let connection = if accept.direct == 0 { OpenFile::of(fd).and_then(OpenFile::socket) } else { None };
         if count(&accept, connection, tgid).is_none() {
@@ -83,7 +83,7 @@ fn ring_complete(ctx: BtfTracePointContext) -> u32 {
 fn submit(request: &RingAcceptRequest, tgid: u32) -> Option<()> {
     let key = request.key()?;
     let file = request.file_at_submission();
-    let inode = file.and_then(|file| listener::listener_of(file, tgid)).map_or(0, |(inode, _)| inode);
+    let inode = file.and_then(|file| listeners::listener_of(file, tgid)).map_or(0, |(inode, _)| inode);
     if let Some(entry) = RING_ACCEPTS.get_ptr_mut(key) {
         // SAFETY: a live map value; the kernel lets one thread at a time work on a ring.
         unsafe {
@@ -108,11 +108,11 @@ fn submit(request: &RingAcceptRequest, tgid: u32) -> Option<()> {
 #[inline(always)]
 fn count(accept: &RingAccept, connection: Option<Socket>, tgid: u32) -> Option<()> {
     let listener = if accept.inode != 0 {
-        listener::listener_with(accept.inode)?
+        listeners::listener_with(accept.inode)?
     } else if accept.request != 0 {
-        listener::listener_of(RingAcceptRequest::known(accept.request).file()?, tgid)?.1
+        listeners::listener_of(RingAcceptRequest::known(accept.request).file()?, tgid)?.1
     } else {
-        listener::listener_with(accept::only_listener_for(connection?)?)?
+        listeners::listener_with(accept_queue::only_listener_for(connection?)?)?
     };
     // SAFETY: a live map value; a lost race between two accepts leaves the lesser of two peaks.
     unsafe {
@@ -120,7 +120,7 @@ fn count(accept: &RingAccept, connection: Option<Socket>, tgid: u32) -> Option<(
         if depth > (*listener).peak {
             (*listener).peak = depth;
         }
-        accept::count(listener, connection, depth, tgid);
+        accept_queue::count(listener, connection, depth, tgid);
     }
     Some(())
 }

@@ -1,7 +1,7 @@
 //! `observer demo`: a server with known misbehaviour, its load, and observer on it.
 
-pub(crate) mod load;
 pub(crate) mod server;
+mod load;
 
 use std::{
     collections::BTreeSet,
@@ -17,11 +17,11 @@ use anyhow::{Context as _, Result};
 use crate::{
     cli::{Format, Output, STALL_THRESHOLD},
     observation::Selection,
-    probes::reactor::Calls,
+    process::choice::Choice,
+    process::wait_call::WaitCall,
     profiles::PROFILES,
     read::capacity::Capacity,
     run::{self, Controls},
-    target::choice::Choice,
 };
 
 const DURATION: Duration = Duration::from_secs(15);
@@ -31,7 +31,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let server = Server::start()?;
     load::start(server.ports)?;
     let pids = BTreeSet::from([server.child.id()]);
-    let calls = Calls::DEFAULT.to_vec();
+    let calls = WaitCall::DEFAULT.to_vec();
     let profiles = PROFILES.clone();
     let selection = Selection {
         pids,

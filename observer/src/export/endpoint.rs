@@ -33,10 +33,7 @@ use tokio::{
 };
 
 use super::{gzip, prometheus, series::Cap};
-use crate::{heap, model::snapshot::Snapshot, observation::Observation};
-
-/// An observation that the endpoint and the main loop share; none while observer is turned off.
-pub(crate) type Shared = Arc<Mutex<Option<Arc<Mutex<Observation>>>>>;
+use crate::{heap, model::snapshot::Snapshot};
 
 /// Most connections at once; one more ends the oldest, which has had the most time.
 pub(crate) const CONNECTIONS: usize = 128;
@@ -62,14 +59,14 @@ const LONG: usize = 256 << 10;
 /// How long to wait when no more connections can be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Answers until it is dropped.
-pub(crate) async fn serve(listener: TcpListener, observation: Shared, cap: Arc<Mutex<Cap>>) {
+/// Answers until it is dropped; `read` takes a snapshot.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    read: impl Fn() -> Result<Snapshot> + Send + Sync + 'static,
+    cap: Arc<Mutex<Cap>>,
+) {
     let routes = routes(move || {
-        let current = observation.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let snapshot = match current {
-            Some(current) => current.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?,
-            None => Snapshot::turned_off(),
-        };
+        let snapshot = read()?;
         let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
         let is_off = snapshot.own.service.is_off;
         let text = prometheus::encode(&snapshot, &mut cap)?;

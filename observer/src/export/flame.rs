@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use inferno::flamegraph::{self, Options};
 
-use super::plain::clean;
+use crate::sanitize::clean;
 use crate::{
     failure::Failure,
     model::snapshot::{Reactor, Snapshot, Target},

@@ -8,7 +8,7 @@ use prometheus::{
 
 use super::series::{Cap, Distribution, Figure, Series};
 use crate::model::{
-    catalog::{Family, Kind},
+    family::{Family, Kind},
     snapshot::Snapshot,
 };
 

@@ -9,7 +9,8 @@ use super::{
     series::{OTHER, SHOWN},
 };
 use crate::model::{
-    catalog::{Kind, Together, families},
+    catalog::families,
+    family::{Kind, Together},
     subject::Subject,
 };
 

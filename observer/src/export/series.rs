@@ -4,7 +4,8 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::model::{
-    catalog::{Family, Kind, Together, Value, families},
+    catalog::families,
+    family::{Family, Kind, Together, Value},
     histogram::Resolution,
     snapshot::Snapshot,
     subject::{Subject, subjects},
@@ -204,11 +205,14 @@ fn key(subject: Subject, labels: &[String]) -> Key {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::live;
-    use crate::model::{
-        deferred::HookFigures,
-        place::Place,
-        snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Split, Target},
+    use crate::{
+        export::live,
+        model::{
+            busy::Split,
+            deferred::HookFigures,
+            place::Place,
+            snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+        },
     };
 
     fn reactor(tid: u32, waits: u64, utilization: f64) -> Reactor {

@@ -4,15 +4,18 @@ use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 
 use anyhow::Result;
 
-use super::{
-    plain::Lines,
-    words::{self, due_to, named, percent, reactor_name, request_name, span},
-};
-use crate::model::{
-    deferred::{Deferred, is_held_up},
-    histogram::Histogram,
-    snapshot::{Gc, LATE, Listener, Look, Reactor, Snapshot, Target},
-    stall::{Cause, Stalls},
+use super::words::{self, due_to, named, percent, reactor_name, request_name, span};
+use crate::{
+    model::{
+        busy::Cause,
+        deferred::{Deferred, is_held_up},
+        frame::Look,
+        histogram::Histogram,
+        lag::LATE,
+        snapshot::{Gc, Listener, Reactor, Snapshot, Target},
+        stall::Stalls,
+    },
+    sanitize::Lines,
 };
 
 /// Functions of a stack that are shown, innermost first: of one that is stuck now, and of one that was.
@@ -413,11 +416,8 @@ fn quantiles(histogram: &Histogram) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::{live::testing, plain::is_shown},
-        *,
-    };
-    use crate::model::snapshot::Missing;
+    use super::*;
+    use crate::{export::live::testing, model::snapshot::Missing, sanitize::is_shown};
 
     fn report(snapshot: &Snapshot) -> String {
         let mut text = Vec::new();

@@ -2,7 +2,7 @@
 
 use observer_common::block::Block;
 
-use crate::model::{place::Place, request::Request, snapshot::Reactor, stall::Cause};
+use crate::model::{busy::Cause, place::Place, request::Request, snapshot::Reactor};
 
 /// Digits of a container's id that are enough for people, as `docker ps` shows it.
 const SHORT_ID: usize = 12;

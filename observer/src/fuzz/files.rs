@@ -7,7 +7,7 @@ use memmap2::MmapOptions;
 use object::elf::{PF_R, PF_X, PT_LOAD};
 use observer_common::deferred::register;
 
-use super::{choice, file, number};
+use super::input::{choice, file, number};
 use crate::stacks::{
     code::Chain,
     elf::{Elf, is_meant},

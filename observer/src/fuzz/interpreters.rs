@@ -1,6 +1,6 @@
 //! Memory of observed processes, as far as interpreters keep their data there.
 
-use super::{choice, file, number};
+use super::input::{choice, file, number};
 use crate::{
     model::frame::Frame,
     stacks::{

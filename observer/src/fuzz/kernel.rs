@@ -10,7 +10,7 @@ use observer_common::{
     reactor::Stall,
 };
 
-use super::number;
+use super::input::number;
 use crate::{
     kernel::{
         btf::Btf,
@@ -18,8 +18,8 @@ use crate::{
     },
     model::{histogram::Histogram, lag::Prober},
     probes::{deferred, listener, origin, reactor},
-    profiles::Naming,
     read::reactors::Raw,
+    stacks::naming::Naming,
 };
 
 /// Types of a kernel.

@@ -9,7 +9,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{choice, number};
+use super::input::{choice, number};
 use crate::{export::endpoint, export::otlp, model::request::Head};
 
 /// The beginning of a request, behind how many bytes were read at once.

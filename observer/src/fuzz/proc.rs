@@ -9,12 +9,12 @@ use procfs::{
     process::{Stat, Status},
 };
 
-use super::{choice, files::names};
+use super::{files::names, input::choice};
 use crate::{
     kernel::tracefs,
-    probes::reactor::Calls,
+    process::wait_call::WaitCall,
+    process::{container, criteria, drops, identity, pod, wait_call},
     stacks::{interpreter::innermost_id, mappings::Mappings, mappings::module_name, now},
-    target::{calls, container, criteria, drops, identity, pod},
 };
 
 /// One of these texts, behind which one it is.
@@ -73,12 +73,12 @@ fn cgroups(bytes: &[u8]) {
 }
 
 fn syscall(text: &str) {
-    let all = [Calls::Epoll, Calls::IoUring, Calls::Poll, Calls::Select];
+    let all = [WaitCall::Epoll, WaitCall::IoUring, WaitCall::Poll, WaitCall::Select];
     let memory = |at: u64, into: &mut [u8]| {
         into.fill(at.to_le_bytes()[0]);
         (at < 1 << 47).then_some(())
     };
-    let _ = calls::parse(text, &all, memory);
+    let _ = wait_call::parse(text, &all, memory);
     if let Some(registers) = now::blocked_at(text, 5) {
         assert_eq!(registers.bp, 5);
     }

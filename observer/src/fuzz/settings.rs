@@ -6,7 +6,7 @@ use crate::{
     config::Config,
     export::otlp::settings as otlp,
     failure::understand,
-    profiles::{OwnHook, Profile, Steps, Test},
+    profiles::{Profile, Steps, Test, generic::OwnHook},
 };
 
 /// Most pointers that an expression may follow.

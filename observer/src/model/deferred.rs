@@ -4,7 +4,11 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use super::{histogram::Histogram, request::Request, snapshot::LATE};
+use super::{
+    histogram::Histogram,
+    lag::LATE,
+    request::{Request, hexadecimal},
+};
 
 /// One kind of deferred work of a process.
 #[derive(Clone, Debug, Serialize)]
@@ -99,10 +103,6 @@ pub(crate) struct TraceContext {
     pub(crate) trace_id: String,
     /// The span in it: 16 digits.
     pub(crate) span_id: String,
-}
-
-pub(super) fn hexadecimal<S: Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&format_args!("{number:016x}"))
 }
 
 fn hexadecimal_or_none<S: Serializer>(number: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -1,4 +1,4 @@
-//! One function on a stack, whatever it was written in.
+//! Stacks: functions, whatever they were written in, and what was seen of a thread at one moment.
 
 use std::fmt;
 
@@ -45,6 +45,35 @@ impl fmt::Display for Frame {
 fn short(path: &str) -> &str {
     let cut = path.rmatch_indices('/').nth(1).map_or(0, |(at, _)| at + 1);
     &path[cut..]
+}
+
+/// What a thread was doing at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Look {
+    /// Its functions, innermost first.
+    pub(crate) frames: Vec<Frame>,
+    /// The kernel's functions that they had called, innermost first, where those are known.
+    pub(crate) kernel: Vec<String>,
+    /// Why some or all are missing; `None` if none is.
+    pub(crate) missing: Option<String>,
+}
+
+impl Look {
+    /// Nothing was seen, and why.
+    pub(crate) fn missing(why: impl Into<String>) -> Self {
+        Self { frames: Vec::new(), kernel: Vec::new(), missing: Some(why.into()) }
+    }
+
+    /// Whether another look saw the same functions, on whatever lines.
+    pub(crate) fn is_alike(&self, other: &Self) -> bool {
+        are_alike(&self.frames, &other.frames) && self.missing == other.missing
+    }
+}
+
+/// Whether two stacks are the same functions; a loop is met in many of its lines.
+fn are_alike(one: &[Frame], other: &[Frame]) -> bool {
+    let parts = |frame: &Frame| (frame.function.clone(), frame.module.clone(), frame.file.clone());
+    one.len() == other.len() && one.iter().zip(other).all(|(a, b)| parts(a) == parts(b))
 }
 
 #[cfg(test)]

@@ -11,6 +11,9 @@ const PROBE_NS: u64 = 1_000_000;
 /// The same in seconds: what each count of a lag's histogram stands for.
 pub(crate) const PROBE_SECONDS: f64 = 0.001;
 
+/// Lag from here on is noticed by people: the design's default threshold of a stall, in seconds.
+pub(crate) const LATE: f64 = 0.050;
+
 /// A reactor's figures that its lag follows from, each only growing.
 #[derive(Clone, Copy)]
 pub(crate) struct Observed<'a> {

@@ -2,7 +2,7 @@
 //! Part of the catalog.
 
 use super::{
-    catalog::{Family, Kind, Together, Value, count},
+    family::{Family, Kind, Together, Value, count},
     subject::{SOURCE, live, source_labels},
 };
 

@@ -3,9 +3,7 @@
 
 use std::sync::OnceLock;
 
-use serde::Serialize;
-
-use super::deferred::hexadecimal;
+use serde::{Serialize, Serializer};
 
 /// Most headers of a request that are looked at.
 const HEADERS: usize = 64;
@@ -34,6 +32,10 @@ pub(crate) struct Request {
     /// W3C trace context, if there is a valid one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) traceparent: Option<String>,
+}
+
+pub(super) fn hexadecimal<S: Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{number:016x}"))
 }
 
 /// What the beginning of a request says.

@@ -1,22 +1,17 @@
 //! Everything known at one moment. Serialized as it stands, it is the JSON report `observer.report/1`.
 
-use observer_common::{
-    block::Block,
-    listener::{DEPTHS, depth_bound},
-};
+use observer_common::listener::{DEPTHS, depth_bound};
 use serde::Serialize;
 
 use super::{
+    busy::Split,
     deferred::{Deferred, HookFigures},
     delivery::Delivery,
-    frame::Frame,
+    frame::Look,
     histogram::Histogram,
     place::Place,
-    stall::{Cause, Stalls, are_alike},
+    stall::Stalls,
 };
-
-/// From here on people notice: the design's default threshold of a stall, in seconds.
-pub(crate) const LATE: f64 = 0.050;
 
 /// Name and version of the report's shape.
 pub(crate) const SCHEMA: &str = "observer.report/1";
@@ -195,94 +190,6 @@ pub(crate) struct Reactor {
     pub(crate) stalls: Stalls,
     /// Whether the thread is gone.
     pub(crate) exited: bool,
-}
-
-/// What a thread was doing at one moment.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Look {
-    /// Its functions, innermost first.
-    pub(crate) frames: Vec<Frame>,
-    /// The kernel's functions that they had called, innermost first, where those are known.
-    pub(crate) kernel: Vec<String>,
-    /// Why some or all are missing; `None` if none is.
-    pub(crate) missing: Option<String>,
-}
-
-impl Look {
-    /// Nothing was seen, and why.
-    pub(crate) fn missing(why: impl Into<String>) -> Self {
-        Self { frames: Vec::new(), kernel: Vec::new(), missing: Some(why.into()) }
-    }
-
-    /// Whether another look saw the same functions, on whatever lines.
-    pub(crate) fn is_alike(&self, other: &Self) -> bool {
-        are_alike(&self.frames, &other.frames) && self.missing == other.missing
-    }
-}
-
-/// Where a reactor's busy time went, in seconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub(crate) struct Split {
-    /// On a CPU.
-    pub(crate) cpu: f64,
-    /// Runnable, waiting for a CPU.
-    pub(crate) runqueue: f64,
-    /// Blocked.
-    pub(crate) blocked: Blocked,
-    /// Of all these, what went into garbage collections.
-    pub(crate) gc: f64,
-}
-
-impl Split {
-    /// The part that went to one cause.
-    pub(crate) const fn of(&self, cause: Cause) -> f64 {
-        match cause {
-            Cause::Cpu => self.cpu,
-            Cause::Runqueue => self.runqueue,
-            Cause::Blocked(Block::Lock) => self.blocked.lock,
-            Cause::Blocked(Block::Disk) => self.blocked.disk,
-            Cause::Blocked(Block::Network) => self.blocked.network,
-            Cause::Blocked(Block::Sleep) => self.blocked.sleep,
-            Cause::Blocked(Block::PageFault) => self.blocked.page_fault,
-            Cause::Blocked(Block::Other) => self.blocked.other,
-            Cause::Gc => self.gc,
-        }
-    }
-
-    /// Adds another's parts.
-    pub(crate) fn add(&mut self, other: &Self) {
-        self.cpu += other.cpu;
-        self.runqueue += other.runqueue;
-        self.blocked.lock += other.blocked.lock;
-        self.blocked.disk += other.blocked.disk;
-        self.blocked.network += other.blocked.network;
-        self.blocked.sleep += other.blocked.sleep;
-        self.blocked.page_fault += other.blocked.page_fault;
-        self.blocked.other += other.blocked.other;
-        self.gc += other.gc;
-    }
-
-    /// All parts together.
-    pub(crate) fn total(&self) -> f64 {
-        Cause::PARTS.into_iter().map(|cause| self.of(cause)).sum()
-    }
-}
-
-/// Blocked time by what it blocked in, in seconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub(crate) struct Blocked {
-    /// In another thread's or process's way: a futex, a file lock, a semaphore, the lock of an address space.
-    pub(crate) lock: f64,
-    /// In a file system.
-    pub(crate) disk: f64,
-    /// On a socket.
-    pub(crate) network: f64,
-    /// Asleep, of its own will.
-    pub(crate) sleep: f64,
-    /// For memory that had to be read first.
-    pub(crate) page_fault: f64,
-    /// In anything else: a pipe, a child process, a terminal; or stopped by a signal.
-    pub(crate) other: f64,
 }
 
 /// About observer itself.

@@ -2,13 +2,12 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use observer_common::block::Block;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::{
-    frame::Frame,
+    busy::{Cause, Split},
+    frame::Look,
     request::Request,
-    snapshot::{Look, Split},
 };
 
 /// Places in the code that are told apart, for each reactor; beyond that they are one, without frames.
@@ -16,81 +15,6 @@ const SITES: usize = 64;
 
 /// The latest stalls that are kept one by one, for each reactor.
 const RECENT: usize = 64;
-
-/// What took most of a stall.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cause {
-    /// It ran.
-    Cpu,
-    /// It could have run, but others did.
-    Runqueue,
-    /// It waited for something.
-    Blocked(Block),
-    /// It, or another thread in its way, collected garbage: a part of the others.
-    Gc,
-}
-
-impl Cause {
-    /// Those that add up to the whole, in the order in which they are shown.
-    pub(crate) const PARTS: [Self; 8] = [
-        Self::Cpu,
-        Self::Runqueue,
-        Self::Blocked(Block::Lock),
-        Self::Blocked(Block::Disk),
-        Self::Blocked(Block::Network),
-        Self::Blocked(Block::Sleep),
-        Self::Blocked(Block::PageFault),
-        Self::Blocked(Block::Other),
-    ];
-
-    /// All of them.
-    pub(crate) fn all() -> impl Iterator<Item = Self> {
-        Self::PARTS.into_iter().chain([Self::Gc])
-    }
-
-    /// The largest part, with collections taken out of the time on a CPU.
-    pub(crate) fn of(split: &Split) -> Self {
-        let own = |cause: Self| match cause {
-            Self::Cpu => split.cpu - split.gc,
-            other => split.of(other),
-        };
-        Self::all().max_by(|a, b| own(*a).total_cmp(&own(*b))).expect("there are causes")
-    }
-
-    /// As labels and reports have it.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Runqueue => "runqueue",
-            Self::Blocked(Block::Lock) => "lock",
-            Self::Blocked(Block::Disk) => "disk",
-            Self::Blocked(Block::Network) => "network",
-            Self::Blocked(Block::Sleep) => "sleep",
-            Self::Blocked(Block::PageFault) => "page_fault",
-            Self::Blocked(Block::Other) => "other",
-            Self::Gc => "gc",
-        }
-    }
-
-    /// What the scheduler makes of it: `cpu`, `runqueue` or `blocked`. Collections compute, most of the time.
-    pub(crate) const fn state(self) -> &'static str {
-        match self {
-            Self::Cpu | Self::Gc => "cpu",
-            Self::Runqueue => "runqueue",
-            Self::Blocked(_) => "blocked",
-        }
-    }
-
-    fn index(self) -> usize {
-        Self::all().position(|cause| cause == self).expect("one of all")
-    }
-}
-
-impl Serialize for Cause {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
-}
 
 /// One stall.
 #[derive(Clone, Debug, Serialize)]
@@ -252,15 +176,10 @@ impl Stalls {
     }
 }
 
-/// Whether two stacks are the same functions; a loop is met in many of its lines.
-pub(crate) fn are_alike(one: &[Frame], other: &[Frame]) -> bool {
-    let parts = |frame: &Frame| (frame.function.clone(), frame.module.clone(), frame.file.clone());
-    one.len() == other.len() && one.iter().zip(other).all(|(a, b)| parts(a) == parts(b))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::frame::Frame;
 
     fn stall(seconds: f64, split_seconds: Split) -> Stall {
         let cause = Cause::of(&split_seconds);

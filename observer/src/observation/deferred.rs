@@ -27,18 +27,19 @@ use crate::{
         deferred::{self, Attached, Shared},
         origin,
     },
-    profiles::{self, Naming},
-    read::{
-        capacity::Capacity,
-        maps::{Maps, entries, insert_new},
-    },
-    stacks::{mappings::Mappings, naming::Names},
-    target::{
+    process::{
         connections, context,
         hooks::{Copy, Finder},
-        process::is_there,
+        is_there,
         runtime::{Runtime, Runtimes},
     },
+    profiles,
+    read::{
+        capacity::Capacity,
+        entries::{entries, insert_new},
+        maps::Maps,
+    },
+    stacks::{mappings::Mappings, naming::Naming, task_names::TaskNames},
 };
 
 /// How often a process without a runtime, or without trace contexts, is looked at: its loader may not have been done.
@@ -69,7 +70,7 @@ pub(super) struct Follower {
     /// Whether the kernel has taken the programs; `None` while nobody needs them.
     loaded: Option<Result<(), String>>,
     shared: Shared,
-    names: Names,
+    names: TaskNames,
     /// How many spaces of keys have been given out.
     spaces: u32,
     requests: Requests,

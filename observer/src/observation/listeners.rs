@@ -19,11 +19,11 @@ use crate::{
         self, Types, When,
         listener::{self, Before},
     },
-    read::maps::{NO_EXIST, entries},
-    target::{
+    process::{
+        self,
         drops::{self, ListenDrops},
-        process,
     },
+    read::entries::{NO_EXIST, entries},
 };
 
 /// How often to look at listeners until none drops connections between that and a look at its namespace's counters.

@@ -29,21 +29,12 @@ use crate::{
     probes::{
         self, Types, When,
         gc::{self, Collectors},
-        listener,
-        reactor::{self, Calls},
+        listener, reactor,
     },
+    process::{self, Process, choice::Choice, drops::ListenDrops, runtime::Runtimes, wait_call::WaitCall},
     profiles::{self, Profile},
-    read::{
-        capacity::Capacity,
-        maps::{Maps, entries},
-    },
+    read::{capacity::Capacity, entries::entries, maps::Maps},
     stacks::watch::Watcher,
-    target::{
-        choice::Choice,
-        drops::ListenDrops,
-        process::{self, Process},
-        runtime::Runtimes,
-    },
 };
 
 use deferred::{Figures, Follower};
@@ -69,7 +60,7 @@ pub(crate) struct Selection {
     /// Whether their children are observed as well, those of the past and of the future.
     pub(crate) follow: bool,
     /// Calls that count as waits for events.
-    pub(crate) calls: Vec<Calls>,
+    pub(crate) calls: Vec<WaitCall>,
     /// From which length on a slice is a stall.
     pub(crate) stall_threshold: Duration,
     /// How much there is room for.
@@ -99,7 +90,7 @@ pub(crate) struct Observation {
     service: Service,
     follow: bool,
     /// Calls that count as waits for events.
-    waits: Vec<Calls>,
+    waits: Vec<WaitCall>,
     attached_ns: u64,
     /// What the maps take of the kernel's memory, in bytes.
     map_memory: u64,

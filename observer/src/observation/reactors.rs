@@ -16,13 +16,13 @@ use crate::{
         trace::What,
     },
     probes::reactor,
-    read::{
-        maps::insert_new,
-        reactors::{InSlice, Raw},
+    process::{
+        self,
+        wait_call::{self, Call},
     },
-    target::{
-        calls::{self, Call},
-        process,
+    read::{
+        entries::insert_new,
+        reactors::{InSlice, Raw},
     },
 };
 
@@ -47,7 +47,7 @@ impl Observation {
     /// happens meanwhile the programs see themselves: their entries win.
     pub(super) fn adopt_calls(&mut self, pids: BTreeSet<u32>) -> Result<()> {
         for pid in pids {
-            for (tid, call) in calls::blocked_in(pid, &self.waits) {
+            for (tid, call) in wait_call::blocked_in(pid, &self.waits) {
                 let has_room = match call {
                     Call::Wait { .. } if self.maps.reactors.get(tid).is_some() => true,
                     Call::Wait { kind, set } => {

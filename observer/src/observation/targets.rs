@@ -7,8 +7,8 @@ use observer_common::process::Target as RawTarget;
 
 use super::Observation;
 use crate::{
-    read::maps::entries,
-    target::{choice::Choice, process},
+    process::{self, choice::Choice},
+    read::entries::entries,
 };
 
 impl Observation {

@@ -1,6 +1,6 @@
 //! *connect*: when connections to targets' unix sockets began to wait. Its figures stand in the listener's entry.
 
-use super::{Events, Hook, Probe, When};
+use super::probe::{Events, Hook, Probe, When};
 
 pub(super) const PROBE: Probe = Probe {
     name: "connect",

@@ -17,7 +17,11 @@ use observer_common::{
     histogram::Histogram as RawHistogram,
 };
 
-use super::{Events, Hook, Probe, When};
+use super::{
+    attach::{Types, attach},
+    origin,
+    probe::{Events, Hook, Probe, When},
+};
 use crate::{
     kernel::{
         clock,
@@ -27,9 +31,9 @@ use crate::{
         deferred::{Deferred, HookFigures, TraceContext},
         histogram::{Histogram, seconds},
     },
+    process::hooks::Found,
     read::maps::Maps,
     stacks::mappings::FileId,
-    target::hooks::Found,
 };
 
 const PROGRAM: &str = "deferred";
@@ -49,7 +53,7 @@ pub(super) const PROBE: Probe = Probe {
 /// Loads the programs, and attaches those that do not wait for a runtime.
 pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
     uprobe::probe().map_err(|why| anyhow!(why))?;
-    super::attach(ebpf, &super::Types::default(), When::Deferring, &[])?;
+    attach(ebpf, &Types::default(), [&origin::PROBE, &PROBE].into_iter(), &[])?;
     Ok(())
 }
 

@@ -10,7 +10,10 @@ use observer_common::{
     reactor::{Phase, Reactor},
 };
 
-use super::{Events, Hook, Probe, When};
+use super::{
+    attach::{self, Types},
+    probe::{Events, Hook, Probe, When},
+};
 use crate::{
     kernel::{
         detach,
@@ -20,14 +23,14 @@ use crate::{
         histogram::{Histogram, seconds},
         snapshot::{Gc, Missing},
     },
-    read::maps::{Maps, insert_new},
+    process::{
+        is_there,
+        runtime::{Probes, Runtimes, Watch},
+    },
+    read::{entries::insert_new, maps::Maps},
     stacks::{
         mappings::Mappings,
         memory::{Live, Memory as _},
-    },
-    target::{
-        process::is_there,
-        runtime::{Probes, Runtimes, Watch},
     },
 };
 
@@ -221,7 +224,7 @@ impl Process {
 /// Loads the programs.
 fn load(ebpf: &mut Ebpf) -> Result<()> {
     uprobe::probe().map_err(|why| anyhow!(why))?;
-    super::attach(ebpf, &super::Types::default(), When::Collector, &[])?;
+    attach::attach(ebpf, &Types::default(), [&PROBE].into_iter(), &[])?;
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use aya::{
 use nix::libc;
 use observer_common::listener::{Listener as Raw, Queue};
 
-use super::{Events, Hook, Probe, When};
+use super::probe::{Events, Hook, Probe, When};
 use crate::model::{
     histogram::{Histogram, seconds},
     snapshot::{Depths, Listener},

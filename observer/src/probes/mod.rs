@@ -1,92 +1,25 @@
 //! The probes: what each measures, what it hooks, what that costs. [`PROBES`] is the one table; each probe's file
 //! also decodes what its programs leave in their maps.
 
-use std::{
-    collections::HashMap,
-    fs::File,
-    panic::resume_unwind,
-    sync::{Mutex, OnceLock, PoisonError},
-    thread,
-};
-
-use anyhow::{Context as _, Result, anyhow};
-use aya::{
-    Btf, BtfError, Ebpf,
-    programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, TracePoint, UProbe},
-};
-use nix::libc;
-
-use crate::{kernel::tracefs, model::snapshot::Missing};
-
-pub(crate) mod accept;
-pub(crate) mod connect;
-pub(crate) mod deferred;
-pub(crate) mod gc;
-pub(crate) mod listener;
-pub(crate) mod origin;
+mod probe;
+mod attach;
 pub(crate) mod process;
-pub(crate) mod reactor;
+pub(crate) mod listener;
+pub(crate) mod accept;
 pub(crate) mod ring;
+pub(crate) mod connect;
+pub(crate) mod gc;
+pub(crate) mod reactor;
+pub(crate) mod origin;
+pub(crate) mod deferred;
 
-use reactor::Calls;
+use anyhow::Result;
+use aya::Ebpf;
 
-/// A probe.
-pub(crate) struct Probe {
-    /// Name of its file, here and on the kernel side.
-    pub(crate) name: &'static str,
-    /// What it tells.
-    pub(crate) purpose: &'static str,
-    /// First kernel release it runs on.
-    pub(crate) since: &'static str,
-    /// When it is attached.
-    pub(crate) when: When,
-    /// Who pays, and for which events.
-    pub(crate) cost: &'static str,
-    /// Its programs and where they are attached.
-    pub(crate) hooks: &'static [Hook],
-}
+use crate::{model::snapshot::Missing, process::wait_call::WaitCall};
 
-/// What a probe waits for before it is attached: strangers pay for it from then on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum When {
-    /// Nothing.
-    Always,
-    /// A kernel whose tracepoints of io_uring are understood.
-    RingsUnderstood,
-    /// A target that listens on a unix socket.
-    UnixListener,
-    /// A target whose runtime's garbage collector can be probed.
-    Collector,
-    /// A target whose runtime puts work off in a way that is known.
-    Deferring,
-}
-
-/// A program and where it is attached.
-pub(crate) struct Hook {
-    /// Name of the program.
-    pub(crate) program: &'static str,
-    /// Tracepoints it serves.
-    pub(crate) events: Events,
-}
-
-/// Tracepoints of one kind.
-pub(crate) enum Events {
-    /// One whose arguments the verifier knows the types of, by all names it has had, newest first.
-    Btf(&'static [&'static str]),
-    /// Plain ones, as (category, name). The first must be there; others may be missing from a kernel.
-    Plain(&'static [(&'static str, &'static str)]),
-    /// Plain ones of calls that only some event loops wait with, attached where the user says so. Each may be missing.
-    Waits(Calls, &'static [&'static str]),
-    /// None: the program is run when the loader wants it, over everything of this kind.
-    Iterator(&'static str),
-    /// None: the program is run when the loader wants it, with arguments.
-    OnDemand,
-    /// None: the program is attached to places in targets' runtimes, which profiles name.
-    Runtime(&'static str),
-}
-
-/// How much of the verifier's log an error shows.
-const VERIFIER_LINES: usize = 5;
+pub(crate) use attach::Types;
+pub(crate) use probe::{Events, Probe, When};
 
 /// All probes, in the order in which they are attached.
 pub(crate) const PROBES: &[Probe] = &[
@@ -101,151 +34,7 @@ pub(crate) const PROBES: &[Probe] = &[
     deferred::PROBE,
 ];
 
-/// Most programs that the verifier looks at at the same time: it takes a CPU for each.
-const LOADERS: usize = 4;
-
-/// The kernel's types, read when a program needs one, and once: they take tens of megabytes and of milliseconds.
-/// The lock has one loader read them while others wait.
-#[derive(Default)]
-pub(crate) struct Types(OnceLock<Btf>, Mutex<()>);
-
-impl Types {
-    fn get(&self) -> Result<&Btf, ProgramError> {
-        let _one = self.1.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(btf) = self.0.get() {
-            return Ok(btf);
-        }
-        let btf = Btf::from_sys_fs()?;
-        Ok(self.0.get_or_init(|| btf))
-    }
-}
-
-/// Loads and attaches the programs of the probes that wait for this, of waits those for the given calls. Tells which
-/// optional tracepoints the running kernel lacks. What is attached stays so until `ebpf` is dropped.
-pub(crate) fn attach(ebpf: &mut Ebpf, types: &Types, when: When, calls: &[Calls]) -> Result<Vec<Missing>> {
-    let hooks = PROBES.iter().filter(|probe| probe.when == when).flat_map(|probe| probe.hooks);
-    let wanted = hooks.filter(|hook| !matches!(hook.events, Events::Waits(of, _) if !calls.contains(&of)));
-    // All are loaded before the first is attached, so that they begin to watch together.
-    load_all(ebpf, wanted.clone().collect(), types)?;
-    let mut missing = Vec::new();
-    for hook in wanted {
-        let program = program(ebpf, hook)?;
-        match hook.events {
-            Events::Btf(names) => {
-                let program: &mut BtfTracePoint = program.try_into()?;
-                program.attach().with_context(|| format!("cannot attach to {}", names[0]))?;
-            }
-            Events::Plain(events) => {
-                for (n, (category, name)) in events.iter().enumerate() {
-                    attach_plain(program.try_into()?, category, name, n > 0, &mut missing)?;
-                }
-            }
-            Events::Waits(_, names) => {
-                for name in names {
-                    attach_plain(program.try_into()?, "syscalls", name, true, &mut missing)?;
-                }
-            }
-            Events::Iterator(_) | Events::OnDemand | Events::Runtime(_) => {}
-        }
-    }
-    Ok(missing)
-}
-
-/// Loads the programs of these hooks, some at a time: nearly all of a start is the verifier's.
-fn load_all(ebpf: &mut Ebpf, hooks: Vec<&Hook>, types: &Types) -> Result<()> {
-    let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
-    let pairs = hooks.into_iter().map(|hook| {
-        let program = programs.remove(hook.program);
-        Ok((hook, program.with_context(|| format!("no program {}", hook.program))?))
-    });
-    let pairs: Vec<_> = pairs.collect::<Result<_>>()?;
-    let loaders = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(LOADERS)).min(pairs.len());
-    let pairs = Mutex::new(pairs.into_iter());
-    let next = || pairs.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let load_some = || {
-        while let Some((hook, program)) = next() {
-            load(program, hook, types).map_err(|error| rejected(hook, error))?;
-        }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let loaders: Vec<_> = (0..loaders).map(|_| scope.spawn(load_some)).collect();
-        let loaded =
-            loaders.into_iter().map(|loader| loader.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        loaded.collect()
-    })
-}
-
-/// Loads a program for the first of the tracepoint's names that this kernel has.
-fn load_for_first(
-    program: &mut BtfTracePoint,
-    names: &[&'static str],
-    btf: &Btf,
-) -> Result<(), ProgramError> {
-    let (last, newer) = names.split_last().expect("a tracepoint has a name");
-    for name in newer {
-        match program.load(name, btf) {
-            Err(ProgramError::Btf(BtfError::UnknownBtfTypeName { .. })) => {}
-            loaded => return loaded,
-        }
-    }
-    program.load(last, btf)
-}
-
-fn program<'e>(ebpf: &'e mut Ebpf, hook: &Hook) -> Result<&'e mut Program> {
-    ebpf.program_mut(hook.program).with_context(|| format!("no program {}", hook.program))
-}
-
-fn load(program: &mut Program, hook: &Hook, types: &Types) -> Result<(), ProgramError> {
-    match hook.events {
-        Events::Btf(names) => load_for_first(program.try_into()?, names, types.get()?),
-        Events::Iterator(kind) => TryInto::<&mut Iter>::try_into(program)?.load(kind, types.get()?),
-        Events::OnDemand => TryInto::<&mut RawTracePoint>::try_into(program)?.load(),
-        Events::Runtime(_) => TryInto::<&mut UProbe>::try_into(program)?.load(),
-        Events::Plain(_) | Events::Waits(..) => TryInto::<&mut TracePoint>::try_into(program)?.load(),
-    }
-}
-
-/// Attaches to one plain tracepoint; if it is optional and the running kernel lacks it, notes that.
-fn attach_plain(
-    program: &mut TracePoint,
-    category: &str,
-    name: &str,
-    is_optional: bool,
-    missing: &mut Vec<Missing>,
-) -> Result<()> {
-    let event = format!("{category}/{name}");
-    if is_optional && !tracefs::has(&event) {
-        missing.push(Missing { source: event, reason: "this kernel has no such tracepoint".into() });
-        return Ok(());
-    }
-    let attached = program.attach(category, name).map_err(|error| {
-        // The library looks for tracefs each time, and takes it for missing where no file can be opened any more.
-        File::open("/dev/null").map_or_else(anyhow::Error::new, |_| error.into())
-    });
-    attached.with_context(|| format!("cannot attach to {event}")).map(drop)
-}
-
-/// The verifier explains itself at length; the end of it is what matters, the whole of it is for `-v`.
-fn rejected(hook: &Hook, error: ProgramError) -> anyhow::Error {
-    let error = match error {
-        ProgramError::LoadError { io_error, verifier_log } => {
-            let log = verifier_log.to_string();
-            // Else it has let the program pass.
-            let is_the_verifier_s = !matches!(
-                io_error.raw_os_error(),
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EINTR)
-            );
-            if log.trim().is_empty() || !is_the_verifier_s {
-                return anyhow::Error::new(io_error)
-                    .context(format!("the kernel does not take the program {}", hook.program));
-            }
-            log::debug!("the verifier on {}:\n{log}", hook.program);
-            let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
-            let end = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join("\n  ");
-            anyhow!("{io_error}; the verifier's last words (all of them with -v):\n  {end}")
-        }
-        other => other.into(),
-    };
-    error.context(format!("the kernel rejects the program {}", hook.program))
+/// Loads and attaches the programs of the probes that are attached at this time, of waits those for the given calls.
+pub(crate) fn attach(ebpf: &mut Ebpf, types: &Types, when: When, calls: &[WaitCall]) -> Result<Vec<Missing>> {
+    attach::attach(ebpf, types, PROBES.iter().filter(|probe| probe.when == when), calls)
 }

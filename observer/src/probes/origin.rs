@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use super::{Events, Hook, Probe, When};
+use super::probe::{Events, Hook, Probe, When};
 use crate::{
     kernel::clock,
     model::request::{Head, Request},

@@ -1,6 +1,6 @@
 //! *process*: follows targets through fork and exit. Its map is the set of targets itself.
 
-use super::{Events, Hook, Probe, When};
+use super::probe::{Events, Hook, Probe, When};
 
 pub(super) const PROBE: Probe = Probe {
     name: "process",

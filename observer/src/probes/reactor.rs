@@ -1,6 +1,6 @@
 //! *reactor*: threads that wait for events, and what they do between two waits.
 
-use std::{fmt, sync::Arc};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -8,56 +8,26 @@ use aya::{
     maps::{Array, MapData},
     programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
-use clap::ValueEnum;
 use nix::libc;
 use observer_common::{
     block::{Block, NO_CALL},
     reactor::{Habit, Kind, PARTS, Part, Phase, Reactor as Doing, Run, Stall as RawStall},
 };
 
-use super::{Events, Hook, Probe, When};
+use super::probe::{Events, Hook, Probe, When};
 use crate::{
     kernel::{calls, clock},
     model::{
+        busy::{Blocked, Cause, Split},
         histogram::{Histogram, seconds},
         lag::{Observed, Prober},
         request::Request,
-        snapshot::{Blocked, Reactor, Split},
-        stall::{Cause, Stall, Stalls},
+        snapshot::Reactor,
+        stall::{Stall, Stalls},
     },
+    process::{self, wait_call::WaitCall},
     read::reactors::Raw,
-    target::process,
 };
-
-/// Calls that event loops wait with, as people choose among them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Calls {
-    /// epoll_wait, epoll_pwait, epoll_pwait2
-    Epoll,
-    /// io_uring_enter, where it waits for completions
-    #[value(name = "io_uring")]
-    IoUring,
-    /// poll, ppoll
-    Poll,
-    /// select, pselect6
-    Select,
-}
-
-impl Calls {
-    /// Those that hardly anything but an event loop uses.
-    pub(crate) const DEFAULT: [Self; 2] = [Self::Epoll, Self::IoUring];
-}
-
-impl fmt::Display for Calls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Epoll => "epoll",
-            Self::IoUring => "io_uring",
-            Self::Poll => "poll",
-            Self::Select => "select",
-        })
-    }
-}
 
 const FIND_REGISTERS: &str = "find_registers";
 
@@ -75,33 +45,39 @@ pub(super) const PROBE: Probe = Probe {
         Hook {
             program: "epoll_exit",
             events: Events::Waits(
-                Calls::Epoll,
+                WaitCall::Epoll,
                 &["sys_exit_epoll_pwait", "sys_exit_epoll_wait", "sys_exit_epoll_pwait2"],
             ),
         },
-        Hook { program: "uring_exit", events: Events::Waits(Calls::IoUring, &["sys_exit_io_uring_enter"]) },
+        Hook {
+            program: "uring_exit",
+            events: Events::Waits(WaitCall::IoUring, &["sys_exit_io_uring_enter"]),
+        },
         Hook {
             program: "poll_exit",
             // The kernel goes on with an interrupted poll under another name.
             events: Events::Waits(
-                Calls::Poll,
+                WaitCall::Poll,
                 &["sys_exit_poll", "sys_exit_ppoll", "sys_exit_restart_syscall"],
             ),
         },
         Hook {
             program: "select_exit",
-            events: Events::Waits(Calls::Select, &["sys_exit_select", "sys_exit_pselect6"]),
+            events: Events::Waits(WaitCall::Select, &["sys_exit_select", "sys_exit_pselect6"]),
         },
         Hook {
             program: "epoll_enter",
-            events: Events::Waits(Calls::Epoll, &["sys_enter_epoll_pwait", "sys_enter_epoll_wait"]),
+            events: Events::Waits(WaitCall::Epoll, &["sys_enter_epoll_pwait", "sys_enter_epoll_wait"]),
         },
-        Hook { program: "pwait2_enter", events: Events::Waits(Calls::Epoll, &["sys_enter_epoll_pwait2"]) },
-        Hook { program: "uring_enter", events: Events::Waits(Calls::IoUring, &["sys_enter_io_uring_enter"]) },
-        Hook { program: "poll_enter", events: Events::Waits(Calls::Poll, &["sys_enter_poll"]) },
-        Hook { program: "ppoll_enter", events: Events::Waits(Calls::Poll, &["sys_enter_ppoll"]) },
-        Hook { program: "select_enter", events: Events::Waits(Calls::Select, &["sys_enter_select"]) },
-        Hook { program: "pselect_enter", events: Events::Waits(Calls::Select, &["sys_enter_pselect6"]) },
+        Hook { program: "pwait2_enter", events: Events::Waits(WaitCall::Epoll, &["sys_enter_epoll_pwait2"]) },
+        Hook {
+            program: "uring_enter",
+            events: Events::Waits(WaitCall::IoUring, &["sys_enter_io_uring_enter"]),
+        },
+        Hook { program: "poll_enter", events: Events::Waits(WaitCall::Poll, &["sys_enter_poll"]) },
+        Hook { program: "ppoll_enter", events: Events::Waits(WaitCall::Poll, &["sys_enter_ppoll"]) },
+        Hook { program: "select_enter", events: Events::Waits(WaitCall::Select, &["sys_enter_select"]) },
+        Hook { program: "pselect_enter", events: Events::Waits(WaitCall::Select, &["sys_enter_pselect6"]) },
     ],
 };
 

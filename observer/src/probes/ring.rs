@@ -1,6 +1,6 @@
 //! *ring*: accepts through io_uring. Its figures stand in the listener's entry.
 
-use super::{Events, Hook, Probe, When};
+use super::probe::{Events, Hook, Probe, When};
 
 pub(super) const PROBE: Probe = Probe {
     name: "ring",

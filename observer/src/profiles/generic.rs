@@ -5,9 +5,9 @@ use std::str::FromStr;
 use observer_common::deferred::Verb;
 
 use super::{
-    Profile,
     expression::Path,
     hook::{At, Hook, Names, Site},
+    profile::Profile,
 };
 
 /// What its profile is called, which nobody can ask for by that name.

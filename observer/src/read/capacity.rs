@@ -31,7 +31,7 @@ const ROOMS: &[Room] = &[
     Room { map: "FREE_SLOTS", entries: 1, loops: 1, more: 1 },
     room("POOLS", 1, 1),
     room("TARGETS", 4, 1),
-    room("STRANGERS", 16, 1),
+    room("REJECTED_PIDS", 16, 1),
     room("LISTENERS", 1, 1),
     room("UNIX_NAMES", 1, 1),
     room("PORTS", 4, 1),

@@ -10,9 +10,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, Stack},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf, Stack},
 };
-use nix::libc;
 use observer_common::{
     accept::{Accepting, Arrival, PortKey},
     deferred::{Class, ClassKey, Hook, Link, Place, Recipe, Unit, UnitKey},
@@ -24,10 +23,8 @@ use observer_common::{
     reactor::{Pool, Stall},
 };
 
-use super::{batch, capacity::Capacity, presence::Presence, reactors::Reactors, targets::Targets};
-
-/// What an insertion does if the key is there: leaves the programs' own entry alone.
-pub(crate) const NO_EXIST: u64 = 1;
+use super::{capacity::Capacity, presence::Presence, reactors::Reactors, targets::Targets};
+use crate::read::entries::entries;
 
 /// All maps of the programs.
 pub(crate) struct Maps {
@@ -85,7 +82,7 @@ impl Maps {
         let presence = Presence::of(take(ebpf, "PRESENCE")?)?;
         Ok(Self {
             targets: Targets::of(HashMap::try_from(take(ebpf, "TARGETS")?)?, presence.clone()),
-            strangers: HashMap::try_from(take(ebpf, "STRANGERS")?)?,
+            strangers: HashMap::try_from(take(ebpf, "REJECTED_PIDS")?)?,
             reactors: Reactors::of(
                 take(ebpf, "REACTORS")?,
                 Array::try_from(take(ebpf, "DURATIONS")?)?,
@@ -191,49 +188,4 @@ fn drain<T: aya::Pod>(ring: &mut RingBuf<MapData>) -> Vec<T> {
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
-}
-
-/// What became of an entry that was to be added.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Added {
-    /// It is there now.
-    Now,
-    /// There was one, which was left alone.
-    ThereAlready,
-    /// The map is full.
-    NoRoom,
-}
-
-/// Adds an entry unless the programs have made one meanwhile.
-pub(super) fn add<K: aya::Pod, V: aya::Pod>(
-    map: &mut HashMap<MapData, K, V>,
-    key: K,
-    value: V,
-) -> Result<Added, MapError> {
-    match map.insert(key, value, NO_EXIST) {
-        Ok(()) => Ok(Added::Now),
-        Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
-            Some(libc::EEXIST) => Ok(Added::ThereAlready),
-            Some(libc::E2BIG) => Ok(Added::NoRoom),
-            _ => Err(error.into()),
-        },
-        Err(other) => Err(other),
-    }
-}
-
-/// The same. Tells whether there is an entry now: a full map has room for no more.
-pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
-    map: &mut HashMap<MapData, K, V>,
-    key: K,
-    value: V,
-) -> Result<bool, MapError> {
-    Ok(add(map, key, value)? != Added::NoRoom)
-}
-
-/// All entries. An entry that is removed meanwhile is left out.
-pub(crate) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) -> Vec<(K, V)> {
-    let one_by_one = |_| {
-        map.keys().filter_map(|key| key.ok().and_then(|key| Some((key, map.get(&key, 0).ok()?)))).collect()
-    };
-    batch::entries(map).unwrap_or_else(one_by_one)
 }

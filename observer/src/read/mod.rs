@@ -2,7 +2,8 @@
 
 mod batch;
 pub(crate) mod capacity;
-pub(crate) mod maps;
+pub(crate) mod entries;
 mod presence;
-pub(crate) mod reactors;
 mod targets;
+pub(crate) mod reactors;
+pub(crate) mod maps;

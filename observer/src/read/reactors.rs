@@ -12,7 +12,7 @@ use observer_common::{
 };
 
 use super::{
-    maps::{Added, add},
+    entries::{Added, add},
     presence::Presence,
 };
 

@@ -6,7 +6,7 @@ use aya::maps::{HashMap, MapData, MapError};
 use observer_common::process::Target;
 
 use super::{
-    maps::{Added, add},
+    entries::{Added, add},
     presence::Presence,
 };
 

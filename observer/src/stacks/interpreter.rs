@@ -9,10 +9,11 @@ use super::{
     elf::Elf,
     mappings::Mappings,
     memory::Live,
+    naming::Naming,
     python::{self, Python},
     ruby::{self, Ruby},
 };
-use crate::{model::frame::Frame, profiles::Naming};
+use crate::model::frame::Frame;
 
 /// An interpreter in a process. It belongs to the program the process ran when it was found: after an exec it fails,
 /// and has to be looked for again.

@@ -1,61 +1,51 @@
-//! Names of what stands for a kind of deferred work in a process's memory.
+//! How the value that stands for a kind of deferred task becomes a name.
 
-use std::collections::{HashMap, hash_map::Entry};
+use observer_common::deferred::ClassKey;
+use serde::Deserialize;
 
-use anyhow::{Context as _, Result, bail};
-
-use super::{
-    interpreter::Interpreter,
-    mappings::Mappings,
-    memory::{Live, Memory as _},
-    symbols::Symbols,
-};
-use crate::profiles::Naming;
-
-/// Makes names.
-#[derive(Default)]
-pub(crate) struct Names {
-    symbols: Symbols,
-    /// By process id; `None` for one without an interpreter.
-    interpreters: HashMap<u32, Option<Interpreter>>,
+/// What stands for a kind of work, and so how to make a name of it. Numbers are what the programs pass on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u32)]
+pub(crate) enum Naming {
+    /// A code object of CPython.
+    PythonCode = 1,
+    /// A type of CPython.
+    PythonType = 2,
+    /// A class of Ruby.
+    RubyClass = 3,
+    /// A piece of Ruby code, as its compiler leaves it (`rb_iseq_t`).
+    RubyBlock = 4,
+    /// A function.
+    Function = 5,
+    /// A table that begins with a function.
+    Vtable = 6,
+    /// A C string.
+    String = 7,
+    /// It is no kind: what put it off goes on in it, as code that waited does.
+    SameWork = ClassKey::SAME_WORK,
 }
 
-impl Names {
-    /// What people call a value. An error says why nobody knows.
-    pub(crate) fn of(&mut self, pid: u32, naming: Naming, value: u64) -> Result<String> {
-        match naming {
-            Naming::PythonCode | Naming::PythonType | Naming::RubyClass | Naming::RubyBlock => {
-                self.prepare(pid)?.context("no interpreter is there")?.name(naming, value)
-            }
-            Naming::Function => self.function(pid, value),
-            Naming::Vtable => {
-                let function = Live::of(pid)?.word(value).context("its table is not there")?;
-                let name = self.function(pid, function)?;
-                // Symbols without types are the same for all types.
-                Ok(if name.contains('<') { name } else { format!("{name} by {:#x}", value & 0xff_ffff) })
-            }
-            Naming::String => Live::of(pid)?.c_string(value, "name"),
-            Naming::SameWork => bail!("it is no work of its own"),
-        }
+impl Naming {
+    /// All of them.
+    const ALL: [Self; 8] = [
+        Self::PythonCode,
+        Self::PythonType,
+        Self::RubyClass,
+        Self::RubyBlock,
+        Self::Function,
+        Self::Vtable,
+        Self::String,
+        Self::SameWork,
+    ];
+
+    /// The one the programs passed on.
+    pub(crate) fn of(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|naming| *naming as u32 == number)
     }
 
-    /// Finds the interpreter of a process, which takes longer than to ask it for a name.
-    pub(crate) fn prepare(&mut self, pid: u32) -> Result<Option<&Interpreter>> {
-        let interpreter = match self.interpreters.entry(pid) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(place) => place.insert(Interpreter::of(pid)?),
-        };
-        Ok(interpreter.as_ref())
-    }
-
-    /// A process is gone, or runs another program now.
-    pub(crate) fn forget(&mut self, pid: u32) {
-        self.interpreters.remove(&pid);
-    }
-
-    fn function(&mut self, pid: u32, address: u64) -> Result<String> {
-        let frames = self.symbols.of_process(&Mappings::of(pid)?, &[address]);
-        // What was inlined there is part of it.
-        frames.into_iter().next_back().map(|frame| frame.function).context("nothing is there")
+    /// Whether it takes an interpreter's own data to make a name of it.
+    pub(crate) const fn is_interpreted(self) -> bool {
+        matches!(self, Self::PythonCode | Self::PythonType | Self::RubyClass | Self::RubyBlock)
     }
 }

@@ -18,7 +18,7 @@ use super::{
     unwind::{Registers, Unwinder},
 };
 use crate::{
-    model::{frame::Frame, snapshot::Look},
+    model::frame::{Frame, Look},
     read::reactors::InSlice,
 };
 

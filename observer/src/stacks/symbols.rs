@@ -17,9 +17,9 @@ use procfs::process::{MMapPath, MemoryMap};
 
 use super::{
     elf::Elf,
-    harmless::is_harmless,
     mappings::{FileId, Mappings, Version, file_id, module_name, open_inside},
     perf_map,
+    untrusted_elf::is_harmless,
 };
 use crate::model::frame::Frame;
 

@@ -10,7 +10,7 @@ use super::{
     now::{Looker, Sight},
     sampler::Sampler,
 };
-use crate::{model::snapshot::Look, read::reactors::InSlice};
+use crate::{model::frame::Look, read::reactors::InSlice};
 
 /// Share of a threshold after which a slice is suspected, as (numerator, denominator): early enough for a look before
 /// the threshold, late enough to leave ordinary slices alone.

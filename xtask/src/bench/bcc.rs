@@ -7,11 +7,11 @@ use aya::sys::{Stats, enable_stats};
 
 use super::load::Wrk;
 use super::page::Page;
+use super::part::{Cpus, progress};
 use super::programs::{Cost, Costs, Round, costs, count, total};
 use super::servers::Server;
 use super::statistics::Spread;
 use super::tools::{EMPTY, Tool};
-use super::{Cpus, progress};
 use crate::shell::find;
 
 const TEXT: &str = "# Beside bcc's tools

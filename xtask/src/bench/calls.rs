@@ -8,7 +8,7 @@ use anyhow::Result;
 use rustix::process::getppid;
 
 use super::page::{Page, spread};
-use super::progress;
+use super::part::progress;
 use super::servers::Server;
 use super::statistics::Spread;
 use super::tools::{SLICES, Tool, settle};

@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 use super::crowd::{Client, Crowd, Made};
 use super::goals;
 use super::page::Page;
+use super::part::{Cpus, progress};
 use super::process::{Memory, filled, fine_cpu_seconds, memory, pause};
 use super::statistics::Spread;
 use super::tools::Observer;
-use super::{Cpus, progress};
 
 const TEXT: &str = "# What grows with what is observed
 

@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use clap::ValueEnum as _;
 use serde_json::{Value, json};
 
-use super::Part;
 use super::goals;
 use super::machine::{Machine, rows, versions};
 use super::page::Page;
+use super::part::Part;
 use super::repeat::Run;
 use super::statistics::Spread;
 

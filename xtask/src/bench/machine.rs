@@ -8,7 +8,7 @@ use duct::{Expression, cmd};
 use procfs::Current;
 use procfs::process::Process;
 
-use super::Cpus;
+use super::part::Cpus;
 use crate::shell::ask;
 use crate::workspace::root;
 

@@ -9,11 +9,11 @@ use duct::cmd;
 use serde_json::Value;
 
 use super::load::{Wrk, on_ring, on_socket};
+use super::part::{Cpus, progress};
 use super::process::program_ids;
 use super::servers::{RingAcceptor, Server};
 use super::statistics::{Spread, median};
 use super::tools::{EMPTY, SLICES, Script, Tool, settle};
-use super::{Cpus, progress};
 use crate::shell::{ask, find};
 
 /// As many characters of a program's name as the kernel keeps.

@@ -8,11 +8,11 @@ use anyhow::Result;
 use super::goals;
 use super::latency::{Client, Request};
 use super::page::Page;
+use super::part::{Cpus, progress};
 use super::process::pause;
 use super::servers::Server;
 use super::statistics::{Spread, quantile};
 use super::tools::{Observer, settle};
-use super::{Cpus, progress};
 
 const FIRST: &str = "# Start and end
 

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::load::{self, Done, Wrk};
+use super::part::{Cpus, progress};
 use super::process::{cpu_seconds, fine_cpu_seconds, memory};
 use super::servers::Server;
 use super::tools::{SLICES, Tool, settle};
-use super::{Cpus, progress};
 
 /// Commands to try out how many Redis takes.
 const FIRST_COMMANDS: u64 = 50_000;

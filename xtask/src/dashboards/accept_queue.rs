@@ -1,6 +1,6 @@
 //! Accept queue: how many connections wait to be accepted, for how long, and which are turned away.
 
-use super::{Dashboard, Look, Panel, Unit};
+use super::dashboard::{Dashboard, Look, Panel, Unit};
 
 const LISTENER: &str = "{{comm}} {{listener}}";
 

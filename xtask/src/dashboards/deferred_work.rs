@@ -1,6 +1,6 @@
 //! Deferred work: how much of which kind is put off, how long it waits and runs, and what is never done.
 
-use super::{Dashboard, Look, Panel, Unit};
+use super::dashboard::{Dashboard, Look, Panel, Unit};
 
 const KIND: &str = "{{comm}} {{task}}";
 

@@ -1,6 +1,6 @@
 //! Fleet: which workloads are late, and which turn connections away.
 
-use super::{Dashboard, Look, Panel, Unit};
+use super::dashboard::{Dashboard, Look, Panel, Unit};
 
 type More = (&'static str, &'static str, &'static [&'static str]);
 

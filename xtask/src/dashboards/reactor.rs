@@ -1,6 +1,6 @@
 //! Reactor: how late event loops are, how busy, and why.
 
-use super::{Dashboard, Look, Panel, Unit};
+use super::dashboard::{Dashboard, Look, Panel, Unit};
 
 const LOOP: &str = "{{comm}} {{reactor}} {{tid}}";
 

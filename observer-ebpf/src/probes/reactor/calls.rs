@@ -3,8 +3,8 @@
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::tracepoint, programs::TracePointContext};
 use observer_common::reactor::{Call, FOREVER, Kind};
 
-use super::{Thread, returned, slots::find};
-use crate::kernel;
+use super::wait::{Thread, returned};
+use crate::{kernel, state::reactors::find};
 
 /// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and how a wait of a ring says that its time was up.
 const GETEVENTS: u32 = 1 << 0;

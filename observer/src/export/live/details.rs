@@ -3,20 +3,21 @@
 use ratatui::text::{Line, Span};
 
 use super::{
+    finding::{rate, total},
     graph::history,
     recent::{LoopWindow, Parts, parts},
     state::{KindRow, List, LoopRow, QueueRow, State},
     theme::Theme,
-    verdict::{cause, loop_name, rate},
-    view::total,
+    verdict::{cause, loop_name},
 };
 use crate::{
     export::words::{self, due_to, named, percent, span},
     model::{
+        busy::Cause,
         deferred::Deferred,
+        frame::Look,
         histogram::Histogram,
-        snapshot::{Listener, Look, Reactor, Target},
-        stall::Cause,
+        snapshot::{Listener, Reactor, Target},
     },
 };
 

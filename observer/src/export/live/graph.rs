@@ -6,7 +6,8 @@ use super::{
     recent::{Parts, Point},
     theme::{Theme, short_name},
 };
-use crate::{export::words::span, model::stall::Cause};
+use crate::model::lag::LATE;
+use crate::{export::words::span, model::busy::Cause};
 
 /// The shortest scale of a history, in seconds: a loop that is never late has a flat one.
 const LEAST_SCALE: f64 = 0.001;
@@ -100,10 +101,7 @@ pub(super) fn history(
             };
             Line::from(vec![
                 Span::styled(format!("{mark:>SCALE$} "), theme.quiet()),
-                Span::styled(
-                    graph,
-                    if scale >= crate::model::snapshot::LATE { theme.delay(scale) } else { theme.good() },
-                ),
+                Span::styled(graph, if scale >= LATE { theme.delay(scale) } else { theme.good() }),
             ])
         })
         .collect()

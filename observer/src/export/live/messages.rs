@@ -3,16 +3,21 @@
 
 use std::{
     io::{self, Write, stderr},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use super::screen;
-use crate::export::plain::clean_lines;
+use crate::sanitize::clean_lines;
 
 /// Bytes that wait at most; beyond that messages are only counted.
 const MOST: usize = 64 * 1024;
 
 static HELD: Mutex<Held> = Mutex::new(Held { text: Vec::new(), lost: 0 });
+
+/// Whether messages wait. A panic may interrupt whoever has the lock, and has to find out.
+static ARE_HELD: AtomicBool = AtomicBool::new(false);
 
 struct Held {
     text: Vec<u8>,
@@ -26,7 +31,7 @@ pub(crate) struct Messages;
 impl Write for Messages {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         let clean = clean_lines(&String::from_utf8_lossy(text));
-        if screen::is_taken() {
+        if are_held() {
             held().add(clean.as_bytes());
         } else {
             stderr().write_all(clean.as_bytes())?;
@@ -57,6 +62,21 @@ impl Held {
 /// The latest message that waits.
 pub(super) fn latest() -> Option<String> {
     held().latest()
+}
+
+/// Has messages wait: what is written from now on would be written into the view.
+pub(super) fn hold() {
+    ARE_HELD.store(true, Ordering::SeqCst);
+}
+
+/// Whether messages wait.
+pub(super) fn are_held() -> bool {
+    ARE_HELD.load(Ordering::SeqCst)
+}
+
+/// Has messages wait no longer. Tells whether they did.
+pub(super) fn stop_holding() -> bool {
+    ARE_HELD.swap(false, Ordering::SeqCst)
 }
 
 /// Writes what has waited.

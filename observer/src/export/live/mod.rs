@@ -1,18 +1,19 @@
 //! The live view: the terminal shows the last seconds, once a second and after every key, until the observation ends.
 
-mod details;
-mod graph;
 mod messages;
-mod recent;
 mod screen;
+mod recent;
 mod state;
+mod finding;
+mod work;
+mod verdict;
+mod theme;
+mod graph;
 mod tables;
+mod details;
+mod view;
 #[cfg(test)]
 pub(crate) mod testing;
-mod theme;
-mod verdict;
-mod view;
-mod work;
 
 use std::{
     env,

@@ -7,10 +7,10 @@ use std::{
 };
 
 use crate::model::{
+    busy::{Cause, Split},
     deferred::Deferred,
     histogram::{Growth, Histogram},
-    snapshot::{Listener, Reactor, Snapshot, Split},
-    stall::Cause,
+    snapshot::{Listener, Reactor, Snapshot},
 };
 
 /// How far back the recent past goes, in seconds.

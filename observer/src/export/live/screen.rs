@@ -3,10 +3,7 @@
 use std::{
     io::{self, Write as _, stdout},
     panic,
-    sync::{
-        Once,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Once,
 };
 
 use ratatui::crossterm::{
@@ -16,8 +13,6 @@ use ratatui::crossterm::{
 };
 
 use super::messages;
-
-static IS_TAKEN: AtomicBool = AtomicBool::new(false);
 
 /// Has the terminal until it is dropped.
 pub(super) struct Screen;
@@ -40,7 +35,7 @@ impl Screen {
 
     /// Takes the terminal again if a panic gave it away; returns whether that was so.
     pub(super) fn retake(&self) -> io::Result<bool> {
-        let is_lost = !is_taken();
+        let is_lost = !messages::are_held();
         if is_lost {
             enter()?;
         }
@@ -54,13 +49,8 @@ impl Drop for Screen {
     }
 }
 
-/// Whether what is written now would be written into the view.
-pub(super) fn is_taken() -> bool {
-    IS_TAKEN.load(Ordering::SeqCst)
-}
-
 fn enter() -> io::Result<()> {
-    IS_TAKEN.store(true, Ordering::SeqCst);
+    messages::hold();
     let entered = enable_raw_mode().and_then(|()| execute!(stdout(), EnterAlternateScreen, Hide));
     if entered.is_err() {
         leave();
@@ -70,7 +60,7 @@ fn enter() -> io::Result<()> {
 
 /// Gives the terminal back as it was, and tells what had to wait for that. Does nothing the second time.
 fn leave() {
-    if IS_TAKEN.swap(false, Ordering::SeqCst) {
+    if messages::stop_holding() {
         // The terminal may be gone: there is nobody to tell.
         let _shown = execute!(stdout(), LeaveAlternateScreen, Show);
         let _cooked = disable_raw_mode();

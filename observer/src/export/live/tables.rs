@@ -9,10 +9,11 @@ use ratatui::{
 };
 
 use super::{
+    finding::rate,
     graph::{queue_bar, split_bar},
     state::{List, State},
     theme::Theme,
-    verdict::{longest_wait, rate},
+    verdict::longest_wait,
 };
 use crate::{export::words::span, model::histogram::Histogram};
 

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use crate::model::{
+    busy::{Cause, Split},
     deferred::Deferred,
-    frame::Frame,
+    frame::{Frame, Look},
     histogram::Histogram,
     place::Place,
     request::Request,
-    snapshot::{Depths, Listener, Look, Own, Reactor, SCHEMA, Snapshot, Split, Target},
-    stall::{Cause, Stall, Stalls},
+    snapshot::{Depths, Listener, Own, Reactor, SCHEMA, Snapshot, Target},
+    stall::{Stall, Stalls},
 };
 use observer_common::{block::Block, histogram as kernel, listener::DEPTHS};
 

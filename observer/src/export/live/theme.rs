@@ -6,7 +6,7 @@ use std::env;
 use observer_common::block::Block;
 use ratatui::style::{Color, Modifier, Style};
 
-use crate::model::{snapshot::LATE, stall::Cause};
+use crate::model::{busy::Cause, lag::LATE};
 
 /// From here on a delay is no longer nothing, in seconds.
 const NOTABLE: f64 = 0.010;

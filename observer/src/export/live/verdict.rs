@@ -5,23 +5,19 @@ use super::{
     state::{LoopRow, QueueRow, State},
     work,
 };
+use crate::export::live::finding::Finding;
+use crate::export::live::finding::age;
+use crate::export::live::finding::rate;
 use crate::{
     export::words::{named, percent, span},
     model::{
-        lag::PROBE_SECONDS,
-        snapshot::{LATE, Listener, Look, Reactor, Target},
-        stall::{Cause, Site},
+        busy::Cause,
+        frame::Look,
+        lag::{LATE, PROBE_SECONDS},
+        snapshot::{Listener, Reactor, Target},
+        stall::Site,
     },
 };
-
-/// Something that is late, or never done: what, and whose fault that is.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Finding {
-    /// Whether it is late.
-    pub(super) is_late: bool,
-    pub(super) what: String,
-    pub(super) why: String,
-}
 
 /// All that is late, the worst event loop first, the worst accept queue second, deferred work third; and, last, what is
 /// never done.
@@ -107,11 +103,6 @@ pub(super) fn longest_wait(row: &QueueRow, listener: &Listener) -> f64 {
     row.window.wait.max().max(listener.oldest_seconds.unwrap_or(0.0))
 }
 
-/// How long it has been in its slice.
-pub(super) fn age(reactor: &Reactor) -> f64 {
-    reactor.current_slice_seconds.unwrap_or(0.0)
-}
-
 /// The place in the code that did most harm in the recent past, and how much, in seconds squared. Of very many stalls
 /// the latest alone are known one by one.
 fn culprit<'a>(reactor: &'a Reactor, window: &LoopWindow) -> Option<(f64, &'a Site)> {
@@ -168,13 +159,6 @@ fn main_causes(window: &LoopWindow) -> String {
     let shares: Vec<_> =
         shares.map(|(cause, share)| format!("{} {}", percent(*share), named(*cause))).collect();
     if shares.is_empty() { String::new() } else { format!("busy time: {}", shares.join(", ")) }
-}
-
-/// `22.1/s`.
-#[expect(clippy::cast_precision_loss, reason = "shown with two or three digits")]
-pub(super) fn rate(count: u64, seconds: f64) -> String {
-    let rate = if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
-    if rate >= 100.0 { format!("{rate:.0}/s") } else { format!("{rate:.1}/s") }
 }
 
 #[cfg(test)]

@@ -9,21 +9,21 @@ use ratatui::{
 
 use super::{
     details,
+    finding::Finding,
     graph::history,
     state::{List, Page, State},
     tables::{WIDE, draw_kinds, draw_loops, draw_queues},
     theme::Theme,
-    verdict::{Finding, all_is_well, cause, findings, stack},
+    verdict::{all_is_well, cause, findings, stack},
 };
+use crate::export::live::finding::total;
 use crate::{
-    export::{
-        plain::is_shown,
-        words::{due_to, percent, span},
-    },
+    export::words::{due_to, percent, span},
     model::{
         snapshot::{Reactor, Snapshot},
         stall::Stalls,
     },
+    sanitize::is_shown,
 };
 
 /// The least that anything can be told in.
@@ -262,16 +262,6 @@ fn draw_stalls(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
         vec![heading("STALLS", format!("of {} {}{}", reactor.name, reactor.tid, total(reactor)), theme)];
     text.extend(stall_lines(&reactor.stalls, theme));
     frame.render_widget(Paragraph::new(text), area);
-}
-
-/// How many, and how long together.
-pub(super) fn total(reactor: &Reactor) -> String {
-    let stalls = &reactor.stalls;
-    let threshold = span(stalls.threshold_seconds);
-    match stalls.count {
-        0 => format!(": none of {threshold} or more since the start"),
-        count => format!(": {count} of {threshold} or more, {} together", span(stalls.seconds)),
-    }
 }
 
 /// Two lines each: what it was, and for whom in which code.

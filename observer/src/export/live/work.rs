@@ -4,8 +4,8 @@
 use std::cmp::Reverse;
 
 use super::{
+    finding::{Finding, age, rate},
     state::{KindRow, State},
-    verdict::{Finding, age, rate},
 };
 use crate::{
     export::words::span,

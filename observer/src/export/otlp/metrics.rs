@@ -5,7 +5,6 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use bytes::Bytes;
 use opentelemetry_proto::tonic::{
-    collector::metrics::v1::ExportMetricsServiceRequest,
     common::v1::{InstrumentationScope, KeyValue, any_value::Value},
     metrics::v1::{
         AggregationTemporality, Gauge, Histogram, HistogramDataPoint, Metric, NumberDataPoint,
@@ -15,22 +14,20 @@ use opentelemetry_proto::tonic::{
 use prost::Message as _;
 
 use super::{
+    attribute::{attribute, nanoseconds, text},
     exemplars::Exemplars,
-    queue::Batch,
-    resource::{Resources, attribute, nanoseconds, text},
+    resource::Resources,
+    signal::{Batch, MetricsRequest},
 };
 use crate::{
     export::series::{Cap, Distribution, Figure, Series},
     model::{
-        catalog::{Family, Kind},
+        family::{Family, Kind},
         snapshot::{Snapshot, Target},
         subject::Subject,
     },
-    target::process::Process,
+    process::Process,
 };
-
-/// What metrics are sent as.
-pub(super) type Request = ExportMetricsServiceRequest;
 
 /// Most bytes of a request, but for a process that alone has more; collectors take 4 MiB.
 const REQUEST: usize = 1 << 20;
@@ -44,7 +41,7 @@ pub(super) fn encode(
 ) -> Vec<Batch> {
     let now = nanoseconds(SystemTime::now());
     let mut batches = Vec::new();
-    let (mut request, mut bytes, mut items) = (Request::default(), 0, 0);
+    let (mut request, mut bytes, mut items) = (MetricsRequest::default(), 0, 0);
     for one in of_resources(snapshot, cap, resources, exemplars, now) {
         let size = one.encoded_len();
         if bytes > 0 && bytes + size > REQUEST {
@@ -58,7 +55,7 @@ pub(super) fn encode(
     batches
 }
 
-fn batch(request: &Request, items: u64) -> Batch {
+fn batch(request: &MetricsRequest, items: u64) -> Batch {
     Batch { bytes: Bytes::from(request.encode_to_vec()), items }
 }
 
@@ -230,8 +227,10 @@ fn counts(distribution: &Distribution) -> Vec<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::otlp::testing::{settings, snapshot, target};
-    use crate::model::histogram::Resolution;
+    use crate::{
+        export::otlp::testing::{settings, snapshot, target},
+        model::histogram::Resolution,
+    };
 
     fn resources() -> Resources {
         Resources::new(&settings(), SystemTime::UNIX_EPOCH)
@@ -288,8 +287,9 @@ mod tests {
         assert!(batches.len() > 1);
         assert!(batches.iter().all(|batch| batch.bytes.len() <= REQUEST + 1024));
         let items: u64 = batches.iter().map(|batch| batch.items).sum();
-        let decoded =
-            batches.iter().flat_map(|batch| Request::decode(batch.bytes.clone()).unwrap().resource_metrics);
+        let decoded = batches
+            .iter()
+            .flat_map(|batch| MetricsRequest::decode(batch.bytes.clone()).unwrap().resource_metrics);
         assert_eq!(decoded.map(|one| points(&one)).sum::<u64>(), items);
         assert_eq!(items, 7 + 200);
     }

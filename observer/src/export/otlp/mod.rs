@@ -1,26 +1,28 @@
 //! Pushes to an OpenTelemetry collector: settings say where, `metrics` and `traces` what, `queue` keeps it until `transport`
 //! has delivered it. Nobody who observes waits for any of that.
 
+mod signal;
+pub(crate) mod settings;
+mod transport;
+mod queue;
+mod attribute;
+mod resource;
 mod context;
 mod exemplars;
 mod metrics;
-mod queue;
-mod resource;
-pub(crate) mod settings;
-mod signal;
+mod traces;
 #[cfg(test)]
 mod testing;
-mod traces;
-mod transport;
 
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use self::{context::is_understood, transport::understand_answer};
 pub(crate) use queue::BUFFER;
 
 use std::{
+    collections::VecDeque,
     future::pending,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Result;
@@ -34,16 +36,15 @@ use self::{
     queue::Queue,
     resource::Resources,
     settings::{Endpoint, Settings},
-    signal::Signal,
+    signal::{MetricsRequest, Signal, TraceRequest},
     traces::Tracer,
     transport::Transport,
 };
 use super::series::Cap;
 use crate::{
     failure::Failure,
-    model::{delivery::Ledger, snapshot::Snapshot},
-    observation::Observation,
-    target::process::Process,
+    model::{delivery::Ledger, snapshot::Snapshot, trace::Event},
+    process::Process,
 };
 
 /// How long the end of an observation may wait for what is not delivered yet.
@@ -79,6 +80,7 @@ pub(crate) struct Push {
 struct Way {
     queue: Queue,
     due: Interval,
+    ledger: Arc<Ledger>,
 }
 
 /// What is to be pushed.
@@ -91,24 +93,27 @@ pub(crate) enum Due {
 }
 
 impl Push {
-    /// Figures are due at once and then at each interval, and so are traces.
-    pub(crate) fn start(collector: Collector, observation: &mut Observation, cap: Arc<Mutex<Cap>>) -> Self {
+    /// Metrics are due at once and then at each interval, and so are traces. Series begin when observer attached.
+    pub(crate) fn start(collector: Collector, attached: SystemTime, cap: Arc<Mutex<Cap>>) -> Self {
         let Collector { settings, metrics, traces } = collector;
-        let metrics =
-            metrics.map(|way| Way::start::<metrics::Request>(way, settings.interval, observation).0);
-        let traces = traces.map(|way| {
-            let (way, ledger) = Way::start::<traces::Request>(way, settings.delay, observation);
-            observation.trace(ledger);
-            way
-        });
         Self {
-            metrics,
-            traces,
+            metrics: metrics.map(|way| Way::start::<MetricsRequest>(way, settings.interval)),
+            traces: traces.map(|way| Way::start::<TraceRequest>(way, settings.delay)),
             cap,
             tracer: Tracer::default(),
             exemplars: Exemplars::default(),
-            resources: Resources::new(&settings, observation.started()),
+            resources: Resources::new(&settings, attached),
         }
+    }
+
+    /// What becomes of what is pushed, by signal.
+    pub(crate) fn ledgers(&self) -> impl Iterator<Item = Arc<Ledger>> {
+        [&self.metrics, &self.traces].into_iter().flatten().map(|way| Arc::clone(&way.ledger))
+    }
+
+    /// The same of traces; `None` if none are pushed.
+    pub(crate) fn trace_ledger(&self) -> Option<Arc<Ledger>> {
+        self.traces.as_ref().map(|way| Arc::clone(&way.ledger))
     }
 
     /// Returns when something is due.
@@ -119,22 +124,8 @@ impl Push {
         }
     }
 
-    /// Sends what is due, some time soon.
-    pub(crate) fn push(&mut self, what: Due, observation: &mut Observation) -> Result<()> {
-        match what {
-            Due::Metrics => self.push_metrics(&observation.snapshot()?),
-            Due::Traces => self.push_traces(observation, false),
-        }
-        Ok(())
-    }
-
-    /// Sends what is the last there is.
-    pub(crate) fn push_last(&mut self, snapshot: &Snapshot, observation: &mut Observation) {
-        self.push_traces(observation, true);
-        self.push_metrics(snapshot);
-    }
-
-    fn push_metrics(&mut self, snapshot: &Snapshot) {
+    /// Queues all samples of a snapshot for delivery.
+    pub(crate) fn push_metrics(&mut self, snapshot: &Snapshot) {
         let Some(way) = &self.metrics else { return };
         let mut cap = self.cap.lock().unwrap_or_else(PoisonError::into_inner);
         for batch in metrics::encode(snapshot, &mut cap, &mut self.resources, &self.exemplars) {
@@ -143,20 +134,27 @@ impl Push {
         self.exemplars.clear();
     }
 
-    fn push_traces(&mut self, observation: &mut Observation, are_last: bool) {
+    /// Queues spans of what has happened since the last time. `live` are the processes under observation, `known` finds those
+    /// that are gone as well.
+    pub(crate) fn push_traces<'p>(
+        &mut self,
+        events: VecDeque<Event>,
+        live: impl Iterator<Item = &'p Process>,
+        known: impl Fn(u32) -> Option<&'p Process>,
+        are_last: bool,
+    ) {
         let Some(way) = &self.traces else { return };
-        let events = observation.events();
         // Asked while it is there, a process that is gone later is still known.
-        for process in observation.live() {
+        for process in live {
             self.resources.of(process);
         }
         let spans = self.tracer.spans(events, &mut self.exemplars, are_last);
-        let process = |pid| observation.process(pid).cloned().unwrap_or_else(|| Process::of(pid));
+        let process = |pid| known(pid).cloned().unwrap_or_else(|| Process::of(pid));
         for batch in traces::encode(spans, &mut self.resources, process) {
             way.queue.push(batch);
         }
         if self.metrics.is_none() {
-            self.resources.keep(|pid| observation.process(pid).is_some());
+            self.resources.keep(|pid| known(pid).is_some());
         }
     }
 
@@ -179,16 +177,11 @@ impl Push {
 }
 
 impl Way {
-    fn start<S: Signal>(
-        transport: Transport,
-        period: Duration,
-        observation: &mut Observation,
-    ) -> (Self, Arc<Ledger>) {
+    fn start<S: Signal>(transport: Transport, period: Duration) -> Self {
         let ledger = Arc::new(Ledger::of(S::NAME));
-        observation.tell_of(Arc::clone(&ledger));
         let mut due = interval(period);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        (Self { queue: Queue::start::<S>(transport, Arc::clone(&ledger)), due }, ledger)
+        Self { queue: Queue::start::<S>(transport, Arc::clone(&ledger)), due, ledger }
     }
 }
 

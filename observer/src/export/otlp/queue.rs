@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use tokio::{
     select,
     sync::Notify,
@@ -17,7 +16,7 @@ use tokio::{
 };
 
 use super::{
-    signal::Signal,
+    signal::{Batch, Signal},
     transport::{Problem, Transport},
 };
 use crate::model::delivery::{Ledger, Reason};
@@ -28,14 +27,6 @@ pub(crate) const BUFFER: usize = 16 << 20;
 /// How long to wait after the first failure and at most; each wait is between half of that and the whole.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
-/// An encoded request.
-#[derive(Clone, Debug)]
-pub(super) struct Batch {
-    pub(super) bytes: Bytes,
-    /// Data points or spans in it.
-    pub(super) items: u64,
-}
 
 /// The buffer of one signal, and its way out.
 pub(super) struct Queue {
@@ -237,7 +228,7 @@ impl Warned<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::otlp::{metrics::Request, testing::endpoint};
+    use crate::export::otlp::{signal::MetricsRequest, testing::endpoint};
 
     fn batch(bytes: usize, items: u64) -> Batch {
         Batch { bytes: vec![0; bytes].into(), items }
@@ -258,9 +249,9 @@ mod tests {
     fn the_end_cuts_a_pause_short() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let ledger = Arc::new(Ledger::of(Request::NAME));
+            let ledger = Arc::new(Ledger::of(MetricsRequest::NAME));
             let transport = Transport::new(endpoint()).unwrap();
-            let mut queue = Queue::start::<Request>(transport, Arc::clone(&ledger));
+            let mut queue = Queue::start::<MetricsRequest>(transport, Arc::clone(&ledger));
             queue.push(batch(10, 3));
             queue.push(batch(10, 4));
             while ledger.read().failures == 0 {

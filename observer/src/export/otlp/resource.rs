@@ -1,24 +1,22 @@
 //! Whom figures are of: a resource for each process under observation, and one for observer itself. What identifies a
 //! series must not change while it lasts, so a process is asked once, and again only when it runs another program.
 
-use std::{
-    collections::HashMap,
-    ffi::OsString,
-    path::Path,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::HashMap, ffi::OsString, path::Path, time::SystemTime};
 
 use nix::sys::utsname::uname;
 use opentelemetry_proto::tonic::{
-    common::v1::{AnyValue, KeyValue, any_value::Value},
+    common::v1::{KeyValue, any_value::Value},
     resource::v1::Resource,
 };
 
-use super::settings::{Pairs, Settings, pairs};
+use super::{
+    attribute::{attribute, nanoseconds, text},
+    settings::{Pairs, Settings, pairs},
+};
 use crate::{
     kernel::clock,
     model::place::Place,
-    target::process::{self, Process},
+    process::{self, Process},
 };
 
 /// Resources, as far as they are known.
@@ -178,22 +176,6 @@ impl From<Attributes> for Resource {
     fn from(attributes: Attributes) -> Self {
         Self { attributes: attributes.0, ..Self::default() }
     }
-}
-
-/// An attribute that is text.
-pub(super) fn text(key: &str, value: impl Into<String>) -> KeyValue {
-    attribute(key, Value::StringValue(value.into()))
-}
-
-/// An attribute of whatever kind.
-pub(super) fn attribute(key: &str, value: Value) -> KeyValue {
-    KeyValue { key: key.into(), value: Some(AnyValue { value: Some(value) }), ..KeyValue::default() }
-}
-
-/// A moment as OTLP has it.
-pub(super) fn nanoseconds(time: SystemTime) -> u64 {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    since.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -3,14 +3,12 @@
 
 use std::{env, path::PathBuf, str::FromStr, time::Duration};
 
+use clap::{Args, ValueEnum};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use percent_encoding::percent_decode_str;
 
-use super::signal::Signal;
-use crate::{
-    cli::{Output, Protocol},
-    failure::Failure,
-};
+use super::signal::{MetricsRequest, Signal, TraceRequest};
+use crate::failure::Failure;
 
 /// How long a request may take, unless told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,6 +21,29 @@ const DELAY: Duration = Duration::from_secs(1);
 
 /// The port where collectors listen for gRPC.
 const GRPC_PORT: u16 = 4317;
+
+/// What the command line says about pushing.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct OtlpArguments {
+    /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
+    ///
+    /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.
+    #[arg(long = "otlp-endpoint", value_name = "URL")]
+    pub(crate) endpoint: Option<String>,
+    /// How to speak to it; without this and its variable, http/protobuf
+    #[arg(long = "otlp-protocol", value_enum, value_name = "PROTOCOL")]
+    pub(crate) protocol: Option<Protocol>,
+}
+
+/// How to speak to an OpenTelemetry collector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Protocol {
+    /// gRPC, usually at port 4317
+    Grpc,
+    /// Plain HTTP with encoded messages, usually at port 4318; paths such as /v1/metrics are added to the address
+    #[value(name = "http/protobuf")]
+    HttpProtobuf,
+}
 
 /// Names and values in the form that headers and resource attributes have in variables.
 pub(super) type Pairs = Vec<(String, String)>;
@@ -69,21 +90,21 @@ pub(crate) type Lookup<'l> = &'l dyn Fn(&str) -> Option<String>;
 
 impl Settings {
     /// What flags and this process's environment say; `None` if nothing is to be pushed.
-    pub(crate) fn find(output: &Output) -> Result<Option<Self>, Failure> {
-        Self::from(output, &|name| env::var(name).ok())
+    pub(crate) fn find(arguments: &OtlpArguments) -> Result<Option<Self>, Failure> {
+        Self::from(arguments, &|name| env::var(name).ok())
     }
 
-    fn from(output: &Output, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
+    fn from(arguments: &OtlpArguments, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
         // An empty variable is one that is not set.
         let lookup: Lookup<'_> =
             &|name| Some(lookup(name)?.trim().to_owned()).filter(|value| !value.is_empty());
-        let is_off = output.otlp_endpoint.is_none()
+        let is_off = arguments.endpoint.is_none()
             && lookup("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
         if is_off {
             return Ok(None);
         }
-        let metrics = Endpoint::of::<super::metrics::Request>(output, lookup)?;
-        let traces = Endpoint::of::<super::traces::Request>(output, lookup)?;
+        let metrics = Endpoint::of::<MetricsRequest>(arguments, lookup)?;
+        let traces = Endpoint::of::<TraceRequest>(arguments, lookup)?;
         if metrics.is_none() && traces.is_none() {
             return Ok(None);
         }
@@ -100,24 +121,29 @@ impl Settings {
 
 impl Endpoint {
     /// Where a signal goes; `None` if nobody says, or if it is to go nowhere.
-    fn of<S: Signal>(output: &Output, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
+    fn of<S: Signal>(arguments: &OtlpArguments, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
         let exporter = lookup(&format!("OTEL_{}_EXPORTER", S::NAME.to_uppercase()));
         if exporter.is_some_and(|exporter| exporter != "otlp") {
             return Ok(None);
         }
-        Self::from(S::NAME, S::HTTP, output, lookup)
+        Self::from(S::NAME, S::HTTP, arguments, lookup)
     }
 
-    fn from(signal: &str, path: &str, output: &Output, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
+    fn from(
+        signal: &str,
+        path: &str,
+        arguments: &OtlpArguments,
+        lookup: Lookup<'_>,
+    ) -> Result<Option<Self>, Failure> {
         let own = |name: &str| format!("OTEL_EXPORTER_OTLP_{}_{name}", signal.to_uppercase());
         let find = |name: &str| -> Option<(String, String)> {
             [own(name), format!("OTEL_EXPORTER_OTLP_{name}")]
                 .into_iter()
                 .find_map(|variable| Some((lookup(&variable)?, variable)))
         };
-        let given = output.otlp_endpoint.clone().map(|url| (url, "--otlp-endpoint".to_owned()));
+        let given = arguments.endpoint.clone().map(|url| (url, "--otlp-endpoint".to_owned()));
         let Some((url, origin)) = given.or_else(|| find("ENDPOINT")) else { return Ok(None) };
-        let protocol = match (output.otlp_protocol, find("PROTOCOL")) {
+        let protocol = match (arguments.protocol, find("PROTOCOL")) {
             (Some(protocol), _) => Some(protocol),
             (None, Some((name, variable))) => Some(protocol_of(&name, &variable)?),
             (None, None) => None,
@@ -165,11 +191,11 @@ pub(crate) fn understand(lookup: Lookup<'_>) {
     #[derive(clap::Parser)]
     struct Line {
         #[command(flatten)]
-        output: Output,
+        arguments: OtlpArguments,
     }
 
-    let output = Line::parse_from(["observer"]).output;
-    if let Ok(Some(settings)) = Settings::from(&output, lookup) {
+    let arguments = Line::parse_from(["observer"]).arguments;
+    if let Ok(Some(settings)) = Settings::from(&arguments, lookup) {
         assert!(!settings.interval.is_zero() && !settings.delay.is_zero());
         assert!(settings.attributes.iter().all(|(name, _)| !name.is_empty()));
         for endpoint in settings.metrics.iter().chain(&settings.traces) {
@@ -262,8 +288,8 @@ mod tests {
 
     fn find(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Option<Settings>, Failure> {
         let all = ["observer", "--pid", "1"].iter().chain(arguments);
-        let output = Cli::try_parse_from(all).unwrap().observe.output;
-        Settings::from(&output, &|name| {
+        let arguments = Cli::try_parse_from(all).unwrap().observe.output.otlp;
+        Settings::from(&arguments, &|name| {
             variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
         })
     }

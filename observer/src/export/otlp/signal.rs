@@ -1,9 +1,24 @@
 //! What differs between metrics and traces on the way to a collector: names, and how it says what it did not take.
 
+use bytes::Bytes;
 use opentelemetry_proto::tonic::collector::{
     metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse},
     trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse},
 };
+
+/// What metrics are sent as.
+pub(super) type MetricsRequest = ExportMetricsServiceRequest;
+
+/// What traces are sent as.
+pub(super) type TraceRequest = ExportTraceServiceRequest;
+
+/// An encoded request.
+#[derive(Clone, Debug)]
+pub(super) struct Batch {
+    pub(super) bytes: Bytes,
+    /// Data points or spans in it.
+    pub(super) items: u64,
+}
 
 /// A request to a collector, by what it answers and where it goes.
 pub(super) trait Signal: prost::Message + Default + 'static {
@@ -19,7 +34,7 @@ pub(super) trait Signal: prost::Message + Default + 'static {
     fn rejected(response: Self::Response) -> (i64, String);
 }
 
-impl Signal for ExportMetricsServiceRequest {
+impl Signal for MetricsRequest {
     type Response = ExportMetricsServiceResponse;
     const NAME: &'static str = "metrics";
     const HTTP: &'static str = "v1/metrics";
@@ -30,7 +45,7 @@ impl Signal for ExportMetricsServiceRequest {
     }
 }
 
-impl Signal for ExportTraceServiceRequest {
+impl Signal for TraceRequest {
     type Response = ExportTraceServiceResponse;
     const NAME: &'static str = "traces";
     const HTTP: &'static str = "v1/traces";

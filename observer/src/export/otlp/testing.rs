@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use super::settings::{Endpoint, Settings};
+use super::settings::{Endpoint, Protocol, Settings};
 use crate::{
-    cli::Protocol,
     model::{
         place::Place,
         snapshot::{Own, SCHEMA, Snapshot, Target},
     },
-    target::process::Process,
+    process::Process,
 };
 
 /// Nobody is there.

@@ -10,7 +10,6 @@ use std::{
 
 use bytes::Bytes;
 use opentelemetry_proto::tonic::{
-    collector::trace::v1::ExportTraceServiceRequest,
     common::v1::{InstrumentationScope, KeyValue, any_value::Value},
     trace::v1::{
         ResourceSpans, ScopeSpans, Span, Status,
@@ -21,10 +20,11 @@ use opentelemetry_proto::tonic::{
 use prost::Message as _;
 
 use super::{
+    attribute::{attribute, nanoseconds, text},
     context::{Context, Ids, SpanId, published},
     exemplars::{self, Exemplars},
-    queue::Batch,
-    resource::{Resources, attribute, nanoseconds, text},
+    resource::Resources,
+    signal::{Batch, TraceRequest},
 };
 use crate::{
     kernel::clock,
@@ -34,11 +34,8 @@ use crate::{
         stall::Stall,
         trace::{Event, What, Work},
     },
-    target::process::Process,
+    process::Process,
 };
-
-/// What traces are sent as.
-pub(super) type Request = ExportTraceServiceRequest;
 
 /// How long a request may be without an answer before it is told.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -340,7 +337,7 @@ pub(super) fn encode(
     process: impl Fn(u32) -> Process,
 ) -> Vec<Batch> {
     let mut batches = Vec::new();
-    let (mut request, mut bytes, mut items) = (Request::default(), 0, 0);
+    let (mut request, mut bytes, mut items) = (TraceRequest::default(), 0, 0);
     for (pid, spans) in spans {
         if spans.is_empty() {
             continue;
@@ -373,7 +370,7 @@ pub(super) fn encode(
     batches
 }
 
-fn batch(request: &Request, items: u64) -> Batch {
+fn batch(request: &TraceRequest, items: u64) -> Batch {
     Batch { bytes: Bytes::from(request.encode_to_vec()), items }
 }
 
@@ -384,7 +381,10 @@ mod tests {
     use super::*;
     use crate::{
         export::otlp::testing::{process, settings},
-        model::{catalog::families, snapshot::Split, stall::Cause},
+        model::{
+            busy::{Cause, Split},
+            catalog::families,
+        },
     };
 
     fn asked(id: u64, answered: Option<u64>) -> Arc<Asked> {

@@ -37,8 +37,11 @@ use tonic::{
     metadata::MetadataMap,
 };
 
-use super::{settings::Endpoint, signal::Signal};
-use crate::{cli::Protocol, export::gzip, failure::Failure};
+use super::{
+    settings::{Endpoint, Protocol},
+    signal::Signal,
+};
+use crate::{export::gzip, failure::Failure};
 
 /// Most bytes that are read of an answer.
 const ANSWER: usize = 64 << 10;
@@ -270,15 +273,15 @@ fn of_code(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Problem {
 /// Makes sure that whatever a collector answers is understood somehow: as a message, a status or how long to wait.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn understand_answer(code: u16, text: &[u8]) {
-    use super::{metrics, traces};
+    use super::signal::{MetricsRequest, TraceRequest};
 
     let status = StatusCode::from_u16(code).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     let value = HeaderValue::from_bytes(text).into_iter().map(|value| (RETRY_AFTER, value));
     let _ = of_code(status, &value.collect(), text);
     let status = Status::with_details(Code::Unavailable, "", Bytes::copy_from_slice(text));
     let _ = of_status(&status);
-    let _ = <metrics::Request as Signal>::Response::decode(text).map(metrics::Request::rejected);
-    let _ = <traces::Request as Signal>::Response::decode(text).map(traces::Request::rejected);
+    let _ = <MetricsRequest as Signal>::Response::decode(text).map(MetricsRequest::rejected);
+    let _ = <TraceRequest as Signal>::Response::decode(text).map(TraceRequest::rejected);
 }
 
 /// Seconds, or a date.

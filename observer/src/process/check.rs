@@ -9,7 +9,7 @@ use std::{
 use super::{
     criteria,
     hooks::{Copy, Finder},
-    process::{Process, ensure_observable},
+    info::{Process, ensure_observable},
     runtime::{Runtime, Runtimes},
 };
 use crate::{

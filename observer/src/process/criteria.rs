@@ -13,7 +13,7 @@ use procfs::{
     process::{FDTarget, Process as Proc, all_processes},
 };
 
-use super::process::{is_there, network_namespace};
+use super::info::{is_there, network_namespace};
 
 /// Most bytes of a process's name that the kernel keeps.
 const NAME: usize = 15;

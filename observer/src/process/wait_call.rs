@@ -1,11 +1,41 @@
-//! Threads that were inside a wait or an accept before observer attached: nobody saw them enter, so `/proc` is asked.
+//! System calls that event loops wait with, and threads that are blocked in one or in an accept. No program sees a thread enter
+//! a call before observer attaches, so `/proc` tells.
 
-use std::{fs::File, os::unix::fs::FileExt as _};
+use std::{fmt, fs::File, os::unix::fs::FileExt as _};
 
+use clap::ValueEnum;
 use nix::libc;
 use observer_common::reactor::Kind;
 
-use crate::probes::reactor::Calls;
+/// A family of system calls that event loops wait with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WaitCall {
+    /// epoll_wait, epoll_pwait, epoll_pwait2
+    Epoll,
+    /// io_uring_enter, where it waits for completions
+    #[value(name = "io_uring")]
+    IoUring,
+    /// poll, ppoll
+    Poll,
+    /// select, pselect6
+    Select,
+}
+
+impl WaitCall {
+    /// Those that hardly anything but an event loop uses.
+    pub(crate) const DEFAULT: [Self; 2] = [Self::Epoll, Self::IoUring];
+}
+
+impl fmt::Display for WaitCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Epoll => "epoll",
+            Self::IoUring => "io_uring",
+            Self::Poll => "poll",
+            Self::Select => "select",
+        })
+    }
+}
 
 /// Bits of a `fd_set`, as many as C libraries have.
 const SET: usize = 1024;
@@ -20,7 +50,7 @@ pub(crate) enum Call {
 }
 
 /// Threads of a process that are blocked in an accept or in one of these waits now, with the call.
-pub(crate) fn blocked_in(pid: u32, waits: &[Calls]) -> Vec<(u32, Call)> {
+pub(crate) fn blocked_in(pid: u32, waits: &[WaitCall]) -> Vec<(u32, Call)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     threads
         .filter_map(|thread| {
@@ -37,7 +67,7 @@ pub(crate) fn blocked_in(pid: u32, waits: &[Calls]) -> Vec<(u32, Call)> {
 /// `memory` reads the caller's memory.
 pub(crate) fn parse(
     line: &str,
-    waits: &[Calls],
+    waits: &[WaitCall],
     memory: impl Fn(u64, &mut [u8]) -> Option<()>,
 ) -> Option<Call> {
     let mut words = line.split_whitespace();
@@ -49,19 +79,19 @@ pub(crate) fn parse(
     let (calls, wait) = match number {
         libc::SYS_accept | libc::SYS_accept4 => return Some(Call::Accept { fd: low(first) }),
         #[cfg(target_arch = "x86_64")]
-        libc::SYS_epoll_wait => (Calls::Epoll, Some((Kind::Epoll, low(first)))),
-        libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 => (Calls::Epoll, Some((Kind::Epoll, low(first)))),
+        libc::SYS_epoll_wait => (WaitCall::Epoll, Some((Kind::Epoll, low(first)))),
+        libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 => (WaitCall::Epoll, Some((Kind::Epoll, low(first)))),
         libc::SYS_io_uring_enter => {
             // To be submitted, wanted, flags; the lowest flag asks for completions.
             let waits = low(third) > 0 && low(fourth) & 1 != 0;
-            (Calls::IoUring, waits.then_some((Kind::IoUring, low(first))))
+            (WaitCall::IoUring, waits.then_some((Kind::IoUring, low(first))))
         }
         #[cfg(target_arch = "x86_64")]
-        libc::SYS_poll => (Calls::Poll, polled(first, low(second), memory)),
-        libc::SYS_ppoll => (Calls::Poll, polled(first, low(second), memory)),
+        libc::SYS_poll => (WaitCall::Poll, polled(first, low(second), memory)),
+        libc::SYS_ppoll => (WaitCall::Poll, polled(first, low(second), memory)),
         #[cfg(target_arch = "x86_64")]
-        libc::SYS_select => (Calls::Select, selected(low(first), [second, third, fourth], memory)),
-        libc::SYS_pselect6 => (Calls::Select, selected(low(first), [second, third, fourth], memory)),
+        libc::SYS_select => (WaitCall::Select, selected(low(first), [second, third, fourth], memory)),
+        libc::SYS_pselect6 => (WaitCall::Select, selected(low(first), [second, third, fourth], memory)),
         _ => return None,
     };
     let (kind, set) = wait.filter(|_| waits.contains(&calls))?;
@@ -103,8 +133,6 @@ const fn low(argument: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use clap::ValueEnum as _;
-
     use super::*;
 
     /// A caller whose memory begins with descriptors 4 and 6 in a `fd_set`, which read as the number 80 too.
@@ -117,7 +145,7 @@ mod tests {
     }
 
     fn call(number: libc::c_long, arguments: &str) -> Option<Call> {
-        parse(&format!("{number} {arguments} 0x7ffd 0x7f\n"), Calls::value_variants(), read)
+        parse(&format!("{number} {arguments} 0x7ffd 0x7f\n"), WaitCall::value_variants(), read)
     }
 
     #[test]
@@ -143,12 +171,12 @@ mod tests {
     #[test]
     fn calls_not_asked_for_are_no_waits() {
         let poll = format!("{} 0x100 0x2 0x0 0x0 0x8 0x0 0x7ffd 0x7f\n", libc::SYS_ppoll);
-        assert_eq!(parse(&poll, &Calls::DEFAULT, read), None);
+        assert_eq!(parse(&poll, &WaitCall::DEFAULT, read), None);
     }
 
     #[test]
     fn a_thread_that_runs_is_in_no_call() {
-        assert_eq!(parse("running\n", &Calls::DEFAULT, read), None);
-        assert_eq!(parse("-1 0x7ffd 0x7f\n", &Calls::DEFAULT, read), None);
+        assert_eq!(parse("running\n", &WaitCall::DEFAULT, read), None);
+        assert_eq!(parse("-1 0x7ffd 0x7f\n", &WaitCall::DEFAULT, read), None);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{criteria::Criteria, process::is_there};
+use super::{criteria::Criteria, info::is_there};
 
 /// What is wanted and what is not. Whoever meets both is left alone.
 #[derive(Clone, Debug, Default)]

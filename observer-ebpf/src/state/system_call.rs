@@ -1,11 +1,7 @@
 //! What a thread waits for when it blocks: the system call it is in tells, found in the registers that the kernel keeps
 //! on the thread's stack. Where on a stack they are, the loader's own system call shows.
 
-use aya_ebpf::{
-    macros::{map, raw_tracepoint},
-    maps::Array,
-    programs::{BtfTracePointContext, RawTracePointContext},
-};
+use aya_ebpf::{macros::map, maps::Array, programs::BtfTracePointContext};
 use observer_common::block::{Block, CALLS, CONTENDED, Clue, NO_CALL};
 
 use crate::kernel::{self, CallInProgress, OpenFile};
@@ -19,17 +15,15 @@ static CLUES: [u8; CALLS] = [0; CALLS];
 #[map]
 static REGISTERS: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Finds out where registers are. Never attached, but run on demand with the number and the first argument of the very
-/// system call that runs it.
-#[raw_tracepoint(tracepoint = "sys_enter")]
-fn find_registers(ctx: RawTracePointContext) -> i32 {
-    if let Some(place) = kernel::registers_place(ctx.arg(0), ctx.arg(1))
+/// Finds out where registers are, by the system call that the current thread is in: its number and its first argument.
+#[inline(always)]
+pub(crate) fn find_registers(number: u64, argument: u64) {
+    if let Some(place) = kernel::registers_place(number, argument)
         && let Some(entry) = REGISTERS.get_ptr_mut(0)
     {
         // SAFETY: a live map value that nobody else writes.
         unsafe { *entry = place };
     }
-    0
 }
 
 /// The call that the current thread is in, or returns from.

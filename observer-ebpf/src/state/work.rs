@@ -7,7 +7,8 @@ use observer_common::{
     loss::Loss,
 };
 
-use crate::{emit::lost, probes::reactor};
+use super::reactors;
+use crate::emit::lost;
 
 /// By thread id. An entry stays until its thread is gone, empty while the thread works for nobody.
 #[map]
@@ -27,7 +28,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe {
-            reactor::worked(tid, &*work, now, !is_nothing);
+            reactors::worked(tid, &*work, now, !is_nothing);
             *work = *next;
             (*work).since_ns = now;
         }
@@ -37,7 +38,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
             lost(Loss::WorkFull);
             return;
         }
-        reactor::worked(tid, &work, now, true);
+        reactors::worked(tid, &work, now, true);
     }
 }
 

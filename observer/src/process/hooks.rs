@@ -350,7 +350,7 @@ mod tests {
     use procfs::process::MMapPath;
 
     use super::*;
-    use crate::{profiles::Profile, target::runtime::Runtimes};
+    use crate::{process::runtime::Runtimes, profiles::Profile};
 
     /// Two folders, each with a library that puts work off and another one that goes on with it.
     #[test]

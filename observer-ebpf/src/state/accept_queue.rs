@@ -1,0 +1,163 @@
+//! Connections that wait to be accepted: since when, and at which listener.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_EXIST},
+    helpers::bpf_ktime_get_ns,
+    macros::map,
+    maps::HashMap,
+};
+use observer_common::{
+    accept::{Accepting, Arrival, PortKey, SEVERAL},
+    listener::{DEPTHS, Listener, depth_bucket},
+};
+
+use crate::{
+    emit::{add, record},
+    kernel::{AF_UNIX, Sock, Socket},
+};
+
+/// Ports of targets' listeners, each with the listener's key, or 0 if there are several: other connections get no
+/// time stamp.
+#[map]
+static PORTS: HashMap<PortKey, u64> = HashMap::with_max_entries(4096, 0);
+
+/// When each connection that waits to be accepted had its handshake done, by address of its socket; of a unix
+/// connection, of its client's.
+#[map]
+static QUEUED: HashMap<u64, Arrival> = HashMap::with_max_entries(65_536, 0);
+
+/// Names of targets' unix listeners, by address in the kernel.
+#[map]
+static UNIX_NAMES: HashMap<u64, u8> = HashMap::with_max_entries(1024, 0);
+
+/// What each thread that has called accept is in, by thread id. An entry stays until its thread is gone: to make one anew and
+/// remove it would cost a sixth of what an accept does.
+#[map]
+pub(crate) static ACCEPTING: HashMap<u32, Accepting> = HashMap::with_max_entries(8192, 0);
+
+/// Forgets a call that the thread never returned from.
+#[inline(always)]
+pub(crate) fn thread_exited(tid: u32) {
+    let _absent = ACCEPTING.remove(tid);
+}
+
+/// Counts a connection that a target has accepted, and how many had waited when it did. `None` stands for a connection
+/// that nobody can find any more.
+///
+/// # Safety
+/// `listener` points to a live map value.
+#[inline(always)]
+pub(crate) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, depth: u32, tgid: u32) {
+    // SAFETY: by contract; counters and histogram are updated atomically, and of two processes that write `accepter`
+    // at once either makes it right with its next accept.
+    unsafe {
+        add(&raw mut (*listener).accepts, 1);
+        add(&raw mut (*listener).depths_sum, u64::from(depth));
+        count_depth(listener, depth);
+        match (*listener).accepter {
+            0 => (*listener).accepter = tgid,
+            other if other != tgid => (*listener).accepter = SEVERAL,
+            _ => {}
+        }
+        let family = (*listener).family;
+        if let Some(address) = connection.and_then(|connection| queued_as(connection, family))
+            && let Some(arrival) = QUEUED.get_ptr(address)
+        {
+            record(&raw mut (*listener).wait, bpf_ktime_get_ns().saturating_sub((*arrival).at_ns));
+            let _present = QUEUED.remove(address);
+        } else if connection.is_some_and(Socket::is_closed) {
+            add(&raw mut (*listener).accepts_aborted, 1);
+        } else {
+            add(&raw mut (*listener).accepts_without_arrival, 1);
+        }
+    }
+}
+
+/// What a connection of this family that waits, or has just been accepted, is known by in `QUEUED`.
+#[inline(always)]
+pub(crate) fn queued_as(connection: Socket, family: u16) -> Option<u64> {
+    if family == AF_UNIX { Some(connection.peer()?.address()) } else { Some(connection.address()) }
+}
+
+/// # Safety
+/// `listener` points to a live map value.
+#[inline(always)]
+unsafe fn count_depth(listener: *mut Listener, depth: u32) {
+    let bucket = depth_bucket(depth);
+    // SAFETY: reads a local; volatile for the reason given in `emit::bucket`.
+    let bucket = unsafe { core::ptr::read_volatile(&raw const bucket) };
+    if bucket < DEPTHS {
+        // SAFETY: by contract, and `bucket` is inside.
+        unsafe { add((&raw mut (*listener).depths).cast::<u64>().add(bucket), 1) };
+    }
+}
+
+/// When a connection that waits, known by this, had its handshake done, if anybody saw that.
+#[inline(always)]
+pub(crate) fn arrival_of(address: u64) -> Option<u64> {
+    QUEUED.get_ptr(address).map(|arrival| {
+        // SAFETY: a live map value; eight bytes are written at once.
+        unsafe { (*arrival).at_ns }
+    })
+}
+
+/// Whether a connection to this socket's port is one a target may accept.
+#[inline(always)]
+pub(crate) fn is_wanted(sock: &Sock) -> bool {
+    PORTS.get_ptr(PortKey { netns: sock.netns(), port: u32::from(sock.port()) }).is_some()
+}
+
+/// Makes connections to this listener's port worth a time stamp.
+#[inline(always)]
+pub(crate) fn want(netns: u32, port: u16, inode: u64) {
+    let key = PortKey { netns, port: u32::from(port) };
+    let only = if PORTS.get_ptr(key).is_some() { 0 } else { inode };
+    let _full_means_unknown_waits = PORTS.insert(key, only, u64::from(BPF_ANY));
+}
+
+/// Makes connections to the listener of this name worth a time stamp.
+#[inline(always)]
+pub(crate) fn want_unix(name: u64) {
+    let _full_means_unknown_waits = UNIX_NAMES.insert(name, 1, u64::from(BPF_ANY));
+}
+
+/// Whether a target listens on a unix socket of this name.
+#[inline(always)]
+pub(crate) fn is_wanted_unix(name: u64) -> bool {
+    UNIX_NAMES.get_ptr(name).is_some()
+}
+
+/// Key of the listener that a connection was made to, if only one can be meant.
+#[inline(always)]
+pub(crate) fn only_listener_for(connection: Socket) -> Option<u64> {
+    let key = PortKey { netns: connection.netns()?, port: u32::from(connection.port()?) };
+    PORTS.get_ptr(key).map(|inode| {
+        // SAFETY: a live map value; eight bytes are written at once.
+        unsafe { *inode }
+    })
+}
+
+/// Remembers that a connection begins to wait now.
+#[inline(always)]
+pub(crate) fn queue(address: u64) -> Result<(), i32> {
+    // SAFETY: has no preconditions.
+    let arrival = Arrival { at_ns: unsafe { bpf_ktime_get_ns() }, unix_name: 0 };
+    QUEUED.insert(address, arrival, u64::from(BPF_ANY))
+}
+
+/// The same of a unix connection to the listener of this name, unless it has been accepted in the meantime.
+#[inline(always)]
+pub(crate) fn queue_again(address: u64, unix_name: u64) {
+    // SAFETY: has no preconditions.
+    let arrival = Arrival { at_ns: unsafe { bpf_ktime_get_ns() }, unix_name };
+    let _accepted = QUEUED.insert(address, arrival, u64::from(BPF_EXIST));
+}
+
+/// Forgets a connection that does not wait.
+#[inline(always)]
+pub(crate) fn forget(address: u64) {
+    // A removal takes a lock also where there is nothing.
+    if QUEUED.get_ptr(address).is_some() {
+        let _accepted = QUEUED.remove(address);
+    }
+}

@@ -1,0 +1,345 @@
+//! Requests on connections that targets have accepted, and which one a thread works for.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_RB_NO_WAKEUP},
+    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_probe_read_user_buf},
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
+    programs::TracePointContext,
+};
+use observer_common::{
+    deferred::Work,
+    loss::Loss,
+    origin::{Answer, Connection, Descriptor, HEAD, HEADS_PER_CPU, Origin, Request},
+};
+
+use super::{presence, system_call, work};
+use crate::{
+    emit::lost,
+    kernel::{self, CallInProgress, OpenFile},
+};
+
+/// How much of a request is copied at once, in bytes.
+const MOST: u32 = 1024;
+
+const _: () = assert!(MOST as usize == HEAD);
+
+/// Processes whose deferred work is followed, by id; kept by the loader.
+#[map]
+static FOLLOWED: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0);
+
+/// Connections that such processes have accepted. An entry stays until its descriptor is another connection's or its
+/// process is gone.
+#[map]
+pub(crate) static CONNECTIONS: HashMap<Descriptor, Connection> = HashMap::with_max_entries(32_768, 0);
+
+/// The latest requests of each CPU; the loader makes as many places as that takes.
+#[map]
+static HEADS: Array<Request> = Array::with_max_entries(HEADS_PER_CPU, 0);
+
+/// How many of its places each CPU has used.
+#[map]
+static NEXT_HEAD: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
+/// Requests that something was put off for, or that stalled.
+#[map]
+static REQUESTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+
+/// Answers to requests that have been passed on already.
+#[map]
+static ANSWERS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
+
+/// The first of what is written after a request is its answer.
+///
+/// # Safety
+/// `connection` points to a live map value, and is what was known of this descriptor.
+#[inline(always)]
+pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
+    // SAFETY: by contract; the request's place is a live map value as well.
+    unsafe {
+        if (*connection).is_answered != 0 {
+            return;
+        }
+        let inode = OpenFile::of(fd).and_then(|file| file.inode());
+        if inode != Some((*connection).inode) {
+            return;
+        }
+        (*connection).is_answered = 1;
+        let request = (*connection).request;
+        let answered_ns = bpf_ktime_get_ns();
+        if let Some(head) = HEADS.get_ptr_mut((*connection).head)
+            && (*head).id == request
+        {
+            (*head).answered_ns = answered_ns;
+        }
+        // Read last: whoever tells of the request meanwhile sees the answer above, or is seen here.
+        let is_told = (&raw const (*connection).is_told).read_volatile() != 0;
+        if is_told {
+            let answer = Answer { request, answered_ns };
+            if ANSWERS.output::<Answer>(&answer, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
+                lost(Loss::AnswersFull);
+            }
+        }
+    }
+}
+
+/// Whether a process's deferred work is followed, which makes it a target.
+#[inline(always)]
+pub(crate) fn is_followed(tgid: u32) -> bool {
+    presence::of_process(tgid) && FOLLOWED.get_ptr(tgid).is_some()
+}
+
+/// The current thread has accepted a connection: what it does now is for that, until a request comes.
+#[inline(always)]
+pub(crate) fn accepted(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
+    if is_followed(tgid)
+        && let Some(inode) = file.inode()
+        && remember(tgid, fd, inode)
+    {
+        let origin = Origin { request: 0, inode, fd, reserved: 0 };
+        // SAFETY: has no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        work::turn_to(tid, &Work { origin, ..work::current(tid) }, now);
+    }
+}
+
+/// Remembers a connection that a process has open. Tells whether there was room.
+#[inline(always)]
+fn remember(tgid: u32, fd: u32, inode: u64) -> bool {
+    let connection = Connection { inode, ..Connection::default() };
+    let has_room = CONNECTIONS.insert(Descriptor { tgid, fd }, connection, u64::from(BPF_ANY)).is_ok();
+    if !has_room {
+        lost(Loss::ConnectionsFull);
+    }
+    has_room
+}
+
+/// The connection of an origin, if it still is the same.
+#[inline(always)]
+fn connection_of(tgid: u32, origin: &Origin) -> Option<*mut Connection> {
+    let connection = CONNECTIONS.get_ptr_mut(Descriptor { tgid, fd: origin.fd })?;
+    // SAFETY: a live map value; the inode number never changes.
+    if unsafe { (*connection).inode } == origin.inode { Some(connection) } else { None }
+}
+
+/// What is meant by an origin when work for it goes on: one that is but a connection means its latest request.
+#[inline(always)]
+pub(crate) fn present(tgid: u32, origin: &Origin) -> Origin {
+    if origin.request == 0
+        && origin.inode != 0
+        && let Some(connection) = connection_of(tgid, origin)
+    {
+        // SAFETY: a live map value; words that are read one by one.
+        unsafe {
+            if (*connection).overlaps == 0 {
+                return Origin { request: (*connection).request, ..*origin };
+            }
+        }
+        lost(Loss::RequestsOverlap);
+    }
+    *origin
+}
+
+/// What something that is put off now is put off for. The user side hears of the request.
+#[inline(always)]
+pub(crate) fn kept(tgid: u32, origin: &Origin) -> Origin {
+    if origin.request != 0
+        && let Some(connection) = connection_of(tgid, origin)
+    {
+        // SAFETY: a live map value.
+        unsafe {
+            if (*connection).overlaps != 0 {
+                lost(Loss::RequestsOverlap);
+                return Origin { request: 0, ..*origin };
+            }
+            tell(connection, origin.request);
+        }
+    }
+    *origin
+}
+
+/// Tells the user side of the request that a stall was for.
+#[inline(always)]
+pub(crate) fn stalled(tgid: u32, origin: &Origin) {
+    if origin.request != 0
+        && let Some(connection) = connection_of(tgid, origin)
+    {
+        // SAFETY: a live map value.
+        unsafe { tell(connection, origin.request) };
+    }
+}
+
+/// Passes a request on to the user side, once.
+///
+/// # Safety
+/// `connection` points to a live map value.
+#[inline(always)]
+unsafe fn tell(connection: *mut Connection, request: u64) {
+    // SAFETY: by contract; the request's place is a live map value as well.
+    unsafe {
+        if (*connection).request != request || (*connection).is_told != 0 {
+            return;
+        }
+        (*connection).is_told = 1;
+        let is_passed_on = match HEADS.get_ptr((*connection).head) {
+            // Else a newer one has its place.
+            Some(head) if (*head).id == request => {
+                REQUESTS.output::<Request>(&*head, u64::from(BPF_RB_NO_WAKEUP)).is_ok()
+            }
+            _ => false,
+        };
+        if !is_passed_on {
+            lost(Loss::RequestsFull);
+        }
+    }
+}
+
+/// A call that has read something from a connection.
+pub(crate) struct Read {
+    pub(crate) tgid: u32,
+    pub(crate) tid: u32,
+    pub(crate) fd: u32,
+    pub(crate) received: u32,
+    pub(crate) call: CallInProgress,
+    pub(crate) connection: *mut Connection,
+}
+
+impl Read {
+    /// The one the current thread returns from; `None` if that has read nothing, or from anything else.
+    #[inline(always)]
+    pub(crate) fn of(ctx: &TracePointContext) -> Option<Self> {
+        let (tgid, tid) = kernel::current();
+        if !is_followed(tgid) {
+            return None;
+        }
+        let received = u32::try_from(kernel::returned(ctx)?).ok().filter(|&received| received > 0)?;
+        let call = system_call::call_in_progress()?;
+        let fd = u32::try_from(call.first()?).ok()?;
+        let connection = CONNECTIONS.get_ptr_mut(Descriptor { tgid, fd })?;
+        // SAFETY: a live map value; the inode number never changes.
+        if OpenFile::of(fd)?.inode()? != unsafe { (*connection).inode } {
+            return None;
+        }
+        Some(Self { tgid, tid, fd, received, call, connection })
+    }
+
+    #[inline(always)]
+    pub(crate) fn arrived_in_parts(&self, parts: u64) {
+        if let Some([buffer, length]) = kernel::pointed::<[u64; 2]>(parts) {
+            self.arrived(buffer, length);
+        }
+    }
+
+    /// The bytes are in a buffer of this length: a request, or more of one.
+    #[inline(always)]
+    pub(crate) fn arrived(&self, buffer: u64, length: u64) {
+        // SAFETY: has no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        let is_http = kernel::pointed::<[u8; 8]>(buffer).is_some_and(begins_request);
+        // SAFETY: a live map value; only who reads from the connection writes these.
+        let request = unsafe {
+            let connection = self.connection;
+            let is_first = (*connection).request == 0;
+            let is_more =
+                !is_http && !is_first && ((*connection).is_http != 0 || (*connection).is_answered == 0);
+            if is_more {
+                self.keep_more(buffer, length);
+            } else {
+                if !is_first && (*connection).is_answered == 0 {
+                    (*connection).overlaps = 1;
+                }
+                (*connection).is_answered = 0;
+                (*connection).is_told = 0;
+                (*connection).is_http |= u32::from(is_http);
+                (*connection).request = work::number(self.tid, now);
+                self.keep(buffer, length, now);
+            }
+            (*connection).request
+        };
+        // SAFETY: as above.
+        let inode = unsafe { (*self.connection).inode };
+        let origin = Origin { request, inode, fd: self.fd, reserved: 0 };
+        work::turn_to(self.tid, &Work { origin, ..work::current(self.tid) }, now);
+    }
+
+    /// Keeps the beginning of the connection's latest request.
+    ///
+    /// # Safety
+    /// `self.connection` points to a live map value.
+    #[inline(always)]
+    pub(crate) unsafe fn keep(&self, buffer: u64, length: u64, now: u64) {
+        // SAFETY: by contract; the place is a live map value of this CPU's.
+        unsafe {
+            let id = (*self.connection).request;
+            let Some(next) = NEXT_HEAD.get_ptr_mut(0) else { return };
+            let head = bpf_get_smp_processor_id() * HEADS_PER_CPU + *next % HEADS_PER_CPU;
+            *next = next.read().wrapping_add(1);
+            (*self.connection).head = head;
+            let Some(request) = HEADS.get_ptr_mut(head) else { return };
+            (*request).id = id;
+            (*request).at_ns = now;
+            (*request).answered_ns = 0;
+            (*request).inode = (*self.connection).inode;
+            (*request).tgid = self.tgid;
+            (*request).fd = self.fd;
+            (*request).received = self.received;
+            (*request).kept = self.copy(buffer, length, (&raw mut (*request).bytes).cast(), MOST);
+        }
+    }
+
+    /// Keeps more of the connection's latest request, if its beginning came in small pieces.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    pub(crate) unsafe fn keep_more(&self, buffer: u64, length: u64) {
+        // SAFETY: by contract; as much as is copied at most fits behind what may be there.
+        unsafe {
+            let Some(request) = HEADS.get_ptr_mut((*self.connection).head) else { return };
+            let kept = (&raw const (*request).kept).read_volatile() as usize;
+            if (*request).id == (*self.connection).request {
+                (*request).received = (*request).received.saturating_add(self.received);
+                if kept < HEAD / 2 {
+                    let behind = (&raw mut (*request).bytes).cast::<u8>().add(kept);
+                    (*request).kept += self.copy(buffer, length, behind, MOST / 2);
+                }
+            }
+        }
+    }
+
+    /// Copies what was read. Returns how much that was.
+    ///
+    /// # Safety
+    /// There is room for `most` bytes.
+    #[inline(always)]
+    pub(crate) unsafe fn copy(&self, buffer: u64, length: u64, to: *mut u8, most: u32) -> u32 {
+        #[expect(clippy::cast_possible_truncation, reason = "no more than was received, which has 32 bits")]
+        let length = length.min(u64::from(self.received)) as u32;
+        // SAFETY: reads a local. Volatile, so that the verifier sees the bound that the compiler can prove.
+        let length = unsafe { core::ptr::read_volatile(&raw const length) };
+        let kept = if length < most { length } else { most };
+        if kept == 0 {
+            return 0;
+        }
+        // SAFETY: by contract; the helper checks the other address.
+        let outcome = unsafe {
+            let bytes = core::slice::from_raw_parts_mut(to, kept as usize);
+            bpf_probe_read_user_buf(buffer as *const u8, bytes)
+        };
+        if outcome.is_ok() { kept } else { 0 }
+    }
+}
+
+/// Whether bytes begin like a request of HTTP/1: capital letters and a space.
+#[inline(always)]
+fn begins_request(bytes: [u8; 8]) -> bool {
+    for (n, byte) in bytes.into_iter().enumerate() {
+        if byte == b' ' {
+            return n >= 3;
+        }
+        if !byte.is_ascii_uppercase() {
+            return false;
+        }
+    }
+    false
+}

@@ -1,0 +1,92 @@
+//! Which processes are under observation, and which come up for selection.
+
+use aya_ebpf::{
+    bindings::BPF_NOEXIST,
+    macros::map,
+    maps::{HashMap, LruHashMap},
+};
+use observer_common::{loss::Loss, process::Target};
+
+use super::presence;
+use crate::emit::lost;
+
+/// Processes under observation, by id in the initial pid namespace.
+#[map]
+pub(crate) static TARGETS: HashMap<u32, Target> = HashMap::with_max_entries(4096, 0);
+
+/// Processes that the loader has turned down, until they run another program.
+#[map]
+pub(crate) static REJECTED_PIDS: LruHashMap<u32, u8> = LruHashMap::with_max_entries(16_384, 0);
+
+/// Whether processes are selected by more than their ids; set by the loader.
+// SAFETY: a name of our own, for the loader to find.
+#[unsafe(no_mangle)]
+static SELECTS: u8 = 0;
+
+#[inline(always)]
+pub(crate) fn selects() -> bool {
+    // SAFETY: a static that only the loader writes, before any program runs.
+    unsafe { core::ptr::read_volatile(&raw const SELECTS) != 0 }
+}
+
+/// A process that is no target waits for events: observed from now on, until the loader decides; unless it has.
+#[inline(always)]
+pub(crate) fn comes_up(tgid: u32) -> bool {
+    selects() && REJECTED_PIDS.get_ptr(tgid).is_none() && is_made_candidate(tgid)
+}
+
+/// A process that is no target listens, which may be what it is selected for.
+#[inline(always)]
+pub(crate) fn comes_up_again(tgid: u32) -> bool {
+    selects() && {
+        let _new = REJECTED_PIDS.remove(tgid);
+        is_made_candidate(tgid)
+    }
+}
+
+#[inline(always)]
+fn is_made_candidate(tgid: u32) -> bool {
+    let candidate = Target { exited: 0, execs: 0, is_candidate: 1 };
+    // Fails as well if another thread was first, which is fine.
+    let is_there = add(tgid, candidate) || is_target(tgid);
+    if !is_there {
+        lost(Loss::TargetsFull);
+    }
+    is_there
+}
+
+/// Adds an entry if there is none. Tells whether it did.
+#[inline(always)]
+pub(crate) fn add(tgid: u32, target: Target) -> bool {
+    presence::count_processes(tgid, 1);
+    let is_new = TARGETS.insert(tgid, target, u64::from(BPF_NOEXIST)).is_ok();
+    if !is_new {
+        presence::count_processes(tgid, -1);
+    }
+    is_new
+}
+
+/// Whether a process is under observation.
+#[inline(always)]
+pub(crate) fn is_target(tgid: u32) -> bool {
+    target(tgid).is_some()
+}
+
+#[inline(always)]
+pub(crate) fn target(tgid: u32) -> Option<*mut Target> {
+    if presence::of_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
+}
+
+/// Children of candidates are selected by themselves.
+#[inline(always)]
+pub(crate) fn is_candidate(tgid: u32) -> u32 {
+    // SAFETY: a live map value, of which this part never changes.
+    target(tgid).map_or(0, |target| unsafe { (*target).is_candidate })
+}
+
+/// How many programs a process has started that is or was observed.
+#[inline(always)]
+pub(crate) fn execs_of(tgid: u32) -> Option<u32> {
+    // SAFETY: a live map value; four bytes are read at once.
+    target(tgid).map(|target| unsafe { (*target).execs })
+}

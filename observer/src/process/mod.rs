@@ -1,0 +1,20 @@
+//! The processes under observation, as `/proc` and the kernel's socket tables show them.
+
+pub(crate) mod container;
+pub(crate) mod pod;
+pub(crate) mod identity;
+mod info;
+pub(crate) mod criteria;
+pub(crate) mod choice;
+pub(crate) mod connections;
+pub(crate) mod context;
+pub(crate) mod drops;
+pub(crate) mod wait_call;
+pub(crate) mod runtime;
+pub(crate) mod hooks;
+pub(crate) mod check;
+
+pub(crate) use info::{
+    Process, ancestors, descendants, described, ensure_observable, environment, is_there, network_namespace,
+    socket_inode, start_ticks, thread_name,
+};

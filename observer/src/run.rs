@@ -43,8 +43,8 @@ use crate::{
     sanitize::clean,
 };
 
-/// How often targets, listeners and finished threads are looked after.
-const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// How often the observation is refreshed.
+const REFRESH_PERIOD: Duration = Duration::from_secs(1);
 
 /// How long breakpoints are removed without a word.
 const REMOVAL_PATIENCE: Duration = Duration::from_secs(1);
@@ -199,7 +199,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
             let mut push =
                 collector.map(|collector| Push::start(collector, observation.started(), Arc::clone(&cap)));
             if let Some(push) = &push {
-                push.ledgers().for_each(|ledger| observation.tell_of(ledger));
+                push.ledgers().for_each(|ledger| observation.report_delivery(ledger));
                 push.trace_ledger().into_iter().for_each(|ledger| observation.trace(ledger));
             }
             let observation = Arc::new(Mutex::new(observation));
@@ -253,7 +253,7 @@ pub(crate) fn wait_for_removal() {
 async fn until_turned_on(switch: &Path, end: Option<Instant>, signals: &mut Signals) -> bool {
     let gone = async {
         while switch.exists() {
-            sleep(HOUSEKEEPING).await;
+            sleep(REFRESH_PERIOD).await;
         }
     };
     select! {
@@ -427,8 +427,8 @@ async fn until_over(
 ) -> Result<End> {
     let time_is_up = until(end);
     tokio::pin!(time_is_up);
-    let mut housekeeping = interval(HOUSEKEEPING);
-    housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut refresh = interval(REFRESH_PERIOD);
+    refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut watch = interval(lock(observation).watch_period());
     watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let kinds = lock(observation).kinds_descriptor()?;
@@ -452,14 +452,14 @@ async fn until_over(
                 Due::Metrics => push.push_metrics(&lock(observation).snapshot()?),
                 Due::Traces => push_traces(push, &mut lock(observation), false),
             },
-            _ = housekeeping.tick() => {
+            _ = refresh.tick() => {
                 if controls.kill_switch.as_deref().is_some_and(Path::exists) {
                     return Ok(End::TurnedOff);
                 }
                 let mut observation = lock(observation);
-                match &mut view {
-                    Some(view) => view.show(observation.snapshot()?)?,
-                    None => observation.refresh()?,
+                observation.refresh()?;
+                if let Some(view) = &mut view {
+                    view.show(observation.snapshot()?)?;
                 }
                 if observation.is_over() {
                     return Ok(End::Over);

@@ -45,8 +45,9 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
         "- The first {SHOWN} listeners, event loops and processes are told one by one. Any more are told together, with the\n  \
          label `{OTHER}`: counters and histograms added up, which goes on for those that are gone; gauges added up or the\n  \
          greatest, as stated below. A server with more loops than that is too large to be looked at loop by loop.\n\
-         - Figures are read for scrapes at most ten times a second, and less often where that takes more than a tenth of a CPU's\n  \
-         time; scrapes in between get the same ones. Of more than {CONNECTIONS} connections the oldest ends; none lasts longer than {} s.\n",
+         - Observer brings its metrics up to date once a second. A page of them is made at most ten times a second, and less often\n  \
+         where that takes more than a tenth of a CPU's time; scrapes in between get the same page. With more than {CONNECTIONS}\n  \
+         connections the oldest is closed; none lasts longer than {} s.\n",
         (LIFE + GRACE).as_secs()
     )?;
     writeln!(out, "| name | type | labels | pushed as | what it tells |\n| --- | --- | --- | --- | --- |")?;

@@ -44,7 +44,7 @@ pub(super) fn record(data: &[u8]) {
     let told = origin::decode(&record_of::<Request>(bytes));
     assert!(told.path.is_none_or(|path| !path.contains(['?', '#'])));
     let raw = Raw { now: record_of(&figures), durations: record_of(&figures) };
-    let _ = reactor::decode("name".into(), &raw, &mut Prober::default(), now);
+    let _ = reactor::decode("name".into(), &raw, reactor::lag(&raw, &mut Prober::default(), now), now);
     let _ = reactor::stall_in_progress(&raw, now);
     let _ = reactor::stall(&record_of::<Stall>(&figures), None);
     let _ = deferred::decode("work", true, &record_of(&figures), Some(now));

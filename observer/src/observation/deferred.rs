@@ -122,6 +122,29 @@ struct Space {
 }
 
 impl Process {
+    /// Metrics of the places in its runtime, and how often tasks started that were not known.
+    fn hook_figures(&self, maps: &Maps) -> (Vec<HookFigures>, u64) {
+        let mut hooks = Vec::<HookFigures>::new();
+        let mut unmatched = 0;
+        for hook in &self.hooks {
+            let figures = hook.figures(maps);
+            if hook.is_restore() {
+                unmatched += figures.hits.saturating_sub(figures.matches);
+            }
+            match hooks.iter_mut().find(|known| known.is_of_same_place(&figures)) {
+                Some(known) => known.add(&figures),
+                None => hooks.push(figures),
+            }
+        }
+        (hooks, unmatched)
+    }
+
+    /// The name of a kind of task, if it has been made; that of unknown ones where no more names are kept.
+    fn known_name(&self, class: ClassKey) -> Option<Arc<str>> {
+        let name = self.names.get(&class).cloned();
+        name.or_else(|| (self.names.len() >= NAMES).then(|| UNKNOWN.into()))
+    }
+
     /// Has the programs keep what this process publishes, if it does.
     fn find_context(&mut self, maps: &mut Maps, mappings: &Mappings) {
         let Some(pointer) = context::published(mappings) else { return };
@@ -447,34 +470,25 @@ impl Follower {
         }
     }
 
-    /// What is known of a live target's deferred work.
-    pub(super) fn figures(&mut self, maps: &Maps, pid: u32) -> Figures {
+    /// What is known of a live target's deferred work. Kinds that have no name yet are left out: the next refresh makes names.
+    fn figures(&self, maps: &Maps, pid: u32) -> Figures {
         let followed = self.processes.get(&pid).filter(|process| !process.hooks.is_empty());
         let Some(process) = followed else { return Figures::default() };
-        let mut hooks = Vec::<HookFigures>::new();
-        let mut unmatched = 0;
-        for hook in &process.hooks {
-            let figures = hook.figures(maps);
-            if hook.is_restore() {
-                unmatched += figures.hits.saturating_sub(figures.matches);
-            }
-            match hooks.iter_mut().find(|known| known.is_of_same_place(&figures)) {
-                Some(known) => known.add(&figures),
-                None => hooks.push(figures),
-            }
-        }
+        let (hooks, unmatched) = process.hook_figures(maps);
         let of_process = entries(&maps.classes).into_iter().filter(|(key, _)| key.tgid == pid);
         let mut classes = BTreeMap::<Arc<str>, (RawClass, Option<u64>, bool)>::new();
         let mut is_waiting = false;
         for (key, raw) in of_process {
+            let Some(name) = process.known_name(key) else { continue };
             is_waiting |= raw.pending > 0;
-            let (sum, _, is_told) = classes.entry(self.name(key)).or_insert((RawClass::EMPTY, None, true));
+            let (sum, _, is_told) = classes.entry(name).or_insert((RawClass::EMPTY, None, true));
             deferred::add(sum, &raw);
             *is_told &= self.is_told(key);
         }
         if is_waiting {
             for (_, unit) in entries(&maps.units).iter().filter(|entry| deferred::waits(entry, pid)) {
-                if let Some((_, oldest, _)) = classes.get_mut(&self.name(unit.class)) {
+                let of_kind = process.known_name(unit.class).and_then(|name| classes.get_mut(&name));
+                if let Some((_, oldest, _)) = of_kind {
                     *oldest = Some(oldest.map_or(unit.queued_ns, |oldest| oldest.min(unit.queued_ns)));
                 }
             }
@@ -487,6 +501,14 @@ impl Follower {
         Figures { deferred, hooks, unmatched }
     }
 
+    /// Places in the runtime of a target that never meant anything, though the process came there often.
+    pub(super) fn unmatched_hooks(&self, maps: &Maps, pid: u32) -> Vec<HookFigures> {
+        let Some(process) = self.processes.get(&pid) else { return Vec::new() };
+        let (mut hooks, _) = process.hook_figures(maps);
+        hooks.retain(HookFigures::never_matches);
+        hooks
+    }
+
     /// Adds the pieces that are over to a live target's figures.
     pub(super) fn add_links(&self, pid: u32, deferred: &mut [Deferred]) {
         for (_, task, link) in self.links.iter().filter(|(of, ..)| *of == pid) {
@@ -496,8 +518,11 @@ impl Follower {
         }
     }
 
-    /// The same of a target that is gone.
-    pub(super) fn final_figures(&self, pid: u32) -> Figures {
+    /// What is known of a target, final if it has exited.
+    pub(super) fn latest_figures(&self, maps: &Maps, pid: u32, has_exited: bool) -> Figures {
+        if !has_exited {
+            return self.figures(maps, pid);
+        }
         let found = self.finished.iter().rev().find(|(of, _)| *of == pid);
         found.map(|(_, figures)| figures.clone()).unwrap_or_default()
     }
@@ -506,6 +531,7 @@ impl Follower {
     pub(super) fn exited(&mut self, maps: &mut Maps, pid: u32, keep: usize) {
         if self.processes.contains_key(&pid) {
             self.orphan(maps, pid);
+            self.name_all(maps);
             let mut figures = self.figures(maps, pid);
             self.add_links(pid, &mut figures.deferred);
             self.links.retain(|(of, ..)| *of != pid);

@@ -1,17 +1,23 @@
 //! The listeners of an observation: found, looked at, and let go when they close.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     mem,
 };
 
 use anyhow::Result;
+use aya::Ebpf;
+use nix::libc;
 use observer_common::{
     accept::PortKey,
     listener::{Listener as RawListener, Queue},
 };
 
-use super::{ENDED, Observation};
+use super::{
+    missing::MissingSources,
+    round_robin::RoundRobin,
+    targets::{EXITED_LIMIT, Targets},
+};
 use crate::{
     kernel::clock,
     model::snapshot::Listener,
@@ -20,10 +26,13 @@ use crate::{
         listener::{self, Before},
     },
     process::{
-        self,
+        self, Process,
         drops::{self, ListenDrops},
     },
-    read::entries::{NO_EXIST, entries},
+    read::{
+        entries::{NO_EXIST, entries},
+        maps::Maps,
+    },
 };
 
 /// How often to look at listeners until none drops connections between that and a look at its namespace's counters.
@@ -43,26 +52,54 @@ fn port(listener: &RawListener) -> PortKey {
     PortKey { netns: listener.netns, port: listener.port.into() }
 }
 
-/// A listener as it was when last looked at, and as it was before.
-pub(super) struct Known {
-    pub(super) raw: RawListener,
+/// A listener as it was at the last look, and before the first.
+struct Known {
+    raw: RawListener,
     before: Before,
+    /// Connections that it dropped because its queue was full, where that is certain.
+    overflows: Option<u64>,
 }
 
-impl Observation {
+impl Known {
+    /// What the kernel has dropped because of this listener since it was known.
+    const fn drops(&self) -> u32 {
+        self.raw.queue.drops.wrapping_sub(self.before.drops)
+    }
+}
+
+/// The listeners of targets.
+#[derive(Default)]
+pub(super) struct Listeners {
+    /// By inode number.
+    known: BTreeMap<u64, Known>,
+    /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
+    unix_since_ns: Option<u64>,
+    /// Whether listeners found from now on are new: nobody waited there before observer attached.
+    is_first_look_done: bool,
+    /// Counters of the network namespaces that targets were in at first. Others are taken to have begun at zero,
+    /// as they did when they were made: one that is older has more drops than its listeners here, which makes
+    /// nothing certain.
+    drops_before: HashMap<u32, ListenDrops>,
+    /// The network namespace of each target.
+    namespaces: BTreeMap<u32, u32>,
+    /// Whose namespaces are asked for again next.
+    to_recheck: RoundRobin,
+}
+
+impl Listeners {
     /// Remembers the counters of the first targets' network namespaces, and forgets those that targets have left:
     /// the kernel gives their numbers to others.
-    pub(super) fn note_namespaces(&mut self) {
-        self.namespaces.retain(|pid, _| self.live.contains_key(pid));
-        let new = self.live.keys().filter(|pid| !self.namespaces.contains_key(pid)).copied();
+    fn note_namespaces(&mut self, live: &BTreeMap<u32, Process>) {
+        self.namespaces.retain(|pid, _| live.contains_key(pid));
+        let new = live.keys().filter(|pid| !self.namespaces.contains_key(pid)).copied();
         // Hardly any moves to another: some at a time are asked again.
-        let asked: Vec<_> = new.chain(self.namespaces_asked.next(&self.namespaces)).collect();
+        let asked: Vec<_> = new.chain(self.to_recheck.next(&self.namespaces)).collect();
         for pid in asked {
             if let Some(netns) = process::network_namespace(pid) {
                 self.namespaces.insert(pid, netns);
             }
         }
-        if self.first_look_done {
+        if self.is_first_look_done {
             let present: HashSet<u32> = self.namespaces.values().copied().collect();
             self.drops_before.retain(|netns, _| present.contains(netns));
         } else {
@@ -80,155 +117,108 @@ impl Observation {
         drops::of_namespace(in_it.find(|&pid| process::network_namespace(pid) == Some(netns))?)
     }
 
-    /// Looks at every accept queue. Listeners that targets opened meanwhile have made their own entries; what new
-    /// targets brought along is searched for, and so are heirs of listeners whose process is gone.
-    pub(super) fn refresh_listeners(&mut self, targets_changed: bool) -> Result<()> {
+    /// Brings all listeners up to date, until it is as certain as it can be which of them dropped connections because their
+    /// queues were full.
+    pub(super) fn refresh(
+        &mut self,
+        ebpf: &mut Ebpf,
+        maps: &mut Maps,
+        missing: &mut MissingSources,
+        targets: &Targets,
+        targets_changed: bool,
+    ) -> Result<()> {
+        self.note_namespaces(targets.live());
         if targets_changed {
-            listener::find(&mut self.ebpf)?;
+            listener::find(ebpf)?;
         }
-        for (inode, raw) in entries(&self.maps.listeners) {
+        for _ in 0..LOOKS {
+            self.look_at_all(ebpf, maps, missing)?;
+            if self.attribute_overflows() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at every accept queue. The programs make entries of listeners that targets open; what new targets brought along has
+    /// been searched for, and so have the heirs of listeners whose process is gone.
+    fn look_at_all(&mut self, ebpf: &mut Ebpf, maps: &mut Maps, missing: &mut MissingSources) -> Result<()> {
+        for (inode, raw) in entries(&maps.listeners) {
             if raw.unix_name != 0 && self.unix_since_ns.is_none() {
-                self.missing.extend(probes::attach(
-                    &mut self.ebpf,
-                    &Types::default(),
-                    When::UnixListener,
-                    &[],
-                )?);
+                missing.extend(probes::attach(ebpf, &Types::default(), When::UnixListener, &[])?);
                 self.unix_since_ns = Some(clock::monotonic_ns());
             }
-            listener::look(&mut self.ebpf, inode)?;
+            listener::look(ebpf, inode)?;
         }
         let mut closed = Vec::new();
-        for (inode, raw) in entries(&self.maps.listeners) {
-            let is_first_look = !self.first_look_done;
+        for (inode, raw) in entries(&maps.listeners) {
+            let is_first_look = !self.is_first_look_done;
             // A listen call that failed, or a listener so short-lived that there is nothing to tell.
-            if raw.queue.closed != 0 && raw.accepts == 0 && !self.listeners.contains_key(&inode) {
-                self.maps.listeners.remove(&inode)?;
+            if raw.queue.closed != 0 && raw.accepts == 0 && !self.known.contains_key(&inode) {
+                maps.listeners.remove(&inode)?;
                 closed.push(raw);
                 continue;
             }
-            let known = self.listeners.entry(inode).or_insert_with(|| Known {
+            let known = self.known.entry(inode).or_insert_with(|| Known {
                 raw,
                 before: if is_first_look { Before::of(&raw.queue) } else { Before::default() },
+                overflows: None,
             });
             let last = mem::replace(&mut known.raw, raw);
             if raw.queue.closed != 0 {
                 // How deep it was when it closed is not to be known any more; how deep it was before is.
                 known.raw.queue = Queue { closed: 1, ..last.queue };
-                self.maps.listeners.remove(&inode)?;
+                maps.listeners.remove(&inode)?;
                 closed.push(raw);
             }
         }
-        self.end_time_stamps(&closed)?;
-        self.first_look_done = true;
+        end_time_stamps(maps, &closed)?;
+        self.is_first_look_done = true;
         let closed: Vec<u64> = self
-            .listeners
+            .known
             .iter()
             .filter(|(_, known)| known.raw.queue.closed != 0)
             .map(|(&inode, _)| inode)
             .collect();
-        for inode in &closed[..closed.len().saturating_sub(ENDED)] {
-            self.listeners.remove(inode);
+        for inode in &closed[..closed.len().saturating_sub(EXITED_LIMIT)] {
+            self.known.remove(inode);
         }
         Ok(())
-    }
-
-    /// Ends the time stamps for connections to closed listeners, unless they may be another's. Which others there are, the
-    /// kernel knows: one may have begun to listen in the same place since the last look.
-    fn end_time_stamps(&mut self, closed: &[RawListener]) -> Result<()> {
-        if closed.is_empty() {
-            return Ok(());
-        }
-        let open = self.open_listeners();
-        let mut places = HashMap::new();
-        for listener in closed {
-            let (place, name) = (place(listener), listener.unix_name);
-            match (name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
-                (0, []) => {
-                    let _never_wanted = self.maps.ports.remove(&port(listener));
-                }
-                (0, &[only]) => self.maps.ports.insert(port(listener), only, 0)?,
-                (name, []) if name != 0 => {
-                    let _never_wanted = self.maps.unix_names.remove(&name);
-                }
-                _ => {}
-            }
-            places.insert(place, listener);
-        }
-        // A listener that put itself in meanwhile was taken out or overwritten; from now on it stays.
-        let open = self.open_listeners();
-        for (place, listener) in places {
-            match (listener.unix_name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
-                (0, []) => {}
-                (0, &[only]) => {
-                    let _there_already = self.maps.ports.insert(port(listener), only, NO_EXIST);
-                    if self.maps.ports.get(&port(listener), 0).is_ok_and(|present| present != only) {
-                        self.maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?;
-                    }
-                }
-                (0, _) => self.maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?,
-                (name, []) => self.forget_queued(name),
-                (name, _) => self.maps.unix_names.insert(name, 1, 0)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Keys of the listeners that the kernel knows to be open, by their place.
-    fn open_listeners(&self) -> HashMap<Place, Vec<u64>> {
-        let mut open = HashMap::<_, Vec<u64>>::new();
-        for (inode, raw) in entries(&self.maps.listeners) {
-            if raw.queue.closed == 0 {
-                open.entry(place(&raw)).or_default().push(inode);
-            }
-        }
-        open
-    }
-
-    /// Forgets connections that waited at a unix listener of this name: they are gone without an event.
-    fn forget_queued(&mut self, unix_name: u64) {
-        for (address, arrival) in entries(&self.maps.queued) {
-            if arrival.unix_name == unix_name {
-                let _accepted = self.maps.queued.remove(&address);
-            }
-        }
     }
 
     /// Forgets those of processes that are no targets after all, unless a target accepts from them.
-    pub(super) fn forget_listeners(&mut self, of: &BTreeSet<u32>) -> Result<()> {
+    pub(super) fn forget(&mut self, maps: &mut Maps, targets: &Targets, of: &BTreeSet<u32>) -> Result<()> {
+        if of.is_empty() {
+            return Ok(());
+        }
         let mut forgotten = Vec::new();
-        for (inode, raw) in entries(&self.maps.listeners) {
-            if of.contains(&raw.owner) && !self.live.contains_key(&raw.accepter) {
-                let _gone = self.maps.listeners.remove(&inode);
-                self.listeners.remove(&inode);
+        for (inode, raw) in entries(&maps.listeners) {
+            if of.contains(&raw.owner) && !targets.live().contains_key(&raw.accepter) {
+                let _gone = maps.listeners.remove(&inode);
+                self.known.remove(&inode);
                 forgotten.push(raw);
             }
         }
-        self.end_time_stamps(&forgotten)
+        end_time_stamps(maps, &forgotten)
     }
 
-    /// Figures of all listeners, in the order in which they are known.
-    pub(super) fn decode_listeners(&mut self) -> Result<Vec<Listener>> {
-        let mut looks = 0;
-        loop {
-            let known = self.listeners.values();
-            let mut listeners: Vec<_> =
-                known.map(|known| listener::decode(&known.raw, known.before, self.unix_since_ns)).collect();
-            looks += 1;
-            if self.attribute_overflows(&mut listeners) || looks == LOOKS {
-                return Ok(listeners);
-            }
-            self.refresh_listeners(false)?;
+    /// All listeners by the process that each is listed with, as of the last refresh.
+    pub(super) fn snapshot(&self, targets: &Targets) -> HashMap<u32, Vec<Listener>> {
+        let mut listeners = HashMap::<u32, Vec<Listener>>::new();
+        for known in self.known.values() {
+            let decoded = listener::decode(&known.raw, known.before, self.unix_since_ns);
+            let listener = Listener { overflows: known.overflows, ..decoded };
+            listeners.entry(owner(&known.raw, targets)).or_default().push(listener);
         }
+        listeners
     }
 
     /// Attributes namespaces' overflows to listeners where that is certain. Returns whether looking again would
     /// make no more certain.
-    fn attribute_overflows(&self, listeners: &mut [Listener]) -> bool {
-        let namespaces: Vec<u32> = self.listeners.values().map(|known| known.raw.netns).collect();
+    fn attribute_overflows(&mut self) -> bool {
         let mut dropping = HashMap::<u32, u32>::new();
-        for (&netns, _) in namespaces.iter().zip(&*listeners).filter(|(_, listener)| listener.drops > 0) {
-            *dropping.entry(netns).or_default() += 1;
+        for known in self.known.values().filter(|known| known.drops() > 0) {
+            *dropping.entry(known.raw.netns).or_default() += 1;
         }
         let grown: HashMap<u32, ListenDrops> = dropping
             .keys()
@@ -238,26 +228,88 @@ impl Observation {
             })
             .collect();
         let mut is_final = true;
-        for (netns, listener) in namespaces.iter().zip(listeners).filter(|(_, l)| l.protocol == "tcp") {
-            let others_dropped = dropping.get(netns).is_some_and(|&count| count > 1);
-            listener.overflows = match grown.get(netns) {
-                _ if listener.drops == 0 => Some(0),
-                // What a closed one dropped after the last look, nobody knows.
-                Some(grown) if !listener.closed => grown.overflows_of(listener.drops, others_dropped),
+        for known in self.known.values_mut().filter(|known| i32::from(known.raw.family) != libc::AF_UNIX) {
+            let (netns, drops) = (known.raw.netns, known.drops());
+            let others_dropped = dropping.get(&netns).is_some_and(|&count| count > 1);
+            known.overflows = match grown.get(&netns) {
+                _ if drops == 0 => Some(0),
+                // What a closed one dropped after the last look is unknown.
+                Some(grown) if known.raw.queue.closed == 0 => grown.overflows_of(drops, others_dropped),
                 _ => None,
             };
-            let is_outrun = grown.get(netns).is_some_and(|grown| grown.drops > listener.drops.into());
-            is_final &= listener.overflows.is_some() || others_dropped || !is_outrun;
+            let is_outrun = grown.get(&netns).is_some_and(|grown| grown.drops > drops.into());
+            is_final &= known.overflows.is_some() || others_dropped || !is_outrun;
         }
         is_final
     }
+}
 
-    /// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
-    /// One that is gone only if there is no other, for a listener may outlive it.
-    pub(super) fn owner(&self, raw: &RawListener) -> u32 {
-        let candidates = [raw.accepter, raw.owner];
-        candidates.into_iter().find(|pid| self.live.contains_key(pid)).unwrap_or(raw.owner)
+/// Ends the time stamps for connections to closed listeners, unless they may be another's. Which others there are, the
+/// kernel knows: one may have begun to listen in the same place since the last look.
+fn end_time_stamps(maps: &mut Maps, closed: &[RawListener]) -> Result<()> {
+    if closed.is_empty() {
+        return Ok(());
     }
+    let open = open_listeners(maps);
+    let mut places = HashMap::new();
+    for listener in closed {
+        let (place, name) = (place(listener), listener.unix_name);
+        match (name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
+            (0, []) => {
+                let _never_wanted = maps.ports.remove(&port(listener));
+            }
+            (0, &[only]) => maps.ports.insert(port(listener), only, 0)?,
+            (name, []) if name != 0 => {
+                let _never_wanted = maps.unix_names.remove(&name);
+            }
+            _ => {}
+        }
+        places.insert(place, listener);
+    }
+    // A listener that put itself in meanwhile was taken out or overwritten; from now on it stays.
+    let open = open_listeners(maps);
+    for (place, listener) in places {
+        match (listener.unix_name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
+            (0, []) => {}
+            (0, &[only]) => {
+                let _there_already = maps.ports.insert(port(listener), only, NO_EXIST);
+                if maps.ports.get(&port(listener), 0).is_ok_and(|present| present != only) {
+                    maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?;
+                }
+            }
+            (0, _) => maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?,
+            (name, []) => forget_queued(maps, name),
+            (name, _) => maps.unix_names.insert(name, 1, 0)?,
+        }
+    }
+    Ok(())
+}
+
+/// Keys of the listeners that the kernel knows to be open, by their place.
+fn open_listeners(maps: &Maps) -> HashMap<Place, Vec<u64>> {
+    let mut open = HashMap::<_, Vec<u64>>::new();
+    for (inode, raw) in entries(&maps.listeners) {
+        if raw.queue.closed == 0 {
+            open.entry(place(&raw)).or_default().push(inode);
+        }
+    }
+    open
+}
+
+/// Forgets connections that waited at a unix listener of this name: they are gone without an event.
+fn forget_queued(maps: &mut Maps, unix_name: u64) {
+    for (address, arrival) in entries(&maps.queued) {
+        if arrival.unix_name == unix_name {
+            let _accepted = maps.queued.remove(&address);
+        }
+    }
+}
+
+/// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
+/// One that is gone only if there is no other, for a listener may outlive it.
+fn owner(raw: &RawListener, targets: &Targets) -> u32 {
+    let candidates = [raw.accepter, raw.owner];
+    candidates.into_iter().find(|pid| targets.live().contains_key(pid)).unwrap_or(raw.owner)
 }
 
 /// Numbers the listeners that share an address, so that each can be told from its siblings.

@@ -1,11 +1,24 @@
-//! The reactors of an observation: what their threads were doing before it began, their stalls, and their last figures.
+//! The threads under observation that wait for events: what they were doing before observer attached, their stalls, and their
+//! last metrics.
 
-use std::{collections::BTreeSet, io, os::fd::OwnedFd, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Duration,
+};
 
 use anyhow::Result;
-use observer_common::{accept::Accepting, reactor::Phase};
+use observer_common::{
+    accept::Accepting,
+    reactor::{Phase, Stall as RawStall},
+};
 
-use super::{ENDED, Observation};
+use super::{
+    deferred::Follower,
+    missing::MissingSources,
+    round_robin::{BATCH, RoundRobin},
+    selection::Selection,
+    targets::{EXITED_LIMIT, Targets},
+};
 use crate::{
     kernel::clock,
     model::{
@@ -15,55 +28,89 @@ use crate::{
         stall::Stalls,
         trace::What,
     },
-    probes::reactor,
+    probes::{gc, reactor},
     process::{
         self,
-        wait_call::{self, Call},
+        wait_call::{self, Call, WaitCall},
     },
     read::{
         entries::insert_new,
+        maps::Maps,
         reactors::{InSlice, Raw},
     },
+    stacks::watch::Watcher,
 };
 
-/// A reactor's thread.
-pub(super) struct Thread {
+/// All event loops of targets.
+pub(super) struct Reactors {
+    /// System calls that count as waits for events.
+    waits: Vec<WaitCall>,
+    stall_threshold: Duration,
+    watcher: Watcher,
+    /// What the programs do not keep of each thread, by its id.
+    threads: BTreeMap<u32, Thread>,
+    /// Whose names are asked for again next.
+    to_rename: RoundRobin,
+    /// Threads that go on, as of the last refresh, each with its lag.
+    running: Vec<(Raw, Histogram)>,
+    /// When that was, monotonic nanoseconds.
+    refreshed_ns: u64,
+    /// Final metrics of threads that have exited, each with its process.
+    finished: Vec<(u32, Reactor)>,
+    /// Processes whose pools are to be forgotten at the next refresh: their threads may still be about to count in them.
+    orphaned_pools: BTreeSet<u32>,
+}
+
+/// A thread.
+struct Thread {
     /// Its process.
-    pub(super) pid: u32,
-    pub(super) name: String,
+    pid: u32,
+    name: String,
     prober: Prober,
     stalls: Stalls,
 }
 
-/// Reactors whose threads go on.
-pub(super) struct Running {
-    pub(super) reactors: Vec<Raw>,
-    /// When they were read, monotonic nanoseconds.
-    pub(super) now: u64,
-}
+impl Reactors {
+    pub(super) fn of(selection: &Selection) -> Self {
+        Self {
+            waits: selection.calls.clone(),
+            stall_threshold: selection.stall_threshold,
+            watcher: Watcher::new(selection.stall_threshold),
+            threads: BTreeMap::new(),
+            to_rename: RoundRobin::default(),
+            running: Vec::new(),
+            refreshed_ns: 0,
+            finished: Vec::new(),
+            orphaned_pools: BTreeSet::new(),
+        }
+    }
 
-impl Observation {
-    /// Adds the waits and accepts that threads of these processes were inside before the programs could see them enter. What
-    /// happens meanwhile the programs see themselves: their entries win.
-    pub(super) fn adopt_calls(&mut self, pids: BTreeSet<u32>) -> Result<()> {
+    /// Adds the waits and accepts that threads of these processes were inside before the programs could see them enter. The
+    /// programs' own entries win.
+    pub(super) fn adopt_calls(
+        &self,
+        maps: &mut Maps,
+        missing: &mut MissingSources,
+        pids: impl IntoIterator<Item = u32>,
+    ) -> Result<()> {
         for pid in pids {
             for (tid, call) in wait_call::blocked_in(pid, &self.waits) {
                 let has_room = match call {
-                    Call::Wait { .. } if self.maps.reactors.get(tid).is_some() => true,
+                    Call::Wait { .. } if maps.reactors.get(tid).is_some() => true,
                     Call::Wait { kind, set } => {
                         let entry = reactor::waiting(pid, clock::monotonic_ns(), kind, set);
-                        self.maps.reactors.adopt(tid, entry)?
+                        maps.reactors.adopt(tid, entry)?
                     }
                     Call::Accept { fd } => match process::socket_inode(pid, fd) {
                         Some(inode) => {
                             let call = Accepting { inode, ..Accepting::default() };
-                            insert_new(&mut self.maps.accepting, tid, call)?
+                            insert_new(&mut maps.accepting, tid, call)?
                         }
                         None => true,
                     },
                 };
                 if !has_room {
-                    self.note_missing(format!("some threads of process {pid}"), "there are too many".into());
+                    missing.add(format!("some threads of process {pid}"), "there are too many");
                 }
             }
         }
@@ -71,54 +118,37 @@ impl Observation {
     }
 
     /// How often to [`watch`](Self::watch).
-    pub(crate) fn watch_period(&self) -> Duration {
+    pub(super) const fn watch_period(&self) -> Duration {
         self.watcher.period()
     }
 
-    /// What is readable when [`name_new`](Self::name_new) has something to do.
-    pub(crate) fn kinds_descriptor(&self) -> io::Result<OwnedFd> {
-        self.maps.kinds_descriptor()
-    }
-
-    /// Finds out what new kinds of deferred work are called, before that can change.
-    pub(crate) fn name_new(&mut self) {
-        self.follower.name_new(&mut self.maps);
-    }
-
-    /// Takes in the stalls that have ended, and looks at slices that may become one.
-    pub(crate) fn watch(&mut self) -> Result<()> {
-        self.collect_stalls()?;
-        // Of those that nobody has asked for not even the stacks are read.
-        let in_progress = self.maps.reactors.in_slices().filter(|slice| self.is_target(slice.pid));
+    /// Reads the stacks of slices that may become stalls.
+    pub(super) fn watch(&mut self, maps: &Maps, targets: &Targets) {
+        // Not even the stacks of other processes are read.
+        let in_progress = maps.reactors.in_slices().filter(|slice| targets.is_target(maps, slice.pid));
         let in_progress: Vec<_> = in_progress.collect();
         self.watcher.glance(in_progress.into_iter(), clock::monotonic_ns());
-        Ok(())
     }
 
-    /// Puts each stall that has ended down to what was seen of it.
-    fn collect_stalls(&mut self) -> Result<()> {
-        let stalls = self.maps.stalls();
-        if !stalls.is_empty() {
-            // Nobody is told of a stall of a process that is not wanted.
-            self.select()?;
-        }
-        // Their requests were passed on before them.
-        self.follower.collect(&mut self.maps);
+    /// Attributes each stall that has ended to the code that was seen in it.
+    pub(super) fn add_stalls(
+        &mut self,
+        stalls: Vec<RawStall>,
+        maps: &Maps,
+        targets: &Targets,
+        follower: &mut Follower,
+    ) {
         for raw in stalls {
             let look = self.watcher.seen(raw.tid, raw.start_ns);
-            if !self.is_target(raw.tgid) {
+            if !targets.is_target(maps, raw.tgid) {
                 continue;
             }
-            let origin = self.follower.request(raw.request);
-            let stall = reactor::stall(&raw, origin);
-            let what = || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone()));
-            self.follower.happened(raw.tgid, what);
+            let stall = reactor::stall(&raw, follower.request(raw.request));
+            follower.happened(raw.tgid, || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone())));
             self.thread(raw.tid, raw.tgid).stalls.add(stall, look);
         }
-        Ok(())
     }
 
-    /// What is kept of a reactor's thread.
     fn thread(&mut self, tid: u32, pid: u32) -> &mut Thread {
         let threshold = self.stall_threshold;
         let thread = self.threads.entry(tid).or_insert_with(|| Thread::of(pid, tid, threshold));
@@ -129,76 +159,115 @@ impl Observation {
         thread
     }
 
-    /// Takes final figures out of the map, so that it holds no more than live threads. Returns those that go on.
-    pub(super) fn collect_finished(&mut self) -> Result<Running> {
-        self.collect_stalls()?;
-        self.maps.forget_pools(&mut self.poolless);
+    /// Reads what all threads are doing, and takes those that have exited out of the map.
+    pub(super) fn refresh(&mut self, maps: &mut Maps, targets: &Targets) -> Result<()> {
+        maps.forget_pools(&mut self.orphaned_pools);
         // Before they are read: what is in progress is no older than that.
         let now = clock::monotonic_ns();
-        let mut reactors = self.maps.reactors.all();
-        let mut others = BTreeSet::new();
-        for raw in &mut reactors {
+        self.running.clear();
+        for mut raw in maps.reactors.all() {
             let (tid, pid) = (raw.now.tid, raw.now.tgid);
-            if !self.is_target(pid) {
-                self.forget_stranger(raw)?;
-                others.insert(raw.now.slot);
+            if !targets.is_target(maps, pid) {
+                self.release_rejected(maps, &raw)?;
                 continue;
             }
             // Of threads that exit together, the last to be counted may be the first to be heard of: of the others nobody
             // will hear when the process is no target any more.
-            let is_process_gone = !self.live.contains_key(&pid) && self.maps.targets.get(&pid, 0).is_err();
+            let is_process_gone = !targets.live().contains_key(&pid) && maps.targets.get(&pid, 0).is_err();
             if is_process_gone {
-                self.poolless.insert(pid);
+                self.orphaned_pools.insert(pid);
             }
-            if is_process_gone || reactor::is_final(raw) {
-                self.maps.reactors.let_go(&raw.now)?;
+            let thread = self.thread(tid, pid);
+            if is_process_gone || reactor::is_final(&raw) {
+                maps.reactors.let_go(&raw.now)?;
                 raw.now.phase = Phase::Exited as u32;
-                let reactor = self.thread(tid, pid).figures(raw, now);
+                let lag = reactor::lag(&raw, &mut thread.prober, now);
+                let reactor = thread.decode(&raw, &lag, now);
                 self.threads.remove(&tid);
                 self.finished.push((pid, reactor));
-                others.insert(raw.now.slot);
+            } else {
+                raw.now.gc.ns += gc::in_progress(maps, &raw.now, now);
+                let lag = reactor::lag(&raw, &mut thread.prober, now);
+                if let Some(slice) = self.stall_in_progress(&raw, now) {
+                    self.watcher.ensure_seen(slice);
+                }
+                self.running.push((raw, lag));
             }
         }
-        let surplus = self.finished.len().saturating_sub(ENDED);
+        self.refreshed_ns = now;
+        let surplus = self.finished.len().saturating_sub(EXITED_LIMIT);
         self.finished.drain(..surplus);
-        reactors.retain(|raw| !others.contains(&raw.now.slot));
-        Ok(Running { reactors, now })
+        Ok(())
     }
 
-    /// Asks probers again, so that waits are attributed to replies of their time.
-    pub(super) fn ask_probers(&mut self, running: &Running) {
-        for raw in &running.reactors {
-            let thread = self.thread(raw.now.tid, raw.now.tgid);
-            let _only_attributes = reactor::lag(raw, &mut thread.prober, running.now);
-        }
-    }
-
-    /// Observes a thread no more whose process was turned down. That of a candidate waits.
-    fn forget_stranger(&mut self, raw: &Raw) -> Result<()> {
-        if self.maps.targets.get(&raw.now.tgid, 0).is_err() {
-            self.poolless.insert(raw.now.tgid);
-            self.maps.reactors.let_go(&raw.now)?;
+    /// Stops observing a thread whose process was rejected. That of a candidate waits for the decision.
+    fn release_rejected(&mut self, maps: &mut Maps, raw: &Raw) -> Result<()> {
+        if maps.targets.get(&raw.now.tgid, 0).is_err() {
+            self.orphaned_pools.insert(raw.now.tgid);
+            maps.reactors.let_go(&raw.now)?;
         }
         Ok(())
     }
 
-    /// A reactor's figures as of `now`; a slice in progress is looked at if it takes long.
-    pub(super) fn figures(&mut self, raw: &Raw, now: u64) -> Reactor {
-        let threshold = self.stall_threshold.as_secs_f64();
-        let (tid, pid) = (raw.now.tid, raw.now.tgid);
-        let slice = InSlice { tid, pid, since_ns: raw.now.phase_since_ns, frame_pointer: 0 };
-        let in_progress = Some(reactor::stall_in_progress(raw, now))
-            .filter(|stall| reactor::is_in_slice(raw) && stall.seconds >= threshold);
-        let present = in_progress.map(|stall| (stall, self.watcher.seen_so_far(slice)));
-        let thread = self.thread(tid, pid);
-        let mut reactor = thread.figures(raw, now);
-        if let Some((stall, look)) = present {
-            let mut stalls = thread.stalls.clone();
-            stalls.add_in_progress(&stall, look.clone());
-            reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
-            reactor.current_stack = Some(look);
+    /// The slice of a thread, if it is in one that is a stall already.
+    fn stall_in_progress(&self, raw: &Raw, now: u64) -> Option<InSlice> {
+        let since_ns = raw.now.phase_since_ns;
+        let age = Duration::from_nanos(now.saturating_sub(since_ns));
+        let is_stall = reactor::is_in_slice(raw) && age >= self.stall_threshold;
+        is_stall.then_some(InSlice { tid: raw.now.tid, pid: raw.now.tgid, since_ns, frame_pointer: 0 })
+    }
+
+    /// All event loops by process, as of the last refresh.
+    pub(super) fn snapshot(&self) -> HashMap<u32, Vec<Reactor>> {
+        let mut reactors = HashMap::<u32, Vec<Reactor>>::new();
+        for (pid, finished) in &self.finished {
+            reactors.entry(*pid).or_default().push(finished.clone());
         }
-        reactor
+        for (raw, lag) in &self.running {
+            let pid = raw.now.tgid;
+            let Some(thread) = self.threads.get(&raw.now.tid).filter(|thread| thread.pid == pid) else {
+                continue;
+            };
+            let mut reactor = thread.decode(raw, lag, self.refreshed_ns);
+            if let Some(slice) = self.stall_in_progress(raw, self.refreshed_ns) {
+                let look = self.watcher.seen_so_far(slice);
+                let mut stalls = thread.stalls.clone();
+                stalls.add_in_progress(&reactor::stall_in_progress(raw, self.refreshed_ns), look.clone());
+                reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
+                reactor.current_stack = Some(look);
+            }
+            reactors.entry(pid).or_default().push(reactor);
+        }
+        reactors
+    }
+
+    /// Forgets all threads of processes that are no targets after all.
+    pub(super) fn forget(&mut self, pids: &BTreeSet<u32>) {
+        self.threads.retain(|_, thread| !pids.contains(&thread.pid));
+        self.running.retain(|(raw, _)| !pids.contains(&raw.now.tgid));
+    }
+
+    /// Asks for the names of a process's threads again.
+    pub(super) fn rename_of(&mut self, pid: u32) {
+        for (&tid, thread) in self.threads.iter_mut().filter(|(_, thread)| thread.pid == pid) {
+            thread.rename(tid);
+        }
+    }
+
+    /// Asks for names again, some at a time: a thread may have renamed itself.
+    pub(super) fn rename_some(&mut self) {
+        for tid in self.to_rename.next(&self.threads) {
+            if let Some(thread) = self.threads.get_mut(&tid) {
+                thread.rename(tid);
+            }
+        }
+    }
+
+    /// The same of all.
+    pub(super) fn rename_all(&mut self) {
+        for _ in 0..self.threads.len().div_ceil(BATCH) {
+            self.rename_some();
+        }
     }
 }
 
@@ -208,23 +277,23 @@ impl Thread {
         Self { pid, name: process::thread_name(pid, tid), prober: Prober::default(), stalls }
     }
 
-    /// Asks for its name again, which stays if it is gone.
-    pub(super) fn rename(&mut self, tid: u32) {
+    /// Asks for its name again, which stays if the thread is gone.
+    fn rename(&mut self, tid: u32) {
         let now = process::thread_name(self.pid, tid);
         if !now.is_empty() {
             self.name = now;
         }
     }
 
-    /// Its figures as of now, stalls that have ended included.
-    fn figures(&mut self, raw: &Raw, now: u64) -> Reactor {
-        let mut reactor = reactor::decode(self.name.clone(), raw, &mut self.prober, now);
+    /// Its metrics as of `now`, with the stalls that have ended.
+    fn decode(&self, raw: &Raw, lag: &Histogram, now: u64) -> Reactor {
+        let mut reactor = reactor::decode(self.name.clone(), raw, lag.clone(), now);
         reactor.stalls = self.stalls.ranked(lag_weight(&reactor.lag));
         reactor
     }
 }
 
-/// All the lag that was met, in seconds squared: that of every instant.
+/// The integral of lag over time, in seconds squared.
 fn lag_weight(lag: &Histogram) -> f64 {
     lag.sum() * PROBE_SECONDS
 }

@@ -1,20 +1,140 @@
-//! Which processes an observation is of: those that were asked for, and those that are selected as they come up.
+//! Which processes are under observation: those that were asked for by their ids, and those that are selected as they listen or
+//! wait for events.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use observer_common::process::Target as RawTarget;
 
-use super::Observation;
+use super::{
+    missing::MissingSources,
+    round_robin::{BATCH, RoundRobin},
+    selection::Selection,
+};
 use crate::{
-    process::{self, choice::Choice},
-    read::entries::entries,
+    process::{self, Process, choice::Choice},
+    read::{entries::entries, maps::Maps},
 };
 
-impl Observation {
+/// Exited processes that are kept for the report; beyond that the oldest are forgotten.
+pub(super) const EXITED_LIMIT: usize = 1024;
+
+/// The processes under observation.
+pub(super) struct Targets {
+    /// Processes that were asked for by their ids.
+    pids: BTreeSet<u32>,
+    choice: Choice,
+    /// Whether children are observed as well.
+    follow: bool,
+    /// How many programs each target had started when it was last checked against the exclusions.
+    evaluated_execs: HashMap<u32, u32>,
+    /// Ancestors of each live target, each with its start time, where the choice may change.
+    ancestors: HashMap<u32, BTreeSet<(u32, u64)>>,
+    live: BTreeMap<u32, Process>,
+    /// What each live target ran at the last refresh.
+    programs: HashMap<u32, Program>,
+    exited: Vec<Process>,
+    /// Whose names are asked for again next.
+    to_rename: RoundRobin,
+    is_refreshed: bool,
+}
+
+/// What a process runs.
+#[derive(Clone, Copy)]
+struct Program {
+    /// Start time of the process in clock ticks, which tells it from another with the same id. `None` if it was gone by then.
+    started: Option<u64>,
+    /// How many programs it has started.
+    execs: u32,
+}
+
+/// What a refresh has found.
+#[derive(Default)]
+pub(super) struct Changes {
+    /// Live targets whose runtimes may be attached to, each with how many programs it has started.
+    pub(super) live: Vec<(u32, u32)>,
+    /// Whether processes have come or gone.
+    pub(super) has_changed: bool,
+    /// Targets that have exited.
+    pub(super) exited: Vec<u32>,
+    /// Targets that run another program now.
+    pub(super) execed: Vec<u32>,
+}
+
+impl Targets {
+    pub(super) fn of(selection: &Selection) -> Self {
+        Self {
+            pids: selection.pids.clone(),
+            choice: selection.choice.clone(),
+            follow: selection.follow,
+            evaluated_execs: HashMap::new(),
+            ancestors: HashMap::new(),
+            live: BTreeMap::new(),
+            programs: HashMap::new(),
+            exited: Vec::new(),
+            to_rename: RoundRobin::default(),
+            is_refreshed: false,
+        }
+    }
+
+    /// Makes targets of all processes that are selected now, for programs that are about to be attached.
+    pub(super) fn insert_selected(&self, maps: &mut Maps) -> Result<BTreeSet<u32>> {
+        let selected = &self.pids | &self.choice.present();
+        for &pid in &selected {
+            maps.targets.insert_new(pid, RawTarget::default()).context("cannot add a target")?;
+        }
+        Ok(selected)
+    }
+
+    /// Live targets, by process id.
+    pub(super) const fn live(&self) -> &BTreeMap<u32, Process> {
+        &self.live
+    }
+
+    /// Live and exited targets; the flag says whether it has exited.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&Process, bool)> {
+        let exited = self.exited.iter().map(|process| (process, true));
+        exited.chain(self.live.values().map(|process| (process, false)))
+    }
+
+    /// A process that is or was a target, as far as it is remembered.
+    pub(super) fn get(&self, pid: u32) -> Option<&Process> {
+        self.live.get(&pid).or_else(|| self.exited.iter().rfind(|process| process.pid == pid))
+    }
+
+    /// Processes that were asked for by their ids.
+    pub(super) const fn pids(&self) -> &BTreeSet<u32> {
+        &self.pids
+    }
+
+    /// Whether processes are selected by more than their ids.
+    pub(super) fn are_selected(&self) -> bool {
+        !self.choice.is_none()
+    }
+
+    /// Whether all targets are gone, and no others can come.
+    pub(super) fn is_over(&self) -> bool {
+        self.live.is_empty() && !self.are_selected()
+    }
+
+    /// Whether a process is or was a target. All are where processes are not selected by more than their ids.
+    pub(super) fn is_target(&self, maps: &Maps, pid: u32) -> bool {
+        !self.are_selected()
+            || self.live.contains_key(&pid)
+            || maps
+                .targets
+                .get(&pid, 0)
+                .map_or_else(|_gone| self.get(pid).is_some(), |target| target.is_candidate == 0)
+    }
+
     /// Makes targets of these processes, and of the children that they had before the programs could follow them. Returns
     /// those that were none before.
-    pub(super) fn adopt(&mut self, mut targets: BTreeSet<u32>) -> Result<BTreeSet<u32>> {
+    pub(super) fn adopt(
+        &self,
+        maps: &mut Maps,
+        missing: &mut MissingSources,
+        mut targets: BTreeSet<u32>,
+    ) -> Result<BTreeSet<u32>> {
         if self.follow {
             loop {
                 let children = process::descendants(&targets);
@@ -26,96 +146,80 @@ impl Observation {
         }
         let excluded = self.choice.excluded(targets.difference(&self.pids).copied());
         targets.retain(|pid| !excluded.contains(pid));
-        // A child of whoever started it, who may well serve.
+        // A child of the process that started it, which may well be a server.
         targets.remove(&std::process::id());
         let mut new = BTreeSet::new();
         for &pid in &targets {
-            let is_known = self.maps.targets.get(&pid, 0).is_ok_and(|target| target.is_candidate == 0);
+            let is_known = maps.targets.get(&pid, 0).is_ok_and(|target| target.is_candidate == 0);
             if !is_known {
-                if !self.maps.targets.set(pid, RawTarget::default())? {
-                    self.note_missing("some processes".into(), "there are too many".into());
+                if !maps.targets.set(pid, RawTarget::default())? {
+                    missing.add("some processes", "there are too many");
                     continue;
                 }
                 new.insert(pid);
             }
-            // A process that exited before the programs could see it would stay for ever.
+            // The programs never see the exit of a process that exited before they were told of it.
             if !process::is_there(pid) {
                 let gone = RawTarget { exited: 1, ..RawTarget::default() };
-                self.maps.targets.set(pid, gone)?;
+                maps.targets.set(pid, gone)?;
             }
         }
         Ok(new)
     }
 
-    /// Whether a process is or was a target. All are that were not selected by more than their ids.
-    pub(super) fn is_target(&self, pid: u32) -> bool {
-        self.choice.is_none()
-            || self.live.contains_key(&pid)
-            || self
-                .maps
-                .targets
-                .get(&pid, 0)
-                .map_or_else(|_gone| self.process(pid).is_some(), |target| target.is_candidate == 0)
-    }
-
-    /// Decides on those that have come up for selection.
-    pub(super) fn select(&mut self) -> Result<()> {
-        if self.choice.is_none() {
-            return Ok(());
+    /// Decides on the candidates that the programs have nominated. Returns those that were rejected.
+    pub(super) fn select(&self, maps: &mut Maps, missing: &mut MissingSources) -> Result<BTreeSet<u32>> {
+        if !self.are_selected() {
+            return Ok(BTreeSet::new());
         }
-        let candidates = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate != 0);
+        let candidates = entries(&maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate != 0);
         let (gone, there): (Vec<_>, Vec<_>) = candidates.partition(|(_, raw)| raw.exited != 0);
         let (wanted, mut others) = self.choice.divide(there.into_iter().map(|(pid, _)| pid).collect());
         others.extend(gone.into_iter().map(|(pid, _)| pid));
-        self.adopt(wanted)?;
-        self.turn_down(&others)
+        self.adopt(maps, missing, wanted)?;
+        reject(maps, &others);
+        Ok(others)
     }
 
-    /// Lets go of those that are observed as somebody's children, or run another program now, and are to be left out.
-    pub(super) fn leave_out(&mut self) -> Result<()> {
+    /// Stops observing targets that are children of others, or run another program now, and are excluded. Returns them.
+    pub(super) fn exclude(&mut self, maps: &mut Maps) -> BTreeSet<u32> {
         if self.choice.exclude.is_none() {
-            return Ok(());
+            return BTreeSet::new();
         }
-        let observed = entries(&self.maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate == 0);
+        let observed = entries(&maps.targets).into_iter().filter(|(_, raw)| raw.is_candidate == 0);
         let observed: HashMap<u32, u32> = observed.map(|(pid, raw)| (pid, raw.execs)).collect();
-        let changed = observed.iter().filter(|&(pid, execs)| self.judged.get(pid) != Some(execs));
+        let changed = observed.iter().filter(|&(pid, execs)| self.evaluated_execs.get(pid) != Some(execs));
         let excluded =
             self.choice.excluded(changed.map(|(&pid, _)| pid).filter(|pid| !self.pids.contains(pid)));
-        self.judged = observed;
-        self.let_go_of(&excluded)
+        self.evaluated_execs = observed;
+        self.release(maps, &excluded);
+        excluded
     }
 
-    /// Remembers whom a process descends from, for when some of them are gone and others are chosen.
-    pub(super) fn remember_ancestors(&mut self, pid: u32) {
-        if self.follow && self.choice.may_change {
-            let mut ancestors = process::ancestors(pid);
-            // Of whoever is left of them, what was known before others were gone.
-            let known = ancestors.iter().filter_map(|(pid, _)| self.ancestors.get(pid)).flatten();
-            let known: Vec<_> = known.copied().collect();
-            ancestors.extend(known);
-            self.ancestors.insert(pid, ancestors);
-        }
-    }
-
-    /// Chooses anew: those who stay lose nothing, others are found or let go.
-    pub(crate) fn choose(&mut self, choice: Choice) -> Result<()> {
-        let is_anybody_taken_away = !choice.include.cover(&self.choice.include);
+    /// Selects by another choice: targets that it selects as well lose nothing. Returns the new ones, and those that are no
+    /// longer observed.
+    pub(super) fn choose(
+        &mut self,
+        maps: &mut Maps,
+        missing: &mut MissingSources,
+        choice: Choice,
+    ) -> Result<(BTreeSet<u32>, BTreeSet<u32>)> {
+        let may_release = !choice.include.cover(&self.choice.include);
         self.choice = choice;
-        self.judged.clear();
-        // Whom nobody wanted before may be wanted now.
-        for (pid, _) in entries(&self.maps.strangers) {
-            let _gone = self.maps.strangers.remove(&pid);
+        self.evaluated_execs.clear();
+        // Processes that were rejected before may be selected now.
+        for (pid, _) in entries(&maps.rejected) {
+            let _gone = maps.rejected.remove(&pid);
         }
         let wanted: BTreeSet<u32> = &self.pids | &self.choice.present();
-        let new = self.adopt(wanted.clone())?;
-        self.adopt_calls(new)?;
-        if is_anybody_taken_away {
-            self.let_go_of(&self.others_than(wanted))?;
-        }
-        self.leave_out()
+        let new = self.adopt(maps, missing, wanted.clone())?;
+        let mut released = if may_release { self.others_than(wanted) } else { BTreeSet::new() };
+        self.release(maps, &released);
+        released.extend(self.exclude(maps));
+        Ok((new, released))
     }
 
-    /// Those that are observed and are none of these nor, where those are followed, descend from them.
+    /// Live targets that are none of these nor, where children are followed, their descendants.
     fn others_than(&self, mut wanted: BTreeSet<u32>) -> BTreeSet<u32> {
         if self.follow {
             let of_wanted = |(pid, started): &(u32, u64)| {
@@ -129,38 +233,124 @@ impl Observation {
         self.live.keys().filter(|pid| !wanted.contains(pid)).copied().collect()
     }
 
-    /// Counts what became of a file that was read again.
-    pub(crate) fn count_reload(&mut self, is_accepted: bool) {
-        let count = if is_accepted { &mut self.service.accepted } else { &mut self.service.refused };
-        *count += 1;
-    }
-
-    /// Observes processes no longer that go on, as if they never had been.
-    fn let_go_of(&mut self, pids: &BTreeSet<u32>) -> Result<()> {
+    /// Stops observing processes that go on, as if they had never been targets.
+    fn release(&mut self, maps: &mut Maps, pids: &BTreeSet<u32>) {
         for pid in pids {
             self.live.remove(pid);
             self.ancestors.remove(pid);
             self.programs.remove(pid);
-            self.collectors.let_go(&mut self.maps, *pid);
-            self.follower.let_go(&mut self.maps, *pid);
         }
-        self.turn_down(pids)
+        reject(maps, pids);
     }
 
-    /// Forgets all about candidates that are not wanted, or are gone already.
-    fn turn_down(&mut self, pids: &BTreeSet<u32>) -> Result<()> {
-        if pids.is_empty() {
-            return Ok(());
-        }
-        for pid in pids {
-            let _most_recent = self.maps.strangers.insert(pid, 0, 0);
-            // Those that are gone let their ids go to others.
-            if !process::is_there(*pid) {
-                let _no_stranger = self.maps.strangers.remove(pid);
+    /// Brings the targets up to date with what the programs have seen.
+    pub(super) fn refresh(&mut self, maps: &mut Maps) -> Changes {
+        // Many that are selected exit soon: their runtimes are not worth a look at once.
+        let waits = self.is_refreshed && self.are_selected();
+        self.is_refreshed = true;
+        let mut changes = Changes::default();
+        for (pid, raw) in entries(&maps.targets) {
+            if raw.is_candidate != 0 {
+                continue;
             }
-            let _gone = self.maps.targets.remove(*pid);
+            if raw.exited != 0 {
+                self.remember_exit(pid, &mut changes);
+                // It may be gone already if the process was found dead on arrival.
+                let _gone = maps.targets.remove(pid);
+                if self.are_selected() && process::is_there(pid) {
+                    // Another process has its id, and is observed under it: whether it is wanted is to be decided.
+                    let next = RawTarget { is_candidate: 1, ..RawTarget::default() };
+                    let _has_room = maps.targets.insert_new(pid, next);
+                }
+                continue;
+            }
+            let has_execed = self.note_program(pid, raw.execs, &mut changes);
+            let is_new = !self.live.contains_key(&pid);
+            if is_new {
+                self.live.insert(pid, Process::of(pid));
+                self.remember_ancestors(pid);
+                changes.has_changed = true;
+            } else if has_execed
+                && let Some(process) = self.live.get_mut(&pid)
+                && process::is_there(pid)
+            {
+                process.refresh();
+                changes.execed.push(pid);
+            }
+            if !is_new || !waits {
+                changes.live.push((pid, raw.execs));
+            }
         }
-        self.threads.retain(|_, thread| !pids.contains(&thread.pid));
-        self.forget_listeners(pids)
+        let surplus = self.exited.len().saturating_sub(EXITED_LIMIT);
+        self.exited.drain(..surplus);
+        changes
+    }
+
+    /// Notes what a target runs. Returns whether that is another program than before.
+    fn note_program(&mut self, pid: u32, execs: u32, changes: &mut Changes) -> bool {
+        let last = self.programs.get(&pid).copied();
+        let has_execed = last.is_some_and(|last| last.execs != execs);
+        if last.is_none() || has_execed {
+            let started = process::start_ticks(pid);
+            // Forked by another target, with the id of one that has exited since the last refresh: the entry is the new
+            // process's, and says nothing of that exit.
+            if last.is_some_and(|last| started.is_some() && started != last.started) {
+                self.remember_exit(pid, changes);
+            }
+            let started = started.or(last.and_then(|last| last.started));
+            self.programs.insert(pid, Program { started, execs });
+        }
+        has_execed
+    }
+
+    fn remember_exit(&mut self, pid: u32, changes: &mut Changes) {
+        let process = self.live.remove(&pid).unwrap_or_else(|| Process::of(pid));
+        self.ancestors.remove(&pid);
+        self.exited.push(process);
+        self.programs.remove(&pid);
+        changes.exited.push(pid);
+        changes.has_changed = true;
+    }
+
+    /// Remembers the ancestors of a process, for when some of them are gone and the choice changes.
+    fn remember_ancestors(&mut self, pid: u32) {
+        if self.follow && self.choice.may_change {
+            let mut ancestors = process::ancestors(pid);
+            // And the ancestors that those had while more of them lived.
+            let known = ancestors.iter().filter_map(|(pid, _)| self.ancestors.get(pid)).flatten();
+            let known: Vec<_> = known.copied().collect();
+            ancestors.extend(known);
+            self.ancestors.insert(pid, ancestors);
+        }
+    }
+
+    /// Asks for names again, some at a time: a process may have been moved or renamed.
+    pub(super) fn rename_some(&mut self) {
+        for pid in self.to_rename.next(&self.live) {
+            if let Some(process) = self.live.get_mut(&pid)
+                && process::is_there(pid)
+            {
+                process.refresh();
+            }
+        }
+    }
+
+    /// The same of all.
+    pub(super) fn rename_all(&mut self) {
+        for _ in 0..self.live.len().div_ceil(BATCH) {
+            self.rename_some();
+        }
+    }
+}
+
+/// Has the programs leave these processes alone until they run another program.
+fn reject(maps: &mut Maps, pids: &BTreeSet<u32>) {
+    for pid in pids {
+        let _most_recent = maps.rejected.insert(pid, 0, 0);
+        // The id of one that is gone may become another's.
+        if !process::is_there(*pid) {
+            let _not_there = maps.rejected.remove(pid);
+        }
+        let _gone = maps.targets.remove(*pid);
     }
 }

@@ -179,7 +179,7 @@ impl Collectors {
     }
 
     /// What is known of a live target's collections; `None` if nobody watches them.
-    pub(crate) fn figures(&self, maps: &Maps, pid: u32) -> Option<Gc> {
+    fn figures(&self, maps: &Maps, pid: u32) -> Option<Gc> {
         match &self.processes.get(&pid)?.watched {
             Watched::Nothing => None,
             Watched::Pauses(_) => {
@@ -199,8 +199,11 @@ impl Collectors {
         }
     }
 
-    /// The same of a target that is gone.
-    pub(crate) fn final_figures(&self, pid: u32) -> Option<Gc> {
+    /// The same of a target, final if it has exited.
+    pub(crate) fn latest_figures(&self, maps: &Maps, pid: u32, has_exited: bool) -> Option<Gc> {
+        if !has_exited {
+            return self.figures(maps, pid);
+        }
         self.finished.iter().rev().find(|(of, _)| *of == pid).map(|(_, figures)| figures.clone())
     }
 }

@@ -136,8 +136,8 @@ pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
     })
 }
 
-/// A reactor's figures as of `now`; what is in progress counts up to then.
-pub(crate) fn decode(name: String, raw: &Raw, prober: &mut Prober, now: u64) -> Reactor {
+/// A reactor's figures as of `now`, with its lag up to then; what is in progress counts up to then.
+pub(crate) fn decode(name: String, raw: &Raw, lag: Histogram, now: u64) -> Reactor {
     let slice = Histogram::from(&raw.durations.slice);
     let in_slice = raw.now.phase == Phase::Slice as u32;
     let in_phase = seconds(now.saturating_sub(raw.now.phase_since_ns));
@@ -162,7 +162,7 @@ pub(crate) fn decode(name: String, raw: &Raw, prober: &mut Prober, now: u64) -> 
         utilization: (observed > 0.0).then(|| busy_seconds / observed),
         current_slice_seconds: in_slice.then_some(in_phase),
         current_stack: None,
-        lag: lag(raw, prober, now),
+        lag,
         slice,
         wakeup: Histogram::from(&raw.durations.wakeup),
         split_seconds: split(&parts_ns, raw.now.gc.ns),
@@ -250,6 +250,10 @@ mod tests {
         Raw { now, durations: Durations::NONE }
     }
 
+    fn decoded(raw: &Raw, now: u64) -> Reactor {
+        decode(String::new(), raw, lag(raw, &mut Prober::default(), now), now)
+    }
+
     #[test]
     fn a_slice_in_progress_counts_at_its_present_age() {
         let mut parts = [Part::NONE; PARTS];
@@ -264,7 +268,7 @@ mod tests {
             wait_ns: 2 * SECOND,
             ..Doing::EMPTY
         });
-        let reactor = decode(String::new(), &raw, &mut Prober::default(), 12 * SECOND);
+        let reactor = decoded(&raw, 12 * SECOND);
         assert_eq!(reactor.current_slice_seconds, Some(2.0));
         assert_eq!((reactor.busy_seconds, reactor.wait_seconds), (2.0, 2.0));
         assert_eq!(reactor.utilization, Some(0.5));
@@ -290,7 +294,7 @@ mod tests {
     #[test]
     fn a_thread_that_has_waited_since_we_came_is_idle() {
         let raw = raw(waiting(7, SECOND, Kind::Epoll, 3));
-        let reactor = decode(String::new(), &raw, &mut Prober::default(), 4 * SECOND);
+        let reactor = decoded(&raw, 4 * SECOND);
         assert_eq!((reactor.lag.count(), reactor.lag.sum()), (3000, 0.0));
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds), (3.0, 0.0));
         assert_eq!(reactor.utilization, Some(0.0));
@@ -300,7 +304,7 @@ mod tests {
     #[test]
     fn an_exited_thread_no_longer_ages() {
         let raw = raw(Doing { phase: Phase::Exited as u32, phase_since_ns: SECOND, ..Doing::EMPTY });
-        let reactor = decode(String::new(), &raw, &mut Prober::default(), 100 * SECOND);
+        let reactor = decoded(&raw, 100 * SECOND);
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds, reactor.utilization), (0.0, 0.0, None));
         assert!(reactor.exited);
     }

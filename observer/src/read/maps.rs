@@ -30,8 +30,8 @@ use crate::read::entries::entries;
 pub(crate) struct Maps {
     /// By process id.
     pub(crate) targets: Targets,
-    /// Processes that were turned down, by id.
-    pub(crate) strangers: HashMap<MapData, u32, u8>,
+    /// Processes that were rejected, by id.
+    pub(crate) rejected: HashMap<MapData, u32, u8>,
     /// Threads that wait for events.
     pub(crate) reactors: Reactors,
     /// How many threads wait on an epoll set.
@@ -82,7 +82,7 @@ impl Maps {
         let presence = Presence::of(take(ebpf, "PRESENCE")?)?;
         Ok(Self {
             targets: Targets::of(HashMap::try_from(take(ebpf, "TARGETS")?)?, presence.clone()),
-            strangers: HashMap::try_from(take(ebpf, "REJECTED_PIDS")?)?,
+            rejected: HashMap::try_from(take(ebpf, "REJECTED_PIDS")?)?,
             reactors: Reactors::of(
                 take(ebpf, "REACTORS")?,
                 Array::try_from(take(ebpf, "DURATIONS")?)?,

@@ -100,7 +100,10 @@ impl Watcher {
     /// What was seen most often of a slice that has ended.
     pub(crate) fn seen(&mut self, tid: u32, since_ns: u64) -> Look {
         match self.suspects.remove(&tid) {
-            Some(mut suspect) if suspect.slice.since_ns == since_ns => suspect.most(&mut self.looker),
+            Some(mut suspect) if suspect.slice.since_ns == since_ns => {
+                suspect.fetch(&mut self.looker);
+                suspect.most()
+            }
             Some(other) => {
                 self.suspects.insert(tid, other);
                 nobody_looked()
@@ -109,8 +112,8 @@ impl Watcher {
         }
     }
 
-    /// The same of one that goes on; looks now if nobody has yet.
-    pub(crate) fn seen_so_far(&mut self, slice: InSlice) -> Look {
+    /// Looks at a slice that goes on, if nobody has yet.
+    pub(crate) fn ensure_seen(&mut self, slice: InSlice) {
         let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
         if !suspect.slice.is(&slice) {
             *suspect = Suspect::of(slice);
@@ -118,7 +121,13 @@ impl Watcher {
         if suspect.sights.is_empty() {
             suspect.look(&mut self.looker);
         }
-        suspect.most(&mut self.looker)
+        suspect.fetch(&mut self.looker);
+    }
+
+    /// What was seen most often of a slice that goes on.
+    pub(crate) fn seen_so_far(&self, slice: InSlice) -> Look {
+        let suspect = self.suspects.get(&slice.tid).filter(|suspect| suspect.slice.is(&slice));
+        suspect.map_or_else(|| Look::missing("its stack has not been read yet"), Suspect::most)
     }
 }
 
@@ -159,8 +168,7 @@ impl Suspect {
 
     /// What was seen most often; of equals the latest, for a slice is at its longest in the end. What is whole comes
     /// before what is not.
-    fn most(&mut self, looker: &mut Looker) -> Look {
-        self.fetch(looker);
+    fn most(&self) -> Look {
         let most = self.sights.iter().max_by_key(|(look, count)| (!look.frames.is_empty(), *count));
         most.map_or_else(nobody_looked, |(look, _)| look.clone())
     }

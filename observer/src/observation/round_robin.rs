@@ -1,0 +1,46 @@
+//! Goes through many in batches, for what hardly ever changes.
+
+use std::{
+    collections::BTreeMap,
+    ops::Bound::{Excluded, Unbounded},
+};
+
+/// Members of a batch.
+pub(super) const BATCH: usize = 128;
+
+/// Where the next batch begins.
+#[derive(Default)]
+pub(super) struct RoundRobin {
+    /// The last member of the batch before.
+    last: u32,
+}
+
+impl RoundRobin {
+    /// The next batch of them; all if they are few.
+    pub(super) fn next<V>(&mut self, all: &BTreeMap<u32, V>) -> Vec<u32> {
+        let after = all.range((Excluded(self.last), Unbounded));
+        let next: Vec<u32> = after.chain(all.range(..=self.last)).take(BATCH).map(|(&id, _)| id).collect();
+        self.last = next.last().copied().unwrap_or(0);
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_member_comes_once_a_round() {
+        let mut round = RoundRobin::default();
+        let few: BTreeMap<u32, ()> = (1..=5).map(|id| (id, ())).collect();
+        assert_eq!(round.next(&few), [1, 2, 3, 4, 5]);
+        assert_eq!(round.next(&few), [1, 2, 3, 4, 5]);
+        let many: BTreeMap<u32, ()> = (1..=1000).map(|id| (id, ())).collect();
+        let asked: Vec<u32> = (0..8).flat_map(|_| round.next(&many)).collect();
+        assert_eq!(asked.len(), 8 * BATCH);
+        assert_eq!(asked.iter().collect::<BTreeSet<_>>().len(), 1000);
+        assert!(round.next(&BTreeMap::<u32, ()>::new()).is_empty());
+    }
+}

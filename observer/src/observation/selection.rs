@@ -1,0 +1,32 @@
+//! What to observe.
+
+use std::{collections::BTreeSet, num::NonZero, sync::Arc, time::Duration};
+
+use crate::{
+    process::{choice::Choice, wait_call::WaitCall},
+    profiles::Profile,
+    read::capacity::Capacity,
+};
+
+/// What to observe, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Selection {
+    /// Process ids.
+    pub(crate) pids: BTreeSet<u32>,
+    /// Which other processes are observed, and which are not.
+    pub(crate) choice: Choice,
+    /// Runtimes that are attached to in a second, of processes that `choice` selects.
+    pub(crate) attach_per_second: NonZero<u32>,
+    /// Whether children are observed as well, those that exist and those that are forked later.
+    pub(crate) follow: bool,
+    /// System calls that count as waits for events.
+    pub(crate) calls: Vec<WaitCall>,
+    /// Slices of this length and more are stalls.
+    pub(crate) stall_threshold: Duration,
+    /// Sizes of the programs' maps.
+    pub(crate) capacity: Capacity,
+    /// Runtimes that are recognised.
+    pub(crate) profiles: Vec<Arc<Profile>>,
+    /// Whether deferred tasks are followed only where that costs the process little.
+    pub(crate) is_limited: bool,
+}

@@ -35,7 +35,7 @@ impl Block {
 /// How a system call tells what a thread inside it waits for: by itself, or by its arguments.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Clue {
+pub enum SyscallClass {
     /// [`Block::Other`].
     Other = Block::Other as u8,
     /// [`Block::Lock`].
@@ -63,7 +63,7 @@ pub enum Clue {
 /// Whoever parks waits at another value, or where another has been.
 pub const CONTENDED: u32 = 2;
 
-/// System calls told apart, by number; higher ones are [`Clue::Other`].
+/// System calls told apart, by number; higher ones are [`SyscallClass::Other`].
 pub const CALLS: usize = 512;
 
 /// Stands for a block outside of any system call, or in one that is not known.

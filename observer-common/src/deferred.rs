@@ -4,7 +4,7 @@
 use crate::{histogram::Histogram, origin::Origin};
 
 /// Most pieces of deferred work in flight, of all targets together.
-pub const UNITS: u32 = 32_768;
+pub const TASKS: u32 = 32_768;
 
 /// Most kinds of deferred work, of all targets together.
 pub const CLASSES: u32 = 512;
@@ -13,7 +13,7 @@ pub const CLASSES: u32 = 512;
 pub const HOOKS: u32 = 4096;
 
 /// Most ways to read a place, of all targets together.
-pub const RECIPES: u32 = 1024;
+pub const EXTRACTORS: u32 = 1024;
 
 /// Most steps that lead to a key, conditions included.
 pub const KEY_STEPS: usize = 12;
@@ -68,8 +68,8 @@ pub struct Hook {
     pub space: u32,
     /// [`Hook::ONCE`] and [`Hook::TAKES_OVER`].
     pub flags: u32,
-    /// Index into `RECIPES`.
-    pub recipe: u32,
+    /// Index into `EXTRACTORS`.
+    pub extractor: u32,
     /// How often it was come to, and meant.
     pub hits: u64,
     /// How often that meant something: a key could be read and, but for a snapshot, was known.
@@ -84,7 +84,7 @@ impl Hook {
     pub const TAKES_OVER: u32 = 2;
 }
 
-/// What a [`Step`] does with the value at hand.
+/// What a [`Op`] does with the value at hand.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -107,7 +107,7 @@ pub enum Action {
 /// A step on the way to a key or a class.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct Op {
     /// An [`Action`].
     pub action: u32,
     /// See there.
@@ -117,9 +117,9 @@ pub struct Step {
     /// See there.
     pub value: u64,
 }
-crate::shared::shared!(Step, 24);
+crate::shared::shared!(Op, 24);
 
-impl Step {
+impl Op {
     /// The end.
     pub const END: Self = Self { action: Action::End as u32, offset: 0, mask: 0, value: 0 };
 }
@@ -134,20 +134,20 @@ pub mod register {
     pub const NAMES: [&str; 9] = ["rbx", "rbp", "rsp", "r10", "r11", "r12", "r13", "r14", "r15"];
 }
 
-/// Value of `RECIPES`: how to read a place.
+/// Value of `EXTRACTORS`: how to read a place.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Recipe {
+pub struct Extractor {
     /// Steps to the key; none if there is none to read. A place where a test fails means nothing.
-    pub key: [Step; KEY_STEPS],
+    pub key: [Op; KEY_STEPS],
     /// Steps to the class; none if it is not told there.
-    pub class: [Step; CLASS_STEPS],
+    pub class: [Op; CLASS_STEPS],
     /// Steps to the address of the request id, a C string; none if it is not told there.
-    pub request_id: [Step; REQUEST_ID_STEPS],
+    pub request_id: [Op; REQUEST_ID_STEPS],
     /// Where the process keeps the pointer to a thread's trace context.
     pub context: ThreadLocal,
 }
-crate::shared::shared!(Recipe, 24 * (KEY_STEPS + CLASS_STEPS + REQUEST_ID_STEPS) + 8);
+crate::shared::shared!(Extractor, 24 * (KEY_STEPS + CLASS_STEPS + REQUEST_ID_STEPS) + 8);
 
 /// A variable of which each thread has its own. One word, so that nobody ever sees half of it.
 #[repr(transparent)]
@@ -195,7 +195,7 @@ crate::shared::shared!(Context, 24);
 /// What deferred work is known by.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct UnitKey {
+pub struct TaskKey {
     /// What the runtime knows it by.
     pub key: u64,
     /// Process.
@@ -203,7 +203,7 @@ pub struct UnitKey {
     /// As in [`Hook`].
     pub space: u32,
 }
-crate::shared::shared!(UnitKey, 16);
+crate::shared::shared!(TaskKey, 16);
 
 /// What a thread is working for, and on.
 #[repr(C)]
@@ -212,9 +212,9 @@ pub struct Work {
     /// What it is for.
     pub origin: Origin,
     /// The piece of deferred work; 0 if it is none.
-    pub unit: u64,
+    pub task: u64,
     /// What that is known by.
-    pub key: UnitKey,
+    pub key: TaskKey,
     /// Since when, monotonic nanoseconds.
     pub since_ns: u64,
 }
@@ -223,7 +223,7 @@ crate::shared::shared!(Work, 56);
 impl Work {
     /// Nothing that anybody knows of.
     pub const NONE: Self =
-        Self { origin: Origin::NONE, unit: 0, key: UnitKey { key: 0, tgid: 0, space: 0 }, since_ns: 0 };
+        Self { origin: Origin::NONE, task: 0, key: TaskKey { key: 0, tgid: 0, space: 0 }, since_ns: 0 };
 }
 
 /// Key of `CLASSES`: a kind of deferred work.
@@ -280,10 +280,10 @@ impl Class {
     };
 }
 
-/// Value of `UNITS`, whose key is its [`UnitKey`]: a piece of deferred work in flight.
+/// Value of `TASKS`, whose key is its [`TaskKey`]: a piece of deferred work in flight.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unit {
+pub struct DeferredTask {
     /// Tells it from all others.
     pub id: u64,
     /// The piece that put it off, if that is for the same request; 0 if none did.
@@ -309,9 +309,9 @@ pub struct Unit {
     /// What the runtime calls the request, up to the first zero; nothing if that is not told.
     pub request_id: [u8; REQUEST_ID],
 }
-crate::shared::shared!(Unit, 168 + REQUEST_ID);
+crate::shared::shared!(DeferredTask, 168 + REQUEST_ID);
 
-impl Unit {
+impl DeferredTask {
     /// One that nothing is known of.
     pub const EMPTY: Self = Self {
         id: 0,
@@ -333,23 +333,23 @@ impl Unit {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// As in [`Unit`].
+    /// As in [`DeferredTask`].
     pub id: u64,
-    /// As in [`Unit`].
+    /// As in [`DeferredTask`].
     pub parent: u64,
     /// The request it was done for.
     pub request: u64,
     /// Its kind.
     pub class: ClassKey,
-    /// As in [`Unit`].
+    /// As in [`DeferredTask`].
     pub queued_ns: u64,
-    /// As in [`Unit`]; 0 if it never started.
+    /// As in [`DeferredTask`]; 0 if it never started.
     pub started_ns: u64,
     /// When it was worked on for the last time or, if it never started, forgotten; monotonic nanoseconds.
     pub ended_ns: u64,
-    /// As in [`Unit`].
+    /// As in [`DeferredTask`].
     pub context: Context,
-    /// As in [`Unit`].
+    /// As in [`DeferredTask`].
     pub request_id: [u8; REQUEST_ID],
 }
 crate::shared::shared!(Link, 88 + REQUEST_ID);

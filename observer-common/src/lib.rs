@@ -7,7 +7,7 @@ pub mod block;
 pub mod loss;
 pub mod layout;
 pub mod histogram;
-pub mod presence;
+pub mod id_filter;
 pub mod process;
 pub mod ring;
 pub mod accept;

@@ -30,8 +30,8 @@ pub enum Loss {
     RequestsOverlap,
     /// A thread that began to work for something found no room in `WORK`: what it puts off is nobody's.
     WorkFull,
-    /// A piece of deferred work found no room in `UNITS`: it is not seen to start.
-    UnitsFull,
+    /// A piece of deferred work found no room in `TASKS`: it is not seen to start.
+    TasksFull,
     /// A piece of deferred work that was over found no room in `LINKS`.
     LinksFull,
     /// A kind of deferred work found no room in `CLASSES`: it is counted with others.
@@ -61,7 +61,7 @@ impl Loss {
         (Self::RequestsFull, "requests_full"),
         (Self::RequestsOverlap, "requests_overlap"),
         (Self::WorkFull, "work_full"),
-        (Self::UnitsFull, "units_full"),
+        (Self::TasksFull, "units_full"),
         (Self::LinksFull, "links_full"),
         (Self::ClassesFull, "classes_full"),
         (Self::AnswersFull, "answers_full"),

@@ -24,7 +24,7 @@ pub enum Phase {
 /// What the scheduler does with a reactor's thread.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Run {
+pub enum RunState {
     /// On a CPU.
     Cpu = 0,
     /// Runnable after it had blocked, waiting for a CPU.
@@ -35,9 +35,9 @@ pub enum Run {
     Blocked = 3,
 }
 
-/// What the time of a slice is divided into: the [`Run`] states, the last of them by [`Block`](crate::block::Block).
+/// What the time of a slice is divided into: the [`RunState`] states, the last of them by [`Block`](crate::block::Block).
 /// The index is that of the one plus that of the other.
-pub const PARTS: usize = Run::Blocked as usize + BLOCKS;
+pub const PARTS: usize = RunState::Blocked as usize + BLOCKS;
 
 /// Families of calls that wait for events. A higher one takes precedence in a thread that uses several.
 #[repr(u32)]
@@ -73,7 +73,7 @@ pub struct Call {
 /// How a thread waits for events, as far as its calls have shown.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Habit {
+pub struct WaitPattern {
     /// The [`Kind`] of its waits; 0 before the first.
     pub kind: u32,
     /// What it waits on, as [`Call`] has it.
@@ -83,9 +83,9 @@ pub struct Habit {
     /// 1 once the thread is counted among those that wait on this set.
     pub is_counted: u32,
 }
-crate::shared::shared!(Habit, 16);
+crate::shared::shared!(WaitPattern, 16);
 
-impl Habit {
+impl WaitPattern {
     /// One that nothing is known of.
     pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, is_counted: 0 };
 
@@ -146,9 +146,9 @@ pub struct Reactor {
     pub phase: u32,
     /// Start of the current phase, monotonic nanoseconds.
     pub phase_since_ns: u64,
-    /// Start of the current [`Run`] state, or of the slice if that is later; monotonic nanoseconds.
+    /// Start of the current [`RunState`] state, or of the slice if that is later; monotonic nanoseconds.
     pub run_since_ns: u64,
-    /// A [`Run`] state.
+    /// A [`RunState`] state.
     pub run: u32,
     /// Of a thread that is blocked in a slice, the [`Block`](crate::block::Block); else 0.
     pub block: u32,
@@ -157,13 +157,13 @@ pub struct Reactor {
     /// When the wait in progress was last made runnable, monotonic nanoseconds; 0 if it was not.
     pub woken_ns: u64,
     /// 1 while its thread is known to work for something.
-    pub works: u32,
+    pub has_work: u32,
     /// 1 once the present slice has had more than time on its CPU: else what is kept of it besides needs no clearing.
-    pub is_eventful: u16,
+    pub was_off_cpu: u16,
     /// 1 once the thread has called its wait in the present slice, which goes on until it blocks there or returns.
     pub is_in_wait: u16,
     /// Which of its calls are waits.
-    pub habit: Habit,
+    pub pattern: WaitPattern,
     /// Finished waits.
     pub waits: u64,
     /// Events those waits returned.
@@ -229,14 +229,14 @@ impl Reactor {
         phase: Phase::Waiting as u32,
         phase_since_ns: 0,
         run_since_ns: 0,
-        run: Run::Cpu as u32,
+        run: RunState::Cpu as u32,
         block: 0,
         timeout_ns: FOREVER,
         woken_ns: 0,
-        works: 0,
-        is_eventful: 0,
+        has_work: 0,
+        was_off_cpu: 0,
         is_in_wait: 0,
-        habit: Habit::NONE,
+        pattern: WaitPattern::NONE,
         waits: 0,
         events: 0,
         wait_ns: 0,
@@ -268,14 +268,14 @@ pub struct Durations {
     pub wakeup: Histogram,
     /// What ended a wait -> its thread on a CPU, one for each wait that blocked: from the moment the timeout was
     /// over if that ended it, else from being made runnable.
-    pub reply: Histogram,
+    pub wait_return_delay: Histogram,
 }
 crate::shared::shared!(Durations, 3 * size_of::<Histogram>());
 
 impl Durations {
     /// None.
     pub const NONE: Self =
-        Self { slice: Histogram::EMPTY, wakeup: Histogram::EMPTY, reply: Histogram::EMPTY };
+        Self { slice: Histogram::EMPTY, wakeup: Histogram::EMPTY, wait_return_delay: Histogram::EMPTY };
 }
 
 /// A slice that was longer than the threshold, sent through the ring `STALLS` when it ended.
@@ -323,8 +323,8 @@ mod tests {
 
     /// Which of these calls, one after another, are waits.
     fn waits<const N: usize>(calls: [Call; N]) -> [bool; N] {
-        let mut habit = Habit::NONE;
-        calls.map(|call| habit.is_wait(call))
+        let mut pattern = WaitPattern::NONE;
+        calls.map(|call| pattern.is_wait(call))
     }
 
     #[test]

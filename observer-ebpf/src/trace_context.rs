@@ -18,16 +18,16 @@ pub(crate) fn published(pointer: ThreadLocal) -> Option<Context> {
     let variables = match u64::from(pointer.module()) {
         0 => thread,
         module => {
-            let table = kernel::pointed::<u64>(thread.wrapping_add(8))?;
+            let table = kernel::read_user::<u64>(thread.wrapping_add(8))?;
             // In front of the table is its length: a thread gets a longer one when it needs it.
-            if kernel::pointed::<u64>(table.wrapping_sub(ENTRY))? < module {
+            if kernel::read_user::<u64>(table.wrapping_sub(ENTRY))? < module {
                 return None;
             }
-            kernel::pointed::<u64>(table.wrapping_add(module * ENTRY))?
+            kernel::read_user::<u64>(table.wrapping_add(module * ENTRY))?
         }
     };
-    let record = kernel::pointed::<u64>(variables.wrapping_add_signed(pointer.offset().into()))?;
-    let context = kernel::pointed::<Context>(record)?;
-    let is_valid = kernel::pointed::<u8>(record.wrapping_add(VALID))? == 1;
+    let record = kernel::read_user::<u64>(variables.wrapping_add_signed(pointer.offset().into()))?;
+    let context = kernel::read_user::<Context>(record)?;
+    let is_valid = kernel::read_user::<u8>(record.wrapping_add(VALID))? == 1;
     if is_valid && context.trace_id[0] | context.trace_id[1] != 0 { Some(context) } else { None }
 }

@@ -321,7 +321,7 @@ fn who_comes_and_goes_leaves_nothing_behind() {
     let (redis, nginx, node) = (Server::redis(), Server::nginx(2), Server::node());
     let mut acceptors: Vec<_> = ["v4", "v6", "unix"].map(|kind| Acceptor::new(kind, "accept4", 64)).into();
     let mut loops = Loops::new(scale.loops);
-    let scrape = || http::get(observer.port(), "/metrics");
+    let scrape = || observer.scrape();
     wait_for("those that stay to be noticed", || {
         scrape().contains(&format!("pid=\"{}\"", loops.program.pid())).then_some(())
     });

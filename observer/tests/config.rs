@@ -57,7 +57,7 @@ fn is_target(report: &Report, pid: u32) -> bool {
 }
 
 fn reloads(observer: &Observer, outcome: &str) -> u32 {
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     let name = format!("observer_self_config_reloads_total{{outcome=\"{outcome}\"}} ");
     let line = scrape.lines().find_map(|line| line.strip_prefix(&name));
     line.unwrap_or_else(|| panic!("{name} in {scrape}")).parse().unwrap()
@@ -81,7 +81,7 @@ fn a_file_chooses_and_is_read_again() {
         http::connect(comes.port);
         http::connect(goes.port);
     }
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     assert!(!scrape.contains(&format!("pid=\"{}\"", goes.pid())), "{scrape}");
 
     // What is broken changes nothing.
@@ -120,7 +120,7 @@ fn an_accept_that_goes_on_when_its_server_is_chosen_is_counted() {
     wait_for("it to accept", accepts);
     http::connect(port);
     let accepted = || {
-        let scrape = http::get(observer.port(), "/metrics");
+        let scrape = observer.scrape();
         let of_it = format!("pid=\"{}\"", server.pid());
         let mut lines = scrape.lines().filter(|line| line.contains(&of_it) && line.ends_with(" 1"));
         lines.any(|line| line.starts_with("observer_accept_queue_accepts_total{")).then_some(())
@@ -156,7 +156,7 @@ fn whoever_is_followed_stays_when_those_before_it_are_gone() {
     let port = u16::try_from(port).unwrap();
     let config = Config::new(&of_ports(&[port, other.port]));
     let observer = config.observe();
-    let sees = |pid: u32| http::get(observer.port(), "/metrics").contains(&format!("pid=\"{pid}\""));
+    let sees = |pid: u32| observer.scrape().contains(&format!("pid=\"{pid}\""));
     wait_for("the family to be seen", || (sees(child) && sees(other.pid())).then_some(()));
     send(parent, Signal::SIGKILL);
     assert_eq!(family.said(), "gone");
@@ -242,13 +242,13 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     let pid = server.pid().to_string();
     let flags = ["--pid", &pid, "--listen", "127.0.0.1:0", "--kill-switch", switch.to_str().unwrap()];
     let observer = Observer::start(&flags);
-    let is_off = || http::get(observer.port(), "/metrics").contains("observer_self_off 1\n");
+    let is_off = || observer.scrape().contains("observer_self_off 1\n");
     assert!(observer.has_all_programs() && !is_off());
     fs::write(&switch, "").unwrap();
     wait_for("the programs to be gone", || (observer.programs() == 0).then_some(()));
     wait_until_clean();
     wait_for("the endpoint to say so", || is_off().then_some(()));
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     assert!(!scrape.contains(&format!("pid=\"{pid}\"")), "{scrape}");
     assert_eq!(http::get(observer.port(), "/healthz"), "ok\n");
     // As a kubelet has it, who may not take it for a failure.
@@ -261,7 +261,7 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
         http::connect(server.port);
     }
     wait_for("what was accepted since", || {
-        let scrape = http::get(observer.port(), "/metrics");
+        let scrape = observer.scrape();
         let accepts = format!("listener=\"127.0.0.1:{}\"}} {CONNECTIONS}", server.port);
         let mut lines = scrape.lines().filter(|l| l.starts_with("observer_accept_queue_accepts_total{"));
         lines.any(|line| line.ends_with(&accepts)).then_some(())
@@ -279,7 +279,7 @@ fn a_kill_switch_undoes_no_choice() {
     let arguments = ["--config", file.to_str().unwrap(), "--kill-switch", switch.to_str().unwrap()];
     let observer = Observer::start(&arguments);
     let observed = || {
-        let scrape = http::get(observer.port(), "/metrics");
+        let scrape = observer.scrape();
         [&first, &second, &third].map(|server| scrape.contains(&format!("pid=\"{}\"", server.pid())))
     };
     assert_eq!(observed(), [true, false, false]);

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::{
     otlp::url,
     support::{
-        LIMIT, Process, exit_within, http, is_emulated,
+        LIMIT, Process, exit_within, is_emulated,
         observer::{BINARY, Observer},
         otlp::{Receiver, for_each_point},
         servers::Server,
@@ -163,7 +163,7 @@ fn a_server_in_a_container_is_found_with_its_container() {
     for _ in 0..CONNECTIONS {
         assert!(container.get());
     }
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     let labels = format!("container=\"{}\",pod=\"\",listener=\"{ADDRESS}\"}} {CONNECTIONS}", container.id);
     let mut accepts = scrape.lines().filter(|l| l.starts_with("observer_accept_queue_accepts_total{"));
     assert!(accepts.next().is_some_and(|line| line.ends_with(&labels)), "{labels} in {scrape}");
@@ -197,7 +197,7 @@ fn a_server_of_systemd_s_has_a_service() {
     let container = Container::in_cgroup("/observer-test.service", Command::new("runc"));
     let pid = container.pid().unwrap();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     assert!(scrape.contains(",unit=\"observer-test.service\"} 1"), "{scrape}");
     let report = observer.finish();
     let target = report.target(pid);
@@ -253,7 +253,7 @@ fn a_server_in_a_pod_has_its_names() {
     let observer = Observer::start_by(logs.seen_by(BINARY), &flags, &[]);
     let labels =
         |container: &str| format!("namespace=\"shop\",container_name=\"{container}\",pod_uid=\"{UID}\"");
-    let scrape = || http::get(observer.port(), "/metrics");
+    let scrape = || observer.scrape();
     let first = scrape();
     assert!(first.contains(&labels("")), "{first}");
     let of_listener = format!("container=\"{}\",pod=\"web-0\",listener=\"{ADDRESS}\"}}", container.id);

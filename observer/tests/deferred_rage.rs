@@ -202,7 +202,7 @@ fn backlog(server: &Deferring, time: usize) -> u64 {
 fn pending(observer: &Observer) -> u64 {
     // A page may be a little old.
     thread::sleep(Duration::from_millis(300));
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     let series = scrape.lines().filter(|line| line.starts_with("observer_deferred_pending{"));
     series.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
 }

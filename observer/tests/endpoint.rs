@@ -77,9 +77,8 @@ fn the_series_of_a_dead_process_are_gone() {
     let (dying, living) = (Server::asyncio(), Server::asyncio());
     let pids = [dying.pid().to_string(), living.pid().to_string()];
     let observer = Observer::start(&["--pid", &pids[0], "--pid", &pids[1], "--listen", "127.0.0.1:0"]);
-    let tells_of = |pid: &String| {
-        http::get(observer.port(), "/metrics").lines().any(|line| line.contains(&format!("pid=\"{pid}\"")))
-    };
+    let tells_of =
+        |pid: &String| observer.scrape().lines().any(|line| line.contains(&format!("pid=\"{pid}\"")));
     assert!(tells_of(&pids[0]) && tells_of(&pids[1]));
     drop(dying);
     // Figures may have some age, the more the longer it takes to read them.
@@ -95,7 +94,7 @@ fn a_crowd_is_told_together() {
     let observer = observe(crowd.pid());
     let connections = crowd.tell("connect 400");
     assert_eq!(crowd.tell(&format!("accept {connections}")), connections);
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     let series: Vec<_> =
         scrape.lines().filter(|line| line.starts_with("observer_accept_queue_accepts_total{")).collect();
     let count = |line: &&str| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap();

@@ -27,7 +27,7 @@ fn the_scrape_and_the_report_agree() {
     for _ in 0..5 {
         server.block("sleep", 100);
     }
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     let report = observer.finish();
     let (listener, reactor) = (report.listener(server.port), report.reactor(server.pid()));
 
@@ -59,7 +59,7 @@ fn a_scrape_is_as_fine_as_was_asked_for() {
     let pid = server.pid().to_string();
     let observer = Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--resolution", "8"]);
     server.block("sleep", 100);
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     let report = observer.finish();
     let bucket = format!("observer_reactor_slice_seconds_bucket{{pid=\"{pid}\"");
     let bounds: Vec<f64> = scrape
@@ -80,7 +80,7 @@ fn the_scrape_is_well_formed() {
     let server = Server::nginx(2);
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     http::get(server.port, "/");
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     observer.finish();
     let mut seen = std::collections::HashSet::new();
     for line in scrape.lines() {

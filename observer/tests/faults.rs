@@ -384,7 +384,7 @@ fn more_than_there_is_room_for_is_counted() {
     let start =
         |capacity: &str| Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--capacity", capacity]);
     let memory = |observer: &Observer| {
-        let scrape = http::get(observer.port(), "/metrics");
+        let scrape = observer.scrape();
         let line =
             scrape.lines().find_map(|line| line.strip_prefix("observer_self_map_memory_bytes ")).unwrap();
         let told: u64 = line.parse().unwrap();

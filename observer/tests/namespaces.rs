@@ -206,7 +206,7 @@ fn another_program_in_an_old_process_is_known_as_that() {
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
     let port: u16 = told.tell("").parse().unwrap();
     wait_for("its runtime to be known", || {
-        let scrape = http::get(observer.port(), "/metrics");
+        let scrape = observer.scrape();
         let start = format!("observer_gc_pause_seconds_count{{pid=\"{pid}\",comm=\"node\"");
         scrape.lines().any(|line| line.starts_with(&start)).then_some(())
     });
@@ -244,7 +244,7 @@ rename('second'); print(flush=True); sys.stdin.readline()
     let pid = told.pid();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
     let is_called = |name: &str| {
-        let scrape = http::get(observer.port(), "/metrics");
+        let scrape = observer.scrape();
         scrape.lines().any(|line| line.contains(&format!("tid=\"{tid}\",reactor=\"{name}\"")))
     };
     wait_for("its first name", || is_called("first").then_some(()));
@@ -268,7 +268,7 @@ fn a_second_process_with_the_same_id_is_another() {
     let (pid, first_port) = (first.pid(), first.port);
     http::get(first_port, "/");
     let is_told = |port: u16, accepts: u64| {
-        let scrape = http::get(observer.port(), "/metrics");
+        let scrape = observer.scrape();
         let end = format!("listener=\"127.0.0.1:{port}\"}} {accepts}");
         let family = "observer_accept_queue_accepts_total{";
         scrape.lines().any(|line| {

@@ -11,7 +11,6 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    http,
     observer::{BINARY, Observer},
     otlp::{Figures, Receiver, Rotel, certificate, for_each_point, pushed, scraped},
     servers::{Server, free_port},
@@ -56,12 +55,12 @@ fn a_collector_gets_the_figures_of_a_scrape() {
         server.wait_until_idle();
         // Longer than a scrape's figures may be old.
         thread::sleep(INTERVAL * 2);
-        let first = scraped(&http::get(observer.port(), "/metrics"));
+        let first = scraped(&observer.scrape());
         let begin = now();
         thread::sleep(INTERVAL * 4);
         let end = now();
         thread::sleep(INTERVAL);
-        let second = scraped(&http::get(observer.port(), "/metrics"));
+        let second = scraped(&observer.scrape());
         let report = observer.finish();
         thread::sleep(INTERVAL * 4);
         let requests = receiver.stop();
@@ -183,7 +182,7 @@ fn a_collector_may_ask_to_wait() {
 /// observer's own figures by name; those of several reasons added up.
 pub(crate) fn figures_of(observer: &Observer) -> BTreeMap<String, f64> {
     let mut figures = BTreeMap::new();
-    for ((name, _), value) in scraped(&http::get(observer.port(), "/metrics")) {
+    for ((name, _), value) in scraped(&observer.scrape()) {
         *figures.entry(name).or_default() += value;
     }
     figures
@@ -260,7 +259,7 @@ fn a_collector_that_says_nothing_holds_nobody_up() {
         assert!(observer.message().contains("no answer within 400ms"));
         for _ in 0..5 {
             let begin = Instant::now();
-            http::get(observer.port(), "/metrics");
+            observer.scrape();
             assert!(begin.elapsed() < Duration::from_secs(1), "a scrape took {:?}", begin.elapsed());
         }
         let begin = Instant::now();

@@ -46,7 +46,7 @@ fn promtool_finds_no_fault() {
     let server = Server::asyncio();
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     server.block("sleep", 60);
-    let scrape = http::get(observer.port(), "/metrics");
+    let scrape = observer.scrape();
     observer.finish();
     assert_eq!(promtool(&["check", "metrics"], &scrape), "");
     assert!(promtool(&["check", "rules", "rules.yml"], "").contains("SUCCESS"));

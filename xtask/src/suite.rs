@@ -23,6 +23,9 @@ use crate::{dependencies, documents, guest, manifests, nextest, packages, toolch
 /// Packages whose programs the tests in guests run.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
 
+/// How variables begin that tests read, and that guests get as well.
+const VARIABLES: &str = "OBSERVER_TEST_";
+
 /// Where tests run.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Machine {
@@ -250,6 +253,11 @@ impl Built {
         let words = self.nextest.words("guest", expression, names);
         let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
         let run = shlex::try_join(words.iter().map(AsRef::as_ref))?;
+        let variables = std::env::vars().filter(|(name, _)| name.starts_with(VARIABLES));
+        let run = variables
+            .map(|(name, value)| shlex::try_quote(&value).map(|value| format!("{name}={value} ")))
+            .chain([Ok(run)])
+            .collect::<Result<String, _>>()?;
         guest::set_command(&mut image, &run, Some(Path::new("target/nextest/guest/junit.xml")))?;
         let outcome = vm::run(&kernel, &image.write()?, &format!("{series} | "))?;
         let Some(status) = outcome.status else {

@@ -20,7 +20,7 @@ use access::{LAYOUT, offset, probe};
 
 pub(crate) use file::{AF_UNIX, OpenFile, Sock, Socket, Waiting, iterated};
 pub(crate) use ring::{RingAcceptRequest, RingCompletion, RingWakeup};
-pub(crate) use task::{CallInProgress, Off, Task, off, registers_place};
+pub(crate) use task::{CallInProgress, OffCpuReason, Task, off, registers_place};
 
 /// Process and thread id of whoever runs now, as the initial pid namespace has them.
 #[inline(always)]
@@ -139,7 +139,7 @@ pub(crate) fn thread_pointer() -> Option<u64> {
 
 /// Reads what an argument of a system call points to in the caller's memory; `None` if it is not there now.
 #[inline(always)]
-pub(crate) fn pointed<T>(argument: u64) -> Option<T> {
+pub(crate) fn read_user<T>(argument: u64) -> Option<T> {
     // SAFETY: the helper checks the address.
     unsafe { bpf_probe_read_user(argument as *const T) }.ok()
 }

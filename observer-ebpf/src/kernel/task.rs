@@ -42,7 +42,7 @@ impl Task {
 
 /// Why `sched_switch` takes a thread off its CPU.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Off {
+pub(crate) enum OffCpuReason {
     /// It would go on if it could.
     Preempted,
     /// It waits for something.
@@ -52,10 +52,10 @@ pub(crate) enum Off {
 }
 
 #[inline(always)]
-pub(crate) fn off(ctx: &BtfTracePointContext) -> Off {
+pub(crate) fn off(ctx: &BtfTracePointContext) -> OffCpuReason {
     let preempted: u8 = ctx.arg(0);
     if preempted != 0 {
-        return Off::Preempted;
+        return OffCpuReason::Preempted;
     }
     let state = if offset(&LAYOUT.switch_has_state) != 0 {
         // A wake-up may already have changed the field; the argument is what the scheduler decided on.
@@ -67,9 +67,9 @@ pub(crate) fn off(ctx: &BtfTracePointContext) -> Off {
         unsafe { load(previous, offset(&LAYOUT.task_state)) }
     };
     match state {
-        0 => Off::Preempted,
-        state if state & STOPPED != 0 => Off::Stopped,
-        _ => Off::Blocked,
+        0 => OffCpuReason::Preempted,
+        state if state & STOPPED != 0 => OffCpuReason::Stopped,
+        _ => OffCpuReason::Blocked,
     }
 }
 

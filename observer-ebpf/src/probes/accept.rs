@@ -12,8 +12,8 @@ use crate::{
     emit::lost,
     kernel::{self, OpenFile, Sock, Socket},
     state::{
-        accept_queue::{ACCEPTING, count, forget, is_wanted, queue},
-        listeners, presence, requests, targets,
+        accept_queue::{ACCEPTING, count, forget, is_tracked, queue},
+        id_filter, listeners, requests, targets,
     },
 };
 
@@ -28,7 +28,7 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
     let sock = Sock::argument(&ctx, 0);
     let (from, to): (u32, u32) = (ctx.arg(1), ctx.arg(2));
     if to == ESTABLISHED && from == SYN_RECEIVED {
-        if sock.is_tcp() && is_wanted(&sock) && queue(sock.address()).is_err() {
+        if sock.is_tcp() && is_tracked(&sock) && queue(sock.address()).is_err() {
             lost(Loss::QueuedFull);
             warn!(&ctx, "no room for a connection that waits on port {}", sock.port());
         }
@@ -53,7 +53,7 @@ fn accept_enter(ctx: TracePointContext) -> u32 {
 #[tracepoint]
 fn accept_exit(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
-    if presence::of_process(tgid) {
+    if id_filter::of_process(tgid) {
         let _no_socket = exit(&ctx, tgid, tid);
     }
     0

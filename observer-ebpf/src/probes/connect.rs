@@ -45,8 +45,8 @@ fn connect_exit(ctx: TracePointContext) -> u32 {
     let _present = CONNECTING.remove(tid);
     let is_connected = kernel::returned(&ctx) == Some(0);
     let name = client.peer().and_then(Socket::unix_name);
-    match name.filter(|&name| is_connected && accept_queue::is_wanted_unix(name)) {
-        Some(name) => accept_queue::queue_again(client.address(), name),
+    match name.filter(|&name| is_connected && accept_queue::is_tracked_unix(name)) {
+        Some(name) => accept_queue::restamp(client.address(), name),
         None => accept_queue::forget(client.address()),
     }
     0

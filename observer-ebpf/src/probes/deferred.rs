@@ -12,8 +12,8 @@ use aya_ebpf::{
 };
 use observer_common::{
     deferred::{
-        Action, ClassKey, HOOKS as MOST_HOOKS, Hook, Place, RECIPES as MOST_RECIPES, REQUEST_ID_STEPS,
-        Recipe, Step, ThreadLocal, Unit, UnitKey, Verb, Work,
+        Action, ClassKey, DeferredTask, EXTRACTORS as MOST_RECIPES, Extractor, HOOKS as MOST_HOOKS, Hook, Op,
+        Place, REQUEST_ID_STEPS, TaskKey, ThreadLocal, Verb, Work,
     },
     loss::Loss,
     origin::Origin,
@@ -24,7 +24,7 @@ use crate::{
     kernel,
     state::{
         requests,
-        tasks::{NEW_UNIT, UNITS, end, end_if_once, figures, parent, turn_from},
+        tasks::{NEW_TASK, TASKS, end, end_if_once, figures, parent, turn_from},
         work,
     },
     trace_context,
@@ -36,7 +36,7 @@ static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MOST_HOOKS, 0);
 
 /// How to read places; kept by the loader.
 #[map]
-static RECIPES: Array<Recipe> = Array::with_max_entries(MOST_RECIPES, 0);
+static EXTRACTORS: Array<Extractor> = Array::with_max_entries(MOST_RECIPES, 0);
 
 #[uprobe]
 fn deferred(ctx: ProbeContext) -> u32 {
@@ -45,20 +45,20 @@ fn deferred(ctx: ProbeContext) -> u32 {
     // One that has run another program since has other things there.
     let Some(hook) = HOOKS.get_ptr_mut(place) else { return 0 };
     // SAFETY: a live map value, that only the loader writes but for its counters.
-    let (verb, space, flags, recipe) =
-        unsafe { ((*hook).verb, (*hook).space, (*hook).flags, (*hook).recipe) };
-    let Some(recipe) = RECIPES.get_ptr(recipe) else { return 0 };
+    let (verb, space, flags, extractor) =
+        unsafe { ((*hook).verb, (*hook).space, (*hook).flags, (*hook).extractor) };
+    let Some(extractor) = EXTRACTORS.get_ptr(extractor) else { return 0 };
     // SAFETY: a live map value.
-    let key = unsafe { follow((&raw const (*recipe).key).cast(), KEY, &ctx) };
+    let key = unsafe { follow((&raw const (*extractor).key).cast(), KEY, &ctx) };
     if matches!(key, Found::Excluded) {
         return 0;
     }
     // SAFETY: as above.
     unsafe { add(&raw mut (*hook).hits, 1) };
-    let key = key.value().map(|(key, _)| UnitKey { key, tgid, space });
+    let key = key.value().map(|(key, _)| TaskKey { key, tgid, space });
     // SAFETY: has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    let at = At { tid, flags, recipe, ctx: &ctx, now };
+    let at = At { tid, flags, extractor, ctx: &ctx, now };
     if at.comes_to(verb, key).is_some() {
         // SAFETY: as above.
         unsafe { add(&raw mut (*hook).matches, 1) };
@@ -66,7 +66,7 @@ fn deferred(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// The space of keys that are numbers of units; those of profiles begin at 1.
+/// The space of keys that are numbers of tasks; those of profiles begin at 1.
 const DETACHED: u32 = 0;
 
 const KEY: usize = observer_common::deferred::KEY_STEPS;
@@ -96,7 +96,7 @@ impl Found {
 struct At<'a> {
     tid: u32,
     flags: u32,
-    recipe: *const Recipe,
+    extractor: *const Extractor,
     ctx: &'a ProbeContext,
     /// When that is: the clock is looked at once, for it takes a tenth of what a place does.
     now: u64,
@@ -105,7 +105,7 @@ struct At<'a> {
 impl At<'_> {
     /// Does what the place means. `None` if that came to nothing.
     #[inline(always)]
-    fn comes_to(&self, verb: u32, key: Option<UnitKey>) -> Option<()> {
+    fn comes_to(&self, verb: u32, key: Option<TaskKey>) -> Option<()> {
         if verb == Verb::Snapshot as u32 {
             self.snapshot(key?)
         } else if verb == Verb::Restore as u32 {
@@ -127,34 +127,34 @@ impl At<'_> {
         clippy::needless_borrows_for_generic_args,
         reason = "by value it would be copied to the stack first"
     )]
-    fn snapshot(&self, key: UnitKey) -> Option<()> {
+    fn snapshot(&self, key: TaskKey) -> Option<()> {
         // Nothing can be put off twice: another has its place in memory.
-        if let Some(before) = UNITS.get_ptr_mut(key) {
+        if let Some(before) = TASKS.get_ptr_mut(key) {
             end(before, &key, self.now);
         }
-        if UNITS.insert(key, &NEW_UNIT, u64::from(BPF_ANY)).is_err() {
-            lost(Loss::UnitsFull);
+        if TASKS.insert(key, &NEW_TASK, u64::from(BPF_ANY)).is_err() {
+            lost(Loss::TasksFull);
             return None;
         }
-        let unit = UNITS.get_ptr_mut(key)?;
+        let task = TASKS.get_ptr_mut(key)?;
         let current = work::current(self.tid);
-        let origin = requests::kept(key.tgid, &current.origin);
+        let origin = requests::origin_for_enqueue(key.tgid, &current.origin);
         let class =
             self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 });
         // SAFETY: a live map value that nobody else knows of yet.
         unsafe {
-            (*unit).id = work::number(self.tid, self.now);
-            (*unit).parent = parent(&current, &origin);
-            (*unit).origin = origin;
-            (*unit).class = class;
-            (*unit).queued_ns = self.now;
-            (*unit).once = self.flags & Hook::ONCE;
-            (*unit).outer = current;
-            let pointer = read_volatile(&raw const (*self.recipe).context);
+            (*task).id = work::number(self.tid, self.now);
+            (*task).parent = parent(&current, &origin);
+            (*task).origin = origin;
+            (*task).class = class;
+            (*task).queued_ns = self.now;
+            (*task).once = self.flags & Hook::ONCE;
+            (*task).outer = current;
+            let pointer = read_volatile(&raw const (*self.extractor).context);
             if pointer != ThreadLocal::NONE
                 && let Some(context) = trace_context::published(pointer)
             {
-                (*unit).context = context;
+                (*task).context = context;
             }
         }
         if class.naming == ClassKey::SAME_WORK {
@@ -168,89 +168,89 @@ impl At<'_> {
                 add(&raw mut (*figures).enqueued, 1);
             }
             // Last, because the verifier follows what comes behind so many steps once for each way through them.
-            self.tell_request_id(unit);
+            self.tell_request_id(task);
         }
         Some(())
     }
 
     #[inline(always)]
-    fn restore(&self, key: UnitKey) -> Option<()> {
+    fn restore(&self, key: TaskKey) -> Option<()> {
         let before = work::current(self.tid);
         end_if_once(&before.key, self.now);
         // Some runtimes read from a connection while they work on nothing, and go on in a context that all connections
         // share: that is for what was read.
-        let takes_over = self.flags & Hook::TAKES_OVER != 0 && before.unit == 0;
+        let takes_over = self.flags & Hook::TAKES_OVER != 0 && before.task == 0;
         let has_read = if takes_over { before.origin } else { Origin::NONE };
-        let Some(unit) = UNITS.get_ptr_mut(key) else {
+        let Some(task) = TASKS.get_ptr_mut(key) else {
             // It works for somebody, but nobody knows for whom.
-            work::turn_to(self.tid, &Work { origin: has_read, unit: 0, key, since_ns: 0 }, self.now);
+            work::turn_to(self.tid, &Work { origin: has_read, task: 0, key, since_ns: 0 }, self.now);
             // If it was no piece of work of its own, none is missing.
             return self.class(key).filter(|class| class.naming == ClassKey::SAME_WORK).map(|_| ());
         };
         // SAFETY: a live map value; work is done by one thread at a time.
         unsafe {
-            if (*unit).class.naming == ClassKey::SAME_WORK {
-                let origin = requests::present(key.tgid, &(*unit).origin);
-                work::turn_to(self.tid, &Work { origin, ..(*unit).outer }, self.now);
+            if (*task).class.naming == ClassKey::SAME_WORK {
+                let origin = requests::resolve_origin(key.tgid, &(*task).origin);
+                work::turn_to(self.tid, &Work { origin, ..(*task).outer }, self.now);
                 return Some(());
             }
-            if (*unit).started_ns == 0 {
-                self.start(unit, &key);
+            if (*task).started_ns == 0 {
+                self.start(task, &key);
             }
             // Entered again while it is current it would lead back to itself.
-            if before.unit != (*unit).id {
+            if before.task != (*task).id {
                 // What was not a piece of work itself is over: nobody knows what the thread turns to when it leaves this.
-                (*unit).outer = if before.unit == 0 { Work::NONE } else { before };
+                (*task).outer = if before.task == 0 { Work::NONE } else { before };
             }
-            (*unit).once = self.flags & Hook::ONCE;
-            let own = requests::present(key.tgid, &(*unit).origin);
+            (*task).once = self.flags & Hook::ONCE;
+            let own = requests::resolve_origin(key.tgid, &(*task).origin);
             let origin = if own.inode == 0 { has_read } else { own };
-            work::turn_to(self.tid, &Work { origin, unit: (*unit).id, key, since_ns: 0 }, self.now);
+            work::turn_to(self.tid, &Work { origin, task: (*task).id, key, since_ns: 0 }, self.now);
         }
         Some(())
     }
 
     /// # Safety
-    /// `unit` points to a live map value that nobody else writes now.
+    /// `task` points to a live map value that nobody else writes now.
     #[inline(always)]
-    unsafe fn start(&self, unit: *mut Unit, key: &UnitKey) {
+    unsafe fn start(&self, task: *mut DeferredTask, key: &TaskKey) {
         // SAFETY: by contract; figures are live map values, counted in atomically.
         unsafe {
-            (*unit).started_ns = self.now;
-            if let Some(class) = figures(&(*unit).class) {
+            (*task).started_ns = self.now;
+            if let Some(class) = figures(&(*task).class) {
                 add(&raw mut (*class).pending, u64::MAX);
             }
-            let was_told = (*unit).class.naming != 0;
+            let was_told = (*task).class.naming != 0;
             if !was_told && let Some(class) = self.class(*key) {
-                (*unit).class = class;
+                (*task).class = class;
             }
-            if let Some(class) = figures(&(*unit).class) {
+            if let Some(class) = figures(&(*task).class) {
                 if !was_told {
                     add(&raw mut (*class).enqueued, 1);
                 }
                 add(&raw mut (*class).started, 1);
-                record(&raw mut (*class).wait, self.now.saturating_sub((*unit).queued_ns));
+                record(&raw mut (*class).wait, self.now.saturating_sub((*task).queued_ns));
             }
         }
     }
 
     /// What the thread works on pauses, if it has this key.
     #[inline(always)]
-    fn leave(&self, key: Option<UnitKey>) -> Option<()> {
+    fn leave(&self, key: Option<TaskKey>) -> Option<()> {
         let current = work::current(self.tid);
         let key = key.unwrap_or(current.key);
         if key != current.key {
             return None;
         }
-        let Some(unit) = UNITS.get_ptr_mut(key) else {
+        let Some(task) = TASKS.get_ptr_mut(key) else {
             work::turn_to(self.tid, &Work::NONE, self.now);
             return None;
         };
         // SAFETY: a live map value; work is done by one thread at a time.
         unsafe {
-            if (*unit).id == current.unit {
-                (*unit).left_ns = self.now;
-                work::turn_to(self.tid, &(*unit).outer, self.now);
+            if (*task).id == current.task {
+                (*task).left_ns = self.now;
+                work::turn_to(self.tid, &(*task).outer, self.now);
             }
         }
         end_if_once(&key, self.now);
@@ -258,23 +258,23 @@ impl At<'_> {
     }
 
     #[inline(always)]
-    fn forget(&self, key: Option<UnitKey>) -> Option<()> {
+    fn forget(&self, key: Option<TaskKey>) -> Option<()> {
         let current = work::current(self.tid);
         let has_key = key.is_some();
         let key = key.unwrap_or(current.key);
-        let unit = UNITS.get_ptr_mut(key)?;
+        let task = TASKS.get_ptr_mut(key)?;
         // SAFETY: a live map value; nobody works on what is forgotten.
         unsafe {
-            let is_current = (*unit).id == current.unit;
+            let is_current = (*task).id == current.task;
             if !is_current && !has_key {
                 return None;
             }
             if is_current {
-                (*unit).left_ns = self.now;
-                work::turn_to(self.tid, &(*unit).outer, self.now);
+                (*task).left_ns = self.now;
+                work::turn_to(self.tid, &(*task).outer, self.now);
             }
         }
-        end(unit, &key, self.now);
+        end(task, &key, self.now);
         Some(())
     }
 
@@ -286,19 +286,19 @@ impl At<'_> {
     )]
     fn detach(&self) -> Option<()> {
         let current = work::current(self.tid);
-        let unit = UNITS.get_ptr(current.key)?;
-        let key = UnitKey { key: current.unit, space: DETACHED, ..current.key };
+        let task = TASKS.get_ptr(current.key)?;
+        let key = TaskKey { key: current.task, space: DETACHED, ..current.key };
         // SAFETY: a live map value, that only this thread works on.
         unsafe {
-            if (*unit).id != current.unit {
+            if (*task).id != current.task {
                 return None;
             }
-            if UNITS.insert(key, &*unit, u64::from(BPF_ANY)).is_err() {
-                lost(Loss::UnitsFull);
+            if TASKS.insert(key, &*task, u64::from(BPF_ANY)).is_err() {
+                lost(Loss::TasksFull);
                 return None;
             }
         }
-        let _present = UNITS.remove(current.key);
+        let _present = TASKS.remove(current.key);
         work::is_known_by(self.tid, key);
         Some(())
     }
@@ -306,24 +306,24 @@ impl At<'_> {
     /// Keeps what the runtime calls the request, if that can be read at this place.
     ///
     /// # Safety
-    /// `unit` points to a live map value that nobody else knows of yet.
+    /// `task` points to a live map value that nobody else knows of yet.
     #[inline(always)]
-    unsafe fn tell_request_id(&self, unit: *mut Unit) {
-        // SAFETY: by contract, and the recipe is a live map value.
+    unsafe fn tell_request_id(&self, task: *mut DeferredTask) {
+        // SAFETY: by contract, and the extractor is a live map value.
         unsafe {
-            let steps: *const Step = (&raw const (*self.recipe).request_id).cast();
+            let steps: *const Op = (&raw const (*self.extractor).request_id).cast();
             if let Found::Value(address, _) = follow(steps, REQUEST_ID_STEPS, self.ctx) {
                 // What is not there now stays unknown.
-                let _read = bpf_probe_read_user_str_bytes(address as *const u8, &mut (*unit).request_id);
+                let _read = bpf_probe_read_user_str_bytes(address as *const u8, &mut (*task).request_id);
             }
         }
     }
 
     /// The class that can be read at this place.
     #[inline(always)]
-    fn class(&self, key: UnitKey) -> Option<ClassKey> {
+    fn class(&self, key: TaskKey) -> Option<ClassKey> {
         // SAFETY: a live map value.
-        let found = unsafe { follow((&raw const (*self.recipe).class).cast(), CLASS, self.ctx) };
+        let found = unsafe { follow((&raw const (*self.extractor).class).cast(), CLASS, self.ctx) };
         found.value().map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
     }
 }
@@ -333,7 +333,7 @@ impl At<'_> {
 /// # Safety
 /// `steps` points to so many in a live map value.
 #[inline(always)]
-unsafe fn follow(steps: *const Step, count: usize, ctx: &ProbeContext) -> Found {
+unsafe fn follow(steps: *const Op, count: usize, ctx: &ProbeContext) -> Found {
     let mut value = 0;
     let mut has_failed = false;
     let mut outcome = Found::Nothing;
@@ -352,7 +352,7 @@ unsafe fn follow(steps: *const Step, count: usize, ctx: &ProbeContext) -> Found 
         } else if step.action == Action::Add as u32 {
             value = value.wrapping_add_signed(step.offset.into());
         } else if step.action == Action::Load as u32 {
-            match kernel::pointed::<u64>(value.wrapping_add_signed(step.offset.into())) {
+            match kernel::read_user::<u64>(value.wrapping_add_signed(step.offset.into())) {
                 Some(word) => value = word,
                 None => has_failed = true,
             }

@@ -20,9 +20,9 @@ use crate::{
     },
 };
 
-/// Where a walk goes on, in the only place: [`look_on`].
+/// Where a walk goes on, in the only place: [`walk_queue`].
 #[map]
-static STEPS: ProgramArray = ProgramArray::with_max_entries(1, 0);
+static TAIL_CALLS: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// Connections that one step of a walk looks at, and 33 steps may follow each other. The verifier follows every turn of a
 /// loop on its own: for one of 1024 it took a quarter of a second.
@@ -32,7 +32,7 @@ const STEP: u32 = 32;
 #[tracepoint]
 fn listen_enter(ctx: TracePointContext) -> u32 {
     let (tgid, _) = kernel::current();
-    if (targets::is_target(tgid) || targets::comes_up_again(tgid))
+    if (targets::is_target(tgid) || targets::renominate_candidate(tgid))
         && let Some(file) = kernel::fd_argument(&ctx).and_then(OpenFile::of)
     {
         let _no_room = listener_of(file, tgid);
@@ -63,7 +63,7 @@ fn look(ctx: RawTracePointContext) -> i32 {
             match Socket::still_at((*listener).sk, inode) {
                 Some(socket) if socket.listens() => {
                     if look_at(&raw mut (*listener).queue, socket, (*listener).family) {
-                        STEPS.tail_call(&ctx, 0);
+                        TAIL_CALLS.tail_call(&ctx, 0);
                     }
                 }
                 _ => (*listener).queue.closed = 1,
@@ -75,12 +75,12 @@ fn look(ctx: RawTracePointContext) -> i32 {
 
 /// Goes on where [`look`] or itself has left off, with the same argument, as often as the kernel allows.
 #[raw_tracepoint(tracepoint = "sys_enter")]
-fn look_on(ctx: RawTracePointContext) -> i32 {
+fn walk_queue(ctx: RawTracePointContext) -> i32 {
     if let Some(listener) = listener_with(ctx.arg(0)) {
         // SAFETY: as in `look`, of which this is a part.
         unsafe {
             if step(&raw mut (*listener).queue) {
-                STEPS.tail_call(&ctx, 0);
+                TAIL_CALLS.tail_call(&ctx, 0);
             }
         }
     }

@@ -36,7 +36,7 @@ fn received_parts_exit(ctx: TracePointContext) -> u32 {
 fn received_message_exit(ctx: TracePointContext) -> u32 {
     if let Some(read) = Read::of(&ctx)
         && let Some(message) = read.call.second()
-        && let Some(parts) = kernel::pointed::<u64>(message.wrapping_add(16))
+        && let Some(parts) = kernel::read_user::<u64>(message.wrapping_add(16))
     {
         read.arrived_in_parts(parts);
     }

@@ -103,13 +103,13 @@ pub(crate) fn arrival_of(address: u64) -> Option<u64> {
 
 /// Whether a connection to this socket's port is one a target may accept.
 #[inline(always)]
-pub(crate) fn is_wanted(sock: &Sock) -> bool {
+pub(crate) fn is_tracked(sock: &Sock) -> bool {
     PORTS.get_ptr(PortKey { netns: sock.netns(), port: u32::from(sock.port()) }).is_some()
 }
 
 /// Makes connections to this listener's port worth a time stamp.
 #[inline(always)]
-pub(crate) fn want(netns: u32, port: u16, inode: u64) {
+pub(crate) fn track_port(netns: u32, port: u16, inode: u64) {
     let key = PortKey { netns, port: u32::from(port) };
     let only = if PORTS.get_ptr(key).is_some() { 0 } else { inode };
     let _full_means_unknown_waits = PORTS.insert(key, only, u64::from(BPF_ANY));
@@ -117,13 +117,13 @@ pub(crate) fn want(netns: u32, port: u16, inode: u64) {
 
 /// Makes connections to the listener of this name worth a time stamp.
 #[inline(always)]
-pub(crate) fn want_unix(name: u64) {
+pub(crate) fn track_unix(name: u64) {
     let _full_means_unknown_waits = UNIX_NAMES.insert(name, 1, u64::from(BPF_ANY));
 }
 
 /// Whether a target listens on a unix socket of this name.
 #[inline(always)]
-pub(crate) fn is_wanted_unix(name: u64) -> bool {
+pub(crate) fn is_tracked_unix(name: u64) -> bool {
     UNIX_NAMES.get_ptr(name).is_some()
 }
 
@@ -147,7 +147,7 @@ pub(crate) fn queue(address: u64) -> Result<(), i32> {
 
 /// The same of a unix connection to the listener of this name, unless it has been accepted in the meantime.
 #[inline(always)]
-pub(crate) fn queue_again(address: u64, unix_name: u64) {
+pub(crate) fn restamp(address: u64, unix_name: u64) {
     // SAFETY: has no preconditions.
     let arrival = Arrival { at_ns: unsafe { bpf_ktime_get_ns() }, unix_name };
     let _accepted = QUEUED.insert(address, arrival, u64::from(BPF_EXIST));

@@ -96,14 +96,14 @@ fn nanoseconds(tgid: u32) -> u64 {
         if (*totals).count_address == 0 {
             return GC_UNKNOWN;
         }
-        let Some(count) = kernel::pointed::<u64>((*totals).count_address) else {
+        let Some(count) = kernel::read_user::<u64>((*totals).count_address) else {
             lost(Loss::GcTotalsUnread);
             return GC_UNKNOWN;
         };
         let mut sum = 0;
         for address in (*totals).ns_addresses {
             if address != 0 {
-                let Some(part) = kernel::pointed::<u64>(address) else {
+                let Some(part) = kernel::read_user::<u64>(address) else {
                     lost(Loss::GcTotalsUnread);
                     return GC_UNKNOWN;
                 };

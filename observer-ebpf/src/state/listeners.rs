@@ -48,10 +48,10 @@ pub(crate) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
         if socket.is_unix() {
             (*listener).port = length;
             (*listener).unix_name = socket.unix_name()?;
-            accept_queue::want_unix((*listener).unix_name);
+            accept_queue::track_unix((*listener).unix_name);
         } else {
             (*listener).port = socket.port()?;
-            accept_queue::want((*listener).netns, (*listener).port, inode);
+            accept_queue::track_port((*listener).netns, (*listener).port, inode);
         }
     }
     Some((inode, listener))

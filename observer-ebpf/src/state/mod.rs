@@ -1,6 +1,6 @@
 //! What the programs know: one file for the maps of each subject, and all that reads or changes them.
 
-pub(crate) mod presence;
+pub(crate) mod id_filter;
 pub(crate) mod targets;
 pub(crate) mod system_call;
 pub(crate) mod pools;

@@ -2,7 +2,7 @@
 //! once. The workers of tokio and of Asio are such: who is parked there keeps nothing waiting.
 
 use aya_ebpf::{bindings::BPF_NOEXIST, macros::map, maps::HashMap};
-use observer_common::reactor::{Habit, Kind, Pool, REACTORS};
+use observer_common::reactor::{Kind, Pool, REACTORS, WaitPattern};
 
 use crate::emit::add_word;
 
@@ -13,16 +13,16 @@ static POOLS: HashMap<Pool, u32> = HashMap::with_max_entries(REACTORS, 0);
 /// Counts a thread of this process that waits in this way, unless it is counted.
 ///
 /// # Safety
-/// `habit` is part of a live map value that only this thread writes.
+/// `pattern` is part of a live map value that only this thread writes.
 #[inline(always)]
-pub(crate) unsafe fn join(tgid: u32, habit: *mut Habit) {
+pub(crate) unsafe fn join(tgid: u32, pattern: *mut WaitPattern) {
     // SAFETY: by contract.
-    let Habit { kind, set, is_counted, .. } = unsafe { *habit };
+    let WaitPattern { kind, set, is_counted, .. } = unsafe { *pattern };
     if kind != Kind::Epoll as u32 || is_counted != 0 {
         return;
     }
     // SAFETY: by contract.
-    unsafe { (*habit).is_counted = 1 };
+    unsafe { (*pattern).is_counted = 1 };
     let pool = Pool { tgid, set };
     if POOLS.insert(pool, 1, u64::from(BPF_NOEXIST)).is_err()
         && let Some(threads) = POOLS.get_ptr_mut(pool)
@@ -34,9 +34,9 @@ pub(crate) unsafe fn join(tgid: u32, habit: *mut Habit) {
 
 /// Counts a thread no more that was counted and waits no longer in this way.
 #[inline(always)]
-pub(crate) fn leave(tgid: u32, habit: Habit) {
-    let pool = Pool { tgid, set: habit.set };
-    if habit.is_counted != 0
+pub(crate) fn leave(tgid: u32, pattern: WaitPattern) {
+    let pool = Pool { tgid, set: pattern.set };
+    if pattern.is_counted != 0
         && let Some(threads) = POOLS.get_ptr_mut(pool)
     {
         // SAFETY: a live map value.
@@ -52,8 +52,8 @@ pub(crate) fn leave(tgid: u32, habit: Habit) {
 
 /// Whether other threads wait on the same set.
 #[inline(always)]
-pub(crate) fn is_any(tgid: u32, habit: Habit) -> bool {
+pub(crate) fn is_any(tgid: u32, pattern: WaitPattern) -> bool {
     // SAFETY: a live map value; four bytes are read at once.
-    habit.is_counted != 0
-        && POOLS.get_ptr(Pool { tgid, set: habit.set }).is_some_and(|threads| unsafe { *threads > 1 })
+    pattern.is_counted != 0
+        && POOLS.get_ptr(Pool { tgid, set: pattern.set }).is_some_and(|threads| unsafe { *threads > 1 })
 }

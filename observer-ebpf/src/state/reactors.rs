@@ -1,4 +1,4 @@
-//! Threads that wait for events. Each is kept in a slot, which its id leads to by way of `PRESENCE`. That costs less than a look
+//! Threads that wait for events. Each is kept in a slot, which its id leads to by way of `ID_FILTER`. That costs less than a look
 //! into a hash map, and every wait, switch and wake-up of a target makes it.
 
 use aya_ebpf::{
@@ -9,13 +9,13 @@ use aya_ebpf::{
 use observer_common::{
     deferred::Work,
     histogram::Histogram,
+    id_filter::Seen,
     loss::Loss,
     origin::Origin,
-    presence::Seen,
     reactor::{Durations, Phase, REACTORS as MOST, Reactor, SLOTS},
 };
 
-use super::{pools, presence};
+use super::{id_filter, pools};
 use crate::emit::{lost, record_alone};
 
 /// Only its own thread writes an entry, but for a wake-up, which the scheduler orders between the switch that took the
@@ -44,7 +44,7 @@ static NONE: Durations = Durations::NONE;
 /// The entry of a thread that may be a reactor; the idle thread, whose id is 0, never is.
 #[inline(always)]
 pub(crate) fn find(tid: u32) -> Option<*mut Reactor> {
-    let slot = match presence::of_thread(tid) {
+    let slot = match id_filter::of_thread(tid) {
         Seen::Nobody => return None,
         Seen::One(slot) => slot,
         // SAFETY: a live map value, written once.
@@ -73,7 +73,7 @@ pub(crate) fn claim(tid: u32, tgid: u32) -> Option<*mut Reactor> {
         (*reactor).tgid = tgid;
         (*reactor).slot = slot;
     }
-    presence::add_thread(tid, slot);
+    id_filter::add_thread(tid, slot);
     if THREADS.insert(tid, slot, u64::from(BPF_NOEXIST)).is_ok() {
         return Some(reactor);
     }
@@ -85,7 +85,7 @@ pub(crate) fn claim(tid: u32, tgid: u32) -> Option<*mut Reactor> {
 /// Whether this entry is of a thread that is gone, whose id the current one has been given before the loader came for the
 /// figures: they make room.
 #[inline(always)]
-pub(crate) fn replaces(reactor: *const Reactor, tid: u32) -> bool {
+pub(crate) fn evict_stale(reactor: *const Reactor, tid: u32) -> bool {
     // SAFETY: a live map value; of a thread that is gone nobody writes it.
     let (phase, slot) = unsafe { ((*reactor).phase, (*reactor).slot) };
     if phase != Phase::Exited as u32 {
@@ -114,7 +114,7 @@ pub(crate) unsafe fn took(reactor: *const Reactor, histogram: fn(*mut Durations)
 
 #[inline(always)]
 fn give_back(tid: u32, slot: u32) {
-    presence::remove_thread(tid, slot);
+    id_filter::remove_thread(tid, slot);
     let _has_room = FREE_SLOTS.push(slot, 0);
 }
 
@@ -139,18 +139,18 @@ pub(crate) fn collected(tid: u32, since: u64, now: u64) {
 pub(crate) unsafe fn add_collected(reactor: *mut Reactor, ns: u64) {
     // SAFETY: by contract.
     unsafe {
-        (*reactor).is_eventful |= u16::from(ns != 0);
+        (*reactor).was_off_cpu |= u16::from(ns != 0);
         (*reactor).gc.ns += ns;
     }
 }
 
 /// The current thread has done this work until now; whether it turns to other work, or to none.
 #[inline(always)]
-pub(crate) fn worked(tid: u32, work: &Work, now: u64, works: bool) {
+pub(crate) fn account_work(tid: u32, work: &Work, now: u64, has_work: bool) {
     if let Some(reactor) = find(tid) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
-            (*reactor).works = u32::from(works);
+            (*reactor).has_work = u32::from(has_work);
             keep_longest(reactor, &work.origin, work.since_ns, now);
         }
     }
@@ -168,7 +168,7 @@ pub(crate) unsafe fn keep_longest(reactor: *mut Reactor, origin: &Origin, since_
         // Before that it waited.
         let elapsed = now.saturating_sub(since_ns.max((*reactor).phase_since_ns));
         if elapsed > (*reactor).longest_work_ns {
-            (*reactor).is_eventful = 1;
+            (*reactor).was_off_cpu = 1;
             (*reactor).longest_work_ns = elapsed;
             (*reactor).longest_work_for = if origin.request == 0 { Origin::NONE } else { *origin };
         }
@@ -182,7 +182,7 @@ pub(crate) fn thread_exited(tid: u32) {
         // SAFETY: a live map value; its thread is the one that exits.
         unsafe {
             (*reactor).phase = Phase::Exited as u32;
-            pools::leave((*reactor).tgid, (*reactor).habit);
+            pools::leave((*reactor).tgid, (*reactor).pattern);
         }
     }
 }

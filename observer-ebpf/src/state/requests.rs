@@ -13,7 +13,7 @@ use observer_common::{
     origin::{Answer, Connection, Descriptor, HEAD, HEADS_PER_CPU, Origin, Request},
 };
 
-use super::{presence, system_call, work};
+use super::{id_filter, system_call, work};
 use crate::{
     emit::lost,
     kernel::{self, CallInProgress, OpenFile},
@@ -86,7 +86,7 @@ pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
 /// Whether a process's deferred work is followed, which makes it a target.
 #[inline(always)]
 pub(crate) fn is_followed(tgid: u32) -> bool {
-    presence::of_process(tgid) && FOLLOWED.get_ptr(tgid).is_some()
+    id_filter::of_process(tgid) && FOLLOWED.get_ptr(tgid).is_some()
 }
 
 /// The current thread has accepted a connection: what it does now is for that, until a request comes.
@@ -124,7 +124,7 @@ fn connection_of(tgid: u32, origin: &Origin) -> Option<*mut Connection> {
 
 /// What is meant by an origin when work for it goes on: one that is but a connection means its latest request.
 #[inline(always)]
-pub(crate) fn present(tgid: u32, origin: &Origin) -> Origin {
+pub(crate) fn resolve_origin(tgid: u32, origin: &Origin) -> Origin {
     if origin.request == 0
         && origin.inode != 0
         && let Some(connection) = connection_of(tgid, origin)
@@ -142,7 +142,7 @@ pub(crate) fn present(tgid: u32, origin: &Origin) -> Origin {
 
 /// What something that is put off now is put off for. The user side hears of the request.
 #[inline(always)]
-pub(crate) fn kept(tgid: u32, origin: &Origin) -> Origin {
+pub(crate) fn origin_for_enqueue(tgid: u32, origin: &Origin) -> Origin {
     if origin.request != 0
         && let Some(connection) = connection_of(tgid, origin)
     {
@@ -152,7 +152,7 @@ pub(crate) fn kept(tgid: u32, origin: &Origin) -> Origin {
                 lost(Loss::RequestsOverlap);
                 return Origin { request: 0, ..*origin };
             }
-            tell(connection, origin.request);
+            emit_request(connection, origin.request);
         }
     }
     *origin
@@ -165,7 +165,7 @@ pub(crate) fn stalled(tgid: u32, origin: &Origin) {
         && let Some(connection) = connection_of(tgid, origin)
     {
         // SAFETY: a live map value.
-        unsafe { tell(connection, origin.request) };
+        unsafe { emit_request(connection, origin.request) };
     }
 }
 
@@ -174,7 +174,7 @@ pub(crate) fn stalled(tgid: u32, origin: &Origin) {
 /// # Safety
 /// `connection` points to a live map value.
 #[inline(always)]
-unsafe fn tell(connection: *mut Connection, request: u64) {
+unsafe fn emit_request(connection: *mut Connection, request: u64) {
     // SAFETY: by contract; the request's place is a live map value as well.
     unsafe {
         if (*connection).request != request || (*connection).is_told != 0 {
@@ -225,7 +225,7 @@ impl Read {
 
     #[inline(always)]
     pub(crate) fn arrived_in_parts(&self, parts: u64) {
-        if let Some([buffer, length]) = kernel::pointed::<[u64; 2]>(parts) {
+        if let Some([buffer, length]) = kernel::read_user::<[u64; 2]>(parts) {
             self.arrived(buffer, length);
         }
     }
@@ -235,7 +235,7 @@ impl Read {
     pub(crate) fn arrived(&self, buffer: u64, length: u64) {
         // SAFETY: has no preconditions.
         let now = unsafe { bpf_ktime_get_ns() };
-        let is_http = kernel::pointed::<[u8; 8]>(buffer).is_some_and(begins_request);
+        let is_http = kernel::read_user::<[u8; 8]>(buffer).is_some_and(begins_request);
         // SAFETY: a live map value; only who reads from the connection writes these.
         let request = unsafe {
             let connection = self.connection;

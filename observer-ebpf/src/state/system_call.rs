@@ -2,14 +2,14 @@
 //! on the thread's stack. Where on a stack they are, the loader's own system call shows.
 
 use aya_ebpf::{macros::map, maps::Array, programs::BtfTracePointContext};
-use observer_common::block::{Block, CALLS, CONTENDED, Clue, NO_CALL};
+use observer_common::block::{Block, CALLS, CONTENDED, NO_CALL, SyscallClass};
 
 use crate::kernel::{self, CallInProgress, OpenFile};
 
-/// A [`Clue`] for each system call, by number; filled in by the loader.
+/// A [`SyscallClass`] for each system call, by number; filled in by the loader.
 // SAFETY: a name of our own, for the loader to find.
 #[unsafe(no_mangle)]
-static CLUES: [u8; CALLS] = [0; CALLS];
+static SYSCALL_CLASSES: [u8; CALLS] = [0; CALLS];
 
 /// Where on a kernel stack its thread's registers are, in bytes; 0 while that is not known.
 #[map]
@@ -62,9 +62,9 @@ impl Blocked {
             // Outside of any call a thread blocks only for its own memory.
             None => Self { block: Block::PageFault as u32, frame_pointer, ..Self::SOMEWHERE },
             Some(call) => {
-                let clue = clue_of(call);
-                let block = block_in(&registers, clue).unwrap_or(Block::Other as u32);
-                let at_futex = if clue == Clue::Futex as u8 { futex(&registers) } else { None };
+                let class = clue_of(call);
+                let block = block_in(&registers, class).unwrap_or(Block::Other as u32);
+                let at_futex = if class == SyscallClass::Futex as u8 { futex(&registers) } else { None };
                 let (futex, is_contended) = at_futex.unwrap_or_default();
                 Self { call, block, frame_pointer, futex, is_contended }
             }
@@ -75,10 +75,10 @@ impl Blocked {
 #[inline(always)]
 fn clue_of(number: u32) -> u8 {
     if number as usize >= CALLS {
-        return Clue::Other as u8;
+        return SyscallClass::Other as u8;
     }
     // SAFETY: inside the array; only the loader ever writes there, before any program runs.
-    unsafe { (&raw const CLUES).cast::<u8>().add(number as usize).read_volatile() }
+    unsafe { (&raw const SYSCALL_CLASSES).cast::<u8>().add(number as usize).read_volatile() }
 }
 
 /// Where a thread inside `futex` waits, if it does, and whether that is contended.
@@ -96,27 +96,27 @@ fn futex(call: &CallInProgress) -> Option<(u64, bool)> {
 }
 
 #[inline(always)]
-fn block_in(call: &CallInProgress, clue: u8) -> Option<u32> {
-    let descriptor = if clue == Clue::File as u8 {
+fn block_in(call: &CallInProgress, class: u8) -> Option<u32> {
+    let descriptor = if class == SyscallClass::File as u8 {
         call.first()?
-    } else if clue == Clue::Poll as u8 {
+    } else if class == SyscallClass::Poll as u8 {
         if call.second()? == 0 {
             return Some(Block::Sleep as u32);
         }
-        let file = OpenFile::of(kernel::pointed::<u32>(call.first()?)?)?;
+        let file = OpenFile::of(kernel::read_user::<u32>(call.first()?)?)?;
         if file.is_anonymous()? {
             return Some(if has_end(call.third()?) { Block::Sleep } else { Block::Lock } as u32);
         }
         return Some(file.block()? as u32);
-    } else if clue == Clue::Select as u8 {
+    } else if class == SyscallClass::Select as u8 {
         if call.first()? == 0 {
             return Some(Block::Sleep as u32);
         }
         lowest(call.second()?, call.third()?)?
-    } else if clue == Clue::Futex as u8 {
+    } else if class == SyscallClass::Futex as u8 {
         return Some(Block::Lock as u32);
     } else {
-        return Some(clue.into());
+        return Some(class.into());
     };
     Some(OpenFile::of(u32::try_from(descriptor).ok()?)?.block()? as u32)
 }
@@ -131,7 +131,7 @@ const fn has_end(timeout: u64) -> bool {
 /// The lowest descriptor in two sets, of the lowest 64.
 #[inline(always)]
 fn lowest(one: u64, other: u64) -> Option<u64> {
-    let set = |at: u64| if at == 0 { None } else { kernel::pointed::<u64>(at) };
+    let set = |at: u64| if at == 0 { None } else { kernel::read_user::<u64>(at) };
     let members = set(one).unwrap_or(0) | set(other).unwrap_or(0);
     if members == 0 { None } else { Some(members.trailing_zeros().into()) }
 }

@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use observer_common::{loss::Loss, process::Target};
 
-use super::presence;
+use super::id_filter;
 use crate::emit::lost;
 
 /// Processes under observation, by id in the initial pid namespace.
@@ -31,13 +31,13 @@ pub(crate) fn selects() -> bool {
 
 /// A process that is no target waits for events: observed from now on, until the loader decides; unless it has.
 #[inline(always)]
-pub(crate) fn comes_up(tgid: u32) -> bool {
+pub(crate) fn nominate_candidate(tgid: u32) -> bool {
     selects() && REJECTED_PIDS.get_ptr(tgid).is_none() && is_made_candidate(tgid)
 }
 
 /// A process that is no target listens, which may be what it is selected for.
 #[inline(always)]
-pub(crate) fn comes_up_again(tgid: u32) -> bool {
+pub(crate) fn renominate_candidate(tgid: u32) -> bool {
     selects() && {
         let _new = REJECTED_PIDS.remove(tgid);
         is_made_candidate(tgid)
@@ -58,10 +58,10 @@ fn is_made_candidate(tgid: u32) -> bool {
 /// Adds an entry if there is none. Tells whether it did.
 #[inline(always)]
 pub(crate) fn add(tgid: u32, target: Target) -> bool {
-    presence::count_processes(tgid, 1);
+    id_filter::count_processes(tgid, 1);
     let is_new = TARGETS.insert(tgid, target, u64::from(BPF_NOEXIST)).is_ok();
     if !is_new {
-        presence::count_processes(tgid, -1);
+        id_filter::count_processes(tgid, -1);
     }
     is_new
 }
@@ -74,7 +74,7 @@ pub(crate) fn is_target(tgid: u32) -> bool {
 
 #[inline(always)]
 pub(crate) fn target(tgid: u32) -> Option<*mut Target> {
-    if presence::of_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
+    if id_filter::of_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
 }
 
 /// Children of candidates are selected by themselves.

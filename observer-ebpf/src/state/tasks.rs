@@ -6,7 +6,7 @@ use aya_ebpf::{
     maps::{HashMap, RingBuf},
 };
 use observer_common::{
-    deferred::{CLASSES as MOST_CLASSES, Class, ClassKey, Link, UNITS as MOST, Unit, UnitKey, Work},
+    deferred::{CLASSES as MOST_CLASSES, Class, ClassKey, DeferredTask, Link, TASKS as MOST, TaskKey, Work},
     loss::Loss,
     origin::Origin,
 };
@@ -16,7 +16,7 @@ use crate::emit::{add, lost, record};
 
 /// Deferred work in flight.
 #[map]
-pub(crate) static UNITS: HashMap<UnitKey, Unit> = HashMap::with_max_entries(MOST, 0);
+pub(crate) static TASKS: HashMap<TaskKey, DeferredTask> = HashMap::with_max_entries(MOST, 0);
 
 /// Figures by kind of work. For each process the loader makes an entry for those that find no room.
 #[map]
@@ -34,16 +34,16 @@ static KINDS: RingBuf = RingBuf::with_byte_size(4096, 0);
 /// What new entries start from: too large for the stack.
 static NEW: Class = Class::EMPTY;
 
-pub(crate) static NEW_UNIT: Unit = Unit::EMPTY;
+pub(crate) static NEW_TASK: DeferredTask = DeferredTask::EMPTY;
 
 /// The piece that puts off another one for this origin, if it is due to the same request; 0 if it serves a connection,
 /// whose requests come and go.
 #[inline(always)]
 pub(crate) fn parent(current: &Work, origin: &Origin) -> u64 {
-    match UNITS.get_ptr(current.key) {
+    match TASKS.get_ptr(current.key) {
         // SAFETY: a live map value; what is read never changes.
-        Some(unit) if unsafe { (*unit).id == current.unit && (*unit).origin.request == origin.request } => {
-            current.unit
+        Some(task) if unsafe { (*task).id == current.task && (*task).origin.request == origin.request } => {
+            current.task
         }
         _ => 0,
     }
@@ -53,13 +53,13 @@ pub(crate) fn parent(current: &Work, origin: &Origin) -> u64 {
 #[inline(always)]
 pub(crate) fn turn_from(tid: u32, now: u64) {
     let current = work::current(tid);
-    if current.unit != 0
-        && let Some(unit) = UNITS.get_ptr_mut(current.key)
+    if current.task != 0
+        && let Some(task) = TASKS.get_ptr_mut(current.key)
     {
         // SAFETY: a live map value; only this thread works on it.
         unsafe {
-            if (*unit).id == current.unit {
-                (*unit).left_ns = now;
+            if (*task).id == current.task {
+                (*task).left_ns = now;
             }
         }
     }
@@ -69,57 +69,57 @@ pub(crate) fn turn_from(tid: u32, now: u64) {
 
 /// Ends work that nothing else ends.
 #[inline(always)]
-pub(crate) fn end_if_once(key: &UnitKey, now: u64) {
-    if let Some(unit) = UNITS.get_ptr_mut(*key) {
+pub(crate) fn end_if_once(key: &TaskKey, now: u64) {
+    if let Some(task) = TASKS.get_ptr_mut(*key) {
         // SAFETY: a live map value; only this thread works on it.
-        let is_over = unsafe { (*unit).once != 0 && (*unit).started_ns != 0 };
+        let is_over = unsafe { (*task).once != 0 && (*task).started_ns != 0 };
         if is_over {
-            end(unit, key, now);
+            end(task, key, now);
         }
     }
 }
 
 /// A piece of work is over.
 #[inline(always)]
-pub(crate) fn end(unit: *mut Unit, key: &UnitKey, now: u64) {
+pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
     // SAFETY: a live map value, that nobody works on any more; figures are counted in atomically.
     unsafe {
-        if (*unit).class.naming == ClassKey::SAME_WORK {
-            let _present = UNITS.remove(key);
+        if (*task).class.naming == ClassKey::SAME_WORK {
+            let _present = TASKS.remove(key);
             return;
         }
-        let has_started = (*unit).started_ns != 0;
-        if let Some(class) = figures(&(*unit).class) {
+        let has_started = (*task).started_ns != 0;
+        if let Some(class) = figures(&(*task).class) {
             if has_started {
                 add(&raw mut (*class).finished, 1);
-                record(&raw mut (*class).run, (*unit).left_ns.saturating_sub((*unit).started_ns));
+                record(&raw mut (*class).run, (*task).left_ns.saturating_sub((*task).started_ns));
             } else {
                 add(&raw mut (*class).orphaned, 1);
                 add(&raw mut (*class).pending, u64::MAX);
-                if (*unit).class.naming == 0 {
+                if (*task).class.naming == 0 {
                     add(&raw mut (*class).enqueued, 1);
                 }
             }
         }
-        if (*unit).origin.request != 0 {
+        if (*task).origin.request != 0 {
             if let Some(mut entry) = LINKS.reserve::<Link>(0) {
                 let link = entry.as_mut_ptr();
-                (*link).id = (*unit).id;
-                (*link).parent = (*unit).parent;
-                (*link).request = (*unit).origin.request;
-                (*link).class = (*unit).class;
-                (*link).queued_ns = (*unit).queued_ns;
-                (*link).started_ns = (*unit).started_ns;
-                (*link).ended_ns = if has_started { (*unit).left_ns } else { now };
-                (*link).context = (*unit).context;
-                (*link).request_id = (*unit).request_id;
+                (*link).id = (*task).id;
+                (*link).parent = (*task).parent;
+                (*link).request = (*task).origin.request;
+                (*link).class = (*task).class;
+                (*link).queued_ns = (*task).queued_ns;
+                (*link).started_ns = (*task).started_ns;
+                (*link).ended_ns = if has_started { (*task).left_ns } else { now };
+                (*link).context = (*task).context;
+                (*link).request_id = (*task).request_id;
                 entry.submit(u64::from(BPF_RB_NO_WAKEUP));
             } else {
                 lost(Loss::LinksFull);
             }
         }
     }
-    let _present = UNITS.remove(key);
+    let _present = TASKS.remove(key);
 }
 
 /// Figures of a class, made if there are none; those of all others if there is no room.

@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::BPF_ANY, macros::map, maps::HashMap};
 use observer_common::{
-    deferred::{UnitKey, Work},
+    deferred::{TaskKey, Work},
     loss::Loss,
 };
 
@@ -28,7 +28,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe {
-            reactors::worked(tid, &*work, now, !is_nothing);
+            reactors::account_work(tid, &*work, now, !is_nothing);
             *work = *next;
             (*work).since_ns = now;
         }
@@ -38,13 +38,13 @@ pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
             lost(Loss::WorkFull);
             return;
         }
-        reactors::worked(tid, &work, now, true);
+        reactors::account_work(tid, &work, now, true);
     }
 }
 
 /// What the current thread works on has got another key.
 #[inline(always)]
-pub(crate) fn is_known_by(tid: u32, key: UnitKey) {
+pub(crate) fn is_known_by(tid: u32, key: TaskKey) {
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe { (*work).key = key };

@@ -1,17 +1,20 @@
 //! System calls by number: their names, and what a thread that blocks in one waits for.
 
-use observer_common::block::{CALLS, Clue};
+use observer_common::block::{CALLS, SyscallClass};
 use syscalls::Sysno;
 
-/// What each call tells; those that are not listed tell nothing ([`Clue::Other`]).
-const CLUED: &[(Clue, &[Sysno])] = &[
-    (Clue::Futex, &[Sysno::futex]),
-    (Clue::Lock, &[Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
+/// What each call tells; those that are not listed tell nothing ([`SyscallClass::Other`]).
+const CLUED: &[(SyscallClass, &[Sysno])] = &[
+    (SyscallClass::Futex, &[Sysno::futex]),
+    (SyscallClass::Lock, &[Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
     // That of the address space, which another thread changes, copies or reads.
-    (Clue::Lock, &[Sysno::brk, Sysno::mmap, Sysno::munmap, Sysno::mremap, Sysno::mprotect, Sysno::madvise]),
-    (Clue::Sleep, &[Sysno::nanosleep, Sysno::clock_nanosleep]),
     (
-        Clue::Network,
+        SyscallClass::Lock,
+        &[Sysno::brk, Sysno::mmap, Sysno::munmap, Sysno::mremap, Sysno::mprotect, Sysno::madvise],
+    ),
+    (SyscallClass::Sleep, &[Sysno::nanosleep, Sysno::clock_nanosleep]),
+    (
+        SyscallClass::Network,
         &[
             Sysno::accept,
             Sysno::accept4,
@@ -26,7 +29,7 @@ const CLUED: &[(Clue, &[Sysno])] = &[
         ],
     ),
     (
-        Clue::File,
+        SyscallClass::File,
         &[
             Sysno::read,
             Sysno::readv,
@@ -45,7 +48,7 @@ const CLUED: &[(Clue, &[Sysno])] = &[
         ],
     ),
     (
-        Clue::Disk,
+        SyscallClass::Disk,
         &[
             Sysno::openat,
             Sysno::openat2,
@@ -81,16 +84,16 @@ const CLUED: &[(Clue, &[Sysno])] = &[
             Sysno::fadvise64,
         ],
     ),
-    (Clue::Poll, &[Sysno::ppoll]),
-    (Clue::Select, &[Sysno::pselect6]),
+    (SyscallClass::Poll, &[Sysno::ppoll]),
+    (SyscallClass::Select, &[Sysno::pselect6]),
 ];
 
 /// Those that newer architectures do without.
 #[cfg(target_arch = "x86_64")]
-const CLUED_HERE: &[(Clue, &[Sysno])] = &[
-    (Clue::Sleep, &[Sysno::pause]),
+const CLUED_HERE: &[(SyscallClass, &[Sysno])] = &[
+    (SyscallClass::Sleep, &[Sysno::pause]),
     (
-        Clue::Disk,
+        SyscallClass::Disk,
         &[
             Sysno::open,
             Sysno::creat,
@@ -109,23 +112,25 @@ const CLUED_HERE: &[(Clue, &[Sysno])] = &[
             Sysno::chown,
         ],
     ),
-    (Clue::Poll, &[Sysno::poll]),
-    (Clue::Select, &[Sysno::select]),
+    (SyscallClass::Poll, &[Sysno::poll]),
+    (SyscallClass::Select, &[Sysno::select]),
 ];
 #[cfg(not(target_arch = "x86_64"))]
-const CLUED_HERE: &[(Clue, &[Sysno])] = &[];
+const CLUED_HERE: &[(SyscallClass, &[Sysno])] = &[];
 
-/// A [`Clue`] for each system call, by number, as the programs want it.
-pub(crate) fn clues() -> [u8; CALLS] {
-    let mut clues = [Clue::Other as u8; CALLS];
-    for (clue, calls) in CLUED.iter().chain(CLUED_HERE) {
+/// A [`SyscallClass`] for each system call, by number, as the programs want it.
+pub(crate) fn syscall_classes() -> [u8; CALLS] {
+    let mut syscall_classes = [SyscallClass::Other as u8; CALLS];
+    for (class, calls) in CLUED.iter().chain(CLUED_HERE) {
         for call in *calls {
-            if let Some(place) = usize::try_from(call.id()).ok().and_then(|number| clues.get_mut(number)) {
-                *place = *clue as u8;
+            if let Some(place) =
+                usize::try_from(call.id()).ok().and_then(|number| syscall_classes.get_mut(number))
+            {
+                *place = *class as u8;
             }
         }
     }
-    clues
+    syscall_classes
 }
 
 /// Name of a system call; its number if it is newer than observer.
@@ -142,14 +147,14 @@ mod tests {
 
     #[test]
     fn calls_have_names_and_clues() {
-        let clues = clues();
-        let clue = |call: Sysno| clues[usize::try_from(call.id()).unwrap()];
-        assert_eq!(clue(Sysno::futex), Clue::Futex as u8);
-        assert_eq!(clue(Sysno::flock), Block::Lock as u8);
-        assert_eq!(clue(Sysno::madvise), Block::Lock as u8);
-        assert_eq!(clue(Sysno::read), Clue::File as u8);
-        assert_eq!(clue(Sysno::ppoll), Clue::Poll as u8);
-        assert_eq!(clue(Sysno::wait4), Block::Other as u8);
+        let syscall_classes = syscall_classes();
+        let class = |call: Sysno| syscall_classes[usize::try_from(call.id()).unwrap()];
+        assert_eq!(class(Sysno::futex), SyscallClass::Futex as u8);
+        assert_eq!(class(Sysno::flock), Block::Lock as u8);
+        assert_eq!(class(Sysno::madvise), Block::Lock as u8);
+        assert_eq!(class(Sysno::read), SyscallClass::File as u8);
+        assert_eq!(class(Sysno::ppoll), SyscallClass::Poll as u8);
+        assert_eq!(class(Sysno::wait4), Block::Other as u8);
         assert_eq!(name(u32::try_from(Sysno::clock_nanosleep.id()).unwrap()), "clock_nanosleep");
         assert_eq!(name(100_000), "system call 100000");
     }

@@ -65,6 +65,19 @@ pub(super) const OWN: &[Family] = &[
         collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
     },
     Family {
+        name: "observer_self_refreshed_timestamp_seconds",
+        otlp: "observer.self.refreshed.timestamp",
+        unit: "s",
+        help: "Unix time of the values here: observer brings them up to date once a second.",
+        kind: Kind::Gauge(Together::Max),
+        labels: &[],
+        collect: |s, sink| {
+            if let Some(refreshed) = s.own.service.refreshed {
+                sink(Vec::new(), Value::Number(refreshed));
+            }
+        },
+    },
+    Family {
         name: "observer_self_off",
         otlp: "observer.self.off",
         unit: "{observer}",

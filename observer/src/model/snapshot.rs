@@ -216,6 +216,8 @@ pub(crate) struct Own {
 /// What becomes of observer as a service.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Service {
+    /// Unix time of the last refresh, in seconds; `None` while nothing is observed.
+    pub(crate) refreshed: Option<f64>,
     /// Whether it was turned off by its kill switch.
     pub(crate) is_off: bool,
     /// How often its configuration was read again and taken.

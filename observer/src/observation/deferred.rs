@@ -118,7 +118,7 @@ struct Space {
     /// What it is called.
     work: String,
     /// Whether its kind is told when it starts.
-    is_told_later: bool,
+    is_kind_told_later: bool,
 }
 
 impl Process {
@@ -180,7 +180,7 @@ impl Requests {
 impl Follower {
     /// Follows nobody yet, and later, if it is limited, only where that costs little.
     pub(super) fn new(is_limited: bool, capacity: Capacity) -> Self {
-        Self { is_limited, shared: Shared::with_recipes(capacity.recipes()), ..Self::default() }
+        Self { is_limited, shared: Shared::with_extractors(capacity.extractors()), ..Self::default() }
     }
 
     /// Brings a target up to date, which has started so many programs by now. Tells what goes unseen.
@@ -316,9 +316,9 @@ impl Follower {
         }
         let process = self.processes.entry(pid).or_default();
         process.hooks.extend(attached.into_iter().rev());
-        let is_told_later = found.iter().any(|found| found.hook.tells_later());
+        let is_kind_told_later = found.iter().any(|found| found.hook.tells_later());
         let work = format!("{} work", profile.name);
-        let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_told_later }));
+        let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_kind_told_later }));
         process.spaces.extend(spaces);
         self.new.insert(pid);
         Ok(())
@@ -451,7 +451,7 @@ impl Follower {
         let space = self.processes.get(&class.tgid).and_then(|process| process.spaces.get(&class.value));
         match class.naming {
             ClassKey::OTHERS => false,
-            0 => space.is_some_and(|space| !space.is_told_later),
+            0 => space.is_some_and(|space| !space.is_kind_told_later),
             _ => true,
         }
     }
@@ -486,10 +486,11 @@ impl Follower {
             *is_told &= self.is_told(key);
         }
         if is_waiting {
-            for (_, unit) in entries(&maps.units).iter().filter(|entry| deferred::waits(entry, pid)) {
-                let of_kind = process.known_name(unit.class).and_then(|name| classes.get_mut(&name));
+            for (_, raw_task) in entries(&maps.tasks).iter().filter(|entry| deferred::waits(entry, pid)) {
+                let of_kind = process.known_name(raw_task.class).and_then(|name| classes.get_mut(&name));
                 if let Some((_, oldest, _)) = of_kind {
-                    *oldest = Some(oldest.map_or(unit.queued_ns, |oldest| oldest.min(unit.queued_ns)));
+                    *oldest =
+                        Some(oldest.map_or(raw_task.queued_ns, |oldest| oldest.min(raw_task.queued_ns)));
                 }
             }
         }
@@ -552,17 +553,17 @@ impl Follower {
     fn orphan(&mut self, maps: &mut Maps, pid: u32) {
         let now = clock::monotonic_ns();
         self.collect(maps);
-        for (key, unit) in entries(&maps.units).into_iter().filter(|(key, _)| key.tgid == pid) {
-            if let Some(link) = deferred::orphan(&unit, now) {
-                if let Ok(mut class) = maps.classes.get(&unit.class, 0) {
+        for (key, raw_task) in entries(&maps.tasks).into_iter().filter(|(key, _)| key.tgid == pid) {
+            if let Some(link) = deferred::orphan(&raw_task, now) {
+                if let Ok(mut class) = maps.classes.get(&raw_task.class, 0) {
                     class.orphaned += 1;
                     class.pending = class.pending.saturating_sub(1);
-                    class.enqueued += u64::from(unit.class.naming == 0);
-                    let _present = maps.classes.insert(unit.class, class, EXIST);
+                    class.enqueued += u64::from(raw_task.class.naming == 0);
+                    let _present = maps.classes.insert(raw_task.class, class, EXIST);
                 }
                 self.link(&link);
             }
-            let _present = maps.units.remove(&key);
+            let _present = maps.tasks.remove(&key);
         }
     }
 
@@ -579,8 +580,8 @@ impl Follower {
             return;
         }
         let _unless_followed = maps.followed.remove(&pid);
-        for (key, _) in entries(&maps.units).into_iter().filter(|(key, _)| key.tgid == pid) {
-            let _present = maps.units.remove(&key);
+        for (key, _) in entries(&maps.tasks).into_iter().filter(|(key, _)| key.tgid == pid) {
+            let _present = maps.tasks.remove(&key);
         }
         for (key, _) in entries(&maps.classes).into_iter().filter(|(key, _)| key.tgid == pid) {
             let _present = maps.classes.remove(&key);

@@ -16,7 +16,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result};
@@ -247,6 +247,8 @@ impl Observation {
         self.runtimes.follower.name_all(&self.maps);
         let (ebpf, maps, missing) = (&mut self.ebpf, &mut self.maps, &mut self.missing);
         self.listeners.refresh(ebpf, maps, missing, &self.targets, changes.has_changed)?;
+        let refreshed = clock::wall_time(self.reactors.refreshed_ns()).duration_since(UNIX_EPOCH);
+        self.service.refreshed = refreshed.ok().map(|since| since.as_secs_f64());
         Ok(changes.live)
     }
 
@@ -354,7 +356,7 @@ fn load(selection: &Selection, layout: &KernelLayout, verbose: bool) -> Result<E
         .override_global("LAYOUT", layout, true)
         .override_global("FOLLOW", &follow, true)
         .override_global("SELECTS", &selects, true)
-        .override_global("CLUES", &system_calls::clues(), true)
+        .override_global("SYSCALL_CLASSES", &system_calls::syscall_classes(), true)
         .override_global("STALL_NS", &stall_ns, true)
         .override_global("AYA_LOG_LEVEL", &log_level, true)
         .load(PROGRAMS)
@@ -371,7 +373,7 @@ fn attach(
 ) -> Result<()> {
     let types = Types::default();
     missing.extend(probes::attach(ebpf, &types, When::Always, &selection.calls)?);
-    listener::link_steps(ebpf)?;
+    listener::link_tail_calls(ebpf)?;
     if !reactor::find_registers(ebpf, &maps.registers)? {
         missing.add(
             "what blocked threads wait for",

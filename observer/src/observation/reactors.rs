@@ -117,6 +117,11 @@ impl Reactors {
         Ok(())
     }
 
+    /// When they were refreshed, monotonic nanoseconds.
+    pub(super) const fn refreshed_ns(&self) -> u64 {
+        self.refreshed_ns
+    }
+
     /// How often to [`watch`](Self::watch).
     pub(super) const fn watch_period(&self) -> Duration {
         self.watcher.period()

@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Ebpf, programs::UProbe};
 use observer_common::{
     deferred::{
-        Class as RawClass, ClassKey, Context as RawContext, Hook as RawHook, Link as RawLink, Place,
-        REQUEST_ID, Recipe, ThreadLocal, Unit, UnitKey, Verb,
+        Class as RawClass, ClassKey, Context as RawContext, DeferredTask, Extractor, Hook as RawHook,
+        Link as RawLink, Place, REQUEST_ID, TaskKey, ThreadLocal, Verb,
     },
     histogram::Histogram as RawHistogram,
 };
@@ -60,16 +60,16 @@ pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
 /// What hooks take from one another.
 #[derive(Default)]
 pub(crate) struct Shared {
-    /// Numbers of recipes that nobody uses.
-    recipes: Vec<u32>,
+    /// Numbers of extractors that nobody uses.
+    extractors: Vec<u32>,
     /// Probes, by process, file and place in it: one stands in all copies of the file that the process has loaded.
     probes: HashMap<(u32, FileId, u64), Weak<Uprobe>>,
 }
 
 impl Shared {
     /// None of these is used yet.
-    pub(crate) fn with_recipes(count: u32) -> Self {
-        Self { recipes: (0..count).rev().collect(), probes: HashMap::new() }
+    pub(crate) fn with_extractors(count: u32) -> Self {
+        Self { extractors: (0..count).rev().collect(), probes: HashMap::new() }
     }
 
     /// Forgets the probes of a process that are gone.
@@ -102,7 +102,7 @@ pub(crate) struct Attached {
     verb: Verb,
     verb_name: &'static str,
     name: String,
-    recipes: Vec<u32>,
+    extractors: Vec<u32>,
     places: Vec<Place>,
     /// They stay attached while these are kept.
     probes: Vec<Arc<Uprobe>>,
@@ -129,23 +129,23 @@ impl Attached {
             verb: hook.verb,
             verb_name: hook.verb_name(),
             name: found.name.clone(),
-            recipes: Vec::new(),
+            extractors: Vec::new(),
             places: Vec::new(),
             probes: Vec::new(),
         };
         // One for each register that an answer is in.
         let mut by_result = HashMap::new();
         let outcome = found.places.iter().try_for_each(|at| {
-            let recipe = match by_result.entry(at.result) {
+            let extractor = match by_result.entry(at.result) {
                 Entry::Occupied(known) => *known.get(),
                 Entry::Vacant(place) => {
-                    let recipe = shared.recipes.pop().context("there are too many hooks already")?;
-                    attached.recipes.push(recipe);
-                    maps.recipes.set(recipe, at.recipe(&found.recipe), 0)?;
-                    *place.insert(recipe)
+                    let extractor = shared.extractors.pop().context("there are too many hooks already")?;
+                    attached.extractors.push(extractor);
+                    maps.extractors.set(extractor, at.extractor(&found.extractor), 0)?;
+                    *place.insert(extractor)
                 }
             };
-            let entry = RawHook { verb: hook.verb as u32, space, flags, recipe, hits: 0, matches: 0 };
+            let entry = RawHook { verb: hook.verb as u32, space, flags, extractor, hits: 0, matches: 0 };
             let place = Place { address: at.address, tgid: pid, reserved: 0 };
             if maps.hooks.get(&place, 0).is_ok() {
                 bail!("two hooks meet at one place");
@@ -167,9 +167,9 @@ impl Attached {
 
     /// From now on, what is put off here is put off with the trace context that a pointer leads to.
     pub(crate) fn take_context(&self, maps: &mut Maps, pointer: ThreadLocal) -> Result<()> {
-        for &number in &self.recipes {
-            let recipe = maps.recipes.get(&number, 0)?;
-            maps.recipes.set(number, Recipe { context: pointer, ..recipe }, 0)?;
+        for &number in &self.extractors {
+            let extractor = maps.extractors.get(&number, 0)?;
+            maps.extractors.set(number, Extractor { context: pointer, ..extractor }, 0)?;
         }
         Ok(())
     }
@@ -184,7 +184,7 @@ impl Attached {
         for place in &self.places {
             let _present = maps.hooks.remove(place);
         }
-        shared.recipes.extend(self.recipes);
+        shared.extractors.extend(self.extractors);
         drop(self.probes);
         shared.probes.retain(|_, probe| probe.strong_count() > 0);
     }
@@ -258,17 +258,17 @@ fn add_durations(sum: &mut RawHistogram, more: &RawHistogram) {
 }
 
 /// What becomes of a piece of work whose process is gone at `now`: what had not started never will.
-pub(crate) fn orphan(unit: &Unit, now: u64) -> Option<RawLink> {
-    is_ahead(unit).then_some(RawLink {
-        id: unit.id,
-        parent: unit.parent,
-        request: unit.origin.request,
-        class: unit.class,
-        queued_ns: unit.queued_ns,
+pub(crate) fn orphan(task: &DeferredTask, now: u64) -> Option<RawLink> {
+    is_ahead(task).then_some(RawLink {
+        id: task.id,
+        parent: task.parent,
+        request: task.origin.request,
+        class: task.class,
+        queued_ns: task.queued_ns,
         started_ns: 0,
         ended_ns: now,
-        context: unit.context,
-        request_id: unit.request_id,
+        context: task.context,
+        request_id: task.request_id,
     })
 }
 
@@ -295,13 +295,13 @@ pub(crate) const fn others(pid: u32) -> ClassKey {
 }
 
 /// Whether a piece of work waits to be started.
-pub(crate) fn waits((key, unit): &(UnitKey, Unit), pid: u32) -> bool {
-    key.tgid == pid && is_ahead(unit)
+pub(crate) fn waits((key, task): &(TaskKey, DeferredTask), pid: u32) -> bool {
+    key.tgid == pid && is_ahead(task)
 }
 
 /// Whether this is a piece of work of its own that has not started.
-const fn is_ahead(unit: &Unit) -> bool {
-    unit.started_ns == 0 && unit.class.naming != ClassKey::SAME_WORK
+const fn is_ahead(task: &DeferredTask) -> bool {
+    task.started_ns == 0 && task.class.naming != ClassKey::SAME_WORK
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::model::{
 
 const FIND: &str = "find_listeners";
 const LOOK: &str = "look";
-const LOOK_ON: &str = "look_on";
+const WALK: &str = "walk_queue";
 
 pub(super) const PROBE: Probe = Probe {
     name: "listener",
@@ -31,7 +31,7 @@ pub(super) const PROBE: Probe = Probe {
         Hook { program: "listen_enter", events: Events::Plain(&[("syscalls", "sys_enter_listen")]) },
         Hook { program: FIND, events: Events::Iterator("task_file") },
         Hook { program: LOOK, events: Events::OnDemand },
-        Hook { program: LOOK_ON, events: Events::OnDemand },
+        Hook { program: WALK, events: Events::OnDemand },
     ],
 };
 
@@ -46,10 +46,10 @@ pub(crate) fn find(ebpf: &mut Ebpf) -> Result<()> {
 }
 
 /// Lets a look at a long queue go on from one step to the next, once it is loaded.
-pub(crate) fn link_steps(ebpf: &mut Ebpf) -> Result<()> {
-    let step = ebpf.program(LOOK_ON).context("no program looks on")?.fd()?.try_clone()?;
+pub(crate) fn link_tail_calls(ebpf: &mut Ebpf) -> Result<()> {
+    let step = ebpf.program(WALK).context("no program walks queues")?.fd()?.try_clone()?;
     let mut steps =
-        ProgramArray::try_from(ebpf.map_mut("STEPS").context("the eBPF object has no map STEPS")?)?;
+        ProgramArray::try_from(ebpf.map_mut("TAIL_CALLS").context("the eBPF object has no map TAIL_CALLS")?)?;
     steps.set(0, &step, 0).context("no step can follow another")
 }
 

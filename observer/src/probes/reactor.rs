@@ -11,7 +11,7 @@ use aya::{
 use nix::libc;
 use observer_common::{
     block::{Block, NO_CALL},
-    reactor::{Habit, Kind, PARTS, Part, Phase, Reactor as Doing, Run, Stall as RawStall},
+    reactor::{Kind, PARTS, Part, Phase, Reactor as Doing, RunState, Stall as RawStall, WaitPattern},
 };
 
 use super::probe::{Events, Hook, Probe, When};
@@ -99,10 +99,10 @@ pub(crate) fn find_registers(ebpf: &mut Ebpf, place: &Array<MapData, u32>) -> Re
 pub(crate) fn waiting(tgid: u32, now: u64, kind: Kind, set: u32) -> Doing {
     Doing {
         tgid,
-        habit: Habit { kind: kind as u32, set, is_firm: 1, is_counted: 0 },
+        pattern: WaitPattern { kind: kind as u32, set, is_firm: 1, is_counted: 0 },
         phase: Phase::Waiting as u32,
         phase_since_ns: now,
-        run: Run::Blocked as u32,
+        run: RunState::Blocked as u32,
         run_since_ns: now,
         ..Doing::EMPTY
     }
@@ -119,7 +119,7 @@ pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
     let age = now.saturating_sub(raw.now.phase_since_ns);
     let (in_progress_ns, wait_ns) = if raw.now.phase == Phase::Slice as u32 {
         (age, 0)
-    } else if waits && raw.now.run == Run::Woken as u32 {
+    } else if waits && raw.now.run == RunState::Woken as u32 {
         let due = now.saturating_sub(raw.now.woken_ns).min(age);
         (due, age - due)
     } else if waits || raw.now.phase == Phase::Parked as u32 {
@@ -130,7 +130,7 @@ pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
     let wait_ns = raw.now.wait_ns + wait_ns;
     prober.ask(Observed {
         slices: &raw.durations.slice,
-        replies: &raw.durations.reply,
+        replies: &raw.durations.wait_return_delay,
         in_progress_ns,
         wait_ns,
     })
@@ -173,11 +173,11 @@ pub(crate) fn decode(name: String, raw: &Raw, lag: Histogram, now: u64) -> React
 
 /// Times by part, as the programs keep them, and what of them went into collections.
 fn split(parts_ns: &[u64; PARTS], gc_ns: u64) -> Split {
-    let time = |run: Run| seconds(parts_ns[run as usize]);
-    let blocked = |block: Block| seconds(parts_ns[Run::Blocked as usize + block as usize]);
+    let time = |run: RunState| seconds(parts_ns[run as usize]);
+    let blocked = |block: Block| seconds(parts_ns[RunState::Blocked as usize + block as usize]);
     Split {
-        cpu: time(Run::Cpu),
-        runqueue: time(Run::Woken) + time(Run::Preempted),
+        cpu: time(RunState::Cpu),
+        runqueue: time(RunState::Woken) + time(RunState::Preempted),
         blocked: Blocked {
             lock: blocked(Block::Lock),
             disk: blocked(Block::Disk),
@@ -213,7 +213,7 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
     if let Some(running) = parts_ns.get_mut(raw.now.run.wrapping_add(raw.now.block) as usize) {
         *running += present_ns;
     }
-    let is_longest = raw.now.run == Run::Blocked as u32 && present_ns > raw.now.longest_block_ns;
+    let is_longest = raw.now.run == RunState::Blocked as u32 && present_ns > raw.now.longest_block_ns;
     let raw = RawStall {
         tid: 0,
         tgid: raw.now.tgid,
@@ -257,11 +257,11 @@ mod tests {
     #[test]
     fn a_slice_in_progress_counts_at_its_present_age() {
         let mut parts = [Part::NONE; PARTS];
-        parts[Run::Cpu as usize].ns = SECOND;
+        parts[RunState::Cpu as usize].ns = SECOND;
         let raw = raw(Doing {
             phase: Phase::Slice as u32,
             phase_since_ns: 10 * SECOND,
-            run: Run::Blocked as u32,
+            run: RunState::Blocked as u32,
             run_since_ns: 11 * SECOND,
             block: Block::Sleep as u32,
             parts,
@@ -282,7 +282,7 @@ mod tests {
     fn a_reply_that_does_not_come_counts_at_its_present_age() {
         let raw = raw(Doing {
             phase_since_ns: 10 * SECOND,
-            run: Run::Woken as u32,
+            run: RunState::Woken as u32,
             woken_ns: 13 * SECOND,
             ..Doing::EMPTY
         });

@@ -8,7 +8,7 @@ use std::{
 };
 
 use observer_common::deferred::{
-    Action, CLASS_STEPS, KEY_STEPS, REQUEST_ID_STEPS, Recipe, Step, ThreadLocal, register,
+    Action, CLASS_STEPS, Extractor, KEY_STEPS, Op, REQUEST_ID_STEPS, ThreadLocal, register,
 };
 use procfs::process::MemoryMap;
 
@@ -39,7 +39,7 @@ pub(crate) struct Found<'p> {
     /// The places.
     pub(crate) places: Vec<FoundPlace>,
     /// How to read them, if what a function returns is in its own register.
-    pub(crate) recipe: Recipe,
+    pub(crate) extractor: Extractor,
 }
 
 /// A place of a hook.
@@ -55,14 +55,14 @@ pub(crate) struct FoundPlace {
 
 impl FoundPlace {
     /// How to read this one.
-    pub(crate) fn recipe(self, of_hook: &Recipe) -> Recipe {
-        let mut recipe = *of_hook;
-        for step in recipe.key.iter_mut().chain(&mut recipe.class).chain(&mut recipe.request_id) {
+    pub(crate) fn extractor(self, of_hook: &Extractor) -> Extractor {
+        let mut extractor = *of_hook;
+        for step in extractor.key.iter_mut().chain(&mut extractor.class).chain(&mut extractor.request_id) {
             if step.action == Action::Register as u32 && step.value == register::RESULT {
                 step.value = self.result;
             }
         }
-        recipe
+        extractor
     }
 }
 
@@ -216,8 +216,8 @@ impl<'a> Finder<'a> {
             return Err(too_many(places.len()));
         }
         let name = format!("{} in {}", hook.place(), module_name(module.map).unwrap_or_default());
-        let recipe = self.recipe(hook)?;
-        Ok(Found { hook, name, image: module.image, file: file_id(module.map), places, recipe })
+        let extractor = self.extractor(hook)?;
+        Ok(Found { hook, name, image: module.image, file: file_id(module.map), places, extractor })
     }
 
     fn open(&self, map: &'a MemoryMap) -> Result<Module<'a>, String> {
@@ -250,7 +250,7 @@ impl<'a> Finder<'a> {
     }
 
     /// The steps that the programs take at a hook.
-    fn recipe(&self, hook: &Hook) -> Result<Recipe, String> {
+    fn extractor(&self, hook: &Hook) -> Result<Extractor, String> {
         let mut key = Vec::new();
         for test in &hook.when {
             key.extend(self.test(test)?);
@@ -269,20 +269,20 @@ impl<'a> Finder<'a> {
             }
             request_id.extend(steps(&told.is).chain([take(0)]));
         }
-        let mut recipe = Recipe {
-            key: [Step::END; KEY_STEPS],
-            class: [Step::END; CLASS_STEPS],
-            request_id: [Step::END; REQUEST_ID_STEPS],
+        let mut extractor = Extractor {
+            key: [Op::END; KEY_STEPS],
+            class: [Op::END; CLASS_STEPS],
+            request_id: [Op::END; REQUEST_ID_STEPS],
             context: ThreadLocal::NONE,
         };
-        recipe.key.iter_mut().zip(key).for_each(|(place, step)| *place = step);
-        recipe.class.iter_mut().zip(class).for_each(|(place, step)| *place = step);
-        recipe.request_id.iter_mut().zip(request_id).for_each(|(place, step)| *place = step);
-        Ok(recipe)
+        extractor.key.iter_mut().zip(key).for_each(|(place, step)| *place = step);
+        extractor.class.iter_mut().zip(class).for_each(|(place, step)| *place = step);
+        extractor.request_id.iter_mut().zip(request_id).for_each(|(place, step)| *place = step);
+        Ok(extractor)
     }
 
-    fn case(&self, case: &Case) -> Result<Vec<Step>, String> {
-        let mut all = vec![Step { action: Action::Case as u32, ..Step::END }];
+    fn case(&self, case: &Case) -> Result<Vec<Op>, String> {
+        let mut all = vec![Op { action: Action::Case as u32, ..Op::END }];
         for test in &case.when {
             all.extend(self.test(test)?);
         }
@@ -291,7 +291,7 @@ impl<'a> Finder<'a> {
         Ok(all)
     }
 
-    fn test(&self, test: &Test) -> Result<Vec<Step>, String> {
+    fn test(&self, test: &Test) -> Result<Vec<Op>, String> {
         let value = match &test.with {
             Operand::Number(number) => *number,
             Operand::Symbol(name, add) => self
@@ -300,7 +300,7 @@ impl<'a> Finder<'a> {
                 .ok_or_else(|| format!("it has no symbol {name}"))?
                 .wrapping_add(*add),
         };
-        let compare = Step { action: Action::Test as u32, offset: 0, mask: test.mask, value };
+        let compare = Op { action: Action::Test as u32, offset: 0, mask: test.mask, value };
         Ok(steps(&test.path).chain([compare]).collect())
     }
 }
@@ -323,18 +323,18 @@ impl Module<'_> {
 }
 
 /// The steps to a value.
-fn steps(path: &Steps) -> impl Iterator<Item = Step> + '_ {
-    let register = Step { action: Action::Register as u32, value: path.register, ..Step::END };
+fn steps(path: &Steps) -> impl Iterator<Item = Op> + '_ {
+    let register = Op { action: Action::Register as u32, value: path.register, ..Op::END };
     let hop = |hop: &Hop| match *hop {
-        Hop::Add(offset) => Step { action: Action::Add as u32, offset, ..Step::END },
-        Hop::Load(offset) => Step { action: Action::Load as u32, offset, ..Step::END },
+        Hop::Add(offset) => Op { action: Action::Add as u32, offset, ..Op::END },
+        Hop::Load(offset) => Op { action: Action::Load as u32, offset, ..Op::END },
     };
     iter::once(register).chain(path.hops.iter().map(hop))
 }
 
 /// The last step.
-fn take(naming: u32) -> Step {
-    Step { action: Action::Take as u32, value: naming.into(), ..Step::END }
+fn take(naming: u32) -> Op {
+    Op { action: Action::Take as u32, value: naming.into(), ..Op::END }
 }
 
 #[cfg(test)]

@@ -45,10 +45,10 @@ const ROOMS: &[Room] = &[
     room("FOLLOWED", 1, 1),
     room("CONNECTIONS", 32, 1),
     room("WORK", 10, 1),
-    room("UNITS", 32, 1),
+    room("TASKS", 32, 1),
     room("CLASSES", 1, 2),
     room("HOOKS", 4, 1),
-    room("RECIPES", 1, 1),
+    room("EXTRACTORS", 1, 1),
 ];
 
 impl Room {
@@ -82,7 +82,7 @@ impl Capacity {
     }
 
     /// Ways to read places in runtimes, of which each process has its own.
-    pub(crate) const fn recipes(self) -> u32 {
+    pub(crate) const fn extractors(self) -> u32 {
         self.0
     }
 

@@ -14,7 +14,7 @@ use aya::{
 };
 use observer_common::{
     accept::{Accepting, Arrival, PortKey},
-    deferred::{Class, ClassKey, Hook, Link, Place, Recipe, Unit, UnitKey},
+    deferred::{Class, ClassKey, DeferredTask, Extractor, Hook, Link, Place, TaskKey},
     gc::{Begun, Totals},
     histogram::Histogram,
     listener::Listener,
@@ -23,7 +23,7 @@ use observer_common::{
     reactor::{Pool, Stall},
 };
 
-use super::{capacity::Capacity, presence::Presence, reactors::Reactors, targets::Targets};
+use super::{capacity::Capacity, id_filter::IdFilter, reactors::Reactors, targets::Targets};
 use crate::read::entries::entries;
 
 /// All maps of the programs.
@@ -64,9 +64,9 @@ pub(crate) struct Maps {
     /// Places in runtimes, and what they mean.
     pub(crate) hooks: HashMap<MapData, Place, Hook>,
     /// How to read those places.
-    pub(crate) recipes: Array<MapData, Recipe>,
+    pub(crate) extractors: Array<MapData, Extractor>,
     /// Deferred work in flight.
-    pub(crate) units: HashMap<MapData, UnitKey, Unit>,
+    pub(crate) tasks: HashMap<MapData, TaskKey, DeferredTask>,
     /// Figures of deferred work, by kind.
     pub(crate) classes: HashMap<MapData, ClassKey, Class>,
     requests: RingBuf<MapData>,
@@ -79,16 +79,16 @@ pub(crate) struct Maps {
 impl Maps {
     /// Takes the maps over from the loader.
     pub(crate) fn take(ebpf: &mut Ebpf, capacity: Capacity) -> Result<Self> {
-        let presence = Presence::of(take(ebpf, "PRESENCE")?)?;
+        let id_filter = IdFilter::of(take(ebpf, "ID_FILTER")?)?;
         Ok(Self {
-            targets: Targets::of(HashMap::try_from(take(ebpf, "TARGETS")?)?, presence.clone()),
+            targets: Targets::of(HashMap::try_from(take(ebpf, "TARGETS")?)?, id_filter.clone()),
             rejected: HashMap::try_from(take(ebpf, "REJECTED_PIDS")?)?,
             reactors: Reactors::of(
                 take(ebpf, "REACTORS")?,
                 Array::try_from(take(ebpf, "DURATIONS")?)?,
                 HashMap::try_from(take(ebpf, "THREADS")?)?,
                 Stack::try_from(take(ebpf, "FREE_SLOTS")?)?,
-                presence,
+                id_filter,
                 capacity.slots(),
             )?,
             pools: HashMap::try_from(take(ebpf, "POOLS")?)?,
@@ -106,8 +106,8 @@ impl Maps {
             followed: HashMap::try_from(take(ebpf, "FOLLOWED")?)?,
             connections: HashMap::try_from(take(ebpf, "CONNECTIONS")?)?,
             hooks: HashMap::try_from(take(ebpf, "HOOKS")?)?,
-            recipes: Array::try_from(take(ebpf, "RECIPES")?)?,
-            units: HashMap::try_from(take(ebpf, "UNITS")?)?,
+            extractors: Array::try_from(take(ebpf, "EXTRACTORS")?)?,
+            tasks: HashMap::try_from(take(ebpf, "TASKS")?)?,
             classes: HashMap::try_from(take(ebpf, "CLASSES")?)?,
             requests: RingBuf::try_from(take(ebpf, "REQUESTS")?)?,
             answers: RingBuf::try_from(take(ebpf, "ANSWERS")?)?,

@@ -3,7 +3,7 @@
 mod batch;
 pub(crate) mod capacity;
 pub(crate) mod entries;
-mod presence;
+mod id_filter;
 mod targets;
 pub(crate) mod reactors;
 pub(crate) mod maps;

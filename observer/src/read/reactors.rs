@@ -7,13 +7,13 @@ use anyhow::{Context as _, Result, bail};
 use aya::maps::{Array, HashMap, Map, MapData, Stack};
 use memmap2::{MmapOptions, MmapRaw};
 use observer_common::{
-    presence::Seen,
+    id_filter::Seen,
     reactor::{Durations, Phase, Reactor},
 };
 
 use super::{
     entries::{Added, add},
-    presence::Presence,
+    id_filter::IdFilter,
 };
 
 /// How often an entry is read at most until two readings agree.
@@ -28,7 +28,7 @@ pub(crate) struct Reactors {
     durations: Array<MapData, Durations>,
     threads: HashMap<MapData, u32, u32>,
     free: Stack<MapData, u32>,
-    presence: Presence,
+    id_filter: IdFilter,
 }
 
 /// A reactor as the programs keep it.
@@ -67,7 +67,7 @@ impl Reactors {
         durations: Array<MapData, Durations>,
         threads: HashMap<MapData, u32, u32>,
         mut free: Stack<MapData, u32>,
-        presence: Presence,
+        id_filter: IdFilter,
         slots: u32,
     ) -> Result<Self> {
         let Map::Array(doing) = doing else { bail!("the map of reactors is no array") };
@@ -77,7 +77,7 @@ impl Reactors {
         for slot in (1..slots).rev() {
             free.push(slot, 0)?;
         }
-        Ok(Self { memory, slots, _doing: doing, durations, threads, free, presence })
+        Ok(Self { memory, slots, _doing: doing, durations, threads, free, id_filter })
     }
 
     /// What a thread is doing, if it is a reactor.
@@ -93,7 +93,7 @@ impl Reactors {
         self.durations.set(slot, Durations::NONE, 0)?;
         // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; nobody else has the slot.
         unsafe { self.slot(slot).write_volatile(Reactor { tid, slot, ..entry }) };
-        self.presence.add_thread(tid, slot);
+        self.id_filter.add_thread(tid, slot);
         let added = add(&mut self.threads, tid, slot);
         if !matches!(added, Ok(Added::Now)) {
             self.give_back(tid, slot)?;
@@ -114,7 +114,7 @@ impl Reactors {
 
     /// Frees a slot that its thread is not to be found in any more.
     fn give_back(&mut self, tid: u32, slot: u32) -> Result<()> {
-        self.presence.remove_thread(tid, slot);
+        self.id_filter.remove_thread(tid, slot);
         self.free.push(slot, 0).context("cannot free the slot of a reactor")
     }
 
@@ -139,11 +139,11 @@ impl Reactors {
         let mut all = Vec::with_capacity(slots.len());
         all.extend(slots.into_iter().filter_map(|slot| self.settled(slot)));
         let mut pools = std::collections::HashMap::<_, u32>::new();
-        let pool = |reactor: &Reactor| (reactor.tgid, reactor.habit.set);
+        let pool = |reactor: &Reactor| (reactor.tgid, reactor.pattern.set);
         for Raw { now, .. } in &all {
             // Who is gone has left.
             if now.phase != Phase::Exited as u32 {
-                *pools.entry(pool(now)).or_default() += now.habit.is_counted;
+                *pools.entry(pool(now)).or_default() += now.pattern.is_counted;
             }
         }
         for Raw { now, .. } in &mut all {
@@ -194,7 +194,7 @@ impl Reactors {
     }
 
     fn is_in(&self, tid: u32, slot: u32) -> bool {
-        match self.presence.of_thread(tid) {
+        match self.id_filter.of_thread(tid) {
             Seen::Nobody => false,
             Seen::One(only) => only == slot,
             Seen::Several => self.threads.get(&tid, 0).is_ok_and(|there| there == slot),

@@ -1,4 +1,4 @@
-//! Processes under observation, which programs look for by almost every event: each is counted in `PRESENCE` as well.
+//! Processes under observation, which programs look for by almost every event: each is counted in `ID_FILTER` as well.
 
 use std::ops::Deref;
 
@@ -7,18 +7,18 @@ use observer_common::process::Target;
 
 use super::{
     entries::{Added, add},
-    presence::Presence,
+    id_filter::IdFilter,
 };
 
 /// The map `TARGETS`, by process id; can be read like any other.
 pub(crate) struct Targets {
     map: HashMap<MapData, u32, Target>,
-    presence: Presence,
+    id_filter: IdFilter,
 }
 
 impl Targets {
-    pub(super) const fn of(map: HashMap<MapData, u32, Target>, presence: Presence) -> Self {
-        Self { map, presence }
+    pub(super) const fn of(map: HashMap<MapData, u32, Target>, id_filter: IdFilter) -> Self {
+        Self { map, id_filter }
     }
 
     /// Adds an entry unless there is one. Tells whether there is one now: a full map has room for no more.
@@ -39,16 +39,16 @@ impl Targets {
     pub(crate) fn remove(&mut self, pid: u32) -> bool {
         let was_there = self.map.remove(&pid).is_ok();
         if was_there {
-            self.presence.remove_process(pid);
+            self.id_filter.remove_process(pid);
         }
         was_there
     }
 
     fn add(&mut self, pid: u32, target: Target) -> Result<Added, MapError> {
-        self.presence.add_process(pid);
+        self.id_filter.add_process(pid);
         let added = add(&mut self.map, pid, target);
         if !matches!(added, Ok(Added::Now)) {
-            self.presence.remove_process(pid);
+            self.id_filter.remove_process(pid);
         }
         added
     }

@@ -4,12 +4,13 @@ use std::{
     io::{BufRead as _, BufReader, Read as _},
     process::{Command, ExitStatus, Stdio},
     sync::mpsc,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{LIMIT, Process, exit_within, http};
+use super::{LIMIT, Process, exit_within, http, wait_for};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_observer");
@@ -106,10 +107,24 @@ impl Observer {
         texts.filter_map(|text| count(&text)).sum()
     }
 
+    /// A scrape of values that are no older than this call.
+    pub(crate) fn scrape(&self) -> String {
+        let called = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        wait_for("a fresh scrape", || {
+            let scrape = http::get(self.port(), "/metrics");
+            let value = |name: &str| -> Option<f64> {
+                scrape.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
+            };
+            let is_fresh =
+                value("observer_self_refreshed_timestamp_seconds").is_some_and(|time| time >= called);
+            (is_fresh || value("observer_self_off") == Some(1.0)).then_some(scrape)
+        })
+    }
+
     /// A figure of the only series of this name, as scraped now.
     #[track_caller]
     pub(crate) fn figure(&self, name: &str) -> f64 {
-        let scrape = http::get(self.port(), "/metrics");
+        let scrape = self.scrape();
         let series: Vec<_> = scrape.lines().filter(|line| line.starts_with(&format!("{name}{{"))).collect();
         assert_eq!(series.len(), 1, "{name} in {scrape}");
         series[0].rsplit(' ').next().unwrap().parse().unwrap()

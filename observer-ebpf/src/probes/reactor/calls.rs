@@ -60,7 +60,7 @@ fn uring(ctx: &TracePointContext) -> Option<Call> {
         return None;
     }
     // `struct io_uring_getevents_arg`: a signal mask, its size, padding, and a pointer to a timespec.
-    let timeout = if low(flags) & EXT_ARG == 0 { None } else { kernel::pointed::<[u64; 3]>(argument) };
+    let timeout = if low(flags) & EXT_ARG == 0 { None } else { kernel::read_user::<[u64; 3]>(argument) };
     let timeout_ns = timeout.map_or(FOREVER, |[_, _, timeout]| timespec(timeout));
     Some(Call { kind: Kind::IoUring, set: low(ring), is_single: false, timeout_ns })
 }
@@ -175,7 +175,7 @@ fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
     if count == 0 {
         return None;
     }
-    Some(Call { kind: Kind::Poll, set: kernel::pointed(descriptors)?, is_single: count == 1, timeout_ns })
+    Some(Call { kind: Kind::Poll, set: kernel::read_user(descriptors)?, is_single: count == 1, timeout_ns })
 }
 
 /// A call of the `select` family; `None` if it waits for no descriptor and so only sleeps.
@@ -191,7 +191,7 @@ fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
         let mut members = 0;
         for set in sets {
             if set != 0 {
-                members |= kernel::pointed::<u64>(set + u64::from(word) * 8).unwrap_or(0);
+                members |= kernel::read_user::<u64>(set + u64::from(word) * 8).unwrap_or(0);
             }
         }
         if members != 0 {
@@ -232,7 +232,7 @@ fn timespec(argument: u64) -> u64 {
 /// A timeout given as a pointer to seconds and units of so many nanoseconds; none if that is null or unreadable.
 #[inline(always)]
 fn relative(argument: u64, unit: u64) -> u64 {
-    match kernel::pointed::<[u64; 2]>(argument) {
+    match kernel::read_user::<[u64; 2]>(argument) {
         // Longer than a century: as good as never.
         Some([seconds, units]) if seconds < 1 << 32 => seconds * 1_000_000_000 + units * unit,
         _ => FOREVER,

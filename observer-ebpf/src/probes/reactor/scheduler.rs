@@ -3,12 +3,12 @@
 use aya_ebpf::{helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use observer_common::{
     block::{Block, CONTENDED},
-    reactor::{GC_UNKNOWN, Phase, Reactor, Run},
+    reactor::{GC_UNKNOWN, Phase, Reactor, RunState},
 };
 
-use super::slice::{slice_begins, slice_ends, turn};
+use super::slice::{slice_begins, slice_ends, switch_run_state};
 use crate::{
-    kernel::{self, Off, Task},
+    kernel::{self, OffCpuReason, Task},
     state::{pools, reactors::find, system_call::Blocked},
 };
 
@@ -18,17 +18,17 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
     let mut switched_ns = 0;
     if let Some(reactor) = find(previous) {
         let off = kernel::off(&ctx);
-        let run = if off == Off::Preempted { Run::Preempted } else { Run::Blocked };
+        let run = if off == OffCpuReason::Preempted { RunState::Preempted } else { RunState::Blocked };
         // SAFETY: a live map value; its thread is here, going off its CPU.
         unsafe {
             let now = bpf_ktime_get_ns();
             switched_ns = now;
-            turn(reactor, run, now);
+            switch_run_state(reactor, run, now);
             // Who is pushed off its CPU in a wait wants it back: it may have found something already.
-            let waits = (*reactor).is_in_wait != 0 && off != Off::Preempted;
+            let waits = (*reactor).is_in_wait != 0 && off != OffCpuReason::Preempted;
             if (*reactor).phase == Phase::Slice as u32 {
                 // Whoever is stopped waits for nothing, wherever that has met it.
-                let is_asked = off == Off::Blocked && !waits;
+                let is_asked = off == OffCpuReason::Blocked && !waits;
                 let at = if is_asked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
                 // Some park at a counter, which comes past the value of a mutex.
                 let may_be_parked = at.futex != 0 && (!at.is_contended || at.futex == (*reactor).parked_at);
@@ -36,7 +36,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
                     (*reactor).parked_at = at.futex;
                 }
                 (*reactor).contended_at = if may_be_parked { 0 } else { at.futex };
-                if waits || (may_be_parked && pools::is_any((*reactor).tgid, (*reactor).habit)) {
+                if waits || (may_be_parked && pools::is_any((*reactor).tgid, (*reactor).pattern)) {
                     slice_ends(reactor, previous, now);
                     (*reactor).phase = if waits { Phase::Waiting } else { Phase::Parked } as u32;
                     (*reactor).phase_since_ns = now;
@@ -54,19 +54,19 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
         unsafe {
             let now = if switched_ns == 0 { bpf_ktime_get_ns() } else { switched_ns };
             if (*reactor).phase == Phase::Slice as u32 && (*reactor).may_be_parked_ns != 0 {
-                if pools::is_any((*reactor).tgid, (*reactor).habit) {
-                    was_parked(reactor, Task::argument(&ctx, 2).tid());
+                if pools::is_any((*reactor).tgid, (*reactor).pattern) {
+                    reclassify_as_parked(reactor, Task::argument(&ctx, 2).tid());
                 }
                 (*reactor).may_be_parked_ns = 0;
             }
-            if (*reactor).phase == Phase::Slice as u32 && (*reactor).run != Run::Blocked as u32 {
+            if (*reactor).phase == Phase::Slice as u32 && (*reactor).run != RunState::Blocked as u32 {
                 let queued = now.saturating_sub((*reactor).run_since_ns);
                 if queued > (*reactor).longest_queue_ns {
                     (*reactor).longest_queue_ns = queued;
                     (*reactor).longest_queue_after = previous;
                 }
             }
-            turn(reactor, Run::Cpu, now);
+            switch_run_state(reactor, RunState::Cpu, now);
             if (*reactor).phase == Phase::Parked as u32 {
                 (*reactor).wait_ns += now.saturating_sub((*reactor).phase_since_ns);
                 // Its memory cannot be read yet.
@@ -84,11 +84,11 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
 /// # Safety
 /// As below.
 #[inline(always)]
-unsafe fn look_again(reactor: *mut Reactor) {
+unsafe fn recheck_futex(reactor: *mut Reactor) {
     // SAFETY: by contract.
     unsafe {
         let is_counter = (*reactor).tgid == kernel::current().0
-            && kernel::pointed::<u32>((*reactor).contended_at).is_some_and(|value| value > CONTENDED);
+            && kernel::read_user::<u32>((*reactor).contended_at).is_some_and(|value| value > CONTENDED);
         if is_counter {
             (*reactor).parked_at = (*reactor).contended_at;
             (*reactor).may_be_parked_ns = (*reactor).run_since_ns;
@@ -103,12 +103,12 @@ unsafe fn look_again(reactor: *mut Reactor) {
 /// # Safety
 /// `reactor` points to a live map value that nobody else writes now.
 #[inline(always)]
-unsafe fn was_parked(reactor: *mut Reactor, tid: u32) {
-    const LOCK: usize = Run::Blocked as usize + Block::Lock as usize;
+unsafe fn reclassify_as_parked(reactor: *mut Reactor, tid: u32) {
+    const LOCK: usize = RunState::Blocked as usize + Block::Lock as usize;
     // SAFETY: by contract.
     unsafe {
         let since = (*reactor).may_be_parked_ns;
-        if (*reactor).run == Run::Woken as u32 {
+        if (*reactor).run == RunState::Woken as u32 {
             (*reactor).parts[LOCK].ns -= (*reactor).run_since_ns.saturating_sub(since);
         }
         (*reactor).gc_before_ns = GC_UNKNOWN;
@@ -123,12 +123,12 @@ fn sched_wakeup(ctx: BtfTracePointContext) -> u32 {
     if let Some(reactor) = find(Task::argument(&ctx, 0).tid()) {
         // SAFETY: a live map value; its thread is blocked, so nothing else writes it.
         unsafe {
-            if (*reactor).run == Run::Blocked as u32 {
+            if (*reactor).run == RunState::Blocked as u32 {
                 if (*reactor).phase == Phase::Slice as u32 && (*reactor).contended_at != 0 {
-                    look_again(reactor);
+                    recheck_futex(reactor);
                 }
                 let now = bpf_ktime_get_ns();
-                turn(reactor, Run::Woken, now);
+                switch_run_state(reactor, RunState::Woken, now);
                 (*reactor).woken_ns = now;
             }
         }

@@ -5,7 +5,7 @@ use observer_common::{
     block::NO_CALL,
     loss::Loss,
     origin::Origin,
-    reactor::{PARTS, Part, Phase, Reactor, Run, Stall},
+    reactor::{PARTS, Part, Phase, Reactor, RunState, Stall},
 };
 
 use crate::{
@@ -35,13 +35,13 @@ pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
     // SAFETY: by contract.
     unsafe {
         gc::slice_ends(reactor, now);
-        if (*reactor).works != 0 {
+        if (*reactor).has_work != 0 {
             tasks::turn_from(tid, now);
         }
         let length = now.saturating_sub((*reactor).phase_since_ns);
         took(reactor, |durations| &raw mut (*durations).slice, length);
         if length >= core::ptr::read_volatile(&raw const STALL_NS) {
-            report(reactor, tid, length);
+            emit_stall(reactor, tid, length);
         }
     }
 }
@@ -57,13 +57,13 @@ pub(crate) unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
         (*reactor).phase = Phase::Slice as u32;
         (*reactor).is_in_wait = 0;
         (*reactor).phase_since_ns = since_ns;
-        (*reactor).run = Run::Cpu as u32;
+        (*reactor).run = RunState::Cpu as u32;
         (*reactor).run_since_ns = since_ns;
-        let on_cpu = &raw mut (*reactor).parts[Run::Cpu as usize];
+        let on_cpu = &raw mut (*reactor).parts[RunState::Cpu as usize];
         (*on_cpu).before_ns = (*on_cpu).ns;
         // Most slices are on their CPU all the time, and for nobody that is known: nothing to clear away.
-        if (*reactor).is_eventful != 0 {
-            (*reactor).is_eventful = 0;
+        if (*reactor).was_off_cpu != 0 {
+            (*reactor).was_off_cpu = 0;
             for part in &mut (*reactor).parts {
                 part.before_ns = part.ns;
             }
@@ -83,7 +83,7 @@ pub(crate) unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
 /// # Safety
 /// `reactor` points to a live map value that nobody else writes now.
 #[inline(always)]
-unsafe fn report(reactor: *mut Reactor, tid: u32, length_ns: u64) {
+unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64) {
     let Some(mut entry) = STALLS.reserve::<Stall>(0) else {
         lost(Loss::StallsFull);
         return;
@@ -118,7 +118,7 @@ unsafe fn report(reactor: *mut Reactor, tid: u32, length_ns: u64) {
 /// # Safety
 /// `reactor` points to a live map value that nobody else writes now.
 #[inline(always)]
-pub(crate) unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
+pub(crate) unsafe fn switch_run_state(reactor: *mut Reactor, to: RunState, now: u64) {
     // SAFETY: by contract.
     unsafe {
         let from = (*reactor).run;
@@ -128,11 +128,11 @@ pub(crate) unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
             // Volatile for the reason given in `emit::bucket`.
             let part = core::ptr::read_volatile(&raw const part);
             if part < PARTS {
-                (*reactor).is_eventful |= u16::from(from != Run::Cpu as u32);
+                (*reactor).was_off_cpu |= u16::from(from != RunState::Cpu as u32);
                 let part = (&raw mut (*reactor).parts).cast::<Part>().add(part);
                 (*part).ns += elapsed;
             }
-            if from == Run::Blocked as u32 {
+            if from == RunState::Blocked as u32 {
                 if elapsed > (*reactor).longest_block_ns {
                     (*reactor).longest_block_ns = elapsed;
                     (*reactor).longest_block_call = (*reactor).call;
@@ -140,8 +140,8 @@ pub(crate) unsafe fn turn(reactor: *mut Reactor, to: Run, now: u64) {
                 (*reactor).block = 0;
             }
         } else if (*reactor).phase == Phase::Waiting as u32
-            && from == Run::Woken as u32
-            && to as u32 == Run::Cpu as u32
+            && from == RunState::Woken as u32
+            && to as u32 == RunState::Cpu as u32
         {
             took(reactor, |durations| &raw mut (*durations).wakeup, elapsed);
         }

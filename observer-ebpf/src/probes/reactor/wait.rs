@@ -3,14 +3,14 @@
 use core::ptr::null_mut;
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use observer_common::reactor::{Call, FOREVER, Phase, Reactor, Run};
+use observer_common::reactor::{Call, FOREVER, Phase, Reactor, RunState};
 
-use super::slice::{slice_begins, slice_ends, turn};
+use super::slice::{slice_begins, slice_ends, switch_run_state};
 use crate::{
     kernel,
     state::{
         gc, pools,
-        reactors::{claim, find, replaces, took},
+        reactors::{claim, evict_stale, find, took},
         targets,
     },
 };
@@ -27,8 +27,8 @@ impl Thread {
     #[inline(always)]
     pub(crate) fn current() -> Option<Self> {
         let (tgid, tid) = kernel::current();
-        let known = find(tid).filter(|reactor| !replaces(*reactor, tid)).unwrap_or(null_mut());
-        if !known.is_null() || targets::is_target(tgid) || targets::comes_up(tgid) {
+        let known = find(tid).filter(|reactor| !evict_stale(*reactor, tid)).unwrap_or(null_mut());
+        if !known.is_null() || targets::is_target(tgid) || targets::nominate_candidate(tgid) {
             Some(Self { tgid, tid, known })
         } else {
             None
@@ -52,13 +52,13 @@ impl Thread {
         let Some(reactor) = self.reactor() else { return };
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
-            let before = (*reactor).habit;
-            if !(*reactor).habit.is_wait(call) {
+            let before = (*reactor).pattern;
+            if !(*reactor).pattern.is_wait(call) {
                 return;
             }
-            if (*reactor).habit.is_counted == 0 {
+            if (*reactor).pattern.is_counted == 0 {
                 pools::leave((*reactor).tgid, before);
-                pools::join((*reactor).tgid, &raw mut (*reactor).habit);
+                pools::join((*reactor).tgid, &raw mut (*reactor).pattern);
             }
             if (*reactor).phase == Phase::Slice as u32 {
                 (*reactor).is_in_wait = 1;
@@ -66,7 +66,7 @@ impl Thread {
                 let now = bpf_ktime_get_ns();
                 (*reactor).phase = Phase::Waiting as u32;
                 (*reactor).phase_since_ns = now;
-                (*reactor).run = Run::Cpu as u32;
+                (*reactor).run = RunState::Cpu as u32;
                 (*reactor).run_since_ns = now;
             }
             (*reactor).timeout_ns = call.timeout_ns;
@@ -85,22 +85,22 @@ pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, time
     unsafe {
         let since = if (*reactor).phase == Phase::Waiting as u32 {
             // It came onto its CPU in the wait. A look at the clock would be most of what this program takes.
-            let is_known = (*reactor).run == Run::Cpu as u32;
+            let is_known = (*reactor).run == RunState::Cpu as u32;
             let since = if is_known { (*reactor).run_since_ns } else { bpf_ktime_get_ns() };
             let elapsed = since.saturating_sub((*reactor).phase_since_ns);
             (*reactor).wait_ns += elapsed;
             let (timeout, woken) = ((*reactor).timeout_ns, (*reactor).woken_ns);
             if woken != 0 {
                 let is_due = timed_out && timeout != FOREVER;
-                let reply =
+                let wait_return_delay =
                     if is_due { elapsed.saturating_sub(timeout) } else { since.saturating_sub(woken) };
-                took(reactor, |durations| &raw mut (*durations).reply, reply);
+                took(reactor, |durations| &raw mut (*durations).wait_return_delay, wait_return_delay);
             }
             since
         } else if (*reactor).is_in_wait != 0 {
             // It has not blocked: a wait of no time.
             let now = bpf_ktime_get_ns();
-            turn(reactor, Run::Cpu, now);
+            switch_run_state(reactor, RunState::Cpu, now);
             slice_ends(reactor, tid, now);
             now
         } else {
@@ -112,7 +112,7 @@ pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, time
         }
         gc::slice_begins(reactor);
         // Of one that waited when the loader came nobody saw that it does.
-        pools::join((*reactor).tgid, &raw mut (*reactor).habit);
+        pools::join((*reactor).tgid, &raw mut (*reactor).pattern);
         slice_begins(reactor, since);
     }
 }

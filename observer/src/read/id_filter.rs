@@ -1,4 +1,4 @@
-//! Who is known at all (`PRESENCE`): programs look where a target or its reactor is kept only if its id is counted here.
+//! Who is known at all (`ID_FILTER`): programs look where a target or its reactor is kept only if its id is counted here.
 //! Memory that both sides add to.
 
 use std::{
@@ -12,17 +12,17 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Map, MapData};
 use memmap2::{MmapOptions, MmapRaw};
-use observer_common::presence::{Presence as Words, Seen, place, seen, share};
+use observer_common::id_filter::{IdFilter as Words, Seen, place, seen, share};
 
-/// The map `PRESENCE`, mapped.
+/// The map `ID_FILTER`, mapped.
 #[derive(Clone)]
-pub(super) struct Presence {
+pub(super) struct IdFilter {
     memory: Arc<MmapRaw>,
     /// Programs that are yet to be loaded need its descriptor.
     _map: Arc<MapData>,
 }
 
-impl Presence {
+impl IdFilter {
     /// Maps it.
     pub(super) fn of(map: Map) -> Result<Self> {
         let Map::Array(map) = map else { bail!("the map of who is known is no array") };

@@ -1,14 +1,14 @@
-//! Who is known at all: `PRESENCE` counts, for every place that an id may fall into, the entries of a map with such ids.
+//! Who is known at all: `ID_FILTER` counts, for every place that an id may fall into, the entries of a map with such ids.
 //! Nearly all events are strangers', and a place where nobody is tells so without a look into the map; one where a single
 //! reactor is tells which.
 
 /// Places, of which an id has the one with its lower bits. Ids are given out in turn: they rarely meet in one.
 pub const PLACES: usize = 1 << 16;
 
-/// The only value of `PRESENCE`. Whoever adds an entry to a map counts it before, and whoever removes one after, so that
+/// The only value of `ID_FILTER`. Whoever adds an entry to a map counts it before, and whoever removes one after, so that
 /// there is never an entry that is not counted.
 #[repr(C)]
-pub struct Presence {
+pub struct IdFilter {
     /// Entries of `THREADS`, by [`place`] of their thread's id: each adds its [`share`].
     pub threads: [u64; PLACES],
     /// Entries of `TARGETS`, by that of their process's.

@@ -2,18 +2,18 @@
 //! look and is all that a stranger pays.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
-use observer_common::presence::{Presence, Seen, place, seen, share};
+use observer_common::id_filter::{IdFilter, Seen, place, seen, share};
 
 use crate::emit::{add, add_word};
 
 #[map]
-static PRESENCE: Array<Presence> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+static ID_FILTER: Array<IdFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Which thread that `THREADS` has this may be.
 #[inline(always)]
 pub(crate) fn of_thread(tid: u32) -> Seen {
     // SAFETY: a live map value, and a place is inside.
-    PRESENCE.get_ptr(0).map_or(Seen::Nobody, |all| unsafe {
+    ID_FILTER.get_ptr(0).map_or(Seen::Nobody, |all| unsafe {
         seen((&raw const (*all).threads).cast::<u64>().add(place(tid)).read_volatile())
     })
 }
@@ -22,7 +22,7 @@ pub(crate) fn of_thread(tid: u32) -> Seen {
 #[inline(always)]
 pub(crate) fn of_process(tgid: u32) -> bool {
     // SAFETY: a live map value, and a place is inside.
-    PRESENCE.get_ptr(0).is_some_and(|all| unsafe {
+    ID_FILTER.get_ptr(0).is_some_and(|all| unsafe {
         (&raw const (*all).processes).cast::<u32>().add(place(tgid)).read_volatile() != 0
     })
 }
@@ -41,7 +41,7 @@ pub(crate) fn remove_thread(tid: u32, slot: u32) {
 
 #[inline(always)]
 fn change(tid: u32, by: u64) {
-    if let Some(all) = PRESENCE.get_ptr_mut(0) {
+    if let Some(all) = ID_FILTER.get_ptr_mut(0) {
         // SAFETY: a live map value, and a place is inside.
         unsafe { add((&raw mut (*all).threads).cast::<u64>().add(place(tid)), by) };
     }
@@ -50,7 +50,7 @@ fn change(tid: u32, by: u64) {
 /// Counts entries of `TARGETS` that are about to be added, or have been removed.
 #[inline(always)]
 pub(crate) fn count_processes(tgid: u32, change: i32) {
-    if let Some(all) = PRESENCE.get_ptr_mut(0) {
+    if let Some(all) = ID_FILTER.get_ptr_mut(0) {
         // SAFETY: a live map value, and a place is inside.
         unsafe {
             add_word((&raw mut (*all).processes).cast::<u32>().add(place(tgid)), change.cast_unsigned());

@@ -49,7 +49,7 @@ pub struct Connection {
     /// Where in `HEADS` that is.
     pub head: u32,
     /// 1 once that request has been sent to the user side.
-    pub is_told: u32,
+    pub is_emitted: u32,
     /// 1 once anything was written since that request came.
     pub is_answered: u32,
     /// 1 once a request looked like HTTP: what does not is part of one that did.

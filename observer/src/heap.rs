@@ -10,7 +10,7 @@ const LARGE: libc::c_int = 128 << 10;
 
 /// Keeps it so: with the first large piece the library would begin to keep ever larger ones, between which small ones
 /// settle for good.
-pub(crate) fn keep_little() {
+pub(crate) fn set_mmap_threshold() {
     // SAFETY: no preconditions.
     #[cfg(target_env = "gnu")]
     unsafe {
@@ -19,7 +19,7 @@ pub(crate) fn keep_little() {
 }
 
 /// Gives back what many small pieces took. Takes some milliseconds.
-pub(crate) fn give_back() {
+pub(crate) fn trim() {
     // SAFETY: no preconditions; only free memory is touched.
     #[cfg(target_env = "gnu")]
     unsafe {

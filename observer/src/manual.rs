@@ -47,8 +47,8 @@ fn commands(roff: &mut Roff, command: &Command) {
         roff.text([roman(subcommand.get_about().map(ToString::to_string).unwrap_or_default())]);
         for argument in arguments {
             let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
-            let is_told = command.get_arguments().any(|other| other.get_help() == argument.get_help());
-            if !is_told {
+            let is_kind_known = command.get_arguments().any(|other| other.get_help() == argument.get_help());
+            if !is_kind_known {
                 roff.control("br", []);
                 roff.text([bold(usage(argument)), roman(format!(": {help}"))]);
             }

@@ -30,7 +30,7 @@ use crate::{
         endpoint, flame, json,
         live::{self, Live},
         otlp::{BUFFER, Collector, Due, Push, settings::Settings},
-        series::Cap,
+        series::SeriesLimiter,
         text,
     },
     failure::Failure,
@@ -148,7 +148,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
     let format = format(output);
     let settings = Settings::find(&output.otlp)?;
     ensure_possible(&selection)?;
-    heap::keep_little();
+    heap::set_mmap_threshold();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         // First of all, because a busy port is the likeliest failure and the cheapest to find.
@@ -156,7 +156,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
         let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
         let figures = endpoint.as_ref().and_then(figures);
         // Whoever is told by name is so everywhere.
-        let cap = Arc::new(Mutex::new(Cap::at(output.resolution)));
+        let cap = Arc::new(Mutex::new(SeriesLimiter::at(output.resolution)));
         // None while observer is turned off.
         let current = Arc::new(Mutex::new(None::<Arc<Mutex<Observation>>>));
         if let Some(endpoint) = endpoint {
@@ -187,7 +187,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
                 Observation::start(&selection, output.verbose).map_err(Failure::explained)?;
             let diagnostics = output.verbose.then(|| show_diagnostics(&mut observation)).transpose()?;
             rights::drop_others()?;
-            heap::give_back();
+            heap::trim();
             // Before anybody is told how to end it.
             let mut signals = Signals::catch(controls.reload.is_some())?;
             let view = if format == Format::Live {
@@ -199,8 +199,8 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
             let mut push =
                 collector.map(|collector| Push::start(collector, observation.started(), Arc::clone(&cap)));
             if let Some(push) = &push {
-                push.ledgers().for_each(|ledger| observation.report_delivery(ledger));
-                push.trace_ledger().into_iter().for_each(|ledger| observation.trace(ledger));
+                push.export_stats().for_each(|stats| observation.add_export_stats(stats));
+                push.trace_stats().into_iter().for_each(|stats| observation.trace(stats));
             }
             let observation = Arc::new(Mutex::new(observation));
             *lock(&current) = Some(Arc::clone(&observation));

@@ -86,22 +86,22 @@ fn defer(server: &Deferring, is_over: &AtomicBool) {
     }
 }
 
-/// A program with a library of its own for deferred work: see `servers/told_library.rs`.
+/// A program with a library of its own for deferred work: see `servers/scripted_library.rs`.
 struct Library(Told);
 
 impl Library {
     /// What observer has to be told of it.
     const HOOKS: [&str; 6] = [
         "--snapshot",
-        "told_library:task_submit:arg0",
+        "scripted_library:task_submit:arg0",
         "--restore",
-        "told_library:task_execute:arg0",
+        "scripted_library:task_execute:arg0",
         "--forget",
-        "told_library:task_free:arg0",
+        "scripted_library:task_free:arg0",
     ];
 
     fn start() -> Self {
-        let mut library = Told::start(&mut Command::new(example("told_library")));
+        let mut library = Told::start(&mut Command::new(example("scripted_library")));
         assert_eq!(library.said(), "ready");
         Self(library)
     }

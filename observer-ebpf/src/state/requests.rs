@@ -73,8 +73,8 @@ pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
             (*head).answered_ns = answered_ns;
         }
         // Read last: whoever tells of the request meanwhile sees the answer above, or is seen here.
-        let is_told = (&raw const (*connection).is_told).read_volatile() != 0;
-        if is_told {
+        let is_emitted = (&raw const (*connection).is_emitted).read_volatile() != 0;
+        if is_emitted {
             let answer = Answer { request, answered_ns };
             if ANSWERS.output::<Answer>(&answer, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
                 lost(Loss::AnswersFull);
@@ -177,10 +177,10 @@ pub(crate) fn stalled(tgid: u32, origin: &Origin) {
 unsafe fn emit_request(connection: *mut Connection, request: u64) {
     // SAFETY: by contract; the request's place is a live map value as well.
     unsafe {
-        if (*connection).request != request || (*connection).is_told != 0 {
+        if (*connection).request != request || (*connection).is_emitted != 0 {
             return;
         }
-        (*connection).is_told = 1;
+        (*connection).is_emitted = 1;
         let is_passed_on = match HEADS.get_ptr((*connection).head) {
             // Else a newer one has its place.
             Some(head) if (*head).id == request => {
@@ -249,7 +249,7 @@ impl Read {
                     (*connection).overlaps = 1;
                 }
                 (*connection).is_answered = 0;
-                (*connection).is_told = 0;
+                (*connection).is_emitted = 0;
                 (*connection).is_http |= u32::from(is_http);
                 (*connection).request = work::number(self.tid, now);
                 self.keep(buffer, length, now);

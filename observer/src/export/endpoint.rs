@@ -32,7 +32,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{gzip, prometheus, series::Cap};
+use super::{gzip, prometheus, series::SeriesLimiter};
 use crate::{heap, model::snapshot::Snapshot};
 
 /// Most connections at once; one more ends the oldest, which has had the most time.
@@ -63,7 +63,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(crate) async fn serve(
     listener: TcpListener,
     read: impl Fn() -> Result<Snapshot> + Send + Sync + 'static,
-    cap: Arc<Mutex<Cap>>,
+    cap: Arc<Mutex<SeriesLimiter>>,
 ) {
     let routes = routes(move || {
         let snapshot = read()?;
@@ -72,7 +72,7 @@ pub(crate) async fn serve(
         let text = prometheus::encode(&snapshot, &mut cap)?;
         drop(snapshot);
         if text.len() > LONG {
-            heap::give_back();
+            heap::trim();
         }
         Ok(Page { is_off, ..Page::of(text) })
     });

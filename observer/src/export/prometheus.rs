@@ -6,14 +6,14 @@ use prometheus::{
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
-use super::series::{Cap, Distribution, Figure, Series};
+use super::series::{Distribution, Figure, Series, SeriesLimiter};
 use crate::model::{
     family::{Family, Kind},
     snapshot::Snapshot,
 };
 
 /// Writes a snapshot; families without series are left out.
-pub(crate) fn encode(snapshot: &Snapshot, cap: &mut Cap) -> Result<Vec<u8>> {
+pub(crate) fn encode(snapshot: &Snapshot, cap: &mut SeriesLimiter) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     // One by one: what the library makes of a family is several times its text.
     for (of, series) in cap.gather(snapshot).filter(|(_, series)| !series.is_empty()) {

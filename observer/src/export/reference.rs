@@ -10,7 +10,7 @@ use super::{
 };
 use crate::model::{
     catalog::families,
-    family::{Kind, Together},
+    family::{Aggregation, Kind},
     subject::Subject,
 };
 
@@ -59,8 +59,8 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
         };
         let together = match family.kind {
             Kind::Gauge(together) if family.subject() != Subject::Own => match together {
-                Together::Sum => " Together: their sum.",
-                Together::Max => " Together: the greatest.",
+                Aggregation::Sum => " Aggregation: their sum.",
+                Aggregation::Max => " Aggregation: the greatest.",
             },
             _ => "",
         };

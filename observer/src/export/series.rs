@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::model::{
     catalog::families,
-    family::{Family, Kind, Together, Value},
+    family::{Aggregation, Family, Kind, Value},
     histogram::Resolution,
     snapshot::Snapshot,
     subject::{Subject, subjects},
@@ -103,7 +103,7 @@ type Shared = (usize, Vec<String>);
 /// Whoever was told one by one remains so until it is gone, and whoever was told with the others remains with them:
 /// no figure is told twice. What the others counted remains when one of them is gone: counters only grow.
 #[derive(Debug)]
-pub(crate) struct Cap {
+pub(crate) struct SeriesLimiter {
     /// Of histograms.
     resolution: Resolution,
     shown: HashSet<Key>,
@@ -113,7 +113,7 @@ pub(crate) struct Cap {
     counted: HashMap<Shared, Figure>,
 }
 
-impl Cap {
+impl SeriesLimiter {
     /// Nobody yet, and how finely histograms are told.
     pub(crate) fn at(resolution: Resolution) -> Self {
         Self { resolution, shown: HashSet::new(), others: HashMap::new(), counted: HashMap::new() }
@@ -125,12 +125,12 @@ impl Cap {
         &mut self,
         snapshot: &Snapshot,
     ) -> impl Iterator<Item = (&'static Family, Vec<Series>)> {
-        self.seat(subjects(snapshot).map(|(subject, labels)| key(subject, &labels)).collect());
+        self.assign(subjects(snapshot).map(|(subject, labels)| key(subject, &labels)).collect());
         families().enumerate().map(|(place, family)| (family, self.of_family(place, family, snapshot)))
     }
 
     /// Decides who is told one by one.
-    fn seat(&mut self, present: Vec<Key>) {
+    fn assign(&mut self, present: Vec<Key>) {
         let all: HashSet<&Key> = present.iter().collect();
         self.shown.retain(|key| all.contains(key));
         self.others.retain(|key, _| all.contains(key));
@@ -169,8 +169,8 @@ impl Cap {
                 (Kind::Gauge(together), Figure::Number(number)) => {
                     let gauge = gauges.entry(rest).or_default();
                     *gauge = match together {
-                        Together::Sum => *gauge + number,
-                        Together::Max => gauge.max(number),
+                        Aggregation::Sum => *gauge + number,
+                        Aggregation::Max => gauge.max(number),
                     };
                 }
                 (_, figure) => {
@@ -262,7 +262,7 @@ mod tests {
     }
 
     /// The series of a family, the other's last.
-    fn series(cap: &mut Cap, name: &str, reactors: Vec<Reactor>) -> Vec<Series> {
+    fn series(cap: &mut SeriesLimiter, name: &str, reactors: Vec<Reactor>) -> Vec<Series> {
         let snapshot = snapshot(reactors);
         let found = cap.gather(&snapshot).find(|(family, _)| family.name == name);
         found.unwrap().1
@@ -275,15 +275,16 @@ mod tests {
     #[test]
     fn up_to_the_cap_each_is_told_by_itself() {
         let reactors: Vec<_> = tids(SHOWN).map(|tid| reactor(tid, 7, 0.5)).collect();
-        let all = series(&mut Cap::at(Resolution::LOWEST), "observer_reactor_waits_total", reactors);
+        let all =
+            series(&mut SeriesLimiter::at(Resolution::LOWEST), "observer_reactor_waits_total", reactors);
         assert_eq!(all.len(), SHOWN);
         assert!(all.iter().all(|series| series.figure == Figure::Number(7.0) && series.labels[0] == "1"));
     }
 
     #[test]
     fn the_surplus_is_added_up_and_only_grows() {
-        let mut cap = Cap::at(Resolution::LOWEST);
-        let waits = |cap: &mut Cap, reactors| {
+        let mut cap = SeriesLimiter::at(Resolution::LOWEST);
+        let waits = |cap: &mut SeriesLimiter, reactors| {
             let mut all = series(cap, "observer_reactor_waits_total", reactors);
             let other = all.pop().unwrap();
             assert_eq!(other.labels, [OTHER; 6]);
@@ -308,21 +309,27 @@ mod tests {
         let reactors: Vec<_> =
             tids(SHOWN + 2).map(|tid| reactor(tid, u64::from(tid), f64::from(tid) / 1000.0)).collect();
         let most = u64::try_from(SHOWN).unwrap();
-        let merged =
-            series(&mut Cap::at(Resolution::LOWEST), "observer_reactor_lag_seconds", reactors.clone());
+        let merged = series(
+            &mut SeriesLimiter::at(Resolution::LOWEST),
+            "observer_reactor_lag_seconds",
+            reactors.clone(),
+        );
         let Some(Series { figure: Figure::Distribution(merged), .. }) = merged.last() else {
             panic!("{merged:?}")
         };
         assert_eq!(merged.count, 2 * most + 3);
         assert_eq!(merged.buckets.last().unwrap().1, 2 * most + 3);
-        let busiest =
-            series(&mut Cap::at(Resolution::LOWEST), "observer_reactor_utilization_ratio", reactors);
+        let busiest = series(
+            &mut SeriesLimiter::at(Resolution::LOWEST),
+            "observer_reactor_utilization_ratio",
+            reactors,
+        );
         assert_eq!(busiest.last().unwrap().figure, Figure::Number(0.202));
     }
 
     #[test]
     fn whose_a_series_is_does_not_depend_on_names() {
-        let mut cap = Cap::at(Resolution::LOWEST);
+        let mut cap = SeriesLimiter::at(Resolution::LOWEST);
         let mut reactors: Vec<_> = tids(SHOWN + 1).map(|tid| reactor(tid, 7, 0.5)).collect();
         series(&mut cap, "observer_reactor_waits_total", reactors.clone());
         reactors[SHOWN].name = "renamed".into();

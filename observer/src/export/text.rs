@@ -189,7 +189,7 @@ fn write_deferred(target: &Target, out: &mut Lines<'_>) -> Result<()> {
             kind.enqueued, kind.started, kind.finished, kind.pending
         )?;
         if kind.orphaned > 0 {
-            let timers = if kind.is_told { "" } else { ", as timers are that are cancelled" };
+            let timers = if kind.is_kind_known { "" } else { ", as timers are that are cancelled" };
             writeln!(out, "                {} were forgotten before they started{timers}", kind.orphaned)?;
         }
         if kind.wait.count() > 0 {
@@ -462,7 +462,7 @@ mod tests {
         let mut sweep = testing::kind("sweep", 0);
         (sweep.wait, sweep.oldest_seconds) = (testing::histogram(&[(110, 100)]), Some(3600.0));
         let mut any = testing::kind("asyncio work", 500);
-        (any.is_told, any.started, any.wait) = (false, 0, testing::histogram(&[]));
+        (any.is_kind_known, any.started, any.wait) = (false, 0, testing::histogram(&[]));
         snapshot.targets[0].deferred = vec![mail, sweep, any];
         let text = report(&snapshot);
         let found = |head: &str| text.lines().filter(|line| line.starts_with(head)).collect::<Vec<_>>();

@@ -12,10 +12,10 @@ use super::{
         live_reactors, reactor_labels, target_labels, task_labels,
     },
 };
+use crate::model::family::Aggregation;
 use crate::model::family::Family;
 use crate::model::family::Kind;
 use crate::model::family::Sink;
-use crate::model::family::Together;
 use crate::model::family::Value;
 use crate::model::family::count;
 
@@ -30,7 +30,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.accept_queue.depth",
         unit: "{connection}",
         help: "Connections that wait to be accepted.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.depth.into())),
     },
@@ -39,7 +39,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.accept_queue.limit",
         unit: "{connection}",
         help: "Most connections that may wait to be accepted.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.limit.into())),
     },
@@ -48,7 +48,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.accept_queue.peak",
         unit: "{connection}",
         help: "Most connections seen to wait to be accepted.",
-        kind: Kind::Gauge(Together::Max),
+        kind: Kind::Gauge(Aggregation::Max),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.peak.into())),
     },
@@ -57,7 +57,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.accept_queue.oldest",
         unit: "s",
         help: "How long the connection that waits longest has waited; at least, if it waited before observer came.",
-        kind: Kind::Gauge(Together::Max),
+        kind: Kind::Gauge(Aggregation::Max),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.oldest_seconds.unwrap_or(0.0))),
     },
@@ -66,7 +66,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.accept_queue.half_open",
         unit: "{handshake}",
         help: "Handshakes that have begun and are not done.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.half_open.into())),
     },
@@ -250,7 +250,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.reactor.utilization",
         unit: "1",
         help: "Busy time as a share of busy and waiting time, since observer attached.",
-        kind: Kind::Gauge(Together::Max),
+        kind: Kind::Gauge(Aggregation::Max),
         labels: REACTOR,
         collect: |s, sink| {
             for (target, reactor) in live_reactors(s) {
@@ -301,7 +301,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.deferred.pending",
         unit: "{task}",
         help: "Pieces of deferred work that have not started.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| count(d.pending)),
     },
@@ -310,7 +310,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.deferred.oldest",
         unit: "s",
         help: "How long the piece of deferred work has waited that has waited longest and not started.",
-        kind: Kind::Gauge(Together::Max),
+        kind: Kind::Gauge(Aggregation::Max),
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| Value::Number(d.oldest_seconds.unwrap_or(0.0))),
     },
@@ -395,7 +395,7 @@ const CATALOG: &[Family] = &[
         otlp: "observer.target.info",
         unit: "",
         help: "A process under observation; always 1, but for processes that are told together.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: PROGRAM,
         collect: |s, sink| {
             for target in live(s) {

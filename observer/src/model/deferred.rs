@@ -17,7 +17,7 @@ pub(crate) struct Deferred {
     pub(crate) task: String,
     /// Whether it is one kind. Else this is work of any kind, told when it starts, that has not started.
     #[serde(skip)]
-    pub(crate) is_told: bool,
+    pub(crate) is_kind_known: bool,
     /// Pieces put off; where only their start tells the kind, those that have started.
     pub(crate) enqueued: u64,
     /// Of these, the ones that have started.
@@ -59,7 +59,7 @@ impl Deferred {
         const LONG: f64 = 1.0;
 
         let limit = (FAR * self.wait.max()).max(LONG);
-        self.is_told
+        self.is_kind_known
             && self.wait.count() >= ENOUGH
             && self.oldest_seconds.is_some_and(|oldest| oldest >= limit)
     }
@@ -67,7 +67,7 @@ impl Deferred {
     /// Of so many pieces that were forgotten, those that somebody has to know of. Not of work of any kind: timers that are
     /// cancelled are such, and few that are set are not.
     pub(crate) const fn dropped(&self, orphaned: u64) -> u64 {
-        if self.is_told { orphaned } else { 0 }
+        if self.is_kind_known { orphaned } else { 0 }
     }
 }
 

@@ -26,14 +26,14 @@ impl Reason {
 
 /// The count of one signal. Any thread may add to it.
 #[derive(Debug)]
-pub(crate) struct Ledger {
+pub(crate) struct ExportStats {
     signal: &'static str,
     delivered: AtomicU64,
     dropped: [AtomicU64; Reason::ALL.len()],
     failures: AtomicU64,
 }
 
-impl Ledger {
+impl ExportStats {
     /// Nothing yet.
     pub(crate) fn of(signal: &'static str) -> Self {
         Self { signal, delivered: 0.into(), dropped: Default::default(), failures: 0.into() }
@@ -94,12 +94,12 @@ mod tests {
 
     #[test]
     fn each_reason_has_a_count_of_its_own() {
-        let ledger = Ledger::of("metrics");
-        ledger.delivered(7);
-        ledger.dropped(Reason::Refused, 2);
-        ledger.dropped(Reason::BufferFull, 1);
-        ledger.failed();
-        let delivery = ledger.read();
+        let stats = ExportStats::of("metrics");
+        stats.delivered(7);
+        stats.dropped(Reason::Refused, 2);
+        stats.dropped(Reason::BufferFull, 1);
+        stats.failed();
+        let delivery = stats.read();
         assert_eq!((delivery.signal, delivery.delivered, delivery.failures), ("metrics", 7, 1));
         let dropped: Vec<_> =
             delivery.dropped.iter().map(|dropped| (dropped.reason, dropped.count)).collect();

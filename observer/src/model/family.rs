@@ -12,14 +12,14 @@ pub(crate) enum Kind {
     /// Only grows.
     Counter,
     /// Goes up and down; told like this of several together.
-    Gauge(Together),
+    Gauge(Aggregation),
     /// A distribution, of durations in seconds unless the name says otherwise.
     Histogram,
 }
 
 /// What a gauge of several things together is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Together {
+pub(crate) enum Aggregation {
     /// All of theirs.
     Sum,
     /// The greatest of theirs.

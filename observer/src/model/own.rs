@@ -2,7 +2,7 @@
 //! Part of the catalog.
 
 use super::{
-    family::{Family, Kind, Together, Value, count},
+    family::{Aggregation, Family, Kind, Value, count},
     subject::{SOURCE, live, source_labels},
 };
 
@@ -13,7 +13,7 @@ pub(super) const OWN: &[Family] = &[
         otlp: "observer.build.info",
         unit: "",
         help: "Version of observer and release of the kernel it runs on; always 1.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: &["version", "kernel"],
         collect: |s, sink| sink(vec![s.own.version.into(), s.own.kernel.clone()], Value::Number(1.0)),
     },
@@ -35,7 +35,7 @@ pub(super) const OWN: &[Family] = &[
         otlp: "observer.self.missing",
         unit: "{source}",
         help: "A source of figures that is not to be had here; always 1, but for sources that are told together.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: SOURCE,
         collect: |s, sink| {
             for missing in &s.own.missing {
@@ -48,7 +48,7 @@ pub(super) const OWN: &[Family] = &[
         otlp: "observer.self.targets",
         unit: "{process}",
         help: "Processes under observation.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| {
             let targets = u32::try_from(live(s).count()).unwrap_or(u32::MAX);
@@ -60,7 +60,7 @@ pub(super) const OWN: &[Family] = &[
         otlp: "observer.self.map_memory",
         unit: "By",
         help: "Memory of the kernel that the programs' maps take, as the kernel says; set by --capacity, it does not change.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
     },
@@ -69,7 +69,7 @@ pub(super) const OWN: &[Family] = &[
         otlp: "observer.self.refreshed.timestamp",
         unit: "s",
         help: "Unix time of the values here: observer brings them up to date once a second.",
-        kind: Kind::Gauge(Together::Max),
+        kind: Kind::Gauge(Aggregation::Max),
         labels: &[],
         collect: |s, sink| {
             if let Some(refreshed) = s.own.service.refreshed {
@@ -82,7 +82,7 @@ pub(super) const OWN: &[Family] = &[
         otlp: "observer.self.off",
         unit: "{observer}",
         help: "1 while the file of --kill-switch keeps observer out of the kernel, 0 otherwise.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| sink(Vec::new(), count(s.own.service.is_off.into())),
     },
@@ -91,7 +91,7 @@ pub(super) const OWN: &[Family] = &[
         otlp: "observer.self.attach_waiting",
         unit: "{process}",
         help: "Processes whose runtimes wait to be attached to, of which there are --attach-per-second.",
-        kind: Kind::Gauge(Together::Sum),
+        kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| sink(Vec::new(), count(s.own.service.waiting)),
     },

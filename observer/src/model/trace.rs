@@ -5,7 +5,7 @@ use std::{collections::VecDeque, mem, sync::Arc};
 
 use super::{
     deferred::TraceContext,
-    delivery::{Ledger, Reason},
+    delivery::{ExportStats, Reason},
     request::Request,
     stall::Stall,
 };
@@ -56,13 +56,13 @@ pub(crate) struct Work {
 #[derive(Debug)]
 pub(crate) struct Events {
     waiting: VecDeque<Event>,
-    ledger: Arc<Ledger>,
+    stats: Arc<ExportStats>,
 }
 
 impl Events {
     /// None yet. What finds no room will be counted there.
-    pub(crate) fn counted_in(ledger: Arc<Ledger>) -> Self {
-        Self { waiting: VecDeque::new(), ledger }
+    pub(crate) fn counted_in(stats: Arc<ExportStats>) -> Self {
+        Self { waiting: VecDeque::new(), stats }
     }
 
     /// Adds one. If there is no room it is dropped: those before it may be what it is due to.
@@ -70,7 +70,7 @@ impl Events {
         if self.waiting.len() < EVENTS {
             self.waiting.push_back(event);
         } else {
-            self.ledger.dropped(Reason::BufferFull, 1);
+            self.stats.dropped(Reason::BufferFull, 1);
         }
     }
 
@@ -86,8 +86,8 @@ mod tests {
 
     #[test]
     fn what_finds_no_room_is_counted() {
-        let ledger = Arc::new(Ledger::of("traces"));
-        let mut events = Events::counted_in(Arc::clone(&ledger));
+        let stats = Arc::new(ExportStats::of("traces"));
+        let mut events = Events::counted_in(Arc::clone(&stats));
         let work = Work {
             id: 1,
             parent: None,
@@ -103,7 +103,7 @@ mod tests {
             events.add(Event { pid: 1, what });
         }
         assert_eq!(events.take().len(), EVENTS);
-        assert_eq!(ledger.read().dropped[0].count, 3);
+        assert_eq!(stats.read().dropped[0].count, 3);
         assert!(events.take().is_empty());
     }
 }

@@ -53,7 +53,7 @@ const NAMES: usize = 1024;
 
 /// How often a process may come to the places of a profile that nobody asked for by name, a second: each time costs it
 /// about 2 us, all of them 5 % of a CPU.
-const HITS_PER_SECOND: u64 = 25_000;
+const HITS_PER_SECOND_LIMIT: u64 = 25_000;
 
 /// How often in a row it may be more than that.
 const PATIENCE: u32 = 3;
@@ -118,7 +118,7 @@ struct Space {
     /// What it is called.
     work: String,
     /// Whether its kind is told when it starts.
-    is_kind_told_later: bool,
+    is_kind_known_later: bool,
 }
 
 impl Process {
@@ -256,7 +256,7 @@ impl Follower {
         let (before, since) = process.hits.replace((hits, Instant::now()))?;
         let milliseconds = u64::try_from(since.elapsed().as_millis()).ok()?.max(1);
         let rate = hits.saturating_sub(before) * 1000 / milliseconds;
-        process.excesses = if rate > HITS_PER_SECOND { process.excesses + 1 } else { 0 };
+        process.excesses = if rate > HITS_PER_SECOND_LIMIT { process.excesses + 1 } else { 0 };
         if process.excesses < PATIENCE {
             return None;
         }
@@ -316,9 +316,9 @@ impl Follower {
         }
         let process = self.processes.entry(pid).or_default();
         process.hooks.extend(attached.into_iter().rev());
-        let is_kind_told_later = found.iter().any(|found| found.hook.tells_later());
+        let is_kind_known_later = found.iter().any(|found| found.hook.tells_later());
         let work = format!("{} work", profile.name);
-        let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_kind_told_later }));
+        let spaces = numbers.values().map(|&n| (n.into(), Space { work: work.clone(), is_kind_known_later }));
         process.spaces.extend(spaces);
         self.new.insert(pid);
         Ok(())
@@ -447,11 +447,11 @@ impl Follower {
     }
 
     /// Whether this is work of one kind, and not of any.
-    fn is_told(&self, class: ClassKey) -> bool {
+    fn is_kind_known(&self, class: ClassKey) -> bool {
         let space = self.processes.get(&class.tgid).and_then(|process| process.spaces.get(&class.value));
         match class.naming {
             ClassKey::OTHERS => false,
-            0 => space.is_some_and(|space| !space.is_kind_told_later),
+            0 => space.is_some_and(|space| !space.is_kind_known_later),
             _ => true,
         }
     }
@@ -481,9 +481,9 @@ impl Follower {
         for (key, raw) in of_process {
             let Some(name) = process.known_name(key) else { continue };
             is_waiting |= raw.pending > 0;
-            let (sum, _, is_told) = classes.entry(name).or_insert((RawClass::EMPTY, None, true));
+            let (sum, _, is_kind_known) = classes.entry(name).or_insert((RawClass::EMPTY, None, true));
             deferred::add(sum, &raw);
-            *is_told &= self.is_told(key);
+            *is_kind_known &= self.is_kind_known(key);
         }
         if is_waiting {
             for (_, raw_task) in entries(&maps.tasks).iter().filter(|entry| deferred::waits(entry, pid)) {
@@ -497,7 +497,7 @@ impl Follower {
         let deferred = classes
             .into_iter()
             .filter(|(_, (raw, ..))| raw.enqueued > 0 || raw.pending > 0)
-            .map(|(name, (raw, oldest, is_told))| deferred::decode(&name, is_told, &raw, oldest))
+            .map(|(name, (raw, oldest, is_kind_known))| deferred::decode(&name, is_kind_known, &raw, oldest))
             .collect();
         Figures { deferred, hooks, unmatched }
     }

@@ -27,7 +27,7 @@ use observer_common::{layout::KernelLayout, loss::Loss, origin::HEADS_PER_CPU, r
 use crate::{
     kernel::{calls as system_calls, clock, layout, memory},
     model::{
-        delivery::Ledger,
+        delivery::ExportStats,
         histogram::seconds,
         snapshot::{Lost, Own, SCHEMA, Service, Snapshot, Target},
         trace::{Event, Events},
@@ -60,7 +60,7 @@ pub(crate) struct Observation {
     facts: Facts,
     service: Service,
     /// What becomes of what is pushed.
-    ledgers: Vec<Arc<Ledger>>,
+    export_stats: Vec<Arc<ExportStats>>,
 }
 
 /// What does not change during an observation.
@@ -102,7 +102,7 @@ impl Observation {
                 unattributed_before: 0,
             },
             service: Service::default(),
-            ledgers: Vec::new(),
+            export_stats: Vec::new(),
         };
         observation.targets.adopt(&mut observation.maps, &mut observation.missing, selected)?;
         // Runtimes take longest, and nothing waits for them.
@@ -130,13 +130,13 @@ impl Observation {
     }
 
     /// Has snapshots report what becomes of what is pushed.
-    pub(crate) fn report_delivery(&mut self, ledger: Arc<Ledger>) {
-        self.ledgers.push(ledger);
+    pub(crate) fn add_export_stats(&mut self, stats: Arc<ExportStats>) {
+        self.export_stats.push(stats);
     }
 
     /// Keeps what can be traced from now on; what there is no room for is counted there.
-    pub(crate) fn trace(&mut self, ledger: Arc<Ledger>) {
-        self.runtimes.follower.trace(Events::counted_in(ledger));
+    pub(crate) fn trace(&mut self, stats: Arc<ExportStats>) {
+        self.runtimes.follower.trace(Events::counted_in(stats));
     }
 
     /// What can be traced since the last time.
@@ -329,7 +329,7 @@ impl Observation {
             service: self.service,
             lost,
             missing: self.missing.all().to_vec(),
-            otlp: self.ledgers.iter().map(|ledger| ledger.read()).collect(),
+            otlp: self.export_stats.iter().map(|stats| stats.read()).collect(),
         })
     }
 }

@@ -217,11 +217,11 @@ impl Attached {
 }
 
 /// Figures of a kind of work, of which the oldest piece that waits was put off at `oldest_ns`.
-pub(crate) fn decode(task: &str, is_told: bool, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
+pub(crate) fn decode(task: &str, is_kind_known: bool, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
     let now = clock::monotonic_ns();
     Deferred {
         task: task.to_owned(),
-        is_told,
+        is_kind_known,
         enqueued: raw.enqueued,
         started: raw.started,
         finished: raw.finished,

@@ -30,7 +30,7 @@ const PROGRAMS_MAX: usize = 64;
 
 /// Looks at threads, and keeps what looking at one more needs.
 #[derive(Default)]
-pub(crate) struct Looker {
+pub(crate) struct StackReader {
     unwinder: Unwinder,
     symbols: Symbols,
     /// By process: its interpreter, if it has one, and when that was found.
@@ -38,20 +38,20 @@ pub(crate) struct Looker {
 }
 
 /// What there is to see of a thread from here.
-pub(super) enum Sight {
+pub(super) enum ThreadState {
     /// Its stack, or why there is none.
     Stack(Look),
     /// It computes in native code, where only the kernel's clock can look.
     Running,
 }
 
-impl Looker {
+impl StackReader {
     /// Looks at a thread, which takes some 40 ms where code is met for the first time, and one or two later.
-    pub(super) fn look(&mut self, slice: InSlice) -> Sight {
+    pub(super) fn look(&mut self, slice: InSlice) -> ThreadState {
         let InSlice { pid, tid, .. } = slice;
         match self.interpreted(pid, tid) {
             Ok(Some(frames)) => {
-                Sight::Stack(Look { frames, kernel: kernel_functions(pid, tid), missing: None })
+                ThreadState::Stack(Look { frames, kernel: kernel_functions(pid, tid), missing: None })
             }
             Ok(None) => self.native(slice, None),
             Err(why) => self.native(slice, Some(format!("{why:#}"))),
@@ -89,13 +89,13 @@ impl Looker {
     }
 
     /// Native functions of a thread, for want of better ones for this reason.
-    fn native(&mut self, slice: InSlice, why_native: Option<String>) -> Sight {
+    fn native(&mut self, slice: InSlice, why_native: Option<String>) -> ThreadState {
         let (frames, cut) = match self.unwound(slice) {
             Ok(Some(unwound)) => unwound,
-            Ok(None) => return Sight::Running,
+            Ok(None) => return ThreadState::Running,
             Err(why) => (Vec::new(), Some(format!("{why:#}"))),
         };
-        Sight::Stack(Look {
+        ThreadState::Stack(Look {
             frames,
             kernel: kernel_functions(slice.pid, slice.tid),
             missing: why_native.or(cut),

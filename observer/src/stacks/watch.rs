@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    now::{Looker, Sight},
+    now::{StackReader, ThreadState},
     sampler::Sampler,
 };
 use crate::{model::frame::Look, read::reactors::InSlice};
@@ -31,18 +31,18 @@ const SAMPLING: Duration = Duration::from_millis(1);
 
 /// Watches the slices of all reactors.
 pub(crate) struct Watcher {
-    looker: Looker,
+    reader: StackReader,
     /// By thread.
-    suspects: HashMap<u32, Suspect>,
+    slow_slices: HashMap<u32, SlowSlice>,
     suspicion_ns: u64,
     period: Duration,
 }
 
 /// A slice that takes long.
-struct Suspect {
+struct SlowSlice {
     slice: InSlice,
     /// What was seen, and how often.
-    sights: Vec<(Look, u32)>,
+    stacks: Vec<(Look, u32)>,
     /// Under the clock, if it computes in native code.
     sampler: Option<Sampler>,
     /// When to look again, monotonic nanoseconds.
@@ -56,8 +56,8 @@ impl Watcher {
     pub(crate) fn new(threshold: Duration) -> Self {
         let threshold_ns = u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX);
         Self {
-            looker: Looker::default(),
-            suspects: HashMap::new(),
+            reader: StackReader::default(),
+            slow_slices: HashMap::new(),
             suspicion_ns: threshold_ns / SUSPICION.1 * SUSPICION.0,
             period: (threshold / GLANCES).clamp(FASTEST, SLOWEST),
         }
@@ -71,41 +71,41 @@ impl Watcher {
     /// Goes over the slices in progress, and looks at those that take long.
     pub(crate) fn glance(&mut self, in_progress: impl Iterator<Item = InSlice>, now_ns: u64) {
         // Of those that had ended before, word has come or never will.
-        self.suspects.retain(|_, suspect| !std::mem::replace(&mut suspect.is_over, true));
+        self.slow_slices.retain(|_, slow| !std::mem::replace(&mut slow.is_over, true));
         for slice in in_progress {
             if now_ns.saturating_sub(slice.since_ns) < self.suspicion_ns {
                 continue;
             }
-            let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
-            if !suspect.slice.is(&slice) {
+            let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));
+            if !slow.slice.is(&slice) {
                 // The one before has ended unnoticed, and was too short if nobody has asked for it.
-                *suspect = Suspect::of(slice);
+                *slow = SlowSlice::of(slice);
             }
-            suspect.slice = slice;
-            suspect.is_over = false;
-            if now_ns >= suspect.next_ns {
+            slow.slice = slice;
+            slow.is_over = false;
+            if now_ns >= slow.next_ns {
                 let began = Instant::now();
-                suspect.look(&mut self.looker);
-                if suspect.sights.is_empty() {
+                slow.look(&mut self.reader);
+                if slow.stacks.is_empty() {
                     // It ran, in native code: next time it may stand still, or the clock have seen it.
                     continue;
                 }
                 let pause = began.elapsed() * THRIFT;
                 let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
-                suspect.next_ns = now_ns + pause_ns.max((now_ns - slice.since_ns) / AGEING);
+                slow.next_ns = now_ns + pause_ns.max((now_ns - slice.since_ns) / AGEING);
             }
         }
     }
 
     /// What was seen most often of a slice that has ended.
     pub(crate) fn seen(&mut self, tid: u32, since_ns: u64) -> Look {
-        match self.suspects.remove(&tid) {
-            Some(mut suspect) if suspect.slice.since_ns == since_ns => {
-                suspect.fetch(&mut self.looker);
-                suspect.most()
+        match self.slow_slices.remove(&tid) {
+            Some(mut slow) if slow.slice.since_ns == since_ns => {
+                slow.fetch(&mut self.reader);
+                slow.most()
             }
             Some(other) => {
-                self.suspects.insert(tid, other);
+                self.slow_slices.insert(tid, other);
                 nobody_looked()
             }
             None => nobody_looked(),
@@ -114,62 +114,62 @@ impl Watcher {
 
     /// Looks at a slice that goes on, if nobody has yet.
     pub(crate) fn ensure_seen(&mut self, slice: InSlice) {
-        let suspect = self.suspects.entry(slice.tid).or_insert_with(|| Suspect::of(slice));
-        if !suspect.slice.is(&slice) {
-            *suspect = Suspect::of(slice);
+        let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));
+        if !slow.slice.is(&slice) {
+            *slow = SlowSlice::of(slice);
         }
-        if suspect.sights.is_empty() {
-            suspect.look(&mut self.looker);
+        if slow.stacks.is_empty() {
+            slow.look(&mut self.reader);
         }
-        suspect.fetch(&mut self.looker);
+        slow.fetch(&mut self.reader);
     }
 
     /// What was seen most often of a slice that goes on.
     pub(crate) fn seen_so_far(&self, slice: InSlice) -> Look {
-        let suspect = self.suspects.get(&slice.tid).filter(|suspect| suspect.slice.is(&slice));
-        suspect.map_or_else(|| Look::missing("its stack has not been read yet"), Suspect::most)
+        let slow = self.slow_slices.get(&slice.tid).filter(|slow| slow.slice.is(&slice));
+        slow.map_or_else(|| Look::missing("its stack has not been read yet"), SlowSlice::most)
     }
 }
 
-impl Suspect {
+impl SlowSlice {
     const fn of(slice: InSlice) -> Self {
-        Self { slice, sights: Vec::new(), sampler: None, next_ns: 0, is_over: false }
+        Self { slice, stacks: Vec::new(), sampler: None, next_ns: 0, is_over: false }
     }
 
-    fn look(&mut self, looker: &mut Looker) {
-        self.fetch(looker);
+    fn look(&mut self, reader: &mut StackReader) {
+        self.fetch(reader);
         let tid = self.slice.tid;
-        match looker.look(self.slice) {
-            Sight::Stack(look) => self.add(look),
-            Sight::Running if self.sampler.is_none() => match Sampler::of(tid, SAMPLING) {
+        match reader.look(self.slice) {
+            ThreadState::Stack(look) => self.add(look),
+            ThreadState::Running if self.sampler.is_none() => match Sampler::of(tid, SAMPLING) {
                 Ok(sampler) => self.sampler = Some(sampler),
                 Err(why) => self.add(Look::missing(format!("it computes, and cannot be interrupted: {why}"))),
             },
-            Sight::Running => {}
+            ThreadState::Running => {}
         }
     }
 
     /// Takes what the clock has seen meanwhile.
-    fn fetch(&mut self, looker: &mut Looker) {
+    fn fetch(&mut self, reader: &mut StackReader) {
         let pid = self.slice.pid;
-        let latest = self.sampler.as_mut().and_then(|sampler| looker.sampled(pid, sampler));
+        let latest = self.sampler.as_mut().and_then(|sampler| reader.sampled(pid, sampler));
         if let Some(look) = latest {
             self.add(look);
         }
     }
 
     fn add(&mut self, look: Look) {
-        if let Some((_, count)) = self.sights.iter_mut().find(|(known, _)| known.is_alike(&look)) {
+        if let Some((_, count)) = self.stacks.iter_mut().find(|(known, _)| known.is_alike(&look)) {
             *count += 1;
-        } else if self.sights.len() < SIGHTS {
-            self.sights.push((look, 1));
+        } else if self.stacks.len() < SIGHTS {
+            self.stacks.push((look, 1));
         }
     }
 
     /// What was seen most often; of equals the latest, for a slice is at its longest in the end. What is whole comes
     /// before what is not.
     fn most(&self) -> Look {
-        let most = self.sights.iter().max_by_key(|(look, count)| (!look.frames.is_empty(), *count));
+        let most = self.stacks.iter().max_by_key(|(look, count)| (!look.frames.is_empty(), *count));
         most.map_or_else(nobody_looked, |(look, _)| look.clone())
     }
 }

@@ -224,7 +224,7 @@ fn of_kind(
             kind.enqueued, kind.started, kind.finished, kind.orphaned
         ),
     ));
-    if !kind.is_told {
+    if !kind.is_kind_known {
         text.push(Line::raw(
             " Only the start of this work tells its kind: it is counted there. What is left here",
         ));

@@ -76,7 +76,7 @@ fn split(times: f64) -> Split {
 pub(crate) fn kind(task: &str, started: u64) -> Deferred {
     Deferred {
         task: task.into(),
-        is_told: true,
+        is_kind_known: true,
         enqueued: started + started / 5,
         started,
         finished: started,

@@ -144,7 +144,7 @@ mod tests {
         assert!(found[0].is_late && !found[1].is_late);
         assert_eq!(found[1].what, "mail of app (10): 10 forgotten before they started");
         assert_eq!(found[1].why, "50 started in the last 1 s; 0 are pending");
-        (kind.task, kind.is_told) = ("asyncio work".into(), false);
+        (kind.task, kind.is_kind_known) = ("asyncio work".into(), false);
         assert_eq!(findings(&of(with_kind(kind))).len(), 1);
     }
 }

@@ -20,7 +20,7 @@ use super::{
     signal::{Batch, MetricsRequest},
 };
 use crate::{
-    export::series::{Cap, Distribution, Figure, Series},
+    export::series::{Distribution, Figure, Series, SeriesLimiter},
     model::{
         family::{Family, Kind},
         snapshot::{Snapshot, Target},
@@ -35,7 +35,7 @@ const REQUEST: usize = 1 << 20;
 /// All figures of a snapshot as requests.
 pub(super) fn encode(
     snapshot: &Snapshot,
-    cap: &mut Cap,
+    cap: &mut SeriesLimiter,
     resources: &mut Resources,
     exemplars: &Exemplars,
 ) -> Vec<Batch> {
@@ -74,7 +74,7 @@ fn points(resource: &ResourceMetrics) -> u64 {
 /// Figures by whose they are, observer's own first.
 fn of_resources(
     snapshot: &Snapshot,
-    cap: &mut Cap,
+    cap: &mut SeriesLimiter,
     resources: &mut Resources,
     exemplars: &Exemplars,
     now: u64,
@@ -248,7 +248,7 @@ mod tests {
         let snapshot = snapshot(vec![target(7), target(8)]);
         let all = of_resources(
             &snapshot,
-            &mut Cap::at(Resolution::LOWEST),
+            &mut SeriesLimiter::at(Resolution::LOWEST),
             &mut resources(),
             &Exemplars::default(),
             1,
@@ -282,8 +282,12 @@ mod tests {
         for target in &mut snapshot.targets {
             target.exe = "/x".repeat(8 << 10);
         }
-        let batches =
-            encode(&snapshot, &mut Cap::at(Resolution::LOWEST), &mut resources(), &Exemplars::default());
+        let batches = encode(
+            &snapshot,
+            &mut SeriesLimiter::at(Resolution::LOWEST),
+            &mut resources(),
+            &Exemplars::default(),
+        );
         assert!(batches.len() > 1);
         assert!(batches.iter().all(|batch| batch.bytes.len() <= REQUEST + 1024));
         let items: u64 = batches.iter().map(|batch| batch.items).sum();

@@ -40,17 +40,17 @@ use self::{
     traces::Tracer,
     transport::Transport,
 };
-use super::series::Cap;
+use super::series::SeriesLimiter;
 use crate::{
     failure::Failure,
-    model::{delivery::Ledger, snapshot::Snapshot, trace::Event},
+    model::{delivery::ExportStats, snapshot::Snapshot, trace::Event},
     process::Process,
 };
 
 /// How long the end of an observation may wait for what is not delivered yet.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The way to the collector, found before anything is attached: what is wrong with it is the cheapest to find.
+/// The transport to the collector, found before anything is attached: what is wrong with it is the cheapest to find.
 pub(crate) struct Collector {
     settings: Settings,
     metrics: Option<Transport>,
@@ -60,27 +60,27 @@ pub(crate) struct Collector {
 impl Collector {
     /// Reads certificates; connects to nobody yet.
     pub(crate) fn find(settings: Settings) -> Result<Self, Failure> {
-        let way = |endpoint: &Option<Endpoint>| endpoint.clone().map(Transport::new).transpose();
-        let (metrics, traces) = (way(&settings.metrics)?, way(&settings.traces)?);
+        let transport = |endpoint: &Option<Endpoint>| endpoint.clone().map(Transport::new).transpose();
+        let (metrics, traces) = (transport(&settings.metrics)?, transport(&settings.traces)?);
         Ok(Self { settings, metrics, traces })
     }
 }
 
 /// A push that goes on until it is finished.
 pub(crate) struct Push {
-    metrics: Option<Way>,
-    traces: Option<Way>,
-    cap: Arc<Mutex<Cap>>,
+    metrics: Option<Pipeline>,
+    traces: Option<Pipeline>,
+    cap: Arc<Mutex<SeriesLimiter>>,
     tracer: Tracer,
     exemplars: Exemplars,
     resources: Resources,
 }
 
 /// How one signal is sent, and when.
-struct Way {
+struct Pipeline {
     queue: Queue,
     due: Interval,
-    ledger: Arc<Ledger>,
+    stats: Arc<ExportStats>,
 }
 
 /// What is to be pushed.
@@ -94,11 +94,11 @@ pub(crate) enum Due {
 
 impl Push {
     /// Metrics are due at once and then at each interval, and so are traces. Series begin when observer attached.
-    pub(crate) fn start(collector: Collector, attached: SystemTime, cap: Arc<Mutex<Cap>>) -> Self {
+    pub(crate) fn start(collector: Collector, attached: SystemTime, cap: Arc<Mutex<SeriesLimiter>>) -> Self {
         let Collector { settings, metrics, traces } = collector;
         Self {
-            metrics: metrics.map(|way| Way::start::<MetricsRequest>(way, settings.interval)),
-            traces: traces.map(|way| Way::start::<TraceRequest>(way, settings.delay)),
+            metrics: metrics.map(|transport| Pipeline::start::<MetricsRequest>(transport, settings.interval)),
+            traces: traces.map(|transport| Pipeline::start::<TraceRequest>(transport, settings.delay)),
             cap,
             tracer: Tracer::default(),
             exemplars: Exemplars::default(),
@@ -107,13 +107,13 @@ impl Push {
     }
 
     /// What becomes of what is pushed, by signal.
-    pub(crate) fn ledgers(&self) -> impl Iterator<Item = Arc<Ledger>> {
-        [&self.metrics, &self.traces].into_iter().flatten().map(|way| Arc::clone(&way.ledger))
+    pub(crate) fn export_stats(&self) -> impl Iterator<Item = Arc<ExportStats>> {
+        [&self.metrics, &self.traces].into_iter().flatten().map(|pipeline| Arc::clone(&pipeline.stats))
     }
 
     /// The same of traces; `None` if none are pushed.
-    pub(crate) fn trace_ledger(&self) -> Option<Arc<Ledger>> {
-        self.traces.as_ref().map(|way| Arc::clone(&way.ledger))
+    pub(crate) fn trace_stats(&self) -> Option<Arc<ExportStats>> {
+        self.traces.as_ref().map(|pipeline| Arc::clone(&pipeline.stats))
     }
 
     /// Returns when something is due.
@@ -126,10 +126,10 @@ impl Push {
 
     /// Queues all samples of a snapshot for delivery.
     pub(crate) fn push_metrics(&mut self, snapshot: &Snapshot) {
-        let Some(way) = &self.metrics else { return };
+        let Some(pipeline) = &self.metrics else { return };
         let mut cap = self.cap.lock().unwrap_or_else(PoisonError::into_inner);
         for batch in metrics::encode(snapshot, &mut cap, &mut self.resources, &self.exemplars) {
-            way.queue.push(batch);
+            pipeline.queue.push(batch);
         }
         self.exemplars.clear();
     }
@@ -143,7 +143,7 @@ impl Push {
         known: impl Fn(u32) -> Option<&'p Process>,
         are_last: bool,
     ) {
-        let Some(way) = &self.traces else { return };
+        let Some(pipeline) = &self.traces else { return };
         // Asked while it is there, a process that is gone later is still known.
         for process in live {
             self.resources.of(process);
@@ -151,7 +151,7 @@ impl Push {
         let spans = self.tracer.spans(events, &mut self.exemplars, are_last);
         let process = |pid| known(pid).cloned().unwrap_or_else(|| Process::of(pid));
         for batch in traces::encode(spans, &mut self.resources, process) {
-            way.queue.push(batch);
+            pipeline.queue.push(batch);
         }
         if self.metrics.is_none() {
             self.resources.keep(|pid| known(pid).is_some());
@@ -161,14 +161,14 @@ impl Push {
     /// Delivers what is left, for a limited time, or until there is a hurry.
     pub(crate) async fn finish(self, hurry: impl Future<Output = ()>) {
         let Self { mut metrics, mut traces, .. } = self;
-        let end = Instant::now() + LAST_WORDS;
+        let end = Instant::now() + SHUTDOWN_TIMEOUT;
         let drained = async { join!(drain(metrics.as_mut(), end), drain(traces.as_mut(), end)) };
         select! {
             _ = drained => {}
             () = hurry => {}
         }
-        for (way, what) in [(metrics, "data points"), (traces, "spans")] {
-            let lost = way.map_or(0, |way| way.queue.give_up());
+        for (pipeline, what) in [(metrics, "data points"), (traces, "spans")] {
+            let lost = pipeline.map_or(0, |pipeline| pipeline.queue.give_up());
             if lost > 0 {
                 log::warn!("{lost} {what} were not delivered: the collector did not take them in time");
             }
@@ -176,27 +176,27 @@ impl Push {
     }
 }
 
-impl Way {
+impl Pipeline {
     fn start<S: Signal>(transport: Transport, period: Duration) -> Self {
-        let ledger = Arc::new(Ledger::of(S::NAME));
+        let stats = Arc::new(ExportStats::of(S::NAME));
         let mut due = interval(period);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { queue: Queue::start::<S>(transport, Arc::clone(&ledger)), due, ledger }
+        Self { queue: Queue::start::<S>(transport, Arc::clone(&stats)), due, stats }
     }
 }
 
 /// What goes nowhere is never due.
-async fn due(way: &mut Option<Way>) {
-    match way {
-        Some(way) => {
-            way.due.tick().await;
+async fn due(pipeline: &mut Option<Pipeline>) {
+    match pipeline {
+        Some(pipeline) => {
+            pipeline.due.tick().await;
         }
         None => pending().await,
     }
 }
 
-async fn drain(way: Option<&mut Way>, end: Instant) {
-    if let Some(way) = way {
-        way.queue.drain(end).await;
+async fn drain(pipeline: Option<&mut Pipeline>, end: Instant) {
+    if let Some(pipeline) = pipeline {
+        pipeline.queue.drain(end).await;
     }
 }

@@ -19,7 +19,7 @@ use super::{
     signal::{Batch, Signal},
     transport::{Problem, Transport},
 };
-use crate::model::delivery::{Ledger, Reason};
+use crate::model::delivery::{ExportStats, Reason};
 
 /// Most bytes that wait.
 pub(crate) const BUFFER: usize = 16 << 20;
@@ -38,7 +38,7 @@ struct Shared {
     state: Mutex<State>,
     /// Something has come, or the end.
     news: Notify,
-    ledger: Arc<Ledger>,
+    stats: Arc<ExportStats>,
     /// Who is to be told apart in messages.
     signal: &'static str,
     transport: Transport,
@@ -56,11 +56,11 @@ struct State {
 
 impl Queue {
     /// Begins to deliver.
-    pub(super) fn start<S: Signal>(transport: Transport, ledger: Arc<Ledger>) -> Self {
+    pub(super) fn start<S: Signal>(transport: Transport, stats: Arc<ExportStats>) -> Self {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             news: Notify::new(),
-            ledger,
+            stats,
             signal: S::NAME,
             transport,
         });
@@ -72,7 +72,7 @@ impl Queue {
     pub(super) fn push(&self, batch: Batch) {
         let lost = self.shared.lock().push(batch);
         if lost > 0 {
-            self.shared.ledger.dropped(Reason::BufferFull, lost);
+            self.shared.stats.dropped(Reason::BufferFull, lost);
         }
         self.shared.news.notify_one();
     }
@@ -159,9 +159,9 @@ async fn deliver<S: Signal>(shared: Arc<Shared>) {
             match shared.transport.send::<S>(batch.bytes.clone()).await {
                 Ok(rejected) => {
                     let lost = rejected.items.min(batch.items);
-                    shared.ledger.delivered(batch.items - lost);
+                    shared.stats.delivered(batch.items - lost);
                     if lost > 0 {
-                        shared.ledger.dropped(Reason::Refused, lost);
+                        shared.stats.dropped(Reason::Refused, lost);
                         warned.of(&format!("{lost} of {} refused: {}", batch.items, rejected.why));
                     } else {
                         warned.over();
@@ -169,10 +169,10 @@ async fn deliver<S: Signal>(shared: Arc<Shared>) {
                     break;
                 }
                 Err(problem) => {
-                    shared.ledger.failed();
+                    shared.stats.failed();
                     let (why, after) = match problem {
                         Problem::Never { why } => {
-                            shared.ledger.dropped(Reason::Refused, batch.items);
+                            shared.stats.dropped(Reason::Refused, batch.items);
                             warned.of(&format!("refused: {why}"));
                             break;
                         }
@@ -249,19 +249,19 @@ mod tests {
     fn the_end_cuts_a_pause_short() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let ledger = Arc::new(Ledger::of(MetricsRequest::NAME));
+            let stats = Arc::new(ExportStats::of(MetricsRequest::NAME));
             let transport = Transport::new(endpoint()).unwrap();
-            let mut queue = Queue::start::<MetricsRequest>(transport, Arc::clone(&ledger));
+            let mut queue = Queue::start::<MetricsRequest>(transport, Arc::clone(&stats));
             queue.push(batch(10, 3));
             queue.push(batch(10, 4));
-            while ledger.read().failures == 0 {
+            while stats.read().failures == 0 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             let begin = Instant::now();
             queue.drain(begin + Duration::from_secs(60)).await;
             assert_eq!(queue.give_up(), 7);
             assert!(begin.elapsed() < FIRST_PAUSE / 2, "{:?}", begin.elapsed());
-            assert_eq!(ledger.read().failures, 2);
+            assert_eq!(stats.read().failures, 2);
         });
     }
 

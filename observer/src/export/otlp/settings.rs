@@ -28,10 +28,10 @@ pub(crate) struct OtlpArguments {
     /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
     ///
     /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.
-    #[arg(long = "otlp-endpoint", value_name = "URL")]
+    #[arg(id = "otlp_endpoint", long = "otlp-endpoint", value_name = "URL")]
     pub(crate) endpoint: Option<String>,
     /// How to speak to it; without this and its variable, http/protobuf
-    #[arg(long = "otlp-protocol", value_enum, value_name = "PROTOCOL")]
+    #[arg(id = "otlp_protocol", long = "otlp-protocol", value_enum, value_name = "PROTOCOL")]
     pub(crate) protocol: Option<Protocol>,
 }
 

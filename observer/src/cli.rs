@@ -1,14 +1,17 @@
 //! The command line: what can be asked for, and its help, which serves as the manual. Parsing only.
 
-use std::{net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    ArgMatches, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
+    parser::ValueSource,
+};
 use clap_complete::Shell;
 use glob::Pattern;
 
 use crate::{
     export::otlp::settings::OtlpArguments, model::histogram::Resolution, process::wait_call::WaitCall,
-    profiles::ProfileSelection, read::capacity::Capacity,
+    profiles::ProfileSelection, read::capacity::Capacity, setting::HEADING,
 };
 
 /// What a command line asks for.
@@ -67,6 +70,35 @@ sudo does not pass variables on unless told so.
 
 Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.";
 
+/// A command line that has been parsed.
+pub(crate) struct CommandLine {
+    words: Vec<OsString>,
+    matches: ArgMatches,
+}
+
+impl CommandLine {
+    /// Parses words, the first of which is the program.
+    pub(crate) fn parse(words: impl Iterator<Item = OsString>) -> Result<(Self, Cli), clap::Error> {
+        let words: Vec<_> = words.collect();
+        let matches = Cli::command().try_get_matches_from(&words)?;
+        let cli = Cli::from_arg_matches(&matches)?;
+        Ok((Self { words, matches }, cli))
+    }
+
+    /// Whether it has a setting, by its id.
+    pub(crate) fn has(&self, setting: &str) -> bool {
+        self.matches.try_contains_id(setting).is_ok()
+            && self.matches.value_source(setting) == Some(ValueSource::CommandLine)
+    }
+
+    /// What it asks for with these words as well, which are known to be valid.
+    pub(crate) fn with(&self, more: impl Iterator<Item = String>) -> Observe {
+        let words = self.words.iter().cloned().chain(more.map(Into::into));
+        let parsed = Self::parse(words);
+        parsed.map_or_else(|error| error.exit(), |(_, cli)| cli.observe)
+    }
+}
+
 /// Anything but the main job.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -104,12 +136,12 @@ pub(crate) struct Observe {
     ///
     /// Queues and loops are seen at once; this is for collections and deferred work. A process that is given by its id
     /// does not wait.
-    #[arg(long, value_name = "PROCESSES", default_value = "10")]
+    #[arg(help_heading = HEADING, long, value_name = "PROCESSES", default_value = "10")]
     pub(crate) attach_per_second: NonZero<u32>,
     /// As long as this file exists, keep everything of observer's out of the kernel
     ///
     /// What was observed until it appeared is forgotten; when it is gone, a new observation begins.
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = HEADING, long, value_name = "FILE")]
     pub(crate) kill_switch: Option<PathBuf>,
     /// Calls that threads wait for events with
     ///
@@ -117,16 +149,16 @@ pub(crate) struct Observe {
     /// blocking calls count as time blocked. A poll or select on a single descriptor is a wait only in a loop that
     /// polls several otherwise. A call with a timeout of 0 is a wait that returns at once if it looks at what the
     /// loop waits on; otherwise (into a nested epoll set) it is part of the work.
-    #[arg(long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = WaitCall::DEFAULT)]
+    #[arg(help_heading = HEADING, long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = WaitCall::DEFAULT)]
     pub(crate) reactor_calls: Vec<WaitCall>,
     /// From which length on a slice is a stall, told with its cause and culprit; at least 1ms
-    #[arg(long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
+    #[arg(help_heading = HEADING, long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
     pub(crate) stall_threshold: Duration,
     /// Room for so many event loops and listeners, four times as many processes, and the rest in proportion; from 16 to 65536
     ///
     /// What this takes of the kernel's memory (about 49 MiB for 1024) is told at the start, taken at once and never grows.
     /// What finds no room is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
-    #[arg(long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
+    #[arg(help_heading = HEADING, long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]
     pub(crate) known: ProfileSelection,
@@ -234,7 +266,7 @@ pub(crate) struct Output {
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) flame: Option<PathBuf>,
     /// Address of the Prometheus endpoint (path /metrics)
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9464")]
+    #[arg(help_heading = HEADING, long, value_name = "ADDR", default_value = "127.0.0.1:9464")]
     pub(crate) listen: SocketAddr,
     /// No Prometheus endpoint
     #[arg(long, conflicts_with = "listen")]
@@ -242,7 +274,7 @@ pub(crate) struct Output {
     /// Bounds that scraped and pushed histograms have for each power of two, from 1 us to 69 s: 1, 2, 4 or 8
     ///
     /// With 1, a quantile is exact to a factor of 2; with 8, as in reports, to 12.5 %, at eight times as many series.
-    #[arg(long, value_name = "BOUNDS", default_value_t = Resolution::LOWEST)]
+    #[arg(help_heading = HEADING, long, value_name = "BOUNDS", default_value_t = Resolution::LOWEST)]
     pub(crate) resolution: Resolution,
     #[command(flatten)]
     pub(crate) otlp: OtlpArguments,
@@ -264,8 +296,6 @@ pub(crate) enum Format {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]

@@ -1,54 +1,38 @@
-//! The file of `--config`: whom to observe and whom not to, and the settings of a service. What the command line says comes
-//! before it. Errors have line and column.
+//! The file of `--config`: which processes to observe, and settings. The settings are those of the command line that `cli.rs`
+//! declares under [`HEADING`]; the command line comes first. Errors have line and column.
 
-use std::{fs, net::SocketAddr, num::NonZero, path::PathBuf, str::FromStr, time::Duration};
+use std::{collections::BTreeMap, fmt, fs, num::NonZero};
 
-use clap::ValueEnum;
+use clap::{Arg, Command, CommandFactory as _};
 use glob::Pattern;
-use serde::{Deserialize, Deserializer, de::Error as _};
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeSeed, Error as _, MapAccess, Visitor},
+};
+use toml::Value;
 
-use crate::export::otlp::settings::Protocol;
 use crate::{
-    cli::{self, Observe},
-    export::otlp::settings::uri,
+    cli::{Cli, CommandLine, Observe},
     failure::{Failure, understand},
-    model::histogram::Resolution,
     process::criteria::Criteria,
-    process::wait_call::WaitCall,
-    profiles,
-    read::capacity::Capacity,
+    setting::HEADING,
 };
 
-/// Everything that the file may say.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+/// Whether children are observed, which the command line can only deny.
+const FOLLOW: (&str, &str) = ("follow", "no_follow");
+
+/// What a file says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Config {
-    /// Whom to observe, besides those that the command line names.
+    /// Which processes to observe, besides those that the command line selects.
     pub(crate) include: Selectors,
-    /// Whom not to observe.
+    /// Which processes not to observe.
     pub(crate) exclude: Selectors,
-    follow: Option<bool>,
-    #[serde(deserialize_with = "values")]
-    reactor_calls: Option<Vec<WaitCall>>,
-    #[serde(deserialize_with = "stall_threshold")]
-    stall_threshold: Option<Duration>,
-    #[serde(deserialize_with = "number")]
-    capacity: Option<Capacity>,
-    #[serde(deserialize_with = "known_profiles")]
-    profiles: Option<Vec<String>>,
-    #[serde(deserialize_with = "parsed")]
-    listen: Option<SocketAddr>,
-    #[serde(deserialize_with = "number")]
-    resolution: Option<Resolution>,
-    #[serde(deserialize_with = "endpoint")]
-    otlp_endpoint: Option<String>,
-    #[serde(deserialize_with = "value")]
-    otlp_protocol: Option<Protocol>,
-    kill_switch: Option<PathBuf>,
-    attach_per_second: Option<NonZero<u32>>,
+    /// By name, each as words of the command line.
+    settings: BTreeMap<String, Vec<String>>,
 }
 
-/// How processes are told from others.
+/// Criteria for processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Selectors {
@@ -72,44 +56,6 @@ impl Selectors {
     }
 }
 
-fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: ToString>>(from: D) -> Result<Option<T>, D::Error> {
-    String::deserialize(from)?.parse().map(Some).map_err(|error: T::Err| D::Error::custom(error.to_string()))
-}
-
-fn number<'de, D: Deserializer<'de>, T: FromStr<Err: ToString>>(from: D) -> Result<Option<T>, D::Error> {
-    let text = i64::deserialize(from)?.to_string();
-    text.parse().map(Some).map_err(|error: T::Err| D::Error::custom(error.to_string()))
-}
-
-fn value<'de, D: Deserializer<'de>, T: ValueEnum>(from: D) -> Result<Option<T>, D::Error> {
-    T::from_str(&String::deserialize(from)?, false).map(Some).map_err(D::Error::custom)
-}
-
-fn values<'de, D: Deserializer<'de>, T: ValueEnum>(from: D) -> Result<Option<Vec<T>>, D::Error> {
-    let names = Vec::<String>::deserialize(from)?;
-    let values = names.iter().map(|name| T::from_str(name, false).map_err(|why| format!("{name}: {why}")));
-    values.collect::<Result<_, _>>().map(Some).map_err(D::Error::custom)
-}
-
-fn stall_threshold<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
-    cli::stall_threshold(&String::deserialize(from)?).map(Some).map_err(D::Error::custom)
-}
-
-/// Names must be known; what is in a file, whoever reads it finds out.
-fn known_profiles<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<String>>, D::Error> {
-    let names = Vec::<String>::deserialize(from)?;
-    for name in names.iter().filter(|name| !profiles::is_file(name)) {
-        profiles::chosen(std::slice::from_ref(name)).map_err(|failure| D::Error::custom(failure.what))?;
-    }
-    Ok(Some(names))
-}
-
-fn endpoint<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
-    let url = String::deserialize(from)?;
-    uri(&url, "otlp_endpoint").map_err(|failure| D::Error::custom(failure.what))?;
-    Ok(Some(url))
-}
-
 fn patterns<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Pattern>, D::Error> {
     let texts = Vec::<String>::deserialize(from)?;
     let patterns = texts.iter().map(|text| Pattern::new(text).map_err(|error| format!("{text}: {error}")));
@@ -126,62 +72,127 @@ impl Config {
         understand(&text).map_err(|why| failed(format!("{}:{why}", file.display())))
     }
 
-    /// Takes over each setting that the command line does not have; `is_given` tells whether it has one of that name.
-    pub(crate) fn apply(&self, observe: &mut Observe, is_given: impl Fn(&str) -> bool) {
-        fn take<T: Clone>(setting: &Option<T>, is_given: bool, into: &mut T) {
-            if let Some(value) = setting.as_ref().filter(|_| !is_given) {
-                *into = value.clone();
-            }
-        }
-        let leave_children = self.follow.map(|follow| !follow);
-        take(&leave_children, is_given("no_follow"), &mut observe.no_follow);
-        take(&self.reactor_calls, is_given("reactor_calls"), &mut observe.reactor_calls);
-        take(&self.stall_threshold, is_given("stall_threshold"), &mut observe.stall_threshold);
-        take(&self.capacity, is_given("capacity"), &mut observe.capacity);
-        take(&self.profiles, is_given("profiles"), &mut observe.known.profiles);
-        take(&self.attach_per_second, is_given("attach_per_second"), &mut observe.attach_per_second);
-        let output = &mut observe.output;
-        take(&self.listen, is_given("listen") || is_given("no_listen"), &mut output.listen);
-        take(&self.resolution, is_given("resolution"), &mut output.resolution);
-        let endpoint = self.otlp_endpoint.clone().map(Some);
-        take(&endpoint, is_given("otlp_endpoint"), &mut output.otlp.endpoint);
-        take(&self.otlp_protocol.map(Some), is_given("otlp_protocol"), &mut output.otlp.protocol);
-        let kill_switch = self.kill_switch.clone().map(Some);
-        take(&kill_switch, is_given("kill_switch"), &mut observe.kill_switch);
+    /// What the command line asks for, with each setting of the file that it does not have.
+    pub(crate) fn complete(&self, line: &CommandLine) -> Observe {
+        let command = Cli::command();
+        let given: Vec<_> = command.get_arguments().filter(|arg| line.has(arg.get_id().as_str())).collect();
+        // Neither it nor what excludes it is on the command line.
+        let is_free = |name: &str| {
+            let name = if name == FOLLOW.0 { FOLLOW.1 } else { name };
+            !given.iter().any(|arg| {
+                let mut excluded = command.get_arg_conflicts_with(arg).into_iter();
+                arg.get_id() == name || excluded.any(|other| other.get_id() == name)
+            })
+        };
+        let words = self.settings.iter().filter(|(name, _)| is_free(name)).flat_map(|(_, words)| words);
+        line.with(words.cloned())
     }
 
-    /// Names of the settings that differ. They are taken at the start: the selection alone can change while observer runs.
-    pub(crate) fn settings_changed_from(&self, other: &Self) -> Vec<&'static str> {
-        let Self {
-            include: _,
-            exclude: _,
-            follow,
-            reactor_calls,
-            stall_threshold,
-            capacity,
-            profiles,
-            listen,
-            resolution,
-            otlp_endpoint,
-            otlp_protocol,
-            kill_switch,
-            attach_per_second,
-        } = self;
-        let settings = [
-            ("follow", *follow == other.follow),
-            ("reactor_calls", *reactor_calls == other.reactor_calls),
-            ("stall_threshold", *stall_threshold == other.stall_threshold),
-            ("capacity", *capacity == other.capacity),
-            ("profiles", *profiles == other.profiles),
-            ("listen", *listen == other.listen),
-            ("resolution", *resolution == other.resolution),
-            ("otlp_endpoint", *otlp_endpoint == other.otlp_endpoint),
-            ("otlp_protocol", *otlp_protocol == other.otlp_protocol),
-            ("kill_switch", *kill_switch == other.kill_switch),
-            ("attach_per_second", *attach_per_second == other.attach_per_second),
-        ];
-        settings.into_iter().filter(|(_, is_same)| !is_same).map(|(name, _)| name).collect()
+    /// Names of the settings that differ. They are taken at the start: only the selection can change while observer runs.
+    pub(crate) fn settings_changed_from<'s>(&'s self, other: &'s Self) -> Vec<&'s str> {
+        let names = self
+            .settings
+            .keys()
+            .chain(other.settings.keys().filter(|&name| !self.settings.contains_key(name)));
+        names
+            .filter(|&name| self.settings.get(name) != other.settings.get(name))
+            .map(String::as_str)
+            .collect()
     }
+}
+
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_map(ConfigVisitor(Cli::command()))
+    }
+}
+
+/// Reads a file, with the command that declares its settings.
+struct ConfigVisitor(Command);
+
+impl<'de> Visitor<'de> for ConfigVisitor {
+    type Value = Config;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("settings")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
+        let mut config = Config::default();
+        while let Some(name) = map.next_key_seed(Name(&self.0))? {
+            match name.as_str() {
+                "include" => config.include = map.next_value()?,
+                "exclude" => config.exclude = map.next_value()?,
+                _ => {
+                    let words = map.next_value_seed(Setting { command: &self.0, name: &name })?;
+                    config.settings.insert(name, words);
+                }
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// The settings of the command line that a file may have.
+fn settings(command: &Command) -> impl Iterator<Item = &Arg> {
+    command.get_arguments().filter(|arg| arg.get_help_heading() == Some(HEADING))
+}
+
+/// A name that a file may have.
+struct Name<'c>(&'c Command);
+
+impl<'de> DeserializeSeed<'de> for Name<'_> {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<String, D::Error> {
+        let name = String::deserialize(from)?;
+        let mut known = vec!["include", "exclude", FOLLOW.0];
+        known.extend(settings(self.0).map(|arg| arg.get_id().as_str()));
+        if known.contains(&name.as_str()) {
+            return Ok(name);
+        }
+        Err(D::Error::custom(format!("unknown field `{name}` (known: {})", known.join(", "))))
+    }
+}
+
+/// A setting, which becomes the words that say the same on the command line.
+struct Setting<'c> {
+    command: &'c Command,
+    name: &'c str,
+}
+
+impl<'de> DeserializeSeed<'de> for Setting<'_> {
+    type Value = Vec<String>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Vec<String>, D::Error> {
+        if self.name == FOLLOW.0 {
+            return Ok(if bool::deserialize(from)? { Vec::new() } else { vec!["--no-follow".into()] });
+        }
+        let value = Value::deserialize(from)?;
+        let arg = settings(self.command).find(|arg| arg.get_id() == self.name);
+        let flag = arg.and_then(Arg::get_long).ok_or_else(|| D::Error::custom("no such setting"))?;
+        let values = match value {
+            Value::Array(values) => values,
+            one => vec![one],
+        };
+        let words = values.into_iter().map(|value| match value {
+            Value::String(text) => Ok(format!("--{flag}={text}")),
+            Value::Integer(number) => Ok(format!("--{flag}={number}")),
+            other => Err(D::Error::custom(format!("a {} is no value of {}", other.type_str(), self.name))),
+        });
+        let words: Vec<String> = words.collect::<Result<_, _>>()?;
+        // Whatever else the command line needs.
+        let line = ["observer".to_owned(), "--all".to_owned()].into_iter().chain(words.iter().cloned());
+        self.command.clone().try_get_matches_from(line).map_err(|error| D::Error::custom(reason(&error)))?;
+        Ok(words)
+    }
+}
+
+/// What an error of the command line says, as one line.
+fn reason(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
+    lines.collect::<Vec<_>>().join(" ").trim_start_matches("error: ").to_owned()
 }
 
 #[cfg(test)]
@@ -200,65 +211,72 @@ mod tests {
         let config: Config = understand(example()).unwrap();
         let table: toml::Table = example().parse().unwrap();
         let told = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
-        let all = [
-            "attach_per_second",
-            "capacity",
-            "exclude",
-            "follow",
-            "include",
-            "kill_switch",
-            "listen",
-            "otlp_endpoint",
-            "otlp_protocol",
-            "profiles",
-            "reactor_calls",
-            "resolution",
-            "stall_threshold",
-        ];
+        let command = Cli::command();
+        let mut all: Vec<_> = settings(&command).map(|arg| arg.get_id().as_str()).collect();
+        all.extend(["include", "exclude", FOLLOW.0]);
+        all.sort_unstable();
+        assert!(all.len() > 10, "{all:?}");
         assert_eq!(told(&table), all);
         assert_eq!(told(table["include"].as_table().unwrap()), ["all", "cgroup", "comm", "exe", "port"]);
         assert_eq!(config.include.port, [NonZero::new(8080).unwrap()]);
-        assert_eq!(config.stall_threshold, Some(Duration::from_millis(50)));
+        assert_eq!(config.settings["stall_threshold"], ["--stall-threshold=50ms"]);
         assert_eq!(understand::<Config>("").unwrap(), Config::default());
     }
 
     #[test]
     fn what_is_wrong_has_a_line_and_a_column() {
-        for (text, why) in [
-            ("[include]\ncom = [\"nginx\"]\n", "2:1: unknown field `com`"),
-            ("[include]\nport = [80, 70000]\n", "2:13: "),
-            ("[exclude]\nport = [80, 0]\n", "2:13: invalid value: integer `0`, expected a nonzero u16"),
-            ("attach_per_second = 0\n", "1:21: invalid value: integer `0`, expected a nonzero u32"),
-            ("follow = true\nprofiles = [\"auto\", \"perl\"]\n", "2:12: there is no profile perl"),
-            ("otlp_endpoint = \"localhost:4318\"\n", "1:17: \"localhost:4318\" is no address of a collector"),
-            ("follow = maybe\n", "1:10: "),
-            ("\nstall_threshold = \"10us\"\n", "2:19: at least 1ms"),
-            ("[exclude]\nexe = [\"[a\"]\n", "2:7: [a: "),
-            ("reactor_calls = [\"kqueue\"]\n", "1:17: kqueue: "),
-            ("listen = \"localhost\"\n", "1:10: "),
-            ("capacity = -1\n", "1:12: from "),
-            ("resolution = 3\n", "1:14: 1, 2, 4 or 8"),
-            ("all = true\n", "1:1: unknown field `all`"),
+        for (text, place, why) in [
+            ("[include]\ncom = [\"nginx\"]\n", "2:1: ", "unknown field `com`"),
+            ("[include]\nport = [80, 70000]\n", "2:13: ", ""),
+            ("[exclude]\nport = [80, 0]\n", "2:13: ", "integer `0`"),
+            ("attach_per_second = 0\n", "1:21: ", "--attach-per-second"),
+            ("follow = true\nprofiles = [\"auto\", \"perl\"]\n", "2:12: ", "there is no profile perl"),
+            ("otlp_endpoint = \"localhost:4318\"\n", "1:17: ", "no address of a collector"),
+            ("follow = maybe\n", "1:10: ", ""),
+            ("\nstall_threshold = \"10us\"\n", "2:19: ", "at least 1ms"),
+            ("\nstall_threshold = 1.5\n", "2:19: ", "float"),
+            ("[exclude]\nexe = [\"[a\"]\n", "2:7: ", "[a: "),
+            ("reactor_calls = [\"kqueue\"]\n", "1:17: ", "possible values: epoll, io_uring, poll, select"),
+            ("listen = \"localhost\"\n", "1:10: ", "localhost"),
+            ("capacity = -1\n", "1:12: ", "from 16 to 65536"),
+            ("resolution = 3\n", "1:14: ", "1, 2, 4 or 8"),
+            ("all = true\n", "1:1: ", "unknown field `all`"),
         ] {
             let error = understand::<Config>(text).unwrap_err();
-            assert!(error.starts_with(why) && !error.contains('\n'), "{error} for {text}");
+            assert!(
+                error.starts_with(place) && error.contains(why) && !error.contains('\n'),
+                "{error} for {text}"
+            );
         }
+    }
+
+    #[test]
+    fn the_command_line_comes_first() {
+        let config: Config = understand(example()).unwrap();
+        let complete = |words: &[&str]| {
+            let words = ["observer", "--all"].iter().chain(words).map(Into::into);
+            config.complete(&CommandLine::parse(words).unwrap().0)
+        };
+        let all_of_file = complete(&[]);
+        assert_eq!(all_of_file.kill_switch.unwrap().to_str(), Some("/run/observer.off"));
+        assert_eq!(all_of_file.output.otlp.endpoint.as_deref(), Some("http://localhost:4318"));
+        let given = complete(&["--otlp-endpoint", "http://b:1", "--stall-threshold", "5ms", "--no-listen"]);
+        assert_eq!(given.output.otlp.endpoint.as_deref(), Some("http://b:1"));
+        assert_eq!(given.stall_threshold.as_millis(), 5);
+        assert!(given.output.no_listen);
+        let children: Config = understand("follow = false\n").unwrap();
+        let line = CommandLine::parse(["observer", "--all"].map(Into::into).into_iter()).unwrap().0;
+        assert!(children.complete(&line).no_follow);
     }
 
     #[test]
     fn settings_that_have_changed_are_named() {
         let config = |text: &str| understand::<Config>(text).unwrap();
         let before = config("follow = true\n[include]\nall = true\n");
-        let changed = |text: &str| config(text).settings_changed_from(&before);
-        assert_eq!(changed("follow = true\n[exclude]\ncomm = [\"sshd\"]\n"), [""; 0]);
-        assert_eq!(changed("follow = false\n[include]\nall = true\n"), ["follow"]);
-        // Whatever it is: none of those of the example is what it was.
-        let all: toml::Table = example().parse().unwrap();
-        let mut names = changed(&example().replace("follow = true", "follow = false"));
-        names.sort_unstable();
-        assert_eq!(
-            names,
-            all.keys().filter(|name| *name != "include" && *name != "exclude").collect::<Vec<_>>()
-        );
+        let (selection, children) =
+            (config("follow = true\n[exclude]\ncomm = [\"sshd\"]\n"), config("follow = false\n"));
+        assert_eq!(selection.settings_changed_from(&before), [""; 0]);
+        assert_eq!(children.settings_changed_from(&before), ["follow"]);
+        assert_eq!(config("").settings_changed_from(&config("capacity = 16\n")), ["capacity"]);
     }
 }

@@ -8,6 +8,7 @@ mod sanitize;
 mod failure;
 mod finding;
 mod heap;
+mod setting;
 
 // What is measured.
 mod model;
@@ -37,24 +38,18 @@ mod demo;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 
-use std::{io, process::ExitCode};
+use std::{env, io, process::ExitCode};
 
 use anyhow::Result;
-use clap::{CommandFactory as _, FromArgMatches as _, parser::ValueSource};
 
-use cli::{Cli, Command};
+use cli::{Cli, Command, CommandLine};
 use sanitize::clean_lines;
 
 /// Does what the command line asks for. Errors end up on standard error, and in the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let matches = Cli::command().get_matches();
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let is_given = |setting: &str| {
-        matches.try_contains_id(setting).is_ok()
-            && matches.value_source(setting) == Some(ValueSource::CommandLine)
-    };
-    let code = match dispatch(cli, is_given) {
+    let (line, cli) = CommandLine::parse(env::args_os()).unwrap_or_else(|error| error.exit());
+    let code = match dispatch(cli, &line) {
         Ok(code) => code,
         // Whoever read the output has had enough, as `head` has.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -73,9 +68,9 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io.or(json) == Some(io::ErrorKind::BrokenPipe)
 }
 
-fn dispatch(cli: Cli, is_given: impl Fn(&str) -> bool) -> Result<ExitCode> {
+fn dispatch(cli: Cli, line: &CommandLine) -> Result<ExitCode> {
     match cli.command {
-        None => run::observe(cli.observe, is_given),
+        None => run::observe(cli.observe, line),
         Some(Command::Check(check)) => commands::check(check.pid, &check.known),
         Some(Command::Probes) => commands::probes(),
         Some(Command::Profiles) => commands::profiles(),

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    cli::{Format, Not, Observe, Output, Which},
+    cli::{CommandLine, Format, Not, Observe, Output, Which},
     config::Config,
     export::{
         endpoint, flame, json,
@@ -64,10 +64,10 @@ struct Reload {
     config: Config,
 }
 
-/// Observes what the command line and the configuration ask for; `is_given` tells whether the command line has a setting.
-pub(crate) fn observe(mut observe: Observe, is_given: impl Fn(&str) -> bool) -> Result<ExitCode> {
+/// Observes what the command line and the configuration ask for.
+pub(crate) fn observe(observe: Observe, line: &CommandLine) -> Result<ExitCode> {
     let config = Config::of(&observe)?;
-    config.apply(&mut observe, is_given);
+    let observe = config.complete(line);
     let selection = Selection {
         pids: observe.which.pids.iter().copied().collect(),
         choice: choice(&observe, &config),

@@ -11,6 +11,7 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
+    http,
     observer::{BINARY, Observer},
     otlp::{Figures, Receiver, Rotel, certificate, for_each_point, pushed, scraped},
     servers::{Server, free_port},
@@ -259,7 +260,7 @@ fn a_collector_that_says_nothing_holds_nobody_up() {
         assert!(observer.message().contains("no answer within 400ms"));
         for _ in 0..5 {
             let begin = Instant::now();
-            observer.scrape();
+            http::get(observer.port(), "/metrics");
             assert!(begin.elapsed() < Duration::from_secs(1), "a scrape took {:?}", begin.elapsed());
         }
         let begin = Instant::now();
@@ -283,7 +284,11 @@ fn what_is_wrong_with_an_address_is_told_at_once() {
         assert_eq!(said.lines().count(), 2, "{said}");
         assert!(said.contains(what), "{said}");
     };
-    fails(&["--otlp-endpoint", "localhost:4317"], &[], "no address of a collector");
+    let me = std::process::id().to_string();
+    let flag = ["--pid", &me, "--no-listen", "--duration", "1s", "--otlp-endpoint", "localhost:4317"];
+    let output = Command::new(BINARY).args(flag).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no address of a collector"));
     fails(&[], &[("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://x")], "OTEL_EXPORTER_OTLP_ENDPOINT");
     let https = ["--otlp-endpoint", "https://127.0.0.1:1"];
     fails(&https, &[("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nowhere.pem")], "/nowhere.pem");

@@ -12,7 +12,10 @@ use super::{
     generic::{self, OwnHook},
     profile::Profile,
 };
-use crate::failure::{Failure, understand};
+use crate::{
+    failure::{Failure, understand},
+    setting::HEADING,
+};
 
 /// Names and contents of all files, as the build script finds them.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/profiles.rs"));
@@ -33,7 +36,14 @@ pub(crate) struct ProfileSelection {
     /// off; `observer profiles` lists the built-in ones. A process without such a runtime is not touched. With `auto`,
     /// deferred work of a process is no longer followed once that takes more than 25,000 traps into the kernel a second
     /// (about 5 % of a CPU) for three seconds; a profile that is named is followed at any cost.
-    #[arg(long = "profile", value_name = "PROFILES", value_delimiter = ',', default_value = "auto")]
+    #[arg(
+        long = "profile",
+        value_name = "PROFILES",
+        value_delimiter = ',',
+        default_value = "auto",
+        value_parser = known_profile,
+        help_heading = HEADING
+    )]
     pub(crate) profiles: Vec<String>,
     /// Function of a library of one's own that puts work off, and what the work is known by
     ///
@@ -53,7 +63,7 @@ pub(crate) struct ProfileSelection {
 
 /// The profiles that the command line asks for: `auto` for all that are built in, `none`, names, and files. Those of
 /// files come first: they may describe better what is built in as well.
-pub(crate) fn chosen(wanted: &[String]) -> Result<Vec<Arc<Profile>>, Failure> {
+fn chosen(wanted: &[String]) -> Result<Vec<Arc<Profile>>, Failure> {
     let mut files = Vec::new();
     let mut named = Vec::new();
     for wanted in wanted {
@@ -80,8 +90,16 @@ pub(crate) fn chosen(wanted: &[String]) -> Result<Vec<Arc<Profile>>, Failure> {
     Ok(files)
 }
 
+/// What names a profile: what is in a file turns out when it is read.
+fn known_profile(wanted: &str) -> Result<String, String> {
+    if !is_file(wanted) {
+        chosen(&[wanted.to_owned()]).map_err(|failure| format!("{}: {}", failure.what, failure.cure))?;
+    }
+    Ok(wanted.to_owned())
+}
+
 /// Whether a profile that is wanted is one of the user's own.
-pub(crate) fn is_file(wanted: &str) -> bool {
+fn is_file(wanted: &str) -> bool {
     Path::new(wanted).extension().is_some_and(|extension| extension == "toml")
 }
 
@@ -160,7 +178,7 @@ mod tests {
         for profile in PROFILES.iter() {
             let has_chapter =
                 PAGE.lines().any(|line| line.starts_with("### ") && line.contains(&profile.name));
-            assert!(is_kind_known, "{}", profile.name);
+            assert!(has_chapter, "{}", profile.name);
         }
         for verb in ["snapshot", "restore", "leave", "forget", "clear", "detach"] {
             assert!(PAGE.contains(&format!("| `{verb}` |")), "{verb}");

@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use percent_encoding::percent_decode_str;
 
 use super::signal::{MetricsRequest, Signal, TraceRequest};
-use crate::failure::Failure;
+use crate::{failure::Failure, setting::HEADING};
 
 /// How long a request may take, unless told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -28,10 +28,10 @@ pub(crate) struct OtlpArguments {
     /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
     ///
     /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.
-    #[arg(id = "otlp_endpoint", long = "otlp-endpoint", value_name = "URL")]
+    #[arg(id = "otlp_endpoint", long = "otlp-endpoint", value_name = "URL", value_parser = collector_url, help_heading = HEADING)]
     pub(crate) endpoint: Option<String>,
     /// How to speak to it; without this and its variable, http/protobuf
-    #[arg(id = "otlp_protocol", long = "otlp-protocol", value_enum, value_name = "PROTOCOL")]
+    #[arg(id = "otlp_protocol", long = "otlp-protocol", value_enum, value_name = "PROTOCOL", help_heading = HEADING)]
     pub(crate) protocol: Option<Protocol>,
 }
 
@@ -205,8 +205,12 @@ pub(crate) fn understand(lookup: Lookup<'_>) {
     }
 }
 
+fn collector_url(text: &str) -> Result<String, String> {
+    uri(text, "--otlp-endpoint").map(|_| text.to_owned()).map_err(|failure| failure.what)
+}
+
 /// The address of a collector; `origin` is what gives it.
-pub(crate) fn uri(url: &str, origin: &str) -> Result<Uri, Failure> {
+fn uri(url: &str, origin: &str) -> Result<Uri, Failure> {
     let uri = Uri::from_str(url).ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
     uri.ok_or_else(|| {
         Failure::new(
@@ -365,7 +369,7 @@ mod tests {
     fn what_makes_no_sense_is_a_failure() {
         let fails = |name: &str, value: &str| find(&[], &[(ENDPOINT, "http://c"), (name, value)]).is_err();
         assert!(find(&[], &[(ENDPOINT, "localhost:4317")]).is_err());
-        assert!(find(&["--otlp-endpoint", "ftp://c"], &[]).is_err());
+        assert!(Cli::try_parse_from(["observer", "--all", "--otlp-endpoint", "ftp://c"]).is_err());
         assert!(fails("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"));
         assert!(fails("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"));
         assert!(fails("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"));

@@ -86,7 +86,7 @@ fn redis_with_a_million_keys_computes_while_it_lists_them() {
     assert!(frames.any(is_own), "{stalls:#}");
 }
 
-/// A loop that never comes back shows a growing lag within two seconds, wherever one looks.
+/// A loop that never comes back shows a growing lag after two refreshes, wherever one looks.
 #[real_test(alone)]
 fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
     let server = Server::asyncio();
@@ -104,13 +104,12 @@ fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
     client.write_all(b"GET /spin/600000 HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
     let began = Instant::now();
     thread::sleep(Duration::from_secs(1));
-    let sum = || observer.figure("observer_reactor_lag_seconds_sum");
+    let sum = || observer.latest("observer_reactor_lag_seconds_sum");
     let first = sum();
     assert!(first > 0.0);
-    // A scrape may tell figures of some age.
     wait_for("the lag to grow", || (sum() > first).then_some(()));
     assert!(
-        is_emulated() || began.elapsed() < Duration::from_secs(2),
+        is_emulated() || began.elapsed() < Duration::from_millis(2500),
         "it grows after {:?}",
         began.elapsed()
     );

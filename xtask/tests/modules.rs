@@ -6,6 +6,7 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    slice,
 };
 
 use anyhow::{Context as _, Result};
@@ -52,7 +53,7 @@ impl Module {
         let syntax = syn::parse_file(&text).with_context(|| format!("cannot parse {}", file.display()))?;
         let names = declared(&syntax);
         let children = names.iter().map(|name| {
-            let path = [&path[..], &[name.clone()]].concat();
+            let path = [&path[..], slice::from_ref(name)].concat();
             Self::read(&find(file, name)?, path)
         });
         let children = children.collect::<Result<_>>()?;

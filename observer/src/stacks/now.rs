@@ -41,8 +41,9 @@ pub(crate) struct StackReader {
 pub(super) enum ThreadState {
     /// Its stack, or why there is none.
     Stack(Look),
-    /// It computes in native code, where only the kernel's clock can look.
-    Running,
+    /// It computes in native code, where only the kernel's clock can look. With the reason why its interpreter's own account could
+    /// not be read, if it has one.
+    Running(Option<String>),
 }
 
 impl StackReader {
@@ -92,7 +93,7 @@ impl StackReader {
     fn native(&mut self, slice: InSlice, why_native: Option<String>) -> ThreadState {
         let (frames, cut) = match self.unwound(slice) {
             Ok(Some(unwound)) => unwound,
-            Ok(None) => return ThreadState::Running,
+            Ok(None) => return ThreadState::Running(why_native),
             Err(why) => (Vec::new(), Some(format!("{why:#}"))),
         };
         ThreadState::Stack(Look {

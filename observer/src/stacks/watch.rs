@@ -25,7 +25,7 @@ const THRIFT: u32 = 20;
 /// Looks at a longer slice become rarer: each comes when its age has grown by one in so many since the last.
 const AGEING: u64 = 8;
 /// Different stacks kept of one slice.
-const SIGHTS: usize = 16;
+const STACKS_LIMIT: usize = 16;
 /// How often a thread that computes is interrupted while it is watched.
 const SAMPLING: Duration = Duration::from_millis(1);
 
@@ -45,6 +45,8 @@ struct SlowSlice {
     stacks: Vec<(Look, u32)>,
     /// Under the clock, if it computes in native code.
     sampler: Option<Sampler>,
+    /// Why the clock sees native functions alone, if the process has others.
+    why_native: Option<String>,
     /// When to look again, monotonic nanoseconds.
     next_ns: u64,
     /// Whether it has ended, and word of that may still come.
@@ -133,7 +135,7 @@ impl Watcher {
 
 impl SlowSlice {
     const fn of(slice: InSlice) -> Self {
-        Self { slice, stacks: Vec::new(), sampler: None, next_ns: 0, is_over: false }
+        Self { slice, stacks: Vec::new(), sampler: None, why_native: None, next_ns: 0, is_over: false }
     }
 
     fn look(&mut self, reader: &mut StackReader) {
@@ -141,11 +143,17 @@ impl SlowSlice {
         let tid = self.slice.tid;
         match reader.look(self.slice) {
             ThreadState::Stack(look) => self.add(look),
-            ThreadState::Running if self.sampler.is_none() => match Sampler::of(tid, SAMPLING) {
-                Ok(sampler) => self.sampler = Some(sampler),
-                Err(why) => self.add(Look::missing(format!("it computes, and cannot be interrupted: {why}"))),
-            },
-            ThreadState::Running => {}
+            ThreadState::Running(why_native) => {
+                self.why_native = why_native;
+                if self.sampler.is_none() {
+                    match Sampler::of(tid, SAMPLING) {
+                        Ok(sampler) => self.sampler = Some(sampler),
+                        Err(why) => {
+                            self.add(Look::missing(format!("it computes, and cannot be interrupted: {why}")));
+                        }
+                    }
+                }
+            }
         }
     }
 
@@ -153,7 +161,8 @@ impl SlowSlice {
     fn fetch(&mut self, reader: &mut StackReader) {
         let pid = self.slice.pid;
         let latest = self.sampler.as_mut().and_then(|sampler| reader.sampled(pid, sampler));
-        if let Some(look) = latest {
+        if let Some(mut look) = latest {
+            look.missing = look.missing.or_else(|| self.why_native.clone());
             self.add(look);
         }
     }
@@ -161,7 +170,7 @@ impl SlowSlice {
     fn add(&mut self, look: Look) {
         if let Some((_, count)) = self.stacks.iter_mut().find(|(known, _)| known.is_alike(&look)) {
             *count += 1;
-        } else if self.stacks.len() < SIGHTS {
+        } else if self.stacks.len() < STACKS_LIMIT {
             self.stacks.push((look, 1));
         }
     }
@@ -169,7 +178,8 @@ impl SlowSlice {
     /// What was seen most often; of equals the latest, for a slice is at its longest in the end. What is whole comes
     /// before what is not.
     fn most(&self) -> Look {
-        let most = self.stacks.iter().max_by_key(|(look, count)| (!look.frames.is_empty(), *count));
+        let rank = |(look, count): &&(Look, u32)| (!look.frames.is_empty(), look.missing.is_none(), *count);
+        let most = self.stacks.iter().max_by_key(rank);
         most.map_or_else(nobody_looked, |(look, _)| look.clone())
     }
 }

@@ -124,7 +124,17 @@ impl Observer {
     /// A figure of the only series of this name, as scraped now.
     #[track_caller]
     pub(crate) fn figure(&self, name: &str) -> f64 {
-        let scrape = self.scrape();
+        Self::only_value(&self.scrape(), name)
+    }
+
+    /// The same of a scrape that may be a second old.
+    #[track_caller]
+    pub(crate) fn latest(&self, name: &str) -> f64 {
+        Self::only_value(&http::get(self.port(), "/metrics"), name)
+    }
+
+    #[track_caller]
+    fn only_value(scrape: &str, name: &str) -> f64 {
         let series: Vec<_> = scrape.lines().filter(|line| line.starts_with(&format!("{name}{{"))).collect();
         assert_eq!(series.len(), 1, "{name} in {scrape}");
         series[0].rsplit(' ').next().unwrap().parse().unwrap()

@@ -10,10 +10,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use inferno::flamegraph::{self, Options};
 
-use crate::sanitize::clean;
 use crate::{
     failure::Failure,
     model::snapshot::{Reactor, Snapshot, Target},
+    sanitize::clean,
 };
 
 /// A file for a graph.

@@ -59,8 +59,8 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
         };
         let together = match family.kind {
             Kind::Gauge(together) if family.subject() != Subject::Own => match together {
-                Aggregation::Sum => " Aggregation: their sum.",
-                Aggregation::Max => " Aggregation: the greatest.",
+                Aggregation::Sum => " Together: their sum.",
+                Aggregation::Max => " Together: the greatest.",
             },
             _ => "",
         };

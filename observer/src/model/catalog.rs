@@ -12,12 +12,7 @@ use super::{
         live_reactors, reactor_labels, target_labels, task_labels,
     },
 };
-use crate::model::family::Aggregation;
-use crate::model::family::Family;
-use crate::model::family::Kind;
-use crate::model::family::Sink;
-use crate::model::family::Value;
-use crate::model::family::count;
+use crate::model::family::{Aggregation, Family, Kind, Sink, Value, count};
 
 /// All families, in the order of the reference page: those of what is observed, then observer's own.
 pub(crate) fn families() -> impl Iterator<Item = &'static Family> {

@@ -37,7 +37,7 @@ pub(crate) struct Observed<'a> {
 /// - **The rest of the waiting time** meets what waits' ends have met: each stretch between two questions is spread
 ///   over the replies that fell into it, or over all so far if none did. Before the first reply it meets no delay. A
 ///   reply has the wake-up in it and, where a timeout ended the wait, the timer's slack as well; each wait that blocked
-///   has one wait_return_delay, so that neither counts twice. What ends a wait tells what its loop waits for: a loop that runs on
+///   has one delay, so that neither counts twice. What ends a wait tells what its loop waits for: a loop that runs on
 ///   timers meets their slack, one that runs on requests does not.
 ///
 /// The sum is the integral of the delay over time. For a stretch of length B that is B^2 / 2, of which a bucket from l to

@@ -6,8 +6,10 @@ use super::{
     recent::{Parts, Point},
     theme::{Theme, short_name},
 };
-use crate::model::lag::LATE;
-use crate::{export::words::span, model::busy::Cause};
+use crate::{
+    export::words::span,
+    model::{busy::Cause, lag::LATE},
+};
 
 /// The shortest scale of a history, in seconds: a loop that is never late has a flat one.
 const LEAST_SCALE: f64 = 0.001;

@@ -5,11 +5,11 @@ use super::{
     state::{LoopRow, QueueRow, State},
     work,
 };
-use crate::export::live::finding::Finding;
-use crate::export::live::finding::age;
-use crate::export::live::finding::rate;
 use crate::{
-    export::words::{named, percent, span},
+    export::{
+        live::finding::{Finding, age, rate},
+        words::{named, percent, span},
+    },
     model::{
         busy::Cause,
         frame::Look,

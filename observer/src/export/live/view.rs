@@ -16,9 +16,11 @@ use super::{
     theme::Theme,
     verdict::{all_is_well, cause, findings, stack},
 };
-use crate::export::live::finding::total;
 use crate::{
-    export::words::{due_to, percent, span},
+    export::{
+        live::finding::total,
+        words::{due_to, percent, span},
+    },
     model::{
         snapshot::{Reactor, Snapshot},
         stall::Stalls,

@@ -1,4 +1,4 @@
-//! The command line: what can be asked for, and its help, which serves as the manual. Parsing only.
+//! The command line and its help, which is the manual. Parsing only.
 
 use std::{ffi::OsString, net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 
@@ -14,16 +14,16 @@ use crate::{
     profiles::ProfileSelection, read::capacity::Capacity, setting::HEADING,
 };
 
-/// What a command line asks for.
+/// The command line.
 #[derive(Debug, Parser)]
 #[command(
     name = "observer",
     version,
     about = "Is my server late, and whose fault is it?",
-    long_about = "Observer looks at event-loop servers from outside, without changing or restarting them. It tells how many \
-connections wait to be accepted and for how long, and how long each event loop runs between two waits and why: on a CPU, \
-waiting for one, or blocked.",
-    after_help = "Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.",
+    long_about = "observer profiles event-loop servers from outside, without changing or restarting them. It measures how long \
+connections wait to be accepted, how late each event loop is and why (on a CPU, waiting for one, or blocked), and which request \
+each deferred task came from.",
+    after_help = "Exit codes: 0 success, 1 failure (standard error says what to do), 2 wrong usage.",
     after_long_help = MORE,
     subcommand_negates_reqs = true,
     args_conflicts_with_subcommands = true
@@ -38,37 +38,35 @@ pub(crate) struct Cli {
 /// Blocks that begin with a title. `manual.rs` makes sections of them, and of lines with two columns a list.
 const MORE: &str = "\
 Examples:
-  sudo observer --pid $(pgrep -o nginx)                    watch until q, then a report; with all its workers
-  sudo observer --pid 4242 --duration 30s --format text    a report after 30 seconds; figures meanwhile at
+  sudo observer --pid $(pgrep -o nginx)                    live view of nginx and its workers; q prints the report
+  sudo observer --pid 4242 --duration 30s --format text    a report after 30 seconds; metrics meanwhile at
                                                            http://127.0.0.1:9464/metrics
   sudo observer --pid 4242 --duration 10s --format json    a report for programs
-  sudo observer --port 8080 --port 8081                    whoever listens there, now or later
+  sudo observer --port 8080 --port 8081                    the processes that listen there, now or later
   sudo observer --all --format text                        every server of this machine
   sudo observer --config /etc/observer.toml --format text  as a service: docs/configuration.md
-  sudo observer demo                                       watch a server with known misbehaviour
+  sudo observer demo                                       a server with known misbehaviour
 
-Words:
-  slice     the time between two waits for events of the same thread, from when it is back on a CPU to
-            when it blocks again: nothing else on that event loop can run meanwhile
-  late      lag: the delay that something due at a random moment meets, be it a request or a timer
-  stall     a slice of --stall-threshold or more; stalls are put down to the code that was seen in
-            most of the looks that observer took while they lasted
-  wake-up   the delay between an event making the loop runnable and the loop running
-  depth     connections whose handshake is done and that nobody has accepted yet; limit is the most
-            that may wait, oldest how long the first of them has waited
+Terms:
+  slice     the time between two waits for events of the same thread: nothing else on that event loop runs
+            meanwhile
+  lag       the delay that an event arriving at a random moment would see; from 50ms on a loop is LATE
+  stall     a slice of --stall-threshold or more, attributed to the stack that was seen most often in it
+  wake-up   the time between an event making a waiting loop runnable and the loop running
+  depth     connections whose handshake is done and that no process has accepted yet; limit is the most
+            that fit, oldest is how long the first of them has waited
 
-Live view: it needs a terminal that can place text (TERM=dumb cannot) and at least 50 x 12
-characters; ? in it tells its keys. NO_COLOR turns its colours off. Messages wait until the
-terminal is given back; the latest is shown.
+Live view: it needs a terminal of at least 50 x 12 characters that can place text (TERM=dumb cannot).
+Press ? for its keys. NO_COLOR turns colours off. Messages are printed when the view ends.
 
-Pushing: these variables are respected, those of OTEL_EXPORTER_OTLP_ also as
-OTEL_EXPORTER_OTLP_METRICS_…, which comes first: OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS,
-_TIMEOUT, _COMPRESSION (gzip), _CERTIFICATE, _CLIENT_CERTIFICATE, _CLIENT_KEY;
-OTEL_METRIC_EXPORT_INTERVAL (milliseconds; a minute without it), OTEL_RESOURCE_ATTRIBUTES,
-OTEL_SERVICE_NAME (of observer itself), OTEL_METRICS_EXPORTER=none, OTEL_SDK_DISABLED. Mind that
-sudo does not pass variables on unless told so.
+Pushing: these variables apply, those of OTEL_EXPORTER_OTLP_ also as OTEL_EXPORTER_OTLP_METRICS_… and
+OTEL_EXPORTER_OTLP_TRACES_…, which come first: OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS, _TIMEOUT,
+_COMPRESSION (gzip), _CERTIFICATE, _CLIENT_CERTIFICATE, _CLIENT_KEY; OTEL_METRIC_EXPORT_INTERVAL
+(milliseconds; default one minute), OTEL_RESOURCE_ATTRIBUTES, OTEL_SERVICE_NAME (of observer itself),
+OTEL_METRICS_EXPORTER=none, OTEL_TRACES_EXPORTER=none, OTEL_SDK_DISABLED. sudo passes variables on only
+with -E or --preserve-env.
 
-Exit codes: 0 done, 1 could not do it (what happened, and what to do), 2 wrong usage.";
+Exit codes: 0 success, 1 failure (standard error says what to do), 2 wrong usage.";
 
 /// A command line that has been parsed.
 pub(crate) struct CommandLine {
@@ -99,65 +97,64 @@ impl CommandLine {
     }
 }
 
-/// Anything but the main job.
+/// Everything but observing.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Show what this kernel and these rights allow; exit with 1 if the main job cannot run
+    /// Show what this kernel and these rights allow; exit with 1 if observing is not possible
     Check(Check),
-    /// List the probes: what each tells, what it hooks, what it costs
+    /// List the probes: what each measures, what it hooks, what it costs
     Probes,
-    /// List the built-in profiles: which runtimes are known, by what, and where they put work off
+    /// List the built-in profiles: which runtimes are recognised, and which of their functions enqueue tasks
     Profiles,
     /// Write the reference page of all metrics
     #[command(hide = true)]
     Metrics,
-    /// Observe a small server with known misbehaviour, made for this
+    /// Observe a built-in server with known misbehaviour
     Demo(Demo),
-    /// Write a script that has a shell complete what is typed
+    /// Write completions for a shell
     Completions(Completions),
-    /// Write the manual page: what --help says, for man
+    /// Write the manual page, for man
     Man,
     /// The server that `demo` observes
     #[command(hide = true)]
     DemoServer,
 }
 
-/// The main job.
+/// What to observe, and how.
 #[derive(Args, Debug)]
 pub(crate) struct Observe {
     #[command(flatten)]
     pub(crate) which: Which,
     #[command(flatten)]
     pub(crate) not: Not,
-    /// Leave out the children of these processes
+    /// Do not observe the children of these processes
     #[arg(long)]
     pub(crate) no_follow: bool,
-    /// Of processes that are selected, attach to the runtimes of so many in a second; others wait for their turn
+    /// Limit runtime attachments per second
     ///
-    /// Queues and loops are seen at once; this is for collections and deferred work. A process that is given by its id
-    /// does not wait.
+    /// Attaching to a runtime, for its collections and deferred tasks, stops the process for a moment. Queues and loops need no such
+    /// attachment. A process that is given by its id does not wait.
     #[arg(help_heading = HEADING, long, value_name = "PROCESSES", default_value = "10")]
     pub(crate) attach_per_second: NonZero<u32>,
-    /// As long as this file exists, keep everything of observer's out of the kernel
+    /// Detach while FILE exists
     ///
-    /// What was observed until it appeared is forgotten; when it is gone, a new observation begins.
+    /// All programs, probes and maps leave the kernel. When the file is gone, a new observation begins with new counters.
     #[arg(help_heading = HEADING, long, value_name = "FILE")]
     pub(crate) kill_switch: Option<PathBuf>,
-    /// Calls that threads wait for events with
+    /// System calls that count as waits for events
     ///
-    /// A thread that waits with several of them is known by the first of: epoll, io_uring, poll and select; its other
-    /// blocking calls count as time blocked. A poll or select on a single descriptor is a wait only in a loop that
-    /// polls several otherwise. A call with a timeout of 0 is a wait that returns at once if it looks at what the
-    /// loop waits on; otherwise (into a nested epoll set) it is part of the work.
+    /// A thread that uses several is classified by the first of epoll, io_uring, poll and select; its other blocking calls count as
+    /// blocked time. A poll or select on a single descriptor is a wait only in a loop that polls several otherwise. A call with a timeout
+    /// of 0 is a wait if it looks at what the loop waits on; otherwise (into a nested epoll set) it is part of the slice.
     #[arg(help_heading = HEADING, long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = WaitCall::DEFAULT)]
     pub(crate) reactor_calls: Vec<WaitCall>,
-    /// From which length on a slice is a stall, told with its cause and culprit; at least 1ms
+    /// Report slices of TIME or more as stalls, with cause and stack; at least 1ms
     #[arg(help_heading = HEADING, long, value_name = "TIME", value_parser = stall_threshold, default_value = "50ms")]
     pub(crate) stall_threshold: Duration,
-    /// Room for so many event loops and listeners, four times as many processes, and the rest in proportion; from 16 to 65536
+    /// Maximum number of event loops and listeners tracked, with four times as many processes; from 16 to 65536
     ///
-    /// What this takes of the kernel's memory (about 49 MiB for 1024) is told at the start, taken at once and never grows.
-    /// What finds no room is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
+    /// The kernel memory for this (about 49 MiB for 1024) is printed at the start, allocated at once and never grows. What exceeds the
+    /// maximum is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
     #[arg(help_heading = HEADING, long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]
@@ -166,51 +163,51 @@ pub(crate) struct Observe {
     pub(crate) output: Output,
 }
 
-/// Whom to observe: whoever any of these fits, each with all its threads and children.
+/// Which processes to observe: those that match any of these, with their threads and children.
 #[derive(Args, Clone, Debug)]
 #[group(id = "which", required = true, multiple = true)]
 pub(crate) struct Which {
-    /// Process to observe; this, like all that select processes, can be given more than once
+    /// Observe this process; this and all other selectors can be given more than once
     #[arg(long = "pid", value_name = "PID", value_parser = process_id)]
     pub(crate) pids: Vec<u32>,
-    /// Every process of this name, as `ps -o comm` shows it
+    /// Observe every process of this name, as `ps -o comm` shows it
     ///
-    /// Processes that are not there yet are observed from the moment when they first listen or wait for events, as with
-    /// all that follow; observer then goes on when none is left.
+    /// With this and the following selectors, processes that start later are observed from when they first listen or wait for events,
+    /// and observer goes on when no process is left.
     #[arg(long = "comm", value_name = "NAME")]
     pub(crate) names: Vec<String>,
-    /// Every process that runs this program: a path, or the name of a file alone; * and ? stand for any characters
+    /// Observe every process that runs this program: a path or a file name; * and ? match any characters
     #[arg(long = "exe", value_name = "GLOB")]
     pub(crate) executables: Vec<Pattern>,
-    /// Every process that listens on this TCP port, in whatever network namespace
+    /// Observe every process that listens on this TCP port, in any network namespace
     #[arg(long = "port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) ports: Vec<u16>,
-    /// Every process in this cgroup or in one below it
+    /// Observe every process in this cgroup or below
     #[arg(long = "cgroup", value_name = "PATH")]
     pub(crate) cgroups: Vec<String>,
-    /// Every process that listens or waits for events
+    /// Observe every process that listens or waits for events
     #[arg(long)]
     pub(crate) all: bool,
-    /// File with whom to observe and whom not to, and other settings; SIGHUP has it read again
+    /// Read selectors, exclusions and settings from this file; SIGHUP reloads it
     ///
-    /// docs/configuration.md has all that it may say. What the command line says comes before it.
+    /// docs/configuration.md lists them all. The command line comes first.
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) config: Option<PathBuf>,
 }
 
-/// Whom not to observe, be it the child of one who is: whoever any of these fits and no --pid names.
+/// Which processes not to observe, even if they are children of observed ones; --pid comes first.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Not {
-    /// Leave out processes of this name
+    /// Do not observe processes of this name
     #[arg(long = "exclude-comm", value_name = "NAME")]
     pub(crate) not_names: Vec<String>,
-    /// Leave out processes that run this program
+    /// Do not observe processes that run this program
     #[arg(long = "exclude-exe", value_name = "GLOB")]
     pub(crate) not_executables: Vec<Pattern>,
-    /// Leave out processes that listen on this TCP port
+    /// Do not observe processes that listen on this TCP port
     #[arg(long = "exclude-port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) not_ports: Vec<u16>,
-    /// Leave out processes in this cgroup or in one below it
+    /// Do not observe processes in this cgroup or below
     #[arg(long = "exclude-cgroup", value_name = "PATH")]
     pub(crate) not_cgroups: Vec<String>,
 }
@@ -231,7 +228,7 @@ fn process_id(text: &str) -> Result<u32, String> {
 /// The check.
 #[derive(Args, Debug)]
 pub(crate) struct Check {
-    /// Also tell what can be seen of this process
+    /// Check also what can be seen of this process
     #[arg(long, value_name = "PID", value_parser = process_id)]
     pub(crate) pid: Option<u32>,
     #[command(flatten)]
@@ -253,40 +250,40 @@ pub(crate) struct Completions {
     pub(crate) shell: Shell,
 }
 
-/// How long to look, and where figures go.
+/// How long to observe, and where the results go.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Output {
-    /// Print the report and stop after this time, such as 500ms, 30s or 5m; without it, at Ctrl-C or when all targets are gone
+    /// Stop and print the report after TIME, such as 500ms, 30s or 5m; default: at Ctrl-C, or when all processes have exited
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) duration: Option<Duration>,
-    /// What to show; without it, the live view on a terminal and text elsewhere
+    /// Output format; default: the live view on a terminal, text elsewhere
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
-    /// Write a flame graph of the lag into this file at the end: the wider a function, the more of the mean lag is its
+    /// Write a flame graph of the lag to this file at the end: a function is as wide as its share of the mean lag
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) flame: Option<PathBuf>,
-    /// Address of the Prometheus endpoint (path /metrics)
+    /// Listen on this address for Prometheus (path /metrics)
     #[arg(help_heading = HEADING, long, value_name = "ADDR", default_value = "127.0.0.1:9464")]
     pub(crate) listen: SocketAddr,
-    /// No Prometheus endpoint
+    /// Do not listen for Prometheus
     #[arg(long, conflicts_with = "listen")]
     pub(crate) no_listen: bool,
-    /// Bounds that scraped and pushed histograms have for each power of two, from 1 us to 69 s: 1, 2, 4 or 8
+    /// Buckets of scraped and pushed histograms for each power of two, from 1 us to 69 s: 1, 2, 4 or 8
     ///
-    /// With 1, a quantile is exact to a factor of 2; with 8, as in reports, to 12.5 %, at eight times as many series.
+    /// With 1, a quantile is exact to a factor of 2; with 8, as in reports, to 12.5 %, with eight times as many series.
     #[arg(help_heading = HEADING, long, value_name = "BOUNDS", default_value_t = Resolution::LOWEST)]
     pub(crate) resolution: Resolution,
     #[command(flatten)]
     pub(crate) otlp: OtlpArguments,
-    /// Tell more about what observer does, the eBPF programs' own diagnostics included, on standard error
+    /// Print more messages, including those of the eBPF programs, on standard error
     #[arg(short, long)]
     pub(crate) verbose: bool,
 }
 
-/// What to show.
+/// Output formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
-    /// A view that follows what happens, and after it the report for people
+    /// A view that is updated once a second, and the text report when it ends
     Live,
     /// A report for people
     Text,

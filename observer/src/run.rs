@@ -112,12 +112,12 @@ impl Reload {
             Ok(config) => {
                 let changed = config.settings_changed_from(&self.config);
                 if !changed.is_empty() {
-                    log::warn!("changed, which takes a restart: {}", changed.join(", "));
+                    log::warn!("changed, but used only after a restart: {}", changed.join(", "));
                 }
                 Some(choice(&self.observe, &config))
             }
             Err(failure) => {
-                log::error!("{}; goes on as before", failure.what);
+                log::error!("{}; the configuration stays as it was", failure.what);
                 None
             }
         }
@@ -172,7 +172,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
         let mut end = None;
         loop {
             if let Some(file) = controls.kill_switch.as_deref().filter(|file| file.exists()) {
-                log::warn!("turned off: {} exists", file.display());
+                log::warn!("detached while {} exists", file.display());
                 let mut signals = Signals::catch(controls.reload.is_some())?;
                 if !until_turned_on(file, end, &mut signals).await {
                     return Ok(());
@@ -244,7 +244,7 @@ pub(crate) fn wait_for_removal() {
         let _cannot_fail = unsafe { set_signal_action(number, SigHandler::SigDfl) };
     }
     detach::finish_all(REMOVAL_PATIENCE, |left| {
-        let message = format!("still removing {left} breakpoints from the processes that were observed\n");
+        let message = format!("removing {left} breakpoints from the observed processes\n");
         let _nobody_reads = stderr().write_all(message.as_bytes());
     });
 }
@@ -287,7 +287,9 @@ fn format(output: &Output) -> Format {
     match output.format {
         Some(Format::Live) | None if live::is_possible() => Format::Live,
         Some(Format::Live) => {
-            log::warn!("no live view: it needs a terminal, in the foreground, that can place text");
+            log::warn!(
+                "no live view: it needs a terminal in the foreground that can place text (TERM is not dumb)"
+            );
             Format::Text
         }
         other => other.unwrap_or(Format::Text),
@@ -338,20 +340,20 @@ fn announce(
     let more = names.len().saturating_sub(4);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     if names.is_empty() {
-        eprintln!("observing nobody yet: no process like that is there; one that comes will be noticed");
+        eprintln!("no matching process yet; waiting for one");
     } else {
         eprintln!("observing {shown}{more}");
     }
     let memory = mebibytes(observation.map_memory());
     let waiting = if pushes {
         let most = mebibytes(BUFFER.try_into().unwrap_or(u64::MAX));
-        format!("; at most {most} of each signal wait for the collector")
+        format!("; at most {most} of each signal are buffered for the collector")
     } else {
         String::new()
     };
-    eprintln!("room for {}: {memory} of the kernel's memory{waiting}", selection.capacity.described());
+    eprintln!("capacity: {}; {memory} of kernel memory{waiting}", selection.capacity.described());
     if let Some(address) = figures {
-        eprintln!("figures at {address}");
+        eprintln!("metrics at {address}");
     }
     match output.duration {
         Some(duration) => eprintln!("report in {}, or at Ctrl-C", humantime::format_duration(duration)),

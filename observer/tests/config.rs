@@ -188,7 +188,7 @@ fn settings_take_a_restart() {
     let observer = config.observe();
     config.write(&format!("stall_threshold = \"5ms\"\n{}", of_ports(&[server.port])));
     observer.signal(Signal::SIGHUP);
-    let told = "changed, which takes a restart: stall_threshold";
+    let told = "restart: stall_threshold";
     wait_for("the message", || observer.message().contains(told).then_some(()));
     assert!(is_target(&observer.finish(), server.pid()));
 }

@@ -396,8 +396,9 @@ fn more_than_there_is_room_for_is_counted() {
     let usual = memory(&large);
     large.finish();
     let observer = start("16");
-    let line = observer.announcement.iter().find(|line| line.starts_with("room for 16 event loops")).unwrap();
-    assert!(line.contains("MiB of the kernel's memory"), "{line}");
+    let line =
+        observer.announcement.iter().find(|line| line.starts_with("capacity: 16 event loops")).unwrap();
+    assert!(line.contains("MiB of kernel memory"), "{line}");
     let least = memory(&observer);
     eprintln!("{} KiB for 1024 event loops, {} KiB for 16", usual >> 10, least >> 10);
     assert!(least < usual / 4);

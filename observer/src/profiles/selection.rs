@@ -27,15 +27,15 @@ pub(crate) static PROFILES: LazyLock<Vec<Arc<Profile>>> = LazyLock::new(|| {
     parsed.map(Arc::new).collect()
 });
 
-/// What runtimes are known by.
+/// How runtimes are recognised.
 #[derive(Args, Debug)]
 pub(crate) struct ProfileSelection {
-    /// What runtimes are known by: `auto` for all built-in profiles, `none`, names, or files ending in .toml
+    /// Recognise runtimes by these profiles: `auto` for all built-in ones, `none`, names, or files ending in .toml
     ///
-    /// A profile tells how a runtime is recognised, how its garbage collections can be watched, and where it puts work
-    /// off; `observer profiles` lists the built-in ones. A process without such a runtime is not touched. With `auto`,
-    /// deferred work of a process is no longer followed once that takes more than 25,000 traps into the kernel a second
-    /// (about 5 % of a CPU) for three seconds; a profile that is named is followed at any cost.
+    /// A profile says how a runtime is recognised, how its garbage collections can be watched, and which functions enqueue tasks; `observer
+    /// profiles` lists the built-in ones. Other processes are not touched. With `auto`, the deferred tasks of a process are no longer
+    /// followed after three seconds of more than 25,000 traps a second (about 5 % of a CPU). A profile that is named is followed at any
+    /// cost.
     #[arg(
         long = "profile",
         value_name = "PROFILES",
@@ -45,18 +45,17 @@ pub(crate) struct ProfileSelection {
         help_heading = HEADING
     )]
     pub(crate) profiles: Vec<String>,
-    /// Function of a library of one's own that puts work off, and what the work is known by
+    /// Function of your own library that enqueues a task
     ///
-    /// LIBRARY is how the name of the library's or the program's file begins; KEY is an argument, arg0 to arg5, or a
-    /// register by its name, perhaps with pointers to follow from there, such as arg0->8. Work that is put off is due to
-    /// the request that was handled at the time. More can be said in a profile, see --profile.
+    /// LIBRARY is the beginning of the file name of the library or program. KEY identifies the task: an argument (arg0 to arg5) or a
+    /// register, with pointers to follow from there, such as arg0->8. The origin of the task is the request that was being handled. A
+    /// profile can say more, see --profile.
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "restore")]
     pub(crate) snapshot: Option<OwnHook>,
-    /// Function that goes on with work that was put off; it ends with --forget or, without that, where its thread turns
-    /// to something else
+    /// Function that runs a task; the task finishes at --forget or, without that, when its thread turns to something else
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
     pub(crate) restore: Option<OwnHook>,
-    /// Function after which the work is no more
+    /// Function that frees a task
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
     pub(crate) forget: Option<OwnHook>,
 }

@@ -27,15 +27,15 @@ const GRPC_PORT: u16 = 4317;
 pub(crate) struct OtlpArguments {
     /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
     ///
-    /// The variables OTEL_EXPORTER_OTLP_* say the same and more: see "Pushing" below.
+    /// The variables OTEL_EXPORTER_OTLP_* do the same and more: see "Pushing" below.
     #[arg(id = "otlp_endpoint", long = "otlp-endpoint", value_name = "URL", value_parser = collector_url, help_heading = HEADING)]
     pub(crate) endpoint: Option<String>,
-    /// How to speak to it; without this and its variable, http/protobuf
+    /// Protocol of the collector; default: its variable, or http/protobuf
     #[arg(id = "otlp_protocol", long = "otlp-protocol", value_enum, value_name = "PROTOCOL", help_heading = HEADING)]
     pub(crate) protocol: Option<Protocol>,
 }
 
-/// How to speak to an OpenTelemetry collector.
+/// Protocol of an OpenTelemetry collector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Protocol {
     /// gRPC, usually at port 4317

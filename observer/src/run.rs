@@ -126,11 +126,12 @@ impl Reload {
     /// Has a running observation choose by what the configuration says now.
     fn reach(&self, observation: &mut Observation, chosen: &mut Choice) -> Result<()> {
         let again = self.again();
-        observation.count_reload(again.is_some());
+        let is_accepted = again.is_some();
         if let Some(choice) = again {
             chosen.clone_from(&choice);
             observation.choose(choice)?;
         }
+        observation.count_reload(is_accepted);
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ use std::{
 use crate::support::{
     acceptor::{self, Acceptor, CONNECTIONS},
     is_emulated,
-    observer::Observer,
+    observer::{Observer, only_value, value},
     wait_for,
 };
 
@@ -76,14 +76,18 @@ fn a_stuck_member_of_a_reuseport_group_stands_out() {
 
 /// Nobody accepts, so the connection that waits longest gets older as time goes by.
 fn assert_the_oldest_ages(observer: &Observer) {
-    let age = || (Instant::now(), observer.figure("observer_accept_queue_oldest_seconds"));
-    // A scrape tells figures of some age, the more the longer it takes to read them.
+    let age = || {
+        let scrape = observer.scrape();
+        let refreshed = value(&scrape, "observer_self_refreshed_timestamp_seconds");
+        (refreshed.expect("a time"), only_value(&scrape, "observer_accept_queue_oldest_seconds"))
+    };
+    // Refreshed is one after the other.
     let (pause, stale) = if is_emulated() { (8_000, 2.5) } else { (1_000, 0.15) };
     let first = age();
     thread::sleep(Duration::from_millis(pause));
     let second = age();
     let grown = second.1 - first.1;
-    let truth = (second.0 - first.0).as_secs_f64();
+    let truth = second.0 - first.0;
     assert!((grown - truth).abs() < 0.1 * truth + stale, "the oldest aged {grown} s in {truth} s");
 }
 

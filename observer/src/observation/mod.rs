@@ -164,7 +164,9 @@ impl Observation {
         let (new, released) = self.targets.choose(&mut self.maps, &mut self.missing, choice)?;
         self.reactors.adopt_calls(&mut self.maps, &mut self.missing, new)?;
         self.runtimes.release(&mut self.maps, &released);
-        self.forget(&released)
+        self.forget(&released)?;
+        // At once: what a new target accepts before its listeners are found is lost.
+        self.refresh()
     }
 
     /// Counts a reload of the configuration, which was accepted or refused.

@@ -112,32 +112,22 @@ impl Observer {
         let called = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
         wait_for("a fresh scrape", || {
             let scrape = http::get(self.port(), "/metrics");
-            let value = |name: &str| -> Option<f64> {
-                scrape.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
-            };
-            let is_fresh =
-                value("observer_self_refreshed_timestamp_seconds").is_some_and(|time| time >= called);
-            (is_fresh || value("observer_self_off") == Some(1.0)).then_some(scrape)
+            let refreshed = value(&scrape, "observer_self_refreshed_timestamp_seconds");
+            let is_off = value(&scrape, "observer_self_off") == Some(1.0);
+            (is_off || refreshed.is_some_and(|time| time >= called)).then_some(scrape)
         })
     }
 
     /// A figure of the only series of this name, as scraped now.
     #[track_caller]
     pub(crate) fn figure(&self, name: &str) -> f64 {
-        Self::only_value(&self.scrape(), name)
+        only_value(&self.scrape(), name)
     }
 
     /// The same of a scrape that may be a second old.
     #[track_caller]
     pub(crate) fn latest(&self, name: &str) -> f64 {
-        Self::only_value(&http::get(self.port(), "/metrics"), name)
-    }
-
-    #[track_caller]
-    fn only_value(scrape: &str, name: &str) -> f64 {
-        let series: Vec<_> = scrape.lines().filter(|line| line.starts_with(&format!("{name}{{"))).collect();
-        assert_eq!(series.len(), 1, "{name} in {scrape}");
-        series[0].rsplit(' ').next().unwrap().parse().unwrap()
+        only_value(&http::get(self.port(), "/metrics"), name)
     }
 
     /// Ctrl-C.
@@ -243,4 +233,17 @@ pub(crate) fn count_between(histogram: &Value, above: f64, up_to: f64) -> u64 {
         below.next_back().map_or(0, |bucket| bucket[1].as_u64().unwrap())
     };
     at(up_to) - at(above)
+}
+
+/// The value of a metric without labels in a scrape.
+pub(crate) fn value(scrape: &str, name: &str) -> Option<f64> {
+    scrape.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?.parse().ok()
+}
+
+/// The value of the only series of this name in a scrape.
+#[track_caller]
+pub(crate) fn only_value(scrape: &str, name: &str) -> f64 {
+    let series: Vec<_> = scrape.lines().filter(|line| line.starts_with(&format!("{name}{{"))).collect();
+    assert_eq!(series.len(), 1, "{name} in {scrape}");
+    series[0].rsplit(' ').next().unwrap().parse().unwrap()
 }

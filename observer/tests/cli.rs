@@ -4,7 +4,6 @@
 use std::{
     io::Read as _,
     net::TcpListener,
-    os::unix::process::CommandExt as _,
     process::{Command, Output, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -13,7 +12,7 @@ use std::{
 use crate::support::{
     Process, http,
     kernel::wait_until_clean,
-    observer::{BINARY, Observer},
+    observer::{BINARY, Observer, PublicBinary},
     servers::{Server, free_port},
 };
 
@@ -59,9 +58,8 @@ fn a_thread_instead_of_a_process() {
 
 #[real_test(userspace)]
 fn without_root() {
-    let nobody = 65_534;
-    let output =
-        Command::new(BINARY).args(["--pid", "1", "--no-listen"]).uid(nobody).gid(nobody).output().unwrap();
+    let binary = PublicBinary::new();
+    let output = binary.as_nobody().args(["--pid", "1", "--no-listen"]).output().unwrap();
     assert_refused(&output, "missing rights: CAP_BPF, CAP_PERFMON");
 }
 
@@ -143,7 +141,8 @@ fn check_says_yes_here() {
 
 #[real_test(userspace)]
 fn check_says_no_without_rights() {
-    let output = Command::new(BINARY).arg("check").uid(65_534).gid(65_534).output().unwrap();
+    let binary = PublicBinary::new();
+    let output = binary.as_nobody().arg("check").output().unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{stdout}");
     assert!(stdout.contains("NO   CAP_BPF") && stdout.contains("cure:"), "{stdout}");

@@ -12,23 +12,31 @@ use crate::support::{
     observer::{Observer, count_between},
     schedstat,
     servers::Server,
+    stolen,
     told::Told,
 };
 use serde_json::Value;
 
 /// Known operations.
 const BLOCKS: u64 = 23;
-const BLOCK_MS: u32 = 100;
 
-/// Bounds of the scraped buckets that hold 100 ms, and what a busy machine adds to that: 2^26 and 2^29 ns.
-const BUCKET: (f64, f64) = (0.067_108_864, 0.536_870_912);
+/// Length of a block in milliseconds: longer than what else may take an emulated processor away.
+fn block_ms() -> u32 {
+    if is_emulated() { 400 } else { 100 }
+}
+
+/// Bounds of the scraped buckets that hold such a block, and what a busy machine adds to that.
+fn bucket() -> (f64, f64) {
+    const LEAST: f64 = 0.067_108_864;
+    if is_emulated() { (4.0 * LEAST, 32.0 * LEAST) } else { (LEAST, 8.0 * LEAST) }
+}
 
 /// Blocks a server's loop and returns its reactor's figures with what the server measured: wall and CPU seconds.
 fn block(server: &Server, kind: &str, times: u64) -> (Value, f64, f64) {
     let observer = Observer::of(server.pid());
     let (mut wall, mut cpu) = (0.0, 0.0);
     for _ in 0..times {
-        let measured = server.block(kind, BLOCK_MS);
+        let measured = server.block(kind, block_ms());
         wall += measured["wall"].as_f64().unwrap();
         cpu += measured["cpu"].as_f64().unwrap();
     }
@@ -49,8 +57,8 @@ fn seconds(reactor: &Value, state: &str) -> f64 {
 /// took by its own clock, which counts waiting for a CPU afterwards as well. No sleep was told as something without a name.
 #[track_caller]
 fn assert_slept(reactor: &Value, wall: f64, cause: &str) {
-    let sleep = Duration::from_millis(u64::from(BLOCK_MS)).as_secs_f64();
-    let asked = Duration::from_millis(u64::from(BLOCK_MS) * BLOCKS).as_secs_f64();
+    let sleep = Duration::from_millis(u64::from(block_ms())).as_secs_f64();
+    let asked = Duration::from_millis(u64::from(block_ms()) * BLOCKS).as_secs_f64();
     let [slept, other] = [cause, "other"].map(|cause| &reactor["split_seconds"]["blocked"][cause]);
     let (slept, other) = (slept.as_f64().unwrap(), other.as_f64().unwrap());
     assert!((0.95 * asked..=wall + 0.01).contains(&slept), "{slept} s, {asked} asked for, {wall} taken");
@@ -69,13 +77,16 @@ fn asyncio_23_sleeps_are_23_slices_and_blocked() {
     // So that files which its first answer needs are not looked for in the first block.
     server.block("sleep", 1);
     let (computed_before, _) = schedstat(server.pid());
+    let stolen_before = stolen();
     let (reactor, wall, _) = block(&server, "sleep", BLOCKS);
     let computed = schedstat(server.pid()).0 - computed_before;
-    assert_eq!(count_between(&reactor["slice"], BUCKET.0, BUCKET.1), BLOCKS, "{reactor:#}");
+    assert_eq!(count_between(&reactor["slice"], bucket().0, bucket().1), BLOCKS, "{reactor:#}");
     assert_slept(&reactor, wall, "sleep");
     assert_eq!(reactor["split_seconds"]["blocked"]["other"], 0.0, "{reactor:#}");
     // The scheduler's own account, which has the computing around the waits as well.
-    assert!(seconds(&reactor, "cpu") < 1.05 * computed, "{computed} s computed: {reactor:#}");
+    // What a hypervisor takes comes on top; it is known to a tick of 10 ms.
+    let disturbed = 0.010 + stolen() - stolen_before;
+    assert!(seconds(&reactor, "cpu") < 1.05 * computed + disturbed, "{computed} s computed: {reactor:#}");
 }
 
 #[real_test(alone)]
@@ -84,7 +95,7 @@ fn asyncio_23_spins_are_23_slices_on_a_cpu() {
     let (reactor, _, cpu) = block(&server, "spin", BLOCKS);
     let slices = &reactor["slice"];
     // Computing 100 ms takes longer when somebody else computes, too.
-    assert_eq!(count_between(slices, BUCKET.0, f64::MAX), BLOCKS, "{reactor:#}");
+    assert_eq!(count_between(slices, bucket().0, f64::MAX), BLOCKS, "{reactor:#}");
     assert_close("on a CPU", seconds(&reactor, "cpu"), cpu, 0.05, slack(BLOCKS));
     assert!(seconds(&reactor, "blocked") < 0.05 * cpu, "{reactor:#}");
 }
@@ -95,7 +106,7 @@ fn node_23_sleeps_are_23_slices_and_blocked() {
     // So that compiling the handler is not part of the first block.
     server.block("sleep", 1);
     let (reactor, wall, _) = block(&server, "sleep", BLOCKS);
-    let long = count_between(&reactor["slice"], BUCKET.0, f64::MAX);
+    let long = count_between(&reactor["slice"], bucket().0, f64::MAX);
     // Emulated, compiling a function can take as long.
     assert!(long == BLOCKS || (is_emulated() && long > BLOCKS), "{reactor:#}");
     // What its threads do beside each other, as they collect garbage, is not all known.

@@ -1,12 +1,12 @@
 //! What observer may do: it goes on with no more than it needs, says what it cannot do without, and does the rest exactly.
 
-use std::{fs, os::unix::process::CommandExt as _, process::Command};
+use std::{fs, process::Command};
 
 use serde_json::Value;
 
 use crate::support::{
     http,
-    observer::{BINARY, Observer},
+    observer::{BINARY, Observer, PublicBinary},
     servers::Server,
 };
 
@@ -102,9 +102,8 @@ fn check(mut command: Command) -> (Option<i32>, String) {
 
 #[real_test]
 fn a_user_without_rights_is_told_of_each() {
-    let mut nobody = Command::new(BINARY);
-    nobody.uid(65_534).gid(65_534);
-    let (code, output) = check(nobody);
+    let binary = PublicBinary::new();
+    let (code, output) = check(binary.as_nobody());
     assert_eq!(code, Some(1), "{output}");
     for (name, reason) in [
         ("CAP_BPF", "user 65534 runs this, not root"),

@@ -329,8 +329,9 @@ mod tests {
         let Some(node) = find("a_big_program_leaves_little", "node") else { return };
         let program = Program::start(Command::new(node).args(["-e", "setInterval(() => {}, 1000)"]));
         let pid = program.pid();
-        let waits =
-            |call: String| call.starts_with(&format!("{} ", nix::libc::SYS_epoll_pwait)).then_some(());
+        // As its own libuv does, and as Debian's.
+        let calls = [nix::libc::SYS_epoll_pwait, nix::libc::SYS_epoll_wait].map(|call| format!("{call} "));
+        let waits = |call: String| calls.iter().any(|number| call.starts_with(number)).then_some(());
         wait_for("node's loop", || waits(std::fs::read_to_string(format!("/proc/{pid}/syscall")).ok()?));
         let (mut unwinder, mut symbols) = (Unwinder::default(), Symbols::default());
         let before = resident();

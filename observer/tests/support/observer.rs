@@ -1,7 +1,9 @@
 //! Runs the real binary and understands its report.
 
 use std::{
+    fs,
     io::{BufRead as _, BufReader, Read as _},
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     process::{Command, ExitStatus, Stdio},
     sync::mpsc,
     time::{SystemTime, UNIX_EPOCH},
@@ -14,6 +16,26 @@ use super::{LIMIT, Process, exit_within, http, wait_for};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_observer");
+
+/// A copy of the binary where every user may run it: the repository may be in a home that only root can enter.
+pub(crate) struct PublicBinary(tempfile::TempDir);
+
+impl PublicBinary {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::copy(BINARY, folder.path().join("observer")).unwrap();
+        Self(folder)
+    }
+
+    /// A command that runs it as a user without rights.
+    pub(crate) fn as_nobody(&self) -> Command {
+        const NOBODY: u32 = 65_534;
+        let mut command = Command::new(self.0.path().join("observer"));
+        command.uid(NOBODY).gid(NOBODY);
+        command
+    }
+}
 
 /// observer at work, writing a JSON report.
 pub(crate) struct Observer {
@@ -91,7 +113,7 @@ impl Observer {
 
     /// Memory that it occupies now, in bytes.
     pub(crate) fn memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid())).unwrap();
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
@@ -99,8 +121,8 @@ impl Observer {
     /// How often the kernel has skipped a program because it was running on that CPU already; kernels that never do so do
     /// not say.
     pub(crate) fn skipped_runs(&self) -> u64 {
-        let folder = std::fs::read_dir(format!("/proc/{}/fdinfo", self.pid())).unwrap().flatten();
-        let texts = folder.filter_map(|entry| std::fs::read_to_string(entry.path()).ok());
+        let folder = fs::read_dir(format!("/proc/{}/fdinfo", self.pid())).unwrap().flatten();
+        let texts = folder.filter_map(|entry| fs::read_to_string(entry.path()).ok());
         let count = |text: &str| -> Option<u64> {
             text.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse().ok()
         };

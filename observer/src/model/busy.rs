@@ -123,6 +123,11 @@ impl Cause {
         }
     }
 
+    /// Whether it waited for something.
+    pub(crate) const fn is_blocked(self) -> bool {
+        matches!(self, Self::Blocked(_))
+    }
+
     /// What the scheduler makes of it: `cpu`, `runqueue` or `blocked`. Collections compute, most of the time.
     pub(crate) const fn state(self) -> &'static str {
         match self {

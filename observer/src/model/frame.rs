@@ -56,12 +56,23 @@ pub(crate) struct Look {
     pub(crate) kernel: Vec<String>,
     /// Why some or all are missing; `None` if none is.
     pub(crate) missing: Option<String>,
+    /// Whether the thread ran at that moment.
+    #[serde(skip)]
+    pub(crate) is_on_cpu: bool,
 }
 
 impl Look {
     /// Nothing was seen, and why.
     pub(crate) fn missing(why: impl Into<String>) -> Self {
-        Self { frames: Vec::new(), kernel: Vec::new(), missing: Some(why.into()) }
+        Self { frames: Vec::new(), kernel: Vec::new(), missing: Some(why.into()), is_on_cpu: false }
+    }
+
+    /// What it says of a stall that was blocked most of the time: a look at the rest says nothing of that.
+    pub(crate) fn of_blocked(mut self) -> Self {
+        if self.is_on_cpu && self.missing.is_none() {
+            self.missing = Some("seen only on a CPU, and it was blocked most of the time".into());
+        }
+        self
     }
 
     /// Whether another look saw the same functions, on whatever lines.

@@ -197,7 +197,7 @@ mod tests {
 
     fn look(function: &str, line: u32) -> Look {
         let frame = Frame { function: function.into(), module: None, file: None, line: Some(line) };
-        Look { frames: vec![frame], kernel: Vec::new(), missing: None }
+        Look { frames: vec![frame], kernel: Vec::new(), missing: None, is_on_cpu: false }
     }
 
     #[test]

@@ -144,11 +144,11 @@ impl Reactors {
         follower: &mut Follower,
     ) {
         for raw in stalls {
-            let look = self.watcher.seen(raw.tid, raw.start_ns);
+            let stall = reactor::stall(&raw, follower.request(raw.request));
+            let look = self.watcher.seen(raw.tid, raw.start_ns, stall.cause.is_blocked());
             if !targets.is_target(maps, raw.tgid) {
                 continue;
             }
-            let stall = reactor::stall(&raw, follower.request(raw.request));
             follower.happened(raw.tgid, || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone())));
             self.thread(raw.tid, raw.tgid).stalls.add(stall, look);
         }
@@ -235,9 +235,10 @@ impl Reactors {
             };
             let mut reactor = thread.decode(raw, lag, self.refreshed_ns);
             if let Some(slice) = self.stall_in_progress(raw, self.refreshed_ns) {
-                let look = self.watcher.seen_so_far(slice);
+                let stall = reactor::stall_in_progress(raw, self.refreshed_ns);
+                let look = self.watcher.seen_so_far(slice, stall.cause.is_blocked());
                 let mut stalls = thread.stalls.clone();
-                stalls.add_in_progress(&reactor::stall_in_progress(raw, self.refreshed_ns), look.clone());
+                stalls.add_in_progress(&stall, look.clone());
                 reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
                 reactor.current_stack = Some(look);
             }

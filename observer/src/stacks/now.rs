@@ -51,9 +51,12 @@ impl StackReader {
     pub(super) fn look(&mut self, slice: InSlice) -> ThreadState {
         let InSlice { pid, tid, .. } = slice;
         match self.interpreted(pid, tid) {
-            Ok(Some(frames)) => {
-                ThreadState::Stack(Look { frames, kernel: kernel_functions(pid, tid), missing: None })
-            }
+            Ok(Some(frames)) => ThreadState::Stack(Look {
+                frames,
+                kernel: kernel_functions(pid, tid),
+                missing: None,
+                is_on_cpu: false,
+            }),
             Ok(None) => self.native(slice, None),
             Err(why) => self.native(slice, Some(format!("{why:#}"))),
         }
@@ -67,7 +70,7 @@ impl StackReader {
             (unwinder.unwind(registers, stack, &mappings), kernel.to_vec())
         })?;
         let frames = symbols.of_process(&mappings, &stack.addresses);
-        Some(Look { frames, kernel: symbols.of_kernel(&kernel), missing: stack.cut })
+        Some(Look { frames, kernel: symbols.of_kernel(&kernel), missing: stack.cut, is_on_cpu: true })
     }
 
     /// Functions as the process's interpreter has them, innermost first; `None` if it has no interpreter.
@@ -100,6 +103,7 @@ impl StackReader {
             frames,
             kernel: kernel_functions(slice.pid, slice.tid),
             missing: why_native.or(cut),
+            is_on_cpu: false,
         })
     }
 

@@ -99,12 +99,12 @@ impl Watcher {
         }
     }
 
-    /// What was seen most often of a slice that has ended.
-    pub(crate) fn seen(&mut self, tid: u32, since_ns: u64) -> Look {
+    /// What was seen most often of a slice that has ended, and that was blocked most of the time or not.
+    pub(crate) fn seen(&mut self, tid: u32, since_ns: u64, was_blocked: bool) -> Look {
         match self.slow_slices.remove(&tid) {
             Some(mut slow) if slow.slice.since_ns == since_ns => {
                 slow.fetch(&mut self.reader);
-                slow.most()
+                slow.most(was_blocked)
             }
             Some(other) => {
                 self.slow_slices.insert(tid, other);
@@ -127,9 +127,9 @@ impl Watcher {
     }
 
     /// What was seen most often of a slice that goes on.
-    pub(crate) fn seen_so_far(&self, slice: InSlice) -> Look {
+    pub(crate) fn seen_so_far(&self, slice: InSlice, was_blocked: bool) -> Look {
         let slow = self.slow_slices.get(&slice.tid).filter(|slow| slow.slice.is(&slice));
-        slow.map_or_else(|| Look::missing("its stack has not been read yet"), SlowSlice::most)
+        slow.map_or_else(|| Look::missing("its stack has not been read yet"), |slow| slow.most(was_blocked))
     }
 }
 
@@ -176,11 +176,14 @@ impl SlowSlice {
     }
 
     /// What was seen most often; of equals the latest, for a slice is at its longest in the end. What is whole comes
-    /// before what is not.
-    fn most(&self) -> Look {
-        let rank = |(look, count): &&(Look, u32)| (!look.frames.is_empty(), look.missing.is_none(), *count);
-        let most = self.stacks.iter().max_by_key(rank);
-        most.map_or_else(nobody_looked, |(look, _)| look.clone())
+    /// before what is not, and of one that was blocked, what was seen while it was.
+    fn most(&self, was_blocked: bool) -> Look {
+        let rank = |(look, count): &&(Look, u32)| {
+            let is_of_rest = was_blocked && look.is_on_cpu;
+            (!look.frames.is_empty(), !is_of_rest, look.missing.is_none(), *count)
+        };
+        let Some((look, _)) = self.stacks.iter().max_by_key(rank) else { return nobody_looked() };
+        if was_blocked { look.clone().of_blocked() } else { look.clone() }
     }
 }
 

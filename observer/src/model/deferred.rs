@@ -139,11 +139,35 @@ impl HookFigures {
         self.matches += other.matches;
     }
 
-    /// Whether work that went on was never known: something about this runtime is not as its profile says.
-    pub(crate) fn never_matches(&self) -> bool {
-        /// From so many hits on: before that it may be work from before observer came.
+    /// Whether this never meant anything, though the process came here often: something about this runtime is not as its profile
+    /// says. Where tasks start that says nothing before some are known to have been enqueued: the end is attached to first.
+    pub(crate) fn never_matches(&self, enqueued: u64) -> bool {
+        /// From so many on.
         const ENOUGH: u64 = 100;
 
-        self.matches == 0 && self.hits >= ENOUGH && matches!(self.verb, "snapshot" | "restore")
+        let is_evidence = self.verb == "snapshot" || (self.verb == "restore" && enqueued >= ENOUGH);
+        self.matches == 0 && self.hits >= ENOUGH && is_evidence
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hook_that_never_matches_is_no_fault_before_tasks_are_known() {
+        let hook = |verb, hits, matches| HookFigures {
+            profile: "p".into(),
+            verb,
+            place: "f in m".into(),
+            hits,
+            matches,
+        };
+        assert!(hook("snapshot", 100, 0).never_matches(0));
+        assert!(hook("restore", 100, 0).never_matches(100));
+        assert!(!hook("restore", 1000, 0).never_matches(99));
+        assert!(!hook("restore", 1000, 1).never_matches(100));
+        assert!(!hook("restore", 99, 0).never_matches(100));
+        assert!(!hook("forget", 1000, 0).never_matches(100));
     }
 }

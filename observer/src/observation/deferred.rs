@@ -505,9 +505,12 @@ impl Follower {
     /// Places in the runtime of a target that never meant anything, though the process came there often.
     pub(super) fn unmatched_hooks(&self, maps: &Maps, pid: u32) -> Vec<HookFigures> {
         let Some(process) = self.processes.get(&pid) else { return Vec::new() };
-        let (mut hooks, _) = process.hook_figures(maps);
-        hooks.retain(HookFigures::never_matches);
-        hooks
+        let (hooks, _) = process.hook_figures(maps);
+        let enqueued = |profile: &str| {
+            let snapshots = hooks.iter().filter(|hook| hook.verb == "snapshot" && hook.profile == profile);
+            snapshots.map(|hook| hook.matches).sum()
+        };
+        hooks.iter().filter(|hook| hook.never_matches(enqueued(&hook.profile))).cloned().collect()
     }
 
     /// Adds the pieces that are over to a live target's figures.

@@ -132,7 +132,8 @@ impl Reactors {
         // Not even the stacks of other processes are read.
         let in_progress = maps.reactors.in_slices().filter(|slice| targets.is_target(maps, slice.pid));
         let in_progress: Vec<_> = in_progress.collect();
-        self.watcher.glance(in_progress.into_iter(), clock::monotonic_ns());
+        self.watcher
+            .glance(in_progress.into_iter(), clock::monotonic_ns(), |slice| maps.reactors.is_still_in(slice));
     }
 
     /// Attributes each stall that has ended to the code that was seen in it.
@@ -194,7 +195,7 @@ impl Reactors {
                 raw.now.gc.ns += gc::in_progress(maps, &raw.now, now);
                 let lag = reactor::lag(&raw, &mut thread.prober, now);
                 if let Some(slice) = self.stall_in_progress(&raw, now) {
-                    self.watcher.ensure_seen(slice);
+                    self.watcher.ensure_seen(slice, |slice| maps.reactors.is_still_in(slice));
                 }
                 self.running.push((raw, lag));
             }

@@ -86,6 +86,12 @@ impl Reactors {
         (slot < self.slots).then(|| self.doing(slot))
     }
 
+    /// Whether a thread is still in a slice that was in progress.
+    pub(crate) fn is_still_in(&self, slice: &InSlice) -> bool {
+        self.get(slice.tid)
+            .is_some_and(|now| now.phase == Phase::Slice as u32 && now.phase_since_ns == slice.since_ns)
+    }
+
     /// Adds one that the programs have not met yet; they may have meanwhile, and their entry wins. Tells whether there is one
     /// now: there may be no slot left.
     pub(crate) fn adopt(&mut self, tid: u32, entry: Reactor) -> Result<bool> {

@@ -70,8 +70,14 @@ impl Watcher {
         self.period
     }
 
-    /// Goes over the slices in progress, and looks at those that take long.
-    pub(crate) fn glance(&mut self, in_progress: impl Iterator<Item = InSlice>, now_ns: u64) {
+    /// Goes over the slices in progress, and looks at those that take long. `is_still` says whether one goes on: what is read of a
+    /// thread after its slice has ended is of what came next.
+    pub(crate) fn glance(
+        &mut self,
+        in_progress: impl Iterator<Item = InSlice>,
+        now_ns: u64,
+        is_still: impl Fn(&InSlice) -> bool,
+    ) {
         // Of those that had ended before, word has come or never will.
         self.slow_slices.retain(|_, slow| !std::mem::replace(&mut slow.is_over, true));
         for slice in in_progress {
@@ -87,7 +93,7 @@ impl Watcher {
             slow.is_over = false;
             if now_ns >= slow.next_ns {
                 let began = Instant::now();
-                slow.look(&mut self.reader);
+                slow.look(&mut self.reader, &is_still);
                 if slow.stacks.is_empty() {
                     // It ran, in native code: next time it may stand still, or the clock have seen it.
                     continue;
@@ -115,13 +121,13 @@ impl Watcher {
     }
 
     /// Looks at a slice that goes on, if nobody has yet.
-    pub(crate) fn ensure_seen(&mut self, slice: InSlice) {
+    pub(crate) fn ensure_seen(&mut self, slice: InSlice, is_still: impl Fn(&InSlice) -> bool) {
         let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));
         if !slow.slice.is(&slice) {
             *slow = SlowSlice::of(slice);
         }
         if slow.stacks.is_empty() {
-            slow.look(&mut self.reader);
+            slow.look(&mut self.reader, &is_still);
         }
         slow.fetch(&mut self.reader);
     }
@@ -138,11 +144,12 @@ impl SlowSlice {
         Self { slice, stacks: Vec::new(), sampler: None, why_native: None, next_ns: 0, is_over: false }
     }
 
-    fn look(&mut self, reader: &mut StackReader) {
+    fn look(&mut self, reader: &mut StackReader, is_still: &impl Fn(&InSlice) -> bool) {
         self.fetch(reader);
         let tid = self.slice.tid;
         match reader.look(self.slice) {
-            ThreadState::Stack(look) => self.add(look),
+            ThreadState::Stack(look) if is_still(&self.slice) => self.add(look),
+            ThreadState::Stack(_) => {}
             ThreadState::Running(why_native) => {
                 self.why_native = why_native;
                 if self.sampler.is_none() {

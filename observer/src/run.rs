@@ -183,7 +183,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
                     selection.choice = choice;
                 }
             }
-            let collector = settings.clone().map(Collector::find).transpose()?;
+            let collector = settings.clone().map(Collector::new).transpose()?;
             let mut observation =
                 Observation::start(&selection, output.verbose).map_err(Failure::explained)?;
             let diagnostics = output.verbose.then(|| show_diagnostics(&mut observation)).transpose()?;

@@ -283,6 +283,40 @@ fn a_collector_may_come_late() {
     }
 }
 
+/// Spans that a collector refuses or rejects are counted, and so is a failure that was retried.
+#[real_test(links, userspace, host_only("guests have no collector"))]
+fn spans_that_are_not_accepted_are_counted() {
+    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    for (protocol, answers) in
+        [("grpc", ["14", "3", "partial=2"]), ("http/protobuf", ["503", "400", "partial=2"])]
+    {
+        let receiver = Receiver::start(protocol, &answers);
+        let observer =
+            trace(server.pid(), &url(receiver.port), protocol, &[("OTEL_METRICS_EXPORTER", "none")]);
+        let mut connection = BufReader::new(http::connect(server.port));
+        ask(&mut connection, "/job/0");
+        let message = observer.message();
+        assert!(message.contains("no traces to") && message.contains("refused"), "{message}");
+        // The first request is sent twice, and refused at last.
+        let figures = figures_of(&observer);
+        assert_eq!(figures["observer_self_otlp_failures_total"], 2.0, "{protocol}");
+        ask(&mut connection, "/job/1");
+        let mut all = vec![receiver.next()];
+        let report = observer.finish();
+        all.extend(receiver.stop());
+        let told = &report.0["self"]["otlp"][0];
+        assert_eq!(told["failures"], 2, "{protocol}: {told}");
+        assert_eq!(told["delivered"].as_u64(), Some(spans(&all).len() as u64 - 2), "{protocol}: {told}");
+        let dropped: u64 = told["dropped"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|dropped| dropped["count"].as_u64().unwrap())
+            .sum();
+        assert!(dropped > 2, "{protocol}: {told}");
+    }
+}
+
 /// What nobody takes in time is told, and the end does not wait for it.
 #[real_test(quiet, userspace, host_only("guests have no collector"))]
 fn what_is_not_delivered_is_told() {

@@ -28,7 +28,7 @@ pub(super) fn request(data: &[u8]) {
     }
     if let Some(trace) = &head.traceparent {
         assert!(trace.len() == 55 && trace.is_ascii(), "{trace:?}");
-        assert!(otlp::is_understood(trace), "{trace:?}");
+        assert!(otlp::is_valid(trace), "{trace:?}");
     }
 }
 
@@ -71,5 +71,5 @@ pub(super) fn scrape(data: &[u8]) {
 /// What a collector answers: a code, how long to wait, and a message.
 pub(super) fn answer(data: &[u8]) {
     let (code, rest) = number(data);
-    otlp::understand_answer(u16::try_from(code % 1000).unwrap_or_default(), rest);
+    otlp::parse_answer(u16::try_from(code % 1000).unwrap_or_default(), rest);
 }

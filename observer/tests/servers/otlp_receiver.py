@@ -21,7 +21,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as traces_service
 
 PROTOCOL, PORT, *TLS = sys.argv[1:3] + [argument for argument in sys.argv[3:] if argument.endswith(".pem")]
-# `503=1`: that status, and to come back after a second; without a number, nothing is said about that.
+# `503=1`: that status, to be tried again after a second; without a number, the answer does not say when. `partial=2`: accepted
+# but for two spans or data points.
 ANSWERS = [argument.partition("=")[::2] for argument in sys.argv[3:] if not argument.endswith(".pem")]
 
 
@@ -44,9 +45,18 @@ def readable(value):
 IDS = {"traceId", "spanId", "parentSpanId"}
 
 
+def reject_part(answer, count):
+    for field in ("rejected_spans", "rejected_data_points"):
+        if hasattr(answer.partial_success, field):
+            setattr(answer.partial_success, field, int(count))
+    answer.partial_success.error_message = "not these"
+
+
 def take(request, answer, context):
-    if ANSWERS:
-        code, delay = ANSWERS.pop(0)
+    code, delay = ANSWERS.pop(0) if ANSWERS else (None, None)
+    if code == "partial":
+        reject_part(answer, delay)
+    elif code:
         status = status_pb2.Status(code=int(code), message="not now")
         if delay:
             info = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=int(delay)))
@@ -81,8 +91,8 @@ class Http(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
-        if ANSWERS:
-            code, delay = ANSWERS.pop(0)
+        code, delay = ANSWERS.pop(0) if ANSWERS else (None, None)
+        if code and code != "partial":
             self.send_response(int(code))
             if delay:
                 self.send_header("retry-after", delay)
@@ -96,7 +106,10 @@ class Http(BaseHTTPRequestHandler):
             body = gzip.decompress(body)
         request, response = SIGNALS[self.path]
         show({key.lower(): value for key, value in self.headers.items()}, request.FromString(body))
-        answer = response().SerializeToString()
+        answer = response()
+        if code == "partial":
+            reject_part(answer, delay)
+        answer = answer.SerializeToString()
         self.send_response(200)
         self.send_header("content-type", "application/x-protobuf")
         self.send_header("content-length", str(len(answer)))

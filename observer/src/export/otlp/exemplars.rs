@@ -1,8 +1,11 @@
 //! The latest measurement of a histogram that has a trace: leads from a figure to a request that it is made of.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::SystemTime};
 
+use opentelemetry::trace::SpanContext;
 use opentelemetry_proto::tonic::metrics::v1::{Exemplar, exemplar::Value};
+
+use super::nanoseconds;
 
 /// Most series that have one at a time.
 const SERIES: usize = 4096;
@@ -15,15 +18,15 @@ type Key = (&'static str, u32, Arc<str>);
 pub(super) struct Exemplars(HashMap<Key, Exemplar>);
 
 impl Exemplars {
-    /// A span in which so many seconds were measured, which ended then.
-    pub(super) fn add(&mut self, key: Key, span: &Span<'_>, seconds: f64, time_unix_nano: u64) {
+    /// Keeps a measurement in seconds, its time and the span that it was measured in.
+    pub(super) fn add(&mut self, key: Key, span: &SpanContext, seconds: f64, time: SystemTime) {
         if self.0.len() == SERIES && !self.0.contains_key(&key) {
             return;
         }
         let exemplar = Exemplar {
-            time_unix_nano,
-            span_id: span.id.to_vec(),
-            trace_id: span.trace.to_vec(),
+            time_unix_nano: nanoseconds(time),
+            span_id: span.span_id().to_bytes().to_vec(),
+            trace_id: span.trace_id().to_bytes().to_vec(),
             value: Some(Value::AsDouble(seconds)),
             ..Exemplar::default()
         };
@@ -43,26 +46,27 @@ impl Exemplars {
     }
 }
 
-/// Which span it is.
-pub(super) struct Span<'i> {
-    pub(super) trace: &'i [u8],
-    pub(super) id: &'i [u8],
-}
-
 #[cfg(test)]
 mod tests {
+    use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
+
     use super::*;
+
+    fn span(id: u64) -> SpanContext {
+        SpanContext::new(TraceId::from(7), SpanId::from(id), TraceFlags::SAMPLED, false, TraceState::NONE)
+    }
 
     #[test]
     fn the_latest_of_each_series_is_kept() {
         let mut exemplars = Exemplars::default();
-        for n in 0..2 {
-            exemplars.add(("wait", 1, "mail".into()), &Span { trace: &[7], id: &[n] }, f64::from(n), 9);
+        for (n, seconds) in [(1, 0.5), (2, 1.0)] {
+            exemplars.add(("wait", 1, "mail".into()), &span(n), seconds, SystemTime::now());
         }
         let labels = |pid: &str, task: &str| [pid, "app", "", "", task].map(str::to_owned);
         let found = exemplars.of("wait", &labels("1", "mail"));
         assert_eq!(found.len(), 1);
-        assert_eq!((found[0].span_id.as_slice(), found[0].value), (&[1][..], Some(Value::AsDouble(1.0))));
+        assert_eq!(found[0].span_id, SpanId::from(2).to_bytes());
+        assert_eq!(found[0].value, Some(Value::AsDouble(1.0)));
         for (metric, labels) in [
             ("run", labels("1", "mail")),
             ("wait", labels("2", "mail")),
@@ -80,7 +84,7 @@ mod tests {
     fn there_is_a_limit() {
         let mut exemplars = Exemplars::default();
         for n in 0..=u32::try_from(SERIES).unwrap() {
-            exemplars.add(("wait", n, "mail".into()), &Span { trace: &[7], id: &[1] }, 1.0, 9);
+            exemplars.add(("wait", n, "mail".into()), &span(1), 1.0, SystemTime::now());
         }
         assert_eq!(exemplars.0.len(), SERIES);
     }

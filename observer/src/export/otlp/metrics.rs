@@ -4,21 +4,22 @@
 use std::{collections::BTreeMap, time::SystemTime};
 
 use bytes::Bytes;
-use opentelemetry_proto::tonic::{
-    common::v1::{InstrumentationScope, KeyValue, any_value::Value},
-    metrics::v1::{
-        AggregationTemporality, Gauge, Histogram, HistogramDataPoint, Metric, NumberDataPoint,
-        ResourceMetrics, ScopeMetrics, Sum, metric::Data, number_data_point::Value as Number,
+use opentelemetry_proto::{
+    tonic::{
+        collector::metrics::v1::ExportMetricsServiceRequest as MetricsRequest,
+        common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
+        metrics::v1::{
+            AggregationTemporality, Gauge, Histogram, HistogramDataPoint, Metric, NumberDataPoint,
+            ResourceMetrics, ScopeMetrics, Sum, metric::Data, number_data_point::Value as Number,
+        },
+        resource,
     },
+    transform::common::tonic::ResourceAttributesWithSchema,
 };
+use opentelemetry_sdk::Resource;
 use prost::Message as _;
 
-use super::{
-    attribute::{attribute, nanoseconds, text},
-    exemplars::Exemplars,
-    resource::Resources,
-    signal::{Batch, MetricsRequest},
-};
+use super::{exemplars::Exemplars, nanoseconds, resource::Resources, signal::Batch};
 use crate::{
     export::series::{Distribution, Figure, Series, SeriesLimiter},
     model::{
@@ -38,7 +39,7 @@ pub(super) fn encode(
     cap: &mut SeriesLimiter,
     resources: &mut Resources,
     exemplars: &Exemplars,
-) -> Vec<Batch> {
+) -> Vec<Batch<Bytes>> {
     let now = nanoseconds(SystemTime::now());
     let mut batches = Vec::new();
     let (mut request, mut bytes, mut items) = (MetricsRequest::default(), 0, 0);
@@ -55,8 +56,9 @@ pub(super) fn encode(
     batches
 }
 
-fn batch(request: &MetricsRequest, items: u64) -> Batch {
-    Batch { bytes: Bytes::from(request.encode_to_vec()), items }
+fn batch(request: &MetricsRequest, items: u64) -> Batch<Bytes> {
+    let request = Bytes::from(request.encode_to_vec());
+    Batch { bytes: request.len(), request, items }
 }
 
 /// How many data points there are.
@@ -107,9 +109,18 @@ fn of_resources(
             ..InstrumentationScope::default()
         };
         let scope_metrics = vec![ScopeMetrics { scope: Some(scope), metrics, ..ScopeMetrics::default() }];
-        all.push(ResourceMetrics { resource: Some(resource), scope_metrics, ..ResourceMetrics::default() });
+        all.push(ResourceMetrics {
+            resource: Some(message(&resource)),
+            scope_metrics,
+            ..ResourceMetrics::default()
+        });
     }
     all
+}
+
+fn message(resource: &Resource) -> resource::v1::Resource {
+    let attributes = ResourceAttributesWithSchema::from(resource).attributes.0;
+    resource::v1::Resource { attributes, ..resource::v1::Resource::default() }
 }
 
 /// Which process a series is of; `None` if it is observer's own or that of several told together.
@@ -203,12 +214,16 @@ impl Whose<'_> {
         labels
             .map(|(name, value)| match (*name, value.parse()) {
                 ("tid", Ok(tid)) => attribute("thread.id", Value::IntValue(tid)),
-                ("tid", Err(_)) => text("thread.id", value),
-                ("reactor", _) => text("thread.name", value),
-                _ => text(name, value),
+                ("tid", Err(_)) => attribute("thread.id", Value::StringValue(value)),
+                ("reactor", _) => attribute("thread.name", Value::StringValue(value)),
+                _ => attribute(name, Value::StringValue(value)),
             })
             .collect()
     }
+}
+
+fn attribute(key: &str, value: Value) -> KeyValue {
+    KeyValue { key: key.into(), value: Some(AnyValue { value: Some(value) }), ..KeyValue::default() }
 }
 
 /// What is counted is a whole number.
@@ -289,11 +304,11 @@ mod tests {
             &Exemplars::default(),
         );
         assert!(batches.len() > 1);
-        assert!(batches.iter().all(|batch| batch.bytes.len() <= REQUEST + 1024));
+        assert!(batches.iter().all(|batch| batch.bytes <= REQUEST + 1024));
         let items: u64 = batches.iter().map(|batch| batch.items).sum();
         let decoded = batches
             .iter()
-            .flat_map(|batch| MetricsRequest::decode(batch.bytes.clone()).unwrap().resource_metrics);
+            .flat_map(|batch| MetricsRequest::decode(batch.request.clone()).unwrap().resource_metrics);
         assert_eq!(decoded.map(|one| points(&one)).sum::<u64>(), items);
         assert_eq!(items, 7 + 200);
     }

@@ -1,11 +1,12 @@
-//! Pushes to an OpenTelemetry collector: settings say where, `metrics` and `traces` what, `queue` keeps it until `transport`
-//! has delivered it. Nobody who observes waits for any of that.
+//! Pushes metrics and traces to an OpenTelemetry collector. `settings` says where; `metrics` and `traces` encode a snapshot and
+//! events; `queue` keeps the result until `metrics_client` or `span_client` has sent it. Nothing that observes waits for them.
 
 mod signal;
 pub(crate) mod settings;
-mod transport;
+mod connection;
+mod metrics_client;
+mod span_client;
 mod queue;
-mod attribute;
 mod resource;
 mod context;
 mod exemplars;
@@ -15,14 +16,14 @@ mod traces;
 mod testing;
 
 #[cfg(any(test, feature = "fuzz"))]
-pub(crate) use self::{context::is_understood, transport::understand_answer};
+pub(crate) use self::{context::is_valid, metrics_client::parse_answer};
 pub(crate) use queue::BUFFER;
 
 use std::{
     collections::VecDeque,
     future::pending,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Result;
@@ -32,13 +33,15 @@ use tokio::{
 };
 
 use self::{
+    connection::Connection,
     exemplars::Exemplars,
+    metrics_client::MetricsClient,
     queue::Queue,
     resource::Resources,
     settings::{Endpoint, Settings},
-    signal::{MetricsRequest, Signal, TraceRequest},
+    signal::Client,
+    span_client::SpanClient,
     traces::Tracer,
-    transport::Transport,
 };
 use super::series::SeriesLimiter;
 use crate::{
@@ -50,26 +53,30 @@ use crate::{
 /// How long the end of an observation may wait for what is not delivered yet.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The transport to the collector, found before anything is attached: what is wrong with it is the cheapest to find.
+/// A collector and the connections to it. They are made before anything is attached, because a mistake in their settings is the
+/// cheapest to find.
 pub(crate) struct Collector {
     settings: Settings,
-    metrics: Option<Transport>,
-    traces: Option<Transport>,
+    metrics: Option<(Endpoint, Connection)>,
+    traces: Option<(Endpoint, Connection)>,
 }
 
 impl Collector {
-    /// Reads certificates; connects to nobody yet.
-    pub(crate) fn find(settings: Settings) -> Result<Self, Failure> {
-        let transport = |endpoint: &Option<Endpoint>| endpoint.clone().map(Transport::new).transpose();
-        let (metrics, traces) = (transport(&settings.metrics)?, transport(&settings.traces)?);
+    /// Reads certificates; does not connect. Must be called inside a Tokio runtime.
+    pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
+        let connection = |endpoint: &Option<Endpoint>| {
+            let connected = |endpoint: &Endpoint| Ok((endpoint.clone(), Connection::new(endpoint)?));
+            endpoint.as_ref().map(connected).transpose()
+        };
+        let (metrics, traces) = (connection(&settings.metrics)?, connection(&settings.traces)?);
         Ok(Self { settings, metrics, traces })
     }
 }
 
 /// A push that goes on until it is finished.
 pub(crate) struct Push {
-    metrics: Option<Pipeline>,
-    traces: Option<Pipeline>,
+    metrics: Option<Pipeline<MetricsClient>>,
+    traces: Option<Pipeline<SpanClient>>,
     cap: Arc<Mutex<SeriesLimiter>>,
     tracer: Tracer,
     exemplars: Exemplars,
@@ -77,8 +84,8 @@ pub(crate) struct Push {
 }
 
 /// How one signal is sent, and when.
-struct Pipeline {
-    queue: Queue,
+struct Pipeline<C: Client> {
+    queue: Queue<C>,
     due: Interval,
     stats: Arc<ExportStats>,
 }
@@ -97,8 +104,12 @@ impl Push {
     pub(crate) fn start(collector: Collector, attached: SystemTime, cap: Arc<Mutex<SeriesLimiter>>) -> Self {
         let Collector { settings, metrics, traces } = collector;
         Self {
-            metrics: metrics.map(|transport| Pipeline::start::<MetricsRequest>(transport, settings.interval)),
-            traces: traces.map(|transport| Pipeline::start::<TraceRequest>(transport, settings.delay)),
+            metrics: metrics.map(|(endpoint, connection)| {
+                Pipeline::start(settings.interval, |_| MetricsClient::new(endpoint, connection))
+            }),
+            traces: traces.map(|(endpoint, connection)| {
+                Pipeline::start(settings.delay, |stats| SpanClient::new(endpoint, connection, stats))
+            }),
             cap,
             tracer: Tracer::default(),
             exemplars: Exemplars::default(),
@@ -108,7 +119,8 @@ impl Push {
 
     /// What becomes of what is pushed, by signal.
     pub(crate) fn export_stats(&self) -> impl Iterator<Item = Arc<ExportStats>> {
-        [&self.metrics, &self.traces].into_iter().flatten().map(|pipeline| Arc::clone(&pipeline.stats))
+        let metrics = self.metrics.as_ref().map(|pipeline| Arc::clone(&pipeline.stats));
+        metrics.into_iter().chain(self.trace_stats())
     }
 
     /// The same of traces; `None` if none are pushed.
@@ -150,7 +162,7 @@ impl Push {
         }
         let spans = self.tracer.spans(events, &mut self.exemplars, are_last);
         let process = |pid| known(pid).cloned().unwrap_or_else(|| Process::of(pid));
-        for batch in traces::encode(spans, &mut self.resources, process) {
+        for batch in traces::batches(spans, &mut self.resources, process) {
             pipeline.queue.push(batch);
         }
         if self.metrics.is_none() {
@@ -167,26 +179,31 @@ impl Push {
             _ = drained => {}
             () = hurry => {}
         }
-        for (pipeline, what) in [(metrics, "data points"), (traces, "spans")] {
-            let lost = pipeline.map_or(0, |pipeline| pipeline.queue.give_up());
-            if lost > 0 {
-                log::warn!("{lost} {what} were not delivered: the collector did not take them in time");
-            }
+        let lost = [
+            (metrics.map_or(0, Pipeline::give_up), "data points"),
+            (traces.map_or(0, Pipeline::give_up), "spans"),
+        ];
+        for (lost, what) in lost.into_iter().filter(|(lost, _)| *lost > 0) {
+            log::warn!("{lost} {what} were not delivered: the collector did not take them in time");
         }
     }
 }
 
-impl Pipeline {
-    fn start<S: Signal>(transport: Transport, period: Duration) -> Self {
-        let stats = Arc::new(ExportStats::of(S::NAME));
+impl<C: Client> Pipeline<C> {
+    fn start(period: Duration, client: impl FnOnce(Arc<ExportStats>) -> C) -> Self {
+        let stats = Arc::new(ExportStats::of(C::SIGNAL.name()));
         let mut due = interval(period);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { queue: Queue::start::<S>(transport, Arc::clone(&stats)), due, stats }
+        Self { queue: Queue::start(client(Arc::clone(&stats)), Arc::clone(&stats)), due, stats }
+    }
+
+    fn give_up(self) -> u64 {
+        self.queue.give_up()
     }
 }
 
-/// What goes nowhere is never due.
-async fn due(pipeline: &mut Option<Pipeline>) {
+/// A signal that is not pushed is never due.
+async fn due<C: Client>(pipeline: &mut Option<Pipeline<C>>) {
     match pipeline {
         Some(pipeline) => {
             pipeline.due.tick().await;
@@ -195,8 +212,14 @@ async fn due(pipeline: &mut Option<Pipeline>) {
     }
 }
 
-async fn drain(pipeline: Option<&mut Pipeline>, end: Instant) {
+async fn drain<C: Client>(pipeline: Option<&mut Pipeline<C>>, end: Instant) {
     if let Some(pipeline) = pipeline {
         pipeline.queue.drain(end).await;
     }
+}
+
+/// Nanoseconds since 1970.
+fn nanoseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos().try_into().unwrap_or(u64::MAX)
 }

@@ -1,5 +1,5 @@
-//! What waits to be sent: encoded requests in a buffer of limited size, and the task that delivers them one after the
-//! other. Whoever has something to send never waits; what there is no room for is dropped, the oldest first, and counted.
+//! Batches that wait to be sent, in a buffer of limited size, and the tasks that send them. Adding a batch never waits: when the
+//! buffer is full, the oldest batches are dropped and counted.
 
 use std::{
     collections::VecDeque,
@@ -11,91 +11,99 @@ use std::{
 use tokio::{
     select,
     sync::Notify,
-    task::JoinHandle,
+    task::JoinSet,
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::{
-    signal::{Batch, Signal},
-    transport::{Problem, Transport},
-};
+use super::signal::{Accepted, Batch, Client, Failed, Retry};
 use crate::model::delivery::{ExportStats, Reason};
 
-/// Most bytes that wait.
+/// Maximum size of the buffer of a signal in bytes.
 pub(crate) const BUFFER: usize = 16 << 20;
 
-/// How long to wait after the first failure and at most; each wait is between half of that and the whole.
+/// The pause after the first failure, and the longest one; each is shortened at random by up to half.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// The buffer of one signal, and its way out.
-pub(super) struct Queue {
-    shared: Arc<Shared>,
-    sender: JoinHandle<()>,
+/// The buffer of one signal and the tasks that empty it.
+pub(super) struct Queue<C: Client> {
+    shared: Arc<Shared<C>>,
+    senders: JoinSet<()>,
 }
 
-struct Shared {
-    state: Mutex<State>,
-    /// Something has come, or the end.
-    news: Notify,
+struct Shared<C: Client> {
+    state: Mutex<State<C::Request>>,
+    /// A batch was added.
+    added: Notify,
+    /// The end was announced.
+    ended: Notify,
     stats: Arc<ExportStats>,
-    /// Who is to be told apart in messages.
-    signal: &'static str,
-    transport: Transport,
+    client: C,
 }
 
-#[derive(Default)]
-struct State {
-    waiting: VecDeque<Batch>,
+struct State<R> {
+    waiting: VecDeque<Batch<R>>,
     bytes: usize,
-    /// Items of the batch that is being sent.
-    in_hand: u64,
-    /// When all has to be over.
+    /// Items of the batches that are being sent.
+    in_flight: u64,
+    /// When sending has to be over.
     end: Option<Instant>,
+    /// Whether the collector failed the last time; reported once.
+    is_failing: bool,
 }
 
-impl Queue {
-    /// Begins to deliver.
-    pub(super) fn start<S: Signal>(transport: Transport, stats: Arc<ExportStats>) -> Self {
+impl<R> Default for State<R> {
+    fn default() -> Self {
+        Self { waiting: VecDeque::new(), bytes: 0, in_flight: 0, end: None, is_failing: false }
+    }
+}
+
+impl<C: Client> Queue<C> {
+    /// Starts the tasks that send.
+    pub(super) fn start(client: C, stats: Arc<ExportStats>) -> Self {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
-            news: Notify::new(),
+            added: Notify::new(),
+            ended: Notify::new(),
             stats,
-            signal: S::NAME,
-            transport,
+            client,
         });
-        let sender = tokio::spawn(deliver::<S>(Arc::clone(&shared)));
-        Self { shared, sender }
+        let mut senders = JoinSet::new();
+        for _ in 0..C::CONCURRENCY {
+            senders.spawn(deliver(Arc::clone(&shared)));
+        }
+        Self { shared, senders }
     }
 
-    /// Takes something to be delivered.
-    pub(super) fn push(&self, batch: Batch) {
+    /// Adds a batch.
+    pub(super) fn push(&self, batch: Batch<C::Request>) {
         let lost = self.shared.lock().push(batch);
         if lost > 0 {
             self.shared.stats.dropped(Reason::BufferFull, lost);
         }
-        self.shared.news.notify_one();
+        self.shared.added.notify_one();
     }
 
-    /// Delivers what is left, but only until then.
+    /// Sends what is left until a moment.
     pub(super) async fn drain(&mut self, end: Instant) {
         self.shared.lock().end = Some(end);
-        self.shared.news.notify_one();
-        let _in_time = timeout_at(end, &mut self.sender).await;
+        self.shared.ended.notify_waiters();
+        let all_sent = async { while self.senders.join_next().await.is_some() {} };
+        let _in_time = timeout_at(end, all_sent).await;
     }
 
-    /// Delivers no more; returns how many items are left.
-    pub(super) fn give_up(self) -> u64 {
-        self.sender.abort();
+    /// Stops sending; returns how many items are left.
+    pub(super) fn give_up(mut self) -> u64 {
+        self.senders.abort_all();
         let state = self.shared.lock();
-        state.in_hand + state.waiting.iter().map(|batch| batch.items).sum::<u64>()
+        state.in_flight + state.waiting.iter().map(|batch| batch.items).sum::<u64>()
     }
 }
 
-impl State {
-    /// Returns how many items had to make room.
-    fn push(&mut self, batch: Batch) -> u64 {
-        self.bytes += batch.bytes.len();
+impl<R> State<R> {
+    /// Returns how many items were dropped for this batch.
+    fn push(&mut self, batch: Batch<R>) -> u64 {
+        self.bytes += batch.bytes;
         self.waiting.push_back(batch);
         let mut lost = 0;
         while self.bytes > BUFFER && self.waiting.len() > 1 {
@@ -104,134 +112,143 @@ impl State {
         lost
     }
 
-    fn pop(&mut self) -> Option<Batch> {
+    fn pop(&mut self) -> Option<Batch<R>> {
         let batch = self.waiting.pop_front()?;
-        self.bytes -= batch.bytes.len();
+        self.bytes -= batch.bytes;
         Some(batch)
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl<C: Client> Shared<C> {
+    fn lock(&self) -> MutexGuard<'_, State<C::Request>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next one to be sent; `None` when there will be no more.
-    async fn next(&self) -> Option<Batch> {
+    /// The next batch; `None` when there will be no more.
+    async fn next(&self) -> Option<Batch<C::Request>> {
         loop {
+            let (added, ended) = (self.added.notified(), self.ended.notified());
             {
                 let mut state = self.lock();
                 if let Some(batch) = state.pop() {
-                    state.in_hand = batch.items;
+                    state.in_flight += batch.items;
                     return Some(batch);
                 }
                 if state.end.is_some() {
                     return None;
                 }
             }
-            self.news.notified().await;
+            select! {
+                () = added => {}
+                () = ended => {}
+            }
         }
     }
 
-    /// Waits so long, or until the end comes if that may cut it short; returns whether there is time for another attempt.
+    /// Waits, or until the end is announced if that may cut it short; returns whether there is time for another attempt.
     async fn pause(&self, pause: Duration, may_be_cut: bool) -> bool {
         let until = Instant::now() + pause;
         loop {
+            let ended = self.ended.notified();
             let end = self.lock().end;
             if let Some(end) = end {
                 return may_be_cut || (until < end && timeout_at(end, sleep_until(until)).await.is_ok());
             }
             select! {
                 () = sleep_until(until) => return true,
-                () = self.news.notified() => {}
+                () = ended => {}
             }
         }
     }
-}
 
-/// Delivers until the end.
-async fn deliver<S: Signal>(shared: Arc<Shared>) {
-    let mut warned = Warned { shared: &shared, is_in_trouble: false };
-    while let Some(batch) = shared.next().await {
+    /// Reports that the collector fails, unless that was reported.
+    fn warn(&self, why: &str) {
+        if !mem::replace(&mut self.lock().is_failing, true) {
+            let endpoint = self.client.endpoint();
+            log::warn!("no {} to {}: {why}{}", C::SIGNAL.name(), endpoint.uri, endpoint.hint);
+        }
+    }
+
+    /// Reports that it works again, if it failed.
+    fn recovered(&self) {
+        if mem::take(&mut self.lock().is_failing) {
+            log::warn!("{} takes {} again", self.client.endpoint().uri, C::SIGNAL.name());
+        }
+    }
+
+    /// Sends one batch until it is accepted or refused; returns whether there is time for more.
+    async fn send(&self, batch: &Batch<C::Request>) -> bool {
         let mut longest = FIRST_PAUSE;
         loop {
-            let begun_at_the_end = shared.lock().end.is_some();
-            match shared.transport.send::<S>(batch.bytes.clone()).await {
-                Ok(rejected) => {
-                    let lost = rejected.items.min(batch.items);
-                    shared.stats.delivered(batch.items - lost);
-                    if lost > 0 {
-                        shared.stats.dropped(Reason::Refused, lost);
-                        warned.of(&format!("{lost} of {} refused: {}", batch.items, rejected.why));
-                    } else {
-                        warned.over();
-                    }
-                    break;
+            let begun_at_the_end = self.lock().end.is_some();
+            let Failed { why, retry } = match self.client.send(&batch.request).await {
+                Ok(accepted) => {
+                    self.count(&accepted, batch.items);
+                    return true;
                 }
-                Err(problem) => {
-                    shared.stats.failed();
-                    let (why, after) = match problem {
-                        Problem::Never { why } => {
-                            shared.stats.dropped(Reason::Refused, batch.items);
-                            warned.of(&format!("refused: {why}"));
-                            break;
-                        }
-                        // Nobody comes back within the time that is left.
-                        Problem::Unreachable { why } if begun_at_the_end => {
-                            warned.of(&why);
-                            return;
-                        }
-                        Problem::Unreachable { why } => (why, None),
-                        Problem::Later { why, after } => (why, after),
-                    };
-                    warned.of(&format!("{why}; what waits is kept and sent again"));
-                    // One last attempt is made, unless the collector asked to be left alone.
-                    let may_be_cut = after.is_none() && !begun_at_the_end;
-                    let pause = after.unwrap_or_else(|| jittered(longest));
-                    longest = (longest * 2).min(LONGEST_PAUSE);
-                    if !shared.pause(pause, may_be_cut).await {
-                        return;
-                    }
+                Err(failed) => failed,
+            };
+            self.stats.failed();
+            let after = match retry {
+                Retry::Never => {
+                    self.stats.dropped(Reason::Refused, batch.items);
+                    self.warn(&format!("refused: {why}"));
+                    return true;
                 }
+                Retry::Unreachable if begun_at_the_end => {
+                    self.warn(&why);
+                    return false;
+                }
+                Retry::Unreachable | Retry::Later => None,
+                Retry::After(delay) => Some(delay),
+            };
+            self.warn(&format!("{why}; what waits is kept and sent again"));
+            // The end cuts a pause short for a last attempt, unless the collector asked for the pause.
+            let may_be_cut = after.is_none() && !begun_at_the_end;
+            let pause = after.unwrap_or_else(|| jittered(longest));
+            longest = (longest * 2).min(LONGEST_PAUSE);
+            if !self.pause(pause, may_be_cut).await {
+                return false;
             }
         }
-        shared.lock().in_hand = 0;
+    }
+
+    fn count(&self, accepted: &Accepted, items: u64) {
+        let lost = accepted.rejected.min(items);
+        self.stats.delivered(items - lost);
+        if lost > 0 {
+            self.stats.dropped(Reason::Refused, lost);
+            self.warn(&format!("{lost} of {items} refused: {}", accepted.why));
+        } else {
+            self.recovered();
+        }
     }
 }
 
-/// Between half of a time and the whole, so that those whose collector has failed do not all come back at once.
+/// Sends batches until the end.
+async fn deliver<C: Client>(shared: Arc<Shared<C>>) {
+    while let Some(batch) = shared.next().await {
+        if !shared.send(&batch).await {
+            return;
+        }
+        shared.lock().in_flight -= batch.items;
+    }
+}
+
+/// A time between half of this and all of it, so that many observers do not return to a collector at once.
 fn jittered(longest: Duration) -> Duration {
     longest.mul_f64(0.5 + fastrand::f64() / 2.0)
-}
-
-/// Tells once that a collector does not take what it should, and once that it does again.
-struct Warned<'s> {
-    shared: &'s Shared,
-    is_in_trouble: bool,
-}
-
-impl Warned<'_> {
-    fn of(&mut self, why: &str) {
-        if !mem::replace(&mut self.is_in_trouble, true) {
-            let endpoint = self.shared.transport.endpoint();
-            log::warn!("no {} to {}: {why}{}", self.shared.signal, endpoint.uri, endpoint.hint);
-        }
-    }
-
-    fn over(&mut self) {
-        if mem::take(&mut self.is_in_trouble) {
-            log::warn!("{} takes {} again", self.shared.transport.endpoint().uri, self.shared.signal);
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::otlp::{signal::MetricsRequest, testing::endpoint};
+    use crate::export::otlp::{
+        connection::Connection, metrics_client::MetricsClient, signal::Signal, testing::endpoint,
+    };
 
-    fn batch(bytes: usize, items: u64) -> Batch {
-        Batch { bytes: vec![0; bytes].into(), items }
+    fn batch(bytes: usize, items: u64) -> Batch<bytes::Bytes> {
+        Batch { request: bytes::Bytes::new(), bytes, items }
     }
 
     #[test]
@@ -244,14 +261,14 @@ mod tests {
         assert_eq!((state.waiting.len(), state.bytes), (1, BUFFER));
     }
 
-    /// Whoever waits before trying again makes one more attempt when the end comes, and nobody is waited for in vain.
+    /// A pause before a retry ends with the run, for a last attempt.
     #[test]
     fn the_end_cuts_a_pause_short() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let stats = Arc::new(ExportStats::of(MetricsRequest::NAME));
-            let transport = Transport::new(endpoint()).unwrap();
-            let mut queue = Queue::start::<MetricsRequest>(transport, Arc::clone(&stats));
+            let stats = Arc::new(ExportStats::of(Signal::Metrics.name()));
+            let client = MetricsClient::new(endpoint(), Connection::new(&endpoint()).unwrap());
+            let mut queue = Queue::start(client, Arc::clone(&stats));
             queue.push(batch(10, 3));
             queue.push(batch(10, 4));
             while stats.read().failures == 0 {

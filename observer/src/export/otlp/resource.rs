@@ -4,13 +4,11 @@
 use std::{collections::HashMap, ffi::OsString, path::Path, time::SystemTime};
 
 use nix::sys::utsname::uname;
-use opentelemetry_proto::tonic::{
-    common::v1::{KeyValue, any_value::Value},
-    resource::v1::Resource,
-};
+use opentelemetry::{KeyValue, Value};
+use opentelemetry_sdk::Resource;
 
 use super::{
-    attribute::{attribute, nanoseconds, text},
+    nanoseconds,
     settings::{Pairs, Settings, pairs},
 };
 use crate::{
@@ -150,22 +148,22 @@ impl Resources {
     }
 }
 
-/// Attributes, each once.
+/// Attributes, each key once.
 #[derive(Default)]
 struct Attributes(Vec<KeyValue>);
 
 impl Attributes {
     fn add(&mut self, key: &str, value: impl Into<String>) {
-        self.0.push(text(key, value));
+        self.0.push(KeyValue::new(key.to_owned(), value.into()));
     }
 
     fn add_number(&mut self, key: &str, number: u32) {
-        self.0.push(attribute(key, Value::IntValue(number.into())));
+        self.0.push(KeyValue::new(key.to_owned(), Value::I64(number.into())));
     }
 
     fn add_missing(&mut self, pairs: &Pairs) {
         for (name, value) in pairs {
-            if !self.0.iter().any(|known| known.key == *name) {
+            if !self.0.iter().any(|known| known.key.as_str() == name) {
                 self.add(name, value.as_str());
             }
         }
@@ -174,7 +172,7 @@ impl Attributes {
 
 impl From<Attributes> for Resource {
     fn from(attributes: Attributes) -> Self {
-        Self { attributes: attributes.0, ..Self::default() }
+        Self::builder_empty().with_attributes(attributes.0).build()
     }
 }
 
@@ -214,18 +212,7 @@ mod tests {
     }
 
     fn plain(resource: Resource) -> HashMap<String, String> {
-        let attributes = resource.attributes.into_iter().map(|attribute| {
-            let value = match attribute.value.unwrap().value.unwrap() {
-                Value::StringValue(text) => text,
-                Value::IntValue(number) => number.to_string(),
-                other => panic!("{other:?}"),
-            };
-            (attribute.key, value)
-        });
-        let count = attributes.len();
-        let all: HashMap<_, _> = attributes.collect();
-        assert_eq!(all.len(), count, "an attribute twice in {all:?}");
-        all
+        resource.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
     }
 
     #[test]

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use percent_encoding::percent_decode_str;
 
-use super::signal::{MetricsRequest, Signal, TraceRequest};
+use super::signal::Signal;
 use crate::{failure::Failure, setting::HEADING};
 
 /// How long a request may take, unless told otherwise.
@@ -103,8 +103,8 @@ impl Settings {
         if is_off {
             return Ok(None);
         }
-        let metrics = Endpoint::of::<MetricsRequest>(arguments, lookup)?;
-        let traces = Endpoint::of::<TraceRequest>(arguments, lookup)?;
+        let metrics = Endpoint::of(Signal::Metrics, arguments, lookup)?;
+        let traces = Endpoint::of(Signal::Traces, arguments, lookup)?;
         if metrics.is_none() && traces.is_none() {
             return Ok(None);
         }
@@ -120,22 +120,14 @@ impl Settings {
 }
 
 impl Endpoint {
-    /// Where a signal goes; `None` if nobody says, or if it is to go nowhere.
-    fn of<S: Signal>(arguments: &OtlpArguments, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
-        let exporter = lookup(&format!("OTEL_{}_EXPORTER", S::NAME.to_uppercase()));
+    /// The endpoint of a signal; `None` if none is configured, or if the signal is switched off.
+    fn of(signal: Signal, arguments: &OtlpArguments, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
+        let prefix = signal.name().to_uppercase();
+        let exporter = lookup(&format!("OTEL_{prefix}_EXPORTER"));
         if exporter.is_some_and(|exporter| exporter != "otlp") {
             return Ok(None);
         }
-        Self::from(S::NAME, S::HTTP, arguments, lookup)
-    }
-
-    fn from(
-        signal: &str,
-        path: &str,
-        arguments: &OtlpArguments,
-        lookup: Lookup<'_>,
-    ) -> Result<Option<Self>, Failure> {
-        let own = |name: &str| format!("OTEL_EXPORTER_OTLP_{}_{name}", signal.to_uppercase());
+        let own = |name: &str| format!("OTEL_EXPORTER_OTLP_{prefix}_{name}");
         let find = |name: &str| -> Option<(String, String)> {
             [own(name), format!("OTEL_EXPORTER_OTLP_{name}")]
                 .into_iter()
@@ -152,8 +144,11 @@ impl Endpoint {
         let is_unlikely = protocol.is_none() && uri.port_u16() == Some(GRPC_PORT);
         let protocol = protocol.unwrap_or(Protocol::HttpProtobuf);
         // Only the variable of a signal has the whole of its path.
-        let uri =
-            if protocol == Protocol::Grpc || origin == own("ENDPOINT") { uri } else { below(&uri, path)? };
+        let uri = if protocol == Protocol::Grpc || origin == own("ENDPOINT") {
+            uri
+        } else {
+            below(&uri, signal.path())?
+        };
         let file = |name: &str| find(name).map(|(path, _)| PathBuf::from(path));
         let client = match (file("CLIENT_CERTIFICATE"), file("CLIENT_KEY")) {
             (Some(certificate), Some(key)) => Some((certificate, key)),

@@ -1,57 +1,82 @@
-//! What differs between metrics and traces on the way to a collector: names, and how it says what it did not take.
+//! The two signals that observer pushes, and what a client of either offers to the queue.
 
-use bytes::Bytes;
-use opentelemetry_proto::tonic::collector::{
-    metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse},
-    trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse},
-};
+use std::time::Duration;
 
-/// What metrics are sent as.
-pub(super) type MetricsRequest = ExportMetricsServiceRequest;
+use super::settings::Endpoint;
 
-/// What traces are sent as.
-pub(super) type TraceRequest = ExportTraceServiceRequest;
+/// Metrics or traces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Signal {
+    Metrics,
+    Traces,
+}
 
-/// An encoded request.
-#[derive(Clone, Debug)]
-pub(super) struct Batch {
-    pub(super) bytes: Bytes,
+impl Signal {
+    /// Its name in messages, metrics and environment variables.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Metrics => "metrics",
+            Self::Traces => "traces",
+        }
+    }
+
+    /// Its HTTP path below the address of a collector.
+    pub(super) const fn path(self) -> &'static str {
+        match self {
+            Self::Metrics => "v1/metrics",
+            Self::Traces => "v1/traces",
+        }
+    }
+}
+
+/// What is sent in one request.
+#[derive(Debug)]
+pub(super) struct Batch<R> {
+    pub(super) request: R,
+    /// Memory that it takes while it waits.
+    pub(super) bytes: usize,
     /// Data points or spans in it.
     pub(super) items: u64,
 }
 
-/// A request to a collector, by what it answers and where it goes.
-pub(super) trait Signal: prost::Message + Default + 'static {
-    /// What a collector answers.
-    type Response: prost::Message + Default + 'static;
-    /// What people and variables call it.
-    const NAME: &'static str;
-    /// Its path below the address of a collector.
-    const HTTP: &'static str;
-    /// Its method.
-    const GRPC: &'static str;
-    /// How many data points or spans a collector did not take of a request that it took, and what it says to that.
-    fn rejected(response: Self::Response) -> (i64, String);
+/// Sends batches of one signal to a collector.
+pub(super) trait Client: Send + Sync + 'static {
+    type Request: Send + Sync + 'static;
+    const SIGNAL: Signal;
+    /// Batches that are sent at the same time.
+    const CONCURRENCY: usize;
+
+    fn endpoint(&self) -> &Endpoint;
+
+    /// Sends one request. A failure that the client has retried by itself counts as one.
+    fn send(&self, request: &Self::Request) -> impl Future<Output = Result<Accepted, Failed>> + Send;
 }
 
-impl Signal for MetricsRequest {
-    type Response = ExportMetricsServiceResponse;
-    const NAME: &'static str = "metrics";
-    const HTTP: &'static str = "v1/metrics";
-    const GRPC: &'static str = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export";
-    fn rejected(response: Self::Response) -> (i64, String) {
-        let partial = response.partial_success.unwrap_or_default();
-        (partial.rejected_data_points, partial.error_message)
-    }
+/// A collector's answer to a request that it accepted, perhaps in part.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Accepted {
+    /// Data points or spans that it rejected.
+    pub(super) rejected: u64,
+    /// Why, in the collector's words.
+    pub(super) why: String,
 }
 
-impl Signal for TraceRequest {
-    type Response = ExportTraceServiceResponse;
-    const NAME: &'static str = "traces";
-    const HTTP: &'static str = "v1/traces";
-    const GRPC: &'static str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
-    fn rejected(response: Self::Response) -> (i64, String) {
-        let partial = response.partial_success.unwrap_or_default();
-        (partial.rejected_spans, partial.error_message)
-    }
+/// Why a request was not accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Failed {
+    pub(super) why: String,
+    pub(super) retry: Retry,
+}
+
+/// When a request that failed may be sent again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Retry {
+    /// At any time.
+    Later,
+    /// When the collector is reachable again, which is not soon: at the end of a run it is not tried again.
+    Unreachable,
+    /// Not before this time has passed: the collector asked for it.
+    After(Duration),
+    /// Never: the collector refuses this request.
+    Never,
 }

@@ -1,30 +1,25 @@
-//! Requests, what was put off for them and how they stalled, as OTLP traces. A span is sent when what it tells is over; that
-//! of a request waits for its answer, but not for ever.
+//! Requests, the deferred tasks that they enqueued and the stalls that hit them, as spans. A span is exported when it is over;
+//! that of a request when it is answered, or after [`PATIENCE`].
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     mem,
-    sync::Arc,
-    time::{Duration, Instant},
+    sync::{Arc, LazyLock},
+    time::{Duration, Instant, SystemTime},
 };
 
-use bytes::Bytes;
-use opentelemetry_proto::tonic::{
-    common::v1::{InstrumentationScope, KeyValue, any_value::Value},
-    trace::v1::{
-        ResourceSpans, ScopeSpans, Span, Status,
-        span::{Event as SpanEvent, Link, SpanKind},
-        status::StatusCode,
-    },
+use opentelemetry::{
+    InstrumentationScope, KeyValue, Value,
+    trace::{Event as SpanEvent, Link, SpanId, SpanKind, Status},
 };
-use prost::Message as _;
+use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 
 use super::{
-    attribute::{attribute, nanoseconds, text},
-    context::{Context, Ids, SpanId, published},
-    exemplars::{self, Exemplars},
+    context::{Context, Ids, published},
+    exemplars::Exemplars,
     resource::Resources,
-    signal::{Batch, TraceRequest},
+    signal::Batch,
+    span_client::SpanBatch,
 };
 use crate::{
     kernel::clock,
@@ -37,64 +32,64 @@ use crate::{
     process::Process,
 };
 
-/// How long a request may be without an answer before it is told.
+/// How long a request may be without an answer before its span is exported.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Requests that are remembered: those that wait for their answer, and those that are told. As many as are known by number.
+/// Maximum number of requests that are remembered: those without an answer yet, and those that were exported. The programs
+/// remember as many by number.
 const REMEMBERED: usize = 32_768;
 
-/// Most stalls that are told with a request.
+/// Maximum number of stalls in the span of a request.
 const STALLS: usize = 32;
 
-/// Spans of a process in one request; a request is full when it has so many bytes.
-const SPANS: usize = 1024;
-const REQUEST: usize = 1 << 20;
+/// Maximum number of spans in a batch, as in the batch processors of the SDKs.
+const SPANS: usize = 512;
 
-/// Whether the parent of a span is of another process is known, and that it is.
-const KNOWS_REMOTE: u32 = 0x100;
-const IS_REMOTE: u32 = 0x200;
-
-/// Metrics whose measurements are spans.
+/// Metrics that have spans as exemplars.
 const WAIT: &str = "observer_deferred_wait_seconds";
 const RUN: &str = "observer_deferred_run_seconds";
 const SLICE: &str = "observer_reactor_slice_seconds";
 
-/// Methods that HTTP has; others are not named, for anybody can think of one.
+/// Methods that HTTP defines. Others do not become names of spans, because a client can make up any number of them.
 const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
+
+static SCOPE: LazyLock<InstrumentationScope> = LazyLock::new(|| {
+    InstrumentationScope::builder("observer").with_version(env!("CARGO_PKG_VERSION")).build()
+});
 
 /// Makes spans.
 #[derive(Default)]
 pub(super) struct Tracer {
     ids: Ids,
     requests: HashMap<u64, State>,
-    /// From the oldest on.
+    /// Numbers of requests, the oldest first.
     order: VecDeque<u64>,
 }
 
-/// How far a request has been told.
+/// Whether the span of a request was exported.
 enum State {
     Open(Open),
-    Told,
+    Exported,
 }
 
-/// A request that has not been told.
+/// A request whose span was not exported yet.
 struct Open {
     pid: u32,
     request: Arc<Asked>,
     context: Context,
     since: Instant,
-    /// The last that is known of it, monotonic nanoseconds.
+    /// The last event of the request in monotonic nanoseconds.
     last_ns: u64,
     stalls: Vec<SpanEvent>,
     stalls_dropped: u32,
 }
 
 /// Spans by process.
-type Spans = BTreeMap<u32, Vec<Span>>;
+type Spans = BTreeMap<u32, Vec<SpanData>>;
 
 impl Tracer {
-    /// Makes spans of what has happened, and of requests that have been answered or have waited for long enough; of all of
-    /// them if these are the last.
+    /// Makes the spans of events, and of requests that were answered or have waited for long enough: of all requests if these
+    /// events are the last.
     pub(super) fn spans(
         &mut self,
         events: VecDeque<Event>,
@@ -119,10 +114,9 @@ impl Tracer {
                         None => Some(self.ids.own_context(tid, start_ns)),
                     };
                     let Some(context) = context else { continue };
-                    let end = nanoseconds(clock::wall_time(start_ns)) + length(&stall);
-                    let whose = exemplars::Span { trace: &context.trace, id: &context.top };
+                    let end = clock::wall_time(start_ns) + length(&stall);
                     let key = (SLICE, pid, tid.to_string().into());
-                    exemplars.add(key, &whose, stall.seconds, end);
+                    exemplars.add(key, &context.span(context.top), stall.seconds, end);
                     let span = stall_span(&self.ids, &context, tid, start_ns, &stall);
                     match stall.origin.as_ref().and_then(|request| self.open(request)) {
                         Some(open) => {
@@ -138,7 +132,7 @@ impl Tracer {
         for state in self.requests.values_mut() {
             if let State::Open(open) = state
                 && (are_last || open.is_due())
-                && let State::Open(open) = mem::replace(state, State::Told)
+                && let State::Open(open) = mem::replace(state, State::Exported)
             {
                 spans.entry(open.pid).or_default().push(open.into());
             }
@@ -146,16 +140,16 @@ impl Tracer {
         spans
     }
 
-    /// A request that is not told yet.
+    /// A request whose span was not exported yet.
     fn open(&mut self, request: &Asked) -> Option<&mut Open> {
         match self.requests.get_mut(&request.id)? {
             State::Open(open) => Some(open),
-            State::Told => None,
+            State::Exported => None,
         }
     }
 
-    /// The trace of a request, which is opened if nothing was known of it; `None` if it is not wanted. The oldest is told,
-    /// if need be, and forgotten.
+    /// The trace of a request, which is remembered from now on; `None` if it is not sampled. Where there are too many, the oldest
+    /// is exported and forgotten.
     fn remember(&mut self, pid: u32, request: &Arc<Asked>, spans: &mut Spans) -> Option<Context> {
         let context = self.ids.context(request)?;
         if self.requests.contains_key(&request.id) {
@@ -187,19 +181,14 @@ impl Open {
         self.request.answered.get().is_some() || self.since.elapsed() >= PATIENCE
     }
 
-    /// A thread stalled with it.
+    /// Adds a stall that hit the request.
     fn add(&mut self, tid: u32, start_ns: u64, stall: &Stall) {
-        let length = length(stall);
-        self.last_ns = self.last_ns.max(start_ns + length);
+        let length_ns = length(stall).as_nanos().try_into().unwrap_or(u64::MAX);
+        self.last_ns = self.last_ns.max(start_ns.saturating_add(length_ns));
         if self.stalls.len() < STALLS {
-            let mut attributes = of_stall(tid, stall);
-            attributes.push(attribute("observer.stall.duration", Value::DoubleValue(stall.seconds)));
-            self.stalls.push(SpanEvent {
-                time_unix_nano: nanoseconds(clock::wall_time(start_ns)),
-                name: "stall".into(),
-                attributes,
-                ..SpanEvent::default()
-            });
+            let mut attributes = stall_attributes(tid, stall);
+            attributes.push(KeyValue::new("observer.stall.duration", stall.seconds));
+            self.stalls.push(SpanEvent::new("stall", clock::wall_time(start_ns), attributes, 0));
         } else {
             self.stalls_dropped += 1;
         }
@@ -207,7 +196,7 @@ impl Open {
 }
 
 /// The span of a request.
-impl From<Open> for Span {
+impl From<Open> for SpanData {
     fn from(open: Open) -> Self {
         let Open { request, context, last_ns, stalls, stalls_dropped, .. } = open;
         let mut attributes = Vec::new();
@@ -215,129 +204,125 @@ impl From<Open> for Span {
         if let Some(method) = request.method.as_deref() {
             let known = METHODS.into_iter().find(|known| *known == method);
             name = known.unwrap_or("HTTP");
-            attributes.push(text("http.request.method", known.unwrap_or("_OTHER")));
+            attributes.push(KeyValue::new("http.request.method", known.unwrap_or("_OTHER")));
         }
         if let Some(path) = &request.path {
-            attributes.push(text("url.path", path.as_str()));
+            attributes.push(KeyValue::new("url.path", path.clone()));
         }
         let answered = request.answered.get();
         if answered.is_none() {
-            attributes.push(attribute("observer.request.answered", Value::BoolValue(false)));
+            attributes.push(KeyValue::new("observer.request.answered", false));
         }
-        let remote = if context.remote.is_some() { IS_REMOTE } else { 0 };
-        // One reading of the clocks: the wall's may be set between two.
-        let start = nanoseconds(clock::wall_time(request.at_ns));
-        let end = answered.unwrap_or(&last_ns).saturating_sub(request.at_ns);
+        let mut events = SpanEvents::default();
+        (events.events, events.dropped_count) = (stalls, stalls_dropped);
+        // The clocks are compared once: the wall clock may be set between two comparisons.
+        let start = clock::wall_time(request.at_ns);
+        let length_ns = answered.unwrap_or(&last_ns).saturating_sub(request.at_ns);
         Self {
-            trace_id: context.trace.into(),
-            span_id: context.top.into(),
-            parent_span_id: context.remote.map_or_else(Vec::new, Into::into),
-            flags: u32::from(context.flags) | KNOWS_REMOTE | remote,
-            name: name.into(),
-            kind: SpanKind::Server.into(),
-            start_time_unix_nano: start,
-            end_time_unix_nano: start + end,
+            parent_span_id: context.remote.unwrap_or(SpanId::INVALID),
+            parent_span_is_remote: context.remote.is_some(),
             attributes,
-            events: stalls,
-            dropped_events_count: stalls_dropped,
-            ..Self::default()
+            events,
+            ..span(&context, context.top, name.into(), SpanKind::Server, start, length_ns)
         }
     }
 }
 
-/// A span of a trace; one that is its own parent is at the top.
-fn span(context: &Context, id: SpanId, parent: SpanId, name: &str, kind: SpanKind) -> Span {
-    Span {
-        trace_id: context.trace.into(),
-        span_id: id.into(),
-        parent_span_id: if parent == id { Vec::new() } else { parent.into() },
-        flags: u32::from(context.flags) | KNOWS_REMOTE,
-        name: name.into(),
-        kind: kind.into(),
-        ..Span::default()
+/// A span without a parent.
+fn span(
+    context: &Context,
+    id: SpanId,
+    name: std::borrow::Cow<'static, str>,
+    kind: SpanKind,
+    start: SystemTime,
+    length_ns: u64,
+) -> SpanData {
+    SpanData {
+        span_context: context.span(id),
+        parent_span_id: SpanId::INVALID,
+        parent_span_is_remote: false,
+        span_kind: kind,
+        name,
+        start_time: start,
+        end_time: start + Duration::from_nanos(length_ns),
+        attributes: Vec::new(),
+        dropped_attributes_count: 0,
+        events: SpanEvents::default(),
+        links: SpanLinks::default(),
+        status: Status::Unset,
+        instrumentation_scope: SCOPE.clone(),
     }
 }
 
-/// The span of a piece of deferred work.
-fn work_span(ids: &Ids, context: &Context, work: &Work) -> Span {
+/// The span of a deferred task.
+fn work_span(ids: &Ids, context: &Context, work: &Work) -> SpanData {
     let parent = work.parent.map_or(context.top, |parent| ids.work(parent));
     let start_ns = work.started_ns.unwrap_or(work.queued_ns);
-    let start = nanoseconds(clock::wall_time(start_ns));
     let waited_until = work.started_ns.unwrap_or(work.ended_ns);
     let wait = seconds(waited_until.saturating_sub(work.queued_ns));
-    let link = Link {
-        trace_id: context.trace.into(),
-        span_id: parent.into(),
-        flags: u32::from(context.flags) | KNOWS_REMOTE,
-        ..Link::default()
-    };
-    let mut attributes = vec![attribute("observer.deferred.wait", Value::DoubleValue(wait))];
-    attributes.extend(work.request_id.as_ref().map(|id| text("observer.request.id", id.as_str())));
-    let orphaned = Status { message: "orphaned".into(), code: StatusCode::Error.into() };
-    let mut span = Span {
-        start_time_unix_nano: start,
-        end_time_unix_nano: start + work.ended_ns.saturating_sub(start_ns),
+    let mut links = SpanLinks::default();
+    links.links = vec![Link::new(context.span(parent), Vec::new(), 0)];
+    let mut attributes = vec![KeyValue::new("observer.deferred.wait", wait)];
+    attributes.extend(work.request_id.as_ref().map(|id| KeyValue::new("observer.request.id", id.clone())));
+    // A process knows its own trace best; the link still leads to the span that enqueued the task.
+    let own = work.context.as_ref().and_then(published);
+    let (trace, parent) = own.unwrap_or((context.trace, parent));
+    let context = Context { trace, ..context.clone() };
+    let start = clock::wall_time(start_ns);
+    let length_ns = work.ended_ns.saturating_sub(start_ns);
+    let name = work.task.to_string().into();
+    SpanData {
+        parent_span_id: parent,
         attributes,
-        links: vec![link],
-        status: work.started_ns.is_none().then_some(orphaned),
-        ..span(context, ids.work(work.id), parent, &work.task, SpanKind::Consumer)
-    };
-    // What the process itself says counts for more; the link still leads to what put it off.
-    if let Some((trace, in_span)) = work.context.as_ref().and_then(published) {
-        span.trace_id = trace.into();
-        span.parent_span_id = in_span.into();
+        links,
+        status: if work.started_ns.is_none() { Status::error("orphaned") } else { Status::Unset },
+        ..span(&context, ids.work(work.id), name, SpanKind::Consumer, start, length_ns)
     }
-    span
 }
 
-/// What was measured of work that has started.
-fn add_exemplars(exemplars: &mut Exemplars, pid: u32, work: &Work, span: &Span) {
+/// Adds the wait and the run of a task that has started.
+fn add_exemplars(exemplars: &mut Exemplars, pid: u32, work: &Work, span: &SpanData) {
     let Some(started) = work.started_ns else { return };
-    let whose = exemplars::Span { trace: &span.trace_id, id: &span.span_id };
     let wait = seconds(started.saturating_sub(work.queued_ns));
-    exemplars.add((WAIT, pid, Arc::clone(&work.task)), &whose, wait, span.start_time_unix_nano);
+    exemplars.add((WAIT, pid, Arc::clone(&work.task)), &span.span_context, wait, span.start_time);
     let run = seconds(work.ended_ns.saturating_sub(started));
-    exemplars.add((RUN, pid, Arc::clone(&work.task)), &whose, run, span.end_time_unix_nano);
+    exemplars.add((RUN, pid, Arc::clone(&work.task)), &span.span_context, run, span.end_time);
 }
 
-/// The span of a stall that has no request, or one that has been told.
-fn stall_span(ids: &Ids, context: &Context, tid: u32, start_ns: u64, stall: &Stall) -> Span {
-    let start = nanoseconds(clock::wall_time(start_ns));
-    Span {
-        start_time_unix_nano: start,
-        end_time_unix_nano: start + length(stall),
-        attributes: of_stall(tid, stall),
-        ..span(context, ids.stall(tid, start_ns), context.top, "stall", SpanKind::Internal)
+/// The span of a stall that has no request, or whose request was exported.
+fn stall_span(ids: &Ids, context: &Context, tid: u32, start_ns: u64, stall: &Stall) -> SpanData {
+    let id = ids.stall(tid, start_ns);
+    let start = clock::wall_time(start_ns);
+    let length_ns = length(stall).as_nanos().try_into().unwrap_or(u64::MAX);
+    SpanData {
+        parent_span_id: if context.top == id { SpanId::INVALID } else { context.top },
+        attributes: stall_attributes(tid, stall),
+        ..span(context, id, "stall".into(), SpanKind::Internal, start, length_ns)
     }
 }
 
-fn of_stall(tid: u32, stall: &Stall) -> Vec<KeyValue> {
+fn stall_attributes(tid: u32, stall: &Stall) -> Vec<KeyValue> {
     let mut attributes = vec![
-        attribute("thread.id", Value::IntValue(tid.into())),
-        text("observer.stall.cause", stall.cause.name()),
+        KeyValue::new("thread.id", i64::from(tid)),
+        KeyValue::new("observer.stall.cause", stall.cause.name()),
     ];
-    attributes.extend(stall.syscall.as_ref().map(|call| text("observer.stall.syscall", call.as_str())));
+    attributes
+        .extend(stall.syscall.as_ref().map(|call| KeyValue::new("observer.stall.syscall", call.to_string())));
     attributes
 }
 
-/// How long a stall was, in nanoseconds.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "durations are not negative; a cast stops at the largest number"
-)]
-fn length(stall: &Stall) -> u64 {
-    (stall.seconds * 1e9).round() as u64
+/// The duration of a stall.
+fn length(stall: &Stall) -> Duration {
+    Duration::try_from_secs_f64(stall.seconds).unwrap_or_default()
 }
 
-/// Spans as requests.
-pub(super) fn encode(
+/// Spans as batches, each of one process.
+pub(super) fn batches(
     spans: Spans,
     resources: &mut Resources,
     process: impl Fn(u32) -> Process,
-) -> Vec<Batch> {
+) -> Vec<Batch<SpanBatch>> {
     let mut batches = Vec::new();
-    let (mut request, mut bytes, mut items) = (TraceRequest::default(), 0, 0);
     for (pid, spans) in spans {
         if spans.is_empty() {
             continue;
@@ -346,32 +331,25 @@ pub(super) fn encode(
         let mut spans = spans.into_iter().peekable();
         while spans.peek().is_some() {
             let spans: Vec<_> = spans.by_ref().take(SPANS).collect();
-            let count = u64::try_from(spans.len()).unwrap_or(u64::MAX);
-            let scope = InstrumentationScope {
-                name: "observer".into(),
-                version: env!("CARGO_PKG_VERSION").into(),
-                ..InstrumentationScope::default()
-            };
-            let scope_spans = vec![ScopeSpans { scope: Some(scope), spans, ..ScopeSpans::default() }];
-            let one =
-                ResourceSpans { resource: Some(resource.clone()), scope_spans, ..ResourceSpans::default() };
-            let size = one.encoded_len();
-            if bytes > 0 && bytes + size > REQUEST {
-                batches.push(batch(&mem::take(&mut request), items));
-                (bytes, items) = (0, 0);
-            }
-            (bytes, items) = (bytes + size, items + count);
-            request.resource_spans.push(one);
+            let bytes = spans.iter().map(memory).sum();
+            let items = spans.len().try_into().unwrap_or(u64::MAX);
+            batches.push(Batch { request: SpanBatch { resource: resource.clone(), spans }, bytes, items });
         }
-    }
-    if items > 0 {
-        batches.push(batch(&request, items));
     }
     batches
 }
 
-fn batch(request: &TraceRequest, items: u64) -> Batch {
-    Batch { bytes: Bytes::from(request.encode_to_vec()), items }
+/// Roughly the memory that a span takes, in bytes.
+fn memory(span: &SpanData) -> usize {
+    let of = |attributes: &[KeyValue]| -> usize {
+        let text = |attribute: &KeyValue| match &attribute.value {
+            Value::String(text) => text.as_str().len(),
+            _ => 0,
+        };
+        size_of_val(attributes) + attributes.iter().map(text).sum::<usize>()
+    };
+    let events: usize = span.events.iter().map(|event| size_of_val(event) + of(&event.attributes)).sum();
+    size_of_val(span) + span.name.len() + of(&span.attributes) + events + size_of_val(&span.links.links[..])
 }
 
 #[cfg(test)]
@@ -386,6 +364,14 @@ mod tests {
             catalog::families,
         },
     };
+
+    fn length_ns(span: &SpanData) -> u128 {
+        span.end_time.duration_since(span.start_time).unwrap().as_nanos()
+    }
+
+    fn between(one: &SpanData, other: &SpanData) -> u128 {
+        other.start_time.duration_since(one.start_time).unwrap().as_nanos()
+    }
 
     fn asked(id: u64, answered: Option<u64>) -> Arc<Asked> {
         let asked = Asked {
@@ -427,59 +413,64 @@ mod tests {
         Event { pid: 7, what: What::Stall(9, 3_000_000, Box::new(stall)) }
     }
 
-    fn spans(tracer: &mut Tracer, events: impl IntoIterator<Item = Event>, are_last: bool) -> Vec<Span> {
+    fn spans(tracer: &mut Tracer, events: impl IntoIterator<Item = Event>, are_last: bool) -> Vec<SpanData> {
         let events = events.into_iter().collect();
         tracer.spans(events, &mut Exemplars::default(), are_last).into_values().flatten().collect()
     }
 
     #[test]
-    fn an_answered_request_is_told_once() {
+    fn an_answered_request_is_exported_once() {
         let mut tracer = Tracer::default();
         let request = asked(1, Some(4_000_000));
         // The child ends before its parent.
         let both = [work(&request, 3, Some(2), Some(5_000_000)), work(&request, 2, None, Some(3_000_000))];
         let [child, parent, server] = spans(&mut tracer, both, false).try_into().unwrap();
-        assert_eq!(server.kind, i32::from(SpanKind::Server));
-        assert_eq!((server.name.as_str(), server.parent_span_id.as_slice()), ("GET", &[][..]));
-        assert_eq!(server.end_time_unix_nano - server.start_time_unix_nano, 3_000_000);
-        assert_eq!((&child.parent_span_id, &parent.parent_span_id), (&parent.span_id, &server.span_id));
-        assert_eq!(child.links[0].span_id, parent.span_id);
-        assert_eq!(child.start_time_unix_nano - server.start_time_unix_nano, 4_000_000);
-        assert!(
-            [&child, &parent].iter().all(|span| span.trace_id == server.trace_id && span.status.is_none())
-        );
-        let named = |span: &Span| span.attributes.contains(&text("observer.request.id", "request-1"));
+        assert_eq!(server.span_kind, SpanKind::Server);
+        assert_eq!((&*server.name, server.parent_span_id), ("GET", SpanId::INVALID));
+        assert_eq!(length_ns(&server), 3_000_000);
+        let id = |span: &SpanData| span.span_context.span_id();
+        assert_eq!((child.parent_span_id, parent.parent_span_id), (id(&parent), id(&server)));
+        assert_eq!(child.links[0].span_context.span_id(), id(&parent));
+        assert_eq!(between(&server, &child), 4_000_000);
+        for span in [&child, &parent] {
+            assert_eq!(span.span_context.trace_id(), server.span_context.trace_id());
+            assert_eq!(span.status, Status::Unset);
+        }
+        let named =
+            |span: &SpanData| span.attributes.contains(&KeyValue::new("observer.request.id", "request-1"));
         assert!(named(&child) && named(&parent) && !named(&server));
         let later = spans(&mut tracer, [work(&request, 4, None, Some(3_000_000))], true);
         assert_eq!(later.len(), 1);
-        assert_eq!(later[0].parent_span_id, server.span_id);
+        assert_eq!(later[0].parent_span_id, id(&server));
     }
 
     #[test]
-    fn one_without_an_answer_waits_and_says_so() {
+    fn a_request_without_an_answer_waits_and_says_so() {
         let mut tracer = Tracer::default();
         let request = asked(1, None);
         let waiting = spans(&mut tracer, [work(&request, 2, None, None), stall(&request)], false);
         let orphan = &waiting[0];
         assert_eq!(waiting.len(), 1);
-        assert_eq!(orphan.status.as_ref().unwrap().message, "orphaned");
-        assert_eq!(orphan.end_time_unix_nano - orphan.start_time_unix_nano, 7_000_000);
+        assert_eq!(orphan.status, Status::error("orphaned"));
+        assert_eq!(length_ns(orphan), 7_000_000);
         let [server] = spans(&mut tracer, [], true).try_into().unwrap();
-        assert!(server.attributes.iter().any(|attribute| attribute.key == "observer.request.answered"));
-        // Until the stall, the last that is known of it, was over.
-        assert_eq!(server.end_time_unix_nano - server.start_time_unix_nano, 252_000_000);
-        assert_eq!((server.events.len(), server.events[0].name.as_str()), (1, "stall"));
-        // From now on stalls are told by themselves.
+        assert!(
+            server.attributes.iter().any(|attribute| attribute.key.as_str() == "observer.request.answered")
+        );
+        // Until the end of the stall, the last event.
+        assert_eq!(length_ns(&server), 252_000_000);
+        assert_eq!((server.events.len(), &*server.events[0].name), (1, "stall"));
+        // Stalls that follow have spans of their own.
         let [late] = spans(&mut tracer, [stall(&request)], false).try_into().unwrap();
-        assert_eq!((late.name.as_str(), &late.parent_span_id), ("stall", &server.span_id));
+        assert_eq!((&*late.name, late.parent_span_id), ("stall", server.span_context.span_id()));
     }
 
     #[test]
     fn a_stall_without_a_request_is_a_trace_of_its_own() {
         let mut tracer = Tracer::default();
         let [stall] = spans(&mut tracer, [stall_with(None)], false).try_into().unwrap();
-        assert_eq!((stall.name.as_str(), stall.parent_span_id.as_slice()), ("stall", &[][..]));
-        assert_eq!(stall.end_time_unix_nano - stall.start_time_unix_nano, 250_000_000);
+        assert_eq!((&*stall.name, stall.parent_span_id), ("stall", SpanId::INVALID));
+        assert_eq!(length_ns(&stall), 250_000_000);
         assert!(tracer.requests.is_empty());
     }
 
@@ -489,13 +480,16 @@ mod tests {
         let request = asked(1, None);
         spans(&mut tracer, (0..STALLS + 2).map(|_| stall(&request)), false);
         let most = u64::try_from(REMEMBERED).unwrap();
-        let told = spans(&mut tracer, (2..=most + 1).map(|id| stall(&asked(id, None))), false);
-        assert_eq!((told.len(), told[0].events.len(), told[0].dropped_events_count), (1, STALLS, 2));
+        let exported = spans(&mut tracer, (2..=most + 1).map(|id| stall(&asked(id, None))), false);
+        assert_eq!(
+            (exported.len(), exported[0].events.len(), exported[0].events.dropped_count),
+            (1, STALLS, 2)
+        );
         assert_eq!((tracer.requests.len(), tracer.order.len()), (REMEMBERED, REMEMBERED));
     }
 
     #[test]
-    fn what_nobody_wants_recorded_is_not() {
+    fn a_request_that_is_not_sampled_has_no_spans() {
         let traceparent = format!("00-{}1-{}1-00", "0".repeat(31), "0".repeat(15));
         let request = Arc::new(Asked { traceparent: Some(traceparent), ..Asked::clone(&asked(1, None)) });
         let mut tracer = Tracer::default();
@@ -513,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_have_the_names_of_the_catalog() {
+    fn exemplars_name_metrics_of_the_catalog() {
         for name in [WAIT, RUN, SLICE] {
             assert!(families().any(|family| family.name == name), "{name}");
         }
@@ -525,9 +519,9 @@ mod tests {
         let events = (0..20_000).map(|id| work(&asked(1, Some(4)), id, None, Some(3_000_000)));
         let spans = tracer.spans(events.collect(), &mut Exemplars::default(), false);
         let mut resources = Resources::new(&settings(), SystemTime::now());
-        let batches = encode(spans, &mut resources, process);
-        assert!(batches.len() > 1 && batches.iter().all(|batch| batch.bytes.len() <= REQUEST + 1024));
+        let batches = batches(spans, &mut resources, process);
+        assert!(batches.iter().all(|batch| batch.request.spans.len() <= SPANS && batch.bytes > SPANS));
         assert_eq!(batches.iter().map(|batch| batch.items).sum::<u64>(), 20_001);
-        assert!(encode(Spans::new(), &mut resources, process).is_empty());
+        assert!(super::batches(Spans::new(), &mut resources, process).is_empty());
     }
 }

@@ -17,7 +17,7 @@ use crate::{
         deferred::{Deferring, Piece, ask, read_answer},
         http,
         observer::Observer,
-        otlp::{Receiver, Rotel, attributes, for_each_point},
+        otlp::{Receiver, Rotel, attributes, certificate, for_each_point},
         servers::{Server, free_port},
     },
 };
@@ -279,6 +279,37 @@ fn a_collector_may_come_late() {
             let of_request = |piece: &&Piece| piece.request == request;
             let pieces: Vec<_> = pieces.iter().filter(of_request).cloned().collect();
             assert_eq!(assert_trace(&trace.collect::<Vec<_>>(), &path, &pieces, None).len(), PIECES);
+        }
+    }
+}
+
+/// Headers, compression, TLS and attributes of the environment apply to spans as they do to metrics.
+#[real_test(userspace, host_only("guests have no collector"))]
+fn spans_have_headers_and_a_trusted_connection() {
+    let files = tempfile::tempdir().unwrap();
+    let pem = certificate(files.path());
+    let pem = pem.to_str().unwrap();
+    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    for protocol in PROTOCOLS {
+        let receiver = Receiver::start(protocol, &[pem]);
+        let variables = [
+            ("OTEL_METRICS_EXPORTER", "none"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20x,x-tenant=a=b"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip"),
+            ("OTEL_EXPORTER_OTLP_CERTIFICATE", pem),
+            ("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test"),
+        ];
+        let address = format!("https://127.0.0.1:{}", receiver.port);
+        let observer = trace(server.pid(), &address, protocol, &variables);
+        ask(&mut BufReader::new(http::connect(server.port)), "/job/0");
+        let request = receiver.next();
+        observer.finish();
+        let headers = &request["headers"];
+        assert_eq!((&headers["authorization"], &headers["x-tenant"]), (&"Bearer x".into(), &"a=b".into()));
+        // grpcio does not show the encoding.
+        assert!(protocol == "grpc" || headers["content-encoding"] == "gzip", "{headers}");
+        for (resource, _) in spans(&[request.clone()]) {
+            assert_eq!(resource["deployment.environment.name"], "test");
         }
     }
 }

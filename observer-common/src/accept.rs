@@ -1,6 +1,6 @@
 //! Shared types of the *accept* probe: connections that wait to be accepted.
 
-/// Key of `PORTS`: the TCP ports, by network namespace, whose new connections are worth a time stamp.
+/// Key of `PORTS`: a TCP port in a network namespace. Only connections to these ports get a timestamp.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PortKey {
@@ -11,34 +11,35 @@ pub struct PortKey {
 }
 crate::shared::shared!(PortKey, 8);
 
-/// Value of `QUEUED`, whose key is the address of a connection's socket, of a unix connection that of its client's.
+/// Value of `QUEUED`: when a connection was queued. The key is the address of the connection's `struct sock`, or of the
+/// client's for a unix connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arrival {
-    /// When the connection began to wait, monotonic nanoseconds.
+    /// When the connection was queued, in monotonic nanoseconds.
     pub at_ns: u64,
-    /// Of a unix connection, its listener's `unix_name`, once that is known; 0 for TCP.
+    /// Unix: the `unix_name` of the listener, once it is known. TCP: 0.
     pub unix_name: u64,
 }
 crate::shared::shared!(Arrival, 16);
 
-/// Value of `ACCEPTING`, whose key is the thread id: the accept call in progress.
+/// Value of `ACCEPTING`: the accept call that a thread is in. The key is the thread ID.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accepting {
-    /// Key of the listener; 0 if there is no such call.
+    /// Key of the listener; 0 if no call is in progress.
     pub inode: u64,
-    /// Connections that waited when the call began.
+    /// Connections in the accept queue when the call began.
     pub depth: u32,
-    /// Zero; keeps the size free of padding.
+    /// Always zero: explicit padding.
     pub reserved: u32,
 }
 crate::shared::shared!(Accepting, 16);
 
 impl Accepting {
-    /// No call.
+    /// No call in progress.
     pub const NONE: Self = Self { inode: 0, depth: 0, reserved: 0 };
 }
 
-/// What stands for the process that accepts, where several do: no process has this id.
+/// Value of `accepter` for a listener that several processes accept from. No process has this ID.
 pub const SEVERAL: u32 = u32::MAX;

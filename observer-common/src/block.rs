@@ -1,10 +1,10 @@
-//! What a blocked thread waits for, and how its system call tells.
+//! What a blocked thread waits for, and how its system call shows that.
 
 /// What a blocked thread waits for.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Block {
-    /// None of the others, or not known.
+    /// None of the others, or unknown.
     Other = 0,
     /// Another thread or process: a futex, a file lock, a semaphore, the lock of an address space.
     Lock = 1,
@@ -12,59 +12,61 @@ pub enum Block {
     Disk = 2,
     /// A socket.
     Network = 3,
-    /// Time alone.
+    /// Only for time to pass.
     Sleep = 4,
-    /// Memory that is not there: to be read from a file or from swap.
+    /// A page that must be read from a file or from swap.
     PageFault = 5,
 }
 
-/// Number of [`Block`]s.
+/// Number of [`Block`] variants.
 pub const BLOCKS: usize = 6;
 
 impl Block {
-    /// All of them, in index order.
+    /// All variants, in index order.
     pub const ALL: [Self; BLOCKS] =
         [Self::Other, Self::Lock, Self::Disk, Self::Network, Self::Sleep, Self::PageFault];
 
-    /// The one with this index; [`Block::Other`] if there is none.
+    /// The variant with this index; [`Block::Other`] if there is none.
     pub const fn of(index: u32) -> Self {
         if (index as usize) < BLOCKS { Self::ALL[index as usize] } else { Self::Other }
     }
 }
 
-/// How a system call tells what a thread inside it waits for: by itself, or by its arguments.
+/// How a system call shows what a thread inside it waits for: the call alone determines it, or its arguments do.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SyscallClass {
-    /// [`Block::Other`].
+    /// Always [`Block::Other`].
     Other = Block::Other as u8,
-    /// [`Block::Lock`].
+    /// Always [`Block::Lock`].
     Lock = Block::Lock as u8,
-    /// [`Block::Disk`].
+    /// Always [`Block::Disk`].
     Disk = Block::Disk as u8,
-    /// [`Block::Network`].
+    /// Always [`Block::Network`].
     Network = Block::Network as u8,
-    /// [`Block::Sleep`].
+    /// Always [`Block::Sleep`].
     Sleep = Block::Sleep as u8,
-    /// By what its first argument, a descriptor, stands for.
+    /// Depends on the type of the file behind the first argument, a descriptor.
     File = 16,
-    /// By the first of the descriptors that its first argument points to (`poll`); it sleeps if the second says that
-    /// there are none. Where that is no file but an event (`eventfd`), as runtimes use to wake a thread, it sleeps if the
-    /// third argument tells for how long, and else waits for another thread.
+    /// Depends on the first descriptor in the array that the first argument points to (`poll`). It is [`Block::Sleep`]
+    /// if the second argument says that the array is empty. If the descriptor is an anonymous file such as an
+    /// `eventfd`, which runtimes use to wake a thread, it is [`Block::Sleep`] if the third argument is a timeout, and
+    /// [`Block::Lock`] otherwise.
     Poll = 17,
-    /// By the lowest descriptor in the sets that its second and third argument point to (`select`); it sleeps if the
-    /// first says that there are none.
+    /// Depends on the lowest descriptor in the sets that the second and third argument point to (`select`). It is
+    /// [`Block::Sleep`] if the first argument says that the sets are empty.
     Select = 18,
-    /// A futex: a [`Block::Lock`], or where a thread is parked that has nothing to do, which its third argument may tell.
+    /// A futex: [`Block::Lock`], or the place where an idle thread is parked. The third argument, the expected value,
+    /// helps to distinguish the two.
     Futex = 19,
 }
 
-/// The value of a futex that a thread waits for a mutex at, in glibc, Rust's standard library and Go: held, and others wait.
-/// Whoever parks waits at another value, or where another has been.
+/// Value of the futex of a contended mutex in glibc, Rust's standard library and Go: locked, with waiters. A thread
+/// that parks waits at another value, or at a futex where it has waited at another value before.
 pub const CONTENDED: u32 = 2;
 
-/// System calls told apart, by number; higher ones are [`SyscallClass::Other`].
+/// Number of system calls that are classified; those with higher numbers are [`SyscallClass::Other`].
 pub const CALLS: usize = 512;
 
-/// Stands for a block outside of any system call, or in one that is not known.
+/// Marks a block outside of any system call, or in an unknown one.
 pub const NO_CALL: u32 = u32::MAX;

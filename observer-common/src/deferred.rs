@@ -1,51 +1,53 @@
-//! Shared types of the *deferred* probe: work that is put off, what it is put off for, and how the programs find that
-//! out in a runtime they know nothing of.
+//! Shared types of the *deferred* probe: deferred tasks, their origins, and the extractors that tell the programs,
+//! which know no runtime, how to read both from a process.
 
 use crate::{histogram::Histogram, origin::Origin};
 
-/// Most pieces of deferred work in flight, of all targets together.
+/// Maximum number of deferred tasks in flight, over all targets.
 pub const TASKS: u32 = 32_768;
 
-/// Most kinds of deferred work, of all targets together.
+/// Maximum number of kinds of deferred tasks, over all targets.
 pub const CLASSES: u32 = 512;
 
-/// Most places that are watched, of all targets together.
+/// Maximum number of hooks, over all targets.
 pub const HOOKS: u32 = 4096;
 
-/// Most ways to read a place, of all targets together.
+/// Maximum number of extractors, over all targets.
 pub const EXTRACTORS: u32 = 1024;
 
-/// Most steps that lead to a key, conditions included.
+/// Maximum number of operations that extract a key, tests included.
 pub const KEY_STEPS: usize = 12;
 
-/// Most steps that lead to a class.
+/// Maximum number of operations that extract a class.
 pub const CLASS_STEPS: usize = 48;
 
-/// Most steps that lead to a request id, conditions included.
+/// Maximum number of operations that extract a request ID, tests included.
 pub const REQUEST_ID_STEPS: usize = 24;
 
-/// Longest request id that is kept, in bytes, with the zero that ends it and one more: what fills all of this was cut.
+/// Size of the buffer for a request ID, in bytes: the longest ID that is kept, its terminating zero, and one more byte.
+/// An ID that fills the buffer is treated as truncated.
 pub const REQUEST_ID: usize = 48;
 
-/// What a place in a runtime means.
+/// What a hook does when a process reaches it.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verb {
-    /// The current origin is kept under the key: work is put off.
+    /// Enqueue: stores the current origin under the key.
     Snapshot = 1,
-    /// What is kept under the key is the current origin from now on: the work goes on.
+    /// Start or resume: makes the origin that is stored under the key the current one.
     Restore = 2,
-    /// The work pauses, or has ended: what was current before is so again.
+    /// Pause or finish: makes the previous work current again.
     Leave = 3,
-    /// The key is dead.
+    /// Destroy: the key is no longer valid.
     Forget = 4,
-    /// The thread works for nobody now.
+    /// The thread works for no request from now on.
     Clear = 5,
-    /// The work outlives its key, which may be another's soon: it ends where its thread forgets it without one.
+    /// The task outlives its key, which the runtime may reuse. It ends when its thread reaches a `Forget` hook without
+    /// a key.
     Detach = 6,
 }
 
-/// Key of `HOOKS`: an instruction of a process.
+/// Key of `HOOKS`: an instruction in a process.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Place {
@@ -53,114 +55,115 @@ pub struct Place {
     pub address: u64,
     /// Process.
     pub tgid: u32,
-    /// Zero; keeps the size free of padding.
+    /// Always zero: explicit padding.
     pub reserved: u32,
 }
 crate::shared::shared!(Place, 16);
 
-/// Value of `HOOKS`: what it means that a process comes to a place.
+/// Value of `HOOKS`: what to do when a process reaches the instruction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hook {
     /// A [`Verb`].
     pub verb: u32,
-    /// Which keys these are: those of different spaces never meet.
+    /// Namespace of the keys: keys of different spaces never match.
     pub space: u32,
     /// [`Hook::ONCE`] and [`Hook::TAKES_OVER`].
     pub flags: u32,
     /// Index into `EXTRACTORS`.
     pub extractor: u32,
-    /// How often it was come to, and meant.
+    /// Number of times that the hook was reached, except when a test excluded it.
     pub hits: u64,
-    /// How often that meant something: a key could be read and, but for a snapshot, was known.
+    /// Number of those that had an effect: the key could be read and, except for a snapshot, belonged to a known task.
     pub matches: u64,
 }
 crate::shared::shared!(Hook, 32);
 
 impl Hook {
-    /// Work ends where its thread turns to something else, because nothing else tells.
+    /// A task ends as soon as its thread switches to other work, because the runtime has no function that marks its
+    /// end.
     pub const ONCE: u32 = 1;
-    /// Work of unknown origin goes on for what its thread has read while it worked on nothing.
+    /// A task of unknown origin inherits the origin of what its thread read from a connection while it ran no task.
     pub const TAKES_OVER: u32 = 2;
 }
 
-/// What a [`Op`] does with the value at hand.
+/// What an [`Op`] does. Operations run in sequence and share one current value.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing more follows.
+    /// Ends the sequence.
     End = 0,
-    /// Another case begins; it is tried if those before have failed.
+    /// Starts an alternative, which runs only if those before it have failed.
     Case = 1,
-    /// The value is a register's, whose number is `value`.
+    /// Sets the value to that of the register with the number `value`.
     Register = 2,
-    /// The value is the word at it and `offset`.
+    /// Replaces the value by the word at the address value + `offset`.
     Load = 3,
-    /// The case fails unless the value, as far as `mask` goes, is `value`.
+    /// Fails the alternative unless the value, masked with `mask`, equals `value`.
     Test = 4,
-    /// The value is the answer, to be understood as `value` says.
+    /// Returns the value as the result; `value` says how to interpret it.
     Take = 5,
-    /// The value is that and `offset`.
+    /// Adds `offset` to the value.
     Add = 6,
 }
 
-/// A step on the way to a key or a class.
+/// One operation of an [`Extractor`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Op {
     /// An [`Action`].
     pub action: u32,
-    /// See there.
+    /// Operand; its meaning depends on the action.
     pub offset: i32,
-    /// See there.
+    /// Operand; its meaning depends on the action.
     pub mask: u64,
-    /// See there.
+    /// Operand; its meaning depends on the action.
     pub value: u64,
 }
 crate::shared::shared!(Op, 24);
 
 impl Op {
-    /// The end.
+    /// Ends the sequence.
     pub const END: Self = Self { action: Action::End as u32, offset: 0, mask: 0, value: 0 };
 }
 
-/// Numbers of registers: the first six arguments, in order, are 0 to 5.
+/// Register numbers. Numbers 0 to 5 are the first six arguments, in order.
 pub mod register {
-    /// What a function returns.
+    /// The return value.
     pub const RESULT: u64 = 6;
-    /// `rbx`, `rbp`, `rsp`, and `r10` to `r15`, from this number on in that order.
+    /// First of the other registers: `rbx`, `rbp`, `rsp`, and `r10` to `r15`, in this order.
     pub const OTHERS: u64 = 7;
-    /// Names of the others.
+    /// Names of the other registers, in order.
     pub const NAMES: [&str; 9] = ["rbx", "rbp", "rsp", "r10", "r11", "r12", "r13", "r14", "r15"];
 }
 
-/// Value of `EXTRACTORS`: how to read a place.
+/// Value of `EXTRACTORS`: how to read a task at a hook.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extractor {
-    /// Steps to the key; none if there is none to read. A place where a test fails means nothing.
+    /// Operations that yield the key; empty if the hook has none. If a test fails, the hook has no effect.
     pub key: [Op; KEY_STEPS],
-    /// Steps to the class; none if it is not told there.
+    /// Operations that yield the class; empty if the hook does not show it.
     pub class: [Op; CLASS_STEPS],
-    /// Steps to the address of the request id, a C string; none if it is not told there.
+    /// Operations that yield the address of the request ID, a C string; empty if the hook does not show it.
     pub request_id: [Op; REQUEST_ID_STEPS],
-    /// Where the process keeps the pointer to a thread's trace context.
+    /// The variable that holds the pointer to a thread's trace context.
     pub context: ThreadLocal,
 }
 crate::shared::shared!(Extractor, 24 * (KEY_STEPS + CLASS_STEPS + REQUEST_ID_STEPS) + 8);
 
-/// A variable of which each thread has its own. One word, so that nobody ever sees half of it.
+/// Location of a thread-local variable. A single word, so that reads and writes of it are atomic.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThreadLocal(u64);
 crate::shared::shared!(ThreadLocal, 8);
 
 impl ThreadLocal {
-    /// None.
+    /// No variable.
     pub const NONE: Self = Self(0);
 
-    /// In the variables of the module that the C library knows by this number, from 1 on; of number 0, from the thread
-    /// pointer.
+    /// `module` is the C library's number of the module, from 1 on, and `offset` is relative to that module's
+    /// thread-local storage. With `module` 0, `offset` is relative to the thread pointer.
     #[must_use]
     pub const fn new(module: u32, offset: i32) -> Self {
         Self((module as u64) << 32 | offset.cast_unsigned() as u64)
@@ -172,7 +175,7 @@ impl ThreadLocal {
         (self.0 >> 32) as u32
     }
 
-    /// Where it is there, in bytes.
+    /// The offset in bytes, as in [`ThreadLocal::new`].
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
     pub const fn offset(self) -> i32 {
@@ -180,95 +183,96 @@ impl ThreadLocal {
     }
 }
 
-/// What a thread publishes as the trace that it works for, as OTEP 4947 has it; zeroes if it publishes none. The bytes
-/// are in the order in which they are written, which is big-endian.
+/// Trace context that a thread publishes according to OTEP 4947; all zeroes if it publishes none. The bytes are in the
+/// order in which the IDs are written, which is big-endian.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Context {
-    /// The trace.
+    /// The trace ID.
     pub trace_id: [u64; 2],
-    /// The span in it.
+    /// The span ID.
     pub span_id: u64,
 }
 crate::shared::shared!(Context, 24);
 
-/// What deferred work is known by.
+/// Identifies a deferred task while it is in flight.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TaskKey {
-    /// What the runtime knows it by.
+    /// Identifies the task within the runtime.
     pub key: u64,
     /// Process.
     pub tgid: u32,
-    /// As in [`Hook`].
+    /// Namespace of `key`, as in [`Hook`].
     pub space: u32,
 }
 crate::shared::shared!(TaskKey, 16);
 
-/// What a thread is working for, and on.
+/// What a thread is working on, and on behalf of what.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
-    /// What it is for.
+    /// The request or connection that the work is for.
     pub origin: Origin,
-    /// The piece of deferred work; 0 if it is none.
+    /// ID of the deferred task; 0 outside of any task.
     pub task: u64,
-    /// What that is known by.
+    /// Key of that task.
     pub key: TaskKey,
-    /// Since when, monotonic nanoseconds.
+    /// Start of the work, in monotonic nanoseconds.
     pub since_ns: u64,
 }
 crate::shared::shared!(Work, 56);
 
 impl Work {
-    /// Nothing that anybody knows of.
+    /// No known work.
     pub const NONE: Self =
         Self { origin: Origin::NONE, task: 0, key: TaskKey { key: 0, tgid: 0, space: 0 }, since_ns: 0 };
 }
 
-/// Key of `CLASSES`: a kind of deferred work.
+/// Key of `CLASSES`: a kind of deferred task.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ClassKey {
-    /// What stands for it in the process; of work whose class is not told, its space.
+    /// Value that identifies the kind in the process; the key space for a task of unknown kind.
     pub value: u64,
     /// Process.
     pub tgid: u32,
-    /// How to make a name of `value`; 0 if the class is not told, [`ClassKey::OTHERS`] for those without room.
+    /// How to derive a name from `value`; 0 if the kind is unknown, [`ClassKey::OTHERS`] for kinds beyond the capacity
+    /// of `CLASSES`.
     pub naming: u32,
 }
 crate::shared::shared!(ClassKey, 16);
 
 impl ClassKey {
-    /// What `naming` is for the classes that found no room.
+    /// `naming` of the entry that collects the kinds beyond the capacity of `CLASSES`.
     pub const OTHERS: u32 = u32::MAX;
-    /// What it is for what is no piece of work of its own: what put it off goes on in it.
+    /// `naming` of a context that is no task of its own: the work that enqueued it continues in it.
     pub const SAME_WORK: u32 = 8;
 }
 
-/// Value of `CLASSES`: figures of a kind of deferred work.
+/// Value of `CLASSES`: counters of a kind of deferred task.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Class {
-    /// Pieces put off; where only their start tells the class, those that have started.
+    /// Tasks enqueued. If the kind is known only when a task starts, tasks started.
     pub enqueued: u64,
-    /// Of these, the ones that have started.
+    /// Of those, tasks that have started.
     pub started: u64,
-    /// Of these, the ones that have ended.
+    /// Of those, tasks that have finished.
     pub finished: u64,
-    /// Pieces forgotten before they started.
+    /// Tasks dropped before they started.
     pub orphaned: u64,
-    /// Pieces that have not started and are not forgotten, now.
+    /// Tasks that are enqueued now: neither started nor dropped.
     pub pending: u64,
-    /// Put off -> started.
+    /// Time from enqueue to start.
     pub wait: Histogram,
-    /// Started -> worked on for the last time, of those that have ended.
+    /// Time from start until the task last ran, of finished tasks.
     pub run: Histogram,
 }
 crate::shared::shared!(Class, 40 + 2 * size_of::<Histogram>());
 
 impl Class {
-    /// One of which there has been none.
+    /// A kind without tasks.
     pub const EMPTY: Self = Self {
         enqueued: 0,
         started: 0,
@@ -280,39 +284,39 @@ impl Class {
     };
 }
 
-/// Value of `TASKS`, whose key is its [`TaskKey`]: a piece of deferred work in flight.
+/// Value of `TASKS`, whose key is the [`TaskKey`]: a deferred task in flight.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeferredTask {
-    /// Tells it from all others.
+    /// Unique ID.
     pub id: u64,
-    /// The piece that put it off, if that is for the same request; 0 if none did.
+    /// ID of the task that enqueued this one, if both are for the same request; otherwise 0.
     pub parent: u64,
-    /// What it is for.
+    /// The request or connection that the task is for.
     pub origin: Origin,
     /// Its kind.
     pub class: ClassKey,
-    /// When it was put off, monotonic nanoseconds.
+    /// When the task was enqueued, in monotonic nanoseconds.
     pub queued_ns: u64,
-    /// When it started, likewise; 0 if it has not.
+    /// When the task started, likewise; 0 if it has not.
     pub started_ns: u64,
-    /// When it was worked on for the last time, likewise.
+    /// When the task last ran, likewise.
     pub left_ns: u64,
-    /// 1 if it ends where its thread turns to something else.
+    /// 1 if the task ends as soon as its thread switches to other work.
     pub once: u32,
-    /// Zero; keeps the size free of padding.
+    /// Always zero: explicit padding.
     pub reserved: u32,
-    /// The piece of work that its thread worked on before it; of what is no piece of its own, what goes on in it.
+    /// Work that the thread resumes when it leaves this task. For [`ClassKey::SAME_WORK`]: the work that continues.
     pub outer: Work,
-    /// What the thread that put it off published.
+    /// Trace context that the thread that enqueued the task published.
     pub context: Context,
-    /// What the runtime calls the request, up to the first zero; nothing if that is not told.
+    /// The runtime's ID of the request, terminated by a zero; empty if unknown.
     pub request_id: [u8; REQUEST_ID],
 }
 crate::shared::shared!(DeferredTask, 168 + REQUEST_ID);
 
 impl DeferredTask {
-    /// One that nothing is known of.
+    /// An empty task.
     pub const EMPTY: Self = Self {
         id: 0,
         parent: 0,
@@ -329,7 +333,7 @@ impl DeferredTask {
     };
 }
 
-/// A piece of deferred work that is over, as `LINKS` passes it on: of those whose request is known.
+/// A deferred task that has finished or was dropped and whose request is known, as sent through `LINKS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -337,7 +341,7 @@ pub struct Link {
     pub id: u64,
     /// As in [`DeferredTask`].
     pub parent: u64,
-    /// The request it was done for.
+    /// ID of the request that the task was for.
     pub request: u64,
     /// Its kind.
     pub class: ClassKey,
@@ -345,7 +349,7 @@ pub struct Link {
     pub queued_ns: u64,
     /// As in [`DeferredTask`]; 0 if it never started.
     pub started_ns: u64,
-    /// When it was worked on for the last time or, if it never started, forgotten; monotonic nanoseconds.
+    /// When the task last ran or, if it never started, when it was dropped, in monotonic nanoseconds.
     pub ended_ns: u64,
     /// As in [`DeferredTask`].
     pub context: Context,

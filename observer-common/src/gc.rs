@@ -1,33 +1,33 @@
 //! Shared types of the *gc* probe: garbage collections of targets' runtimes.
 
-/// Most processes whose collections are watched at a time.
+/// Maximum number of processes whose collections are observed at a time.
 pub const PROCESSES: u32 = 256;
 
-/// Most numbers that add up to the time a runtime says its collections took.
+/// Maximum number of counters that add up to the collection time reported by a runtime.
 pub const PARTS: usize = 2;
 
-/// Value of `GC_BEGUN`, whose key is the thread id: a collection in progress.
+/// Value of `GC_BEGUN`: a collection in progress. The key is the thread ID.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Begun {
-    /// When it began, monotonic nanoseconds.
+    /// When it began, in monotonic nanoseconds.
     pub since_ns: u64,
-    /// How many have begun in it that are not done, itself included.
+    /// Number of nested collections in progress, including this one.
     pub depth: u64,
 }
 crate::shared::shared!(Begun, 16);
 
-/// Value of `GC_TOTALS`, whose key is the process id: where a runtime keeps totals of its own, and what they were.
+/// Value of `GC_TOTALS`: where a runtime keeps its own totals, and their last values. The key is the process ID.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Address of the number of collections in the process; 0 once the process is gone.
+    /// Address of the number of collections, in the process; 0 once the process has exited.
     pub count_address: u64,
-    /// Addresses of nanoseconds they took, to be added up; 0 for none.
+    /// Addresses of the collection times, in nanoseconds, which are added up; 0 if unused.
     pub ns_addresses: [u64; PARTS],
-    /// The number of collections, as last read.
+    /// Number of collections when last read.
     pub count: u64,
-    /// The nanoseconds, as last read.
+    /// Sum of the collection times when last read, in nanoseconds.
     pub ns: u64,
 }
 crate::shared::shared!(Totals, 8 + 8 * PARTS + 16);

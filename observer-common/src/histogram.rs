@@ -1,24 +1,24 @@
-//! Log-linear histograms of nanoseconds: eight buckets for each power of two, from 1 us to 69 s.
-//! A bucket is `(lower, upper]`, as Prometheus' `le` has it, and at most 12.5 % wide; each keeps its sum,
-//! so that means are true and the lag of a random instant can be computed exactly at any bound.
+//! Log-linear histograms of nanoseconds: eight buckets for each power of two, from 1 us to 69 s. A bucket covers
+//! `(lower, upper]`, like Prometheus' `le`, and is at most 12.5 % wide. Each bucket keeps its sum as well as its count,
+//! so means are exact, and lag can be computed exactly at every bucket bound.
 
-/// Linear steps of one power of two, as a power of two itself.
+/// Binary logarithm of the number of linear steps for each power of two.
 const STEP_BITS: u32 = 3;
-/// Up to 2^10 ns (1.024 us) everything falls into the first bucket.
+/// Durations up to 2^10 ns (1.024 us) fall into the first bucket.
 const LOWEST_EXPONENT: u32 = 10;
-/// Above 2^36 ns (68.7 s) everything falls into the last one.
+/// Durations above 2^36 ns (68.7 s) fall into the last bucket.
 const HIGHEST_EXPONENT: u32 = 36;
 
-/// Buckets of each power of two.
+/// Buckets for each power of two.
 pub const STEPS: usize = 1 << STEP_BITS;
 
-/// Number of buckets, the open ones at both ends included.
+/// Number of buckets, including the open ones at both ends.
 pub const BUCKETS: usize = 2 + (((HIGHEST_EXPONENT - LOWEST_EXPONENT) as usize) << STEP_BITS);
 
-/// The bucket that holds a duration of `ns` nanoseconds; always below [`BUCKETS`].
+/// The bucket that contains a duration of `ns` nanoseconds; always below [`BUCKETS`].
 #[inline(always)]
 pub const fn bucket_of(ns: u64) -> usize {
-    // One less, because the upper bound belongs to the bucket.
+    // Minus one, because the upper bound belongs to the bucket.
     let v = ns.saturating_sub(1);
     if v < 1 << LOWEST_EXPONENT {
         return 0;
@@ -31,7 +31,7 @@ pub const fn bucket_of(ns: u64) -> usize {
     1 + (((exponent - LOWEST_EXPONENT) as usize) << STEP_BITS) + step as usize
 }
 
-/// Upper bound of a bucket in nanoseconds, itself inside; `None` for the last, which has no bound.
+/// Upper bound of a bucket in nanoseconds, inclusive; `None` for the last one, which has no bound.
 pub const fn upper_bound(bucket: usize) -> Option<u64> {
     if bucket >= BUCKETS - 1 {
         return None;
@@ -44,31 +44,31 @@ pub const fn upper_bound(bucket: usize) -> Option<u64> {
     Some((1 << exponent) + (steps << (exponent - STEP_BITS as usize)))
 }
 
-/// One bucket: how many durations it holds and what they add up to.
+/// One bucket: a number of durations and their sum.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bucket {
-    /// Durations that fell in here.
+    /// Number of durations in this bucket.
     pub count: u64,
     /// Their sum in nanoseconds.
     pub sum_ns: u64,
 }
 
-/// Durations as the kernel aggregates them.
+/// Histogram of durations, aggregated in the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Histogram {
-    /// Shortest duration in nanoseconds; 0 while there is none (a duration of 0 is kept as 1).
+    /// Shortest duration in nanoseconds; 0 if the histogram is empty (a duration of 0 is recorded as 1).
     pub min_ns: u64,
     /// Longest duration in nanoseconds.
     pub max_ns: u64,
-    /// By [`bucket_of`].
+    /// Indexed by [`bucket_of`].
     pub buckets: [Bucket; BUCKETS],
 }
 crate::shared::shared!(Histogram, 16 * BUCKETS + 16);
 
 impl Histogram {
-    /// One without any duration.
+    /// A histogram without durations.
     pub const EMPTY: Self = Self { buckets: [Bucket { count: 0, sum_ns: 0 }; BUCKETS], min_ns: 0, max_ns: 0 };
 }
 

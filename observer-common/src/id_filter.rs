@@ -1,39 +1,40 @@
-//! Who is known at all: `ID_FILTER` counts, for every place that an id may fall into, the entries of a map with such ids.
-//! Nearly all events are strangers', and a place where nobody is tells so without a look into the map; one where a single
-//! reactor is tells which.
+//! A filter by ID that programs check before they look into a map. `ID_FILTER` counts, for each bucket that an ID may
+//! fall into, the map entries with such IDs. Nearly all events come from processes that are not targets: an empty
+//! bucket proves that without a map lookup. A bucket with a single reactor identifies that reactor.
 
-/// Places, of which an id has the one with its lower bits. Ids are given out in turn: they rarely meet in one.
+/// Number of buckets. The low bits of an ID select its bucket. IDs are assigned sequentially, so collisions are rare.
 pub const PLACES: usize = 1 << 16;
 
-/// The only value of `ID_FILTER`. Whoever adds an entry to a map counts it before, and whoever removes one after, so that
-/// there is never an entry that is not counted.
+/// The only value of `ID_FILTER`. An entry is counted before it is added to a map and uncounted after it is removed, so
+/// no map ever contains an entry that is not counted.
 #[repr(C)]
 pub struct IdFilter {
-    /// Entries of `THREADS`, by [`place`] of their thread's id: each adds its [`share`].
+    /// Entries of `THREADS`, by [`place`] of the thread ID. Each entry adds its [`share`].
     pub threads: [u64; PLACES],
-    /// Entries of `TARGETS`, by that of their process's.
+    /// Entries of `TARGETS`, by [`place`] of the process ID.
     pub processes: [u32; PLACES],
 }
 
-/// Who is in a place, as far as its word tells.
+/// The threads in a bucket, as far as its word shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// No thread that is known.
+    /// No known thread.
     Nobody,
-    /// Perhaps the one in this slot, and no other.
+    /// A single thread, in this slot. Its ID may differ from the one looked up.
     One(u32),
-    /// Any of several.
+    /// Several threads.
     Several,
 }
 
-/// What a thread in this slot adds to the word of its place: one, and the slot. Sums of those can be taken apart where
-/// there is only one, and kernels before 5.12 have no other way to change a word that others change, too.
+/// What a thread in this slot adds to the word of its bucket: 1 in the upper half, and the slot in the lower half.
+/// While the count is 1, the lower half is the slot. It is a sum because kernels before 5.12 offer no other atomic
+/// operation on a word that several CPUs change.
 #[inline(always)]
 pub const fn share(slot: u32) -> u64 {
     1 << 32 | slot as u64
 }
 
-/// Reads the word of a place.
+/// Decodes the word of a bucket.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "a slot has 32 bits")]
 pub const fn seen(word: u64) -> Seen {
@@ -44,7 +45,7 @@ pub const fn seen(word: u64) -> Seen {
     }
 }
 
-/// Where an id is counted; always below [`PLACES`].
+/// The bucket of an ID; always below [`PLACES`].
 #[inline(always)]
 pub const fn place(id: u32) -> usize {
     id as usize % PLACES
@@ -55,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_alone_tells_its_slot_whoever_was_there_meanwhile() {
+    fn a_single_entry_shows_its_slot_after_others_have_left() {
         let mut word = share(7);
         assert_eq!(seen(word), Seen::One(7));
         word += share(u32::from(u16::MAX));

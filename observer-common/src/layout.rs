@@ -1,51 +1,52 @@
-//! Where the fields of kernel structures are on the running kernel, as byte offsets.
-//! Found by the loader in BTF and tracefs, injected as one global before the programs are verified, so
-//! that the verifier sees constants; read only by the eBPF side's `kernel/`.
+//! Byte offsets of fields of kernel structures on the running kernel. The loader finds them in BTF and tracefs and
+//! writes them into a global before the programs are verified, so that the verifier sees constants. Only `kernel/` of
+//! the eBPF side reads them.
 
-/// Stands for the offset of a member that the running kernel does not have.
+/// Offset of a member that the running kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
 
-/// A structure, a path to a member of it, and where its offset belongs.
+/// A structure, the path of a member in it, and the field of [`KernelLayout`] that takes the offset.
 pub type Member = (&'static str, &'static str, fn(&mut KernelLayout) -> &mut u32);
 
-/// Declares [`KernelLayout`] together with the list the loader fills it from, so that neither can lack a field.
+/// Declares [`KernelLayout`] together with the list that the loader fills it from, so that neither can miss a field.
 macro_rules! kernel_layout {
     (
-        everywhere { $($(#[doc = $doc:literal])* $field:ident = $root:literal . $path:literal;)* }
-        some { $($(#[doc = $some_doc:literal])* $some:ident = $some_root:literal . $some_path:literal;)* }
+        required { $($(#[doc = $doc:literal])* $field:ident = $root:literal . $path:literal;)* }
+        optional { $($(#[doc = $opt_doc:literal])* $opt:ident = $opt_root:literal . $opt_path:literal;)* }
     ) => {
-        /// Byte offsets into kernel structures, one field for each that a program reads.
+        /// Byte offsets into kernel structures: one field for each member that a program reads.
         #[repr(C)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub struct KernelLayout {
             $($(#[doc = $doc])* #[doc = concat!("`", $root, ".", $path, "`, in bytes.")] pub $field: u32,)*
-            $($(#[doc = $some_doc])* #[doc = concat!("`", $some_root, ".", $some_path, "`, in bytes; [`ABSENT`] where the kernel has none.")] pub $some: u32,)*
-            /// A [`RingShape`](crate::ring::RingShape): what the tracepoints of `io_uring` pass.
+            $($(#[doc = $opt_doc])* #[doc = concat!("`", $opt_root, ".", $opt_path, "`, in bytes; [`ABSENT`] where the kernel has none.")] pub $opt: u32,)*
+            /// A [`RingShape`](crate::ring::RingShape): the argument lists of the `io_uring` tracepoints.
             pub ring_shape: u32,
-            /// 1 where `sched_switch` passes the previous state as an argument (5.18 and newer), else 0.
+            /// 1 if `sched_switch` passes the previous state as an argument (5.18 and newer), otherwise 0.
             pub switch_has_state: u32,
-            /// The first argument in the record of every `sys_enter_*`, in bytes; each takes eight.
+            /// Offset of the first argument in the record of every `sys_enter_*`, in bytes; each argument takes eight.
             pub enter_arguments: u32,
-            /// The return value in the record of every `sys_exit_*`, in bytes.
+            /// Offset of the return value in the record of every `sys_exit_*`, in bytes.
             pub exit_ret: u32,
         }
 
         impl KernelLayout {
-            /// Nothing known: what the programs are built with.
+            /// Initial value in the built programs, before the loader fills it in.
             pub const ZERO: Self =
-                Self { $($field: 0,)* $($some: ABSENT,)* ring_shape: 0, switch_has_state: 0, enter_arguments: 0, exit_ret: 0 };
+                Self { $($field: 0,)* $($opt: ABSENT,)* ring_shape: 0, switch_has_state: 0, enter_arguments: 0, exit_ret: 0 };
 
-            /// Offsets that come from BTF: structure, member path (alternatives, newest first, split by `|`), and where to put it.
+            /// Members to look up in BTF: structure, member path (alternatives separated by `|`, newest first), and
+            /// destination.
             pub const MEMBERS: &[Member] = &[$(($root, $path, |layout| &mut layout.$field),)*];
 
-            /// The same for what not every kernel has.
-            pub const OPTIONAL: &[Member] = &[$(($some_root, $some_path, |layout| &mut layout.$some),)*];
+            /// Members that not every kernel has, in the same form.
+            pub const OPTIONAL: &[Member] = &[$(($opt_root, $opt_path, |layout| &mut layout.$opt),)*];
         }
     };
 }
 
 kernel_layout! {
-    everywhere {
+    required {
         task_pid = "task_struct"."pid";
         task_tgid = "task_struct"."tgid";
         /// Renamed in 5.14.
@@ -73,16 +74,16 @@ kernel_layout! {
         sock_type = "sock"."sk_type";
         sock_drops = "sock"."sk_drops.counter";
         sock_received = "sock"."sk_receive_queue.qlen";
-        /// A unix listener's queue: one buffer for each connection that waits.
+        /// Accept queue of a unix listener: one buffer for each connection that waits.
         sock_received_first = "sock"."sk_receive_queue.next";
         buffer_sk = "sk_buff"."sk";
         sock_socket = "sock"."sk_socket";
         sock_ack_backlog = "sock"."sk_ack_backlog";
         sock_max_ack_backlog = "sock"."sk_max_ack_backlog";
         net_inum = "net"."ns.inum";
-        /// Requests whose handshake is not done.
+        /// Requests whose handshake is in progress.
         accept_half_open = "inet_connection_sock"."icsk_accept_queue.qlen.counter";
-        /// The longest waiting of those whose handshake is done.
+        /// First of the requests whose handshake is complete: the one that has waited longest.
         accept_head = "inet_connection_sock"."icsk_accept_queue.rskq_accept_head";
         request_next = "request_sock"."dl_next";
         request_sk = "request_sock"."sk";
@@ -93,8 +94,8 @@ kernel_layout! {
         iter_file = "bpf_iter__task_file"."file";
         iter_task = "bpf_iter__task_file"."task";
     }
-    some {
-        /// The number of the system call that a thread is in; negative outside of any.
+    optional {
+        /// Number of the system call that a thread is in; negative outside of any.
         registers_call = "pt_regs"."orig_ax|syscallno";
         registers_first = "pt_regs"."di|orig_x0";
         registers_second = "pt_regs"."si";
@@ -105,14 +106,14 @@ kernel_layout! {
         ring_flags = "io_kiocb"."flags";
         ring_context = "io_kiocb"."ctx";
         ring_user_data = "io_kiocb"."cqe.user_data|user_data";
-        /// Where the descriptor is until the file is looked up; older kernels look it up first.
+        /// The descriptor, until the kernel looks up the file; older kernels look it up first.
         ring_fd = "io_kiocb"."cqe.fd";
-        /// Of an accept: where in the table of direct descriptors the connection is to go; 0 for none.
+        /// Of an accept: slot in the table of direct descriptors that the connection is to take; 0 for none.
         ring_slot = "io_accept"."file_slot";
         completion_user_data = "io_uring_cqe"."user_data";
         completion_result = "io_uring_cqe"."res";
         completion_flags = "io_uring_cqe"."flags";
-        /// Where a thread has its variables, on x86-64.
+        /// Base address of a thread's local storage, on x86-64.
         task_thread_pointer = "task_struct"."thread.fsbase";
     }
 }

@@ -1,5 +1,5 @@
-//! What the kernel side and the user side must agree on: the layout of every map key and value,
-//! the bucket bounds of histograms, and the offsets injected before loading. A module uses only those declared before it.
+//! Definitions shared by the eBPF programs and user space: the layout of every map key and value, the bucket bounds of
+//! histograms, and the offsets injected before loading. A module uses only modules declared before it.
 #![no_std]
 
 mod shared;

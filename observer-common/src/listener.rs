@@ -1,14 +1,14 @@
-//! Shared types of the *listener* probe: who listens, and what its accept queue is like now.
+//! Shared types of the *listener* probe: listening sockets and the state of their accept queues.
 
 use crate::histogram::Histogram;
 
-/// Longest name of a listener, in bytes: a unix socket's path.
+/// Maximum length of a listener's name, the path of a unix socket, in bytes.
 pub const NAME: usize = 108;
 
-/// Buckets of the depth distribution: 0, 1, 2, up to 4, up to 8 … up to 32,768, and above.
+/// Number of buckets of the depth distribution: 0, 1, 2, up to 4, up to 8 … up to 32,768, and above.
 pub const DEPTHS: usize = 18;
 
-/// The bucket that holds an accept queue of this depth; always below [`DEPTHS`].
+/// The bucket that contains an accept queue of this depth; always below [`DEPTHS`].
 #[inline(always)]
 pub const fn depth_bucket(depth: u32) -> usize {
     if depth == 0 {
@@ -18,7 +18,7 @@ pub const fn depth_bucket(depth: u32) -> usize {
     if bucket < DEPTHS { bucket } else { DEPTHS - 1 }
 }
 
-/// Upper bound of a bucket in connections, itself inside; `None` for the last, which has no bound.
+/// Upper bound of a bucket in connections, inclusive; `None` for the last one, which has no bound.
 pub const fn depth_bound(bucket: usize) -> Option<u32> {
     match bucket {
         0 => Some(0),
@@ -27,30 +27,30 @@ pub const fn depth_bound(bucket: usize) -> Option<u32> {
     }
 }
 
-/// An accept queue as it was when last looked at.
+/// State of an accept queue when it was last read.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Queue {
-    /// When that was, monotonic nanoseconds; 0 if never.
+    /// When it was read, in monotonic nanoseconds; 0 if never.
     pub looked_ns: u64,
-    /// When the handshake of the connection that waits longest was done, monotonic nanoseconds; 0 if nobody saw
-    /// that or none waits.
+    /// When the connection that has waited longest completed its handshake, in monotonic nanoseconds; 0 if that was not
+    /// observed or if no connection waits.
     pub oldest_ns: u64,
-    /// Address of that connection's `struct sock`; 0 if none waits.
+    /// Address of that connection's `struct sock`; 0 if no connection waits.
     pub longest_sk: u64,
-    /// Where the walk over them has got to: those from there on nobody looked at. 0 if that is the end.
+    /// Position of the walk over the queue: connections from here on have not been visited. 0 at the end of the queue.
     pub rest: u64,
     /// Connections that wait.
     pub depth: u32,
-    /// Of those, the ones their clients have reset.
+    /// Of those, connections that their clients have reset.
     pub aborted: u32,
-    /// Most connections that may wait.
+    /// Maximum number of connections that may wait.
     pub limit: u32,
-    /// Handshakes that have begun and are not done.
+    /// Handshakes in progress.
     pub half_open: u32,
-    /// Connections the kernel has dropped since the socket was made; wraps around.
+    /// Connections that the kernel has dropped since the socket was created; wraps around.
     pub drops: u32,
-    /// 1 if the socket does not listen any more.
+    /// 1 if the socket no longer listens.
     pub closed: u32,
 }
 crate::shared::shared!(Queue, 56);
@@ -61,43 +61,45 @@ crate::shared::shared!(Queue, 56);
 pub struct Listener {
     /// Address of its `struct sock`.
     pub sk: u64,
-    /// When it was found, monotonic nanoseconds: connections that arrived before have no time stamp.
+    /// When the listener was found, in monotonic nanoseconds. Connections that arrived earlier have no timestamp.
     pub since_ns: u64,
-    /// Address of a unix socket's name in the kernel, which the connections made to it share; 0 for TCP.
+    /// Address of the socket's name in the kernel, for a unix socket; connections made to it share that name. 0 for
+    /// TCP.
     pub unix_name: u64,
-    /// Process that was first seen to have it open.
+    /// Process that has the socket open: the first one that was seen, replaced by another when it is no longer a
+    /// target.
     pub owner: u32,
-    /// Process that accepts from it; 0 while none does, `u32::MAX` if several do.
+    /// Process that accepts from it; 0 while none does, [`SEVERAL`](crate::accept::SEVERAL) if several do.
     pub accepter: u32,
-    /// Inode number of its network namespace.
+    /// Inode number of the network namespace.
     pub netns: u32,
     /// `AF_INET`, `AF_INET6` or `AF_UNIX`.
     pub family: u16,
-    /// Port in host byte order; of a unix socket, the length of its name.
+    /// TCP: the port, in host byte order. Unix: the length of the name.
     pub port: u16,
     /// The address: 4 or 16 bytes in network order, or a unix socket's path (abstract if it begins with a zero).
     pub name: [u8; NAME],
-    /// Longest queue met by an accept, in connections.
+    /// Greatest queue depth that an accept has found, in connections.
     pub peak: u32,
-    /// Connections handed to targets.
+    /// Connections accepted by targets.
     pub accepts: u64,
-    /// Of those, the ones whose clients had reset them while they waited.
+    /// Of those, connections that their clients had reset while they waited.
     pub accepts_aborted: u64,
-    /// Of those, the ones whose arrival nobody saw (queued before observer attached).
+    /// Of those, connections whose arrival was not observed (queued before observer attached).
     pub accepts_without_arrival: u64,
-    /// Accepts by the depth they met, see [`depth_bucket`].
+    /// Number of accepts by the queue depth they found, see [`depth_bucket`].
     pub depths: [u64; DEPTHS],
-    /// Sum of the depths that accepts met.
+    /// Sum of the queue depths that accepts found.
     pub depths_sum: u64,
-    /// The queue now.
+    /// Current state of the queue.
     pub queue: Queue,
-    /// Handshake done -> accept returned.
+    /// Time from the end of the handshake to the return of accept.
     pub wait: Histogram,
 }
 crate::shared::shared!(Listener, 152 + 24 + 8 * DEPTHS + 8 + size_of::<Queue>() + size_of::<Histogram>());
 
 impl Listener {
-    /// One that nothing is known of.
+    /// An empty entry.
     pub const EMPTY: Self = Self {
         sk: 0,
         since_ns: 0,

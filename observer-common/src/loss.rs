@@ -1,52 +1,52 @@
-//! What the programs could not keep, by cause: nothing is dropped without being counted here.
+//! What the programs could not record, by cause. Nothing is discarded without being counted here.
 
 /// Index into the `LOSSES` map.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
-    /// A forked child of a target found no room in `TARGETS`.
+    /// `TARGETS` was full: a child of a target, or a candidate, is not observed.
     TargetsFull,
-    /// A thread that waits for events found no room in `REACTORS`.
+    /// `REACTORS` was full: a thread that waits for events is not observed.
     ReactorsFull,
-    /// A listener found no room in `LISTENERS`.
+    /// `LISTENERS` was full: a listener is not observed.
     ListenersFull,
-    /// A queued connection found no room in `QUEUED`: its wait will be unknown.
+    /// `QUEUED` or `CONNECTING` was full: the wait of a connection is unknown.
     QueuedFull,
-    /// A thread that entered accept found no room in `ACCEPTING`: its accept cannot be attributed.
+    /// `ACCEPTING` or `RING_ACCEPTS` was full: an accept cannot be attributed to its listener.
     AcceptingFull,
-    /// A connection was accepted by a call whose entry nobody saw: its listener is unknown.
+    /// The start of an accept call was not observed, or does not identify its listener: the listener is unknown.
     AcceptUnattributed,
-    /// A stall found no room in `STALLS`.
+    /// `STALLS` was full: a stall is not reported.
     StallsFull,
-    /// A thread that began a collection found no room in `GC_BEGUN`: its pause is not counted.
+    /// `GC_BEGUN` was full: the pause of a collection is not counted.
     GcBegunFull,
-    /// A runtime's totals were not where they had been: what a slice spent in collections is not known.
+    /// A runtime's totals could not be read where they had been: the time that a slice spent in collections is unknown.
     GcTotalsUnread,
-    /// A connection that a target accepted found no room in `CONNECTIONS`: its requests are nobody's.
+    /// `CONNECTIONS` was full: the requests of a connection are not followed.
     ConnectionsFull,
-    /// A request found no room in `REQUESTS`, or a newer one had its place: what it asked for is not known.
+    /// `REQUESTS` was full, or a newer request had overwritten this one: its content is unknown.
     RequestsFull,
-    /// Requests of one connection overlapped: which of them is worked on is not known.
+    /// Requests of one connection overlapped: it is unknown which of them is worked on.
     RequestsOverlap,
-    /// A thread that began to work for something found no room in `WORK`: what it puts off is nobody's.
+    /// `WORK` was full: the tasks that a thread enqueues have no origin.
     WorkFull,
-    /// A piece of deferred work found no room in `TASKS`: it is not seen to start.
+    /// `TASKS` was full: a task is not followed.
     TasksFull,
-    /// A piece of deferred work that was over found no room in `LINKS`.
+    /// `LINKS` was full: a task that is over is not reported.
     LinksFull,
-    /// A kind of deferred work found no room in `CLASSES`: it is counted with others.
+    /// `CLASSES` was full: a kind of task is counted together with others.
     ClassesFull,
-    /// A request's answer found no room in `ANSWERS`: when it was answered is not known.
+    /// `ANSWERS` was full: it is unknown when a request was answered.
     AnswersFull,
-    /// A thread was gone and its id another's before the loader came for its figures.
+    /// A thread had exited and its ID had been reused before the loader read its counters.
     ReactorsReplaced,
 }
 
-/// Number of causes, the size of the `LOSSES` map.
+/// Number of causes: the size of the `LOSSES` map.
 pub const LOSSES: u32 = 18;
 
 impl Loss {
-    /// Every cause, in index order, with the name used in metrics and reports.
+    /// Every cause, in index order, with its name in metrics and reports.
     pub const ALL: [(Self, &'static str); LOSSES as usize] = [
         (Self::TargetsFull, "targets_full"),
         (Self::ReactorsFull, "reactors_full"),

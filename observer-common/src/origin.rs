@@ -1,92 +1,92 @@
-//! Shared types of the *origin* probe: what the work of a target is done for, namely requests that arrive on the
-//! connections it has accepted.
+//! Shared types of the *origin* probe: the requests that arrive on the connections that a target has accepted.
 
-/// How much of a request is kept, in bytes: its first line, and headers as far as they fit.
+/// Bytes that are kept of a request: its first line, and as many headers as fit.
 pub const HEAD: usize = 1024;
 
-/// Requests kept for each CPU until something is done for them later.
+/// Number of requests kept for each CPU, in case a task is enqueued for one later. New requests overwrite the oldest.
 pub const HEADS_PER_CPU: u32 = 256;
 
-/// A descriptor of a process.
+/// A file descriptor of a process.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Descriptor {
     /// Process.
     pub tgid: u32,
-    /// Its number.
+    /// Descriptor number.
     pub fd: u32,
 }
 crate::shared::shared!(Descriptor, 8);
 
-/// What something is done for.
+/// What work is done for: a request, or a connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
-    /// The request; 0 if that is not known, or if there has been none yet.
+    /// ID of the request; 0 if it is unknown or none has arrived yet.
     pub request: u64,
-    /// Inode number of the connection's socket; 0 if there is none.
+    /// Inode number of the connection's socket; 0 if there is no connection.
     pub inode: u64,
-    /// The connection's descriptor.
+    /// Descriptor of the connection.
     pub fd: u32,
-    /// Zero; keeps the size free of padding.
+    /// Always zero: explicit padding.
     pub reserved: u32,
 }
 crate::shared::shared!(Origin, 24);
 
 impl Origin {
-    /// Nothing that anybody knows of.
+    /// No known origin.
     pub const NONE: Self = Self { request: 0, inode: 0, fd: 0, reserved: 0 };
 }
 
-/// Value of `CONNECTIONS`, whose key is its [`Descriptor`]: a connection that a target has accepted.
+/// Value of `CONNECTIONS`, whose key is the [`Descriptor`]: a connection that a target has accepted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Connection {
-    /// Inode number of its socket: the descriptor may be another file's by now.
+    /// Inode number of the connection's socket, to detect that the descriptor has been reused.
     pub inode: u64,
-    /// The request that came last; 0 before the first.
+    /// ID of the latest request; 0 before the first.
     pub request: u64,
-    /// Where in `HEADS` that is.
+    /// Index of that request in `HEADS`.
     pub head: u32,
-    /// 1 once that request has been sent to the user side.
+    /// 1 once that request has been sent to user space.
     pub is_emitted: u32,
-    /// 1 once anything was written since that request came.
+    /// 1 once anything has been written since that request arrived.
     pub is_answered: u32,
-    /// 1 once a request looked like HTTP: what does not is part of one that did.
+    /// 1 once a request looked like HTTP. From then on, data that does not start a request continues the last one.
     pub is_http: u32,
-    /// 1 once a request came before the one before it was answered: from then on nobody knows which is worked on.
+    /// 1 once a request arrived before the previous one was answered. From then on it is unknown which one is worked
+    /// on.
     pub overlaps: u32,
-    /// Zero; keeps the size free of padding.
+    /// Always zero: explicit padding.
     pub reserved: u32,
 }
 crate::shared::shared!(Connection, 40);
 
-/// A request as it came in: value of `HEADS`, and what `REQUESTS` passes on of those that matter.
+/// A request as it was received: value of `HEADS`, and sent through `REQUESTS` when a task or a stall refers to it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Tells it from all others.
+    /// Unique ID.
     pub id: u64,
-    /// When its first bytes had been read, monotonic nanoseconds.
+    /// When its first bytes had been read, in monotonic nanoseconds.
     pub at_ns: u64,
-    /// When something was about to be written for the first time after that, likewise; 0 if nothing was.
+    /// When the first write after that began, likewise; 0 if there was none.
     pub answered_ns: u64,
-    /// Inode number of its connection's socket.
+    /// Inode number of the connection's socket.
     pub inode: u64,
     /// Process that read it.
     pub tgid: u32,
-    /// The connection's descriptor.
+    /// Descriptor of the connection.
     pub fd: u32,
-    /// How many bytes were read at once.
+    /// Number of bytes received.
     pub received: u32,
-    /// How many of them are in `bytes`.
+    /// Number of bytes in `bytes`.
     pub kept: u32,
-    /// Its beginning.
+    /// Beginning of the request.
     pub bytes: [u8; HEAD],
 }
 crate::shared::shared!(Request, 48 + HEAD);
 
-/// A request that was answered after the user side had been told of it, as `ANSWERS` passes it on.
+/// The answer to a request that had already been sent to user space, as sent through `ANSWERS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {

@@ -1,5 +1,5 @@
-//! Shared types of the *reactor* probe: a thread that waits for events, and what it does between two waits; and
-//! the rule that tells such waits from other calls that block.
+//! Shared types of the *reactor* probe: threads that run event loops, their slices and waits, and the rule that
+//! distinguishes waits from other calls that block.
 
 use crate::{
     block::{BLOCKS, NO_CALL},
@@ -13,33 +13,33 @@ use crate::{
 pub enum Phase {
     /// Inside a wait for events.
     Waiting = 0,
-    /// Between the end of a wait, when the thread was on a CPU again, and the moment it blocks in the next: a slice.
+    /// In a slice: from the end of a wait, when the thread was back on a CPU, until it blocks in the next wait.
     Slice = 1,
-    /// The thread is gone; its figures are final.
+    /// The thread has exited; its counters are final.
     Exited = 2,
-    /// One of a pool that is parked, while others of it wait for events.
+    /// Parked: an idle thread of a pool, while others of the pool wait for events.
     Parked = 3,
 }
 
-/// What the scheduler does with a reactor's thread.
+/// Scheduler state of a reactor's thread.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
     /// On a CPU.
     Cpu = 0,
-    /// Runnable after it had blocked, waiting for a CPU.
+    /// Runnable after a wake-up, waiting for a CPU.
     Woken = 1,
-    /// Runnable but pushed off its CPU by another thread.
+    /// Runnable after it was preempted, waiting for a CPU.
     Preempted = 2,
     /// Blocked.
     Blocked = 3,
 }
 
-/// What the time of a slice is divided into: the [`RunState`] states, the last of them by [`Block`](crate::block::Block).
-/// The index is that of the one plus that of the other.
+/// Number of parts that the time of a slice is divided into: one for each [`RunState`], of which the last is divided by
+/// [`Block`](crate::block::Block). The index of a part is the sum of the two indices.
 pub const PARTS: usize = RunState::Blocked as usize + BLOCKS;
 
-/// Families of calls that wait for events. A higher one takes precedence in a thread that uses several.
+/// Families of calls that wait for events. In a thread that uses several, a higher one takes precedence.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -51,61 +51,62 @@ pub enum Kind {
     Epoll = 3,
 }
 
-/// The timeout of a call that has none.
+/// Timeout of a call that never times out.
 pub const FOREVER: u64 = u64::MAX;
 
-/// Nothing is known of the runtime's totals.
+/// The runtime's GC totals are unknown.
 pub const GC_UNKNOWN: u64 = u64::MAX;
 
 /// A call that may be a wait for events.
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
-    /// Which family it belongs to.
+    /// The family of the call.
     pub kind: Kind,
-    /// What it waits on: the descriptor of the epoll set or of the ring, or the first of those polled.
+    /// What the call waits on: the descriptor of the epoll set or of the ring, or the first of the polled descriptors.
     pub set: u32,
-    /// Whether that is a single descriptor, polled by itself.
+    /// Whether the call polls a single descriptor.
     pub is_single: bool,
-    /// After how many nanoseconds it gives up: 0 if it only looks, [`FOREVER`] if it does not.
+    /// Timeout in nanoseconds: 0 if the call never blocks, [`FOREVER`] if it never times out.
     pub timeout_ns: u64,
 }
 
-/// How a thread waits for events, as far as its calls have shown.
+/// How a thread waits for events, learnt from its calls.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WaitPattern {
     /// The [`Kind`] of its waits; 0 before the first.
     pub kind: u32,
-    /// What it waits on, as [`Call`] has it.
+    /// What it waits on, as in [`Call`].
     pub set: u32,
-    /// 1 once a wait that may block has shown this.
+    /// 1 once a wait that may block has confirmed the pattern.
     pub is_firm: u32,
-    /// 1 once the thread is counted among those that wait on this set.
+    /// 1 while the thread is counted among those that wait on this set.
     pub is_counted: u32,
 }
 crate::shared::shared!(WaitPattern, 16);
 
 impl WaitPattern {
-    /// One that nothing is known of.
+    /// Nothing known yet.
     pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, is_counted: 0 };
 
-    /// Whether a call of this thread is the wait of its event loop, rather than a part of the slice; learns from it.
+    /// Whether a call of this thread is the wait of its event loop, as opposed to a part of the slice. Updates the
+    /// pattern.
     ///
-    /// - A look (a timeout of 0) at what the thread waits on is a wait that returns at once. A look at anything else is
-    ///   part of the slice: loops that nest epoll sets wait on the outer one and look into the inner ones one after
-    ///   another, and what is due in one of them is not met by a look into another.
-    /// - A call that may block is a wait, whatever it waits on, unless the thread is known for calls that take
-    ///   precedence: then it blocks the slice, as a client library's poll on its connection does.
-    /// - A poll on one descriptor alone is a wait only of a thread that is known to poll several, that one first
-    ///   (a server without clients); any other blocks the slice.
+    /// - A non-blocking call (a timeout of 0) on the set that the thread waits on is a wait that returns at once. A
+    ///   non-blocking call on another set is part of the slice: loops that nest epoll sets wait on the outer set and
+    ///   check the inner ones one after another, and a check of one inner set does not serve the events of another.
+    /// - A call that may block is a wait, whatever it waits on, unless the thread is known to use a family that takes
+    ///   precedence. In that case it blocks the slice, like the poll of a client library on its connection.
+    /// - A poll of a single descriptor is a wait only if the thread is known to poll several descriptors with the same
+    ///   one first (a server without clients). Any other poll of a single descriptor blocks the slice.
     #[inline(always)]
     pub const fn is_wait(&mut self, call: Call) -> bool {
         let kind = call.kind as u32;
         let is_same = self.kind == kind && self.set == call.set;
         let blocks = call.timeout_ns != 0;
         if !is_same {
-            let is_taken = self.kind != 0 && (!blocks || (self.is_firm != 0 && kind < self.kind));
-            if call.is_single || is_taken {
+            let belongs_to_slice = self.kind != 0 && (!blocks || (self.is_firm != 0 && kind < self.kind));
+            if call.is_single || belongs_to_slice {
                 return false;
             }
             self.kind = kind;
@@ -120,108 +121,112 @@ impl WaitPattern {
     }
 }
 
-/// Key of `POOLS`, whose values are how many threads wait on an epoll set, by turns or at once: of several one may park.
+/// Key of `POOLS`: an epoll set of a process. The value is the number of threads that wait on it, in turn or at once.
+/// If there are several, one of them may be parked.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pool {
-    /// Their process.
+    /// The process of these threads.
     pub tgid: u32,
-    /// The set's descriptor.
+    /// Descriptor of the epoll set.
     pub set: u32,
 }
 crate::shared::shared!(Pool, 8);
 
-/// Value of `REACTORS`: who a reactor is and what it is doing, in slots that the user side has mapped. What every wait
-/// writes is in the first two cache lines.
+/// Value of `REACTORS`: the identity and state of a reactor. The slots are mapped into user space. The fields that
+/// every wait writes are in the first two cache lines.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reactor {
-    /// The thread, as the initial pid namespace has it; 0 in a slot that nobody has had yet.
+    /// Thread ID in the initial PID namespace; 0 in a slot that has never been used.
     pub tid: u32,
     /// Its process.
     pub tgid: u32,
-    /// This slot.
+    /// Index of this slot.
     pub slot: u32,
     /// A [`Phase`].
     pub phase: u32,
     /// Start of the current phase, monotonic nanoseconds.
     pub phase_since_ns: u64,
-    /// Start of the current [`RunState`] state, or of the slice if that is later; monotonic nanoseconds.
+    /// Start of the current [`RunState`], or of the slice if that is later, in monotonic nanoseconds.
     pub run_since_ns: u64,
-    /// A [`RunState`] state.
+    /// A [`RunState`].
     pub run: u32,
-    /// Of a thread that is blocked in a slice, the [`Block`](crate::block::Block); else 0.
+    /// The [`Block`](crate::block::Block) of a thread that is blocked in a slice; otherwise 0.
     pub block: u32,
-    /// Timeout of the wait in progress, nanoseconds; [`FOREVER`] if it has none.
+    /// Timeout of the wait in progress, in nanoseconds; [`FOREVER`] if it has none.
     pub timeout_ns: u64,
-    /// When the wait in progress was last made runnable, monotonic nanoseconds; 0 if it was not.
+    /// When the thread was last made runnable in the wait in progress, in monotonic nanoseconds; 0 if it was not.
     pub woken_ns: u64,
-    /// 1 while its thread is known to work for something.
+    /// 1 while the thread has known work, see [`Work`](crate::deferred::Work).
     pub has_work: u32,
-    /// 1 once the present slice has had more than time on its CPU: else what is kept of it besides needs no clearing.
+    /// 1 if the present slice has fields to reset other than its time on a CPU: it was off its CPU, collected garbage,
+    /// or did work.
     pub was_off_cpu: u16,
-    /// 1 once the thread has called its wait in the present slice, which goes on until it blocks there or returns.
+    /// 1 once the thread has called its wait in the present slice. The slice continues until the thread blocks there or
+    /// returns.
     pub is_in_wait: u16,
     /// Which of its calls are waits.
     pub pattern: WaitPattern,
-    /// Finished waits.
+    /// Number of finished waits.
     pub waits: u64,
-    /// Events those waits returned.
+    /// Number of events that those waits returned.
     pub events: u64,
-    /// Time spent in finished waits, and parked, nanoseconds.
+    /// Time spent in finished waits and parked, in nanoseconds.
     pub wait_ns: u64,
-    /// What the runtime's own totals said of its collections when the slice began; [`GC_UNKNOWN`] where nobody reads any.
+    /// The runtime's own total of collection time when the slice began, in nanoseconds; [`GC_UNKNOWN`] if there is
+    /// none.
     pub gc_before_ns: u64,
     /// Time in slices by part (see [`PARTS`]), up to `run_since_ns`.
     pub parts: [Part; PARTS],
-    /// Of that, what went into garbage collections.
+    /// Of that, time in garbage collections.
     pub gc: Part,
-    /// Longest time that the thread was blocked at once in the present slice, nanoseconds.
+    /// Longest uninterrupted block in the present slice, in nanoseconds.
     pub longest_block_ns: u64,
-    /// Longest time that it waited at once for a CPU in the present slice, nanoseconds.
+    /// Longest uninterrupted wait for a CPU in the present slice, in nanoseconds.
     pub longest_queue_ns: u64,
-    /// The system call it was blocked in for longest; [`NO_CALL`] if there was none.
+    /// System call of the longest block; [`NO_CALL`] if there was none.
     pub longest_block_call: u32,
-    /// The thread that had the CPU before it after the longest wait for one; 0 if there was none.
+    /// Thread that had the CPU before this one at the end of the longest wait for a CPU; 0 if there was none.
     pub longest_queue_after: u32,
-    /// What it worked for in the present slice, longest at once; nothing where nobody knows what that was for.
+    /// Origin of the longest uninterrupted work in the present slice; [`Origin::NONE`] if unknown.
     pub longest_work_for: Origin,
-    /// How long that was, nanoseconds.
+    /// Duration of that work, in nanoseconds.
     pub longest_work_ns: u64,
-    /// Since when it is blocked in a way that may mean that it is parked, monotonic nanoseconds; else 0. Taken for parked as
-    /// soon as others are known to wait on the same set.
+    /// Start of a block that may be parking, in monotonic nanoseconds; otherwise 0. It is counted as parking as soon as
+    /// other threads are known to wait on the same set.
     pub may_be_parked_ns: u64,
-    /// The futex where that was last.
+    /// Futex of the last such block.
     pub parked_at: u64,
-    /// The futex that it is blocked at as at a mutex; else 0.
+    /// Futex at which the thread is blocked as at a contended mutex; otherwise 0.
     pub contended_at: u64,
-    /// Frame pointer that it had when it last blocked in a slice; 0 if that is not known.
+    /// Frame pointer of the thread when it last blocked in a slice; 0 if unknown.
     pub frame_pointer: u64,
-    /// The system call it is blocked in in a slice; [`NO_CALL`] if there is none.
+    /// System call in which the thread is blocked in a slice; [`NO_CALL`] if there is none.
     pub call: u32,
-    /// Zero; keeps the size free of padding.
+    /// Always zero: explicit padding.
     pub reserved: [u32; 5],
 }
 crate::shared::shared!(Reactor, 384);
 
-/// Time that is kept as a total.
+/// A running total of time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Part {
-    /// All of it, nanoseconds.
+    /// The total, in nanoseconds.
     pub ns: u64,
-    /// The same as it was when the present slice began.
+    /// The total when the present slice began, in nanoseconds.
     pub before_ns: u64,
 }
 crate::shared::shared!(Part, 16);
 
 impl Part {
-    /// None.
+    /// No time.
     pub const NONE: Self = Self { ns: 0, before_ns: 0 };
 }
 
 impl Reactor {
-    /// One that has done nothing.
+    /// A reactor without any activity.
     pub const EMPTY: Self = Self {
         tid: 0,
         tgid: 0,
@@ -258,55 +263,55 @@ impl Reactor {
     };
 }
 
-/// Value of `DURATIONS`, in the slot of the reactor.
+/// Value of `DURATIONS`, at the index of the reactor's slot.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Durations {
     /// Lengths of finished slices.
     pub slice: Histogram,
-    /// Made runnable -> running, for wake-ups out of a wait.
+    /// Time from being made runnable to running, for wake-ups out of a wait.
     pub wakeup: Histogram,
-    /// What ended a wait -> its thread on a CPU, one for each wait that blocked: from the moment the timeout was
-    /// over if that ended it, else from being made runnable.
+    /// Time from the event that ended a wait until its thread is on a CPU, one sample for each wait that blocked. The
+    /// event is the end of the timeout if the wait timed out, and otherwise the moment the thread was made runnable.
     pub wait_return_delay: Histogram,
 }
 crate::shared::shared!(Durations, 3 * size_of::<Histogram>());
 
 impl Durations {
-    /// None.
+    /// No durations.
     pub const NONE: Self =
         Self { slice: Histogram::EMPTY, wakeup: Histogram::EMPTY, wait_return_delay: Histogram::EMPTY };
 }
 
-/// A slice that was longer than the threshold, sent through the ring `STALLS` when it ended.
+/// A slice that reached the stall threshold, sent through the ring `STALLS` when it ended.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stall {
-    /// Its thread.
+    /// Thread of the slice.
     pub tid: u32,
-    /// The thread's process.
+    /// Process of the thread.
     pub tgid: u32,
-    /// When it began, monotonic nanoseconds.
+    /// Start of the slice, in monotonic nanoseconds.
     pub start_ns: u64,
-    /// How long it was, nanoseconds.
+    /// Length of the slice, in nanoseconds.
     pub length_ns: u64,
-    /// What that went to, by part (see [`PARTS`]), nanoseconds.
+    /// The length by part (see [`PARTS`]), in nanoseconds.
     pub parts_ns: [u64; PARTS],
-    /// Of its length, what went into garbage collections, nanoseconds.
+    /// Of the length, time in garbage collections, in nanoseconds.
     pub gc_ns: u64,
-    /// The system call it was blocked in for longest at once; [`NO_CALL`] if there was none.
+    /// System call of the longest uninterrupted block; [`NO_CALL`] if there was none.
     pub longest_block_call: u32,
-    /// The thread that had the CPU before it after its longest wait for one; 0 if there was none.
+    /// Thread that had the CPU before this one at the end of the longest wait for a CPU; 0 if there was none.
     pub longest_queue_after: u32,
-    /// The request it worked for, longest at once; 0 if none is known.
+    /// Request of the longest uninterrupted work; 0 if unknown.
     pub request: u64,
 }
 crate::shared::shared!(Stall, 48 + 8 * PARTS);
 
-/// Slots for reactors; the first is nobody's.
+/// Number of reactor slots; slot 0 is never used.
 pub const SLOTS: u32 = 1 + REACTORS;
 
-/// Most reactors at a time.
+/// Maximum number of reactors at a time.
 pub const REACTORS: u32 = 1024;
 
 #[cfg(test)]
@@ -321,34 +326,34 @@ mod tests {
         Call { is_single: true, ..call(Kind::Poll, set, timeout_ns) }
     }
 
-    /// Which of these calls, one after another, are waits.
+    /// Which of these consecutive calls are waits.
     fn waits<const N: usize>(calls: [Call; N]) -> [bool; N] {
         let mut pattern = WaitPattern::NONE;
         calls.map(|call| pattern.is_wait(call))
     }
 
     #[test]
-    fn a_look_at_the_same_set_is_a_wait() {
+    fn a_nonblocking_call_on_the_same_set_is_a_wait() {
         use Kind::Epoll;
         assert_eq!(waits([call(Epoll, 3, FOREVER), call(Epoll, 3, 0), call(Epoll, 3, 5)]), [true; 3]);
         assert_eq!(waits([call(Epoll, 3, 0), call(Epoll, 3, 0)]), [true; 2]);
     }
 
     #[test]
-    fn nested_sets_are_one_loop_by_the_outer_one() {
+    fn nested_sets_are_one_loop_that_waits_on_the_outer_set() {
         use Kind::Epoll;
         let outer = call(Epoll, 3, FOREVER);
-        let [one, other] = [call(Epoll, 4, 0), call(Epoll, 5, 0)];
-        assert_eq!(waits([outer, one, other, call(Epoll, 3, 0), one]), [true, false, false, true, false]);
-        // Seen first in the middle of its work: what it looks at first has to do until it waits.
+        let [inner, other] = [call(Epoll, 4, 0), call(Epoll, 5, 0)];
+        assert_eq!(waits([outer, inner, other, call(Epoll, 3, 0), inner]), [true, false, false, true, false]);
+        // First seen in the middle of a slice: the first set counts as the wait until the thread blocks on another.
         assert_eq!(
-            waits([one, other, call(Epoll, 3, 0), one, outer, one]),
+            waits([inner, other, call(Epoll, 3, 0), inner, outer, inner]),
             [true, false, false, true, true, false]
         );
     }
 
     #[test]
-    fn an_epoll_loop_that_polls_is_blocked() {
+    fn a_poll_blocks_the_slice_of_an_epoll_loop() {
         use Kind::{Epoll, IoUring, Poll};
         let epoll = call(Epoll, 3, FOREVER);
         assert_eq!(
@@ -358,18 +363,18 @@ mod tests {
     }
 
     #[test]
-    fn a_look_into_an_epoll_set_makes_no_epoll_loop() {
+    fn a_nonblocking_epoll_call_makes_no_epoll_loop() {
         use Kind::{Epoll, Poll};
         let poll = call(Poll, 4, FOREVER);
         assert_eq!(waits([poll, call(Epoll, 3, 0), poll]), [true, false, true]);
-        // Seen first while it looks; its poll corrects that.
+        // First seen in a non-blocking epoll call; the poll corrects that.
         assert_eq!(waits([call(Epoll, 3, 0), poll, call(Epoll, 3, 0), poll]), [true, true, false, true]);
-        // A wait that may block does.
+        // An epoll call that may block makes it an epoll loop.
         assert_eq!(waits([poll, call(Epoll, 3, 100), poll]), [true, true, false]);
     }
 
     #[test]
-    fn a_poll_on_one_descriptor_is_a_wait_of_a_loop_that_is_left_with_one() {
+    fn a_single_descriptor_poll_is_a_wait_of_a_loop_that_polled_several() {
         let several = call(Kind::Poll, 4, FOREVER);
         assert_eq!(waits([single(4, FOREVER), single(4, 0)]), [false; 2]);
         assert_eq!(

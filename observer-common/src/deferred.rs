@@ -246,7 +246,7 @@ crate::shared::shared!(ClassKey, 16);
 impl ClassKey {
     /// `naming` of the entry that collects the kinds beyond the capacity of `CLASSES`.
     pub const OTHERS: u32 = u32::MAX;
-    /// `naming` of a context that is no task of its own: the work that enqueued it continues in it.
+    /// `naming` of a context that is not a separate task: the work that enqueued it continues in it.
     pub const SAME_WORK: u32 = 8;
 }
 

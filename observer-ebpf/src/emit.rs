@@ -1,4 +1,4 @@
-//! How programs hand figures to the user side: histograms aggregated in place, and losses counted.
+//! Output to user space: histograms, which are aggregated in place, and counters of losses.
 
 use aya_ebpf::{macros::map, maps::PerCpuArray};
 use observer_common::{
@@ -9,29 +9,30 @@ use observer_common::{
 #[map]
 static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(CAUSES, 0);
 
-/// Counts something that could not be kept.
+/// Counts something that could not be recorded.
 #[inline(always)]
 pub(crate) fn lost(cause: Loss) {
     if let Some(count) = LOSSES.get_ptr_mut(cause as u32) {
-        // SAFETY: a live map value. This CPU's, but a uprobe's program may be preempted by another's.
+        // SAFETY: a live map value. It is this CPU's, but another program may preempt the program of a uprobe, so the
+        // counter is changed atomically.
         unsafe { add(count, 1) };
     }
 }
 
-/// Adds to a counter that several CPUs may write.
+/// Atomically adds to a counter that several CPUs may write.
 ///
 /// # Safety
 /// `counter` points into a live map value.
 #[inline(always)]
 pub(crate) unsafe fn add(counter: *mut u64, n: u64) {
-    // `AtomicU64::fetch_add` is missing on this target, because BPF before 5.12 cannot return the old value;
-    // the instruction that returns nothing is as old as BPF maps.
+    // `AtomicU64::fetch_add` is missing on this target, because BPF before 5.12 has no atomic instruction that returns
+    // the old value. The instruction that returns nothing is as old as BPF maps.
     // SAFETY: by contract; map values are aligned to 8 bytes.
     #[cfg(target_arch = "bpf")]
     unsafe {
         core::arch::asm!("lock *(u64 *)({} + 0) += {}", in(reg) counter, in(reg) n, options(nostack));
     }
-    // Where this is only linted, never run.
+    // This variant is only linted, never run.
     // SAFETY: by contract.
     #[cfg(not(target_arch = "bpf"))]
     unsafe {
@@ -39,10 +40,10 @@ pub(crate) unsafe fn add(counter: *mut u64, n: u64) {
     }
 }
 
-/// The same of half the size.
+/// Atomically adds to a 32-bit counter that several CPUs may write.
 ///
 /// # Safety
-/// As above.
+/// `counter` points into a live map value.
 #[inline(always)]
 pub(crate) unsafe fn add_word(counter: *mut u32, n: u32) {
     // SAFETY: by contract; counters are aligned to their size.
@@ -50,7 +51,7 @@ pub(crate) unsafe fn add_word(counter: *mut u32, n: u32) {
     unsafe {
         core::arch::asm!("lock *(u32 *)({} + 0) += {}", in(reg) counter, in(reg) u64::from(n), options(nostack));
     }
-    // Where this is only linted, never run.
+    // This variant is only linted, never run.
     // SAFETY: by contract.
     #[cfg(not(target_arch = "bpf"))]
     unsafe {
@@ -58,8 +59,8 @@ pub(crate) unsafe fn add_word(counter: *mut u32, n: u32) {
     }
 }
 
-/// Adds one duration to a histogram that several CPUs may write. Counts and sums are atomic; two CPUs that
-/// set a new extreme within the same few nanoseconds may leave the lesser one.
+/// Adds a duration to a histogram that several CPUs may write. Counts and sums are atomic. If two CPUs set a new
+/// minimum or maximum within the same few nanoseconds, the less extreme one may remain.
 ///
 /// # Safety
 /// `histogram` points into a live map value.
@@ -75,10 +76,10 @@ pub(crate) unsafe fn record(histogram: *mut Histogram, ns: u64) {
     }
 }
 
-/// The same for one that nobody else writes now, which costs less than half.
+/// Adds a duration to a histogram that has no other writer at present, at less than half the cost of [`record`].
 ///
 /// # Safety
-/// `histogram` points into a live map value that nobody else writes now.
+/// `histogram` points into a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn record_alone(histogram: *mut Histogram, ns: u64) {
     // SAFETY: by contract.
@@ -91,25 +92,27 @@ pub(crate) unsafe fn record_alone(histogram: *mut Histogram, ns: u64) {
     }
 }
 
-/// The bucket that a duration falls into; there always is one.
+/// The bucket that a duration falls into. There always is one.
 ///
 /// # Safety
 /// `histogram` points into a live map value.
 #[inline(always)]
 unsafe fn bucket(histogram: *mut Histogram, ns: u64) -> Option<*mut Bucket> {
     let bucket = bucket_of(ns);
-    // SAFETY: reads a local. Volatile, so that the compiler, which can prove the bound, keeps the check that
-    // the verifier, which cannot, asks for.
+    // SAFETY: reads a local. The read is volatile so that the compiler, which can prove the bound, keeps the check that
+    // the verifier, which cannot prove it, requires.
     let bucket = unsafe { core::ptr::read_volatile(&raw const bucket) };
     if bucket >= BUCKETS {
         return None;
     }
-    // SAFETY: by contract, and `bucket` is inside.
+    // SAFETY: by contract; `bucket` is in range.
     Some(unsafe { (&raw mut (*histogram).buckets).cast::<Bucket>().add(bucket) })
 }
 
+/// Updates the shortest and the longest duration of a histogram.
+///
 /// # Safety
-/// As above.
+/// `histogram` points into a live map value.
 #[inline(always)]
 unsafe fn stretch(histogram: *mut Histogram, ns: u64) {
     let ns = ns.max(1);

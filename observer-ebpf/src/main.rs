@@ -1,5 +1,6 @@
-//! The programs that run in the kernel. Each probe has a file in `probes/`, which holds entry points only; what they know is in
-//! `state/`, and nothing but `kernel/` knows where the kernel keeps its fields. A module uses only those declared before it.
+//! The programs that run in the kernel. `probes/` has one file for each probe, with entry points only. Maps and the
+//! code that accesses them are in `state/`, and only `kernel/` accesses fields of kernel structures. A module uses only
+//! modules declared before it.
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
@@ -16,7 +17,7 @@ fn panic(_info: &core::panic::PanicInfo) -> ! {
     loop {}
 }
 
-// Some helpers are open only to programs under a GPL-compatible licence.
+// Some helpers are available only to programs under a GPL-compatible licence.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

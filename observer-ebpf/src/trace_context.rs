@@ -1,17 +1,17 @@
-//! The trace context that a thread publishes as OpenTelemetry's OTEP 4947 has it: a pointer among its variables, to a
-//! record. The user side has found out where that pointer is.
+//! The trace context that a thread publishes according to OpenTelemetry's OTEP 4947: a thread-local variable points to
+//! a record. User space has found the location of that variable.
 
 use observer_common::deferred::{Context, ThreadLocal};
 
 use crate::kernel;
 
-/// Size of an entry in the table that the C library keeps of a thread's variables, in bytes.
+/// Size of an entry in the C library's dynamic thread vector, the table of a thread's TLS blocks, in bytes.
 const ENTRY: u64 = 16;
 
-/// Where a record says whether it is valid, behind its ids; in bytes.
+/// Offset in a record of the byte that says whether the record is valid, behind the IDs; in bytes.
 const VALID: u64 = 24;
 
-/// What the current thread publishes now; `None` if that is nothing.
+/// The context that the current thread publishes now; `None` if it publishes none.
 #[inline(always)]
 pub(crate) fn published(pointer: ThreadLocal) -> Option<Context> {
     let thread = kernel::thread_pointer()?;
@@ -19,7 +19,8 @@ pub(crate) fn published(pointer: ThreadLocal) -> Option<Context> {
         0 => thread,
         module => {
             let table = kernel::read_user::<u64>(thread.wrapping_add(8))?;
-            // In front of the table is its length: a thread gets a longer one when it needs it.
+            // The entry before the table holds its length. The table of a thread grows on demand, so it may be too
+            // short.
             if kernel::read_user::<u64>(table.wrapping_sub(ENTRY))? < module {
                 return None;
             }

@@ -24,7 +24,7 @@ const SOCKET_FILE: u16 = 0o140_000;
 const REGULAR_FILE: u16 = 0o100_000;
 const BLOCK_DEVICE: u16 = 0o060_000;
 
-/// A `struct sock` handed to a BTF tracepoint.
+/// A `struct sock` passed to a BTF tracepoint.
 pub(crate) struct Sock(*const u8);
 
 impl Sock {
@@ -33,7 +33,7 @@ impl Sock {
         Self(ctx.arg(n))
     }
 
-    /// Its address, which identifies it while it lives.
+    /// The socket's address, which identifies it while it exists.
     #[inline(always)]
     pub(crate) fn address(&self) -> u64 {
         self.0 as u64
@@ -64,10 +64,10 @@ impl Sock {
     }
 }
 
-/// The task and the file that an iteration over open files has come to; `None` at its end.
+/// The task and the file that an iterator over open files visits; `None` at its end.
 #[inline(always)]
 pub(crate) fn iterated(ctx: *mut c_void) -> Option<(u32, OpenFile)> {
-    // The verifier lets contexts be loaded from at fixed places alone; the helper does not mind.
+    // The verifier allows direct loads from the context only at constant offsets. The helper has no such limit.
     let task: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_task))?;
     let file: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_file))?;
     if task.is_null() || file.is_null() {
@@ -81,7 +81,7 @@ pub(crate) fn iterated(ctx: *mut c_void) -> Option<(u32, OpenFile)> {
 pub(crate) struct OpenFile(pub(super) *const u8);
 
 impl OpenFile {
-    /// What descriptor `fd` of the current process stands for.
+    /// The file behind descriptor `fd` of the current process.
     #[inline(always)]
     pub(crate) fn of(fd: u32) -> Option<Self> {
         // SAFETY: has no preconditions.
@@ -96,7 +96,8 @@ impl OpenFile {
         if file.is_null() { None } else { Some(Self(file)) }
     }
 
-    /// How many descriptors a table has room for, and where they are: beside each other, so far, which saves a read.
+    /// The size of a descriptor table, and the address of its array. The two fields have been adjacent so far, so they
+    /// are read at once.
     #[inline(always)]
     fn table(table: *const u8) -> Option<(u32, *const u8)> {
         let (max, open) = (offset(&LAYOUT.fdt_max_fds), offset(&LAYOUT.fdt_fd));
@@ -114,14 +115,14 @@ impl OpenFile {
         probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
     }
 
-    /// Whether it is no file of any file system, but an `eventfd`, a `timerfd` or the like.
+    /// Whether the file is in no file system, like an `eventfd` or a `timerfd`.
     #[inline(always)]
     pub(crate) fn is_anonymous(self) -> Option<bool> {
         let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
         Some(probe::<u16>(inode, offset(&LAYOUT.inode_mode))? & FILE_KINDS == 0)
     }
 
-    /// What a thread waits for that is blocked on it.
+    /// What a thread that is blocked on this file waits for.
     #[inline(always)]
     pub(crate) fn block(self) -> Option<Block> {
         let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
@@ -132,25 +133,25 @@ impl OpenFile {
         })
     }
 
-    /// The socket behind it, where the caller knows that it is one.
+    /// The socket behind the file. The caller knows that it is a socket.
     #[inline(always)]
     pub(crate) fn known_socket(self) -> Option<Socket> {
         let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
         Some(Socket(probe(socket, offset(&LAYOUT.socket_sk))?))
     }
 
-    /// The unix stream socket behind it, where the caller knows that it is a socket of any kind.
+    /// The unix stream socket behind the file. The caller knows that it is a socket of some kind.
     #[inline(always)]
     pub(crate) fn unix_socket(self) -> Option<Socket> {
         let socket = self.known_socket()?;
         if socket.is_unix() { Socket::checked(socket.0) } else { None }
     }
 
-    /// The stream socket behind it; `None` if it is anything else.
+    /// The stream socket behind the file; `None` if it is anything else.
     #[inline(always)]
     pub(crate) fn socket(self) -> Option<Socket> {
         let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
-        // Any file may have private data; only a socket points back at its file.
+        // Every file may have private data, but only a socket points back at its file.
         if probe::<*const u8>(socket, offset(&LAYOUT.socket_file))? != self.0 {
             return None;
         }
@@ -158,7 +159,7 @@ impl OpenFile {
     }
 }
 
-/// A `struct sock` of TCP or of a unix stream.
+/// A `struct sock` of TCP or of a unix stream socket.
 #[derive(Clone, Copy)]
 pub(crate) struct Socket(*const u8);
 
@@ -173,13 +174,13 @@ impl Socket {
         if is_tcp || is_stream { Some(Self(sk)) } else { None }
     }
 
-    /// The one at this address, which the caller knows to be open.
+    /// The socket at this address, which the caller knows to be open.
     #[inline(always)]
     pub(crate) fn known(address: u64) -> Self {
         Self(address as *const u8)
     }
 
-    /// The one that was at this address, if it still is: sockets are freed while nobody looks.
+    /// The socket that was at this address, if it still is there: it may have been freed since.
     #[inline(always)]
     pub(crate) fn still_at(address: u64, inode: u64) -> Option<Self> {
         let sk = address as *const u8;
@@ -188,7 +189,7 @@ impl Socket {
         if file.inode()? == inode { Self::checked(sk) } else { None }
     }
 
-    /// Its address, which identifies it while it lives, as [`Sock::address`] does.
+    /// The socket's address, which identifies it while it exists, as [`Sock::address`] does.
     #[inline(always)]
     pub(crate) fn address(self) -> u64 {
         self.0 as u64
@@ -199,7 +200,7 @@ impl Socket {
         probe::<u8>(self.0, offset(&LAYOUT.sock_state)) == Some(LISTENING)
     }
 
-    /// Whether its connection is over; one that was reset while it waited still waits to be accepted.
+    /// Whether the connection is closed. A connection that was reset while it waited stays in the accept queue.
     #[inline(always)]
     pub(crate) fn is_closed(self) -> bool {
         probe::<u8>(self.0, offset(&LAYOUT.sock_state)) == Some(CLOSED)
@@ -215,14 +216,14 @@ impl Socket {
         self.family() == Some(AF_UNIX)
     }
 
-    /// The other end of a unix connection; while a connection waits to be accepted, its client's socket.
+    /// The other end of a unix connection. For a connection that waits to be accepted, it is the client's socket.
     #[inline(always)]
     pub(crate) fn peer(self) -> Option<Self> {
         let peer: *const u8 = probe(self.0, offset(&LAYOUT.unix_peer))?;
         if peer.is_null() { None } else { Some(Self(peer)) }
     }
 
-    /// Identifies the name of a unix socket: a listener and the connections made to it have it in common.
+    /// Identifies the name of a unix socket. A listener and the connections made to it share the name.
     #[inline(always)]
     pub(crate) fn unix_name(self) -> Option<u64> {
         probe(self.0, offset(&LAYOUT.unix_address))
@@ -240,7 +241,7 @@ impl Socket {
         probe(probe(self.0, offset(&LAYOUT.sock_net))?, offset(&LAYOUT.net_inum))
     }
 
-    /// Writes the local address, or a unix socket's path, and returns how many bytes of that are meant.
+    /// Writes the local address, or the path of a unix socket, to `to` and returns its length in bytes.
     #[inline(always)]
     pub(crate) fn name(self, to: &mut [u8; NAME]) -> Option<u16> {
         match self.family()? {
@@ -265,7 +266,7 @@ impl Socket {
         }
     }
 
-    /// Connections in its accept queue, if it is of this family.
+    /// Number of connections in the accept queue of a socket of this family.
     #[inline(always)]
     pub(crate) fn queued(self, family: u16) -> Option<u32> {
         if family == AF_UNIX {
@@ -275,48 +276,48 @@ impl Socket {
         }
     }
 
-    /// Most connections the kernel lets wait.
+    /// Maximum number of connections that the kernel lets wait.
     #[inline(always)]
     pub(crate) fn limit(self) -> Option<u32> {
         probe(self.0, offset(&LAYOUT.sock_max_ack_backlog))
     }
 
-    /// Connections dropped by the kernel since the socket was made.
+    /// Connections that the kernel has dropped since the socket was created.
     #[inline(always)]
     pub(crate) fn drops(self) -> Option<u32> {
         probe(self.0, offset(&LAYOUT.sock_drops))
     }
 
-    /// Handshakes that have begun and are not done. TCP alone has any.
+    /// Handshakes in progress. TCP only.
     #[inline(always)]
     pub(crate) fn half_open(self) -> Option<u32> {
         probe(self.0, offset(&LAYOUT.accept_half_open))
     }
 
-    /// The first in a unix socket's accept queue, which is the one that has waited longest.
+    /// First connection in the accept queue of a unix socket: the one that has waited longest.
     #[inline(always)]
     pub(crate) fn first_unix_waiting(self) -> Option<Self> {
         let buffer: *const u8 = probe(self.0, offset(&LAYOUT.sock_received_first))?;
-        // The end of the list is its head, inside the listener itself.
+        // The list is circular: its end is the head, inside the listener.
         if buffer == self.0.wrapping_add(offset(&LAYOUT.sock_received_first)) {
             return None;
         }
         Some(Self(probe(buffer, offset(&LAYOUT.buffer_sk))?))
     }
 
-    /// The first in the accept queue, which is the one that has waited longest. TCP alone.
+    /// First entry of the accept queue: the connection that has waited longest. TCP only.
     #[inline(always)]
     pub(crate) fn first_waiting(self) -> Waiting {
         Waiting(probe(self.0, offset(&LAYOUT.accept_head)).unwrap_or(null()))
     }
 }
 
-/// A place in an accept queue.
+/// An entry of a TCP accept queue, or its end.
 #[derive(Clone, Copy)]
 pub(crate) struct Waiting(*const u8);
 
 impl Waiting {
-    /// The one at this address, which the caller has from the kernel.
+    /// The entry at this address, which the caller has read from the kernel.
     #[inline(always)]
     pub(crate) fn known(address: u64) -> Self {
         Self(address as *const u8)
@@ -327,19 +328,19 @@ impl Waiting {
         self.0 as u64
     }
 
-    /// Whether nobody waits here.
+    /// Whether this is the end of the queue.
     #[inline(always)]
     pub(crate) fn is_end(self) -> bool {
         self.0.is_null()
     }
 
-    /// The connection that waits here, and the place behind it.
+    /// The connection of this entry, and the next entry.
     #[inline(always)]
     pub(crate) fn take(self) -> Option<(Socket, Self)> {
         if self.0.is_null() {
             return None;
         }
-        // What cannot be read reads as null, without a branch: the verifier counts them.
+        // An unreadable field reads as null, without a branch: the verifier analyses every branch.
         let connection = Socket(probe(self.0, offset(&LAYOUT.request_sk)).unwrap_or(null()));
         Some((connection, Self(probe(self.0, offset(&LAYOUT.request_next)).unwrap_or(null()))))
     }

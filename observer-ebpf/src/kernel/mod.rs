@@ -1,8 +1,8 @@
-//! The only folder that knows fields of kernel structures. Their offsets come from the running kernel (see
-//! `observer_common::layout`); the verifier sees them as constants, because the global is frozen when it looks.
+//! Access to fields of kernel structures, which no other folder has. The offsets come from the running kernel (see
+//! `observer_common::layout`). The verifier sees them as constants, because the global is frozen before verification.
 //!
-//! Two ways to read: arguments of BTF tracepoints are typed pointers, loaded directly and checked by the
-//! verifier; everything reached from a plain tracepoint goes through `bpf_probe_read_kernel`.
+//! There are two ways to read. Arguments of BTF tracepoints are typed pointers, which are loaded directly and checked
+//! by the verifier. Everything reached from a plain tracepoint goes through `bpf_probe_read_kernel`.
 
 mod access;
 mod file;
@@ -22,7 +22,7 @@ pub(crate) use file::{AF_UNIX, OpenFile, Sock, Socket, Waiting, iterated};
 pub(crate) use ring::{RingAcceptRequest, RingCompletion, RingWakeup};
 pub(crate) use task::{CallInProgress, OffCpuReason, Task, off, registers_place};
 
-/// Process and thread id of whoever runs now, as the initial pid namespace has them.
+/// Process and thread ID of the current thread, in the initial PID namespace.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "two 32-bit ids packed in 64 bits")]
 pub(crate) fn current() -> (u32, u32) {
@@ -40,13 +40,14 @@ pub(crate) fn returned(ctx: &TracePointContext) -> Option<i64> {
     unsafe { ctx.read_at(offset(&LAYOUT.exit_ret)) }.ok()
 }
 
-/// Where what a system call's tracepoint passes begins, in bytes, but for kernels that put more in front. A word there is
-/// read directly, which is all that the verifier lets pass: an offset that it is told of is no constant to the compiler.
+/// Offset of the arguments in the record of a system call's tracepoint, in bytes, except on kernels that put more
+/// fields in front. A word at this offset is loaded directly. The verifier allows that only for offsets that are
+/// constants to the compiler, which an offset from [`LAYOUT`] is not.
 const USUAL_PLACE: usize = 16;
 
 #[inline(always)]
 fn usual_word(ctx: &TracePointContext, n: usize) -> u64 {
-    // SAFETY: inside the program's own context, as whoever calls this has made sure.
+    // SAFETY: inside the program's own context, as the caller has checked.
     unsafe { ctx.as_ptr().cast::<u64>().add(USUAL_PLACE / 8 + n).read_volatile() }
 }
 
@@ -67,15 +68,15 @@ pub(crate) fn arguments<const N: usize>(ctx: &TracePointContext) -> Option<[u64;
     unsafe { ctx.read_at(offset(&LAYOUT.enter_arguments)) }.ok()
 }
 
-/// Address of the instruction that a uprobe stands at, in the process.
+/// Address in the process of the instruction that a uprobe is attached to.
 #[inline(always)]
 pub(crate) fn instruction(ctx: &ProbeContext) -> u64 {
     // SAFETY: the registers are the program's own context.
     unsafe { (*ctx.regs).rip }
 }
 
-/// Reads one register of the context. Each read is an instruction of its own: the compiler would fold the reads into
-/// one at a computed place, which the verifier does not let pass.
+/// Reads one register of the context. Each read is a separate instruction in assembly: the compiler would merge the
+/// reads into one at a computed offset, which the verifier rejects.
 macro_rules! read {
     ($ctx:ident, $field:ident) => {{
         #[cfg(target_arch = "bpf")]
@@ -93,7 +94,7 @@ macro_rules! read {
             }
             value
         }
-        // Where this is only linted, never run.
+        // This variant is only linted, never run.
         #[cfg(not(target_arch = "bpf"))]
         // SAFETY: as above.
         unsafe {
@@ -102,7 +103,7 @@ macro_rules! read {
     }};
 }
 
-/// A register of the thread that has come to a uprobe, by its number in `observer_common::deferred`.
+/// A register of the thread that has reached a uprobe, by its number in `observer_common::deferred`.
 #[inline(always)]
 pub(crate) fn register(ctx: &ProbeContext, number: u64) -> u64 {
     match number {
@@ -125,7 +126,8 @@ pub(crate) fn register(ctx: &ProbeContext, number: u64) -> u64 {
     }
 }
 
-/// Where the current thread has its variables; `None` where the kernel does not say.
+/// The thread pointer of the current thread, the base of its local storage; `None` if the kernel's offset of it is
+/// unknown.
 #[inline(always)]
 pub(crate) fn thread_pointer() -> Option<u64> {
     let field = offset(&LAYOUT.task_thread_pointer);
@@ -137,7 +139,8 @@ pub(crate) fn thread_pointer() -> Option<u64> {
     probe(task, field)
 }
 
-/// Reads what an argument of a system call points to in the caller's memory; `None` if it is not there now.
+/// Reads the memory of the current process, for instance what an argument of a system call points to; `None` if it
+/// cannot be read now.
 #[inline(always)]
 pub(crate) fn read_user<T>(argument: u64) -> Option<T> {
     // SAFETY: the helper checks the address.

@@ -1,4 +1,4 @@
-//! Accepts through io_uring, in the shapes that the tracepoints of different kernels have.
+//! Accepts through io_uring, for the different argument lists of the kernels' tracepoints.
 
 use aya_ebpf::programs::BtfTracePointContext;
 use observer_common::{
@@ -11,24 +11,24 @@ use super::{
     file::OpenFile,
 };
 
-/// An accept, among the operations of io_uring.
+/// `IORING_OP_ACCEPT`.
 const RING_ACCEPT: u8 = 13;
-/// The request's descriptor is a place in a table of the ring's own.
+/// `REQ_F_FIXED_FILE`: the request's descriptor is an index into the ring's table of registered files.
 const RING_FIXED_FILE: u32 = 1;
-/// More completions of the same request will follow.
+/// `IORING_CQE_F_MORE`: more completions of the same request will follow.
 const RING_MORE: u32 = 2;
 
-/// What the tracepoints of io_uring pass here.
+/// Whether the kernel's io_uring tracepoints have this argument list.
 #[inline(always)]
 fn ring_shape_is(shape: RingShape) -> bool {
     offset(&LAYOUT.ring_shape) == shape as usize
 }
 
-/// A `struct io_kiocb` for an accept, handed to a tracepoint.
+/// A `struct io_kiocb` of an accept, passed to a tracepoint.
 pub(crate) struct RingAcceptRequest(*const u8);
 
 impl RingAcceptRequest {
-    /// What has just been submitted; `None` unless it is an accept.
+    /// The request that has just been submitted; `None` unless it is an accept.
     #[inline(always)]
     pub(crate) fn submitted(ctx: &BtfTracePointContext) -> Option<Self> {
         if ring_shape_is(RingShape::Loose) {
@@ -39,7 +39,7 @@ impl RingAcceptRequest {
         }
     }
 
-    /// The first argument, where that is the request.
+    /// The first argument, on kernels where that is the request; `None` unless it is an accept.
     #[inline(always)]
     fn typed(ctx: &BtfTracePointContext) -> Option<Self> {
         let request: *const u8 = ctx.arg(0);
@@ -48,7 +48,7 @@ impl RingAcceptRequest {
         if operation == RING_ACCEPT { Some(Self(request)) } else { None }
     }
 
-    /// The one at this address, which the caller knows to be in flight.
+    /// The request at this address, which the caller knows to be in flight.
     #[inline(always)]
     pub(crate) fn known(address: u64) -> Self {
         Self(address as *const u8)
@@ -74,8 +74,8 @@ impl RingAcceptRequest {
         if file.is_null() { None } else { Some(OpenFile(file)) }
     }
 
-    /// The same at submission, when newer kernels have not looked it up yet. `None` as well for places in the ring's
-    /// own table.
+    /// The file to accept from at submission, when newer kernels have not looked it up yet. `None` for files registered
+    /// in the ring's table as well.
     #[inline(always)]
     pub(crate) fn file_at_submission(&self) -> Option<OpenFile> {
         if offset(&LAYOUT.ring_fd) == ABSENT as usize {
@@ -87,7 +87,7 @@ impl RingAcceptRequest {
         OpenFile::of(probe(self.0, offset(&LAYOUT.ring_fd))?)
     }
 
-    /// Whether the connection goes to a table of the ring's own, instead of becoming a descriptor.
+    /// Whether the connection becomes a direct descriptor in the ring's table, instead of a descriptor of the process.
     #[inline(always)]
     pub(crate) fn is_direct(&self) -> bool {
         probe::<u32>(self.0, offset(&LAYOUT.ring_slot)).is_some_and(|slot| slot != 0)
@@ -97,7 +97,7 @@ impl RingAcceptRequest {
 /// An accept in flight whose wait for a connection has ended.
 pub(crate) struct RingWakeup {
     pub(crate) key: RingKey,
-    /// The file it accepts from; `None` where the tracepoint does not let one know.
+    /// The file it accepts from; `None` if the tracepoint does not pass it.
     pub(crate) file: Option<OpenFile>,
     pub(crate) is_direct: bool,
 }
@@ -123,12 +123,12 @@ impl RingWakeup {
     }
 }
 
-/// An operation of io_uring that has come to a result.
+/// A completed operation of io_uring.
 pub(crate) struct RingCompletion {
     pub(crate) key: RingKey,
-    /// Of an accept, the new descriptor; negative if it failed.
+    /// New descriptor of an accept; negative if it failed.
     pub(crate) result: i32,
-    /// Whether the request is over.
+    /// Whether no more completions of the request follow.
     pub(crate) is_last: bool,
 }
 
@@ -137,7 +137,7 @@ impl RingCompletion {
     pub(crate) fn of(ctx: &BtfTracePointContext) -> Self {
         let ring: u64 = ctx.arg(0);
         if ring_shape_is(RingShape::Loose) {
-            // No accept has more than one result there.
+            // These kernels have no accept with more than one result.
             Self { key: RingKey { ring, user_data: ctx.arg(1) }, result: ctx.arg(2), is_last: true }
         } else if ring_shape_is(RingShape::Request) {
             let flags: u32 = ctx.arg(4);

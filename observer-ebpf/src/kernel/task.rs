@@ -1,4 +1,4 @@
-//! Threads: who one is, why it goes off its CPU, and the system call that it is in.
+//! Threads: their IDs, why they leave their CPU, and the system call that they are in.
 
 use aya_ebpf::{helpers::bpf_get_current_task, programs::BtfTracePointContext};
 use observer_common::layout::ABSENT;
@@ -8,7 +8,7 @@ use super::access::{LAYOUT, load, offset, probe};
 /// `__TASK_STOPPED` and `__TASK_TRACED`.
 const STOPPED: u64 = 4 | 8;
 
-/// A `struct task_struct` handed to a BTF tracepoint.
+/// A `struct task_struct` passed to a BTF tracepoint.
 pub(crate) struct Task(*const u8);
 
 impl Task {
@@ -29,7 +29,7 @@ impl Task {
         unsafe { load(self.0, offset(&LAYOUT.task_tgid)) }
     }
 
-    /// Threads of its process that have not begun to exit.
+    /// Number of threads of the process that have not begun to exit.
     #[inline(always)]
     pub(crate) fn live_threads(&self) -> u32 {
         // SAFETY: as above; `signal` is a typed pointer as well.
@@ -43,11 +43,11 @@ impl Task {
 /// Why `sched_switch` takes a thread off its CPU.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OffCpuReason {
-    /// It would go on if it could.
+    /// It is still runnable.
     Preempted,
     /// It waits for something.
     Blocked,
-    /// Somebody has stopped it, wherever it was.
+    /// It has been stopped, whatever it was doing.
     Stopped,
 }
 
@@ -58,7 +58,7 @@ pub(crate) fn off(ctx: &BtfTracePointContext) -> OffCpuReason {
         return OffCpuReason::Preempted;
     }
     let state = if offset(&LAYOUT.switch_has_state) != 0 {
-        // A wake-up may already have changed the field; the argument is what the scheduler decided on.
+        // A wake-up may already have changed the field. The argument is what the scheduler decided on.
         let state: u32 = ctx.arg(3);
         u64::from(state)
     } else {
@@ -73,12 +73,12 @@ pub(crate) fn off(ctx: &BtfTracePointContext) -> OffCpuReason {
     }
 }
 
-/// A system call in progress, by the registers that the kernel keeps of its caller.
+/// A system call in progress, read from the registers that the kernel has saved of its caller.
 pub(crate) struct CallInProgress(*const u8);
 
 impl CallInProgress {
-    /// Of the current thread, whose `struct task_struct` a BTF tracepoint was handed as argument `n`. `place` is where
-    /// on every kernel stack the registers are.
+    /// The call of the current thread, whose `struct task_struct` is argument `n` of a BTF tracepoint. `at` is the
+    /// offset of the saved registers on every kernel stack.
     #[inline(always)]
     pub(crate) fn of_current(ctx: &BtfTracePointContext, n: usize, place: u32) -> Self {
         let task: *const u8 = ctx.arg(n);
@@ -87,7 +87,7 @@ impl CallInProgress {
         Self(stack.wrapping_add(place as usize))
     }
 
-    /// Of the current thread, where no program is handed its `struct task_struct`.
+    /// The call of the current thread, for programs that are not passed its `struct task_struct`.
     #[inline(always)]
     pub(crate) fn current(place: u32) -> Option<Self> {
         // SAFETY: has no preconditions.
@@ -96,7 +96,7 @@ impl CallInProgress {
         Some(Self(stack.wrapping_add(place as usize)))
     }
 
-    /// Its number; `None` outside of any call, that is in the handling of a fault.
+    /// Number of the call; `None` outside of any call, which is in the handling of a fault.
     #[inline(always)]
     pub(crate) fn number(&self) -> Option<u32> {
         u32::try_from(self.word(&LAYOUT.registers_call)?.cast_signed()).ok()
@@ -125,20 +125,20 @@ impl CallInProgress {
 
     #[inline(always)]
     fn word(&self, field: &'static u32) -> Option<u64> {
-        // What this kernel does not have is past the end of all stacks, and cannot be read.
+        // The offset of an absent field is past the end of every stack.
         if offset(field) == ABSENT as usize { None } else { probe(self.0, offset(field)) }
     }
 }
 
-/// Smallest kernel stack there is; others are a power of two times as large. In bytes.
+/// Smallest size of a kernel stack, in bytes. Other sizes are this times a power of two.
 const STACK_MIN: usize = 8192;
-/// How many sizes of stacks are tried.
+/// Number of stack sizes that are tried.
 const STACK_SIZES: usize = 4;
-/// How far from the end of a stack a caller's registers may begin, in words.
+/// Maximum distance of the saved registers from the end of a stack, in words.
 const REGISTERS_WORDS: usize = 64;
 
-/// Where on its kernel stack the registers of the current thread are, which is inside a system call with this number
-/// and first argument; 0 if they are not found.
+/// Finds the offset of the saved registers on the kernel stack of the current thread, which is inside a system call
+/// with this number and first argument. `None` if they are not found.
 #[inline(always)]
 pub(crate) fn registers_place(number: u64, first: u64) -> Option<u32> {
     // SAFETY: has no preconditions.

@@ -1,4 +1,4 @@
-//! *accept*: how long connections wait between the end of their handshake and the target's accept.
+//! *accept*: how long connections wait between the end of their handshake and the target's `accept`.
 
 use aya_ebpf::{
     bindings::BPF_ANY,
@@ -22,7 +22,7 @@ const SYN_RECEIVED: u32 = 3;
 const CLOSED: u32 = 7;
 const CLOSE_WAIT: u32 = 8;
 
-/// A TCP socket changes its state: a handshake ends, or a connection dies.
+/// A TCP socket changes its state: a handshake ends, or a connection closes.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 fn sock_state(ctx: BtfTracePointContext) -> u32 {
     let sock = Sock::argument(&ctx, 0);
@@ -33,13 +33,15 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
             warn!(&ctx, "no room for a connection that waits on port {}", sock.port());
         }
     } else if to == CLOSED && matches!(from, ESTABLISHED | SYN_RECEIVED | CLOSE_WAIT) {
-        // Of all that end, only those: whoever closes a connection in order has accepted it before.
+        // Only connections that close from one of these states may still be queued. One that is closed in the regular
+        // order has been accepted before.
         forget(sock.address());
     }
     0
 }
 
-/// The current thread calls accept: what it finds queued is a local peak, for between two accepts a queue only grows.
+/// The current thread calls `accept`. The queue depth that it finds is a local maximum, because between two accepts a
+/// queue only grows.
 #[tracepoint]
 fn accept_enter(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
@@ -49,7 +51,7 @@ fn accept_enter(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// The current thread returns from accept, with a connection or without one.
+/// The current thread returns from `accept`, with or without a connection.
 #[tracepoint]
 fn accept_exit(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
@@ -62,7 +64,7 @@ fn accept_exit(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn enter(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     let (inode, listener) = listeners::listener_of(OpenFile::of(kernel::fd_argument(ctx)?)?, tgid)?;
-    // SAFETY: a live map value; a lost race between two accepts leaves the lesser of two peaks.
+    // SAFETY: a live map value; if two accepts race, the lower of the two peaks may remain.
     let depth = unsafe {
         let depth = Socket::known((*listener).sk).queued((*listener).family)?;
         if depth > (*listener).peak {
@@ -85,14 +87,14 @@ fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     // SAFETY: a live map value that only this thread writes.
     let call = ACCEPTING.get_ptr_mut(tid).map(|call| unsafe { call.replace(Accepting::NONE) });
     let call = call.filter(|call| call.inode != 0);
-    // Whoever has such a call was a target when it began.
+    // A thread with a recorded call belonged to a target when the call began.
     if call.is_none() && !targets::is_target(tgid) {
         return None;
     }
     let fd = u32::try_from(kernel::returned(ctx)?).ok()?;
     let file = OpenFile::of(fd)?;
     let Some(call) = call else {
-        // Of a stream socket, that is: nobody promised to know of others.
+        // Only stream sockets are tracked. An accept on any other socket is no loss.
         file.socket()?;
         lost(Loss::AcceptUnattributed);
         return None;

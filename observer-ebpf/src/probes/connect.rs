@@ -1,5 +1,5 @@
-//! *connect*: when connections to unix sockets began to wait. The kernel has no event for that, but a connect that
-//! succeeds has just queued its connection; what waits is known by the client's socket.
+//! *connect*: when connections to unix sockets were queued. The kernel has no event for that, but a `connect` that
+//! succeeds has just queued its connection. A waiting connection is identified by the client's socket.
 
 use aya_ebpf::{
     bindings::BPF_ANY,
@@ -15,17 +15,18 @@ use crate::{
     state::accept_queue,
 };
 
-/// The client's socket of each thread inside a connect call, by thread id.
+/// Client socket of each thread inside a `connect` call, by thread ID.
 #[map]
 static CONNECTING: HashMap<u32, u64> = HashMap::with_max_entries(8192, 0);
 
-/// Some thread calls connect. Whether that leads to a target is known when it is done; until then it might.
+/// A thread of any process calls `connect`. Whether it connects to a target is known only when the call returns, so
+/// every call on a unix socket is recorded.
 #[tracepoint]
 fn connect_enter(ctx: TracePointContext) -> u32 {
     let socket = kernel::fd_argument(&ctx).and_then(OpenFile::of).and_then(OpenFile::unix_socket);
     if let Some(client) = socket {
         let (_, tid) = kernel::current();
-        // The acceptor may be faster than the rest of this call.
+        // The server may accept the connection before this call returns.
         let is_noted = CONNECTING.insert(tid, client.address(), u64::from(BPF_ANY)).is_ok()
             && accept_queue::queue(client.address()).is_ok();
         if !is_noted {
@@ -35,7 +36,8 @@ fn connect_enter(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// Some thread returns from connect. If that has waited for room in the queue, the time stamp was too early.
+/// A thread returns from `connect`. If the call has waited for space in the accept queue, its first timestamp is too
+/// early and is replaced.
 #[tracepoint]
 fn connect_exit(ctx: TracePointContext) -> u32 {
     let (_, tid) = kernel::current();

@@ -1,5 +1,5 @@
-//! *deferred*: work that is put off, followed from where it is put off to where it is done. One program stands at all
-//! places that profiles name; what a place means, and how to read it, the loader has written into maps.
+//! *deferred*: follows deferred tasks from enqueue to finish. One program is attached to all hooks of all profiles.
+//! What a hook does, and how a task is read there, is in maps that the loader writes.
 
 use core::ptr::read_volatile;
 
@@ -30,11 +30,11 @@ use crate::{
     trace_context,
 };
 
-/// What it means to come to a place, by process and address; kept by the loader.
+/// Maps a hook's process and address to the action to take; written by the loader.
 #[map]
 static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MOST_HOOKS, 0);
 
-/// How to read places; kept by the loader.
+/// How to read tasks at hooks; written by the loader.
 #[map]
 static EXTRACTORS: Array<Extractor> = Array::with_max_entries(MOST_RECIPES, 0);
 
@@ -42,9 +42,9 @@ static EXTRACTORS: Array<Extractor> = Array::with_max_entries(MOST_RECIPES, 0);
 fn deferred(ctx: ProbeContext) -> u32 {
     let (tgid, tid) = kernel::current();
     let place = Place { address: kernel::instruction(&ctx), tgid, reserved: 0 };
-    // One that has run another program since has other things there.
+    // There is no entry if the process has executed another program since.
     let Some(hook) = HOOKS.get_ptr_mut(place) else { return 0 };
-    // SAFETY: a live map value, that only the loader writes but for its counters.
+    // SAFETY: a live map value; only the loader writes these fields.
     let (verb, space, flags, extractor) =
         unsafe { ((*hook).verb, (*hook).space, (*hook).flags, (*hook).extractor) };
     let Some(extractor) = EXTRACTORS.get_ptr(extractor) else { return 0 };
@@ -66,19 +66,19 @@ fn deferred(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// The space of keys that are numbers of tasks; those of profiles begin at 1.
+/// The space of keys that are task IDs. Spaces of profiles begin at 1.
 const DETACHED: u32 = 0;
 
 const KEY: usize = observer_common::deferred::KEY_STEPS;
 const CLASS: usize = observer_common::deferred::CLASS_STEPS;
 
-/// Where steps have led.
+/// Result of running an extractor's operations.
 enum Found {
-    /// To a value, to be understood as the number says.
+    /// A value, and how to interpret it.
     Value(u64, u32),
-    /// Nowhere.
+    /// No value: no operations, or memory that could not be read.
     Nothing,
-    /// To a condition that does not hold.
+    /// A test failed.
     Excluded,
 }
 
@@ -92,18 +92,18 @@ impl Found {
     }
 }
 
-/// The current thread at one of the places.
+/// A hook that the current thread has reached.
 struct At<'a> {
     tid: u32,
     flags: u32,
     extractor: *const Extractor,
     ctx: &'a ProbeContext,
-    /// When that is: the clock is looked at once, for it takes a tenth of what a place does.
+    /// The time when the hook was reached. It is read once, because that takes a tenth of the program's run time.
     now: u64,
 }
 
 impl At<'_> {
-    /// Does what the place means. `None` if that came to nothing.
+    /// Runs the hook's verb. `None` if it had no effect.
     #[inline(always)]
     fn comes_to(&self, verb: u32, key: Option<TaskKey>) -> Option<()> {
         if verb == Verb::Snapshot as u32 {
@@ -128,7 +128,7 @@ impl At<'_> {
         reason = "by value it would be copied to the stack first"
     )]
     fn snapshot(&self, key: TaskKey) -> Option<()> {
-        // Nothing can be put off twice: another has its place in memory.
+        // A task cannot be enqueued twice: the key is that of a task whose memory has been reused.
         if let Some(before) = TASKS.get_ptr_mut(key) {
             end(before, &key, self.now);
         }
@@ -141,7 +141,7 @@ impl At<'_> {
         let origin = requests::origin_for_enqueue(key.tgid, &current.origin);
         let class =
             self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 });
-        // SAFETY: a live map value that nobody else knows of yet.
+        // SAFETY: a live map value that no other program refers to yet.
         unsafe {
             (*task).id = work::number(self.tid, self.now);
             (*task).parent = parent(&current, &origin);
@@ -161,13 +161,14 @@ impl At<'_> {
             return Some(());
         }
         let figures = figures(&class)?;
-        // SAFETY: a live map value, counted in atomically.
+        // SAFETY: a live map value, updated atomically.
         unsafe {
             add(&raw mut (*figures).pending, 1);
             if class.naming != 0 {
                 add(&raw mut (*figures).enqueued, 1);
             }
-            // Last, because the verifier follows what comes behind so many steps once for each way through them.
+            // This is last because the verifier analyses the code after these operations once for each path through
+            // them.
             self.tell_request_id(task);
         }
         Some(())
@@ -177,17 +178,17 @@ impl At<'_> {
     fn restore(&self, key: TaskKey) -> Option<()> {
         let before = work::current(self.tid);
         end_if_once(&before.key, self.now);
-        // Some runtimes read from a connection while they work on nothing, and go on in a context that all connections
-        // share: that is for what was read.
+        // Some runtimes read from a connection outside of any task and continue in a context that all connections
+        // share. That context then works for what was read.
         let takes_over = self.flags & Hook::TAKES_OVER != 0 && before.task == 0;
         let has_read = if takes_over { before.origin } else { Origin::NONE };
         let Some(task) = TASKS.get_ptr_mut(key) else {
-            // It works for somebody, but nobody knows for whom.
+            // The task's origin is unknown.
             work::turn_to(self.tid, &Work { origin: has_read, task: 0, key, since_ns: 0 }, self.now);
-            // If it was no piece of work of its own, none is missing.
+            // A context that is not a separate task misses no enqueue.
             return self.class(key).filter(|class| class.naming == ClassKey::SAME_WORK).map(|_| ());
         };
-        // SAFETY: a live map value; work is done by one thread at a time.
+        // SAFETY: a live map value; a task runs on one thread at a time.
         unsafe {
             if (*task).class.naming == ClassKey::SAME_WORK {
                 let origin = requests::resolve_origin(key.tgid, &(*task).origin);
@@ -197,9 +198,9 @@ impl At<'_> {
             if (*task).started_ns == 0 {
                 self.start(task, &key);
             }
-            // Entered again while it is current it would lead back to itself.
+            // If the task is already current, it must not become its own outer work.
             if before.task != (*task).id {
-                // What was not a piece of work itself is over: nobody knows what the thread turns to when it leaves this.
+                // Work outside of a task ends here: it is unknown what the thread does when it leaves this task.
                 (*task).outer = if before.task == 0 { Work::NONE } else { before };
             }
             (*task).once = self.flags & Hook::ONCE;
@@ -210,11 +211,13 @@ impl At<'_> {
         Some(())
     }
 
+    /// Records that a task starts.
+    ///
     /// # Safety
-    /// `task` points to a live map value that nobody else writes now.
+    /// `task` points to a live map value that nothing else writes at present.
     #[inline(always)]
     unsafe fn start(&self, task: *mut DeferredTask, key: &TaskKey) {
-        // SAFETY: by contract; figures are live map values, counted in atomically.
+        // SAFETY: by contract; counters are live map values, updated atomically.
         unsafe {
             (*task).started_ns = self.now;
             if let Some(class) = figures(&(*task).class) {
@@ -234,7 +237,7 @@ impl At<'_> {
         }
     }
 
-    /// What the thread works on pauses, if it has this key.
+    /// Leaves the current task, if it has this key.
     #[inline(always)]
     fn leave(&self, key: Option<TaskKey>) -> Option<()> {
         let current = work::current(self.tid);
@@ -246,7 +249,7 @@ impl At<'_> {
             work::turn_to(self.tid, &Work::NONE, self.now);
             return None;
         };
-        // SAFETY: a live map value; work is done by one thread at a time.
+        // SAFETY: a live map value; a task runs on one thread at a time.
         unsafe {
             if (*task).id == current.task {
                 (*task).left_ns = self.now;
@@ -263,7 +266,7 @@ impl At<'_> {
         let has_key = key.is_some();
         let key = key.unwrap_or(current.key);
         let task = TASKS.get_ptr_mut(key)?;
-        // SAFETY: a live map value; nobody works on what is forgotten.
+        // SAFETY: a live map value; a destroyed task no longer runs.
         unsafe {
             let is_current = (*task).id == current.task;
             if !is_current && !has_key {
@@ -278,7 +281,7 @@ impl At<'_> {
         Some(())
     }
 
-    /// What the thread works on is known by its own number from here on.
+    /// Makes the current task's ID its key from here on.
     #[inline(always)]
     #[expect(
         clippy::needless_borrows_for_generic_args,
@@ -288,7 +291,7 @@ impl At<'_> {
         let current = work::current(self.tid);
         let task = TASKS.get_ptr(current.key)?;
         let key = TaskKey { key: current.task, space: DETACHED, ..current.key };
-        // SAFETY: a live map value, that only this thread works on.
+        // SAFETY: a live map value; only this thread runs the task.
         unsafe {
             if (*task).id != current.task {
                 return None;
@@ -303,23 +306,23 @@ impl At<'_> {
         Some(())
     }
 
-    /// Keeps what the runtime calls the request, if that can be read at this place.
+    /// Stores the runtime's ID of the request, if it can be read at this hook.
     ///
     /// # Safety
-    /// `task` points to a live map value that nobody else knows of yet.
+    /// `task` points to a live map value that no other program refers to yet.
     #[inline(always)]
     unsafe fn tell_request_id(&self, task: *mut DeferredTask) {
         // SAFETY: by contract, and the extractor is a live map value.
         unsafe {
             let steps: *const Op = (&raw const (*self.extractor).request_id).cast();
             if let Found::Value(address, _) = follow(steps, REQUEST_ID_STEPS, self.ctx) {
-                // What is not there now stays unknown.
+                // An ID that cannot be read now stays unknown.
                 let _read = bpf_probe_read_user_str_bytes(address as *const u8, &mut (*task).request_id);
             }
         }
     }
 
-    /// The class that can be read at this place.
+    /// The task's class, if it can be read at this hook.
     #[inline(always)]
     fn class(&self, key: TaskKey) -> Option<ClassKey> {
         // SAFETY: a live map value.
@@ -328,10 +331,10 @@ impl At<'_> {
     }
 }
 
-/// Takes steps from the registers of the current thread on.
+/// Runs an extractor's operations, starting from the registers of the current thread.
 ///
 /// # Safety
-/// `steps` points to so many in a live map value.
+/// `ops` points to `count` operations in a live map value.
 #[inline(always)]
 unsafe fn follow(steps: *const Op, count: usize, ctx: &ProbeContext) -> Found {
     let mut value = 0;

@@ -1,5 +1,5 @@
-//! *gc*: garbage collections. Where a runtime tells when one begins and ends, each pause is measured; where it keeps
-//! totals of its own, what they grow by during a slice is.
+//! *gc*: garbage collections. If a runtime has hooks at the start and the end of a collection, each pause is measured.
+//! If it keeps totals, their growth during a slice is measured.
 
 use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns, macros::uprobe, programs::ProbeContext};
 use observer_common::{gc::Begun, loss::Loss};
@@ -29,7 +29,7 @@ fn gc_start(_ctx: ProbeContext) -> u32 {
     0
 }
 
-/// One that began before observer came has no beginning here, and is not counted.
+/// A collection that began before observer attached has no entry, and is not counted.
 #[uprobe]
 fn gc_done(_ctx: ProbeContext) -> u32 {
     let (tgid, tid) = kernel::current();

@@ -1,5 +1,5 @@
-//! *listener*: which sockets of targets listen, and what their accept queues are like now. Listeners are found
-//! when they begin to listen, when a target accepts from one, and by a walk over open files when targets are new.
+//! *listener*: finds the listening sockets of targets and reads their accept queues. A listener is found when a target
+//! calls `listen`, when a target accepts from it, and by a walk over open files when targets are added.
 
 use core::ffi::c_void;
 
@@ -20,15 +20,15 @@ use crate::{
     },
 };
 
-/// Where a walk goes on, in the only place: [`walk_queue`].
+/// Target of the tail call that continues a walk: the only entry is [`walk_queue`].
 #[map]
 static TAIL_CALLS: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
-/// Connections that one step of a walk looks at, and 33 steps may follow each other. The verifier follows every turn of a
-/// loop on its own: for one of 1024 it took a quarter of a second.
+/// Connections that one step of a walk visits. At most 33 steps can follow each other. The verifier analyses every
+/// iteration of a loop: for a loop of 1024 iterations it took a quarter of a second.
 const STEP: u32 = 32;
 
-/// A thread of a target is about to listen. Whether that works, the next look tells.
+/// A thread of a target calls `listen`. Whether the call succeeds shows when the queue is read next.
 #[tracepoint]
 fn listen_enter(ctx: TracePointContext) -> u32 {
     let (tgid, _) = kernel::current();
@@ -40,7 +40,7 @@ fn listen_enter(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// One open file of one process, of all there are: run on demand, when targets are new.
+/// Visits one open file of one process. User space runs the iterator when targets are added.
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 fn find_listeners(ctx: *mut c_void) -> i32 {
@@ -53,12 +53,13 @@ fn find_listeners(ctx: *mut c_void) -> i32 {
     0
 }
 
-/// Looks at one accept queue. Never attached, but run on demand with the listener's key as its argument.
+/// Reads an accept queue. Never attached: user space runs it with the listener's key as its argument.
 #[raw_tracepoint(tracepoint = "sys_enter")]
 fn look(ctx: RawTracePointContext) -> i32 {
     let inode: u64 = ctx.arg(0);
     if let Some(listener) = listener_with(inode) {
-        // SAFETY: a live map value; only looks write `queue`, and the loader takes one at a time.
+        // SAFETY: a live map value; only this program and `walk_queue` write `queue`, and the loader reads one queue at
+        // a time.
         unsafe {
             match Socket::still_at((*listener).sk, inode) {
                 Some(socket) if socket.listens() => {
@@ -73,11 +74,12 @@ fn look(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// Goes on where [`look`] or itself has left off, with the same argument, as often as the kernel allows.
+/// Continues the walk where [`look`] or this program has stopped, with the same argument, as often as the kernel
+/// allows.
 #[raw_tracepoint(tracepoint = "sys_enter")]
 fn walk_queue(ctx: RawTracePointContext) -> i32 {
     if let Some(listener) = listener_with(ctx.arg(0)) {
-        // SAFETY: as in `look`, of which this is a part.
+        // SAFETY: as in `look`, which this program continues.
         unsafe {
             if step(&raw mut (*listener).queue) {
                 TAIL_CALLS.tail_call(&ctx, 0);
@@ -87,10 +89,11 @@ fn walk_queue(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// Fills in the queue of a listener of this family, but for what a walk over it finds. Tells whether there is one to walk over.
+/// Reads the queue of a listener, except for what a walk over the queue finds. Returns whether there is anything to
+/// walk over.
 ///
 /// # Safety
-/// `queue` points into a live map value that nobody else writes.
+/// `queue` points into a live map value that nothing else writes.
 #[inline(always)]
 unsafe fn look_at(queue: *mut Queue, socket: Socket, family: u16) -> bool {
     // SAFETY: by contract.
@@ -114,11 +117,11 @@ unsafe fn look_at(queue: *mut Queue, socket: Socket, family: u16) -> bool {
     }
 }
 
-/// One step of the walk. Tells whether there is more to walk over. What it finds is kept in the map, not in registers:
-/// the verifier does not tell map contents apart, and so sees one way through where it would otherwise see ever more.
+/// Walks one step further. Returns whether connections remain. Results are kept in the map and not in registers: the
+/// verifier does not track map contents, so it analyses one path instead of ever more.
 ///
 /// # Safety
-/// As for [`look_at`].
+/// As for [`read_queue`].
 #[inline(always)]
 unsafe fn step(queue: *mut Queue) -> bool {
     // SAFETY: by contract.

@@ -1,4 +1,4 @@
-//! One file a probe: its programs, under the name it has on the user side too.
+//! One file for each probe: its programs, under the same name as in user space.
 
 mod process;
 mod listener;

@@ -1,5 +1,5 @@
-//! *origin*: what the threads of a target work for: requests that arrive on the connections it has accepted. Only
-//! processes whose deferred work is followed pay for more than a look into a map.
+//! *origin*: which request a thread of a target works for, by the data that arrives on the connections it has accepted.
+//! For processes whose deferred tasks are not followed, this costs no more than a map lookup.
 
 use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
 use observer_common::origin::{Descriptor, HEAD};
@@ -9,7 +9,7 @@ use crate::{
     state::requests::{CONNECTIONS, Read, answer, is_followed},
 };
 
-/// The current thread returns from `read` or `recvfrom`, whose second argument is where to.
+/// The current thread returns from `read` or `recvfrom`, whose second argument is the buffer.
 #[tracepoint]
 fn received_exit(ctx: TracePointContext) -> u32 {
     if let Some(read) = Read::of(&ctx)
@@ -20,7 +20,7 @@ fn received_exit(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// The current thread returns from `readv`, whose second argument is a list of places and lengths.
+/// The current thread returns from `readv`, whose second argument is an array of `struct iovec`.
 #[tracepoint]
 fn received_parts_exit(ctx: TracePointContext) -> u32 {
     if let Some(read) = Read::of(&ctx)
@@ -31,7 +31,8 @@ fn received_parts_exit(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// The current thread returns from `recvmsg`, whose second argument has a pointer to such a list as its third word.
+/// The current thread returns from `recvmsg`, whose second argument is a `struct msghdr`: its third word points to an
+/// array of `struct iovec`.
 #[tracepoint]
 fn received_message_exit(ctx: TracePointContext) -> u32 {
     if let Some(read) = Read::of(&ctx)

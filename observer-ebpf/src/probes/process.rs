@@ -1,5 +1,5 @@
-//! *process*: keeps the set of targets true while they fork, exec and exit, and has others come up for selection as soon
-//! as they listen or wait for events.
+//! *process*: keeps the set of targets up to date on fork, exec and exit. A process that was rejected can become a
+//! candidate again after an exec.
 
 use aya_ebpf::{bindings::BPF_EXIST, macros::btf_tracepoint, programs::BtfTracePointContext};
 use aya_log_ebpf::warn;
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Whether children of targets become targets; set by the loader.
-// SAFETY: a name of our own, for the loader to find.
+// SAFETY: the symbol name, by which the loader finds the variable, is unique.
 #[unsafe(no_mangle)]
 static FOLLOW: u8 = 1;
 
@@ -26,7 +26,8 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
     // SAFETY: a static that only the loader writes, before any program runs.
     let follow = unsafe { core::ptr::read_volatile(&raw const FOLLOW) } != 0;
     if parent != child && follow && is_target(parent) {
-        // Over what may be there: a process of that id that has exited since the loader looked, whose program is not this.
+        // This replaces the entry of a process with the same ID that has exited since the loader last read the map. The
+        // change of `execs` shows that the program is another one.
         let execs = execs_of(child).map_or(0, |before| before.wrapping_add(1));
         let target = Target { exited: 0, execs, is_candidate: is_candidate(parent) };
         if !targets::add(child, target) && TARGETS.insert(child, target, u64::from(BPF_EXIST)).is_err() {
@@ -46,7 +47,7 @@ fn process_exec(ctx: BtfTracePointContext) -> u32 {
         }
         return 0;
     };
-    // SAFETY: a live map value; an exec leaves a process no other thread that could write it.
+    // SAFETY: a live map value; after an exec the process has no other thread that could write it.
     unsafe { (*target).execs += 1 };
     gc::program_changed(tgid);
     0
@@ -55,15 +56,16 @@ fn process_exec(ctx: BtfTracePointContext) -> u32 {
 #[btf_tracepoint(function = "sched_process_exit")]
 fn process_exit(ctx: BtfTracePointContext) -> u32 {
     let task = Task::argument(&ctx, 0);
-    // Even if the loader has heard of the end of its process already: threads that exit together are told one by one.
+    // This is also needed if the loader has already removed the process: threads that exit together do so one after
+    // another.
     reactors::thread_exited(task.tid());
     let Some(target) = target(task.tgid()) else {
         if selects() {
-            // It may have been turned down inside a call.
+            // The process may have been rejected while the thread was inside a call.
             accept_queue::thread_exited(task.tid());
             gc::thread_exited(task.tid());
             work::thread_exited(task.tid());
-            // Its id may become another's.
+            // The process ID may be reused.
             if task.live_threads() == 0 {
                 let _unknown = REJECTED_PIDS.remove(task.tgid());
             }
@@ -75,7 +77,7 @@ fn process_exit(ctx: BtfTracePointContext) -> u32 {
     work::thread_exited(task.tid());
     if task.live_threads() == 0 {
         gc::process_exited(task.tgid());
-        // SAFETY: a live map value; only the last thread of a process gets here.
+        // SAFETY: a live map value; only the last thread of a process reaches this.
         unsafe { (*target).exited = 1 };
     }
     0

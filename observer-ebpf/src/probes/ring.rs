@@ -1,5 +1,5 @@
-//! *ring*: accepts through io_uring, of which no system call tells. A submission shows the listener, a wake-up shows
-//! it as well where the submission was before observer came, and a completion shows the connection.
+//! *ring*: accepts through io_uring, which no system call shows. A submission shows the listener. So does a wake-up, in
+//! case the submission came before observer attached. A completion shows the connection.
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
@@ -22,7 +22,7 @@ use crate::{
 #[map]
 static RING_ACCEPTS: HashMap<RingKey, RingAccept> = HashMap::with_max_entries(8192, 0);
 
-/// A request is about to be tried for the first time.
+/// A request is about to be executed for the first time.
 #[btf_tracepoint(function = "io_uring_submit_req")]
 fn ring_submit(ctx: BtfTracePointContext) -> u32 {
     if let Some(request) = RingAcceptRequest::submitted(&ctx) {
@@ -34,11 +34,12 @@ fn ring_submit(ctx: BtfTracePointContext) -> u32 {
     0
 }
 
-/// What a request in flight has waited for has come; whoever caused that runs now, not the target.
+/// An event that a request in flight waits for has occurred. The current thread is the one that caused it, not the
+/// target's.
 #[btf_tracepoint(function = "io_uring_task_add")]
 fn ring_wakeup(ctx: BtfTracePointContext) -> u32 {
     if let Some(wakeup) = RingWakeup::of(&ctx) {
-        // Where the file is not to be known, the completion tells whether a target is meant.
+        // If the file is unknown, the completion shows whether the process is a target.
         let inode = match wakeup.file {
             Some(file) => file.inode().filter(|&inode| listeners::listener_with(inode).is_some()),
             None => Some(0),
@@ -52,7 +53,7 @@ fn ring_wakeup(ctx: BtfTracePointContext) -> u32 {
     0
 }
 
-/// A request has come to a result, which for an accept is the new descriptor.
+/// A request has completed. The result of an accept is the new descriptor.
 #[btf_tracepoint(function = "io_uring_complete")]
 fn ring_complete(ctx: BtfTracePointContext) -> u32 {
     let completion = RingCompletion::of(&ctx);
@@ -104,7 +105,7 @@ fn submit(request: &RingAcceptRequest, tgid: u32) -> Option<()> {
     Some(())
 }
 
-/// Counts a connection; `None` if its listener cannot be told.
+/// Counts an accepted connection; `None` if its listener cannot be identified.
 #[inline(always)]
 fn count(accept: &RingAccept, connection: Option<Socket>, tgid: u32) -> Option<()> {
     let listener = if accept.inode != 0 {
@@ -114,7 +115,7 @@ fn count(accept: &RingAccept, connection: Option<Socket>, tgid: u32) -> Option<(
     } else {
         listeners::listener_with(accept_queue::only_listener_for(connection?)?)?
     };
-    // SAFETY: a live map value; a lost race between two accepts leaves the lesser of two peaks.
+    // SAFETY: a live map value; if two accepts race, the lower of the two peaks may remain.
     unsafe {
         let depth = Socket::known((*listener).sk).queued((*listener).family)? + 1;
         if depth > (*listener).peak {

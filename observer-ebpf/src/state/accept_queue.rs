@@ -16,40 +16,40 @@ use crate::{
     kernel::{AF_UNIX, Sock, Socket},
 };
 
-/// Ports of targets' listeners, each with the listener's key, or 0 if there are several: other connections get no
-/// time stamp.
+/// Ports of targets' listeners, each with the key of its listener, or 0 if it has several. Connections to other ports
+/// get no timestamp.
 #[map]
 static PORTS: HashMap<PortKey, u64> = HashMap::with_max_entries(4096, 0);
 
-/// When each connection that waits to be accepted had its handshake done, by address of its socket; of a unix
-/// connection, of its client's.
+/// When each waiting connection completed its handshake, by the address of its socket, or of the client's for a unix
+/// connection.
 #[map]
 static QUEUED: HashMap<u64, Arrival> = HashMap::with_max_entries(65_536, 0);
 
-/// Names of targets' unix listeners, by address in the kernel.
+/// Names of targets' unix listeners, by their address in the kernel.
 #[map]
 static UNIX_NAMES: HashMap<u64, u8> = HashMap::with_max_entries(1024, 0);
 
-/// What each thread that has called accept is in, by thread id. An entry stays until its thread is gone: to make one anew and
-/// remove it would cost a sixth of what an accept does.
+/// The accept call that each thread is in, by thread ID. An entry stays until its thread exits: creating and removing
+/// it for every call would be a sixth of the cost of an accept.
 #[map]
 pub(crate) static ACCEPTING: HashMap<u32, Accepting> = HashMap::with_max_entries(8192, 0);
 
-/// Forgets a call that the thread never returned from.
+/// Removes the call of a thread that has exited inside it.
 #[inline(always)]
 pub(crate) fn thread_exited(tid: u32) {
     let _absent = ACCEPTING.remove(tid);
 }
 
-/// Counts a connection that a target has accepted, and how many had waited when it did. `None` stands for a connection
-/// that nobody can find any more.
+/// Counts a connection that a target has accepted, and the depth of the queue when it did. `connection` is `None` if
+/// its socket cannot be found.
 ///
 /// # Safety
 /// `listener` points to a live map value.
 #[inline(always)]
 pub(crate) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, depth: u32, tgid: u32) {
-    // SAFETY: by contract; counters and histogram are updated atomically, and of two processes that write `accepter`
-    // at once either makes it right with its next accept.
+    // SAFETY: by contract; counters and the histogram are updated atomically. If two processes write `accepter` at
+    // once, the next accept of either corrects it.
     unsafe {
         add(&raw mut (*listener).accepts, 1);
         add(&raw mut (*listener).depths_sum, u64::from(depth));
@@ -73,12 +73,14 @@ pub(crate) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, 
     }
 }
 
-/// What a connection of this family that waits, or has just been accepted, is known by in `QUEUED`.
+/// Key in `QUEUED` of a connection of this family that waits or has just been accepted.
 #[inline(always)]
 pub(crate) fn queued_as(connection: Socket, family: u16) -> Option<u64> {
     if family == AF_UNIX { Some(connection.peer()?.address()) } else { Some(connection.address()) }
 }
 
+/// Counts an accept by the depth of the queue.
+///
 /// # Safety
 /// `listener` points to a live map value.
 #[inline(always)]
@@ -92,22 +94,22 @@ unsafe fn count_depth(listener: *mut Listener, depth: u32) {
     }
 }
 
-/// When a connection that waits, known by this, had its handshake done, if anybody saw that.
+/// When the waiting connection with this key completed its handshake, if that was observed.
 #[inline(always)]
 pub(crate) fn arrival_of(address: u64) -> Option<u64> {
     QUEUED.get_ptr(address).map(|arrival| {
-        // SAFETY: a live map value; eight bytes are written at once.
+        // SAFETY: a live map value; eight bytes are read atomically.
         unsafe { (*arrival).at_ns }
     })
 }
 
-/// Whether a connection to this socket's port is one a target may accept.
+/// Whether a target may accept a connection to this socket's port.
 #[inline(always)]
 pub(crate) fn is_tracked(sock: &Sock) -> bool {
     PORTS.get_ptr(PortKey { netns: sock.netns(), port: u32::from(sock.port()) }).is_some()
 }
 
-/// Makes connections to this listener's port worth a time stamp.
+/// Records timestamps of connections to this listener's port from now on.
 #[inline(always)]
 pub(crate) fn track_port(netns: u32, port: u16, inode: u64) {
     let key = PortKey { netns, port: u32::from(port) };
@@ -115,7 +117,7 @@ pub(crate) fn track_port(netns: u32, port: u16, inode: u64) {
     let _full_means_unknown_waits = PORTS.insert(key, only, u64::from(BPF_ANY));
 }
 
-/// Makes connections to the listener of this name worth a time stamp.
+/// Records timestamps of connections to the unix listener of this name from now on.
 #[inline(always)]
 pub(crate) fn track_unix(name: u64) {
     let _full_means_unknown_waits = UNIX_NAMES.insert(name, 1, u64::from(BPF_ANY));
@@ -127,17 +129,17 @@ pub(crate) fn is_tracked_unix(name: u64) -> bool {
     UNIX_NAMES.get_ptr(name).is_some()
 }
 
-/// Key of the listener that a connection was made to, if only one can be meant.
+/// Key of the listener that a connection was made to, if only one listens on its port; 0 if several do.
 #[inline(always)]
 pub(crate) fn only_listener_for(connection: Socket) -> Option<u64> {
     let key = PortKey { netns: connection.netns()?, port: u32::from(connection.port()?) };
     PORTS.get_ptr(key).map(|inode| {
-        // SAFETY: a live map value; eight bytes are written at once.
+        // SAFETY: a live map value; eight bytes are read atomically.
         unsafe { *inode }
     })
 }
 
-/// Remembers that a connection begins to wait now.
+/// Records that a connection begins to wait now.
 #[inline(always)]
 pub(crate) fn queue(address: u64) -> Result<(), i32> {
     // SAFETY: has no preconditions.
@@ -145,7 +147,7 @@ pub(crate) fn queue(address: u64) -> Result<(), i32> {
     QUEUED.insert(address, arrival, u64::from(BPF_ANY))
 }
 
-/// The same of a unix connection to the listener of this name, unless it has been accepted in the meantime.
+/// Records that a unix connection to the listener of this name begins to wait now, unless it has already been accepted.
 #[inline(always)]
 pub(crate) fn restamp(address: u64, unix_name: u64) {
     // SAFETY: has no preconditions.
@@ -153,10 +155,10 @@ pub(crate) fn restamp(address: u64, unix_name: u64) {
     let _accepted = QUEUED.insert(address, arrival, u64::from(BPF_EXIST));
 }
 
-/// Forgets a connection that does not wait.
+/// Removes a connection that does not wait.
 #[inline(always)]
 pub(crate) fn forget(address: u64) {
-    // A removal takes a lock also where there is nothing.
+    // A removal takes a lock even if there is no entry.
     if QUEUED.get_ptr(address).is_some() {
         let _accepted = QUEUED.remove(address);
     }

@@ -1,4 +1,4 @@
-//! Garbage collections: those in progress, and totals that runtimes keep.
+//! Garbage collections: those in progress, and the totals that runtimes keep.
 
 use aya_ebpf::{
     macros::map,
@@ -14,59 +14,59 @@ use observer_common::{
 use super::reactors;
 use crate::{emit::lost, kernel};
 
-/// Pauses by process id; the loader makes an entry for each process it attaches to.
+/// Lengths of pauses by process ID; the loader makes an entry for each process it attaches to.
 #[map]
 pub(crate) static GC_PAUSES: HashMap<u32, Histogram> = HashMap::with_max_entries(PROCESSES, 0);
 
-/// Collections in progress by the thread id of who collects.
+/// Collections in progress, by the ID of the collecting thread.
 #[map]
 pub(crate) static GC_BEGUN: HashMap<u32, Begun> = HashMap::with_max_entries(1024, 0);
 
-/// Places of totals by process id; the loader makes an entry for each process that has some.
+/// Addresses of totals by process ID; the loader makes an entry for each process that has some.
 #[map]
 static GC_TOTALS: HashMap<u32, Totals> = HashMap::with_max_entries(PROCESSES, 0);
 
-/// Whether there is any such process: all others' waits need not look for them.
+/// Whether `GC_TOTALS` has any entry. If not, waits need no lookup.
 #[map]
 static GC_TOTALS_USED: Array<u32> = Array::with_max_entries(1, 0);
 
-/// A thread that exits while it collects never gets done: a stranger may get its id next.
+/// Removes the collection of a thread that has exited during it: the thread ID may be reused.
 #[inline(always)]
 pub(crate) fn thread_exited(tid: u32) {
     let _in_progress = GC_BEGUN.remove(tid);
 }
 
-/// The process runs another program now, with other things at the same addresses. Its only thread has its id.
+/// The process has executed another program, so addresses are invalid. Its only thread has the ID of the process.
 #[inline(always)]
 pub(crate) fn program_changed(tgid: u32) {
     let _in_progress = GC_BEGUN.remove(tgid);
     let _known = GC_TOTALS.remove(tgid);
 }
 
-/// What the totals of a process were is for the loader to read; another may get its id before that.
+/// Marks the totals of a process as final. The loader reads them later, and the process ID may be reused before.
 #[inline(always)]
 pub(crate) fn process_exited(tgid: u32) {
     if let Some(totals) = GC_TOTALS.get_ptr_mut(tgid) {
-        // SAFETY: a live map value; only the last thread of a process gets here.
+        // SAFETY: a live map value; only the last thread of a process reaches this.
         unsafe { (*totals).count_address = 0 };
     }
 }
 
-/// A slice of a reactor begins now.
+/// Called when a slice of a reactor begins.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn slice_begins(reactor: *mut Reactor) {
     // SAFETY: by contract.
     unsafe { (*reactor).gc_before_ns = nanoseconds((*reactor).tgid) };
 }
 
-/// The slice of a reactor ends now. What the totals grew by meanwhile is part of it, whichever thread collected:
-/// where a runtime keeps totals, it lets no other thread run meanwhile.
+/// Called when a slice of a reactor ends. The growth of the totals is part of the slice, whichever thread collected: a
+/// runtime that keeps totals lets no other thread run during a collection.
 ///
 /// # Safety
-/// As above.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, now: u64) {
     // SAFETY: by contract.
@@ -78,20 +78,21 @@ pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, now: u64) {
         let after = nanoseconds((*reactor).tgid);
         if after != GC_UNKNOWN {
             let slice = now.saturating_sub((*reactor).phase_since_ns);
-            // The runtime's clock is another one.
+            // The runtime uses another clock, so the growth may exceed the slice.
             reactors::add_collected(reactor, after.saturating_sub(before).min(slice));
         }
     }
 }
 
-/// Time that the current process says it has spent in collections; [`GC_UNKNOWN`] if it does not say.
+/// Total time in collections that the current process's runtime reports, in nanoseconds; [`GC_UNKNOWN`] if it reports
+/// none.
 #[inline(always)]
 fn nanoseconds(tgid: u32) -> u64 {
     if GC_TOTALS_USED.get(0).is_none_or(|used| *used == 0) {
         return GC_UNKNOWN;
     }
     let Some(totals) = GC_TOTALS.get_ptr_mut(tgid) else { return GC_UNKNOWN };
-    // SAFETY: a live map value. Of several threads that write it at once, one leaves what it read: all are right.
+    // SAFETY: a live map value. If several threads write it at once, the values of one remain, and all are valid.
     unsafe {
         if (*totals).count_address == 0 {
             return GC_UNKNOWN;

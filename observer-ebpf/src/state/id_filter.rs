@@ -1,5 +1,5 @@
-//! Whether anybody with an id can be in a map: what programs ask before they look there, because it costs a tenth of a
-//! look and is all that a stranger pays.
+//! Whether a map may contain an ID. Programs check this before a map lookup: it costs a tenth of a lookup, and nothing
+//! else is spent on the events of processes that are not targets.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
 use observer_common::id_filter::{IdFilter, Seen, place, seen, share};
@@ -9,10 +9,10 @@ use crate::emit::{add, add_word};
 #[map]
 static ID_FILTER: Array<IdFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Which thread that `THREADS` has this may be.
+/// The threads in `THREADS` that this ID may belong to.
 #[inline(always)]
 pub(crate) fn of_thread(tid: u32) -> Seen {
-    // SAFETY: a live map value, and a place is inside.
+    // SAFETY: a live map value; the index is in range.
     ID_FILTER.get_ptr(0).map_or(Seen::Nobody, |all| unsafe {
         seen((&raw const (*all).threads).cast::<u64>().add(place(tid)).read_volatile())
     })
@@ -21,7 +21,7 @@ pub(crate) fn of_thread(tid: u32) -> Seen {
 /// Whether `TARGETS` may have an entry for this process.
 #[inline(always)]
 pub(crate) fn of_process(tgid: u32) -> bool {
-    // SAFETY: a live map value, and a place is inside.
+    // SAFETY: a live map value; the index is in range.
     ID_FILTER.get_ptr(0).is_some_and(|all| unsafe {
         (&raw const (*all).processes).cast::<u32>().add(place(tgid)).read_volatile() != 0
     })
@@ -33,7 +33,7 @@ pub(crate) fn add_thread(tid: u32, slot: u32) {
     change(tid, share(slot));
 }
 
-/// Counts one no more that has been removed.
+/// Uncounts an entry of `THREADS` that has been removed.
 #[inline(always)]
 pub(crate) fn remove_thread(tid: u32, slot: u32) {
     change(tid, share(slot).wrapping_neg());
@@ -42,7 +42,7 @@ pub(crate) fn remove_thread(tid: u32, slot: u32) {
 #[inline(always)]
 fn change(tid: u32, by: u64) {
     if let Some(all) = ID_FILTER.get_ptr_mut(0) {
-        // SAFETY: a live map value, and a place is inside.
+        // SAFETY: a live map value; the index is in range.
         unsafe { add((&raw mut (*all).threads).cast::<u64>().add(place(tid)), by) };
     }
 }
@@ -51,7 +51,7 @@ fn change(tid: u32, by: u64) {
 #[inline(always)]
 pub(crate) fn count_processes(tgid: u32, change: i32) {
     if let Some(all) = ID_FILTER.get_ptr_mut(0) {
-        // SAFETY: a live map value, and a place is inside.
+        // SAFETY: a live map value; the index is in range.
         unsafe {
             add_word((&raw mut (*all).processes).cast::<u32>().add(place(tgid)), change.cast_unsigned());
         }

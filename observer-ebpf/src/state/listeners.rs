@@ -10,16 +10,16 @@ use crate::{emit::lost, kernel::OpenFile};
 #[map]
 static LISTENERS: HashMap<u64, Listener> = HashMap::with_max_entries(1024, 0);
 
-/// What a new entry starts from: too large for the stack.
+/// Initial value of an entry, which is too large for the stack.
 static NEW: Listener = Listener::EMPTY;
 
-/// The entry with this key.
+/// The listener with this key.
 #[inline(always)]
 pub(crate) fn listener_with(inode: u64) -> Option<*mut Listener> {
     LISTENERS.get_ptr_mut(inode)
 }
 
-/// The entry of the listener behind a file, made if there is none.
+/// The entry of the listener behind a file, which is created if there is none.
 #[inline(always)]
 #[expect(
     clippy::needless_borrows_for_generic_args,
@@ -31,13 +31,13 @@ pub(crate) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
         return Some((inode, listener));
     }
     let socket = file.socket()?;
-    // Fails as well if another thread has made it meanwhile, which is fine.
+    // This also fails if another thread has created it in the meantime, which is harmless.
     let _full = LISTENERS.insert(inode, &NEW, u64::from(BPF_NOEXIST));
     let Some(listener) = LISTENERS.get_ptr_mut(inode) else {
         lost(Loss::ListenersFull);
         return None;
     };
-    // SAFETY: a live map value; whoever else makes it at the same time writes the same.
+    // SAFETY: a live map value; another thread that creates it at the same time writes the same.
     unsafe {
         (*listener).family = socket.family()?;
         (*listener).sk = socket.address();
@@ -57,7 +57,7 @@ pub(crate) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
     Some((inode, listener))
 }
 
-/// Makes the entry of a listener, or hands it on to this process if the one that had it is gone.
+/// Creates the entry of a listener, or assigns it to this process if its owner is no longer a target.
 #[inline(always)]
 pub(crate) fn inherit(file: OpenFile, tgid: u32) {
     if let Some((_, listener)) = listener_of(file, tgid) {

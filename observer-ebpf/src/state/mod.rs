@@ -1,4 +1,4 @@
-//! What the programs know: one file for the maps of each subject, and all that reads or changes them.
+//! State of the programs: one file for each subject, with its maps and the code that accesses them.
 
 pub(crate) mod id_filter;
 pub(crate) mod targets;

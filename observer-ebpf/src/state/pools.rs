@@ -1,16 +1,16 @@
-//! Pools: threads of a process that wait on the same epoll set, one after another while the others are parked, or all at
-//! once. The workers of tokio and of Asio are such: who is parked there keeps nothing waiting.
+//! Pools: threads of a process that wait on the same epoll set, either all at once, or one at a time while the others
+//! are parked. The workers of tokio and of Asio are such threads. A parked thread delays nothing.
 
 use aya_ebpf::{bindings::BPF_NOEXIST, macros::map, maps::HashMap};
 use observer_common::reactor::{Kind, Pool, REACTORS, WaitPattern};
 
 use crate::emit::add_word;
 
-/// How many threads wait on a set. Each thread is counted once, so that it has room for all.
+/// Number of threads that wait on each set. Each thread is counted once, so the map has space for all.
 #[map]
 static POOLS: HashMap<Pool, u32> = HashMap::with_max_entries(REACTORS, 0);
 
-/// Counts a thread of this process that waits in this way, unless it is counted.
+/// Counts a thread of this process that waits in this way, unless it is already counted.
 ///
 /// # Safety
 /// `pattern` is part of a live map value that only this thread writes.
@@ -32,7 +32,7 @@ pub(crate) unsafe fn join(tgid: u32, pattern: *mut WaitPattern) {
     }
 }
 
-/// Counts a thread no more that was counted and waits no longer in this way.
+/// Uncounts a thread that no longer waits in this way.
 #[inline(always)]
 pub(crate) fn leave(tgid: u32, pattern: WaitPattern) {
     let pool = Pool { tgid, set: pattern.set };
@@ -53,7 +53,7 @@ pub(crate) fn leave(tgid: u32, pattern: WaitPattern) {
 /// Whether other threads wait on the same set.
 #[inline(always)]
 pub(crate) fn is_any(tgid: u32, pattern: WaitPattern) -> bool {
-    // SAFETY: a live map value; four bytes are read at once.
+    // SAFETY: a live map value; four bytes are read atomically.
     pattern.is_counted != 0
         && POOLS.get_ptr(Pool { tgid, set: pattern.set }).is_some_and(|threads| unsafe { *threads > 1 })
 }

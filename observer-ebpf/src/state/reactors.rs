@@ -1,5 +1,5 @@
-//! Threads that wait for events. Each is kept in a slot, which its id leads to by way of `ID_FILTER`. That costs less than a look
-//! into a hash map, and every wait, switch and wake-up of a target makes it.
+//! Threads that wait for events. Each has a slot, which is found from its ID through `ID_FILTER`. That costs less than
+//! a hash map lookup, and every wait, switch and wake-up of a target needs it.
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST},
@@ -18,43 +18,43 @@ use observer_common::{
 use super::{id_filter, pools};
 use crate::emit::{lost, record_alone};
 
-/// Only its own thread writes an entry, but for a wake-up, which the scheduler orders between the switch that took the
-/// thread off its CPU and the one that puts it back. Mapped by the user side, to see which slices take long.
+/// Only its own thread writes an entry, except for wake-ups. The scheduler orders these between the switch that takes
+/// the thread off its CPU and the one that puts it back. Mapped into user space, which looks for long slices.
 #[map]
 static REACTORS: Array<Reactor> = Array::with_max_entries(SLOTS, BPF_F_MMAPABLE);
 
-/// How long what they do has taken, in the same slots.
+/// Histograms of slices and waits, in the same slots.
 #[map]
 static DURATIONS: Array<Durations> = Array::with_max_entries(SLOTS, 0);
 
-/// Slots by thread id, for threads whose ids meet in one place.
+/// Slots by thread ID, for threads that share a bucket of `ID_FILTER`.
 #[map]
 static THREADS: HashMap<u32, u32> = HashMap::with_max_entries(MOST, 0);
 
-/// Slots that nobody has, the lowest on top; filled by the loader.
+/// Slots that are free, the lowest on top; filled by the loader.
 #[map]
 static FREE_SLOTS: Stack<u32> = Stack::with_max_entries(SLOTS, 0);
 
-/// What a slot starts from: too large for the stack. No thread has this id; one that no thread has had would end the user
-/// side's search for others.
+/// Initial value of a slot, which is too large for the stack. No thread has this ID. An ID of 0 would mark the slot as
+/// never used, where user space ends its search for reactors.
 static NEW: Reactor = Reactor { tid: u32::MAX, ..Reactor::EMPTY };
 
 static NONE: Durations = Durations::NONE;
 
-/// The entry of a thread that may be a reactor; the idle thread, whose id is 0, never is.
+/// The entry of a thread, if it is a reactor. The idle thread, whose ID is 0, never is.
 #[inline(always)]
 pub(crate) fn find(tid: u32) -> Option<*mut Reactor> {
     let slot = match id_filter::of_thread(tid) {
         Seen::Nobody => return None,
         Seen::One(slot) => slot,
-        // SAFETY: a live map value, written once.
+        // SAFETY: a live map value that is written once.
         Seen::Several => THREADS.get_ptr(tid).map(|slot| unsafe { *slot })?,
     };
-    // SAFETY: a live map value; of one that is another thread's this never becomes true.
+    // SAFETY: a live map value; the `tid` of another thread's entry never becomes equal.
     REACTORS.get_ptr_mut(slot).filter(|reactor| unsafe { (**reactor).tid } == tid)
 }
 
-/// Makes an entry for a thread that has none.
+/// Creates an entry for a thread that has none.
 #[inline(always)]
 #[expect(
     clippy::needless_borrows_for_generic_args,
@@ -67,7 +67,7 @@ pub(crate) fn claim(tid: u32, tgid: u32) -> Option<*mut Reactor> {
     };
     let _in_range = (REACTORS.set(slot, &NEW, 0), DURATIONS.set(slot, &NONE, 0));
     let reactor = REACTORS.get_ptr_mut(slot)?;
-    // SAFETY: a live map value that nobody else has.
+    // SAFETY: a live map value that no other thread uses.
     unsafe {
         (*reactor).tid = tid;
         (*reactor).tgid = tgid;
@@ -77,16 +77,16 @@ pub(crate) fn claim(tid: u32, tgid: u32) -> Option<*mut Reactor> {
     if THREADS.insert(tid, slot, u64::from(BPF_NOEXIST)).is_ok() {
         return Some(reactor);
     }
-    // The loader has made one meanwhile.
+    // The loader has created an entry in the meantime.
     give_back(tid, slot);
     find(tid)
 }
 
-/// Whether this entry is of a thread that is gone, whose id the current one has been given before the loader came for the
-/// figures: they make room.
+/// Removes an entry whose thread has exited and whose ID was reused by the current thread before the loader read the
+/// counters. Returns whether the entry was of such a thread.
 #[inline(always)]
 pub(crate) fn evict_stale(reactor: *const Reactor, tid: u32) -> bool {
-    // SAFETY: a live map value; of a thread that is gone nobody writes it.
+    // SAFETY: a live map value; nothing writes the entry of a thread that has exited.
     let (phase, slot) = unsafe { ((*reactor).phase, (*reactor).slot) };
     if phase != Phase::Exited as u32 {
         return false;
@@ -98,13 +98,13 @@ pub(crate) fn evict_stale(reactor: *const Reactor, tid: u32) -> bool {
     true
 }
 
-/// Adds to how long this has taken the reactor.
+/// Adds a duration to one of the reactor's histograms.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn took(reactor: *const Reactor, histogram: fn(*mut Durations) -> *mut Histogram, ns: u64) {
-    // SAFETY: by contract; what is in its slot nobody else writes either.
+    // SAFETY: by contract; nothing else writes the histograms of its slot either.
     unsafe {
         if let Some(durations) = DURATIONS.get_ptr_mut((*reactor).slot) {
             record_alone(histogram(durations), ns);
@@ -118,7 +118,7 @@ fn give_back(tid: u32, slot: u32) {
     let _has_room = FREE_SLOTS.push(slot, 0);
 }
 
-/// The current thread has collected garbage since that moment. What of that is in its slice counts as part of it.
+/// Records that the current thread has collected garbage since `since`. Only the part within its slice counts.
 #[inline(always)]
 pub(crate) fn collected(tid: u32, since: u64, now: u64) {
     if let Some(reactor) = find(tid) {
@@ -131,10 +131,10 @@ pub(crate) fn collected(tid: u32, since: u64, now: u64) {
     }
 }
 
-/// Of the present slice, so much went into collections.
+/// Adds time spent in collections to the present slice.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn add_collected(reactor: *mut Reactor, ns: u64) {
     // SAFETY: by contract.
@@ -144,7 +144,8 @@ pub(crate) unsafe fn add_collected(reactor: *mut Reactor, ns: u64) {
     }
 }
 
-/// The current thread has done this work until now; whether it turns to other work, or to none.
+/// Records that the current thread has done this work until now. `has_work` says whether it switches to other work or
+/// to none.
 #[inline(always)]
 pub(crate) fn account_work(tid: u32, work: &Work, now: u64, has_work: bool) {
     if let Some(reactor) = find(tid) {
@@ -156,16 +157,16 @@ pub(crate) fn account_work(tid: u32, work: &Work, now: u64, has_work: bool) {
     }
 }
 
-/// What a slice was for is what it did longest at once, be it for nobody that is known: that is no reason to put it down to
-/// somebody who had little of it.
+/// Attributes the slice to the work that ran longest without interruption, even if its origin is unknown: otherwise the
+/// slice would be attributed to a request that had a small share of it.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn keep_longest(reactor: *mut Reactor, origin: &Origin, since_ns: u64, now: u64) {
     // SAFETY: by contract.
     unsafe {
-        // Before that it waited.
+        // Before the slice began, the thread was waiting.
         let elapsed = now.saturating_sub(since_ns.max((*reactor).phase_since_ns));
         if elapsed > (*reactor).longest_work_ns {
             (*reactor).was_off_cpu = 1;
@@ -175,7 +176,7 @@ pub(crate) unsafe fn keep_longest(reactor: *mut Reactor, origin: &Origin, since_
     }
 }
 
-/// The figures of a thread that exits are final: a stranger may get its id next.
+/// Marks the counters of an exiting thread as final: its ID may be reused.
 #[inline(always)]
 pub(crate) fn thread_exited(tid: u32) {
     if let Some(reactor) = find(tid) {

@@ -1,4 +1,4 @@
-//! Requests on connections that targets have accepted, and which one a thread works for.
+//! Requests on connections that targets have accepted, and which request a thread works for.
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_RB_NO_WAKEUP},
@@ -19,43 +19,43 @@ use crate::{
     kernel::{self, CallInProgress, OpenFile},
 };
 
-/// How much of a request is copied at once, in bytes.
+/// Maximum number of bytes of a request that are copied at once.
 const MOST: u32 = 1024;
 
 const _: () = assert!(MOST as usize == HEAD);
 
-/// Processes whose deferred work is followed, by id; kept by the loader.
+/// Processes whose deferred tasks are followed, by ID; written by the loader.
 #[map]
 static FOLLOWED: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0);
 
-/// Connections that such processes have accepted. An entry stays until its descriptor is another connection's or its
-/// process is gone.
+/// Connections that these processes have accepted. An entry stays until its descriptor is reused or its process has
+/// exited.
 #[map]
 pub(crate) static CONNECTIONS: HashMap<Descriptor, Connection> = HashMap::with_max_entries(32_768, 0);
 
-/// The latest requests of each CPU; the loader makes as many places as that takes.
+/// The latest requests of each CPU; the loader sets the number of entries.
 #[map]
 static HEADS: Array<Request> = Array::with_max_entries(HEADS_PER_CPU, 0);
 
-/// How many of its places each CPU has used.
+/// Number of entries that each CPU has written.
 #[map]
 static NEXT_HEAD: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 
-/// Requests that something was put off for, or that stalled.
+/// Requests for which a task was enqueued or a slice stalled.
 #[map]
 static REQUESTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 
-/// Answers to requests that have been passed on already.
+/// Answers to requests that have already been sent.
 #[map]
 static ANSWERS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 
-/// The first of what is written after a request is its answer.
+/// Records the first write after a request as its answer.
 ///
 /// # Safety
-/// `connection` points to a live map value, and is what was known of this descriptor.
+/// `connection` points to a live map value: the entry of this descriptor.
 #[inline(always)]
 pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
-    // SAFETY: by contract; the request's place is a live map value as well.
+    // SAFETY: by contract; the request's entry is a live map value as well.
     unsafe {
         if (*connection).is_answered != 0 {
             return;
@@ -72,7 +72,7 @@ pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
         {
             (*head).answered_ns = answered_ns;
         }
-        // Read last: whoever tells of the request meanwhile sees the answer above, or is seen here.
+        // The flag is read last: a concurrent `emit_request` either sees the answer above, or is seen here.
         let is_emitted = (&raw const (*connection).is_emitted).read_volatile() != 0;
         if is_emitted {
             let answer = Answer { request, answered_ns };
@@ -83,13 +83,13 @@ pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
     }
 }
 
-/// Whether a process's deferred work is followed, which makes it a target.
+/// Whether the deferred tasks of a process are followed. Such a process is a target.
 #[inline(always)]
 pub(crate) fn is_followed(tgid: u32) -> bool {
     id_filter::of_process(tgid) && FOLLOWED.get_ptr(tgid).is_some()
 }
 
-/// The current thread has accepted a connection: what it does now is for that, until a request comes.
+/// Records that the current thread has accepted a connection. It works for the connection until a request arrives.
 #[inline(always)]
 pub(crate) fn accepted(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
     if is_followed(tgid)
@@ -103,7 +103,7 @@ pub(crate) fn accepted(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
     }
 }
 
-/// Remembers a connection that a process has open. Tells whether there was room.
+/// Adds a connection that a process has open. Returns whether there was space.
 #[inline(always)]
 fn remember(tgid: u32, fd: u32, inode: u64) -> bool {
     let connection = Connection { inode, ..Connection::default() };
@@ -114,7 +114,7 @@ fn remember(tgid: u32, fd: u32, inode: u64) -> bool {
     has_room
 }
 
-/// The connection of an origin, if it still is the same.
+/// The connection of an origin, if its descriptor has not been reused.
 #[inline(always)]
 fn connection_of(tgid: u32, origin: &Origin) -> Option<*mut Connection> {
     let connection = CONNECTIONS.get_ptr_mut(Descriptor { tgid, fd: origin.fd })?;
@@ -122,14 +122,15 @@ fn connection_of(tgid: u32, origin: &Origin) -> Option<*mut Connection> {
     if unsafe { (*connection).inode } == origin.inode { Some(connection) } else { None }
 }
 
-/// What is meant by an origin when work for it goes on: one that is but a connection means its latest request.
+/// Resolves an origin when work for it starts: an origin without a request stands for the latest request of its
+/// connection.
 #[inline(always)]
 pub(crate) fn resolve_origin(tgid: u32, origin: &Origin) -> Origin {
     if origin.request == 0
         && origin.inode != 0
         && let Some(connection) = connection_of(tgid, origin)
     {
-        // SAFETY: a live map value; words that are read one by one.
+        // SAFETY: a live map value; each word is read atomically.
         unsafe {
             if (*connection).overlaps == 0 {
                 return Origin { request: (*connection).request, ..*origin };
@@ -140,7 +141,7 @@ pub(crate) fn resolve_origin(tgid: u32, origin: &Origin) -> Origin {
     *origin
 }
 
-/// What something that is put off now is put off for. The user side hears of the request.
+/// The origin of a task that is enqueued now. Sends the request to user space.
 #[inline(always)]
 pub(crate) fn origin_for_enqueue(tgid: u32, origin: &Origin) -> Origin {
     if origin.request != 0
@@ -158,7 +159,7 @@ pub(crate) fn origin_for_enqueue(tgid: u32, origin: &Origin) -> Origin {
     *origin
 }
 
-/// Tells the user side of the request that a stall was for.
+/// Sends the request of a stall to user space.
 #[inline(always)]
 pub(crate) fn stalled(tgid: u32, origin: &Origin) {
     if origin.request != 0
@@ -169,20 +170,20 @@ pub(crate) fn stalled(tgid: u32, origin: &Origin) {
     }
 }
 
-/// Passes a request on to the user side, once.
+/// Sends a request to user space, once.
 ///
 /// # Safety
 /// `connection` points to a live map value.
 #[inline(always)]
 unsafe fn emit_request(connection: *mut Connection, request: u64) {
-    // SAFETY: by contract; the request's place is a live map value as well.
+    // SAFETY: by contract; the request's entry is a live map value as well.
     unsafe {
         if (*connection).request != request || (*connection).is_emitted != 0 {
             return;
         }
         (*connection).is_emitted = 1;
         let is_passed_on = match HEADS.get_ptr((*connection).head) {
-            // Else a newer one has its place.
+            // Otherwise a newer request has overwritten it.
             Some(head) if (*head).id == request => {
                 REQUESTS.output::<Request>(&*head, u64::from(BPF_RB_NO_WAKEUP)).is_ok()
             }
@@ -194,7 +195,7 @@ unsafe fn emit_request(connection: *mut Connection, request: u64) {
     }
 }
 
-/// A call that has read something from a connection.
+/// A call that has read from a connection.
 pub(crate) struct Read {
     pub(crate) tgid: u32,
     pub(crate) tid: u32,
@@ -205,7 +206,7 @@ pub(crate) struct Read {
 }
 
 impl Read {
-    /// The one the current thread returns from; `None` if that has read nothing, or from anything else.
+    /// The call that the current thread returns from; `None` if it has read nothing, or not from a known connection.
     #[inline(always)]
     pub(crate) fn of(ctx: &TracePointContext) -> Option<Self> {
         let (tgid, tid) = kernel::current();
@@ -230,13 +231,13 @@ impl Read {
         }
     }
 
-    /// The bytes are in a buffer of this length: a request, or more of one.
+    /// Handles received data in a buffer of this length: a new request, or more of one.
     #[inline(always)]
     pub(crate) fn arrived(&self, buffer: u64, length: u64) {
         // SAFETY: has no preconditions.
         let now = unsafe { bpf_ktime_get_ns() };
         let is_http = kernel::read_user::<[u8; 8]>(buffer).is_some_and(begins_request);
-        // SAFETY: a live map value; only who reads from the connection writes these.
+        // SAFETY: a live map value; only the thread that reads from the connection writes these fields.
         let request = unsafe {
             let connection = self.connection;
             let is_first = (*connection).request == 0;
@@ -262,13 +263,13 @@ impl Read {
         work::turn_to(self.tid, &Work { origin, ..work::current(self.tid) }, now);
     }
 
-    /// Keeps the beginning of the connection's latest request.
+    /// Stores the beginning of the connection's latest request.
     ///
     /// # Safety
     /// `self.connection` points to a live map value.
     #[inline(always)]
     pub(crate) unsafe fn keep(&self, buffer: u64, length: u64, now: u64) {
-        // SAFETY: by contract; the place is a live map value of this CPU's.
+        // SAFETY: by contract; the entry is a live map value of this CPU.
         unsafe {
             let id = (*self.connection).request;
             let Some(next) = NEXT_HEAD.get_ptr_mut(0) else { return };
@@ -287,13 +288,13 @@ impl Read {
         }
     }
 
-    /// Keeps more of the connection's latest request, if its beginning came in small pieces.
+    /// Appends to the connection's latest request, if its beginning came in small pieces.
     ///
     /// # Safety
-    /// As above.
+    /// `self.connection` points to a live map value.
     #[inline(always)]
     pub(crate) unsafe fn keep_more(&self, buffer: u64, length: u64) {
-        // SAFETY: by contract; as much as is copied at most fits behind what may be there.
+        // SAFETY: by contract; at most half of the buffer is used, and at most half of it is copied.
         unsafe {
             let Some(request) = HEADS.get_ptr_mut((*self.connection).head) else { return };
             let kept = (&raw const (*request).kept).read_volatile() as usize;
@@ -307,15 +308,15 @@ impl Read {
         }
     }
 
-    /// Copies what was read. Returns how much that was.
+    /// Copies received data to `to`. Returns the number of bytes copied.
     ///
     /// # Safety
-    /// There is room for `most` bytes.
+    /// `to` has space for `most` bytes.
     #[inline(always)]
     pub(crate) unsafe fn copy(&self, buffer: u64, length: u64, to: *mut u8, most: u32) -> u32 {
         #[expect(clippy::cast_possible_truncation, reason = "no more than was received, which has 32 bits")]
         let length = length.min(u64::from(self.received)) as u32;
-        // SAFETY: reads a local. Volatile, so that the verifier sees the bound that the compiler can prove.
+        // SAFETY: reads a local. The read is volatile so that the verifier sees the bound that the compiler can prove.
         let length = unsafe { core::ptr::read_volatile(&raw const length) };
         let kept = if length < most { length } else { most };
         if kept == 0 {
@@ -330,7 +331,7 @@ impl Read {
     }
 }
 
-/// Whether bytes begin like a request of HTTP/1: capital letters and a space.
+/// Whether data starts like an HTTP/1 request: at least three capital letters and a space.
 #[inline(always)]
 fn begins_request(bytes: [u8; 8]) -> bool {
     for (n, byte) in bytes.into_iter().enumerate() {

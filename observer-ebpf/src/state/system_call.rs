@@ -1,5 +1,5 @@
-//! What a thread waits for when it blocks: the system call it is in tells, found in the registers that the kernel keeps
-//! on the thread's stack. Where on a stack they are, the loader's own system call shows.
+//! What a blocked thread waits for, by the system call that it is in. The call is read from the registers that the
+//! kernel saves on the thread's stack. Their offset is found by a system call of the loader.
 
 use aya_ebpf::{macros::map, maps::Array, programs::BtfTracePointContext};
 use observer_common::block::{Block, CALLS, CONTENDED, NO_CALL, SyscallClass};
@@ -7,15 +7,16 @@ use observer_common::block::{Block, CALLS, CONTENDED, NO_CALL, SyscallClass};
 use crate::kernel::{self, CallInProgress, OpenFile};
 
 /// A [`SyscallClass`] for each system call, by number; filled in by the loader.
-// SAFETY: a name of our own, for the loader to find.
+// SAFETY: the symbol name, by which the loader finds the variable, is unique.
 #[unsafe(no_mangle)]
 static SYSCALL_CLASSES: [u8; CALLS] = [0; CALLS];
 
-/// Where on a kernel stack its thread's registers are, in bytes; 0 while that is not known.
+/// Offset of the saved registers on a kernel stack, in bytes; 0 while it is unknown.
 #[map]
 static REGISTERS: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Finds out where registers are, by the system call that the current thread is in: its number and its first argument.
+/// Finds the offset of the saved registers, by the number and the first argument of the system call that the current
+/// thread is in.
 #[inline(always)]
 pub(crate) fn find_registers(number: u64, argument: u64) {
     if let Some(place) = kernel::registers_place(number, argument)
@@ -32,23 +33,23 @@ pub(crate) fn call_in_progress() -> Option<CallInProgress> {
     CallInProgress::current(*REGISTERS.get(0).filter(|&&place| place != 0)?)
 }
 
-/// Where a thread blocks.
+/// The place where a thread blocks, and what it waits for.
 #[derive(Clone, Copy)]
 pub(crate) struct Blocked {
-    /// The system call; [`NO_CALL`] if there is none.
+    /// The system call; [`NO_CALL`] outside of any.
     pub(crate) call: u32,
-    /// Index of the [`Block`] it waits for.
+    /// Index of the [`Block`] that the thread waits for.
     pub(crate) block: u32,
-    /// Its frame pointer in user space; 0 if that is not known.
+    /// Frame pointer of the thread in user space; 0 if unknown.
     pub(crate) frame_pointer: u64,
-    /// The address of the futex it waits at; 0 if it waits at none.
+    /// Address of the futex that the thread waits at; 0 if there is none.
     pub(crate) futex: u64,
-    /// Whether that has the value of a mutex that others wait for.
+    /// Whether that futex has the value of a contended mutex.
     pub(crate) is_contended: bool,
 }
 
 impl Blocked {
-    /// Nobody knows where.
+    /// Unknown.
     pub(crate) const SOMEWHERE: Self =
         Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0, futex: 0, is_contended: false };
 
@@ -59,7 +60,7 @@ impl Blocked {
         let registers = CallInProgress::of_current(ctx, 1, place);
         let frame_pointer = registers.frame_pointer().unwrap_or(0);
         match registers.number() {
-            // Outside of any call a thread blocks only for its own memory.
+            // Outside of system calls, a thread blocks only on its own memory.
             None => Self { block: Block::PageFault as u32, frame_pointer, ..Self::SOMEWHERE },
             Some(call) => {
                 let class = clue_of(call);
@@ -77,15 +78,15 @@ fn clue_of(number: u32) -> u8 {
     if number as usize >= CALLS {
         return SyscallClass::Other as u8;
     }
-    // SAFETY: inside the array; only the loader ever writes there, before any program runs.
+    // SAFETY: in range; only the loader writes the array, before any program runs.
     unsafe { (&raw const SYSCALL_CLASSES).cast::<u8>().add(number as usize).read_volatile() }
 }
 
-/// Where a thread inside `futex` waits, if it does, and whether that is contended.
+/// Address of the futex at which a thread inside `futex` waits, if it does, and whether the futex is contended.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
 fn futex(call: &CallInProgress) -> Option<(u64, bool)> {
-    /// `FUTEX_WAIT` and `FUTEX_WAIT_BITSET`, and the part of the argument that tells.
+    /// `FUTEX_WAIT` and `FUTEX_WAIT_BITSET`, and the bits of the argument that hold the command.
     const WAITS: [u32; 2] = [0, 9];
     const COMMAND: u32 = 0x7f;
     let command = call.second()? as u32 & COMMAND;
@@ -121,14 +122,14 @@ fn block_in(call: &CallInProgress, class: u8) -> Option<u32> {
     Some(OpenFile::of(u32::try_from(descriptor).ok()?)?.block()? as u32)
 }
 
-/// Whether a timeout, in milliseconds or as a pointer, is one: neither negative nor null.
+/// Whether a timeout argument, in milliseconds or as a pointer, is a timeout: neither negative nor null.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
 const fn has_end(timeout: u64) -> bool {
     timeout != 0 && timeout as u32 != u32::MAX
 }
 
-/// The lowest descriptor in two sets, of the lowest 64.
+/// The lowest descriptor in two sets, among the first 64 descriptors.
 #[inline(always)]
 fn lowest(one: u64, other: u64) -> Option<u64> {
     let set = |at: u64| if at == 0 { None } else { kernel::read_user::<u64>(at) };

@@ -1,4 +1,4 @@
-//! Which processes are under observation, and which come up for selection.
+//! Processes under observation, and candidates that the loader decides about.
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
@@ -10,16 +10,16 @@ use observer_common::{loss::Loss, process::Target};
 use super::id_filter;
 use crate::emit::lost;
 
-/// Processes under observation, by id in the initial pid namespace.
+/// Processes under observation, by ID in the initial PID namespace.
 #[map]
 pub(crate) static TARGETS: HashMap<u32, Target> = HashMap::with_max_entries(4096, 0);
 
-/// Processes that the loader has turned down, until they run another program.
+/// Processes that the loader has rejected, until they execute another program.
 #[map]
 pub(crate) static REJECTED_PIDS: LruHashMap<u32, u8> = LruHashMap::with_max_entries(16_384, 0);
 
-/// Whether processes are selected by more than their ids; set by the loader.
-// SAFETY: a name of our own, for the loader to find.
+/// Whether processes are selected by anything but their IDs; set by the loader.
+// SAFETY: the symbol name, by which the loader finds the variable, is unique.
 #[unsafe(no_mangle)]
 static SELECTS: u8 = 0;
 
@@ -29,13 +29,15 @@ pub(crate) fn selects() -> bool {
     unsafe { core::ptr::read_volatile(&raw const SELECTS) != 0 }
 }
 
-/// A process that is no target waits for events: observed from now on, until the loader decides; unless it has.
+/// Makes a process a candidate that is not a target and waits for events, unless the loader has rejected it. A
+/// candidate is observed until the loader decides. Returns whether the process is observed.
 #[inline(always)]
 pub(crate) fn nominate_candidate(tgid: u32) -> bool {
     selects() && REJECTED_PIDS.get_ptr(tgid).is_none() && is_made_candidate(tgid)
 }
 
-/// A process that is no target listens, which may be what it is selected for.
+/// Makes a process a candidate that is not a target and listens, even if it was rejected: the listener may select it
+/// now.
 #[inline(always)]
 pub(crate) fn renominate_candidate(tgid: u32) -> bool {
     selects() && {
@@ -47,7 +49,7 @@ pub(crate) fn renominate_candidate(tgid: u32) -> bool {
 #[inline(always)]
 fn is_made_candidate(tgid: u32) -> bool {
     let candidate = Target { exited: 0, execs: 0, is_candidate: 1 };
-    // Fails as well if another thread was first, which is fine.
+    // This also fails if another thread was first, which is harmless.
     let is_there = add(tgid, candidate) || is_target(tgid);
     if !is_there {
         lost(Loss::TargetsFull);
@@ -55,7 +57,7 @@ fn is_made_candidate(tgid: u32) -> bool {
     is_there
 }
 
-/// Adds an entry if there is none. Tells whether it did.
+/// Adds an entry if there is none. Returns whether it did.
 #[inline(always)]
 pub(crate) fn add(tgid: u32, target: Target) -> bool {
     id_filter::count_processes(tgid, 1);
@@ -77,16 +79,17 @@ pub(crate) fn target(tgid: u32) -> Option<*mut Target> {
     if id_filter::of_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
 }
 
-/// Children of candidates are selected by themselves.
+/// Whether a process is a candidate, as 0 or 1. Children of candidates are candidates, which are selected on their own
+/// merits.
 #[inline(always)]
 pub(crate) fn is_candidate(tgid: u32) -> u32 {
-    // SAFETY: a live map value, of which this part never changes.
+    // SAFETY: a live map value; this field never changes.
     target(tgid).map_or(0, |target| unsafe { (*target).is_candidate })
 }
 
-/// How many programs a process has started that is or was observed.
+/// Number of times that a process has executed another program; `None` if it has no entry.
 #[inline(always)]
 pub(crate) fn execs_of(tgid: u32) -> Option<u32> {
-    // SAFETY: a live map value; four bytes are read at once.
+    // SAFETY: a live map value; four bytes are read atomically.
     target(tgid).map(|target| unsafe { (*target).execs })
 }

@@ -14,34 +14,34 @@ use observer_common::{
 use super::work;
 use crate::emit::{add, lost, record};
 
-/// Deferred work in flight.
+/// Deferred tasks in flight.
 #[map]
 pub(crate) static TASKS: HashMap<TaskKey, DeferredTask> = HashMap::with_max_entries(MOST, 0);
 
-/// Figures by kind of work. For each process the loader makes an entry for those that find no room.
+/// Counters by kind of task. For each process the loader makes an entry for kinds that exceed the capacity.
 #[map]
 static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSES, 0);
 
-/// Deferred work that is over, of requests.
+/// Deferred tasks of requests that are over.
 #[map]
 static LINKS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 
-/// Kinds of work that were met for the first time. What they are called is to be found out at once: what tells may be
-/// elsewhere soon. Where one finds no room here it is asked for later.
+/// Kinds of tasks that are new. User space must find their names at once, because the memory that holds them may soon
+/// be reused. If this ring is full, the name is read later.
 #[map]
 static KINDS: RingBuf = RingBuf::with_byte_size(4096, 0);
 
-/// What new entries start from: too large for the stack.
+/// Initial value of an entry, which is too large for the stack.
 static NEW: Class = Class::EMPTY;
 
 pub(crate) static NEW_TASK: DeferredTask = DeferredTask::EMPTY;
 
-/// The piece that puts off another one for this origin, if it is due to the same request; 0 if it serves a connection,
-/// whose requests come and go.
+/// ID of the current task if that is the parent of a task with this origin, otherwise 0. A parent is due to the same
+/// request. A task that serves a connection, and so many requests, is no parent.
 #[inline(always)]
 pub(crate) fn parent(current: &Work, origin: &Origin) -> u64 {
     match TASKS.get_ptr(current.key) {
-        // SAFETY: a live map value; what is read never changes.
+        // SAFETY: a live map value; the fields read never change.
         Some(task) if unsafe { (*task).id == current.task && (*task).origin.request == origin.request } => {
             current.task
         }
@@ -49,14 +49,14 @@ pub(crate) fn parent(current: &Work, origin: &Origin) -> u64 {
     }
 }
 
-/// The current thread works for nobody from here on: its slice has ended, or the runtime says so.
+/// Clears the work of the current thread: its slice has ended, or the runtime has switched to no task.
 #[inline(always)]
 pub(crate) fn turn_from(tid: u32, now: u64) {
     let current = work::current(tid);
     if current.task != 0
         && let Some(task) = TASKS.get_ptr_mut(current.key)
     {
-        // SAFETY: a live map value; only this thread works on it.
+        // SAFETY: a live map value; only this thread runs the task.
         unsafe {
             if (*task).id == current.task {
                 (*task).left_ns = now;
@@ -67,11 +67,11 @@ pub(crate) fn turn_from(tid: u32, now: u64) {
     end_if_once(&current.key, now);
 }
 
-/// Ends work that nothing else ends.
+/// Ends a task whose end no hook marks.
 #[inline(always)]
 pub(crate) fn end_if_once(key: &TaskKey, now: u64) {
     if let Some(task) = TASKS.get_ptr_mut(*key) {
-        // SAFETY: a live map value; only this thread works on it.
+        // SAFETY: a live map value; only this thread runs the task.
         let is_over = unsafe { (*task).once != 0 && (*task).started_ns != 0 };
         if is_over {
             end(task, key, now);
@@ -79,10 +79,10 @@ pub(crate) fn end_if_once(key: &TaskKey, now: u64) {
     }
 }
 
-/// A piece of work is over.
+/// Ends a task: it has finished or was dropped.
 #[inline(always)]
 pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
-    // SAFETY: a live map value, that nobody works on any more; figures are counted in atomically.
+    // SAFETY: a live map value that no thread works on any more; counters are updated atomically.
     unsafe {
         if (*task).class.naming == ClassKey::SAME_WORK {
             let _present = TASKS.remove(key);
@@ -122,7 +122,7 @@ pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
     let _present = TASKS.remove(key);
 }
 
-/// Figures of a class, made if there are none; those of all others if there is no room.
+/// Counters of a class, which are created if there are none. If there is no space, those for all other kinds.
 #[inline(always)]
 #[expect(
     clippy::needless_borrows_for_generic_args,

@@ -1,5 +1,5 @@
-//! What each thread works for now: set by *origin* when a request comes in and by *deferred* when put-off work goes on,
-//! ended by the slice. Shared by both, and by *reactor* to say what a stall was for.
+//! What each thread works for now. *origin* sets it when a request arrives, *deferred* when a task starts or continues,
+//! and the end of a slice clears it. *reactor* reads it to attribute stalls.
 
 use aya_ebpf::{bindings::BPF_ANY, macros::map, maps::HashMap};
 use observer_common::{
@@ -10,18 +10,18 @@ use observer_common::{
 use super::reactors;
 use crate::emit::lost;
 
-/// By thread id. An entry stays until its thread is gone, empty while the thread works for nobody.
+/// Work by thread ID. An entry stays until its thread exits; it is empty while the thread has no known work.
 #[map]
 static WORK: HashMap<u32, Work> = HashMap::with_max_entries(10_240, 0);
 
-/// What this thread works for.
+/// The current work of this thread.
 #[inline(always)]
 pub(crate) fn current(tid: u32) -> Work {
     // SAFETY: a live map value that only this thread writes.
     WORK.get_ptr(tid).map_or(Work::NONE, |work| unsafe { *work })
 }
 
-/// The current thread turns to other work now.
+/// Switches the current thread to other work.
 #[inline(always)]
 pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
     let is_nothing = next.origin.inode == 0 && next.key.tgid == 0;
@@ -42,7 +42,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
     }
 }
 
-/// What the current thread works on has got another key.
+/// Changes the key of the current thread's task.
 #[inline(always)]
 pub(crate) fn is_known_by(tid: u32, key: TaskKey) {
     if let Some(work) = WORK.get_ptr_mut(tid) {
@@ -51,17 +51,17 @@ pub(crate) fn is_known_by(tid: u32, key: TaskKey) {
     }
 }
 
-/// A thread is gone: a stranger may get its id next.
+/// Removes the entry of a thread that has exited: its ID may be reused.
 #[inline(always)]
 pub(crate) fn thread_exited(tid: u32) {
     let _absent = WORK.remove(tid);
 }
 
-/// A number for something that this thread begins now. Nothing else has it: what the same thread began when its clock
-/// showed the same, an hour before, is long over.
+/// A unique ID for something that this thread begins now. The clock's bits in it repeat after more than an hour, when
+/// what the same thread began at that time is long over.
 #[inline(always)]
 pub(crate) const fn number(tid: u32, now: u64) -> u64 {
-    /// As many bits as a thread id can have.
+    /// Number of bits of a thread ID.
     const TID_BITS: u32 = 22;
     now << TID_BITS | tid as u64
 }

@@ -1,4 +1,4 @@
-//! Calls that wait for events. One program for each shape of call, because each has its arguments in other places.
+//! Calls that wait for events. There is one program for each signature, because the arguments differ.
 
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::tracepoint, programs::TracePointContext};
 use observer_common::reactor::{Call, FOREVER, Kind};
@@ -6,14 +6,14 @@ use observer_common::reactor::{Call, FOREVER, Kind};
 use super::wait::{Thread, returned};
 use crate::{kernel, state::reactors::find};
 
-/// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and how a wait of a ring says that its time was up.
+/// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and the result of a ring's wait that timed out.
 const GETEVENTS: u32 = 1 << 0;
 const EXT_ARG: u32 = 1 << 3;
 const ETIME: i64 = -62;
-/// Answer of an interrupted `poll` that the kernel will go on with: the wait is not over.
+/// Result of an interrupted `poll` that the kernel will restart: the wait is not over.
 const ERESTART_RESTARTBLOCK: i64 = -516;
 
-/// Words of a `fd_set` that are looked at, as many as C libraries have.
+/// Number of words of an `fd_set` that are read: its size in C libraries.
 const SET_WORDS: u32 = 16;
 
 #[tracepoint]
@@ -52,7 +52,7 @@ fn uring_enter(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// Submissions alone are part of the slice; only a call that asks for completions waits.
+/// Only a call that asks for completions is a wait. A call that only submits is part of the slice.
 #[inline(always)]
 fn uring(ctx: &TracePointContext) -> Option<Call> {
     let [ring, _, completions, flags, argument] = kernel::arguments(ctx)?;
@@ -122,7 +122,7 @@ fn pselect(ctx: &TracePointContext) -> Option<Call> {
     selected(low(limit), [read, write, except], timespec(timeout))
 }
 
-/// Who was in a call before anybody saw it begin, the loader has made known.
+/// The loader has made an entry for each thread that was already in a call when the programs were attached.
 #[tracepoint]
 fn epoll_exit(ctx: TracePointContext) -> u32 {
     let tid = kernel::current().1;
@@ -134,7 +134,7 @@ fn epoll_exit(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// A ring tells how many requests it took, not how many completions there are.
+/// The result of `io_uring_enter` is the number of submitted requests, not of completions.
 #[tracepoint]
 fn uring_exit(ctx: TracePointContext) -> u32 {
     let tid = kernel::current().1;
@@ -169,7 +169,7 @@ fn polled_or_selected(ctx: &TracePointContext) -> u32 {
     0
 }
 
-/// A call of the `poll` family; `None` if it waits for no descriptor and so only sleeps.
+/// A call of the `poll` family; `None` if it polls no descriptor and so only sleeps.
 #[inline(always)]
 fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
     if count == 0 {
@@ -178,10 +178,11 @@ fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
     Some(Call { kind: Kind::Poll, set: kernel::read_user(descriptors)?, is_single: count == 1, timeout_ns })
 }
 
-/// A call of the `select` family; `None` if it waits for no descriptor and so only sleeps.
+/// A call of the `select` family; `None` if it selects no descriptor and so only sleeps.
 #[inline(always)]
 fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
-    // Zero, which only we know: the verifier would go through all that follows for each of the numbers that it may be.
+    // Always zero, but unknown to the verifier, which would otherwise analyse the following code once for each value
+    // that the numbers may have.
     let unknown = bpf_get_current_pid_tgid() ^ bpf_get_current_pid_tgid();
     let (mut first, mut count) = (0, 0);
     for word in 0..SET_WORDS {
@@ -209,31 +210,32 @@ fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
     Some(Call { kind: Kind::Poll, set: low(first), is_single: count == 1, timeout_ns })
 }
 
-/// An `int` argument: the upper half of its register is anything.
+/// An `int` argument: the upper half of its register is undefined.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
 const fn low(argument: u64) -> u32 {
     argument as u32
 }
 
-/// A timeout given in milliseconds, in nanoseconds; a negative one never comes.
+/// Converts a timeout in milliseconds to nanoseconds; a negative one is [`FOREVER`].
 #[inline(always)]
 const fn milliseconds(argument: u64) -> u64 {
     let timeout = low(argument);
     if timeout.cast_signed() < 0 { FOREVER } else { timeout as u64 * 1_000_000 }
 }
 
-/// A timeout given as a pointer to a `timespec`, in nanoseconds.
+/// Reads a timeout from a pointer to a `timespec`, in nanoseconds.
 #[inline(always)]
 fn timespec(argument: u64) -> u64 {
     relative(argument, 1)
 }
 
-/// A timeout given as a pointer to seconds and units of so many nanoseconds; none if that is null or unreadable.
+/// Reads a timeout from a pointer to seconds and units of `unit` nanoseconds, in nanoseconds; [`FOREVER`] if the
+/// pointer is null or unreadable.
 #[inline(always)]
 fn relative(argument: u64, unit: u64) -> u64 {
     match kernel::read_user::<[u64; 2]>(argument) {
-        // Longer than a century: as good as never.
+        // A timeout of 2^32 seconds or more, which is over a century, counts as none.
         Some([seconds, units]) if seconds < 1 << 32 => seconds * 1_000_000_000 + units * unit,
         _ => FOREVER,
     }

@@ -1,4 +1,4 @@
-//! *reactor*: what a thread that waits for events does between two waits, how long, and whether it had a CPU; and how
+//! *reactor*: what the thread of an event loop does between two waits, for how long, and whether it has a CPU; and how
 //! late its waits return.
 
 mod slice;

@@ -1,4 +1,4 @@
-//! The scheduler: a thread of an event loop goes off its CPU, is woken, and comes back.
+//! Scheduler events: the thread of an event loop leaves its CPU, is woken, and returns to a CPU.
 
 use aya_ebpf::{helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use observer_common::{
@@ -19,18 +19,18 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
     if let Some(reactor) = find(previous) {
         let off = kernel::off(&ctx);
         let run = if off == OffCpuReason::Preempted { RunState::Preempted } else { RunState::Blocked };
-        // SAFETY: a live map value; its thread is here, going off its CPU.
+        // SAFETY: a live map value; its thread is leaving its CPU here.
         unsafe {
             let now = bpf_ktime_get_ns();
             switched_ns = now;
             switch_run_state(reactor, run, now);
-            // Who is pushed off its CPU in a wait wants it back: it may have found something already.
+            // A thread that is preempted in its wait call still wants the CPU: it may already have found an event.
             let waits = (*reactor).is_in_wait != 0 && off != OffCpuReason::Preempted;
             if (*reactor).phase == Phase::Slice as u32 {
-                // Whoever is stopped waits for nothing, wherever that has met it.
+                // A stopped thread waits for nothing, whatever call it is in.
                 let is_asked = off == OffCpuReason::Blocked && !waits;
                 let at = if is_asked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
-                // Some park at a counter, which comes past the value of a mutex.
+                // Some runtimes park at a counter, which at times has the value of a contended mutex.
                 let may_be_parked = at.futex != 0 && (!at.is_contended || at.futex == (*reactor).parked_at);
                 if may_be_parked {
                     (*reactor).parked_at = at.futex;
@@ -50,7 +50,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
         }
     }
     if let Some(reactor) = find(next) {
-        // SAFETY: a live map value; its thread is here, going on its CPU.
+        // SAFETY: a live map value; its thread is being put on a CPU here.
         unsafe {
             let now = if switched_ns == 0 { bpf_ktime_get_ns() } else { switched_ns };
             if (*reactor).phase == Phase::Slice as u32 && (*reactor).may_be_parked_ns != 0 {
@@ -69,7 +69,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
             switch_run_state(reactor, RunState::Cpu, now);
             if (*reactor).phase == Phase::Parked as u32 {
                 (*reactor).wait_ns += now.saturating_sub((*reactor).phase_since_ns);
-                // Its memory cannot be read yet.
+                // The thread's memory cannot be read before the switch is complete.
                 (*reactor).gc_before_ns = GC_UNKNOWN;
                 slice_begins(reactor, now);
             }
@@ -78,11 +78,11 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
     0
 }
 
-/// A thread that is blocked as at a mutex is woken: if by its own process, what is there now tells a mutex, which another
-/// has let go of, from a counter, which has been moved on.
+/// Checks the futex of a woken thread that was blocked as at a contended mutex. If its own process wakes it, the
+/// present value shows which it is: a mutex has been unlocked by another thread, and a counter has been incremented.
 ///
 /// # Safety
-/// As below.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 unsafe fn recheck_futex(reactor: *mut Reactor) {
     // SAFETY: by contract.
@@ -97,11 +97,11 @@ unsafe fn recheck_futex(reactor: *mut Reactor) {
     }
 }
 
-/// A thread that is about to run was parked, though by then nobody else was known to wait on its set: the first time, one
-/// parks because another is about to wait.
+/// Reclassifies a block as parking when its thread is about to run. No other thread was known to wait on the set when
+/// the thread blocked: the first time, a thread parks because another one is about to wait.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 unsafe fn reclassify_as_parked(reactor: *mut Reactor, tid: u32) {
     const LOCK: usize = RunState::Blocked as usize + Block::Lock as usize;

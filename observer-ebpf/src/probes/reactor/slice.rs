@@ -1,4 +1,4 @@
-//! The slice of an event loop: how it begins and ends, and where its time goes.
+//! Slices of event loops: their start and end, and how their time is divided.
 
 use aya_ebpf::{bindings::BPF_RB_NO_WAKEUP, macros::map, maps::RingBuf};
 use observer_common::{
@@ -17,19 +17,19 @@ use crate::{
     },
 };
 
-/// Slices that were longer than the threshold.
+/// Slices that reached the stall threshold.
 #[map]
 static STALLS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
-/// The threshold, in nanoseconds; set by the loader.
-// SAFETY: a name of our own, for the loader to find.
+/// The stall threshold in nanoseconds; set by the loader.
+// SAFETY: the symbol name, by which the loader finds the variable, is unique.
 #[unsafe(no_mangle)]
 static STALL_NS: u64 = 0;
 
-/// The slice of the current thread is over.
+/// Ends the slice of the current thread.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
     // SAFETY: by contract.
@@ -46,10 +46,10 @@ pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
     }
 }
 
-/// A slice begins, on a CPU.
+/// Begins a slice of a thread that is on a CPU.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
     // SAFETY: by contract.
@@ -61,7 +61,7 @@ pub(crate) unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
         (*reactor).run_since_ns = since_ns;
         let on_cpu = &raw mut (*reactor).parts[RunState::Cpu as usize];
         (*on_cpu).before_ns = (*on_cpu).ns;
-        // Most slices are on their CPU all the time, and for nobody that is known: nothing to clear away.
+        // Most slices never leave their CPU and have no known work, so there is nothing to reset.
         if (*reactor).was_off_cpu != 0 {
             (*reactor).was_off_cpu = 0;
             for part in &mut (*reactor).parts {
@@ -78,19 +78,19 @@ pub(crate) unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
     }
 }
 
-/// Sends word of the slice that has just ended.
+/// Sends the slice that has just ended to user space.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64) {
     let Some(mut entry) = STALLS.reserve::<Stall>(0) else {
         lost(Loss::StallsFull);
         return;
     };
-    // SAFETY: the place is ours until it is submitted, and large enough; `reactor` by contract.
+    // SAFETY: the reserved entry is exclusive until it is submitted, and large enough; `reactor` by contract.
     unsafe {
-        // What it has done since it last turned to something counts as well, be it nothing.
+        // The time since the last switch of work counts as well, even if the thread has had no work since.
         let last = work::current(tid);
         keep_longest(reactor, &last.origin, last.since_ns, (*reactor).phase_since_ns + length_ns);
         requests::stalled((*reactor).tgid, &(*reactor).longest_work_for);
@@ -108,15 +108,16 @@ unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64) {
         (*stall).longest_queue_after = (*reactor).longest_queue_after;
         (*stall).request = (*reactor).longest_work_for.request;
     }
-    // Rare, and fetched by the clock: waking the user side would cost more than all the rest.
+    // Stalls are rare, and user space reads the ring periodically: a wake-up would cost more than the rest of the
+    // program.
     entry.submit(u64::from(BPF_RB_NO_WAKEUP));
 }
 
-/// Ends one scheduler state and begins another. Inside a slice the time goes to the slice's split; inside a
-/// wait only the delay of a wake-up is of interest.
+/// Switches from one scheduler state to another. In a slice, the elapsed time is added to one part of the slice. In a
+/// wait, only the delay of a wake-up is recorded.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn switch_run_state(reactor: *mut Reactor, to: RunState, now: u64) {
     // SAFETY: by contract.

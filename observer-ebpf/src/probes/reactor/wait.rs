@@ -1,4 +1,4 @@
-//! The wait of an event loop: a thread enters a call that may be one, and returns from it.
+//! Waits of event loops: a thread enters a call that may be a wait, and returns from it.
 
 use core::ptr::null_mut;
 
@@ -15,11 +15,12 @@ use crate::{
     },
 };
 
-/// The current thread, if it is a target's.
+/// The current thread, if its process is a target.
 pub(crate) struct Thread {
     pub(crate) tgid: u32,
     pub(crate) tid: u32,
-    /// Null if it has none: of an `Option` the compiler copies what is not there, which the verifier does not let pass.
+    /// The thread's entry; null if it has none. It is no `Option`, because the compiler would copy the uninitialised
+    /// value of `None`, which the verifier rejects.
     pub(crate) known: *mut Reactor,
 }
 
@@ -35,14 +36,14 @@ impl Thread {
         }
     }
 
-    /// Its entry, made if there is none.
+    /// The thread's entry, which is created if there is none.
     #[inline(always)]
     pub(crate) fn reactor(&self) -> Option<*mut Reactor> {
         if self.known.is_null() { claim(self.tid, self.tgid) } else { Some(self.known) }
     }
 
-    /// It enters this call, if it is one that may be a wait. If it is the wait of its event loop, the slice, if one
-    /// was seen to begin, is over as soon as the thread blocks there.
+    /// Enters a call, if it is one that may be a wait. If it is the wait of the thread's event loop and a slice is in
+    /// progress, the slice ends as soon as the thread blocks in the call.
     #[inline(always)]
     pub(crate) fn enters(self, call: Option<Call>) {
         let Some(call) = call else { return };
@@ -75,16 +76,18 @@ impl Thread {
     }
 }
 
-/// The current thread returns from a call. If that was its wait a slice begins, else it goes on.
+/// Handles the return of the current thread from a call. If the call was its wait, a slice begins; otherwise the slice
+/// continues.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nobody else writes now.
+/// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
 pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, timed_out: bool) {
     // SAFETY: by contract.
     unsafe {
         let since = if (*reactor).phase == Phase::Waiting as u32 {
-            // It came onto its CPU in the wait. A look at the clock would be most of what this program takes.
+            // The thread was put on its CPU during the wait, so that time is known. Reading the clock would be most of
+            // this program's cost.
             let is_known = (*reactor).run == RunState::Cpu as u32;
             let since = if is_known { (*reactor).run_since_ns } else { bpf_ktime_get_ns() };
             let elapsed = since.saturating_sub((*reactor).phase_since_ns);
@@ -98,7 +101,7 @@ pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, time
             }
             since
         } else if (*reactor).is_in_wait != 0 {
-            // It has not blocked: a wait of no time.
+            // The thread has not blocked: the wait took no time.
             let now = bpf_ktime_get_ns();
             switch_run_state(reactor, RunState::Cpu, now);
             slice_ends(reactor, tid, now);
@@ -111,7 +114,7 @@ pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, time
             (*reactor).events += events.cast_unsigned();
         }
         gc::slice_begins(reactor);
-        // Of one that waited when the loader came nobody saw that it does.
+        // A thread that was already waiting when observer attached has not been counted yet.
         pools::join((*reactor).tgid, &raw mut (*reactor).pattern);
         slice_begins(reactor, since);
     }

@@ -11,7 +11,7 @@ static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(CAUSES, 0);
 
 /// Counts something that could not be recorded.
 #[inline(always)]
-pub(crate) fn lost(cause: Loss) {
+pub(crate) fn count_loss(cause: Loss) {
     if let Some(count) = LOSSES.get_ptr_mut(cause as u32) {
         // SAFETY: a live map value. It is this CPU's, but another program may preempt the program of a uprobe, so the
         // counter is changed atomically.
@@ -45,7 +45,7 @@ pub(crate) unsafe fn add(counter: *mut u64, n: u64) {
 /// # Safety
 /// `counter` points into a live map value.
 #[inline(always)]
-pub(crate) unsafe fn add_word(counter: *mut u32, n: u32) {
+pub(crate) unsafe fn add_u32(counter: *mut u32, n: u32) {
     // SAFETY: by contract; counters are aligned to their size.
     #[cfg(target_arch = "bpf")]
     unsafe {
@@ -71,7 +71,7 @@ pub(crate) unsafe fn record(histogram: *mut Histogram, ns: u64) {
         if let Some(bucket) = bucket(histogram, ns) {
             add(&raw mut (*bucket).count, 1);
             add(&raw mut (*bucket).sum_ns, ns);
-            stretch(histogram, ns);
+            update_min_max(histogram, ns);
         }
     }
 }
@@ -81,13 +81,13 @@ pub(crate) unsafe fn record(histogram: *mut Histogram, ns: u64) {
 /// # Safety
 /// `histogram` points into a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn record_alone(histogram: *mut Histogram, ns: u64) {
+pub(crate) unsafe fn record_unshared(histogram: *mut Histogram, ns: u64) {
     // SAFETY: by contract.
     unsafe {
         if let Some(bucket) = bucket(histogram, ns) {
             (*bucket).count += 1;
             (*bucket).sum_ns += ns;
-            stretch(histogram, ns);
+            update_min_max(histogram, ns);
         }
     }
 }
@@ -114,7 +114,7 @@ unsafe fn bucket(histogram: *mut Histogram, ns: u64) -> Option<*mut Bucket> {
 /// # Safety
 /// `histogram` points into a live map value.
 #[inline(always)]
-unsafe fn stretch(histogram: *mut Histogram, ns: u64) {
+unsafe fn update_min_max(histogram: *mut Histogram, ns: u64) {
     let ns = ns.max(1);
     // SAFETY: by contract.
     unsafe {

@@ -103,7 +103,7 @@ impl OpenFile {
         let (max, open) = (offset(&LAYOUT.fdt_max_fds), offset(&LAYOUT.fdt_fd));
         if open == max + size_of::<u64>() {
             let [max, open]: [u64; 2] = probe(table, max)?;
-            #[expect(clippy::cast_possible_truncation, reason = "the lower half, which is the number")]
+            #[expect(clippy::cast_possible_truncation, reason = "the number is in the lower half")]
             return Some((max as u32, open as *const u8));
         }
         Some((probe(table, max)?, probe(table, open)?))
@@ -135,7 +135,7 @@ impl OpenFile {
 
     /// The socket behind the file. The caller knows that it is a socket.
     #[inline(always)]
-    pub(crate) fn known_socket(self) -> Option<Socket> {
+    pub(crate) fn socket_unchecked(self) -> Option<Socket> {
         let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
         Some(Socket(probe(socket, offset(&LAYOUT.socket_sk))?))
     }
@@ -143,8 +143,8 @@ impl OpenFile {
     /// The unix stream socket behind the file. The caller knows that it is a socket of some kind.
     #[inline(always)]
     pub(crate) fn unix_socket(self) -> Option<Socket> {
-        let socket = self.known_socket()?;
-        if socket.is_unix() { Socket::checked(socket.0) } else { None }
+        let socket = self.socket_unchecked()?;
+        if socket.is_unix() { Socket::from_stream_sock(socket.0) } else { None }
     }
 
     /// The stream socket behind the file; `None` if it is anything else.
@@ -155,7 +155,7 @@ impl OpenFile {
         if probe::<*const u8>(socket, offset(&LAYOUT.socket_file))? != self.0 {
             return None;
         }
-        Socket::checked(probe(socket, offset(&LAYOUT.socket_sk))?)
+        Socket::from_stream_sock(probe(socket, offset(&LAYOUT.socket_sk))?)
     }
 }
 
@@ -165,7 +165,7 @@ pub(crate) struct Socket(*const u8);
 
 impl Socket {
     #[inline(always)]
-    fn checked(sk: *const u8) -> Option<Self> {
+    fn from_stream_sock(sk: *const u8) -> Option<Self> {
         let family: u16 = probe(sk, offset(&LAYOUT.sock_family))?;
         let protocol: u16 = probe(sk, offset(&LAYOUT.sock_protocol))?;
         let kind: u16 = probe(sk, offset(&LAYOUT.sock_type))?;
@@ -176,7 +176,7 @@ impl Socket {
 
     /// The socket at this address, which the caller knows to be open.
     #[inline(always)]
-    pub(crate) fn known(address: u64) -> Self {
+    pub(crate) fn at(address: u64) -> Self {
         Self(address as *const u8)
     }
 
@@ -186,7 +186,7 @@ impl Socket {
         let sk = address as *const u8;
         let socket: *const u8 = probe(sk, offset(&LAYOUT.sock_socket))?;
         let file = OpenFile(probe(socket, offset(&LAYOUT.socket_file))?);
-        if file.inode()? == inode { Self::checked(sk) } else { None }
+        if file.inode()? == inode { Self::from_stream_sock(sk) } else { None }
     }
 
     /// The socket's address, which identifies it while it exists, as [`Sock::address`] does.
@@ -196,7 +196,7 @@ impl Socket {
     }
 
     #[inline(always)]
-    pub(crate) fn listens(self) -> bool {
+    pub(crate) fn is_listening(self) -> bool {
         probe::<u8>(self.0, offset(&LAYOUT.sock_state)) == Some(LISTENING)
     }
 
@@ -268,7 +268,7 @@ impl Socket {
 
     /// Number of connections in the accept queue of a socket of this family.
     #[inline(always)]
-    pub(crate) fn queued(self, family: u16) -> Option<u32> {
+    pub(crate) fn queue_depth(self, family: u16) -> Option<u32> {
         if family == AF_UNIX {
             probe(self.0, offset(&LAYOUT.sock_received))
         } else {
@@ -307,19 +307,19 @@ impl Socket {
 
     /// First entry of the accept queue: the connection that has waited longest. TCP only.
     #[inline(always)]
-    pub(crate) fn first_waiting(self) -> Waiting {
-        Waiting(probe(self.0, offset(&LAYOUT.accept_head)).unwrap_or(null()))
+    pub(crate) fn first_waiting(self) -> QueueEntry {
+        QueueEntry(probe(self.0, offset(&LAYOUT.accept_head)).unwrap_or(null()))
     }
 }
 
 /// An entry of a TCP accept queue, or its end.
 #[derive(Clone, Copy)]
-pub(crate) struct Waiting(*const u8);
+pub(crate) struct QueueEntry(*const u8);
 
-impl Waiting {
+impl QueueEntry {
     /// The entry at this address, which the caller has read from the kernel.
     #[inline(always)]
-    pub(crate) fn known(address: u64) -> Self {
+    pub(crate) fn at(address: u64) -> Self {
         Self(address as *const u8)
     }
 
@@ -336,7 +336,7 @@ impl Waiting {
 
     /// The connection of this entry, and the next entry.
     #[inline(always)]
-    pub(crate) fn take(self) -> Option<(Socket, Self)> {
+    pub(crate) fn read(self) -> Option<(Socket, Self)> {
         if self.0.is_null() {
             return None;
         }

@@ -18,9 +18,9 @@ use observer_common::layout::ABSENT;
 
 use access::{LAYOUT, offset, probe};
 
-pub(crate) use file::{AF_UNIX, OpenFile, Sock, Socket, Waiting, iterated};
+pub(crate) use file::{AF_UNIX, OpenFile, QueueEntry, Sock, Socket, iterated};
 pub(crate) use ring::{RingAcceptRequest, RingCompletion, RingWakeup};
-pub(crate) use task::{CallInProgress, OffCpuReason, Task, off, registers_place};
+pub(crate) use task::{CallInProgress, OffCpuReason, Task, find_registers_offset, off_cpu_reason};
 
 /// Process and thread ID of the current thread, in the initial PID namespace.
 #[inline(always)]
@@ -32,9 +32,9 @@ pub(crate) fn current() -> (u32, u32) {
 
 /// Return value of a system call, in its exit tracepoint.
 #[inline(always)]
-pub(crate) fn returned(ctx: &TracePointContext) -> Option<i64> {
-    if offset(&LAYOUT.exit_ret) == USUAL_PLACE {
-        return Some(usual_word(ctx, 0).cast_signed());
+pub(crate) fn return_value(ctx: &TracePointContext) -> Option<i64> {
+    if offset(&LAYOUT.exit_ret) == DEFAULT_OFFSET {
+        return Some(word_at_default_offset(ctx, 0).cast_signed());
     }
     // SAFETY: the helper checks the address.
     unsafe { ctx.read_at(offset(&LAYOUT.exit_ret)) }.ok()
@@ -43,17 +43,17 @@ pub(crate) fn returned(ctx: &TracePointContext) -> Option<i64> {
 /// Offset of the arguments in the record of a system call's tracepoint, in bytes, except on kernels that put more
 /// fields in front. A word at this offset is loaded directly. The verifier allows that only for offsets that are
 /// constants to the compiler, which an offset from [`LAYOUT`] is not.
-const USUAL_PLACE: usize = 16;
+const DEFAULT_OFFSET: usize = 16;
 
 #[inline(always)]
-fn usual_word(ctx: &TracePointContext, n: usize) -> u64 {
+fn word_at_default_offset(ctx: &TracePointContext, n: usize) -> u64 {
     // SAFETY: inside the program's own context, as the caller has checked.
-    unsafe { ctx.as_ptr().cast::<u64>().add(USUAL_PLACE / 8 + n).read_volatile() }
+    unsafe { ctx.as_ptr().cast::<u64>().add(DEFAULT_OFFSET / 8 + n).read_volatile() }
 }
 
 /// The first argument of `accept`, `accept4`, `connect` or `listen`, in its entry tracepoint.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
+#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is undefined")]
 pub(crate) fn fd_argument(ctx: &TracePointContext) -> Option<u32> {
     arguments(ctx).map(|[fd]| fd as u32)
 }
@@ -61,8 +61,8 @@ pub(crate) fn fd_argument(ctx: &TracePointContext) -> Option<u32> {
 /// The first `N` arguments of a system call, in its entry tracepoint.
 #[inline(always)]
 pub(crate) fn arguments<const N: usize>(ctx: &TracePointContext) -> Option<[u64; N]> {
-    if offset(&LAYOUT.enter_arguments) == USUAL_PLACE {
-        return Some(core::array::from_fn(|n| usual_word(ctx, n)));
+    if offset(&LAYOUT.enter_arguments) == DEFAULT_OFFSET {
+        return Some(core::array::from_fn(|n| word_at_default_offset(ctx, n)));
     }
     // SAFETY: the helper checks the address.
     unsafe { ctx.read_at(offset(&LAYOUT.enter_arguments)) }.ok()
@@ -77,7 +77,7 @@ pub(crate) fn instruction(ctx: &ProbeContext) -> u64 {
 
 /// Reads one register of the context. Each read is a separate instruction in assembly: the compiler would merge the
 /// reads into one at a computed offset, which the verifier rejects.
-macro_rules! read {
+macro_rules! read_register {
     ($ctx:ident, $field:ident) => {{
         #[cfg(target_arch = "bpf")]
         {
@@ -107,22 +107,22 @@ macro_rules! read {
 #[inline(always)]
 pub(crate) fn register(ctx: &ProbeContext, number: u64) -> u64 {
     match number {
-        0 => read!(ctx, rdi),
-        1 => read!(ctx, rsi),
-        2 => read!(ctx, rdx),
-        3 => read!(ctx, rcx),
-        4 => read!(ctx, r8),
-        5 => read!(ctx, r9),
-        6 => read!(ctx, rax),
-        7 => read!(ctx, rbx),
-        8 => read!(ctx, rbp),
-        9 => read!(ctx, rsp),
-        10 => read!(ctx, r10),
-        11 => read!(ctx, r11),
-        12 => read!(ctx, r12),
-        13 => read!(ctx, r13),
-        14 => read!(ctx, r14),
-        _ => read!(ctx, r15),
+        0 => read_register!(ctx, rdi),
+        1 => read_register!(ctx, rsi),
+        2 => read_register!(ctx, rdx),
+        3 => read_register!(ctx, rcx),
+        4 => read_register!(ctx, r8),
+        5 => read_register!(ctx, r9),
+        6 => read_register!(ctx, rax),
+        7 => read_register!(ctx, rbx),
+        8 => read_register!(ctx, rbp),
+        9 => read_register!(ctx, rsp),
+        10 => read_register!(ctx, r10),
+        11 => read_register!(ctx, r11),
+        12 => read_register!(ctx, r12),
+        13 => read_register!(ctx, r13),
+        14 => read_register!(ctx, r14),
+        _ => read_register!(ctx, r15),
     }
 }
 
@@ -142,7 +142,7 @@ pub(crate) fn thread_pointer() -> Option<u64> {
 /// Reads the memory of the current process, for instance what an argument of a system call points to; `None` if it
 /// cannot be read now.
 #[inline(always)]
-pub(crate) fn read_user<T>(argument: u64) -> Option<T> {
+pub(crate) fn read_user<T>(address: u64) -> Option<T> {
     // SAFETY: the helper checks the address.
-    unsafe { bpf_probe_read_user(argument as *const T) }.ok()
+    unsafe { bpf_probe_read_user(address as *const T) }.ok()
 }

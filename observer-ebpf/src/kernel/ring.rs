@@ -50,7 +50,7 @@ impl RingAcceptRequest {
 
     /// The request at this address, which the caller knows to be in flight.
     #[inline(always)]
-    pub(crate) fn known(address: u64) -> Self {
+    pub(crate) fn at(address: u64) -> Self {
         Self(address as *const u8)
     }
 

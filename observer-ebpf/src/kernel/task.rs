@@ -52,7 +52,7 @@ pub(crate) enum OffCpuReason {
 }
 
 #[inline(always)]
-pub(crate) fn off(ctx: &BtfTracePointContext) -> OffCpuReason {
+pub(crate) fn off_cpu_reason(ctx: &BtfTracePointContext) -> OffCpuReason {
     let preempted: u8 = ctx.arg(0);
     if preempted != 0 {
         return OffCpuReason::Preempted;
@@ -80,20 +80,20 @@ impl CallInProgress {
     /// The call of the current thread, whose `struct task_struct` is argument `n` of a BTF tracepoint. `at` is the
     /// offset of the saved registers on every kernel stack.
     #[inline(always)]
-    pub(crate) fn of_current(ctx: &BtfTracePointContext, n: usize, place: u32) -> Self {
+    pub(crate) fn of_current(ctx: &BtfTracePointContext, n: usize, at: u32) -> Self {
         let task: *const u8 = ctx.arg(n);
         // SAFETY: typed pointer, offset of this field.
         let stack: *const u8 = unsafe { load(task, offset(&LAYOUT.task_stack)) };
-        Self(stack.wrapping_add(place as usize))
+        Self(stack.wrapping_add(at as usize))
     }
 
     /// The call of the current thread, for programs that are not passed its `struct task_struct`.
     #[inline(always)]
-    pub(crate) fn current(place: u32) -> Option<Self> {
+    pub(crate) fn current(at: u32) -> Option<Self> {
         // SAFETY: has no preconditions.
         let task = unsafe { bpf_get_current_task() } as *const u8;
         let stack: *const u8 = probe(task, offset(&LAYOUT.task_stack))?;
-        Some(Self(stack.wrapping_add(place as usize)))
+        Some(Self(stack.wrapping_add(at as usize)))
     }
 
     /// Number of the call; `None` outside of any call, which is in the handling of a fault.
@@ -140,15 +140,15 @@ const REGISTERS_WORDS: usize = 64;
 /// Finds the offset of the saved registers on the kernel stack of the current thread, which is inside a system call
 /// with this number and first argument. `None` if they are not found.
 #[inline(always)]
-pub(crate) fn registers_place(number: u64, first: u64) -> Option<u32> {
+pub(crate) fn find_registers_offset(number: u64, first: u64) -> Option<u32> {
     // SAFETY: has no preconditions.
     let task = unsafe { bpf_get_current_task() } as *const u8;
     let stack: *const u8 = probe(task, offset(&LAYOUT.task_stack))?;
     for n in 0..STACK_SIZES * REGISTERS_WORDS {
-        let place = (STACK_MIN << (n / REGISTERS_WORDS)) - 8 * (1 + n % REGISTERS_WORDS);
-        let call = CallInProgress(stack.wrapping_add(place));
+        let at = (STACK_MIN << (n / REGISTERS_WORDS)) - 8 * (1 + n % REGISTERS_WORDS);
+        let call = CallInProgress(stack.wrapping_add(at));
         if call.word(&LAYOUT.registers_call) == Some(number) && call.first() == Some(first) {
-            return u32::try_from(place).ok();
+            return u32::try_from(at).ok();
         }
     }
     None

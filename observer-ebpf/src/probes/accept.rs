@@ -9,10 +9,10 @@ use aya_log_ebpf::warn;
 use observer_common::{accept::Accepting, loss::Loss};
 
 use crate::{
-    emit::lost,
+    emit::count_loss,
     kernel::{self, OpenFile, Sock, Socket},
     state::{
-        accept_queue::{ACCEPTING, count, forget, is_tracked, queue},
+        accept_queue::{ACCEPTING, count_accept, forget, is_tracked, record_arrival},
         id_filter, listeners, requests, targets,
     },
 };
@@ -28,8 +28,8 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
     let sock = Sock::argument(&ctx, 0);
     let (from, to): (u32, u32) = (ctx.arg(1), ctx.arg(2));
     if to == ESTABLISHED && from == SYN_RECEIVED {
-        if sock.is_tcp() && is_tracked(&sock) && queue(sock.address()).is_err() {
-            lost(Loss::QueuedFull);
+        if sock.is_tcp() && is_tracked(&sock) && record_arrival(sock.address()).is_err() {
+            count_loss(Loss::QueuedFull);
             warn!(&ctx, "no room for a connection that waits on port {}", sock.port());
         }
     } else if to == CLOSED && matches!(from, ESTABLISHED | SYN_RECEIVED | CLOSE_WAIT) {
@@ -46,7 +46,7 @@ fn sock_state(ctx: BtfTracePointContext) -> u32 {
 fn accept_enter(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
     if targets::is_target(tgid) {
-        let _no_socket = enter(&ctx, tgid, tid);
+        let _no_socket = record_call(&ctx, tgid, tid);
     }
     0
 }
@@ -55,18 +55,18 @@ fn accept_enter(ctx: TracePointContext) -> u32 {
 #[tracepoint]
 fn accept_exit(ctx: TracePointContext) -> u32 {
     let (tgid, tid) = kernel::current();
-    if id_filter::of_process(tgid) {
-        let _no_socket = exit(&ctx, tgid, tid);
+    if id_filter::may_contain_process(tgid) {
+        let _no_socket = complete_call(&ctx, tgid, tid);
     }
     0
 }
 
 #[inline(always)]
-fn enter(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
+fn record_call(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     let (inode, listener) = listeners::listener_of(OpenFile::of(kernel::fd_argument(ctx)?)?, tgid)?;
     // SAFETY: a live map value; if two accepts race, the lower of the two peaks may remain.
     let depth = unsafe {
-        let depth = Socket::known((*listener).sk).queued((*listener).family)?;
+        let depth = Socket::at((*listener).sk).queue_depth((*listener).family)?;
         if depth > (*listener).peak {
             (*listener).peak = depth;
         }
@@ -77,13 +77,13 @@ fn enter(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
         // SAFETY: a live map value that only this thread writes.
         unsafe { *known = call };
     } else if ACCEPTING.insert(tid, call, u64::from(BPF_ANY)).is_err() {
-        lost(Loss::AcceptingFull);
+        count_loss(Loss::AcceptingFull);
     }
     Some(())
 }
 
 #[inline(always)]
-fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
+fn complete_call(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     // SAFETY: a live map value that only this thread writes.
     let call = ACCEPTING.get_ptr_mut(tid).map(|call| unsafe { call.replace(Accepting::NONE) });
     let call = call.filter(|call| call.inode != 0);
@@ -91,17 +91,17 @@ fn exit(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     if call.is_none() && !targets::is_target(tgid) {
         return None;
     }
-    let fd = u32::try_from(kernel::returned(ctx)?).ok()?;
+    let fd = u32::try_from(kernel::return_value(ctx)?).ok()?;
     let file = OpenFile::of(fd)?;
     let Some(call) = call else {
         // Only stream sockets are tracked. An accept on any other socket is no loss.
         file.socket()?;
-        lost(Loss::AcceptUnattributed);
+        count_loss(Loss::AcceptUnattributed);
         return None;
     };
     let listener = listeners::listener_with(call.inode)?;
     // SAFETY: a live map value.
-    unsafe { count(listener, file.known_socket(), call.depth, tgid) };
-    requests::accepted(tgid, tid, fd, file);
+    unsafe { count_accept(listener, file.socket_unchecked(), call.depth, tgid) };
+    requests::record_accept(tgid, tid, fd, file);
     Some(())
 }

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use observer_common::loss::Loss;
 
 use crate::{
-    emit::lost,
+    emit::count_loss,
     kernel::{self, OpenFile, Socket},
     state::accept_queue,
 };
@@ -28,9 +28,9 @@ fn connect_enter(ctx: TracePointContext) -> u32 {
         let (_, tid) = kernel::current();
         // The server may accept the connection before this call returns.
         let is_noted = CONNECTING.insert(tid, client.address(), u64::from(BPF_ANY)).is_ok()
-            && accept_queue::queue(client.address()).is_ok();
+            && accept_queue::record_arrival(client.address()).is_ok();
         if !is_noted {
-            lost(Loss::QueuedFull);
+            count_loss(Loss::QueuedFull);
         }
     }
     0
@@ -43,9 +43,9 @@ fn connect_exit(ctx: TracePointContext) -> u32 {
     let (_, tid) = kernel::current();
     let Some(client) = CONNECTING.get_ptr(tid) else { return 0 };
     // SAFETY: a live map value that only this thread writes.
-    let client = Socket::known(unsafe { *client });
+    let client = Socket::at(unsafe { *client });
     let _present = CONNECTING.remove(tid);
-    let is_connected = kernel::returned(&ctx) == Some(0);
+    let is_connected = kernel::return_value(&ctx) == Some(0);
     let name = client.peer().and_then(Socket::unix_name);
     match name.filter(|&name| is_connected && accept_queue::is_tracked_unix(name)) {
         Some(name) => accept_queue::restamp(client.address(), name),

@@ -12,19 +12,19 @@ use aya_ebpf::{
 };
 use observer_common::{
     deferred::{
-        Action, ClassKey, DeferredTask, EXTRACTORS as MOST_RECIPES, Extractor, HOOKS as MOST_HOOKS, Hook, Op,
-        Place, REQUEST_ID_STEPS, TaskKey, ThreadLocal, Verb, Work,
+        Action, CLASS_STEPS, ClassKey, DeferredTask, EXTRACTORS as MAX_EXTRACTORS, Extractor,
+        HOOKS as MAX_HOOKS, Hook, KEY_STEPS, Op, Place, REQUEST_ID_STEPS, TaskKey, ThreadLocal, Verb, Work,
     },
     loss::Loss,
     origin::Origin,
 };
 
 use crate::{
-    emit::{add, lost, record},
+    emit::{add, count_loss, record},
     kernel,
     state::{
         requests,
-        tasks::{NEW_TASK, TASKS, end, end_if_once, figures, parent, turn_from},
+        tasks::{NEW_TASK, TASKS, clear_work, counters, end, end_if_once, parent},
         work,
     },
     trace_context,
@@ -32,11 +32,11 @@ use crate::{
 
 /// Maps a hook's process and address to the action to take; written by the loader.
 #[map]
-static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MOST_HOOKS, 0);
+static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MAX_HOOKS, 0);
 
 /// How to read tasks at hooks; written by the loader.
 #[map]
-static EXTRACTORS: Array<Extractor> = Array::with_max_entries(MOST_RECIPES, 0);
+static EXTRACTORS: Array<Extractor> = Array::with_max_entries(MAX_EXTRACTORS, 0);
 
 #[uprobe]
 fn deferred(ctx: ProbeContext) -> u32 {
@@ -49,8 +49,8 @@ fn deferred(ctx: ProbeContext) -> u32 {
         unsafe { ((*hook).verb, (*hook).space, (*hook).flags, (*hook).extractor) };
     let Some(extractor) = EXTRACTORS.get_ptr(extractor) else { return 0 };
     // SAFETY: a live map value.
-    let key = unsafe { follow((&raw const (*extractor).key).cast(), KEY, &ctx) };
-    if matches!(key, Found::Excluded) {
+    let key = unsafe { extract((&raw const (*extractor).key).cast(), KEY_STEPS, &ctx) };
+    if matches!(key, Extracted::Excluded) {
         return 0;
     }
     // SAFETY: as above.
@@ -58,8 +58,8 @@ fn deferred(ctx: ProbeContext) -> u32 {
     let key = key.value().map(|(key, _)| TaskKey { key, tgid, space });
     // SAFETY: has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    let at = At { tid, flags, extractor, ctx: &ctx, now };
-    if at.comes_to(verb, key).is_some() {
+    let reached = ReachedHook { tid, flags, extractor, ctx: &ctx, now };
+    if reached.apply(verb, key).is_some() {
         // SAFETY: as above.
         unsafe { add(&raw mut (*hook).matches, 1) };
     }
@@ -69,31 +69,28 @@ fn deferred(ctx: ProbeContext) -> u32 {
 /// The space of keys that are task IDs. Spaces of profiles begin at 1.
 const DETACHED: u32 = 0;
 
-const KEY: usize = observer_common::deferred::KEY_STEPS;
-const CLASS: usize = observer_common::deferred::CLASS_STEPS;
-
 /// Result of running an extractor's operations.
-enum Found {
+enum Extracted {
     /// A value, and how to interpret it.
     Value(u64, u32),
     /// No value: no operations, or memory that could not be read.
-    Nothing,
+    Missing,
     /// A test failed.
     Excluded,
 }
 
-impl Found {
+impl Extracted {
     #[inline(always)]
     fn value(self) -> Option<(u64, u32)> {
         match self {
             Self::Value(value, naming) => Some((value, naming)),
-            Self::Nothing | Self::Excluded => None,
+            Self::Missing | Self::Excluded => None,
         }
     }
 }
 
 /// A hook that the current thread has reached.
-struct At<'a> {
+struct ReachedHook<'a> {
     tid: u32,
     flags: u32,
     extractor: *const Extractor,
@@ -102,10 +99,10 @@ struct At<'a> {
     now: u64,
 }
 
-impl At<'_> {
+impl ReachedHook<'_> {
     /// Runs the hook's verb. `None` if it had no effect.
     #[inline(always)]
-    fn comes_to(&self, verb: u32, key: Option<TaskKey>) -> Option<()> {
+    fn apply(&self, verb: u32, key: Option<TaskKey>) -> Option<()> {
         if verb == Verb::Snapshot as u32 {
             self.snapshot(key?)
         } else if verb == Verb::Restore as u32 {
@@ -117,7 +114,7 @@ impl At<'_> {
         } else if verb == Verb::Detach as u32 {
             self.detach()
         } else {
-            turn_from(self.tid, self.now);
+            clear_work(self.tid, self.now);
             Some(())
         }
     }
@@ -133,7 +130,7 @@ impl At<'_> {
             end(before, &key, self.now);
         }
         if TASKS.insert(key, &NEW_TASK, u64::from(BPF_ANY)).is_err() {
-            lost(Loss::TasksFull);
+            count_loss(Loss::TasksFull);
             return None;
         }
         let task = TASKS.get_ptr_mut(key)?;
@@ -143,7 +140,7 @@ impl At<'_> {
             self.class(key).unwrap_or(ClassKey { value: key.space.into(), tgid: key.tgid, naming: 0 });
         // SAFETY: a live map value that no other program refers to yet.
         unsafe {
-            (*task).id = work::number(self.tid, self.now);
+            (*task).id = work::unique_id(self.tid, self.now);
             (*task).parent = parent(&current, &origin);
             (*task).origin = origin;
             (*task).class = class;
@@ -160,16 +157,16 @@ impl At<'_> {
         if class.naming == ClassKey::SAME_WORK {
             return Some(());
         }
-        let figures = figures(&class)?;
+        let counters = counters(&class)?;
         // SAFETY: a live map value, updated atomically.
         unsafe {
-            add(&raw mut (*figures).pending, 1);
+            add(&raw mut (*counters).pending, 1);
             if class.naming != 0 {
-                add(&raw mut (*figures).enqueued, 1);
+                add(&raw mut (*counters).enqueued, 1);
             }
             // This is last because the verifier analyses the code after these operations once for each path through
             // them.
-            self.tell_request_id(task);
+            self.read_request_id(task);
         }
         Some(())
     }
@@ -181,10 +178,10 @@ impl At<'_> {
         // Some runtimes read from a connection outside of any task and continue in a context that all connections
         // share. That context then works for what was read.
         let takes_over = self.flags & Hook::TAKES_OVER != 0 && before.task == 0;
-        let has_read = if takes_over { before.origin } else { Origin::NONE };
+        let read_origin = if takes_over { before.origin } else { Origin::NONE };
         let Some(task) = TASKS.get_ptr_mut(key) else {
             // The task's origin is unknown.
-            work::turn_to(self.tid, &Work { origin: has_read, task: 0, key, since_ns: 0 }, self.now);
+            work::switch_to(self.tid, &Work { origin: read_origin, task: 0, key, since_ns: 0 }, self.now);
             // A context that is not a separate task misses no enqueue.
             return self.class(key).filter(|class| class.naming == ClassKey::SAME_WORK).map(|_| ());
         };
@@ -192,7 +189,7 @@ impl At<'_> {
         unsafe {
             if (*task).class.naming == ClassKey::SAME_WORK {
                 let origin = requests::resolve_origin(key.tgid, &(*task).origin);
-                work::turn_to(self.tid, &Work { origin, ..(*task).outer }, self.now);
+                work::switch_to(self.tid, &Work { origin, ..(*task).outer }, self.now);
                 return Some(());
             }
             if (*task).started_ns == 0 {
@@ -205,8 +202,8 @@ impl At<'_> {
             }
             (*task).once = self.flags & Hook::ONCE;
             let own = requests::resolve_origin(key.tgid, &(*task).origin);
-            let origin = if own.inode == 0 { has_read } else { own };
-            work::turn_to(self.tid, &Work { origin, task: (*task).id, key, since_ns: 0 }, self.now);
+            let origin = if own.inode == 0 { read_origin } else { own };
+            work::switch_to(self.tid, &Work { origin, task: (*task).id, key, since_ns: 0 }, self.now);
         }
         Some(())
     }
@@ -220,15 +217,15 @@ impl At<'_> {
         // SAFETY: by contract; counters are live map values, updated atomically.
         unsafe {
             (*task).started_ns = self.now;
-            if let Some(class) = figures(&(*task).class) {
+            if let Some(class) = counters(&(*task).class) {
                 add(&raw mut (*class).pending, u64::MAX);
             }
-            let was_told = (*task).class.naming != 0;
-            if !was_told && let Some(class) = self.class(*key) {
+            let is_class_known = (*task).class.naming != 0;
+            if !is_class_known && let Some(class) = self.class(*key) {
                 (*task).class = class;
             }
-            if let Some(class) = figures(&(*task).class) {
-                if !was_told {
+            if let Some(class) = counters(&(*task).class) {
+                if !is_class_known {
                     add(&raw mut (*class).enqueued, 1);
                 }
                 add(&raw mut (*class).started, 1);
@@ -246,14 +243,14 @@ impl At<'_> {
             return None;
         }
         let Some(task) = TASKS.get_ptr_mut(key) else {
-            work::turn_to(self.tid, &Work::NONE, self.now);
+            work::switch_to(self.tid, &Work::NONE, self.now);
             return None;
         };
         // SAFETY: a live map value; a task runs on one thread at a time.
         unsafe {
             if (*task).id == current.task {
                 (*task).left_ns = self.now;
-                work::turn_to(self.tid, &(*task).outer, self.now);
+                work::switch_to(self.tid, &(*task).outer, self.now);
             }
         }
         end_if_once(&key, self.now);
@@ -274,7 +271,7 @@ impl At<'_> {
             }
             if is_current {
                 (*task).left_ns = self.now;
-                work::turn_to(self.tid, &(*task).outer, self.now);
+                work::switch_to(self.tid, &(*task).outer, self.now);
             }
         }
         end(task, &key, self.now);
@@ -297,12 +294,12 @@ impl At<'_> {
                 return None;
             }
             if TASKS.insert(key, &*task, u64::from(BPF_ANY)).is_err() {
-                lost(Loss::TasksFull);
+                count_loss(Loss::TasksFull);
                 return None;
             }
         }
         let _present = TASKS.remove(current.key);
-        work::is_known_by(self.tid, key);
+        work::rekey(self.tid, key);
         Some(())
     }
 
@@ -311,11 +308,11 @@ impl At<'_> {
     /// # Safety
     /// `task` points to a live map value that no other program refers to yet.
     #[inline(always)]
-    unsafe fn tell_request_id(&self, task: *mut DeferredTask) {
+    unsafe fn read_request_id(&self, task: *mut DeferredTask) {
         // SAFETY: by contract, and the extractor is a live map value.
         unsafe {
-            let steps: *const Op = (&raw const (*self.extractor).request_id).cast();
-            if let Found::Value(address, _) = follow(steps, REQUEST_ID_STEPS, self.ctx) {
+            let ops: *const Op = (&raw const (*self.extractor).request_id).cast();
+            if let Extracted::Value(address, _) = extract(ops, REQUEST_ID_STEPS, self.ctx) {
                 // An ID that cannot be read now stays unknown.
                 let _read = bpf_probe_read_user_str_bytes(address as *const u8, &mut (*task).request_id);
             }
@@ -326,7 +323,7 @@ impl At<'_> {
     #[inline(always)]
     fn class(&self, key: TaskKey) -> Option<ClassKey> {
         // SAFETY: a live map value.
-        let found = unsafe { follow((&raw const (*self.extractor).class).cast(), CLASS, self.ctx) };
+        let found = unsafe { extract((&raw const (*self.extractor).class).cast(), CLASS_STEPS, self.ctx) };
         found.value().map(|(value, naming)| ClassKey { value, tgid: key.tgid, naming })
     }
 }
@@ -336,37 +333,37 @@ impl At<'_> {
 /// # Safety
 /// `ops` points to `count` operations in a live map value.
 #[inline(always)]
-unsafe fn follow(steps: *const Op, count: usize, ctx: &ProbeContext) -> Found {
+unsafe fn extract(ops: *const Op, count: usize, ctx: &ProbeContext) -> Extracted {
     let mut value = 0;
     let mut has_failed = false;
-    let mut outcome = Found::Nothing;
+    let mut outcome = Extracted::Missing;
     for n in 0..count {
         // SAFETY: by contract.
-        let step = unsafe { &*steps.add(n) };
-        if step.action == Action::End as u32 {
+        let op = unsafe { &*ops.add(n) };
+        if op.action == Action::End as u32 {
             break;
         }
-        if step.action == Action::Case as u32 {
+        if op.action == Action::Case as u32 {
             has_failed = false;
         } else if has_failed {
             continue;
-        } else if step.action == Action::Register as u32 {
-            value = kernel::register(ctx, step.value);
-        } else if step.action == Action::Add as u32 {
-            value = value.wrapping_add_signed(step.offset.into());
-        } else if step.action == Action::Load as u32 {
-            match kernel::read_user::<u64>(value.wrapping_add_signed(step.offset.into())) {
+        } else if op.action == Action::Register as u32 {
+            value = kernel::register(ctx, op.value);
+        } else if op.action == Action::Add as u32 {
+            value = value.wrapping_add_signed(op.offset.into());
+        } else if op.action == Action::Load as u32 {
+            match kernel::read_user::<u64>(value.wrapping_add_signed(op.offset.into())) {
                 Some(word) => value = word,
                 None => has_failed = true,
             }
-        } else if step.action == Action::Test as u32 {
-            if value & step.mask != step.value {
+        } else if op.action == Action::Test as u32 {
+            if value & op.mask != op.value {
                 has_failed = true;
-                outcome = Found::Excluded;
+                outcome = Extracted::Excluded;
             }
         } else {
             #[expect(clippy::cast_possible_truncation, reason = "the loader writes small numbers there")]
-            return Found::Value(value, step.value as u32);
+            return Extracted::Value(value, op.value as u32);
         }
     }
     outcome

@@ -5,7 +5,7 @@ use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns, macros::uprobe, pro
 use observer_common::{gc::Begun, loss::Loss};
 
 use crate::{
-    emit::{lost, record},
+    emit::{count_loss, record},
     kernel,
     state::{
         gc::{GC_BEGUN, GC_PAUSES},
@@ -24,7 +24,7 @@ fn gc_start(_ctx: ProbeContext) -> u32 {
     // SAFETY: has no preconditions.
     let begun = Begun { since_ns: unsafe { bpf_ktime_get_ns() }, depth: 1 };
     if GC_BEGUN.insert(tid, begun, u64::from(BPF_ANY)).is_err() {
-        lost(Loss::GcBegunFull);
+        count_loss(Loss::GcBegunFull);
     }
     0
 }
@@ -47,6 +47,6 @@ fn gc_done(_ctx: ProbeContext) -> u32 {
         // SAFETY: a live map value.
         unsafe { record(pauses, now.saturating_sub(since)) };
     }
-    reactors::collected(tid, since, now);
+    reactors::record_collection(tid, since, now);
     0
 }

@@ -12,7 +12,7 @@ use aya_ebpf::{
 use observer_common::listener::Queue;
 
 use crate::{
-    kernel::{self, AF_UNIX, OpenFile, Socket, Waiting},
+    kernel::{self, AF_UNIX, OpenFile, QueueEntry, Socket},
     state::{
         accept_queue,
         listeners::{inherit, listener_of, listener_with},
@@ -26,7 +26,7 @@ static TAIL_CALLS: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// Connections that one step of a walk visits. At most 33 steps can follow each other. The verifier analyses every
 /// iteration of a loop: for a loop of 1024 iterations it took a quarter of a second.
-const STEP: u32 = 32;
+const CONNECTIONS_PER_STEP: u32 = 32;
 
 /// A thread of a target calls `listen`. Whether the call succeeds shows when the queue is read next.
 #[tracepoint]
@@ -46,7 +46,7 @@ fn listen_enter(ctx: TracePointContext) -> u32 {
 fn find_listeners(ctx: *mut c_void) -> i32 {
     if let Some((tgid, file)) = kernel::iterated(ctx)
         && targets::is_target(tgid)
-        && file.socket().is_some_and(Socket::listens)
+        && file.socket().is_some_and(Socket::is_listening)
     {
         inherit(file, tgid);
     }
@@ -62,8 +62,8 @@ fn look(ctx: RawTracePointContext) -> i32 {
         // a time.
         unsafe {
             match Socket::still_at((*listener).sk, inode) {
-                Some(socket) if socket.listens() => {
-                    if look_at(&raw mut (*listener).queue, socket, (*listener).family) {
+                Some(socket) if socket.is_listening() => {
+                    if read_queue(&raw mut (*listener).queue, socket, (*listener).family) {
                         TAIL_CALLS.tail_call(&ctx, 0);
                     }
                 }
@@ -81,7 +81,7 @@ fn walk_queue(ctx: RawTracePointContext) -> i32 {
     if let Some(listener) = listener_with(ctx.arg(0)) {
         // SAFETY: as in `look`, which this program continues.
         unsafe {
-            if step(&raw mut (*listener).queue) {
+            if walk_step(&raw mut (*listener).queue) {
                 TAIL_CALLS.tail_call(&ctx, 0);
             }
         }
@@ -95,15 +95,15 @@ fn walk_queue(ctx: RawTracePointContext) -> i32 {
 /// # Safety
 /// `queue` points into a live map value that nothing else writes.
 #[inline(always)]
-unsafe fn look_at(queue: *mut Queue, socket: Socket, family: u16) -> bool {
+unsafe fn read_queue(queue: *mut Queue, socket: Socket, family: u16) -> bool {
     // SAFETY: by contract.
     unsafe {
         (*queue).looked_ns = bpf_ktime_get_ns();
-        (*queue).depth = socket.queued(family).unwrap_or(0);
+        (*queue).depth = socket.queue_depth(family).unwrap_or(0);
         (*queue).limit = socket.limit().unwrap_or(0);
         (*queue).drops = socket.drops().unwrap_or(0);
         if family == AF_UNIX {
-            let first = socket.first_unix_waiting().and_then(|first| accept_queue::queued_as(first, family));
+            let first = socket.first_unix_waiting().and_then(|first| accept_queue::queued_key(first, family));
             (*queue).oldest_ns = first.and_then(accept_queue::arrival_of).unwrap_or(0);
             return false;
         }
@@ -123,22 +123,22 @@ unsafe fn look_at(queue: *mut Queue, socket: Socket, family: u16) -> bool {
 /// # Safety
 /// As for [`read_queue`].
 #[inline(always)]
-unsafe fn step(queue: *mut Queue) -> bool {
+unsafe fn walk_step(queue: *mut Queue) -> bool {
     // SAFETY: by contract.
     unsafe {
         let (aborted, longest) = (&raw mut (*queue).aborted, &raw mut (*queue).longest_sk);
-        let mut place = Waiting::known((*queue).rest);
-        for _ in 0..STEP {
-            let Some((connection, behind)) = place.take() else { break };
+        let mut entry = QueueEntry::at((*queue).rest);
+        for _ in 0..CONNECTIONS_PER_STEP {
+            let Some((connection, next)) = entry.read() else { break };
             if connection.is_closed() {
                 aborted.write_volatile(aborted.read_volatile() + 1);
             } else if longest.read_volatile() == 0 {
                 longest.write_volatile(connection.address());
             }
-            place = behind;
+            entry = next;
         }
-        (*queue).rest = place.address();
+        (*queue).rest = entry.address();
         (*queue).oldest_ns = accept_queue::arrival_of(longest.read_volatile()).unwrap_or(0);
-        !place.is_end()
+        !entry.is_end()
     }
 }

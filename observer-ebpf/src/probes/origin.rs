@@ -6,16 +6,16 @@ use observer_common::origin::{Descriptor, HEAD};
 
 use crate::{
     kernel,
-    state::requests::{CONNECTIONS, Read, answer, is_followed},
+    state::requests::{CONNECTIONS, ReadCall, is_followed, record_answer},
 };
 
 /// The current thread returns from `read` or `recvfrom`, whose second argument is the buffer.
 #[tracepoint]
 fn received_exit(ctx: TracePointContext) -> u32 {
-    if let Some(read) = Read::of(&ctx)
+    if let Some(read) = ReadCall::of(&ctx)
         && let Some(buffer) = read.call.second()
     {
-        read.arrived(buffer, HEAD as u64);
+        read.handle(buffer, HEAD as u64);
     }
     0
 }
@@ -23,10 +23,10 @@ fn received_exit(ctx: TracePointContext) -> u32 {
 /// The current thread returns from `readv`, whose second argument is an array of `struct iovec`.
 #[tracepoint]
 fn received_parts_exit(ctx: TracePointContext) -> u32 {
-    if let Some(read) = Read::of(&ctx)
+    if let Some(read) = ReadCall::of(&ctx)
         && let Some(parts) = read.call.second()
     {
-        read.arrived_in_parts(parts);
+        read.handle_first_part(parts);
     }
     0
 }
@@ -35,11 +35,11 @@ fn received_parts_exit(ctx: TracePointContext) -> u32 {
 /// array of `struct iovec`.
 #[tracepoint]
 fn received_message_exit(ctx: TracePointContext) -> u32 {
-    if let Some(read) = Read::of(&ctx)
+    if let Some(read) = ReadCall::of(&ctx)
         && let Some(message) = read.call.second()
         && let Some(parts) = kernel::read_user::<u64>(message.wrapping_add(16))
     {
-        read.arrived_in_parts(parts);
+        read.handle_first_part(parts);
     }
     0
 }
@@ -53,7 +53,7 @@ fn answer_enter(ctx: TracePointContext) -> u32 {
         && let Some(connection) = CONNECTIONS.get_ptr_mut(Descriptor { tgid, fd })
     {
         // SAFETY: a live map value.
-        unsafe { answer(connection, fd) };
+        unsafe { record_answer(connection, fd) };
     }
     0
 }

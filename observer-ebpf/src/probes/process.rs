@@ -6,7 +6,7 @@ use aya_log_ebpf::warn;
 use observer_common::{loss::Loss, process::Target};
 
 use crate::{
-    emit::lost,
+    emit::count_loss,
     kernel::Task,
     state::{
         accept_queue, gc, reactors,
@@ -31,7 +31,7 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
         let execs = execs_of(child).map_or(0, |before| before.wrapping_add(1));
         let target = Target { exited: 0, execs, is_candidate: is_candidate(parent) };
         if !targets::add(child, target) && TARGETS.insert(child, target, u64::from(BPF_EXIST)).is_err() {
-            lost(Loss::TargetsFull);
+            count_loss(Loss::TargetsFull);
             warn!(&ctx, "no room to follow process {}, forked by {}", child, parent);
         }
     }
@@ -49,7 +49,7 @@ fn process_exec(ctx: BtfTracePointContext) -> u32 {
     };
     // SAFETY: a live map value; after an exec the process has no other thread that could write it.
     unsafe { (*target).execs += 1 };
-    gc::program_changed(tgid);
+    gc::process_execed(tgid);
     0
 }
 

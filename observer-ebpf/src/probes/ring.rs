@@ -13,7 +13,7 @@ use observer_common::{
 };
 
 use crate::{
-    emit::{add, lost},
+    emit::{add, count_loss},
     kernel::{self, OpenFile, RingAcceptRequest, RingCompletion, RingWakeup, Socket},
     state::{accept_queue, listeners, targets},
 };
@@ -28,7 +28,7 @@ fn ring_submit(ctx: BtfTracePointContext) -> u32 {
     if let Some(request) = RingAcceptRequest::submitted(&ctx) {
         let (tgid, _) = kernel::current();
         if targets::is_target(tgid) {
-            let _gone = submit(&request, tgid);
+            let _no_key = submit(&request, tgid);
         }
     }
     0
@@ -74,7 +74,7 @@ fn ring_complete(ctx: BtfTracePointContext) -> u32 {
     {
         let connection = if accept.direct == 0 { OpenFile::of(fd).and_then(OpenFile::socket) } else { None };
         if count(&accept, connection, tgid).is_none() {
-            lost(Loss::AcceptUnattributed);
+            count_loss(Loss::AcceptUnattributed);
         }
     }
     0
@@ -97,10 +97,10 @@ fn submit(request: &RingAcceptRequest, tgid: u32) -> Option<()> {
         return Some(());
     }
     let direct = u32::from(request.is_direct());
-    let later = if inode == 0 { request.address() } else { 0 };
-    let new = RingAccept { inode, request: later, pending: 1, direct, reserved: 0 };
+    let address = if inode == 0 { request.address() } else { 0 };
+    let new = RingAccept { inode, request: address, pending: 1, direct, reserved: 0 };
     if RING_ACCEPTS.insert(key, new, u64::from(BPF_ANY)).is_err() {
-        lost(Loss::AcceptingFull);
+        count_loss(Loss::AcceptingFull);
     }
     Some(())
 }
@@ -111,17 +111,17 @@ fn count(accept: &RingAccept, connection: Option<Socket>, tgid: u32) -> Option<(
     let listener = if accept.inode != 0 {
         listeners::listener_with(accept.inode)?
     } else if accept.request != 0 {
-        listeners::listener_of(RingAcceptRequest::known(accept.request).file()?, tgid)?.1
+        listeners::listener_of(RingAcceptRequest::at(accept.request).file()?, tgid)?.1
     } else {
-        listeners::listener_with(accept_queue::only_listener_for(connection?)?)?
+        listeners::listener_with(accept_queue::listener_on_port_of(connection?)?)?
     };
     // SAFETY: a live map value; if two accepts race, the lower of the two peaks may remain.
     unsafe {
-        let depth = Socket::known((*listener).sk).queued((*listener).family)? + 1;
+        let depth = Socket::at((*listener).sk).queue_depth((*listener).family)? + 1;
         if depth > (*listener).peak {
             (*listener).peak = depth;
         }
-        accept_queue::count(listener, connection, depth, tgid);
+        accept_queue::count_accept(listener, connection, depth, tgid);
     }
     Some(())
 }

@@ -47,7 +47,12 @@ pub(crate) fn thread_exited(tid: u32) {
 /// # Safety
 /// `listener` points to a live map value.
 #[inline(always)]
-pub(crate) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, depth: u32, tgid: u32) {
+pub(crate) unsafe fn count_accept(
+    listener: *mut Listener,
+    connection: Option<Socket>,
+    depth: u32,
+    tgid: u32,
+) {
     // SAFETY: by contract; counters and the histogram are updated atomically. If two processes write `accepter` at
     // once, the next accept of either corrects it.
     unsafe {
@@ -60,7 +65,7 @@ pub(crate) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, 
             _ => {}
         }
         let family = (*listener).family;
-        if let Some(address) = connection.and_then(|connection| queued_as(connection, family))
+        if let Some(address) = connection.and_then(|connection| queued_key(connection, family))
             && let Some(arrival) = QUEUED.get_ptr(address)
         {
             record(&raw mut (*listener).wait, bpf_ktime_get_ns().saturating_sub((*arrival).at_ns));
@@ -75,7 +80,7 @@ pub(crate) unsafe fn count(listener: *mut Listener, connection: Option<Socket>, 
 
 /// Key in `QUEUED` of a connection of this family that waits or has just been accepted.
 #[inline(always)]
-pub(crate) fn queued_as(connection: Socket, family: u16) -> Option<u64> {
+pub(crate) fn queued_key(connection: Socket, family: u16) -> Option<u64> {
     if family == AF_UNIX { Some(connection.peer()?.address()) } else { Some(connection.address()) }
 }
 
@@ -131,7 +136,7 @@ pub(crate) fn is_tracked_unix(name: u64) -> bool {
 
 /// Key of the listener that a connection was made to, if only one listens on its port; 0 if several do.
 #[inline(always)]
-pub(crate) fn only_listener_for(connection: Socket) -> Option<u64> {
+pub(crate) fn listener_on_port_of(connection: Socket) -> Option<u64> {
     let key = PortKey { netns: connection.netns()?, port: u32::from(connection.port()?) };
     PORTS.get_ptr(key).map(|inode| {
         // SAFETY: a live map value; eight bytes are read atomically.
@@ -141,7 +146,7 @@ pub(crate) fn only_listener_for(connection: Socket) -> Option<u64> {
 
 /// Records that a connection begins to wait now.
 #[inline(always)]
-pub(crate) fn queue(address: u64) -> Result<(), i32> {
+pub(crate) fn record_arrival(address: u64) -> Result<(), i32> {
     // SAFETY: has no preconditions.
     let arrival = Arrival { at_ns: unsafe { bpf_ktime_get_ns() }, unix_name: 0 };
     QUEUED.insert(address, arrival, u64::from(BPF_ANY))

@@ -12,7 +12,7 @@ use observer_common::{
 };
 
 use super::reactors;
-use crate::{emit::lost, kernel};
+use crate::{emit::count_loss, kernel};
 
 /// Lengths of pauses by process ID; the loader makes an entry for each process it attaches to.
 #[map]
@@ -38,7 +38,7 @@ pub(crate) fn thread_exited(tid: u32) {
 
 /// The process has executed another program, so addresses are invalid. Its only thread has the ID of the process.
 #[inline(always)]
-pub(crate) fn program_changed(tgid: u32) {
+pub(crate) fn process_execed(tgid: u32) {
     let _in_progress = GC_BEGUN.remove(tgid);
     let _known = GC_TOTALS.remove(tgid);
 }
@@ -57,9 +57,9 @@ pub(crate) fn process_exited(tgid: u32) {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn slice_begins(reactor: *mut Reactor) {
+pub(crate) unsafe fn on_slice_begin(reactor: *mut Reactor) {
     // SAFETY: by contract.
-    unsafe { (*reactor).gc_before_ns = nanoseconds((*reactor).tgid) };
+    unsafe { (*reactor).gc_before_ns = runtime_total_ns((*reactor).tgid) };
 }
 
 /// Called when a slice of a reactor ends. The growth of the totals is part of the slice, whichever thread collected: a
@@ -68,18 +68,18 @@ pub(crate) unsafe fn slice_begins(reactor: *mut Reactor) {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, now: u64) {
+pub(crate) unsafe fn on_slice_end(reactor: *mut Reactor, now: u64) {
     // SAFETY: by contract.
     unsafe {
         let before = (*reactor).gc_before_ns;
         if before == GC_UNKNOWN {
             return;
         }
-        let after = nanoseconds((*reactor).tgid);
+        let after = runtime_total_ns((*reactor).tgid);
         if after != GC_UNKNOWN {
             let slice = now.saturating_sub((*reactor).phase_since_ns);
             // The runtime uses another clock, so the growth may exceed the slice.
-            reactors::add_collected(reactor, after.saturating_sub(before).min(slice));
+            reactors::add_gc_time(reactor, after.saturating_sub(before).min(slice));
         }
     }
 }
@@ -87,7 +87,7 @@ pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, now: u64) {
 /// Total time in collections that the current process's runtime reports, in nanoseconds; [`GC_UNKNOWN`] if it reports
 /// none.
 #[inline(always)]
-fn nanoseconds(tgid: u32) -> u64 {
+fn runtime_total_ns(tgid: u32) -> u64 {
     if GC_TOTALS_USED.get(0).is_none_or(|used| *used == 0) {
         return GC_UNKNOWN;
     }
@@ -98,14 +98,14 @@ fn nanoseconds(tgid: u32) -> u64 {
             return GC_UNKNOWN;
         }
         let Some(count) = kernel::read_user::<u64>((*totals).count_address) else {
-            lost(Loss::GcTotalsUnread);
+            count_loss(Loss::GcTotalsUnread);
             return GC_UNKNOWN;
         };
         let mut sum = 0;
         for address in (*totals).ns_addresses {
             if address != 0 {
                 let Some(part) = kernel::read_user::<u64>(address) else {
-                    lost(Loss::GcTotalsUnread);
+                    count_loss(Loss::GcTotalsUnread);
                     return GC_UNKNOWN;
                 };
                 sum += part;

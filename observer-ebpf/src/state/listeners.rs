@@ -4,7 +4,7 @@ use aya_ebpf::{bindings::BPF_NOEXIST, helpers::bpf_ktime_get_ns, macros::map, ma
 use observer_common::{listener::Listener, loss::Loss};
 
 use super::{accept_queue, targets};
-use crate::{emit::lost, kernel::OpenFile};
+use crate::{emit::count_loss, kernel::OpenFile};
 
 /// Listeners of targets, by inode number of the socket.
 #[map]
@@ -34,7 +34,7 @@ pub(crate) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
     // This also fails if another thread has created it in the meantime, which is harmless.
     let _full = LISTENERS.insert(inode, &NEW, u64::from(BPF_NOEXIST));
     let Some(listener) = LISTENERS.get_ptr_mut(inode) else {
-        lost(Loss::ListenersFull);
+        count_loss(Loss::ListenersFull);
         return None;
     };
     // SAFETY: a live map value; another thread that creates it at the same time writes the same.

@@ -4,7 +4,7 @@
 use aya_ebpf::{bindings::BPF_NOEXIST, macros::map, maps::HashMap};
 use observer_common::reactor::{Kind, Pool, REACTORS, WaitPattern};
 
-use crate::emit::add_word;
+use crate::emit::add_u32;
 
 /// Number of threads that wait on each set. Each thread is counted once, so the map has space for all.
 #[map]
@@ -28,7 +28,7 @@ pub(crate) unsafe fn join(tgid: u32, pattern: *mut WaitPattern) {
         && let Some(threads) = POOLS.get_ptr_mut(pool)
     {
         // SAFETY: a live map value.
-        unsafe { add_word(threads, 1) };
+        unsafe { add_u32(threads, 1) };
     }
 }
 
@@ -41,7 +41,7 @@ pub(crate) fn leave(tgid: u32, pattern: WaitPattern) {
     {
         // SAFETY: a live map value.
         let is_last = unsafe {
-            add_word(threads, 1_u32.wrapping_neg());
+            add_u32(threads, 1_u32.wrapping_neg());
             threads.read_volatile() == 0
         };
         if is_last {
@@ -52,7 +52,7 @@ pub(crate) fn leave(tgid: u32, pattern: WaitPattern) {
 
 /// Whether other threads wait on the same set.
 #[inline(always)]
-pub(crate) fn is_any(tgid: u32, pattern: WaitPattern) -> bool {
+pub(crate) fn is_shared(tgid: u32, pattern: WaitPattern) -> bool {
     // SAFETY: a live map value; four bytes are read atomically.
     pattern.is_counted != 0
         && POOLS.get_ptr(Pool { tgid, set: pattern.set }).is_some_and(|threads| unsafe { *threads > 1 })

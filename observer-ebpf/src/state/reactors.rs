@@ -12,11 +12,11 @@ use observer_common::{
     id_filter::Seen,
     loss::Loss,
     origin::Origin,
-    reactor::{Durations, Phase, REACTORS as MOST, Reactor, SLOTS},
+    reactor::{Durations, Phase, REACTORS as MAX_REACTORS, Reactor, SLOTS},
 };
 
 use super::{id_filter, pools};
-use crate::emit::{lost, record_alone};
+use crate::emit::{count_loss, record_unshared};
 
 /// Only its own thread writes an entry, except for wake-ups. The scheduler orders these between the switch that takes
 /// the thread off its CPU and the one that puts it back. Mapped into user space, which looks for long slices.
@@ -29,7 +29,7 @@ static DURATIONS: Array<Durations> = Array::with_max_entries(SLOTS, 0);
 
 /// Slots by thread ID, for threads that share a bucket of `ID_FILTER`.
 #[map]
-static THREADS: HashMap<u32, u32> = HashMap::with_max_entries(MOST, 0);
+static THREADS: HashMap<u32, u32> = HashMap::with_max_entries(MAX_REACTORS, 0);
 
 /// Slots that are free, the lowest on top; filled by the loader.
 #[map]
@@ -44,7 +44,7 @@ static NONE: Durations = Durations::NONE;
 /// The entry of a thread, if it is a reactor. The idle thread, whose ID is 0, never is.
 #[inline(always)]
 pub(crate) fn find(tid: u32) -> Option<*mut Reactor> {
-    let slot = match id_filter::of_thread(tid) {
+    let slot = match id_filter::lookup_thread(tid) {
         Seen::Nobody => return None,
         Seen::One(slot) => slot,
         // SAFETY: a live map value that is written once.
@@ -62,7 +62,7 @@ pub(crate) fn find(tid: u32) -> Option<*mut Reactor> {
 )]
 pub(crate) fn claim(tid: u32, tgid: u32) -> Option<*mut Reactor> {
     let Ok(Some(slot)) = FREE_SLOTS.pop() else {
-        lost(Loss::ReactorsFull);
+        count_loss(Loss::ReactorsFull);
         return None;
     };
     let _in_range = (REACTORS.set(slot, &NEW, 0), DURATIONS.set(slot, &NONE, 0));
@@ -78,7 +78,7 @@ pub(crate) fn claim(tid: u32, tgid: u32) -> Option<*mut Reactor> {
         return Some(reactor);
     }
     // The loader has created an entry in the meantime.
-    give_back(tid, slot);
+    release_slot(tid, slot);
     find(tid)
 }
 
@@ -91,9 +91,9 @@ pub(crate) fn evict_stale(reactor: *const Reactor, tid: u32) -> bool {
     if phase != Phase::Exited as u32 {
         return false;
     }
-    lost(Loss::ReactorsReplaced);
+    count_loss(Loss::ReactorsReplaced);
     if THREADS.remove(tid).is_ok() {
-        give_back(tid, slot);
+        release_slot(tid, slot);
     }
     true
 }
@@ -103,29 +103,33 @@ pub(crate) fn evict_stale(reactor: *const Reactor, tid: u32) -> bool {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn took(reactor: *const Reactor, histogram: fn(*mut Durations) -> *mut Histogram, ns: u64) {
+pub(crate) unsafe fn record_duration(
+    reactor: *const Reactor,
+    histogram: fn(*mut Durations) -> *mut Histogram,
+    ns: u64,
+) {
     // SAFETY: by contract; nothing else writes the histograms of its slot either.
     unsafe {
         if let Some(durations) = DURATIONS.get_ptr_mut((*reactor).slot) {
-            record_alone(histogram(durations), ns);
+            record_unshared(histogram(durations), ns);
         }
     }
 }
 
 #[inline(always)]
-fn give_back(tid: u32, slot: u32) {
+fn release_slot(tid: u32, slot: u32) {
     id_filter::remove_thread(tid, slot);
     let _has_room = FREE_SLOTS.push(slot, 0);
 }
 
 /// Records that the current thread has collected garbage since `since`. Only the part within its slice counts.
 #[inline(always)]
-pub(crate) fn collected(tid: u32, since: u64, now: u64) {
+pub(crate) fn record_collection(tid: u32, since: u64, now: u64) {
     if let Some(reactor) = find(tid) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             if (*reactor).phase == Phase::Slice as u32 {
-                add_collected(reactor, now.saturating_sub(since.max((*reactor).phase_since_ns)));
+                add_gc_time(reactor, now.saturating_sub(since.max((*reactor).phase_since_ns)));
             }
         }
     }
@@ -136,7 +140,7 @@ pub(crate) fn collected(tid: u32, since: u64, now: u64) {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn add_collected(reactor: *mut Reactor, ns: u64) {
+pub(crate) unsafe fn add_gc_time(reactor: *mut Reactor, ns: u64) {
     // SAFETY: by contract.
     unsafe {
         (*reactor).was_off_cpu |= u16::from(ns != 0);
@@ -152,7 +156,7 @@ pub(crate) fn account_work(tid: u32, work: &Work, now: u64, has_work: bool) {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             (*reactor).has_work = u32::from(has_work);
-            keep_longest(reactor, &work.origin, work.since_ns, now);
+            update_longest_work(reactor, &work.origin, work.since_ns, now);
         }
     }
 }
@@ -163,7 +167,7 @@ pub(crate) fn account_work(tid: u32, work: &Work, now: u64, has_work: bool) {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn keep_longest(reactor: *mut Reactor, origin: &Origin, since_ns: u64, now: u64) {
+pub(crate) unsafe fn update_longest_work(reactor: *mut Reactor, origin: &Origin, since_ns: u64, now: u64) {
     // SAFETY: by contract.
     unsafe {
         // Before the slice began, the thread was waiting.

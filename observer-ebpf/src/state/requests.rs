@@ -15,14 +15,14 @@ use observer_common::{
 
 use super::{id_filter, system_call, work};
 use crate::{
-    emit::lost,
+    emit::count_loss,
     kernel::{self, CallInProgress, OpenFile},
 };
 
 /// Maximum number of bytes of a request that are copied at once.
-const MOST: u32 = 1024;
+const MAX_COPY: u32 = 1024;
 
-const _: () = assert!(MOST as usize == HEAD);
+const _: () = assert!(MAX_COPY as usize == HEAD);
 
 /// Processes whose deferred tasks are followed, by ID; written by the loader.
 #[map]
@@ -54,7 +54,7 @@ static ANSWERS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 /// # Safety
 /// `connection` points to a live map value: the entry of this descriptor.
 #[inline(always)]
-pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
+pub(crate) unsafe fn record_answer(connection: *mut Connection, fd: u32) {
     // SAFETY: by contract; the request's entry is a live map value as well.
     unsafe {
         if (*connection).is_answered != 0 {
@@ -77,7 +77,7 @@ pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
         if is_emitted {
             let answer = Answer { request, answered_ns };
             if ANSWERS.output::<Answer>(&answer, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
-                lost(Loss::AnswersFull);
+                count_loss(Loss::AnswersFull);
             }
         }
     }
@@ -86,30 +86,30 @@ pub(crate) unsafe fn answer(connection: *mut Connection, fd: u32) {
 /// Whether the deferred tasks of a process are followed. Such a process is a target.
 #[inline(always)]
 pub(crate) fn is_followed(tgid: u32) -> bool {
-    id_filter::of_process(tgid) && FOLLOWED.get_ptr(tgid).is_some()
+    id_filter::may_contain_process(tgid) && FOLLOWED.get_ptr(tgid).is_some()
 }
 
 /// Records that the current thread has accepted a connection. It works for the connection until a request arrives.
 #[inline(always)]
-pub(crate) fn accepted(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
+pub(crate) fn record_accept(tgid: u32, tid: u32, fd: u32, file: OpenFile) {
     if is_followed(tgid)
         && let Some(inode) = file.inode()
-        && remember(tgid, fd, inode)
+        && add_connection(tgid, fd, inode)
     {
         let origin = Origin { request: 0, inode, fd, reserved: 0 };
         // SAFETY: has no preconditions.
         let now = unsafe { bpf_ktime_get_ns() };
-        work::turn_to(tid, &Work { origin, ..work::current(tid) }, now);
+        work::switch_to(tid, &Work { origin, ..work::current(tid) }, now);
     }
 }
 
 /// Adds a connection that a process has open. Returns whether there was space.
 #[inline(always)]
-fn remember(tgid: u32, fd: u32, inode: u64) -> bool {
+fn add_connection(tgid: u32, fd: u32, inode: u64) -> bool {
     let connection = Connection { inode, ..Connection::default() };
     let has_room = CONNECTIONS.insert(Descriptor { tgid, fd }, connection, u64::from(BPF_ANY)).is_ok();
     if !has_room {
-        lost(Loss::ConnectionsFull);
+        count_loss(Loss::ConnectionsFull);
     }
     has_room
 }
@@ -136,7 +136,7 @@ pub(crate) fn resolve_origin(tgid: u32, origin: &Origin) -> Origin {
                 return Origin { request: (*connection).request, ..*origin };
             }
         }
-        lost(Loss::RequestsOverlap);
+        count_loss(Loss::RequestsOverlap);
     }
     *origin
 }
@@ -150,7 +150,7 @@ pub(crate) fn origin_for_enqueue(tgid: u32, origin: &Origin) -> Origin {
         // SAFETY: a live map value.
         unsafe {
             if (*connection).overlaps != 0 {
-                lost(Loss::RequestsOverlap);
+                count_loss(Loss::RequestsOverlap);
                 return Origin { request: 0, ..*origin };
             }
             emit_request(connection, origin.request);
@@ -161,7 +161,7 @@ pub(crate) fn origin_for_enqueue(tgid: u32, origin: &Origin) -> Origin {
 
 /// Sends the request of a stall to user space.
 #[inline(always)]
-pub(crate) fn stalled(tgid: u32, origin: &Origin) {
+pub(crate) fn emit_stalled_request(tgid: u32, origin: &Origin) {
     if origin.request != 0
         && let Some(connection) = connection_of(tgid, origin)
     {
@@ -182,21 +182,21 @@ unsafe fn emit_request(connection: *mut Connection, request: u64) {
             return;
         }
         (*connection).is_emitted = 1;
-        let is_passed_on = match HEADS.get_ptr((*connection).head) {
+        let is_sent = match HEADS.get_ptr((*connection).head) {
             // Otherwise a newer request has overwritten it.
             Some(head) if (*head).id == request => {
                 REQUESTS.output::<Request>(&*head, u64::from(BPF_RB_NO_WAKEUP)).is_ok()
             }
             _ => false,
         };
-        if !is_passed_on {
-            lost(Loss::RequestsFull);
+        if !is_sent {
+            count_loss(Loss::RequestsFull);
         }
     }
 }
 
 /// A call that has read from a connection.
-pub(crate) struct Read {
+pub(crate) struct ReadCall {
     pub(crate) tgid: u32,
     pub(crate) tid: u32,
     pub(crate) fd: u32,
@@ -205,7 +205,7 @@ pub(crate) struct Read {
     pub(crate) connection: *mut Connection,
 }
 
-impl Read {
+impl ReadCall {
     /// The call that the current thread returns from; `None` if it has read nothing, or not from a known connection.
     #[inline(always)]
     pub(crate) fn of(ctx: &TracePointContext) -> Option<Self> {
@@ -213,7 +213,7 @@ impl Read {
         if !is_followed(tgid) {
             return None;
         }
-        let received = u32::try_from(kernel::returned(ctx)?).ok().filter(|&received| received > 0)?;
+        let received = u32::try_from(kernel::return_value(ctx)?).ok().filter(|&received| received > 0)?;
         let call = system_call::call_in_progress()?;
         let fd = u32::try_from(call.first()?).ok()?;
         let connection = CONNECTIONS.get_ptr_mut(Descriptor { tgid, fd })?;
@@ -225,18 +225,18 @@ impl Read {
     }
 
     #[inline(always)]
-    pub(crate) fn arrived_in_parts(&self, parts: u64) {
+    pub(crate) fn handle_first_part(&self, parts: u64) {
         if let Some([buffer, length]) = kernel::read_user::<[u64; 2]>(parts) {
-            self.arrived(buffer, length);
+            self.handle(buffer, length);
         }
     }
 
     /// Handles received data in a buffer of this length: a new request, or more of one.
     #[inline(always)]
-    pub(crate) fn arrived(&self, buffer: u64, length: u64) {
+    pub(crate) fn handle(&self, buffer: u64, length: u64) {
         // SAFETY: has no preconditions.
         let now = unsafe { bpf_ktime_get_ns() };
-        let is_http = kernel::read_user::<[u8; 8]>(buffer).is_some_and(begins_request);
+        let is_http = kernel::read_user::<[u8; 8]>(buffer).is_some_and(starts_request);
         // SAFETY: a live map value; only the thread that reads from the connection writes these fields.
         let request = unsafe {
             let connection = self.connection;
@@ -244,7 +244,7 @@ impl Read {
             let is_more =
                 !is_http && !is_first && ((*connection).is_http != 0 || (*connection).is_answered == 0);
             if is_more {
-                self.keep_more(buffer, length);
+                self.append(buffer, length);
             } else {
                 if !is_first && (*connection).is_answered == 0 {
                     (*connection).overlaps = 1;
@@ -252,15 +252,15 @@ impl Read {
                 (*connection).is_answered = 0;
                 (*connection).is_emitted = 0;
                 (*connection).is_http |= u32::from(is_http);
-                (*connection).request = work::number(self.tid, now);
-                self.keep(buffer, length, now);
+                (*connection).request = work::unique_id(self.tid, now);
+                self.store(buffer, length, now);
             }
             (*connection).request
         };
         // SAFETY: as above.
         let inode = unsafe { (*self.connection).inode };
         let origin = Origin { request, inode, fd: self.fd, reserved: 0 };
-        work::turn_to(self.tid, &Work { origin, ..work::current(self.tid) }, now);
+        work::switch_to(self.tid, &Work { origin, ..work::current(self.tid) }, now);
     }
 
     /// Stores the beginning of the connection's latest request.
@@ -268,7 +268,7 @@ impl Read {
     /// # Safety
     /// `self.connection` points to a live map value.
     #[inline(always)]
-    pub(crate) unsafe fn keep(&self, buffer: u64, length: u64, now: u64) {
+    pub(crate) unsafe fn store(&self, buffer: u64, length: u64, now: u64) {
         // SAFETY: by contract; the entry is a live map value of this CPU.
         unsafe {
             let id = (*self.connection).request;
@@ -284,7 +284,7 @@ impl Read {
             (*request).tgid = self.tgid;
             (*request).fd = self.fd;
             (*request).received = self.received;
-            (*request).kept = self.copy(buffer, length, (&raw mut (*request).bytes).cast(), MOST);
+            (*request).kept = self.copy(buffer, length, (&raw mut (*request).bytes).cast(), MAX_COPY);
         }
     }
 
@@ -293,7 +293,7 @@ impl Read {
     /// # Safety
     /// `self.connection` points to a live map value.
     #[inline(always)]
-    pub(crate) unsafe fn keep_more(&self, buffer: u64, length: u64) {
+    pub(crate) unsafe fn append(&self, buffer: u64, length: u64) {
         // SAFETY: by contract; at most half of the buffer is used, and at most half of it is copied.
         unsafe {
             let Some(request) = HEADS.get_ptr_mut((*self.connection).head) else { return };
@@ -301,8 +301,8 @@ impl Read {
             if (*request).id == (*self.connection).request {
                 (*request).received = (*request).received.saturating_add(self.received);
                 if kept < HEAD / 2 {
-                    let behind = (&raw mut (*request).bytes).cast::<u8>().add(kept);
-                    (*request).kept += self.copy(buffer, length, behind, MOST / 2);
+                    let end = (&raw mut (*request).bytes).cast::<u8>().add(kept);
+                    (*request).kept += self.copy(buffer, length, end, MAX_COPY / 2);
                 }
             }
         }
@@ -311,14 +311,14 @@ impl Read {
     /// Copies received data to `to`. Returns the number of bytes copied.
     ///
     /// # Safety
-    /// `to` has space for `most` bytes.
+    /// `to` has space for `max` bytes.
     #[inline(always)]
-    pub(crate) unsafe fn copy(&self, buffer: u64, length: u64, to: *mut u8, most: u32) -> u32 {
+    pub(crate) unsafe fn copy(&self, buffer: u64, length: u64, to: *mut u8, max: u32) -> u32 {
         #[expect(clippy::cast_possible_truncation, reason = "no more than was received, which has 32 bits")]
         let length = length.min(u64::from(self.received)) as u32;
         // SAFETY: reads a local. The read is volatile so that the verifier sees the bound that the compiler can prove.
         let length = unsafe { core::ptr::read_volatile(&raw const length) };
-        let kept = if length < most { length } else { most };
+        let kept = if length < max { length } else { max };
         if kept == 0 {
             return 0;
         }
@@ -333,7 +333,7 @@ impl Read {
 
 /// Whether data starts like an HTTP/1 request: at least three capital letters and a space.
 #[inline(always)]
-fn begins_request(bytes: [u8; 8]) -> bool {
+fn starts_request(bytes: [u8; 8]) -> bool {
     for (n, byte) in bytes.into_iter().enumerate() {
         if byte == b' ' {
             return n >= 3;

@@ -19,18 +19,18 @@ static REGISTERS: Array<u32> = Array::with_max_entries(1, 0);
 /// thread is in.
 #[inline(always)]
 pub(crate) fn find_registers(number: u64, argument: u64) {
-    if let Some(place) = kernel::registers_place(number, argument)
+    if let Some(offset) = kernel::find_registers_offset(number, argument)
         && let Some(entry) = REGISTERS.get_ptr_mut(0)
     {
         // SAFETY: a live map value that nobody else writes.
-        unsafe { *entry = place };
+        unsafe { *entry = offset };
     }
 }
 
 /// The call that the current thread is in, or returns from.
 #[inline(always)]
 pub(crate) fn call_in_progress() -> Option<CallInProgress> {
-    CallInProgress::current(*REGISTERS.get(0).filter(|&&place| place != 0)?)
+    CallInProgress::current(*REGISTERS.get(0).filter(|&&offset| offset != 0)?)
 }
 
 /// The place where a thread blocks, and what it waits for.
@@ -50,22 +50,22 @@ pub(crate) struct Blocked {
 
 impl Blocked {
     /// Unknown.
-    pub(crate) const SOMEWHERE: Self =
+    pub(crate) const UNKNOWN: Self =
         Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0, futex: 0, is_contended: false };
 
     /// The current thread, when `sched_switch` takes it off its CPU.
     #[inline(always)]
     pub(crate) fn current(ctx: &BtfTracePointContext) -> Self {
-        let Some(&place) = REGISTERS.get(0).filter(|&&place| place != 0) else { return Self::SOMEWHERE };
-        let registers = CallInProgress::of_current(ctx, 1, place);
+        let Some(&offset) = REGISTERS.get(0).filter(|&&offset| offset != 0) else { return Self::UNKNOWN };
+        let registers = CallInProgress::of_current(ctx, 1, offset);
         let frame_pointer = registers.frame_pointer().unwrap_or(0);
         match registers.number() {
             // Outside of system calls, a thread blocks only on its own memory.
-            None => Self { block: Block::PageFault as u32, frame_pointer, ..Self::SOMEWHERE },
+            None => Self { block: Block::PageFault as u32, frame_pointer, ..Self::UNKNOWN },
             Some(call) => {
-                let class = clue_of(call);
-                let block = block_in(&registers, class).unwrap_or(Block::Other as u32);
-                let at_futex = if class == SyscallClass::Futex as u8 { futex(&registers) } else { None };
+                let class = class_of(call);
+                let block = block_of(&registers, class).unwrap_or(Block::Other as u32);
+                let at_futex = if class == SyscallClass::Futex as u8 { futex_wait(&registers) } else { None };
                 let (futex, is_contended) = at_futex.unwrap_or_default();
                 Self { call, block, frame_pointer, futex, is_contended }
             }
@@ -74,7 +74,7 @@ impl Blocked {
 }
 
 #[inline(always)]
-fn clue_of(number: u32) -> u8 {
+fn class_of(number: u32) -> u8 {
     if number as usize >= CALLS {
         return SyscallClass::Other as u8;
     }
@@ -84,8 +84,8 @@ fn clue_of(number: u32) -> u8 {
 
 /// Address of the futex at which a thread inside `futex` waits, if it does, and whether the futex is contended.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
-fn futex(call: &CallInProgress) -> Option<(u64, bool)> {
+#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is undefined")]
+fn futex_wait(call: &CallInProgress) -> Option<(u64, bool)> {
     /// `FUTEX_WAIT` and `FUTEX_WAIT_BITSET`, and the bits of the argument that hold the command.
     const WAITS: [u32; 2] = [0, 9];
     const COMMAND: u32 = 0x7f;
@@ -97,7 +97,7 @@ fn futex(call: &CallInProgress) -> Option<(u64, bool)> {
 }
 
 #[inline(always)]
-fn block_in(call: &CallInProgress, class: u8) -> Option<u32> {
+fn block_of(call: &CallInProgress, class: u8) -> Option<u32> {
     let descriptor = if class == SyscallClass::File as u8 {
         call.first()?
     } else if class == SyscallClass::Poll as u8 {
@@ -106,14 +106,14 @@ fn block_in(call: &CallInProgress, class: u8) -> Option<u32> {
         }
         let file = OpenFile::of(kernel::read_user::<u32>(call.first()?)?)?;
         if file.is_anonymous()? {
-            return Some(if has_end(call.third()?) { Block::Sleep } else { Block::Lock } as u32);
+            return Some(if is_timeout(call.third()?) { Block::Sleep } else { Block::Lock } as u32);
         }
         return Some(file.block()? as u32);
     } else if class == SyscallClass::Select as u8 {
         if call.first()? == 0 {
             return Some(Block::Sleep as u32);
         }
-        lowest(call.second()?, call.third()?)?
+        lowest_descriptor(call.second()?, call.third()?)?
     } else if class == SyscallClass::Futex as u8 {
         return Some(Block::Lock as u32);
     } else {
@@ -124,15 +124,15 @@ fn block_in(call: &CallInProgress, class: u8) -> Option<u32> {
 
 /// Whether a timeout argument, in milliseconds or as a pointer, is a timeout: neither negative nor null.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is anything")]
-const fn has_end(timeout: u64) -> bool {
-    timeout != 0 && timeout as u32 != u32::MAX
+#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is undefined")]
+const fn is_timeout(argument: u64) -> bool {
+    argument != 0 && argument as u32 != u32::MAX
 }
 
 /// The lowest descriptor in two sets, among the first 64 descriptors.
 #[inline(always)]
-fn lowest(one: u64, other: u64) -> Option<u64> {
-    let set = |at: u64| if at == 0 { None } else { kernel::read_user::<u64>(at) };
-    let members = set(one).unwrap_or(0) | set(other).unwrap_or(0);
+fn lowest_descriptor(first: u64, second: u64) -> Option<u64> {
+    let set = |address: u64| if address == 0 { None } else { kernel::read_user::<u64>(address) };
+    let members = set(first).unwrap_or(0) | set(second).unwrap_or(0);
     if members == 0 { None } else { Some(members.trailing_zeros().into()) }
 }

@@ -8,7 +8,7 @@ use aya_ebpf::{
 use observer_common::{loss::Loss, process::Target};
 
 use super::id_filter;
-use crate::emit::lost;
+use crate::emit::count_loss;
 
 /// Processes under observation, by ID in the initial PID namespace.
 #[map]
@@ -33,7 +33,7 @@ pub(crate) fn selects() -> bool {
 /// candidate is observed until the loader decides. Returns whether the process is observed.
 #[inline(always)]
 pub(crate) fn nominate_candidate(tgid: u32) -> bool {
-    selects() && REJECTED_PIDS.get_ptr(tgid).is_none() && is_made_candidate(tgid)
+    selects() && REJECTED_PIDS.get_ptr(tgid).is_none() && add_candidate(tgid)
 }
 
 /// Makes a process a candidate that is not a target and listens, even if it was rejected: the listener may select it
@@ -42,19 +42,19 @@ pub(crate) fn nominate_candidate(tgid: u32) -> bool {
 pub(crate) fn renominate_candidate(tgid: u32) -> bool {
     selects() && {
         let _new = REJECTED_PIDS.remove(tgid);
-        is_made_candidate(tgid)
+        add_candidate(tgid)
     }
 }
 
 #[inline(always)]
-fn is_made_candidate(tgid: u32) -> bool {
+fn add_candidate(tgid: u32) -> bool {
     let candidate = Target { exited: 0, execs: 0, is_candidate: 1 };
     // This also fails if another thread was first, which is harmless.
-    let is_there = add(tgid, candidate) || is_target(tgid);
-    if !is_there {
-        lost(Loss::TargetsFull);
+    let is_observed = add(tgid, candidate) || is_target(tgid);
+    if !is_observed {
+        count_loss(Loss::TargetsFull);
     }
-    is_there
+    is_observed
 }
 
 /// Adds an entry if there is none. Returns whether it did.
@@ -76,7 +76,7 @@ pub(crate) fn is_target(tgid: u32) -> bool {
 
 #[inline(always)]
 pub(crate) fn target(tgid: u32) -> Option<*mut Target> {
-    if id_filter::of_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
+    if id_filter::may_contain_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
 }
 
 /// Whether a process is a candidate, as 0 or 1. Children of candidates are candidates, which are selected on their own

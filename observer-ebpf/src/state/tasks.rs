@@ -6,21 +6,23 @@ use aya_ebpf::{
     maps::{HashMap, RingBuf},
 };
 use observer_common::{
-    deferred::{CLASSES as MOST_CLASSES, Class, ClassKey, DeferredTask, Link, TASKS as MOST, TaskKey, Work},
+    deferred::{
+        CLASSES as MAX_CLASSES, Class, ClassKey, DeferredTask, Link, TASKS as MAX_TASKS, TaskKey, Work,
+    },
     loss::Loss,
     origin::Origin,
 };
 
 use super::work;
-use crate::emit::{add, lost, record};
+use crate::emit::{add, count_loss, record};
 
 /// Deferred tasks in flight.
 #[map]
-pub(crate) static TASKS: HashMap<TaskKey, DeferredTask> = HashMap::with_max_entries(MOST, 0);
+pub(crate) static TASKS: HashMap<TaskKey, DeferredTask> = HashMap::with_max_entries(MAX_TASKS, 0);
 
 /// Counters by kind of task. For each process the loader makes an entry for kinds that exceed the capacity.
 #[map]
-static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MOST_CLASSES, 0);
+static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MAX_CLASSES, 0);
 
 /// Deferred tasks of requests that are over.
 #[map]
@@ -51,7 +53,7 @@ pub(crate) fn parent(current: &Work, origin: &Origin) -> u64 {
 
 /// Clears the work of the current thread: its slice has ended, or the runtime has switched to no task.
 #[inline(always)]
-pub(crate) fn turn_from(tid: u32, now: u64) {
+pub(crate) fn clear_work(tid: u32, now: u64) {
     let current = work::current(tid);
     if current.task != 0
         && let Some(task) = TASKS.get_ptr_mut(current.key)
@@ -63,7 +65,7 @@ pub(crate) fn turn_from(tid: u32, now: u64) {
             }
         }
     }
-    work::turn_to(tid, &Work::NONE, now);
+    work::switch_to(tid, &Work::NONE, now);
     end_if_once(&current.key, now);
 }
 
@@ -89,7 +91,7 @@ pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
             return;
         }
         let has_started = (*task).started_ns != 0;
-        if let Some(class) = figures(&(*task).class) {
+        if let Some(class) = counters(&(*task).class) {
             if has_started {
                 add(&raw mut (*class).finished, 1);
                 record(&raw mut (*class).run, (*task).left_ns.saturating_sub((*task).started_ns));
@@ -115,7 +117,7 @@ pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
                 (*link).request_id = (*task).request_id;
                 entry.submit(u64::from(BPF_RB_NO_WAKEUP));
             } else {
-                lost(Loss::LinksFull);
+                count_loss(Loss::LinksFull);
             }
         }
     }
@@ -128,15 +130,15 @@ pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
     clippy::needless_borrows_for_generic_args,
     reason = "by value it would be copied to the stack first"
 )]
-pub(crate) fn figures(key: &ClassKey) -> Option<*mut Class> {
+pub(crate) fn counters(key: &ClassKey) -> Option<*mut Class> {
     if let Some(class) = CLASSES.get_ptr_mut(*key) {
         return Some(class);
     }
     if CLASSES.insert(*key, &NEW, u64::from(BPF_NOEXIST)).is_ok() {
-        let _no_room = KINDS.output::<ClassKey>(key, u64::from(BPF_RB_FORCE_WAKEUP));
+        let _retried_later = KINDS.output::<ClassKey>(key, u64::from(BPF_RB_FORCE_WAKEUP));
     }
     CLASSES.get_ptr_mut(*key).or_else(|| {
-        lost(Loss::ClassesFull);
+        count_loss(Loss::ClassesFull);
         CLASSES.get_ptr_mut(ClassKey { value: 0, naming: ClassKey::OTHERS, ..*key })
     })
 }

@@ -8,7 +8,7 @@ use observer_common::{
 };
 
 use super::reactors;
-use crate::emit::lost;
+use crate::emit::count_loss;
 
 /// Work by thread ID. An entry stays until its thread exits; it is empty while the thread has no known work.
 #[map]
@@ -23,19 +23,19 @@ pub(crate) fn current(tid: u32) -> Work {
 
 /// Switches the current thread to other work.
 #[inline(always)]
-pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
-    let is_nothing = next.origin.inode == 0 && next.key.tgid == 0;
+pub(crate) fn switch_to(tid: u32, next: &Work, now: u64) {
+    let is_none = next.origin.inode == 0 && next.key.tgid == 0;
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe {
-            reactors::account_work(tid, &*work, now, !is_nothing);
+            reactors::account_work(tid, &*work, now, !is_none);
             *work = *next;
             (*work).since_ns = now;
         }
-    } else if !is_nothing {
+    } else if !is_none {
         let work = Work { since_ns: now, ..*next };
         if WORK.insert(tid, work, u64::from(BPF_ANY)).is_err() {
-            lost(Loss::WorkFull);
+            count_loss(Loss::WorkFull);
             return;
         }
         reactors::account_work(tid, &work, now, true);
@@ -44,7 +44,7 @@ pub(crate) fn turn_to(tid: u32, next: &Work, now: u64) {
 
 /// Changes the key of the current thread's task.
 #[inline(always)]
-pub(crate) fn is_known_by(tid: u32, key: TaskKey) {
+pub(crate) fn rekey(tid: u32, key: TaskKey) {
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe { (*work).key = key };
@@ -60,7 +60,7 @@ pub(crate) fn thread_exited(tid: u32) {
 /// A unique ID for something that this thread begins now. The clock's bits in it repeat after more than an hour, when
 /// what the same thread began at that time is long over.
 #[inline(always)]
-pub(crate) const fn number(tid: u32, now: u64) -> u64 {
+pub(crate) const fn unique_id(tid: u32, now: u64) -> u64 {
     /// Number of bits of a thread ID.
     const TID_BITS: u32 = 22;
     now << TID_BITS | tid as u64

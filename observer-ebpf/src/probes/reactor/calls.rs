@@ -3,7 +3,7 @@
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::tracepoint, programs::TracePointContext};
 use observer_common::reactor::{Call, FOREVER, Kind};
 
-use super::wait::{Thread, returned};
+use super::wait::{Thread, return_from_call};
 use crate::{kernel, state::reactors::find};
 
 /// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and the result of a ring's wait that timed out.
@@ -19,7 +19,7 @@ const SET_WORDS: u32 = 16;
 #[tracepoint]
 fn epoll_enter(ctx: TracePointContext) -> u32 {
     if let Some(thread) = Thread::current() {
-        thread.enters(epoll(&ctx));
+        thread.enter(epoll(&ctx));
     }
     0
 }
@@ -27,13 +27,13 @@ fn epoll_enter(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn epoll(ctx: &TracePointContext) -> Option<Call> {
     let [set, _, _, timeout] = kernel::arguments(ctx)?;
-    Some(Call { kind: Kind::Epoll, set: low(set), is_single: false, timeout_ns: milliseconds(timeout) })
+    Some(Call { kind: Kind::Epoll, set: low_half(set), is_single: false, timeout_ns: milliseconds(timeout) })
 }
 
 #[tracepoint]
 fn pwait2_enter(ctx: TracePointContext) -> u32 {
     if let Some(thread) = Thread::current() {
-        thread.enters(pwait2(&ctx));
+        thread.enter(pwait2(&ctx));
     }
     0
 }
@@ -41,13 +41,13 @@ fn pwait2_enter(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn pwait2(ctx: &TracePointContext) -> Option<Call> {
     let [set, _, _, timeout] = kernel::arguments(ctx)?;
-    Some(Call { kind: Kind::Epoll, set: low(set), is_single: false, timeout_ns: timespec(timeout) })
+    Some(Call { kind: Kind::Epoll, set: low_half(set), is_single: false, timeout_ns: timespec(timeout) })
 }
 
 #[tracepoint]
 fn uring_enter(ctx: TracePointContext) -> u32 {
     if let Some(thread) = Thread::current() {
-        thread.enters(uring(&ctx));
+        thread.enter(uring(&ctx));
     }
     0
 }
@@ -56,19 +56,19 @@ fn uring_enter(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn uring(ctx: &TracePointContext) -> Option<Call> {
     let [ring, _, completions, flags, argument] = kernel::arguments(ctx)?;
-    if low(completions) == 0 || low(flags) & GETEVENTS == 0 {
+    if low_half(completions) == 0 || low_half(flags) & GETEVENTS == 0 {
         return None;
     }
     // `struct io_uring_getevents_arg`: a signal mask, its size, padding, and a pointer to a timespec.
-    let timeout = if low(flags) & EXT_ARG == 0 { None } else { kernel::read_user::<[u64; 3]>(argument) };
+    let timeout = if low_half(flags) & EXT_ARG == 0 { None } else { kernel::read_user::<[u64; 3]>(argument) };
     let timeout_ns = timeout.map_or(FOREVER, |[_, _, timeout]| timespec(timeout));
-    Some(Call { kind: Kind::IoUring, set: low(ring), is_single: false, timeout_ns })
+    Some(Call { kind: Kind::IoUring, set: low_half(ring), is_single: false, timeout_ns })
 }
 
 #[tracepoint]
 fn poll_enter(ctx: TracePointContext) -> u32 {
     if let Some(thread) = Thread::current() {
-        thread.enters(poll(&ctx));
+        thread.enter(poll(&ctx));
     }
     0
 }
@@ -76,13 +76,13 @@ fn poll_enter(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn poll(ctx: &TracePointContext) -> Option<Call> {
     let [descriptors, count, timeout] = kernel::arguments(ctx)?;
-    polled(descriptors, low(count), milliseconds(timeout))
+    poll_call(descriptors, low_half(count), milliseconds(timeout))
 }
 
 #[tracepoint]
 fn ppoll_enter(ctx: TracePointContext) -> u32 {
     if let Some(thread) = Thread::current() {
-        thread.enters(ppoll(&ctx));
+        thread.enter(ppoll(&ctx));
     }
     0
 }
@@ -90,13 +90,13 @@ fn ppoll_enter(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn ppoll(ctx: &TracePointContext) -> Option<Call> {
     let [descriptors, count, timeout] = kernel::arguments(ctx)?;
-    polled(descriptors, low(count), timespec(timeout))
+    poll_call(descriptors, low_half(count), timespec(timeout))
 }
 
 #[tracepoint]
 fn select_enter(ctx: TracePointContext) -> u32 {
     if let Some(thread) = Thread::current() {
-        thread.enters(select(&ctx));
+        thread.enter(select(&ctx));
     }
     0
 }
@@ -105,13 +105,13 @@ fn select_enter(ctx: TracePointContext) -> u32 {
 fn select(ctx: &TracePointContext) -> Option<Call> {
     let [limit, read, write, except, timeout] = kernel::arguments(ctx)?;
     // A `timeval` is a `timespec` of microseconds.
-    selected(low(limit), [read, write, except], relative(timeout, 1_000))
+    select_call(low_half(limit), [read, write, except], read_timeout(timeout, 1_000))
 }
 
 #[tracepoint]
 fn pselect_enter(ctx: TracePointContext) -> u32 {
     if let Some(thread) = Thread::current() {
-        thread.enters(pselect(&ctx));
+        thread.enter(pselect(&ctx));
     }
     0
 }
@@ -119,7 +119,7 @@ fn pselect_enter(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn pselect(ctx: &TracePointContext) -> Option<Call> {
     let [limit, read, write, except, timeout] = kernel::arguments(ctx)?;
-    selected(low(limit), [read, write, except], timespec(timeout))
+    select_call(low_half(limit), [read, write, except], timespec(timeout))
 }
 
 /// The loader has made an entry for each thread that was already in a call when the programs were attached.
@@ -127,9 +127,9 @@ fn pselect(ctx: &TracePointContext) -> Option<Call> {
 fn epoll_exit(ctx: TracePointContext) -> u32 {
     let tid = kernel::current().1;
     if let Some(reactor) = find(tid) {
-        let events = kernel::returned(&ctx).unwrap_or(0);
+        let events = kernel::return_value(&ctx).unwrap_or(0);
         // SAFETY: a live map value that only this thread writes while it runs.
-        unsafe { returned(reactor, tid, events, events == 0) };
+        unsafe { return_from_call(reactor, tid, events, events == 0) };
     }
     0
 }
@@ -139,31 +139,31 @@ fn epoll_exit(ctx: TracePointContext) -> u32 {
 fn uring_exit(ctx: TracePointContext) -> u32 {
     let tid = kernel::current().1;
     if let Some(reactor) = find(tid) {
-        let answer = kernel::returned(&ctx).unwrap_or(0);
+        let result = kernel::return_value(&ctx).unwrap_or(0);
         // SAFETY: as above.
-        unsafe { returned(reactor, tid, 0, answer == ETIME) };
+        unsafe { return_from_call(reactor, tid, 0, result == ETIME) };
     }
     0
 }
 
 #[tracepoint]
 fn poll_exit(ctx: TracePointContext) -> u32 {
-    polled_or_selected(&ctx)
+    return_from_poll_or_select(&ctx)
 }
 
 #[tracepoint]
 fn select_exit(ctx: TracePointContext) -> u32 {
-    polled_or_selected(&ctx)
+    return_from_poll_or_select(&ctx)
 }
 
 #[inline(always)]
-fn polled_or_selected(ctx: &TracePointContext) -> u32 {
+fn return_from_poll_or_select(ctx: &TracePointContext) -> u32 {
     let tid = kernel::current().1;
     if let Some(reactor) = find(tid) {
-        let events = kernel::returned(ctx).unwrap_or(0);
+        let events = kernel::return_value(ctx).unwrap_or(0);
         if events != ERESTART_RESTARTBLOCK {
             // SAFETY: as above.
-            unsafe { returned(reactor, tid, events, events == 0) };
+            unsafe { return_from_call(reactor, tid, events, events == 0) };
         }
     }
     0
@@ -171,7 +171,7 @@ fn polled_or_selected(ctx: &TracePointContext) -> u32 {
 
 /// A call of the `poll` family; `None` if it polls no descriptor and so only sleeps.
 #[inline(always)]
-fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
+fn poll_call(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
     if count == 0 {
         return None;
     }
@@ -180,10 +180,10 @@ fn polled(descriptors: u64, count: u32, timeout_ns: u64) -> Option<Call> {
 
 /// A call of the `select` family; `None` if it selects no descriptor and so only sleeps.
 #[inline(always)]
-fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
+fn select_call(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
     // Always zero, but unknown to the verifier, which would otherwise analyse the following code once for each value
     // that the numbers may have.
-    let unknown = bpf_get_current_pid_tgid() ^ bpf_get_current_pid_tgid();
+    let opaque_zero = bpf_get_current_pid_tgid() ^ bpf_get_current_pid_tgid();
     let (mut first, mut count) = (0, 0);
     for word in 0..SET_WORDS {
         if word * u64::BITS >= limit {
@@ -201,39 +201,39 @@ fn selected(limit: u32, sets: [u64; 3], timeout_ns: u64) -> Option<Call> {
             }
             count += if members & (members - 1) == 0 { 1 } else { 2 };
         }
-        first ^= unknown;
-        count ^= unknown;
+        first ^= opaque_zero;
+        count ^= opaque_zero;
     }
     if count == 0 {
         return None;
     }
-    Some(Call { kind: Kind::Poll, set: low(first), is_single: count == 1, timeout_ns })
+    Some(Call { kind: Kind::Poll, set: low_half(first), is_single: count == 1, timeout_ns })
 }
 
 /// An `int` argument: the upper half of its register is undefined.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
-const fn low(argument: u64) -> u32 {
+#[expect(clippy::cast_possible_truncation, reason = "drops the upper half on purpose")]
+const fn low_half(argument: u64) -> u32 {
     argument as u32
 }
 
 /// Converts a timeout in milliseconds to nanoseconds; a negative one is [`FOREVER`].
 #[inline(always)]
 const fn milliseconds(argument: u64) -> u64 {
-    let timeout = low(argument);
+    let timeout = low_half(argument);
     if timeout.cast_signed() < 0 { FOREVER } else { timeout as u64 * 1_000_000 }
 }
 
 /// Reads a timeout from a pointer to a `timespec`, in nanoseconds.
 #[inline(always)]
 fn timespec(argument: u64) -> u64 {
-    relative(argument, 1)
+    read_timeout(argument, 1)
 }
 
 /// Reads a timeout from a pointer to seconds and units of `unit` nanoseconds, in nanoseconds; [`FOREVER`] if the
 /// pointer is null or unreadable.
 #[inline(always)]
-fn relative(argument: u64, unit: u64) -> u64 {
+fn read_timeout(argument: u64, unit: u64) -> u64 {
     match kernel::read_user::<[u64; 2]>(argument) {
         // A timeout of 2^32 seconds or more, which is over a century, counts as none.
         Some([seconds, units]) if seconds < 1 << 32 => seconds * 1_000_000_000 + units * unit,

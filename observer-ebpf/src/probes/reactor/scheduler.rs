@@ -6,7 +6,7 @@ use observer_common::{
     reactor::{GC_UNKNOWN, Phase, Reactor, RunState},
 };
 
-use super::slice::{slice_begins, slice_ends, switch_run_state};
+use super::slice::{begin_slice, end_slice, switch_run_state};
 use crate::{
     kernel::{self, OffCpuReason, Task},
     state::{pools, reactors::find, system_call::Blocked},
@@ -17,34 +17,35 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
     let (previous, next) = (Task::argument(&ctx, 1).tid(), Task::argument(&ctx, 2).tid());
     let mut switched_ns = 0;
     if let Some(reactor) = find(previous) {
-        let off = kernel::off(&ctx);
-        let run = if off == OffCpuReason::Preempted { RunState::Preempted } else { RunState::Blocked };
+        let reason = kernel::off_cpu_reason(&ctx);
+        let run = if reason == OffCpuReason::Preempted { RunState::Preempted } else { RunState::Blocked };
         // SAFETY: a live map value; its thread is leaving its CPU here.
         unsafe {
             let now = bpf_ktime_get_ns();
             switched_ns = now;
             switch_run_state(reactor, run, now);
             // A thread that is preempted in its wait call still wants the CPU: it may already have found an event.
-            let waits = (*reactor).is_in_wait != 0 && off != OffCpuReason::Preempted;
+            let enters_wait = (*reactor).is_in_wait != 0 && reason != OffCpuReason::Preempted;
             if (*reactor).phase == Phase::Slice as u32 {
                 // A stopped thread waits for nothing, whatever call it is in.
-                let is_asked = off == OffCpuReason::Blocked && !waits;
-                let at = if is_asked { Blocked::current(&ctx) } else { Blocked::SOMEWHERE };
+                let needs_cause = reason == OffCpuReason::Blocked && !enters_wait;
+                let blocked = if needs_cause { Blocked::current(&ctx) } else { Blocked::UNKNOWN };
                 // Some runtimes park at a counter, which at times has the value of a contended mutex.
-                let may_be_parked = at.futex != 0 && (!at.is_contended || at.futex == (*reactor).parked_at);
+                let may_be_parked =
+                    blocked.futex != 0 && (!blocked.is_contended || blocked.futex == (*reactor).parked_at);
                 if may_be_parked {
-                    (*reactor).parked_at = at.futex;
+                    (*reactor).parked_at = blocked.futex;
                 }
-                (*reactor).contended_at = if may_be_parked { 0 } else { at.futex };
-                if waits || (may_be_parked && pools::is_any((*reactor).tgid, (*reactor).pattern)) {
-                    slice_ends(reactor, previous, now);
-                    (*reactor).phase = if waits { Phase::Waiting } else { Phase::Parked } as u32;
+                (*reactor).contended_at = if may_be_parked { 0 } else { blocked.futex };
+                if enters_wait || (may_be_parked && pools::is_shared((*reactor).tgid, (*reactor).pattern)) {
+                    end_slice(reactor, previous, now);
+                    (*reactor).phase = if enters_wait { Phase::Waiting } else { Phase::Parked } as u32;
                     (*reactor).phase_since_ns = now;
                 } else {
                     (*reactor).may_be_parked_ns = if may_be_parked { now } else { 0 };
-                    (*reactor).call = at.call;
-                    (*reactor).block = at.block;
-                    (*reactor).frame_pointer = at.frame_pointer;
+                    (*reactor).call = blocked.call;
+                    (*reactor).block = blocked.block;
+                    (*reactor).frame_pointer = blocked.frame_pointer;
                 }
             }
         }
@@ -54,7 +55,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
         unsafe {
             let now = if switched_ns == 0 { bpf_ktime_get_ns() } else { switched_ns };
             if (*reactor).phase == Phase::Slice as u32 && (*reactor).may_be_parked_ns != 0 {
-                if pools::is_any((*reactor).tgid, (*reactor).pattern) {
+                if pools::is_shared((*reactor).tgid, (*reactor).pattern) {
                     reclassify_as_parked(reactor, Task::argument(&ctx, 2).tid());
                 }
                 (*reactor).may_be_parked_ns = 0;
@@ -71,7 +72,7 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
                 (*reactor).wait_ns += now.saturating_sub((*reactor).phase_since_ns);
                 // The thread's memory cannot be read before the switch is complete.
                 (*reactor).gc_before_ns = GC_UNKNOWN;
-                slice_begins(reactor, now);
+                begin_slice(reactor, now);
             }
         }
     }
@@ -112,7 +113,7 @@ unsafe fn reclassify_as_parked(reactor: *mut Reactor, tid: u32) {
             (*reactor).parts[LOCK].ns -= (*reactor).run_since_ns.saturating_sub(since);
         }
         (*reactor).gc_before_ns = GC_UNKNOWN;
-        slice_ends(reactor, tid, since);
+        end_slice(reactor, tid, since);
         (*reactor).phase = Phase::Parked as u32;
         (*reactor).phase_since_ns = since;
     }

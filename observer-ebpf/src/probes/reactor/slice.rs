@@ -9,10 +9,10 @@ use observer_common::{
 };
 
 use crate::{
-    emit::lost,
+    emit::count_loss,
     state::{
         gc,
-        reactors::{keep_longest, took},
+        reactors::{record_duration, update_longest_work},
         requests, tasks, work,
     },
 };
@@ -31,15 +31,15 @@ static STALL_NS: u64 = 0;
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
+pub(crate) unsafe fn end_slice(reactor: *mut Reactor, tid: u32, now: u64) {
     // SAFETY: by contract.
     unsafe {
-        gc::slice_ends(reactor, now);
+        gc::on_slice_end(reactor, now);
         if (*reactor).has_work != 0 {
-            tasks::turn_from(tid, now);
+            tasks::clear_work(tid, now);
         }
         let length = now.saturating_sub((*reactor).phase_since_ns);
-        took(reactor, |durations| &raw mut (*durations).slice, length);
+        record_duration(reactor, |durations| &raw mut (*durations).slice, length);
         if length >= core::ptr::read_volatile(&raw const STALL_NS) {
             emit_stall(reactor, tid, length);
         }
@@ -51,7 +51,7 @@ pub(crate) unsafe fn slice_ends(reactor: *mut Reactor, tid: u32, now: u64) {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
+pub(crate) unsafe fn begin_slice(reactor: *mut Reactor, since_ns: u64) {
     // SAFETY: by contract.
     unsafe {
         (*reactor).phase = Phase::Slice as u32;
@@ -85,15 +85,15 @@ pub(crate) unsafe fn slice_begins(reactor: *mut Reactor, since_ns: u64) {
 #[inline(always)]
 unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64) {
     let Some(mut entry) = STALLS.reserve::<Stall>(0) else {
-        lost(Loss::StallsFull);
+        count_loss(Loss::StallsFull);
         return;
     };
     // SAFETY: the reserved entry is exclusive until it is submitted, and large enough; `reactor` by contract.
     unsafe {
         // The time since the last switch of work counts as well, even if the thread has had no work since.
         let last = work::current(tid);
-        keep_longest(reactor, &last.origin, last.since_ns, (*reactor).phase_since_ns + length_ns);
-        requests::stalled((*reactor).tgid, &(*reactor).longest_work_for);
+        update_longest_work(reactor, &last.origin, last.since_ns, (*reactor).phase_since_ns + length_ns);
+        requests::emit_stalled_request((*reactor).tgid, &(*reactor).longest_work_for);
         let stall = entry.as_mut_ptr();
         (*stall).tid = tid;
         (*stall).tgid = (*reactor).tgid;
@@ -144,7 +144,7 @@ pub(crate) unsafe fn switch_run_state(reactor: *mut Reactor, to: RunState, now: 
             && from == RunState::Woken as u32
             && to as u32 == RunState::Cpu as u32
         {
-            took(reactor, |durations| &raw mut (*durations).wakeup, elapsed);
+            record_duration(reactor, |durations| &raw mut (*durations).wakeup, elapsed);
         }
         (*reactor).run = to as u32;
         (*reactor).run_since_ns = now;

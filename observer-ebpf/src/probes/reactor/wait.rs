@@ -5,12 +5,12 @@ use core::ptr::null_mut;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use observer_common::reactor::{Call, FOREVER, Phase, Reactor, RunState};
 
-use super::slice::{slice_begins, slice_ends, switch_run_state};
+use super::slice::{begin_slice, end_slice, switch_run_state};
 use crate::{
     kernel,
     state::{
         gc, pools,
-        reactors::{claim, evict_stale, find, took},
+        reactors::{claim, evict_stale, find, record_duration},
         targets,
     },
 };
@@ -21,16 +21,16 @@ pub(crate) struct Thread {
     pub(crate) tid: u32,
     /// The thread's entry; null if it has none. It is no `Option`, because the compiler would copy the uninitialised
     /// value of `None`, which the verifier rejects.
-    pub(crate) known: *mut Reactor,
+    pub(crate) existing: *mut Reactor,
 }
 
 impl Thread {
     #[inline(always)]
     pub(crate) fn current() -> Option<Self> {
         let (tgid, tid) = kernel::current();
-        let known = find(tid).filter(|reactor| !evict_stale(*reactor, tid)).unwrap_or(null_mut());
-        if !known.is_null() || targets::is_target(tgid) || targets::nominate_candidate(tgid) {
-            Some(Self { tgid, tid, known })
+        let existing = find(tid).filter(|reactor| !evict_stale(*reactor, tid)).unwrap_or(null_mut());
+        if !existing.is_null() || targets::is_target(tgid) || targets::nominate_candidate(tgid) {
+            Some(Self { tgid, tid, existing })
         } else {
             None
         }
@@ -38,19 +38,19 @@ impl Thread {
 
     /// The thread's entry, which is created if there is none.
     #[inline(always)]
-    pub(crate) fn reactor(&self) -> Option<*mut Reactor> {
-        if self.known.is_null() { claim(self.tid, self.tgid) } else { Some(self.known) }
+    pub(crate) fn find_or_claim(&self) -> Option<*mut Reactor> {
+        if self.existing.is_null() { claim(self.tid, self.tgid) } else { Some(self.existing) }
     }
 
     /// Enters a call, if it is one that may be a wait. If it is the wait of the thread's event loop and a slice is in
     /// progress, the slice ends as soon as the thread blocks in the call.
     #[inline(always)]
-    pub(crate) fn enters(self, call: Option<Call>) {
+    pub(crate) fn enter(self, call: Option<Call>) {
         let Some(call) = call else { return };
-        if self.known.is_null() && call.is_single {
+        if self.existing.is_null() && call.is_single {
             return;
         }
-        let Some(reactor) = self.reactor() else { return };
+        let Some(reactor) = self.find_or_claim() else { return };
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             let before = (*reactor).pattern;
@@ -82,7 +82,7 @@ impl Thread {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, timed_out: bool) {
+pub(crate) unsafe fn return_from_call(reactor: *mut Reactor, tid: u32, events: i64, timed_out: bool) {
     // SAFETY: by contract.
     unsafe {
         let since = if (*reactor).phase == Phase::Waiting as u32 {
@@ -97,14 +97,18 @@ pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, time
                 let is_due = timed_out && timeout != FOREVER;
                 let wait_return_delay =
                     if is_due { elapsed.saturating_sub(timeout) } else { since.saturating_sub(woken) };
-                took(reactor, |durations| &raw mut (*durations).wait_return_delay, wait_return_delay);
+                record_duration(
+                    reactor,
+                    |durations| &raw mut (*durations).wait_return_delay,
+                    wait_return_delay,
+                );
             }
             since
         } else if (*reactor).is_in_wait != 0 {
             // The thread has not blocked: the wait took no time.
             let now = bpf_ktime_get_ns();
             switch_run_state(reactor, RunState::Cpu, now);
-            slice_ends(reactor, tid, now);
+            end_slice(reactor, tid, now);
             now
         } else {
             return;
@@ -113,9 +117,9 @@ pub(crate) unsafe fn returned(reactor: *mut Reactor, tid: u32, events: i64, time
         if events > 0 {
             (*reactor).events += events.cast_unsigned();
         }
-        gc::slice_begins(reactor);
+        gc::on_slice_begin(reactor);
         // A thread that was already waiting when observer attached has not been counted yet.
         pools::join((*reactor).tgid, &raw mut (*reactor).pattern);
-        slice_begins(reactor, since);
+        begin_slice(reactor, since);
     }
 }

@@ -1,5 +1,5 @@
-//! Shared types of the *deferred* probe: deferred tasks, their origins, and the extractors that tell the programs,
-//! which know no runtime, how to read both from a process.
+//! Shared types of the *deferred* probe: deferred tasks, their origins, and the extractors, which describe to the
+//! programs how to read both in any runtime.
 
 use crate::{histogram::Histogram, origin::Origin};
 

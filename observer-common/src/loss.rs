@@ -26,7 +26,7 @@ pub enum Loss {
     ConnectionsFull,
     /// `REQUESTS` was full, or a newer request had overwritten this one: its content is unknown.
     RequestsFull,
-    /// Requests of one connection overlapped: it is unknown which of them is worked on.
+    /// Requests of one connection overlapped: it is unknown which one is worked on.
     RequestsOverlap,
     /// `WORK` was full: the tasks that a thread enqueues have no origin.
     WorkFull,

@@ -122,7 +122,7 @@ impl WaitPattern {
 }
 
 /// Key of `POOLS`: an epoll set of a process. The value is the number of threads that wait on it, in turn or at once.
-/// If there are several, one of them may be parked.
+/// If there are several, a thread may be parked.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pool {

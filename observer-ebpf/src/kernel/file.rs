@@ -115,7 +115,7 @@ impl OpenFile {
         probe(probe(self.0, offset(&LAYOUT.file_inode))?, offset(&LAYOUT.inode_number))
     }
 
-    /// Whether the file is in no file system, like an `eventfd` or a `timerfd`.
+    /// Whether the file is anonymous, that is, without a file type: an `eventfd`, a `timerfd`, or a similar object.
     #[inline(always)]
     pub(crate) fn is_anonymous(self) -> Option<bool> {
         let inode = probe(self.0, offset(&LAYOUT.file_inode))?;
@@ -266,7 +266,7 @@ impl Socket {
         }
     }
 
-    /// Number of connections in the accept queue of a socket of this family.
+    /// Number of connections in the accept queue. `family` is that of the socket.
     #[inline(always)]
     pub(crate) fn queue_depth(self, family: u16) -> Option<u32> {
         if family == AF_UNIX {

@@ -96,7 +96,7 @@ impl CallInProgress {
         Some(Self(stack.wrapping_add(at as usize)))
     }
 
-    /// Number of the call; `None` outside of any call, which is in the handling of a fault.
+    /// Number of the call; `None` outside of any call, that is, while a fault is handled.
     #[inline(always)]
     pub(crate) fn number(&self) -> Option<u32> {
         u32::try_from(self.word(&LAYOUT.registers_call)?.cast_signed()).ok()
@@ -125,7 +125,6 @@ impl CallInProgress {
 
     #[inline(always)]
     fn word(&self, field: &'static u32) -> Option<u64> {
-        // The offset of an absent field is past the end of every stack.
         if offset(field) == ABSENT as usize { None } else { probe(self.0, offset(field)) }
     }
 }

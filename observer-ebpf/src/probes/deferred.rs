@@ -95,7 +95,7 @@ struct ReachedHook<'a> {
     flags: u32,
     extractor: *const Extractor,
     ctx: &'a ProbeContext,
-    /// The time when the hook was reached. It is read once, because that takes a tenth of the program's run time.
+    /// When the hook was reached. The clock is read once, because that takes a tenth of the program's run time.
     now: u64,
 }
 
@@ -125,7 +125,7 @@ impl ReachedHook<'_> {
         reason = "by value it would be copied to the stack first"
     )]
     fn snapshot(&self, key: TaskKey) -> Option<()> {
-        // A task cannot be enqueued twice: the key is that of a task whose memory has been reused.
+        // A task cannot be enqueued twice, so the key was that of a task whose memory has been reused.
         if let Some(before) = TASKS.get_ptr_mut(key) {
             end(before, &key, self.now);
         }
@@ -180,9 +180,9 @@ impl ReachedHook<'_> {
         let takes_over = self.flags & Hook::TAKES_OVER != 0 && before.task == 0;
         let read_origin = if takes_over { before.origin } else { Origin::NONE };
         let Some(task) = TASKS.get_ptr_mut(key) else {
-            // The task's origin is unknown.
+            // The task is unknown, and so is its origin.
             work::switch_to(self.tid, &Work { origin: read_origin, task: 0, key, since_ns: 0 }, self.now);
-            // A context that is not a separate task misses no enqueue.
+            // If the context is not a separate task, no enqueue has been missed.
             return self.class(key).filter(|class| class.naming == ClassKey::SAME_WORK).map(|_| ());
         };
         // SAFETY: a live map value; a task runs on one thread at a time.

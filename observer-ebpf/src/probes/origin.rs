@@ -1,4 +1,4 @@
-//! *origin*: which request a thread of a target works for, by the data that arrives on the connections it has accepted.
+//! *origin*: the requests that threads of a target work for, which arrive on the connections it has accepted.
 //! For processes whose deferred tasks are not followed, this costs no more than a map lookup.
 
 use aya_ebpf::{macros::tracepoint, programs::TracePointContext};

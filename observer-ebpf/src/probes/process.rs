@@ -26,8 +26,7 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
     // SAFETY: a static that only the loader writes, before any program runs.
     let follow = unsafe { core::ptr::read_volatile(&raw const FOLLOW) } != 0;
     if parent != child && follow && is_target(parent) {
-        // This replaces the entry of a process with the same ID that has exited since the loader last read the map. The
-        // change of `execs` shows that the program is another one.
+        // Replaces an exited process of the same ID that the loader has not removed yet: `execs` shows the difference.
         let execs = execs_of(child).map_or(0, |before| before.wrapping_add(1));
         let target = Target { exited: 0, execs, is_candidate: is_candidate(parent) };
         if !targets::add(child, target) && TARGETS.insert(child, target, u64::from(BPF_EXIST)).is_err() {

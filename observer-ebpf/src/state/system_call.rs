@@ -22,7 +22,7 @@ pub(crate) fn find_registers(number: u64, argument: u64) {
     if let Some(offset) = kernel::find_registers_offset(number, argument)
         && let Some(entry) = REGISTERS.get_ptr_mut(0)
     {
-        // SAFETY: a live map value that nobody else writes.
+        // SAFETY: a live map value that nothing else writes.
         unsafe { *entry = offset };
     }
 }

@@ -79,8 +79,7 @@ pub(crate) fn target(tgid: u32) -> Option<*mut Target> {
     if id_filter::may_contain_process(tgid) { TARGETS.get_ptr_mut(tgid) } else { None }
 }
 
-/// Whether a process is a candidate, as 0 or 1. Children of candidates are candidates, which are selected on their own
-/// merits.
+/// Whether a process is a candidate, as 0 or 1. Its children are candidates, too: the loader decides about each.
 #[inline(always)]
 pub(crate) fn is_candidate(tgid: u32) -> u32 {
     // SAFETY: a live map value; this field never changes.

@@ -1,4 +1,4 @@
-//! What can be seen of a process, told before it is observed: its sockets, its memory, its runtimes and their functions.
+//! Findings of `observer check --pid`: whether a process can be observed, and how much of its sockets, memory and runtimes.
 
 use std::{
     fs::File,
@@ -17,10 +17,10 @@ use crate::{
     stacks::{interpreter::Interpreter, mappings::Mappings, memory::Live},
 };
 
-/// Fifth byte of an ELF file for machine words of 64 bits.
+/// `e_ident[EI_CLASS]` of a 64-bit ELF file.
 const ELF_CLASS_64: u8 = 2;
 
-/// Looks at a process. Whoever cannot be observed at all has one finding alone.
+/// Checks a process. If it cannot be observed, returns that finding alone.
 pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<Finding> {
     let process = Process::of(pid);
     let place = [
@@ -43,32 +43,32 @@ pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<Finding> {
         outcome: observable.map_err(|failure| failure.what),
     }];
     if is_observable {
-        findings.push(finding(
+        findings.push(optional(
             "serves",
-            "listens, or has what event loops wait on",
+            "listens on a socket, or has an epoll set or an io_uring",
             if criteria::is_server(pid) {
                 Ok(())
             } else {
-                Err("it has neither a listener nor an epoll set nor an io_uring".into())
+                Err("it has no listener, no epoll set and no io_uring".into())
             },
-            "nothing: it is seen from the moment when it has; loops that poll or select: --reactor-calls",
+            "none needed: it is observed once it has one; for loops that poll or select, use --reactor-calls",
         ));
-        // Whether it can be read is told below.
+        // An unreadable executable is reported by the checks of the code below.
         if let Ok(is_64_bit) = is_64_bit(pid) {
-            findings.push(finding(
+            findings.push(optional(
                 "64-bit program",
-                "system calls are told apart by their numbers",
+                "system calls are identified by their numbers",
                 if is_64_bit { Ok(()) } else { Err("it is a 32-bit program".into()) },
-                "a 64-bit program: what this one blocks in is told wrong, all else is right",
+                "run a 64-bit program: the calls that this one blocks in are misreported, all else is right",
             ));
         }
-        findings.extend(code(pid, runtimes));
+        findings.extend(code_findings(pid, runtimes));
     }
     findings
 }
 
-/// One that the main job goes without.
-fn finding(name: &str, purpose: &str, outcome: Result<(), String>, cure: &str) -> Finding {
+/// A finding about something optional.
+fn optional(name: &str, purpose: &str, outcome: Result<(), String>, cure: &str) -> Finding {
     Finding { name: name.into(), purpose: purpose.into(), required: false, outcome, cure: cure.into() }
 }
 
@@ -78,35 +78,35 @@ fn is_64_bit(pid: u32) -> io::Result<bool> {
     Ok(head[4] == ELF_CLASS_64)
 }
 
-/// What is known of the code it runs.
-fn code(pid: u32, mut runtimes: Runtimes) -> Vec<Finding> {
+/// Checks the memory of a process, its interpreter, its runtimes and the profiles that the user asked for.
+fn code_findings(pid: u32, mut runtimes: Runtimes) -> Vec<Finding> {
     let rights = "see CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH above";
     let memory = Live::of(pid).map(drop).map_err(|error| error.to_string());
     let is_read = memory.is_ok();
-    let mut findings = vec![finding("memory", "functions that were on top in a stall", memory, rights)];
+    let mut findings = vec![optional("memory", "functions on the stack during a stall", memory, rights)];
     if !is_read {
         return findings;
     }
     match Interpreter::of(pid) {
         Ok(None) => {}
-        Ok(Some(interpreter)) => findings.push(finding(
+        Ok(Some(interpreter)) => findings.push(optional(
             &interpreter.name,
-            "its own functions by name",
+            "interpreted functions by name",
             interpreter.readable(),
-            "nothing: native functions are named instead",
+            "none needed: native functions are named instead",
         )),
-        Err(error) => findings.push(finding("runtime", "functions by name", Err(error.to_string()), rights)),
+        Err(error) => findings.push(optional("runtime", "functions by name", Err(error.to_string()), rights)),
     }
     let Ok(mappings) = Mappings::of(pid) else { return findings };
     let found = runtimes.of(&mappings);
     for (at, runtime) in found.iter().enumerate() {
         let profile = &runtime.profile;
         if let Some(collector) = &runtime.collector {
-            findings.push(finding(
+            findings.push(optional(
                 &runtime.name,
                 "garbage collections",
                 collector.as_ref().map(drop).map_err(Clone::clone),
-                "a build of the runtime with these probes, as distributions have it",
+                "use a build of the runtime with these probes, such as those of distributions",
             ));
         }
         if !profile.hooks.is_empty() {
@@ -114,17 +114,23 @@ fn code(pid: u32, mut runtimes: Runtimes) -> Vec<Finding> {
                 |found: &[Runtime]| found.iter().filter(|r| Arc::ptr_eq(&r.profile, profile)).count();
             let copy = Copy { number: copies(&found[..at]), of: copies(&found) };
             let hooks = Finder::of(&mappings, runtime, copy).and_then(|finder| finder.all().map(drop));
-            findings.push(finding(
+            findings.push(optional(
                 &runtime.name,
-                "deferred work, tied to its requests",
+                "deferred tasks and the requests they are due to",
                 hooks,
-                "a version that the profile knows (`observer profiles`), or a profile of your own: docs/profiles.md",
+                "use a version that the profile supports (`observer profiles`), or write a profile: docs/profiles.md",
             ));
         }
     }
     findings.extend(runtimes.unmet().into_iter().map(|(profile, why)| {
-        let cure = "the name as `nm -D` or /proc/PID/maps shows it, and a process that has it loaded by now";
-        finding(&format!("profile {profile}"), "deferred work, tied to its requests", Err(why), cure)
+        let cure =
+            "check the name with `nm -D` or in /proc/PID/maps; the process must have loaded the module";
+        optional(
+            &format!("profile {profile}"),
+            "deferred tasks and the requests they are due to",
+            Err(why),
+            cure,
+        )
     }));
     findings
 }

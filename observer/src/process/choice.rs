@@ -1,32 +1,32 @@
-//! Whom to observe besides those that are given by their ids, and whom not to, whatever else speaks for it.
+//! Selects targets by criteria, besides those given by process id: inclusion, and exclusion, which takes precedence.
 
 use std::collections::BTreeSet;
 
 use super::{criteria::Criteria, info::is_there};
 
-/// What is wanted and what is not. Whoever meets both is left alone.
+/// Criteria for inclusion and exclusion. A process that meets both is not observed.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Choice {
-    /// One that meets any of these is observed,
+    /// A process that meets any of these is observed,
     pub(crate) include: Criteria,
-    /// unless it meets any of these; nor are children that do.
+    /// unless it meets any of these. Children of targets that meet these are not observed either.
     pub(crate) exclude: Criteria,
-    /// Whether others may be chosen later.
+    /// Whether a later configuration may set criteria.
     pub(crate) may_change: bool,
 }
 
 impl Choice {
-    /// Whether nobody is ever chosen: processes are given by their ids alone.
+    /// Whether no process is ever selected by criteria: all targets are given by process id.
     pub(crate) fn is_none(&self) -> bool {
         self.include.is_none() && !self.may_change
     }
 
-    /// Those that are there now and are chosen.
+    /// Selected processes that exist now.
     pub(crate) fn present(&self) -> BTreeSet<u32> {
         self.not_excluded(self.include.present())
     }
 
-    /// Divides processes that listen or wait for events into those that are chosen and all others.
+    /// Splits candidates, which listen or wait for events, into selected processes and all others.
     pub(crate) fn divide(&self, candidates: BTreeSet<u32>) -> (BTreeSet<u32>, BTreeSet<u32>) {
         let there = candidates.iter().copied().filter(|&pid| is_there(pid));
         let chosen = self.not_excluded(self.include.met_by(there));
@@ -34,7 +34,7 @@ impl Choice {
         (chosen, others)
     }
 
-    /// Those who are left alone even if one that started them is observed.
+    /// Processes that are not observed even if an ancestor is.
     pub(crate) fn excluded(&self, pids: impl Iterator<Item = u32>) -> BTreeSet<u32> {
         self.exclude.met_by(pids)
     }
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_is_excluded_is_not_chosen() {
+    fn exclusion_takes_precedence() {
         let all = Criteria { all: true, ..Criteria::default() };
         let pid = std::os::unix::process::parent_id();
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap().trim().to_owned();
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_that_may_change_is_one() {
+    fn criteria_that_may_change_count_as_selection() {
         assert!(Choice::default().is_none());
         assert!(!Choice { may_change: true, ..Choice::default() }.is_none());
     }

@@ -1,4 +1,4 @@
-//! Connections that a process had accepted before anybody watched it.
+//! Connections that a process accepted before observer attached.
 
 use std::collections::{HashMap, HashSet};
 
@@ -7,8 +7,8 @@ use procfs::{
     process::{FDTarget, Process},
 };
 
-/// Descriptors of connections to these local ports that a process has open, each with its socket's inode number.
-/// Nothing if the process is gone.
+/// Descriptors of a process's established connections to these local ports, each with its socket's inode number.
+/// Empty if the process is gone.
 pub(crate) fn accepted(pid: u32, ports: &HashSet<u16>) -> Vec<(u32, u64)> {
     let Some(process) = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok()) else {
         return Vec::new();
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_was_accepted_is_found() {
+    fn only_accepted_connections_are_found() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let client = TcpStream::connect(address).unwrap();

@@ -1,5 +1,5 @@
-//! Where a process publishes OpenTelemetry's thread context (OTEP 4947): which module has the variable, and where each
-//! thread has it.
+//! Locates OpenTelemetry's thread context (OTEP 4947) in a process: the module that exports the thread-local variable, and
+//! the variable's offset in each thread.
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 
@@ -12,22 +12,22 @@ use crate::stacks::{
     variable::{Slot, Variable},
 };
 
-/// The variable: each thread's pointer to what it publishes.
-const NAME: &str = "otel_thread_ctx_v1";
+/// The thread-local variable: a pointer to the thread's published context.
+const VARIABLE: &str = "otel_thread_ctx_v1";
 
-/// Most modules that a process has loaded, by their numbers: what is above is no number of one.
-const MODULES: u64 = 1 << 16;
+/// Upper bound of TLS module ids: a larger value in a slot is not a module id.
+const MAX_MODULES: u64 = 1 << 16;
 
-/// Where the process has the variable; `None` if it publishes nothing, or if that is not known.
+/// Location of the variable; `None` if the process publishes no context, or if the location cannot be determined.
 pub(crate) fn published(mappings: &Mappings) -> Option<ThreadLocal> {
-    find(mappings, NAME)
+    find(mappings, VARIABLE)
 }
 
 fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
     let program = fs::metadata(format!("/proc/{}/exe", mappings.pid)).ok()?.ino();
     let memory = Live::of(mappings.pid).ok()?;
     let has_glibc = ["libc.so.6", "libc-2."].iter().any(|name| mappings.modules_named(name).next().is_some());
-    // The program itself comes first, also where the loader looks for the variable.
+    // The executable first, as in the dynamic loader's symbol lookup.
     let mut modules: Vec<_> = mappings.modules().collect();
     modules.sort_by_key(|map| map.inode != program);
     modules.into_iter().find_map(|map| {
@@ -41,19 +41,19 @@ fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
         let mut places = variable
             .slots
             .iter()
-            .filter_map(|&(slot, at)| place(&variable, slot, at.wrapping_add(bias), word));
-        // Another C library has its tables elsewhere.
+            .filter_map(|&(slot, at)| resolve(&variable, slot, at.wrapping_add(bias), word));
+        // The offsets of the thread's module table are those of glibc; other C libraries differ.
         let found = places.find(|place| place.module() == 0 || has_glibc);
         if found.is_none() {
             let module = module_name(map).unwrap_or_default();
-            log::debug!("where {module} of process {} has its trace contexts is not known", mappings.pid);
+            log::debug!("process {}: cannot locate the trace context variable of {module}", mappings.pid);
         }
         found
     })
 }
 
-/// Where the variable is by what the loader has left at `address`; `None` if it has left nothing yet.
-fn place(
+/// Location of the variable according to the relocation slot at `address`; `None` if the loader has not filled it in yet.
+fn resolve(
     variable: &Variable,
     slot: Slot,
     address: u64,
@@ -65,7 +65,7 @@ fn place(
     };
     let in_module = |module: u64| {
         let module =
-            u32::try_from(module).ok().filter(|module| (1..MODULES).contains(&u64::from(*module)))?;
+            u32::try_from(module).ok().filter(|module| (1..MAX_MODULES).contains(&u64::from(*module)))?;
         Some(ThreadLocal::new(module, variable.offset.try_into().ok()?))
     };
     match slot {
@@ -90,9 +90,9 @@ mod tests {
 
     use super::*;
 
-    /// Python says where its C library has its best-known variable, and where its thread's variables end.
+    /// Python prints the offset of its C library's `errno` from the thread pointer.
     #[test]
-    fn a_variable_of_the_c_library_is_where_that_has_it() {
+    fn a_thread_local_variable_of_the_c_library_is_located() {
         const SCRIPT: &str = "import ctypes
 c = ctypes.CDLL(None)
 for f in c.__errno_location, c.pthread_self:
@@ -110,17 +110,17 @@ input()";
         let mappings = Mappings::of(python.id()).unwrap();
         let found = find(&mappings, "errno");
         let none = find(&mappings, "no_such_variable");
-        // It waits for its standard input to end.
+        // The script exits when its standard input is closed.
         drop(python.stdin.take());
         python.wait().unwrap();
         assert_eq!(found, Some(ThreadLocal::new(0, line.trim().parse().unwrap())));
         assert_eq!(none, None);
     }
 
-    const VARIABLE: Variable = Variable { offset: 0x110, in_program: -8, slots: Vec::new() };
+    const OFFSET_AND_SLOTS: Variable = Variable { offset: 0x110, in_program: -8, slots: Vec::new() };
 
     fn found(slot: Slot, words: &[(u64, u64)]) -> Option<ThreadLocal> {
-        place(&VARIABLE, slot, 0x1000, |address| {
+        resolve(&OFFSET_AND_SLOTS, slot, 0x1000, |address| {
             words.iter().find(|(at, _)| *at == address).map(|(_, word)| *word)
         })
     }
@@ -128,30 +128,30 @@ input()";
     #[test]
     fn each_kind_of_slot_leads_to_the_variable() {
         let minus = 64_u64.wrapping_neg();
-        let static_place = Some(ThreadLocal::new(0, -64));
-        let module_place = Some(ThreadLocal::new(3, 0x110));
-        assert_eq!(found(Slot::Distance, &[(0x1000, minus)]), static_place);
-        assert_eq!(found(Slot::Module, &[(0x1000, 3)]), module_place);
-        assert_eq!(found(Slot::Descriptor, &[(0x1000, 1), (0x1008, minus)]), static_place);
+        let static_location = Some(ThreadLocal::new(0, -64));
+        let module_location = Some(ThreadLocal::new(3, 0x110));
+        assert_eq!(found(Slot::Distance, &[(0x1000, minus)]), static_location);
+        assert_eq!(found(Slot::Module, &[(0x1000, 3)]), module_location);
+        assert_eq!(found(Slot::Descriptor, &[(0x1000, 1), (0x1008, minus)]), static_location);
         let dynamic = [(0x1000, 1), (0x1008, 0x2000), (0x2000, 3), (0x2008, 0x110)];
-        assert_eq!(found(Slot::Descriptor, &dynamic), module_place);
+        assert_eq!(found(Slot::Descriptor, &dynamic), module_location);
     }
 
     #[test]
-    fn what_the_loader_has_not_filled_in_leads_nowhere() {
+    fn an_unresolved_slot_yields_no_location() {
         for slot in [Slot::Distance, Slot::Module, Slot::Descriptor] {
             assert_eq!(found(slot, &[(0x1000, 0), (0x1008, 0)]), None, "{slot:?}");
             assert_eq!(found(slot, &[]), None, "{slot:?}");
         }
-        // Not resolved yet: it leads to the file's own record of what is to be done.
+        // Lazy binding: the argument still points to the file's relocation record.
         let unresolved = [(0x1008, 0x2000), (0x2000, 0xa37888), (0x2008, 0x1a9_0000_0024)];
         assert_eq!(found(Slot::Descriptor, &unresolved), None);
     }
 
     #[test]
-    fn halves_of_a_place_stay_apart() {
-        let place = ThreadLocal::new(7, -9);
-        assert_eq!((place.module(), place.offset()), (7, -9));
+    fn module_and_offset_are_packed_separately() {
+        let location = ThreadLocal::new(7, -9);
+        assert_eq!((location.module(), location.offset()), (7, -9));
         assert_ne!(ThreadLocal::new(0, -1), ThreadLocal::NONE);
     }
 }

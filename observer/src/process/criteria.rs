@@ -1,5 +1,5 @@
-//! Which processes are observed besides those that are given by their ids: those of a name, a program, a port, a cgroup, or
-//! all that serve. Asked of what is there at the beginning, and of whoever listens or waits for events later.
+//! Criteria that select targets besides those given by process id: name, executable, port, cgroup, or all servers.
+//! Evaluated for the processes that exist at the start, and for each process that later listens or waits for events.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -15,42 +15,42 @@ use procfs::{
 
 use super::info::{is_there, network_namespace};
 
-/// Most bytes of a process's name that the kernel keeps.
-const NAME: usize = 15;
+/// Length of a process name in bytes (`TASK_COMM_LEN` without the terminating zero).
+const MAX_NAME: usize = 15;
 
-/// Where cgroups are mounted, which people may well put before a path.
-const CGROUPS: &str = "/sys/fs/cgroup";
+/// Mount point of cgroups, which users may prepend to a path.
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// What processes are selected by: one that meets any of these is observed.
+/// Criteria for processes; a process that meets any of them is selected.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Criteria {
-    /// All that listen or wait for events.
+    /// All processes that listen or wait for events.
     pub(crate) all: bool,
     /// Names of main threads.
     pub(crate) names: Vec<String>,
-    /// Executables: of their whole path, or of their file's name alone.
+    /// Patterns for executables: with a slash for the whole path, else for the file name.
     pub(crate) executables: Vec<Pattern>,
-    /// TCP ports that they listen on.
+    /// Local TCP ports with a listener.
     pub(crate) ports: Vec<u16>,
-    /// Cgroups that they are in, or in others below.
+    /// Cgroups, descendants included.
     pub(crate) cgroups: Vec<String>,
 }
 
 impl Criteria {
-    /// Whether there are none: processes are given by their ids alone.
+    /// Whether there are no criteria.
     pub(crate) fn is_none(&self) -> bool {
         let Self { all, names, executables, ports, cgroups } = self;
         !all && names.is_empty() && executables.is_empty() && ports.is_empty() && cgroups.is_empty()
     }
 
-    /// Those that are there now and are wanted.
+    /// Processes that exist now and meet any criterion.
     pub(crate) fn present(&self) -> BTreeSet<u32> {
         if self.is_none() {
             return BTreeSet::new();
         }
         let mut listening = Listening::default();
         let all = all_processes().into_iter().flatten().filter_map(Result::ok);
-        // A name may be that of one that does nothing yet; one that is wanted for what it does does it.
+        // With `all`, a process must already listen or wait for events; one selected by name or cgroup need not.
         let wanted = all.filter(|proc| {
             self.is_met(proc, &mut listening)
                 && (!self.all || self.is_named(proc) || serves(proc, &mut listening))
@@ -58,12 +58,12 @@ impl Criteria {
         wanted.filter_map(|proc| id(&proc)).filter(|&pid| is_there(pid)).collect()
     }
 
-    /// Those of these processes that meet any.
+    /// The processes among these that meet any criterion.
     pub(super) fn met_by(&self, pids: impl Iterator<Item = u32>) -> BTreeSet<u32> {
         if self.is_none() {
             return BTreeSet::new();
         }
-        // Once for all of them: with many listeners there is much to read.
+        // One cache for all processes: with many listeners, the socket tables are long.
         let mut listening = Listening::default();
         let is_met = |pid: &u32| {
             let proc = i32::try_from(*pid).ok().and_then(|pid| Proc::new(pid).ok());
@@ -72,7 +72,7 @@ impl Criteria {
         pids.filter(is_met).collect()
     }
 
-    /// Whether whoever meets any of others' meets one of these.
+    /// Whether every process that meets `others` also meets `self`.
     pub(crate) fn cover(&self, others: &Self) -> bool {
         fn contain<T: PartialEq>(these: &[T], others: &[T]) -> bool {
             others.iter().all(|other| these.contains(other))
@@ -90,10 +90,10 @@ impl Criteria {
             && (self.all || self.is_named(proc) || self.has_port(proc, listening))
     }
 
-    /// Whether what it is called, runs or is in is among the criteria.
+    /// Whether the process's name, executable or cgroup meets a criterion.
     fn is_named(&self, proc: &Proc) -> bool {
         let by_name = !self.names.is_empty()
-            && proc.stat().is_ok_and(|stat| self.names.iter().any(|name| cut(name) == stat.comm));
+            && proc.stat().is_ok_and(|stat| self.names.iter().any(|name| truncate(name) == stat.comm));
         let by_executable = || {
             let exe = proc.exe().unwrap_or_default();
             self.executables.iter().any(|pattern| matches(pattern, &exe))
@@ -117,7 +117,7 @@ impl Criteria {
     }
 }
 
-/// Listening sockets by the network namespace they are in: inode number, and port (0 of unix sockets).
+/// Listening sockets by network namespace: inode number and port (0 for unix sockets).
 #[derive(Default)]
 struct Listening(HashMap<u32, HashMap<u64, u16>>);
 
@@ -129,20 +129,20 @@ impl Listening {
             let is_listener = |entry: &TcpNetEntry| entry.state == TcpState::Listen;
             let tcp = tcp.filter(is_listener).map(|entry| (entry.inode, entry.local_address.port()));
             let unix = proc.unix().into_iter().flatten();
-            // Bound, and connected to nobody: nothing more is told of one that listens.
+            // A listening unix socket is one that is bound and unconnected: the state is not shown.
             let unix = unix.filter(|entry| {
-                entry.state == UnixState::UNCONNECTED && entry.path.is_some() && is_of_streams(entry)
+                entry.state == UnixState::UNCONNECTED && entry.path.is_some() && is_connection_based(entry)
             });
             tcp.chain(unix.map(|entry| (entry.inode, 0))).collect()
         }))
     }
 }
 
-fn is_of_streams(entry: &UnixNetEntry) -> bool {
+fn is_connection_based(entry: &UnixNetEntry) -> bool {
     i32::from(entry.socket_type) != SOCK_DGRAM
 }
 
-/// Whether a process listens or has what event loops wait on.
+/// Whether a process listens or has an epoll set or an io_uring.
 pub(super) fn is_server(pid: u32) -> bool {
     let proc = i32::try_from(pid).ok().and_then(|pid| Proc::new(pid).ok());
     proc.is_some_and(|proc| serves(&proc, &mut Listening::default()))
@@ -178,13 +178,13 @@ fn id(proc: &Proc) -> Option<u32> {
     u32::try_from(proc.pid).ok()
 }
 
-/// As much of a name as the kernel keeps.
-fn cut(name: &str) -> &str {
-    let end = (0..=NAME.min(name.len())).rev().find(|&end| name.is_char_boundary(end));
+/// The name as the kernel keeps it, cut at a character boundary.
+fn truncate(name: &str) -> &str {
+    let end = (0..=MAX_NAME.min(name.len())).rev().find(|&end| name.is_char_boundary(end));
     &name[..end.unwrap_or(0)]
 }
 
-/// A pattern without a slash is one of names.
+/// Matches the whole path if the pattern has a slash, else the file name.
 fn matches(pattern: &Pattern, exe: &Path) -> bool {
     if pattern.as_str().contains('/') {
         return pattern.matches_path(exe);
@@ -192,9 +192,9 @@ fn matches(pattern: &Pattern, exe: &Path) -> bool {
     exe.file_name().is_some_and(|name| pattern.matches(&name.to_string_lossy()))
 }
 
-/// Whether one cgroup is another, or below it.
+/// Whether a cgroup is `outer` or a descendant of it.
 pub(crate) fn is_below(path: &str, outer: &str) -> bool {
-    let outer = outer.strip_prefix(CGROUPS).unwrap_or(outer).trim_end_matches('/');
+    let outer = outer.strip_prefix(CGROUP_ROOT).unwrap_or(outer).trim_end_matches('/');
     path.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
@@ -209,13 +209,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_selected_by_nothing() {
+    fn no_criteria_select_no_process() {
         assert!(Criteria::default().is_none());
         assert!(Criteria::default().present().is_empty());
     }
 
     #[test]
-    fn what_is_added_takes_nobody_away() {
+    fn added_criteria_cover_the_previous_ones() {
         let of = |names: &[&str], all| Criteria {
             all,
             names: names.iter().copied().map(Into::into).collect(),
@@ -228,15 +228,15 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_as_long_as_the_kernel_keeps_it() {
-        assert_eq!(cut("a-rather-long-name"), "a-rather-long-n");
-        assert_eq!(cut("short"), "short");
-        // Not in the middle of a letter.
-        assert_eq!(cut("fourteen-bytesü"), "fourteen-bytes");
+    fn names_are_truncated_as_in_the_kernel() {
+        assert_eq!(truncate("a-rather-long-name"), "a-rather-long-n");
+        assert_eq!(truncate("short"), "short");
+        // Not in the middle of a character.
+        assert_eq!(truncate("fourteen-bytesü"), "fourteen-bytes");
     }
 
     #[test]
-    fn a_program_is_known_by_its_path_or_its_name() {
+    fn an_executable_is_matched_by_path_or_file_name() {
         let is = |pattern: &str, exe: &str| matches(&Pattern::new(pattern).unwrap(), Path::new(exe));
         assert!(is("/usr/bin/python3*", "/usr/bin/python3.11"));
         assert!(is("python3*", "/usr/bin/python3.11"));
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_has_others_below() {
+    fn cgroups_include_their_descendants() {
         assert!(is_below("/system.slice/nginx.service", "/system.slice"));
         assert!(is_below("/system.slice/nginx.service", "/sys/fs/cgroup/system.slice/nginx.service/"));
         assert!(!is_below("/system.slices", "/system.slice"));
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_somebodys() {
+    fn a_port_is_matched_while_it_has_a_listener() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let criteria = Criteria { ports: vec![port], ..Criteria::default() };

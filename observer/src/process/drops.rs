@@ -1,9 +1,9 @@
-//! How many connections a network namespace's listeners have dropped, as the kernel counts them (`nstat`), and
-//! which listener's those were.
+//! Connections dropped by listeners of a network namespace, from the kernel's counters (`nstat`), and their attribution to
+//! a listener.
 
 use std::fs;
 
-/// Two counters of one network namespace, since it was made.
+/// Two counters of a network namespace since its creation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ListenDrops {
     /// Connections dropped because an accept queue was full.
@@ -13,7 +13,7 @@ pub(crate) struct ListenDrops {
 }
 
 impl ListenDrops {
-    /// How much both have grown; `None` if they have not, but are another namespace's.
+    /// Increase of both counters; `None` if a counter decreased, which means that it belongs to another namespace.
     pub(crate) fn since(self, before: Self) -> Option<Self> {
         Some(Self {
             overflows: self.overflows.checked_sub(before.overflows)?,
@@ -21,16 +21,16 @@ impl ListenDrops {
         })
     }
 
-    /// Of these, the overflows of a listener that has dropped so many, where they are certain.
+    /// Overflows of the listener that dropped `drops` connections in the same time; `None` if they are uncertain.
     ///
-    /// The kernel counts an overflow three times, once each: as the namespace's overflow, as the listener's drop,
-    /// as the namespace's drop. Other drops are counted as the latter two. What it counts as the listener's drop
-    /// alone is no connection: a segment that does not begin one, such as a reset that comes too late. So equal
-    /// drops mean that they were all this listener's, unless another one's are as many as those segments: that no
-    /// other listener is known to have dropped any makes that all but impossible.
+    /// The kernel counts an overflow three times: as an overflow of the namespace, as a drop of the listener, and as a
+    /// drop of the namespace. Other drops of connections are counted as the latter two. A drop that only the listener
+    /// counts is not a connection but a stray segment, such as a late reset. So if both drop counters rose equally, all
+    /// drops were this listener's, unless the drops of another listener happen to equal the number of stray segments.
+    /// `others_dropped` is false if no other listener is known to have dropped any, which makes that all but impossible.
     ///
-    /// The listener's drops have to be read first and over a time no longer than the namespace's: what is dropped
-    /// in between makes them differ, and nothing certain that is not so.
+    /// The listener's counter must be read first, and over a time no longer than the namespace's: drops in between make
+    /// the counters differ, so the result is `None` rather than wrong.
     pub(crate) fn overflows_of(self, drops: u32, others_dropped: bool) -> Option<u64> {
         match self {
             _ if drops == 0 => Some(0),
@@ -41,20 +41,20 @@ impl ListenDrops {
     }
 }
 
-/// The counters of the network namespace that a process is in; `None` if it is gone.
+/// Counters of the network namespace of a process; `None` if the process is gone.
 pub(crate) fn of_namespace(pid: u32) -> Option<ListenDrops> {
     parse(&fs::read_to_string(format!("/proc/{pid}/net/netstat")).ok()?)
 }
 
-/// Understands `/proc/PID/net/netstat`: a line of names follows a line of figures, with the same first word.
+/// Parses `/proc/PID/net/netstat`: a line of names is followed by a line of values, both with the same first word.
 pub(crate) fn parse(netstat: &str) -> Option<ListenDrops> {
     let mut lines = netstat.lines().filter_map(|line| line.strip_prefix("TcpExt:"));
-    let (names, figures) = (lines.next()?, lines.next()?);
-    let figure = |wanted: &str| {
-        let mut both = names.split_whitespace().zip(figures.split_whitespace());
+    let (names, values) = (lines.next()?, lines.next()?);
+    let value = |wanted: &str| {
+        let mut both = names.split_whitespace().zip(values.split_whitespace());
         both.find(|(name, _)| *name == wanted)?.1.parse().ok()
     };
-    Some(ListenDrops { overflows: figure("ListenOverflows")?, drops: figure("ListenDrops")? })
+    Some(ListenDrops { overflows: value("ListenOverflows")?, drops: value("ListenDrops")? })
 }
 
 #[cfg(test)]
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_found_under_their_names() {
+    fn values_are_found_by_name() {
         let netstat =
             "TcpExt: SyncookiesSent ListenOverflows ListenDrops\nTcpExt: 1 22 333\nIpExt: A\nIpExt: 4\n";
         assert_eq!(parse(netstat), Some(ListenDrops { overflows: 22, drops: 333 }));
@@ -71,11 +71,11 @@ mod tests {
     }
 
     #[test]
-    fn overflows_are_a_listeners_only_where_nobody_else_can_have_had_them() {
+    fn overflows_are_attributed_only_where_certain() {
         let namespace = ListenDrops { overflows: 7, drops: 9 };
         assert_eq!(namespace.overflows_of(9, false), Some(7));
         assert_eq!(namespace.overflows_of(0, true), Some(0));
-        // Another one's drops, or this one's since it was looked at; late resets; somebody else as well.
+        // Drops of another listener or after the listener was read; stray segments; another listener dropped as well.
         assert_eq!(namespace.overflows_of(8, false), None);
         assert_eq!(namespace.overflows_of(10, false), None);
         assert_eq!(namespace.overflows_of(9, true), None);
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_that_shrink_are_not_the_same_ones() {
+    fn a_counter_that_decreases_is_of_another_namespace() {
         let before = ListenDrops { overflows: 2, drops: 3 };
         assert_eq!(
             ListenDrops { overflows: 2, drops: 5 }.since(before),
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn this_namespace_has_them() {
+    fn the_namespace_of_this_process_has_counters() {
         of_namespace(std::process::id()).unwrap();
     }
 }

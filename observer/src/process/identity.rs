@@ -1,5 +1,5 @@
-//! Where a process belongs, from its cgroups and the node's folders of logs. Neither a runtime nor an API server is
-//! asked: that would take rights, and an answer in time.
+//! Container, pod and service of a process, from its cgroups and the node's log folders. Neither a container runtime nor
+//! an API server is queried: that would need permissions and could block.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,14 +14,14 @@ use crate::{
     model::place::{Place, Pod},
 };
 
-/// Age from which on a process's names are not asked for again: its kubelet has written them down, or never will.
-const SETTLED: Duration = Duration::from_secs(30);
+/// Age of a process after which its pod's names are no longer looked up: its kubelet has created the links, or never will.
+const LOOKUP_PERIOD: Duration = Duration::from_secs(30);
 
-/// How many ancestors of a process are looked at, at most.
-const ANCESTORS: usize = 64;
+/// Maximum number of ancestors searched.
+const MAX_ANCESTORS: usize = 64;
 
-/// Brings up to date where a process belongs. Folders are only looked through when it has moved, and again as long as it
-/// is so young that its kubelet may be about to write down its names.
+/// Updates the place of a process. The log folders are searched when the process has changed its cgroup, and again while
+/// it is younger than `LOOKUP_PERIOD`, as its kubelet may still create the links.
 pub(crate) fn refresh(place: &mut Place, proc: &Proc) {
     let Ok(cgroups) = proc.cgroups() else { return };
     let now = in_cgroups(&cgroups);
@@ -44,7 +44,7 @@ fn uid(place: &Place) -> Option<&str> {
     place.kubernetes.as_ref().map(|pod| pod.uid.as_str())
 }
 
-/// Where a process with these cgroups belongs, without names.
+/// The place of a process with these cgroups, without names.
 pub(crate) fn in_cgroups(cgroups: &ProcessCGroups) -> Place {
     let container = container::id(cgroups);
     let uid = pod::uid(cgroups);
@@ -52,17 +52,17 @@ pub(crate) fn in_cgroups(cgroups: &ProcessCGroups) -> Place {
     Place { container, kubernetes: uid.map(|uid| Pod { uid, ..Pod::default() }), unit }
 }
 
-/// The service that a process with these cgroups is part of.
+/// The systemd service of a process with these cgroups.
 fn unit(cgroups: &ProcessCGroups) -> Option<String> {
     cgroups.into_iter().find_map(|cgroup| unit_in(&cgroup.pathname)).map(str::to_owned)
 }
 
-/// The innermost unit's name in a path, if that is a service: a session's scope is in a user's service, but no part of
-/// it.
+/// Name of the innermost unit in a path if that is a service. A session's scope is below a user's service, but does not
+/// belong to it.
 fn unit_in(path: &str) -> Option<&str> {
     let components = path.trim_end_matches(" (deleted)").rsplit('/');
     let unit = components.into_iter().find(|name| name.ends_with(".service") || name.ends_with(".scope"))?;
-    // systemd's way to keep names apart from those of the kernel's files.
+    // systemd prepends an underscore to names that collide with files of the cgroup file system.
     let unit = unit.strip_prefix('_').unwrap_or(unit);
     unit.ends_with(".service").then_some(unit)
 }
@@ -70,20 +70,20 @@ fn unit_in(path: &str) -> Option<&str> {
 fn is_settled(proc: &Proc) -> bool {
     let Ok(stat) = proc.stat() else { return true };
     let age = SystemTime::now().duration_since(clock::wall_time_of_ticks(stat.starttime));
-    age.is_ok_and(|age| age >= SETTLED)
+    age.is_ok_and(|age| age >= LOOKUP_PERIOD)
 }
 
-/// Folders with the logs of a process's node: observer's own, and that of whoever runs the process's container, which
-/// is another one if observer is in a container or the node itself is (kind).
+/// Log folders of the process's node: observer's `/var/log`, and that of the process that runs the container. They differ if
+/// observer is in a container or the node is a container itself (kind).
 fn logs(proc: &Proc, container: Option<&str>) -> impl Iterator<Item = PathBuf> {
     let runner = runner(proc, container).map(|pid| format!("/proc/{pid}/root/var/log"));
     [Some("/var/log".into()), runner].into_iter().flatten().map(|log| Path::new(&log).into())
 }
 
-/// The nearest ancestor that is not in the same container.
+/// The nearest ancestor outside of the container.
 fn runner(proc: &Proc, container: Option<&str>) -> Option<i32> {
     let mut pid = proc.stat().ok()?.ppid;
-    for _ in 0..ANCESTORS {
+    for _ in 0..MAX_ANCESTORS {
         let parent = Proc::new(pid).ok()?;
         if container::id(&parent.cgroups().ok()?).as_deref() != container {
             return Some(pid);
@@ -113,14 +113,14 @@ mod tests {
             "0::/system.slice/nginx.service (deleted)",
             "0::/system.slice/system-web.slice/nginx.service",
             "0::/system.slice/_nginx.service",
-            // A user's own.
+            // A user service.
             "0::/user.slice/user-1000.slice/user@1000.service/app.slice/nginx.service",
-            // As seen from inside another cgroup namespace.
+            // From inside another cgroup namespace.
             "0::/../../../system.slice/nginx.service",
-            // Version 1, where not every controller knows, and both.
+            // cgroup v1, where not every controller has the service, and hybrid.
             "4:memory:/system.slice\n1:name=systemd:/system.slice/nginx.service",
             "4:memory:/\n1:name=systemd:/system.slice/nginx.service\n0::/system.slice/nginx.service",
-            // In a machine whose id nobody could recognise.
+            // In a machine whose id is not recognised.
             "0::/lxc.payload.web/system.slice/nginx.service",
         ];
         for line in lines {
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_service_is_none() {
+    fn other_cgroups_have_no_service() {
         let lines = [
             "",
             "0::/",
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn containers_and_pods_are_part_of_no_service() {
+    fn containers_and_pods_belong_to_no_service() {
         let in_container = found_in("0::/system.slice/docker-ID.scope/system.slice/nginx.service");
         assert_eq!(in_container, Place { container: Some(ID.into()), ..Place::default() });
         let uid = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_is_run_by_the_nearest_process_outside_of_it() {
+    fn a_container_is_run_by_its_nearest_ancestor_outside() {
         let me = Proc::myself().unwrap();
         assert_eq!(runner(&me, Some(ID)), Some(me.stat().unwrap().ppid));
     }

@@ -78,7 +78,7 @@ fn a_file_with_the_symbols_is_found_by_its_link_and_believed_by_its_checksum() {
     File::options().append(true).open(debug).unwrap().write_all(b"more").unwrap();
     let report = server.observe_library().finish();
     let missing = report.0["self"]["missing"].to_string();
-    let why = "deferred_library has no function context_snapshot, or its symbols were taken out of it";
+    let why = "deferred_library has no function context_snapshot, or is stripped";
     assert!(missing.contains(why), "{missing}");
     assert_eq!(report.target(server.pid())["hooks"].as_array().unwrap().len(), 0);
 }

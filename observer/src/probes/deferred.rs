@@ -135,7 +135,7 @@ impl Attached {
         };
         // One for each register that an answer is in.
         let mut by_result = HashMap::new();
-        let outcome = found.places.iter().try_for_each(|at| {
+        let outcome = found.points.iter().try_for_each(|at| {
             let extractor = match by_result.entry(at.result) {
                 Entry::Occupied(known) => *known.get(),
                 Entry::Vacant(place) => {

@@ -1,4 +1,4 @@
-//! Where in a process the places are that a profile names, and how the programs read them there.
+//! Locates the hooks of a profile in a process, and compiles their expressions to steps for the eBPF programs.
 
 use std::{
     cell::RefCell,
@@ -14,7 +14,7 @@ use procfs::process::MemoryMap;
 
 use super::runtime::Runtime;
 use crate::{
-    profiles::{At, Case, Hook, Hop, Operand, Site as Wanted, Steps, Table, Test, VersionKind},
+    profiles::{At, Case, Hook, Hop, Operand, Site as HookSite, Steps, Table, Test, VersionKind},
     stacks::{
         image::Image,
         instructions,
@@ -23,38 +23,38 @@ use crate::{
     },
 };
 
-/// Most places that one hook stands for.
-const PLACES: usize = 1024;
+/// Maximum number of attach points of one hook.
+const MAX_POINTS: usize = 1024;
 
-/// A hook of a profile, found in a process.
+/// A hook of a profile, located in a process.
 pub(crate) struct Found<'p> {
-    /// What the profile says of it.
+    /// The hook in the profile.
     pub(crate) hook: &'p Hook,
-    /// What people call the place, its module included.
+    /// Display name: function and module.
     pub(crate) name: String,
-    /// The module it is in.
+    /// The module of the attach points.
     pub(crate) image: Rc<Image>,
-    /// Which file that is.
+    /// The module's file.
     pub(crate) file: FileId,
-    /// The places.
-    pub(crate) places: Vec<FoundPlace>,
-    /// How to read them, if what a function returns is in its own register.
+    /// Instructions to attach to.
+    pub(crate) points: Vec<AttachPoint>,
+    /// Steps that read key, class and request id, with the return value in its ABI register.
     pub(crate) extractor: Extractor,
 }
 
-/// A place of a hook.
+/// An instruction that a hook is attached to.
 #[derive(Clone, Copy)]
-pub(crate) struct FoundPlace {
-    /// In the file.
+pub(crate) struct AttachPoint {
+    /// Offset in the file.
     pub(crate) offset: u64,
     /// Address in the process.
     pub(crate) address: u64,
-    /// Number of the register that holds there what the function will return.
+    /// Number of the register that holds the return value at this instruction.
     pub(crate) result: u64,
 }
 
-impl FoundPlace {
-    /// How to read this one.
+impl AttachPoint {
+    /// The hook's extractor, adapted to the register of the return value at this point.
     pub(crate) fn extractor(self, of_hook: &Extractor) -> Extractor {
         let mut extractor = *of_hook;
         for step in extractor.key.iter_mut().chain(&mut extractor.class).chain(&mut extractor.request_id) {
@@ -66,22 +66,22 @@ impl FoundPlace {
     }
 }
 
-/// Which of a runtime's copies in a process it is: some libraries are loaded more than once.
+/// Identifies one of several copies of a runtime in a process: a library can be loaded more than once.
 #[derive(Clone, Copy)]
 pub(crate) struct Copy {
-    /// Its number, from 0.
+    /// Index of the copy, from 0.
     pub(crate) number: usize,
-    /// How many there are.
+    /// Number of copies.
     pub(crate) of: usize,
 }
 
-/// The files of a process that its hooks are in.
+/// Locates the hooks of one runtime in a process.
 pub(crate) struct Finder<'a> {
     mappings: &'a Mappings,
     runtime: &'a Runtime,
     copy: Copy,
     memory: Live,
-    /// Files that are open, by address of their mapping.
+    /// Opened files, by the address of their mapping.
     images: RefCell<HashMap<u64, Rc<Image>>>,
 }
 
@@ -89,18 +89,18 @@ pub(crate) struct Finder<'a> {
 struct Module<'a> {
     map: &'a MemoryMap,
     image: Rc<Image>,
-    /// What to add to its addresses.
+    /// Difference between addresses in the process and in the file.
     bias: u64,
 }
 
 impl<'a> Finder<'a> {
-    /// Looks for the places of this runtime.
+    /// A finder for the hooks of this runtime. Fails if the memory of the process cannot be read.
     pub(crate) fn of(mappings: &'a Mappings, runtime: &'a Runtime, copy: Copy) -> Result<Self, String> {
         let memory = Live::of(mappings.pid).map_err(|error| error.to_string())?;
         Ok(Self { mappings, runtime, copy, memory, images: RefCell::default() })
     }
 
-    /// Finds all hooks that the runtime's profile has for a process like this. An error says which one is missing.
+    /// Locates all hooks of the profile that apply to this process. An error names what is missing.
     pub(crate) fn all(&self) -> Result<Vec<Found<'a>>, String> {
         let version = self.version()?;
         let mut wanted = Vec::new();
@@ -110,22 +110,22 @@ impl<'a> Finder<'a> {
             }
         }
         if wanted.is_empty() {
-            return Err(format!("how version {} puts work off is not known", version.unwrap_or_default()));
+            return Err(format!("the profile has no hooks for version {}", version.unwrap_or_default()));
         }
         let found = wanted.into_iter().map(|hook| (hook.optional, self.find(hook)));
         let found = found.filter(|(optional, found)| !optional || found.is_ok()).map(|(_, found)| found);
         Ok(found.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
     }
 
-    /// What its version is; `None` if the profile does not ask.
+    /// The runtime's version; `None` if the profile does not say where it is.
     fn version(&self) -> Result<Option<String>, String> {
         let Some(version) = &self.runtime.profile.version else { return Ok(None) };
         let module = self.open(&self.runtime.module)?;
         let symbol = module.symbol(&version.symbol);
-        let address = symbol.ok_or_else(|| format!("it has no symbol {}", version.symbol))?;
+        let address = symbol.ok_or_else(|| format!("the module has no symbol {}", version.symbol))?;
         match version.is {
             VersionKind::Hex => {
-                let number = self.memory.word(address).ok_or("its version cannot be read")?.to_le_bytes();
+                let number = self.memory.word(address).ok_or("cannot read its version")?.to_le_bytes();
                 Ok(Some(format!("{}.{}.{}", number[3], number[2], number[1])))
             }
             VersionKind::String => {
@@ -134,7 +134,7 @@ impl<'a> Finder<'a> {
         }
     }
 
-    /// Whether a hook has a part in this process.
+    /// Whether a hook is needed: none of the functions in `unless` is present.
     fn is_needed(&self, hook: &Hook) -> Result<bool, String> {
         if hook.unless.is_empty() {
             return Ok(true);
@@ -142,57 +142,60 @@ impl<'a> Finder<'a> {
         Ok(self.open(&self.runtime.module)?.functions(&hook.unless).is_err())
     }
 
-    /// Finds one hook, in each copy of its module that belongs to this copy of the runtime. An error says what is missing.
+    /// Locates one hook, in each copy of its module that belongs to this copy of the runtime. An error names what is missing.
     pub(crate) fn find<'p>(&self, hook: &'p Hook) -> Result<Vec<Found<'p>>, String> {
-        let Some(beginning) = &hook.module else {
+        let Some(prefix) = &hook.module else {
             return Ok(vec![self.find_in(&self.runtime.module, hook)?]);
         };
         let own = &self.runtime.module;
-        if module_name(own).is_some_and(|name| name.starts_with(beginning)) {
+        if module_name(own).is_some_and(|name| name.starts_with(prefix)) {
             return Ok(vec![self.find_in(own, hook)?]);
         }
-        let mut homes: Vec<_> = self.mappings.modules_named(beginning).collect();
-        let Some(&first) = homes.first() else { return Err(format!("no module {beginning} is loaded")) };
-        homes.retain(|home| self.has(home, hook));
-        match homes.as_slice() {
+        let mut modules: Vec<_> = self.mappings.modules_named(prefix).collect();
+        let Some(&first) = modules.first() else {
+            return Err(format!("no module is loaded whose name begins with {prefix}"));
+        };
+        modules.retain(|map| self.has(map, hook));
+        match modules.as_slice() {
             [] => Ok(vec![self.find_in(first, hook)?]),
-            // What was loaded together is in the same order.
+            // Libraries that are loaded together are mapped in the same order.
             each if each.len() == self.copy.of => Ok(vec![self.find_in(each[self.copy.number], hook)?]),
-            all => all.iter().map(|home| self.find_in(home, hook)).collect(),
+            all => all.iter().map(|map| self.find_in(map, hook)).collect(),
         }
     }
 
-    /// Whether a module has what a hook names: another one's name may begin alike.
-    fn has(&self, home: &'a MemoryMap, hook: &Hook) -> bool {
-        self.open(home).is_ok_and(|module| match &hook.site {
-            Wanted::Named(names) | Wanted::BehindJump(names) => module.functions(names).is_ok(),
-            Wanted::InTable(table) => module.symbol(&table.symbol).is_some(),
+    /// Whether a module defines what the hook names: the name of another module can have the same prefix.
+    fn has(&self, map: &'a MemoryMap, hook: &Hook) -> bool {
+        self.open(map).is_ok_and(|module| match &hook.site {
+            HookSite::Named(names) | HookSite::BehindJump(names) => module.functions(names).is_ok(),
+            HookSite::InTable(table) => module.symbol(&table.symbol).is_some(),
         })
     }
 
-    fn find_in<'p>(&self, home: &'a MemoryMap, hook: &'p Hook) -> Result<Found<'p>, String> {
+    fn find_in<'p>(&self, map: &'a MemoryMap, hook: &'p Hook) -> Result<Found<'p>, String> {
         let (module, functions) = match &hook.site {
-            Wanted::Named(names) => {
-                let module = self.open(home)?;
+            HookSite::Named(names) => {
+                let module = self.open(map)?;
                 let functions = module.functions(names)?;
                 (module, functions)
             }
-            Wanted::BehindJump(names) => {
-                let module = self.open(home)?;
+            HookSite::BehindJump(names) => {
+                let module = self.open(map)?;
                 let functions = module.functions(names)?.into_iter().map(|function| {
                     instructions::jump_target(&module.image.elf, function)
-                        .ok_or_else(|| format!("{} does more than jump to another function", hook.place()))
+                        .ok_or_else(|| format!("{} is not a single jump to another function", hook.place()))
                 });
                 let functions = functions.collect::<Result<Vec<_>, _>>()?;
                 (module, functions)
             }
-            Wanted::InTable(table) => self.behind(home, table)?,
+            HookSite::InTable(table) => self.behind(map, table)?,
         };
-        let too_many = |count| format!("{} stands for {count} places", hook.place());
-        if functions.len() > PLACES {
-            return Err(too_many(functions.len()));
+        let wrong_count =
+            |count| format!("{} matches {count} attach points (allowed: 1 to {MAX_POINTS})", hook.place());
+        if functions.len() > MAX_POINTS {
+            return Err(wrong_count(functions.len()));
         }
-        let mut places = Vec::new();
+        let mut points = Vec::new();
         for function in functions {
             let elf = &module.image.elf;
             let needs_result = hook.key.as_ref().is_some_and(|key| key.register == register::RESULT);
@@ -202,54 +205,57 @@ impl<'a> Finder<'a> {
                     entry.into_iter().map(|address| (address, register::RESULT)).collect()
                 }
                 At::Return => instructions::ends(elf, function, needs_result)
-                    .map_err(|why| format!("where {} returns is not known: {why}", hook.place()))?
+                    .map_err(|why| format!("cannot find where {} returns: {why}", hook.place()))?
                     .into_iter()
                     .map(|end| (end.address, end.result))
                     .collect::<Vec<_>>(),
             };
             for (address, result) in addresses {
-                let offset = elf.file_offset(address).ok_or("a function is not in its file")?;
-                places.push(FoundPlace { offset, address: address.wrapping_add(module.bias), result });
+                let offset = elf
+                    .file_offset(address)
+                    .ok_or_else(|| format!("the address of {} is not in its file", hook.place()))?;
+                points.push(AttachPoint { offset, address: address.wrapping_add(module.bias), result });
             }
         }
-        if places.is_empty() || places.len() > PLACES {
-            return Err(too_many(places.len()));
+        if points.is_empty() || points.len() > MAX_POINTS {
+            return Err(wrong_count(points.len()));
         }
         let name = format!("{} in {}", hook.place(), module_name(module.map).unwrap_or_default());
         let extractor = self.extractor(hook)?;
-        Ok(Found { hook, name, image: module.image, file: file_id(module.map), places, extractor })
+        Ok(Found { hook, name, image: module.image, file: file_id(module.map), points, extractor })
     }
 
     fn open(&self, map: &'a MemoryMap) -> Result<Module<'a>, String> {
         let mut images = self.images.borrow_mut();
         let image = match images.entry(map.address.0) {
             Entry::Occupied(known) => Rc::clone(known.get()),
-            Entry::Vacant(place) => {
+            Entry::Vacant(vacant) => {
                 let image = Image::of(self.mappings, map).map_err(|error| format!("{error:#}"))?;
-                Rc::clone(place.insert(Rc::new(image)))
+                Rc::clone(vacant.insert(Rc::new(image)))
             }
         };
-        let bias = image.elf.bias(map).ok_or("its mapping is not understood")?;
+        let bias = image.elf.bias(map).ok_or("its load address cannot be determined")?;
         Ok(Module { map, image, bias })
     }
 
-    /// The function that pointers in memory lead to, and the module it is in.
-    fn behind(&self, home: &'a MemoryMap, table: &Table) -> Result<(Module<'a>, Vec<u64>), String> {
-        let start = self.open(home)?.symbol(&table.symbol);
-        let mut address = start.ok_or_else(|| format!("it has no symbol {}", table.symbol))?;
+    /// Follows the pointers of a table to a function. Returns it with its module.
+    fn behind(&self, map: &'a MemoryMap, table: &Table) -> Result<(Module<'a>, Vec<u64>), String> {
+        let start = self.open(map)?.symbol(&table.symbol);
+        let mut address = start.ok_or_else(|| format!("the module has no symbol {}", table.symbol))?;
         for offset in &table.path {
             address = self
                 .memory
                 .word(address.wrapping_add(*offset))
-                .ok_or_else(|| format!("{} leads nowhere", table.symbol))?;
+                .ok_or_else(|| format!("a pointer in {} cannot be read", table.symbol))?;
         }
-        let map = self.mappings.code(address).ok_or_else(|| format!("{} leads to no code", table.symbol))?;
+        let map =
+            self.mappings.code(address).ok_or_else(|| format!("{} does not point to code", table.symbol))?;
         let module = self.open(map)?;
         let function = address.wrapping_sub(module.bias);
         Ok((module, vec![function]))
     }
 
-    /// The steps that the programs take at a hook.
+    /// Compiles the expressions of a hook to steps for the programs. Unused steps are [`Op::END`].
     fn extractor(&self, hook: &Hook) -> Result<Extractor, String> {
         let mut key = Vec::new();
         for test in &hook.when {
@@ -263,11 +269,11 @@ impl<'a> Finder<'a> {
             class.extend(self.case(case)?);
         }
         let mut request_id = Vec::new();
-        if let Some(told) = &hook.request_id {
-            for test in &told.when {
+        if let Some(text) = &hook.request_id {
+            for test in &text.when {
                 request_id.extend(self.test(test)?);
             }
-            request_id.extend(steps(&told.is).chain([take(0)]));
+            request_id.extend(steps(&text.is).chain([take(0)]));
         }
         let mut extractor = Extractor {
             key: [Op::END; KEY_STEPS],
@@ -275,9 +281,9 @@ impl<'a> Finder<'a> {
             request_id: [Op::END; REQUEST_ID_STEPS],
             context: ThreadLocal::NONE,
         };
-        extractor.key.iter_mut().zip(key).for_each(|(place, step)| *place = step);
-        extractor.class.iter_mut().zip(class).for_each(|(place, step)| *place = step);
-        extractor.request_id.iter_mut().zip(request_id).for_each(|(place, step)| *place = step);
+        extractor.key.iter_mut().zip(key).for_each(|(slot, step)| *slot = step);
+        extractor.class.iter_mut().zip(class).for_each(|(slot, step)| *slot = step);
+        extractor.request_id.iter_mut().zip(request_id).for_each(|(slot, step)| *slot = step);
         Ok(extractor)
     }
 
@@ -297,7 +303,7 @@ impl<'a> Finder<'a> {
             Operand::Symbol(name, add) => self
                 .open(&self.runtime.module)?
                 .symbol(name)
-                .ok_or_else(|| format!("it has no symbol {name}"))?
+                .ok_or_else(|| format!("the module has no symbol {name}"))?
                 .wrapping_add(*add),
         };
         let compare = Op { action: Action::Test as u32, offset: 0, mask: test.mask, value };
@@ -306,23 +312,23 @@ impl<'a> Finder<'a> {
 }
 
 impl Module<'_> {
-    /// Address in the process of what it defines by this name.
+    /// Address in the process of a symbol that the module defines.
     fn symbol(&self, name: &str) -> Option<u64> {
         Some(self.image.symbol(name)?.wrapping_add(self.bias))
     }
 
-    /// Addresses in the file of what the first of these names stands for that stands for anything.
+    /// Addresses in the file of all functions that match the first name with any match.
     fn functions(&self, names: &[String]) -> Result<Vec<u64>, String> {
         let all = names.iter().map(|name| self.image.functions(name));
         let mut found = all.filter(|functions| !functions.is_empty());
         found.next().ok_or_else(|| {
             let module = module_name(self.map).unwrap_or_default();
-            format!("{module} has no function {}, or its symbols were taken out of it", names.join(" or "))
+            format!("{module} has no function {}, or is stripped", names.join(" or "))
         })
     }
 }
 
-/// The steps to a value.
+/// Steps that compute the value of a path.
 fn steps(path: &Steps) -> impl Iterator<Item = Op> + '_ {
     let register = Op { action: Action::Register as u32, value: path.register, ..Op::END };
     let hop = |hop: &Hop| match *hop {
@@ -332,7 +338,7 @@ fn steps(path: &Steps) -> impl Iterator<Item = Op> + '_ {
     iter::once(register).chain(path.hops.iter().map(hop))
 }
 
-/// The last step.
+/// The final step, which takes the value as the result. `naming` says how a class is named; 0 for other results.
 fn take(naming: u32) -> Op {
     Op { action: Action::Take as u32, value: naming.into(), ..Op::END }
 }
@@ -352,26 +358,26 @@ mod tests {
     use super::*;
     use crate::{process::runtime::Runtimes, profiles::Profile};
 
-    /// Two folders, each with a library that puts work off and another one that goes on with it.
+    /// Two folders, each with a library that enqueues tasks and another one that runs them.
     #[test]
-    fn copies_of_two_libraries_belong_together_as_they_were_loaded() {
+    fn copies_of_two_libraries_are_paired_in_load_order() {
         const SCRIPT: &str = "import ctypes, sys
 loaded = [ctypes.CDLL(path) for path in sys.argv[1:]]
 print(flush=True)
 sys.stdin.read()";
         if Command::new("gcc").arg("--version").output().is_err() {
-            eprintln!("skipped: copies_of_two_libraries_belong_together: there is no gcc here");
+            eprintln!("skipped: copies_of_two_libraries_are_paired_in_load_order: there is no gcc here");
             return;
         }
         let folder = tempfile::tempdir().unwrap();
         let mut paths = Vec::new();
         for (part, name, function) in [
-            ("one", "libputting.so", "put_off"),
-            ("one", "libgoing.so", "go_on"),
-            ("other", "libputting.so", "put_off"),
-            ("other", "libgoing.so", "go_on"),
-            // What begins alike and has no such function is another library.
-            ("other", "libgoing-on.so", "stand_still"),
+            ("one", "libputting.so", "put_task"),
+            ("one", "libgoing.so", "run_task"),
+            ("other", "libputting.so", "put_task"),
+            ("other", "libgoing.so", "run_task"),
+            // A library whose name has the same prefix, but which lacks the function.
+            ("other", "libgoing-on.so", "other_function"),
         ] {
             let path = folder.path().join(part).join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -392,23 +398,23 @@ sys.stdin.read()";
         BufReader::new(python.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
         let mappings = Mappings::of(python.id()).unwrap();
         let hook = |text: &str| text.parse().unwrap();
-        let (snapshot, restore) = (hook("libputting:put_off:arg0"), hook("libgoing:go_on:arg0"));
+        let (snapshot, restore) = (hook("libputting:put_task:arg0"), hook("libgoing:run_task:arg0"));
         let profile = Profile::of_own_library(&snapshot, &restore, None);
         let copies = Runtimes::of_profiles(vec![Arc::new(profile)]).of(&mappings);
         let folders = copies.iter().enumerate().map(|(number, runtime)| {
             let finder = Finder::of(&mappings, runtime, Copy { number, of: copies.len() }).unwrap();
             let found = runtime.profile.hooks.iter().flat_map(|hook| finder.find(hook).unwrap());
-            let places: Vec<_> = found.flat_map(|found| found.places).collect();
-            let folder_of = |place: &FoundPlace| match &mappings.code(place.address).unwrap().pathname {
+            let points: Vec<_> = found.flat_map(|found| found.points).collect();
+            let folder_of = |point: &AttachPoint| match &mappings.code(point.address).unwrap().pathname {
                 MMapPath::Path(path) => path.parent().unwrap().to_owned(),
                 other => panic!("{other:?}"),
             };
-            assert_eq!(places.len(), 2);
-            assert_eq!(folder_of(&places[0]), folder_of(&places[1]));
-            folder_of(&places[0])
+            assert_eq!(points.len(), 2);
+            assert_eq!(folder_of(&points[0]), folder_of(&points[1]));
+            folder_of(&points[0])
         });
         let folders: BTreeSet<_> = folders.collect();
-        // It waits for its standard input to end.
+        // The script exits when its standard input is closed.
         drop(python.stdin.take());
         python.wait().unwrap();
         assert_eq!(folders, ["one", "other"].map(|part| folder.path().join(part)).into());

@@ -1,4 +1,4 @@
-//! Who a process is, whether it can be a target, and which processes descend from it.
+//! Identity of processes and threads from `/proc`, whether a process can be a target, and its ancestors and descendants.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -15,28 +15,29 @@ use procfs::{
 use super::identity;
 use crate::{failure::Failure, model::place::Place};
 
-/// What people call a process.
+/// The identity of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
     /// Process id.
     pub(crate) pid: u32,
-    /// Its main thread's name, at most 15 bytes.
+    /// Name of the main thread, at most 15 bytes.
     pub(crate) comm: String,
-    /// Path of its executable; empty if it was gone before anybody could look.
+    /// Path of the executable; empty if the process was gone before it could be read.
     pub(crate) exe: String,
-    /// Where it belongs.
+    /// Container, pod or service.
     pub(crate) place: Place,
 }
 
 impl Process {
-    /// Reads a process's identity; one that is gone already keeps its id alone.
+    /// Reads the identity of a process. If the process is gone, only its id is set.
     pub(crate) fn of(pid: u32) -> Self {
         let mut process = Self { pid, comm: "?".into(), exe: String::new(), place: Place::default() };
         process.refresh();
         process
     }
 
-    /// Reads it again: it may have started another program, or moved. What cannot be read any more stays.
+    /// Reads the identity again: the process may have executed another program or moved to another cgroup. What cannot be
+    /// read keeps its value.
     pub(crate) fn refresh(&mut self) {
         let Ok(proc) = open(self.pid) else { return };
         if let Ok(stat) = proc.stat() {
@@ -49,12 +50,12 @@ impl Process {
     }
 }
 
-/// Makes sure a process can be observed. An error says why not and what to do.
+/// Checks that a process can be observed. An error says why not and what to do.
 pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
     let gone = || {
         Failure::new(
             format!("no process has the id {pid}"),
-            "find the right one, for example with `pgrep -a NAME`",
+            "find the process id, for example with `pgrep -a NAME`",
         )
     };
     let proc = open(pid).map_err(|_| gone())?;
@@ -63,15 +64,15 @@ pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
     if is_kernel_thread {
         return Err(Failure::new(
             format!("process {pid} ({}) is a kernel thread", stat.comm),
-            "choose a process that runs a program: a kernel thread has no sockets and no event loop of its own",
+            "choose a user-space process: a kernel thread has no sockets and no event loop",
         ));
     }
-    // The programs hear of its end before it has a state of its own.
+    // The exit tracepoint fires before the state of the process changes.
     let is_exiting = stat.flags().is_ok_and(|flags| flags.contains(StatFlags::PF_EXITING));
     if is_exiting || stat.state == 'Z' || stat.state == 'X' {
         return Err(Failure::new(
-            format!("process {pid} ({}) has exited and only waits for its parent", stat.comm),
-            "choose one that still runs",
+            format!("process {pid} ({}) has exited and is not reaped yet", stat.comm),
+            "choose a process that is still running",
         ));
     }
     let process = u32::try_from(status.tgid).unwrap_or(pid);
@@ -84,12 +85,12 @@ pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whether a process still runs; one that waits to be reaped does not.
+/// Whether a process is running; a zombie is not.
 pub(crate) fn is_there(pid: u32) -> bool {
     ensure_observable(pid).is_ok()
 }
 
-/// Every process that descends from the given ones, as `/proc` shows it now; without the given ones.
+/// All descendants of these processes as of now, without the processes themselves.
 pub(crate) fn descendants(of: &BTreeSet<u32>) -> BTreeSet<u32> {
     let mut children = BTreeMap::<u32, Vec<u32>>::new();
     for stat in all_processes().into_iter().flatten().filter_map(|proc| proc.ok()?.stat().ok()) {
@@ -109,10 +110,10 @@ pub(crate) fn descendants(of: &BTreeSet<u32>) -> BTreeSet<u32> {
     found
 }
 
-/// Most generations that anybody descends from.
-const GENERATIONS: usize = 64;
+/// Maximum number of ancestors.
+const MAX_ANCESTORS: usize = 64;
 
-/// Everybody that a process descends from as `/proc` shows it now, each with when it was started.
+/// Ancestors of a process as of now, without init, each with its start time in clock ticks.
 pub(crate) fn ancestors(pid: u32) -> BTreeSet<(u32, u64)> {
     let stat = |pid: u32| open(pid).ok()?.stat().ok();
     let parent = |stat: &Stat| u32::try_from(stat.ppid).ok().filter(|&parent| parent > 1);
@@ -123,26 +124,27 @@ pub(crate) fn ancestors(pid: u32) -> BTreeSet<(u32, u64)> {
         next = parent(&stat);
         Some((pid, stat.starttime))
     });
-    line.take(GENERATIONS).collect()
+    line.take(MAX_ANCESTORS).collect()
 }
 
-/// Variables that a process was started with; none if it is gone.
+/// Environment that a process was started with; empty if the process is gone.
 pub(crate) fn environment(pid: u32) -> HashMap<OsString, OsString> {
     open(pid).and_then(|proc| proc.environ()).unwrap_or_default()
 }
 
-/// When a process was started, in ticks of the kernel; the same as long as it is the same process. `None` if it is gone.
+/// Start time of a process in clock ticks since boot, which tells it from a later process with the same id. `None` if it is
+/// gone.
 pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
     Some(open(pid).ok()?.stat().ok()?.starttime)
 }
 
-/// Inode number of the network namespace a process is in; `None` if it is gone.
+/// Inode number of a process's network namespace; `None` if the process is gone.
 pub(crate) fn network_namespace(pid: u32) -> Option<u32> {
     let namespace = std::fs::metadata(format!("/proc/{pid}/ns/net")).ok()?;
     u32::try_from(namespace.ino()).ok()
 }
 
-/// Inode number of the socket behind a descriptor; `None` if that is not a socket.
+/// Inode number of the socket behind a descriptor; `None` if it is not a socket.
 pub(crate) fn socket_inode(pid: u32, fd: u32) -> Option<u64> {
     let fd = i32::try_from(fd).ok()?;
     match open(pid).ok()?.fd_from_fd(fd).ok()?.target {
@@ -156,10 +158,10 @@ pub(crate) fn thread_name(pid: u32, tid: u32) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default().trim_end().into()
 }
 
-/// What people call a thread of whatever process: `stress (thread 4242)`.
+/// Display name of a thread of any process: `stress (thread 4242)`.
 pub(crate) fn described(tid: u32) -> String {
     match thread_name(tid, tid) {
-        name if name.is_empty() => format!("a thread that is gone ({tid})"),
+        name if name.is_empty() => format!("exited thread {tid}"),
         name => format!("{name} (thread {tid})"),
     }
 }
@@ -180,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pid_out_of_range_is_nobody() {
+    fn no_process_has_a_pid_out_of_range() {
         assert!(ensure_observable(u32::MAX).unwrap_err().to_string().contains("no process"));
     }
 

@@ -1,4 +1,4 @@
-//! The processes under observation, as `/proc` and the kernel's socket tables show them.
+//! Processes under observation, from `/proc`: identity, sockets, runtimes, hooks, and their selection.
 
 pub(crate) mod container;
 pub(crate) mod pod;

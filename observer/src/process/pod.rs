@@ -1,5 +1,5 @@
-//! Which pod a process is in, told by its cgroup paths, and what that is called, told by the folders and links that
-//! its kubelet makes for logs.
+//! Finds the Kubernetes pod of a process by its cgroup paths, and the pod's names by the folders and links that its kubelet
+//! creates for logs.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use procfs::ProcessCGroups;
 use super::container::is_id;
 use crate::model::place::Pod;
 
-/// UID of the pod a process with these cgroups is in; `None` if it is in none that can be recognised.
+/// UID of the pod of a process with these cgroups; `None` if it is in no recognised pod.
 pub(crate) fn uid(cgroups: &ProcessCGroups) -> Option<String> {
     cgroups.into_iter().find_map(|cgroup| uid_in(&cgroup.pathname))
 }
@@ -20,8 +20,8 @@ fn uid_in(path: &str) -> Option<String> {
     path.trim_end_matches(" (deleted)").rsplit('/').find_map(uid_of_component)
 }
 
-/// `podUID` as made without systemd, `kubepods-CLASS-podUID.slice` with it, the UID's dashes replaced there, or
-/// `SLICE:RUNTIME:ID` as containerd writes it where systemd was meant to make it.
+/// Accepts `podUID` as created with cgroupfs, `kubepods-CLASS-podUID.slice` with systemd, where the UID's dashes are
+/// replaced, and `SLICE:RUNTIME:ID`, which containerd creates if it is configured for systemd but uses cgroupfs.
 fn uid_of_component(component: &str) -> Option<String> {
     let component = component.split(':').next()?;
     let uid = match component.strip_suffix(".slice") {
@@ -31,22 +31,23 @@ fn uid_of_component(component: &str) -> Option<String> {
     is_uid(&uid).then_some(uid)
 }
 
-/// Whether it has the form of a UID, or is the hash of a static pod's configuration, which is its UID on its node.
+/// Whether the text has the format of a UID, or of the hash of a static pod's configuration, which is its UID on its node.
 pub(crate) fn is_uid(text: &str) -> bool {
     let groups: Vec<_> = text.split('-').map(str::len).collect();
     let is_hex = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f' | b'-');
     matches!(groups[..], [8, 4, 4, 4, 12] | [32]) && text.bytes().all(is_hex)
 }
 
-/// Adds what a node's `/var/log` knows of a pod: its names, and that of a container of it with this id.
+/// Adds the names that a node's `/var/log` has for a pod: its own, and that of its container with this id.
 ///
-/// Links of containers have their ids. Without any a pod's only folder is that of its only container; where others of
-/// the pod have links, the container without is the one that holds the pod together, or its link is yet to come.
+/// The links of containers contain their ids. If the pod has no link, its folder has the name of its container, provided that
+/// it has only one. If other containers of the pod have links, a container without a link is the pause container, or its
+/// link is not created yet.
 pub(crate) fn look_up(pod: &mut Pod, container: Option<&str>, log: &Path) {
     let (pods, containers) = (log.join("pods"), log.join("containers"));
     let folders = names_in(&pods).into_iter().filter_map(|folder| Some((of_folder(&folder)?, folder)));
     let found = folders.into_iter().find(|(found, _)| found.uid == pod.uid);
-    // There may be a lot of links, and to read one costs more than its name.
+    // There can be many links, and reading one costs more than comparing its name.
     let end = container.map(|id| format!("-{id}.log"));
     let start = found
         .as_ref()
@@ -70,21 +71,21 @@ pub(crate) fn look_up(pod: &mut Pod, container: Option<&str>, log: &Path) {
     }
 }
 
-/// A container's link in `containers`.
+/// A link of a container in `/var/log/containers`.
 pub(crate) struct Link {
     pub(crate) id: String,
-    /// What it leads to.
+    /// The pod, with the container's name, from the link's target.
     pub(crate) pod: Pod,
 }
 
 impl Link {
-    /// `POD_NAMESPACE_CONTAINER-ID.log` -> `…/NAMESPACE_POD_UID/CONTAINER/COUNT.log`. Of a very long name the end is cut
-    /// off, and the id with it.
+    /// Reads a link `POD_NAMESPACE_CONTAINER-ID.log` -> `…/NAMESPACE_POD_UID/CONTAINER/COUNT.log`. A very long name is cut off
+    /// at its end, and lacks the id.
     fn read(folder: &Path, name: &str) -> Option<Self> {
         Self::parse(name, || fs::read_link(folder.join(name)).ok())
     }
 
-    /// `target` tells what it leads to.
+    /// Parses a link by its name. `target` reads its target, and is called only if the name ends with a container id.
     pub(crate) fn parse(name: &str, target: impl FnOnce() -> Option<PathBuf>) -> Option<Self> {
         let (_, id) = name.strip_suffix(".log")?.rsplit_once('-')?;
         let target = is_id(id).then(target)??;
@@ -95,7 +96,7 @@ impl Link {
     }
 }
 
-/// `NAMESPACE_POD_UID`; names have no underscores.
+/// Parses a folder name `NAMESPACE_POD_UID`; the names contain no underscores.
 pub(crate) fn of_folder(name: &str) -> Option<Pod> {
     let parts: Vec<_> = name.split('_').collect();
     let [namespace, name, uid] = parts[..] else { return None };
@@ -108,7 +109,7 @@ pub(crate) fn of_folder(name: &str) -> Option<Pod> {
     })
 }
 
-/// What is in a folder; nothing if it cannot be read.
+/// Names of the entries of a folder; empty if it cannot be read.
 fn names_in(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
@@ -135,23 +136,23 @@ mod tests {
     #[test]
     fn each_way_to_write_a_uid_is_recognised() {
         let lines = [
-            // With systemd: containerd, CRI-O with and without a cgroup of the container's own, Docker.
+            // With systemd: containerd, CRI-O with and without a child cgroup of the container, Docker.
             "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podSLICE.slice/cri-containerd-ID.scope",
             "0::/kubepods.slice/kubepods-podSLICE.slice/crio-ID.scope/container",
             "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podSLICE.slice/docker-ID.scope",
             "0::/kubepods.slice/kubepods-podSLICE.slice/crio-ID.scope (deleted)",
-            // Without, in version 1, 2 and both.
+            // With cgroupfs, in v1, v2 and hybrid.
             "11:cpu,cpuacct:/kubepods/besteffort/podUID/ID\n1:name=systemd:/kubepods/besteffort/podUID/ID",
             "0::/kubepods/podUID/ID",
             "4:memory:/kubepods/burstable/podUID/ID\n0::/",
             "0::/system.slice/containerd.service/kubepods-besteffort-podSLICE.slice:cri-containerd:ID",
-            // Kubernetes inside a container (kind), and below a root of its own.
+            // Kubernetes inside a container (kind), and below a root cgroup of the kubelet.
             "0::/docker/ID/kubelet/kubepods/podUID/ID",
             "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podSLICE.slice/cri-containerd-ID.scope",
-            // As seen from inside another pod's cgroup namespace.
+            // From inside the cgroup namespace of another pod.
             "0::/../../podUID/ID",
             "0::/../../kubepods-besteffort-podSLICE.slice/cri-containerd-ID.scope",
-            // The pod's own.
+            // The cgroup of the pod itself.
             "0::/kubepods.slice/kubepods-podSLICE.slice",
         ];
         for line in lines {
@@ -163,12 +164,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pod_has_no_uid() {
+    fn other_cgroups_have_no_pod_uid() {
         let lines = [
             "0::/",
             "0::/system.slice/docker-ID.scope",
             "0::/kubepods.slice/kubepods-burstable.slice",
-            // podman's.
+            // podman.
             "0::/machine.slice/machine-libpod_pod_ID.slice/libpod-ID.scope",
             "0::/jobs/pod1",
             "0::/system.slice/podman.service",
@@ -180,7 +181,7 @@ mod tests {
         }
     }
 
-    /// A node's `/var/log`.
+    /// The `/var/log` of a node.
     struct Node(TempDir);
 
     impl Node {
@@ -188,7 +189,7 @@ mod tests {
             Self(tempfile::tempdir().unwrap())
         }
 
-        /// A container's folder of logs. Docker keeps them elsewhere and has links there.
+        /// Creates the log folder of a container. Docker keeps the logs elsewhere and links to them.
         fn container(&self, pod: &str, container: &str, is_docker: bool) {
             let folder = self.0.path().join("pods").join(pod).join(container);
             fs::create_dir_all(&folder).unwrap();
@@ -200,7 +201,7 @@ mod tests {
             }
         }
 
-        /// A container's link, as a kubelet names it.
+        /// Creates the link of a container, named as by a kubelet.
         fn link(&self, pod: &str, container: &str, id: &str) {
             let [namespace, name, _] = pod.split('_').collect::<Vec<_>>()[..] else { panic!("{pod}") };
             let mut link = format!("{name}_{namespace}_{container}-{id}");
@@ -210,7 +211,7 @@ mod tests {
             symlink(format!("/var/log/pods/{pod}/{container}/0.log"), folder.join(link + ".log")).unwrap();
         }
 
-        /// Namespace, pod and container that it tells.
+        /// Namespace, pod and container name of a container.
         fn names(&self, uid: &str, container: &str) -> [Option<String>; 3] {
             let mut pod = Pod { uid: uid.into(), ..Pod::default() };
             look_up(&mut pod, Some(container), self.0.path());
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn each_runtime_s_logs_have_the_names() {
+    fn names_are_found_for_each_container_runtime() {
         let (web, twin) = (format!("shop_web-7d9f-x2x4z_{UID}"), format!("shop_web-7d9f-q8q8q_{HASH}"));
         for is_docker in [false, true] {
             let node = Node::new();
@@ -235,23 +236,23 @@ mod tests {
             }
             node.link(&web, "web", APP);
             assert_eq!(node.names(UID, APP), known("shop", "web-7d9f-x2x4z", "web"));
-            // What holds a pod together has no link, and its twin's container has none yet.
+            // The pause container has no link, and the container of the other pod has none yet.
             assert_eq!(node.names(UID, PAUSE), known("shop", "web-7d9f-x2x4z", ""));
             assert_eq!(node.names(HASH, PAUSE), known("shop", "web-7d9f-q8q8q", ""));
         }
     }
 
     #[test]
-    fn a_pod_s_only_container_needs_no_link() {
+    fn the_only_container_of_a_pod_needs_no_link() {
         let node = Node::new();
         let pod = format!("kube-system_etcd-node_{HASH}");
         node.container(&pod, "etcd", false);
         assert_eq!(node.names(HASH, APP), known("kube-system", "etcd-node", "etcd"));
-        // A process of the pod that is in none of its containers.
+        // A process in the pod's cgroup but in none of its containers.
         let mut beside = Pod { uid: HASH.into(), ..Pod::default() };
         look_up(&mut beside, None, node.0.path());
         assert_eq!(beside.container, None);
-        // Another one has the link: this is what holds the pod together, or it was just started again.
+        // Another container has the link: this is the pause container, or was just restarted.
         node.link(&pod, "etcd", APP);
         assert_eq!(node.names(HASH, PAUSE), known("kube-system", "etcd-node", ""));
     }
@@ -264,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn links_with_their_ends_cut_off_are_nobody_s() {
+    fn truncated_links_are_ignored() {
         let node = Node::new();
         let name = "n".repeat(200);
         let pod = format!("shop_{name}_{UID}");
@@ -275,14 +276,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_certain_is_not_told() {
+    fn uncertain_names_are_not_used() {
         let nothing = known("", "", "");
         assert_eq!(Node::new().names(UID, APP), nothing);
         let node = Node::new();
         for folder in [
-            // Another pod of the same name, as a stateful set makes it again.
+            // Another pod of the same name, as a stateful set recreates it.
             format!("shop_web-0_{}", UID.replace('8', "9")),
-            // A kubelet older than 1.14, and what others put there.
+            // A kubelet older than 1.14, and folders that other programs create.
             UID.to_owned(),
             format!("_web-0_{UID}"),
             format!("shop__{UID}"),
@@ -291,7 +292,7 @@ mod tests {
         ] {
             node.container(&folder, "web", false);
         }
-        // A link to nowhere that has names.
+        // A link with names whose target has none, and a file that is not a link.
         fs::create_dir_all(node.0.path().join("containers")).unwrap();
         let link = node.0.path().join(format!("containers/web-0_shop_web-{APP}.log"));
         symlink(format!("/var/lib/docker/containers/{APP}/{APP}-json.log"), link).unwrap();

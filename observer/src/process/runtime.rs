@@ -1,9 +1,8 @@
-//! Which runtime a process has, and where its garbage collector can be watched: a profile applied to what the process
-//! has mapped.
+//! Recognises the runtimes of a process by applying profiles to its mapped files, and locates their garbage collectors.
 
 use std::{collections::HashMap, fs::File, io, sync::Arc};
 
-use observer_common::gc::{PARTS, Totals as Places};
+use observer_common::gc::{PARTS, Totals as TotalsAddresses};
 use procfs::process::MemoryMap;
 
 use crate::{
@@ -19,99 +18,99 @@ use crate::{
     },
 };
 
-/// Files that are remembered, so that each is read once and not for each process anew.
-const FILES: usize = 1024;
+/// Maximum number of files whose result is cached, so that each file is read once for all processes.
+const MAX_FILES: usize = 1024;
 
-/// Most places of one probe.
-const SITES: usize = 16;
+/// Maximum number of sites of one USDT probe.
+const MAX_SITES: usize = 16;
 
-/// How much of a function's code is read, in bytes.
-const BEGINNING: u64 = 64;
+/// Number of bytes of a function's code that are decoded.
+const CODE_LENGTH: u64 = 64;
 
-/// Finds runtimes.
+/// Recognises runtimes by profiles. Caches results by file.
 pub(crate) struct Runtimes {
     profiles: Vec<Arc<Profile>>,
-    /// What is in the files that processes have mapped; nothing if that is no runtime.
+    /// Runtimes in each file; empty if it has none.
     files: HashMap<(FileId, Option<Version>), Vec<Arc<Module>>>,
-    /// Profiles that somebody asked for and that no process was found to fit.
+    /// Profiles that the user asked for and that no process has matched so far.
     unmet: Vec<Arc<Profile>>,
 }
 
-/// A file with a runtime in it.
+/// A runtime in a file.
 struct Module {
     profile: Arc<Profile>,
-    /// Where its collector can be watched, or why nowhere; `None` if its profile does not ask.
-    collector: Option<Result<Watchable, String>>,
+    /// How its collector can be watched, or why not; `None` if its profile has no `gc`.
+    collector: Option<Result<CollectorInFile, String>>,
 }
 
-/// Where a collector can be watched, by places in a file.
-enum Watchable {
+/// How a collector can be watched, by addresses in a file.
+enum CollectorInFile {
     Probes(Probes),
     Totals { totals: Totals, version: u64, count: Chain },
 }
 
-/// Places where collections begin and end.
+/// Sites where collections start and end.
 #[derive(Clone, Debug)]
 pub(crate) struct Probes {
     pub(crate) start: Vec<Site>,
     pub(crate) done: Vec<Site>,
 }
 
-/// A process's runtime.
+/// A runtime in a process.
 pub(crate) struct Runtime {
-    /// Its name and the module it is in: `CPython in python3.11`.
+    /// Display name, with its module: `CPython in python3.11`.
     pub(crate) name: String,
-    /// What describes it.
+    /// The profile that matched.
     pub(crate) profile: Arc<Profile>,
     /// A mapping of the module's code.
     pub(crate) module: MemoryMap,
-    /// Where its collector can be watched, or why nowhere; `None` if its profile does not ask.
+    /// How its collector can be watched, or why not; `None` if its profile has no `gc`.
     pub(crate) collector: Option<Result<Watch, String>>,
 }
 
-/// Where a process's collector can be watched.
+/// How a collector can be watched in a process.
 pub(crate) enum Watch {
     /// By probes in this file.
     Probes(File, Probes),
-    /// By totals in its memory.
-    Totals(Live, Places),
-    /// Nowhere yet: it has not started.
+    /// By totals in the process's memory.
+    Totals(Live, TotalsAddresses),
+    /// Not yet: the runtime is not initialised.
     NotYet,
 }
 
 impl Runtimes {
-    /// Finds those that these profiles describe.
+    /// Recognises runtimes by these profiles.
     pub(crate) fn of_profiles(profiles: Vec<Arc<Profile>>) -> Self {
         Self { profiles, files: HashMap::new(), unmet: Vec::new() }
     }
 
-    /// The same; of some it is to be known whether they fit anybody.
+    /// Tracks, of the profiles that match `is_asked_for`, which ones no process matches; see [`Self::unmet`].
     pub(crate) fn asked_for(mut self, is_asked_for: impl Fn(&Arc<Profile>) -> bool) -> Self {
         self.unmet = self.profiles.iter().filter(|profile| is_asked_for(profile)).cloned().collect();
         self
     }
 
-    /// Profiles that were asked for and fit nobody until now: what each is called, and why not.
+    /// Profiles that the user asked for and that no process has matched so far: name, and the reason.
     pub(crate) fn unmet(&self) -> Vec<(String, String)> {
         let why = |profile: &Profile| match &profile.home {
             Some(home) => {
-                format!("no process that was looked at has a file mapped whose name begins with {home}")
+                format!("no process that was checked maps a file whose name begins with {home}")
             }
             None => {
                 let markers = profile.marker.as_slice().join(" or ");
-                format!("no process that was looked at has a module that defines {markers}")
+                format!("no process that was checked has a module that defines {markers}")
             }
         };
         self.unmet.iter().map(|profile| (profile.name.clone(), why(profile))).collect()
     }
 
-    /// Finds out what a process runs; nothing if that is nothing known here.
+    /// Runtimes of a process; empty if it has none that a profile describes.
     pub(crate) fn of(&mut self, mappings: &Mappings) -> Vec<Runtime> {
         let mut found = Vec::new();
         for map in mappings.modules() {
             let key = (file_id(map), mappings.version(map));
             if !self.files.contains_key(&key) {
-                if self.files.len() >= FILES {
+                if self.files.len() >= MAX_FILES {
                     self.files.clear();
                 }
                 self.files.insert(key, self.in_file(mappings, map));
@@ -123,7 +122,7 @@ impl Runtimes {
             let needs = runtime.profile.needs.as_deref();
             needs.is_none_or(|needs| mappings.modules_named(needs).next().is_some())
         });
-        // What was asked for by its file's name is to be looked for there, so that it is told if it is not found.
+        // A library named on the command line counts as found by its file name, so that missing functions are reported.
         let missing = self.profiles.iter().filter(|profile| {
             profile.home.is_some() && !found.iter().any(|runtime| Arc::ptr_eq(&runtime.profile, profile))
         });
@@ -138,7 +137,7 @@ impl Runtimes {
         found
     }
 
-    /// Looks for runtimes in the file behind a mapping. One that cannot be read as ELF has none.
+    /// Runtimes in the file behind a mapping; empty if it is not valid ELF.
     fn in_file(&self, mappings: &Mappings, map: &MemoryMap) -> Vec<Arc<Module>> {
         let Ok(image) = Image::of(mappings, map) else { return Vec::new() };
         let markers: Vec<_> = self.profiles.iter().flat_map(|profile| profile.marker.as_slice()).collect();
@@ -146,7 +145,7 @@ impl Runtimes {
         let mut found = image.symbols(&markers).into_iter();
         let is_there = |profile: &&Arc<Profile>| {
             let markers = found.by_ref().take(profile.marker.as_slice().len());
-            // Each profile takes its own.
+            // Symbols are in the order of the markers: each profile consumes those of its own.
             markers.filter(Option::is_some).count() > 0
         };
         self.profiles.iter().filter(is_there).map(|profile| Arc::new(Module::of(profile, &image))).collect()
@@ -157,8 +156,8 @@ impl Module {
     fn of(profile: &Arc<Profile>, image: &Image) -> Self {
         let collector = profile.gc.as_ref().map(|collector| match collector {
             Collector::Usdt(usdt) => usdt.find(&image.elf).map(Watchable::Probes),
-            Collector::Functions(functions) => functions.find(image).map(Watchable::Probes),
-            Collector::Totals(totals) => totals.find(image),
+            Collector::Usdt(usdt) => usdt.find(&image.elf).map(CollectorInFile::Probes),
+            Collector::Functions(functions) => functions.find(image).map(CollectorInFile::Probes),
         });
         Self { profile: Arc::clone(profile), collector }
     }
@@ -167,7 +166,7 @@ impl Module {
         let module = module_name(map).unwrap_or_default();
         let collector = self.collector.as_ref().map(|collector| {
             let collector = collector.as_ref().map_err(Clone::clone);
-            collector.and_then(|watchable| watchable.in_process(mappings, map))
+            collector.and_then(|in_file| in_file.in_process(mappings, map))
         });
         Runtime {
             name: format!("{} in {module}", self.profile.name),
@@ -178,27 +177,30 @@ impl Module {
     }
 }
 
-impl Watchable {
+impl CollectorInFile {
     fn in_process(&self, mappings: &Mappings, map: &MemoryMap) -> Result<Watch, String> {
-        let told = |error: io::Error| error.to_string();
+        let text = |error: io::Error| error.to_string();
         match self {
-            Self::Probes(probes) => Ok(Watch::Probes(mappings.open(map).map_err(told)?, probes.clone())),
+            Self::Probes(probes) => Ok(Watch::Probes(mappings.open(map).map_err(text)?, probes.clone())),
             Self::Totals { totals, version, count } => {
-                let elf = mappings.open(map).map_err(told)?;
+                let elf = mappings.open(map).map_err(text)?;
                 let elf = Elf::open(&elf).map_err(|error| error.to_string())?;
-                let bias = elf.bias(map).ok_or("its mapping is not understood")?;
-                let memory = Live::of(mappings.pid).map_err(told)?;
+                let bias = elf.bias(map).ok_or("its load address cannot be determined")?;
+                let memory = Live::of(mappings.pid).map_err(text)?;
                 let version = memory.c_string(version.wrapping_add(bias), "version");
                 let version = version.map_err(|error| format!("{error:#}"))?;
                 let offsets = totals.nanoseconds_of(&version);
                 let offsets =
-                    offsets.ok_or_else(|| format!("where {version} keeps its totals is not known"))?;
+                    offsets.ok_or_else(|| format!("the profile has no offsets for version {version}"))?;
                 let Some(count) = count.follow(&memory, bias) else { return Ok(Watch::NotYet) };
                 let mut ns_addresses = [0; PARTS];
                 for (address, offset) in ns_addresses.iter_mut().zip(offsets) {
                     *address = count.wrapping_add(*offset);
                 }
-                Ok(Watch::Totals(memory, Places { count_address: count, ns_addresses, count: 0, ns: 0 }))
+                Ok(Watch::Totals(
+                    memory,
+                    TotalsAddresses { count_address: count, ns_addresses, count: 0, ns: 0 },
+                ))
             }
         }
     }
@@ -208,17 +210,17 @@ impl Usdt {
     fn find(&self, elf: &Elf) -> Result<Probes, String> {
         let sites = |name: &str| {
             let found = elf.usdt(&self.provider, name);
-            let offset = |address| elf.file_offset(address).ok_or("a probe of its own is not in its file");
-            let sites = found.iter().take(SITES).map(|probe| {
+            let offset = |address| elf.file_offset(address).ok_or("a USDT probe is not in its file");
+            let sites = found.iter().take(MAX_SITES).map(|probe| {
                 if instructions::is_unsafe_place(elf, probe.location) {
-                    return Err("its probe stands on an instruction that some kernels replace by a call");
+                    return Err("its USDT probe is on an instruction that some kernels replace by a call");
                 }
                 let counter = if probe.semaphore == 0 { 0 } else { offset(probe.semaphore)? };
                 Ok(Site { instruction: offset(probe.location)?, counter })
             });
             match sites.collect::<Result<Vec<_>, &str>>() {
                 Ok(sites) if sites.is_empty() => {
-                    Err(format!("it was built without the probe {}:{name}", self.provider))
+                    Err(format!("it was built without the USDT probe {}:{name}", self.provider))
                 }
                 other => other.map_err(Into::into),
             }
@@ -243,14 +245,14 @@ impl Functions {
 }
 
 impl Totals {
-    fn find(&self, image: &Image) -> Result<Watchable, String> {
+    fn find(&self, image: &Image) -> Result<CollectorInFile, String> {
         let version = image.symbol(&self.version);
         let count = image.symbol(&self.count);
         let version = version.ok_or_else(|| format!("it has no symbol {}", self.version))?;
         let count = count.ok_or_else(|| format!("it has no function {}", self.count))?;
-        let chain = image.elf.code(count, BEGINNING).and_then(|code| Chain::of(code, count));
+        let chain = image.elf.code(count, CODE_LENGTH).and_then(|code| Chain::of(code, count));
         let count =
-            chain.ok_or_else(|| format!("the code of its function {} is not understood", self.count))?;
-        Ok(Watchable::Totals { totals: self.clone(), version, count })
+            chain.ok_or_else(|| format!("the code of its function {} is not recognised", self.count))?;
+        Ok(CollectorInFile::Totals { totals: self.clone(), version, count })
     }
 }

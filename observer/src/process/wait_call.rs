@@ -1,5 +1,5 @@
-//! System calls that event loops wait with, and threads that are blocked in one or in an accept. No program sees a thread enter
-//! a call before observer attaches, so `/proc` tells.
+//! System calls that event loops wait in, and threads that are blocked in such a call or in an accept. The programs miss
+//! calls that were entered before observer attached, so these are read from `/proc`.
 
 use std::{fmt, fs::File, os::unix::fs::FileExt as _};
 
@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use nix::libc;
 use observer_common::reactor::Kind;
 
-/// A family of system calls that event loops wait with.
+/// A family of system calls that event loops wait in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WaitCall {
     /// epoll_wait, epoll_pwait, epoll_pwait2
@@ -22,7 +22,7 @@ pub(crate) enum WaitCall {
 }
 
 impl WaitCall {
-    /// Those that hardly anything but an event loop uses.
+    /// Calls that are hardly used by anything but event loops.
     pub(crate) const DEFAULT: [Self; 2] = [Self::Epoll, Self::IoUring];
 }
 
@@ -37,19 +37,19 @@ impl fmt::Display for WaitCall {
     }
 }
 
-/// Bits of a `fd_set`, as many as C libraries have.
-const SET: usize = 1024;
+/// Number of bits of a `fd_set` in C libraries (`FD_SETSIZE`).
+const FD_SETSIZE: usize = 1024;
 
 /// A system call that a thread is blocked in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
-    /// A wait for events of this kind, on this set, ring, or first of several descriptors.
+    /// A wait for events of this kind, on this epoll set or ring, or on several descriptors of which `set` is the first.
     Wait { kind: Kind, set: u32 },
     /// An accept on this descriptor.
     Accept { fd: u32 },
 }
 
-/// Threads of a process that are blocked in an accept or in one of these waits now, with the call.
+/// Threads of a process that are blocked in an accept or in one of these waits now, each with its call.
 pub(crate) fn blocked_in(pid: u32, waits: &[WaitCall]) -> Vec<(u32, Call)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     threads
@@ -63,8 +63,8 @@ pub(crate) fn blocked_in(pid: u32, waits: &[WaitCall]) -> Vec<(u32, Call)> {
         .collect()
 }
 
-/// Understands `/proc/PID/task/TID/syscall`: the number in decimal, then arguments in hexadecimal; `running` otherwise.
-/// `memory` reads the caller's memory.
+/// Parses `/proc/PID/task/TID/syscall`: the number in decimal, then the arguments in hexadecimal; or `running`. `memory`
+/// reads the caller's memory.
 pub(crate) fn parse(
     line: &str,
     waits: &[WaitCall],
@@ -75,47 +75,47 @@ pub(crate) fn parse(
     let arguments: Vec<u64> =
         words.map_while(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok()).collect();
     let [first, second, third, fourth, ..] = arguments[..] else { return None };
-    // The programs go by the same rules.
+    // The programs apply the same rules, see `observer-ebpf/src/probes/reactor`.
     let (calls, wait) = match number {
-        libc::SYS_accept | libc::SYS_accept4 => return Some(Call::Accept { fd: low(first) }),
+        libc::SYS_accept | libc::SYS_accept4 => return Some(Call::Accept { fd: int(first) }),
         #[cfg(target_arch = "x86_64")]
-        libc::SYS_epoll_wait => (WaitCall::Epoll, Some((Kind::Epoll, low(first)))),
-        libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 => (WaitCall::Epoll, Some((Kind::Epoll, low(first)))),
+        libc::SYS_epoll_wait => (WaitCall::Epoll, Some((Kind::Epoll, int(first)))),
+        libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 => (WaitCall::Epoll, Some((Kind::Epoll, int(first)))),
         libc::SYS_io_uring_enter => {
-            // To be submitted, wanted, flags; the lowest flag asks for completions.
-            let waits = low(third) > 0 && low(fourth) & 1 != 0;
-            (WaitCall::IoUring, waits.then_some((Kind::IoUring, low(first))))
+            // Arguments: fd, to_submit, min_complete, flags. Bit 0 is IORING_ENTER_GETEVENTS.
+            let waits = int(third) > 0 && int(fourth) & 1 != 0;
+            (WaitCall::IoUring, waits.then_some((Kind::IoUring, int(first))))
         }
         #[cfg(target_arch = "x86_64")]
-        libc::SYS_poll => (WaitCall::Poll, polled(first, low(second), memory)),
-        libc::SYS_ppoll => (WaitCall::Poll, polled(first, low(second), memory)),
+        libc::SYS_poll => (WaitCall::Poll, poll_set(first, int(second), memory)),
+        libc::SYS_ppoll => (WaitCall::Poll, poll_set(first, int(second), memory)),
         #[cfg(target_arch = "x86_64")]
-        libc::SYS_select => (WaitCall::Select, selected(low(first), [second, third, fourth], memory)),
-        libc::SYS_pselect6 => (WaitCall::Select, selected(low(first), [second, third, fourth], memory)),
+        libc::SYS_select => (WaitCall::Select, select_set(int(first), [second, third, fourth], memory)),
+        libc::SYS_pselect6 => (WaitCall::Select, select_set(int(first), [second, third, fourth], memory)),
         _ => return None,
     };
     let (kind, set) = wait.filter(|_| waits.contains(&calls))?;
     Some(Call::Wait { kind, set })
 }
 
-/// The first of several descriptors.
-fn polled(at: u64, count: u32, memory: impl Fn(u64, &mut [u8]) -> Option<()>) -> Option<(Kind, u32)> {
+/// The first descriptor of a `poll`; `None` if there are fewer than two.
+fn poll_set(at: u64, count: u32, memory: impl Fn(u64, &mut [u8]) -> Option<()>) -> Option<(Kind, u32)> {
     let mut first = [0; 4];
     memory(at, &mut first)?;
     (count > 1).then_some((Kind::Poll, u32::from_ne_bytes(first)))
 }
 
-/// The lowest of several descriptors.
-fn selected(
+/// The lowest descriptor of a `select`; `None` if there are fewer than two.
+fn select_set(
     limit: u32,
     sets: [u64; 3],
     memory: impl Fn(u64, &mut [u8]) -> Option<()>,
 ) -> Option<(Kind, u32)> {
     let bytes = usize::try_from(limit.div_ceil(u64::BITS)).ok()? * 8;
-    let mut members = [0; SET / 8];
+    let mut members = [0; FD_SETSIZE / 8];
     let members = members.get_mut(..bytes)?;
     for at in sets.into_iter().filter(|&at| at != 0) {
-        let mut set = [0; SET / 8];
+        let mut set = [0; FD_SETSIZE / 8];
         let set = set.get_mut(..bytes)?;
         memory(at, set)?;
         members.iter_mut().zip(set).for_each(|(all, one)| *all |= *one);
@@ -125,9 +125,9 @@ fn selected(
     descriptors.next().map(|_| (Kind::Poll, first))
 }
 
-/// An `int` argument: the upper half of its register is anything.
-#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
-const fn low(argument: u64) -> u32 {
+/// An `int` argument: the upper half of its register is undefined.
+#[expect(clippy::cast_possible_truncation, reason = "the truncation is intended")]
+const fn int(argument: u64) -> u32 {
     argument as u32
 }
 
@@ -135,7 +135,7 @@ const fn low(argument: u64) -> u32 {
 mod tests {
     use super::*;
 
-    /// A caller whose memory begins with descriptors 4 and 6 in a `fd_set`, which read as the number 80 too.
+    /// Reads memory with descriptors 4 and 6 in a `fd_set` at 0x100, whose first word is also descriptor 80 of a `poll`.
     fn read(at: u64, buffer: &mut [u8]) -> Option<()> {
         buffer.fill(0);
         if at == 0x100 {
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_told_by_number_and_arguments() {
+    fn calls_are_recognised_by_number_and_arguments() {
         let wait = |kind, set| Some(Call::Wait { kind, set });
         assert_eq!(
             call(libc::SYS_epoll_pwait, "0x5 0x7ffd 0x400 0xffffffffffffffff 0x0 0x8"),
@@ -157,12 +157,12 @@ mod tests {
         );
         assert_eq!(call(libc::SYS_accept4, "0x1f 0x0 0x0 0x80000 0x0 0x0"), Some(Call::Accept { fd: 31 }));
         assert_eq!(call(libc::SYS_io_uring_enter, "0x6 0x0 0x1 0x1 0x0 0x8"), wait(Kind::IoUring, 6));
-        // Submits alone.
+        // Only submits.
         assert_eq!(call(libc::SYS_io_uring_enter, "0x6 0x1 0x0 0x0 0x0 0x8"), None);
         assert_eq!(call(libc::SYS_ppoll, "0x100 0x2 0x0 0x0 0x8 0x0"), wait(Kind::Poll, 80));
         assert_eq!(call(libc::SYS_ppoll, "0x100 0x1 0x0 0x0 0x8 0x0"), None);
         assert_eq!(call(libc::SYS_pselect6, "0x7 0x100 0x0 0x0 0x0 0x0"), wait(Kind::Poll, 4));
-        // Only the lower one is below the limit; and a sleep.
+        // One descriptor below the limit; none at all, which is a sleep.
         assert_eq!(call(libc::SYS_pselect6, "0x5 0x100 0x0 0x0 0x0 0x0"), None);
         assert_eq!(call(libc::SYS_pselect6, "0x0 0x0 0x0 0x0 0x0 0x0"), None);
         assert_eq!(call(libc::SYS_read, "0x0 0x0 0x0 0x0 0x0 0x0"), None);
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_runs_is_in_no_call() {
+    fn a_running_thread_is_in_no_call() {
         assert_eq!(parse("running\n", &WaitCall::DEFAULT, read), None);
         assert_eq!(parse("-1 0x7ffd 0x7f\n", &WaitCall::DEFAULT, read), None);
     }

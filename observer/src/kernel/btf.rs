@@ -1,5 +1,5 @@
-//! Reads BTF, the kernel's description of its own types, as far as field offsets and argument lists need it.
-//! The loader's library relocates C programs with it but shows nobody a structure's members.
+//! Parses BTF, the kernel's type information, as far as field offsets and argument lists need it. aya uses BTF for relocations
+//! but does not expose the members of structures.
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -24,25 +24,27 @@ const DECL_TAG: u32 = 17;
 const TYPE_TAG: u32 = 18;
 const ENUM64: u32 = 19;
 
-/// How deep structures without a name are in each other, at most; deeper ones are in themselves, in a broken file.
-const DEPTH: usize = 8;
+/// Maximum nesting of anonymous structures: a malformed file could nest a structure in itself.
+const MAX_DEPTH: usize = 8;
 
-/// How many members are looked at on the way to one, at most: such a file could name any number.
-const MEMBERS: usize = 1 << 16;
+/// Maximum number of members visited in a search: a malformed file could contain any number.
+const MAX_MEMBERS: usize = 1 << 16;
 
-/// The types of one kernel.
+/// The types of a kernel.
 pub(crate) struct Btf<'a> {
     strings: &'a [u8],
     types: Vec<Type<'a>>,
 }
 
-/// One type: its name's offset, what it is, and the rest undecoded.
+/// A type: name, kind, and the undecoded data behind them.
 #[derive(Clone, Copy)]
 struct Type<'a> {
+    /// Offset of the name in the strings.
     name: u32,
     info: u32,
-    /// Size in bytes or another type's id, by kind.
+    /// Size in bytes or the id of another type, depending on the kind.
     size_or_type: u32,
+    /// Data that depends on the kind, such as members.
     rest: &'a [u8],
 }
 
@@ -55,32 +57,32 @@ impl Type<'_> {
         (self.info & 0xffff) as usize
     }
 
-    /// Whether member offsets carry the width of a bit field in their upper byte.
+    /// Whether member offsets have the width of a bit field in their upper byte.
     const fn has_bitfields(&self) -> bool {
         self.info >> 31 == 1
     }
 }
 
-/// A member found by name: its type, and its offset in bits.
+/// A member of a structure: its type, and its offset in bits.
 struct Member {
     type_id: u32,
     bits: u32,
 }
 
 impl<'a> Btf<'a> {
-    /// Parses the contents of `/sys/kernel/btf/vmlinux`. Fails on anything that is not such a file.
+    /// Parses the contents of `/sys/kernel/btf/vmlinux`. Fails if they are malformed or in another byte order.
     pub(crate) fn parse(data: &'a [u8]) -> Result<Self> {
         ensure!(
             data.len() >= HEADER && data[..2] == MAGIC.to_ne_bytes(),
-            "not BTF of this machine's byte order"
+            "not BTF in this machine's byte order"
         );
         let header = word(data, 4)? as usize;
         let section = |at: usize| -> Result<&'a [u8]> {
             let (offset, length) = (word(data, at)? as usize, word(data, at + 4)? as usize);
-            data.get(header + offset..header + offset + length).context("BTF is cut short")
+            data.get(header + offset..header + offset + length).context("BTF is truncated")
         };
         let (mut rest, strings) = (section(8)?, section(16)?);
-        // Id 0 is `void`, which the file leaves out.
+        // Id 0 is `void`, which the file omits.
         let mut types = vec![Type { name: 0, info: 0, size_or_type: 0, rest: &[] }];
         while !rest.is_empty() {
             let (name, info, size_or_type) = (word(rest, 0)?, word(rest, 4)?, word(rest, 8)?);
@@ -91,32 +93,32 @@ impl<'a> Btf<'a> {
                 STRUCT | UNION | DATASEC | ENUM64 => 12 * found.len(),
                 ENUM | FUNC_PROTO => 8 * found.len(),
                 0..=TYPE_TAG => 0,
-                kind => bail!("BTF has a type of an unknown kind {kind}"),
+                kind => bail!("BTF has a type of unknown kind {kind}"),
             };
-            found.rest = rest.get(12..12 + extra).context("BTF is cut short")?;
+            found.rest = rest.get(12..12 + extra).context("BTF is truncated")?;
             types.push(found);
             rest = &rest[12 + extra..];
         }
         Ok(Self { strings, types })
     }
 
-    /// Offset in bytes of a member, given as a path: `__sk_common.skc_num`. Anonymous structures and unions
-    /// on the way need no naming. `None` if this kernel has no such structure or member.
+    /// Offset in bytes of a member, given as a path such as `__sk_common.skc_num`. Anonymous structures and unions are
+    /// searched implicitly. `None` if this kernel has no such structure or member.
     pub(crate) fn offset(&self, structure: &str, path: &str) -> Option<u32> {
         let mut at =
             self.types.iter().position(|t| t.kind() == STRUCT && self.is_named(t.name, structure))?;
         let mut bits = 0;
         for name in path.split('.') {
-            let mut left = MEMBERS;
-            let member = self.member(at, name, DEPTH, &mut left)?;
+            let mut left = MAX_MEMBERS;
+            let member = self.member(at, name, MAX_DEPTH, &mut left)?;
             bits = member.bits.checked_add(bits)?;
             at = self.resolve(member.type_id)?;
         }
         (bits % 8 == 0).then_some(bits / 8)
     }
 
-    /// Whether each argument of a tracepoint's programs is a pointer, the first being the tracepoint's own
-    /// data. `None` if this kernel has no such tracepoint.
+    /// Whether each argument of a BTF tracepoint is a pointer; the first one is the tracepoint's private data. `None` if this
+    /// kernel has no such tracepoint.
     pub(crate) fn tracepoint_arguments(&self, name: &str) -> Option<Vec<bool>> {
         let name = format!("btf_trace_{name}");
         let typedef = self.types.iter().find(|t| t.kind() == TYPEDEF && self.is_named(t.name, &name))?;
@@ -130,8 +132,8 @@ impl<'a> Btf<'a> {
             .collect()
     }
 
-    /// Searches a structure, and what is anonymous in it down to this depth, for a member; `left` is how
-    /// many more may be looked at.
+    /// Finds a member of a structure, or of anonymous structures in it up to `depth`. `left` is the number of members that may
+    /// still be visited.
     fn member(&self, structure: usize, name: &str, depth: usize, left: &mut usize) -> Option<Member> {
         let structure = self.types.get(structure).filter(|t| matches!(t.kind(), STRUCT | UNION))?;
         for n in 0..structure.len() {
@@ -152,10 +154,10 @@ impl<'a> Btf<'a> {
         None
     }
 
-    /// Sees through typedefs and qualifiers.
+    /// Resolves typedefs and qualifiers.
     fn resolve(&self, type_id: u32) -> Option<usize> {
         let mut id = type_id as usize;
-        // A chain longer than this is a cycle in a broken file.
+        // A longer chain is a cycle in a malformed file.
         for _ in 0..32 {
             let found = self.types.get(id)?;
             match found.kind() {
@@ -174,6 +176,6 @@ impl<'a> Btf<'a> {
 }
 
 fn word(data: &[u8], at: usize) -> Result<u32> {
-    let bytes = data.get(at..at + 4).context("BTF is cut short")?;
+    let bytes = data.get(at..at + 4).context("BTF is truncated")?;
     Ok(u32::from_ne_bytes(bytes.try_into()?))
 }

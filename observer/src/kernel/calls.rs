@@ -1,13 +1,13 @@
-//! System calls by number: their names, and what a thread that blocks in one waits for.
+//! System calls by number: their names, and their classes, which say what a thread that blocks in them waits for.
 
 use observer_common::block::{CALLS, SyscallClass};
 use syscalls::Sysno;
 
-/// What each call tells; those that are not listed tell nothing ([`SyscallClass::Other`]).
-const CLUED: &[(SyscallClass, &[Sysno])] = &[
+/// Classes of system calls; those not listed are [`SyscallClass::Other`].
+const CLASSES: &[(SyscallClass, &[Sysno])] = &[
     (SyscallClass::Futex, &[Sysno::futex]),
     (SyscallClass::Lock, &[Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
-    // That of the address space, which another thread changes, copies or reads.
+    // They take the lock of the address space, which other threads hold while they change, copy or read it.
     (
         SyscallClass::Lock,
         &[Sysno::brk, Sysno::mmap, Sysno::munmap, Sysno::mremap, Sysno::mprotect, Sysno::madvise],
@@ -41,7 +41,7 @@ const CLUED: &[(SyscallClass, &[Sysno])] = &[
             Sysno::pwrite64,
             Sysno::pwritev,
             Sysno::pwritev2,
-            // To what it writes to: what it reads is a file, most of the time in memory.
+            // The class is that of the destination: the source is a file, usually in the page cache.
             Sysno::sendfile,
             Sysno::ioctl,
             Sysno::close,
@@ -88,9 +88,9 @@ const CLUED: &[(SyscallClass, &[Sysno])] = &[
     (SyscallClass::Select, &[Sysno::pselect6]),
 ];
 
-/// Those that newer architectures do without.
+/// Legacy system calls, which newer architectures lack.
 #[cfg(target_arch = "x86_64")]
-const CLUED_HERE: &[(SyscallClass, &[Sysno])] = &[
+const LEGACY_CLASSES: &[(SyscallClass, &[Sysno])] = &[
     (SyscallClass::Sleep, &[Sysno::pause]),
     (
         SyscallClass::Disk,
@@ -116,24 +116,24 @@ const CLUED_HERE: &[(SyscallClass, &[Sysno])] = &[
     (SyscallClass::Select, &[Sysno::select]),
 ];
 #[cfg(not(target_arch = "x86_64"))]
-const CLUED_HERE: &[(SyscallClass, &[Sysno])] = &[];
+const LEGACY_CLASSES: &[(SyscallClass, &[Sysno])] = &[];
 
-/// A [`SyscallClass`] for each system call, by number, as the programs want it.
+/// The [`SyscallClass`] of each system call, indexed by number, for the programs.
 pub(crate) fn syscall_classes() -> [u8; CALLS] {
     let mut syscall_classes = [SyscallClass::Other as u8; CALLS];
-    for (class, calls) in CLUED.iter().chain(CLUED_HERE) {
+    for (class, calls) in CLASSES.iter().chain(LEGACY_CLASSES) {
         for call in *calls {
-            if let Some(place) =
+            if let Some(entry) =
                 usize::try_from(call.id()).ok().and_then(|number| syscall_classes.get_mut(number))
             {
-                *place = *class as u8;
+                *entry = *class as u8;
             }
         }
     }
     syscall_classes
 }
 
-/// Name of a system call; its number if it is newer than observer.
+/// Name of a system call, or its number if it is unknown.
 pub(crate) fn name(number: u32) -> String {
     let known = usize::try_from(number).ok().and_then(Sysno::new);
     known.map_or_else(|| format!("system call {number}"), |call| call.name().to_owned())
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn calls_have_names_and_clues() {
+    fn calls_have_names_and_classes() {
         let syscall_classes = syscall_classes();
         let class = |call: Sysno| syscall_classes[usize::try_from(call.id()).unwrap()];
         assert_eq!(class(Sysno::futex), SyscallClass::Futex as u8);

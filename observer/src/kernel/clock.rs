@@ -1,5 +1,5 @@
-//! Kernel timestamps are monotonic; people want wall time. One offset between the two for the whole program, so that what
-//! belongs together does not drift apart, and sampled anew now and then, because wall time is set and steered.
+//! Converts the kernel's monotonic timestamps to wall time. All conversions share one offset, so that related timestamps do not
+//! drift apart. It is sampled again from time to time, because the wall clock is set and adjusted.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -8,31 +8,31 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Nanoseconds of the monotonic clock, the one `bpf_ktime_get_ns` reads.
+/// The monotonic clock in nanoseconds, as returned by `bpf_ktime_get_ns`.
 pub(crate) fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every kernel has this clock");
     u64::try_from(Duration::from(now).as_nanos()).expect("584 years of uptime")
 }
 
-/// How long an offset is good for, in nanoseconds.
-const GOOD_FOR: u64 = 10_000_000_000;
+/// Lifetime of an offset in nanoseconds.
+const LIFETIME_NS: u64 = 10_000_000_000;
 
-/// By how much the wall clock may be elsewhere than an offset says before it must have been set.
-const STEP: Duration = Duration::from_millis(100);
+/// Deviation of the wall clock from which on it must have been set, and the offset is sampled again.
+const MAX_DEVIATION: Duration = Duration::from_millis(100);
 
-/// How often the clocks are read for one: the quickest reading, which nothing came in between of, is the best.
+/// Number of readings for one offset. The quickest one is used, because it was not interrupted.
 const READINGS: usize = 5;
 
-/// When the offset was sampled, and what it is: wall time when the monotonic clock began.
+/// When the offset was sampled (monotonic), and the offset: wall time at which the monotonic clock was 0.
 static OFFSET: Mutex<Option<(u64, Duration)>> = Mutex::new(None);
 
-/// Wall time of a monotonic timestamp, as the clocks stood a few seconds ago at most, and never by a clock that has been set
-/// or slept since.
+/// Wall time of a monotonic timestamp. The offset is at most `LIFETIME_NS` old, and sampled again after the wall clock was set
+/// or the machine was suspended.
 pub(crate) fn wall_time(monotonic: u64) -> SystemTime {
     let now = monotonic_ns();
     let mut known = OFFSET.lock().unwrap_or_else(PoisonError::into_inner);
     let offset = match *known {
-        Some((sampled, offset)) if is_good(sampled, offset, now, SystemTime::now()) => offset,
+        Some((sampled, offset)) if is_valid(sampled, offset, now, SystemTime::now()) => offset,
         _ => {
             let offset = sample();
             *known = Some((now, offset));
@@ -42,14 +42,14 @@ pub(crate) fn wall_time(monotonic: u64) -> SystemTime {
     UNIX_EPOCH + offset + Duration::from_nanos(monotonic)
 }
 
-/// Whether an offset that was sampled then still holds at this moment, by both clocks.
-fn is_good(sampled: u64, offset: Duration, now: u64, wall: SystemTime) -> bool {
+/// Whether an offset is still valid at this time, given by both clocks.
+fn is_valid(sampled: u64, offset: Duration, now: u64, wall: SystemTime) -> bool {
     let here = offset + Duration::from_nanos(now);
     let wall = wall.duration_since(UNIX_EPOCH).unwrap_or_default();
-    now.saturating_sub(sampled) < GOOD_FOR && here.abs_diff(wall) < STEP
+    now.saturating_sub(sampled) < LIFETIME_NS && here.abs_diff(wall) < MAX_DEVIATION
 }
 
-/// Wall time when the monotonic clock began, as the clocks stand now.
+/// Samples the offset: wall time at which the monotonic clock was 0.
 fn sample() -> Duration {
     let readings = (0..READINGS).map(|_| {
         let (before, wall, after) = (monotonic_ns(), SystemTime::now(), monotonic_ns());
@@ -59,14 +59,14 @@ fn sample() -> Duration {
     readings.min().map(|(_, offset)| offset).unwrap_or_default()
 }
 
-/// Wall time of a moment so many ticks after the machine's start, time asleep included, as `/proc` counts it.
+/// Wall time of a moment in clock ticks since boot, time in suspend included, as in `/proc/PID/stat`.
 pub(crate) fn wall_time_of_ticks(ticks: u64) -> SystemTime {
     let elapsed = Duration::from_millis(ticks * 1000 / procfs::ticks_per_second().max(1));
     let up = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("every kernel has this clock");
     SystemTime::now() - Duration::from(up).saturating_sub(elapsed)
 }
 
-/// The same as people and programs read it: RFC 3339, in milliseconds.
+/// Wall time of a monotonic timestamp in RFC 3339 format, in milliseconds.
 pub(crate) fn written(monotonic: u64) -> String {
     humantime::format_rfc3339_millis(wall_time(monotonic)).to_string()
 }
@@ -76,23 +76,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_offset_is_good_until_it_is_old_or_the_clock_is_set() {
+    fn an_offset_is_valid_until_it_is_old_or_the_clock_is_set() {
         let (sampled, offset) = (5_000_000_000, Duration::from_secs(1_000));
         let at = |seconds: u64| UNIX_EPOCH + offset + Duration::from_secs(seconds);
-        let is_good = |now, wall| is_good(sampled, offset, now, wall);
-        assert!(is_good(6_000_000_000, at(6)));
-        assert!(!is_good(16_000_000_000, at(16)));
-        // Set forward, set back, and asleep: only the wall clock goes on then.
-        assert!(!is_good(6_000_000_000, at(3_600)));
-        assert!(!is_good(6_000_000_000, UNIX_EPOCH));
-        assert!(!is_good(6_000_000_000, at(7)));
+        let is_valid = |now, wall| is_valid(sampled, offset, now, wall);
+        assert!(is_valid(6_000_000_000, at(6)));
+        assert!(!is_valid(16_000_000_000, at(16)));
+        // The clock was set forward, set back, or the machine was suspended, when only the wall clock advances.
+        assert!(!is_valid(6_000_000_000, at(3_600)));
+        assert!(!is_valid(6_000_000_000, UNIX_EPOCH));
+        assert!(!is_valid(6_000_000_000, at(7)));
     }
 
     #[test]
     fn wall_time_moves_with_the_monotonic_clock() {
         let now = monotonic_ns();
         let second = wall_time(now + 1_000_000_000).duration_since(wall_time(now)).unwrap();
-        // It may be sampled anew in between.
+        // The offset may be sampled again in between.
         assert!((0.999..1.001).contains(&second.as_secs_f64()), "{second:?}");
         let late = SystemTime::now().duration_since(wall_time(monotonic_ns())).unwrap_or_default();
         assert!(late < Duration::from_millis(100), "{late:?}");

@@ -1,56 +1,56 @@
-//! The kernel features observer stands on: for each its minimum, how it is probed, and what lacks without it.
-//! A feature is what the running kernel shows, never what its version number promises.
+//! Kernel features that observer uses: for each the first release, a probe, and what is lost without it. A feature is
+//! probed on the running kernel and never derived from its version number.
 
 use aya::{maps::MapType, programs::ProgramType, sys};
 use observer_common::{layout::KernelLayout, ring::RingShape};
 
 use super::{layout, tracefs, uprobe};
 
-/// Something a kernel has or has not.
+/// A kernel feature.
 pub(crate) struct Feature {
-    /// What it is called in the field.
+    /// Its usual name.
     pub(crate) name: &'static str,
     /// First kernel release that has it.
     pub(crate) since: &'static str,
-    /// Whether the main job needs it.
+    /// Whether observer cannot run without it.
     pub(crate) required: bool,
-    /// What it is for, or what goes unseen without it.
+    /// What it is needed for, or what is not observed without it.
     pub(crate) purpose: &'static str,
-    /// What to do if it is missing, other than a newer kernel.
+    /// What to do if it is missing; `None` to advise a newer kernel.
     pub(crate) cure: Option<&'static str>,
-    probe: fn() -> Result<(), Lack>,
+    probe: fn() -> Result<(), Unavailable>,
 }
 
-/// Why something is missing.
-struct Lack {
+/// Why a feature is unavailable.
+struct Unavailable {
     why: String,
-    /// What to do where nobody can tell whether the kernel has it.
+    /// What to do if the probe could not determine whether the kernel has the feature.
     cure: Option<&'static str>,
 }
 
-impl Lack {
-    /// The kernel has none.
+impl Unavailable {
+    /// The kernel lacks the feature.
     fn of(why: impl Into<String>) -> Self {
         Self { why: why.into(), cure: None }
     }
 
-    /// The kernel did not answer, as it does not without a right.
+    /// The kernel refused the probe, for example because a capability is missing.
     fn of_bpf(error: impl Into<anyhow::Error>) -> Self {
         Self { why: format!("{:#}", error.into()), cure: Some("see CAP_BPF and bpf() above") }
     }
 }
 
 impl Feature {
-    /// Looks at the running kernel. An error says why not, and what to do.
+    /// Probes the running kernel. An error is the reason and the cure.
     pub(crate) fn probe(&self) -> Result<(), (String, String)> {
-        (self.probe)().map_err(|lack| {
-            let newer = || format!("a kernel that has it: Linux {} or newer", self.since);
-            (lack.why, lack.cure.or(self.cure).map_or_else(newer, Into::into))
+        (self.probe)().map_err(|missing| {
+            let newer = || format!("upgrade to Linux {} or newer", self.since);
+            (missing.why, missing.cure.or(self.cure).map_or_else(newer, Into::into))
         })
     }
 }
 
-/// All of them, in the order in which a lack matters.
+/// All features, the most important first.
 pub(crate) const FEATURES: &[Feature] = &[
     Feature {
         name: "BTF of the kernel",
@@ -58,13 +58,13 @@ pub(crate) const FEATURES: &[Feature] = &[
         required: true,
         purpose: "offsets of kernel fields",
         cure: Some(
-            "a kernel built with CONFIG_DEBUG_INFO_BTF, as distributions' are; in a container, the host's /sys",
+            "use a kernel built with CONFIG_DEBUG_INFO_BTF, as distributions' are; in a container, mount the host's /sys",
         ),
         probe: || match std::fs::metadata(layout::VMLINUX) {
             Ok(_) => Ok(()),
             Err(_) => {
                 let file = layout::VMLINUX;
-                Err(Lack::of(format!("no {file}: the kernel was built without CONFIG_DEBUG_INFO_BTF")))
+                Err(Unavailable::of(format!("no {file}: the kernel was built without CONFIG_DEBUG_INFO_BTF")))
             }
         },
     },
@@ -72,23 +72,23 @@ pub(crate) const FEATURES: &[Feature] = &[
         name: "eBPF programs",
         since: "4.7",
         required: true,
-        purpose: "everything; a seccomp profile or a limit may keep even root from them",
+        purpose: "everything; a seccomp profile or a limit can block them even for root",
         cure: None,
         probe: || match sys::is_program_supported(ProgramType::TracePoint) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Lack::of("this kernel has none for tracepoints")),
-            Err(error) => Err(Lack::of_bpf(error)),
+            Ok(false) => Err(Unavailable::of("this kernel has no eBPF programs for tracepoints")),
+            Err(error) => Err(Unavailable::of_bpf(error)),
         },
     },
     Feature {
         name: "tracefs",
         since: "4.1",
         required: true,
-        purpose: "offsets of tracepoint fields, ids to attach by",
+        purpose: "offsets of tracepoint fields, ids of tracepoints",
         cure: Some(
             "see CAP_SYS_ADMIN above, or mount it: `mount -t tracefs nodev /sys/kernel/tracing`; in a container, mount the host's there",
         ),
-        probe: || tracefs::ensure_mounted().map_err(|error| Lack::of(format!("{error:#}"))),
+        probe: || tracefs::ensure_mounted().map_err(|error| Unavailable::of(format!("{error:#}"))),
     },
     Feature {
         name: "system call tracepoints",
@@ -96,41 +96,43 @@ pub(crate) const FEATURES: &[Feature] = &[
         required: true,
         purpose: "waits for events, accept calls",
         cure: None,
-        probe: || event("syscalls/sys_enter_accept4", "the kernel was built without CONFIG_FTRACE_SYSCALLS"),
+        probe: || {
+            tracepoint("syscalls/sys_enter_accept4", "the kernel was built without CONFIG_FTRACE_SYSCALLS")
+        },
     },
     Feature {
         name: "sock:inet_sock_set_state",
         since: "4.16",
         required: true,
-        purpose: "when a connection began to wait",
+        purpose: "when a connection enters the accept queue",
         cure: None,
-        probe: || event("sock/inet_sock_set_state", "this kernel has no such tracepoint"),
+        probe: || tracepoint("sock/inet_sock_set_state", "this kernel has no such tracepoint"),
     },
     Feature {
         name: "BTF tracepoints",
         since: "5.5",
         required: true,
-        purpose: "scheduler, socket and process events, with fields where the programs look",
+        purpose: "scheduler, socket and process events, and the offsets of kernel fields",
         cure: None,
-        probe: || fields().map(drop),
+        probe: || kernel_layout().map(drop),
     },
     Feature {
         name: "epoll_pwait2",
         since: "5.11",
         required: false,
-        purpose: "reactors that wait through it; nothing is missed without it",
+        purpose: "event loops that wait in it; without it, nothing is missed",
         cure: None,
-        probe: || event("syscalls/sys_enter_epoll_pwait2", "this kernel has no such call"),
+        probe: || tracepoint("syscalls/sys_enter_epoll_pwait2", "this kernel has no such system call"),
     },
     Feature {
         name: "io_uring tracepoints",
         since: "6.0",
         required: false,
-        purpose: "accepts through io_uring, which go unseen without them",
+        purpose: "accepts through io_uring, which are not observed without them",
         cure: None,
-        probe: || match fields()?.ring_shape {
+        probe: || match kernel_layout()?.ring_shape {
             shape if shape == RingShape::Unknown as u32 => {
-                Err(Lack::of("this kernel has none, or none that observer knows"))
+                Err(Unavailable::of("this kernel has no io_uring tracepoints that observer supports"))
             }
             _ => Ok(()),
         },
@@ -139,37 +141,37 @@ pub(crate) const FEATURES: &[Feature] = &[
         name: "uprobes",
         since: "4.20",
         required: false,
-        purpose: "deferred work and collections of CPython and V8, which go unseen without them",
+        purpose: "deferred tasks and collections of CPython and V8, which are not observed without them",
         cure: Some(
-            "CAP_SYS_ADMIN, which kernels since July 2025 ask for, or a kernel with CONFIG_UPROBE_EVENTS",
+            "grant CAP_SYS_ADMIN, which kernels since July 2025 require, or use a kernel with CONFIG_UPROBE_EVENTS",
         ),
-        probe: || uprobe::probe().map_err(Lack::of),
+        probe: || uprobe::probe().map_err(Unavailable::of),
     },
     Feature {
         name: "ring buffer",
         since: "5.8",
         required: true,
-        purpose: "diagnostics of the programs themselves (-v)",
+        purpose: "stalls, requests and links, and diagnostics of the programs (-v)",
         cure: None,
         probe: || match sys::is_map_supported(MapType::RingBuf) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Lack::of("this kernel has no such map")),
-            Err(error) => Err(Lack::of_bpf(error)),
+            Ok(false) => Err(Unavailable::of("this kernel has no such map type")),
+            Err(error) => Err(Unavailable::of_bpf(error)),
         },
     },
 ];
 
-fn event(name: &str, lack: &str) -> Result<(), Lack> {
+fn tracepoint(name: &str, lack: &str) -> Result<(), Unavailable> {
     ensure_readable()?;
-    if tracefs::has(name) { Ok(()) } else { Err(Lack::of(lack)) }
+    if tracefs::has(name) { Ok(()) } else { Err(Unavailable::of(lack)) }
 }
 
-fn fields() -> Result<KernelLayout, Lack> {
+fn kernel_layout() -> Result<KernelLayout, Unavailable> {
     ensure_readable()?;
-    layout::of_running_kernel().map_err(|error| Lack::of(format!("{error:#}")))
+    layout::of_running_kernel().map_err(|error| Unavailable::of(format!("{error:#}")))
 }
 
-fn ensure_readable() -> Result<(), Lack> {
+fn ensure_readable() -> Result<(), Unavailable> {
     tracefs::ensure_mounted()
-        .map_err(|_| Lack { why: "tracefs cannot be read".into(), cure: Some("see tracefs above") })
+        .map_err(|_| Unavailable { why: "cannot read tracefs".into(), cure: Some("see tracefs above") })
 }

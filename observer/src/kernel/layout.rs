@@ -1,16 +1,16 @@
-//! Puts together the `KernelLayout` that is injected into the programs: members from BTF, records from tracefs.
+//! Determines the `KernelLayout` for the programs: member offsets from BTF, record offsets from tracefs.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use observer_common::{layout::KernelLayout, ring::RingShape};
 
 use super::{btf::Btf, tracefs};
 
-/// Types of the running kernel.
+/// BTF of the running kernel.
 pub(crate) const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
-/// The last argument that the programs read of each call, and its place, from 0. Where a call is missing, so are
-/// the programs for it.
-const ENTRIES: &[(&str, &str, u32)] = &[
+/// System calls with the last argument that the programs read, and its index. If the kernel lacks a call, the programs for it
+/// are not attached.
+const ENTER_ARGUMENTS: &[(&str, &str, u32)] = &[
     ("accept", "fd", 0),
     ("connect", "fd", 0),
     ("listen", "fd", 0),
@@ -24,7 +24,7 @@ const ENTRIES: &[(&str, &str, u32)] = &[
     ("pselect6", "tsp", 4),
 ];
 
-/// Everything the programs need to know of the running kernel. Fails with the name of the first thing missing.
+/// The layout of the running kernel. Fails with the name of the first item that is missing.
 pub(crate) fn of_running_kernel() -> Result<KernelLayout> {
     let data = std::fs::read(VMLINUX).with_context(|| format!("cannot read {VMLINUX}"))?;
     let btf = Btf::parse(&data)?;
@@ -32,33 +32,40 @@ pub(crate) fn of_running_kernel() -> Result<KernelLayout> {
     layout.switch_has_state = u32::from(switch_has_state(&btf)?);
     layout.ring_shape = ring_shape(&btf) as u32;
     layout.enter_arguments = tracefs::offset("syscalls/sys_enter_accept4", "fd")?;
-    for (call, argument, place) in ENTRIES {
+    for (call, argument, index) in ENTER_ARGUMENTS {
         let event = format!("syscalls/sys_enter_{call}");
         if tracefs::has(&event) {
-            let expected = layout.enter_arguments + 8 * place;
+            let expected = layout.enter_arguments + 8 * index;
             let offset = tracefs::offset(&event, argument)?;
-            ensure!(offset == expected, "{argument} of {event} is at {offset}, not {expected}");
+            ensure!(
+                offset == expected,
+                "{event}: unsupported offset {offset} of {argument}, expected {expected}"
+            );
         }
     }
     layout.exit_ret = tracefs::offset("syscalls/sys_exit_accept4", "ret")?;
-    // One program serves the exits of several calls, so their records have to agree.
-    for call in ["accept"].into_iter().chain(ENTRIES.iter().map(|(call, ..)| *call)) {
+    // One program serves the exits of several calls, so their records must have the same layout.
+    for call in ["accept"].into_iter().chain(ENTER_ARGUMENTS.iter().map(|(call, ..)| *call)) {
         let event = format!("syscalls/sys_exit_{call}");
         if tracefs::has(&event) {
             let ret = tracefs::offset(&event, "ret")?;
-            ensure!(ret == layout.exit_ret, "the exits of accept4 and {call} differ in their records");
+            ensure!(
+                ret == layout.exit_ret,
+                "{event}: unsupported offset {ret} of ret, expected {}",
+                layout.exit_ret
+            );
         }
     }
     Ok(layout)
 }
 
-/// Whether maps count as locked memory of whoever makes them, as before Linux 5.11; taken to be so if nothing tells.
+/// Whether maps count as locked memory of their creator, as before Linux 5.11; `true` if BTF cannot be read.
 pub(super) fn maps_are_locked_memory() -> bool {
     let data = std::fs::read(VMLINUX).unwrap_or_default();
     Btf::parse(&data).map_or(true, |btf| btf.offset("bpf_map_memory", "pages").is_some())
 }
 
-/// The members, from BTF.
+/// Reads the offsets of members from BTF. Fails if a required member is missing.
 pub(crate) fn members(btf: &Btf) -> Result<KernelLayout> {
     let mut layout = KernelLayout::ZERO;
     for (structure, alternatives, field) in KernelLayout::MEMBERS {
@@ -75,19 +82,19 @@ pub(crate) fn members(btf: &Btf) -> Result<KernelLayout> {
     Ok(layout)
 }
 
-/// Whether `sched_switch` passes the previous state: (data, preempt, prev, next[, prev_state]).
-/// Early 5.18 had it in front of `prev`; such a kernel is refused rather than misread.
+/// Whether the arguments of `sched_switch` include the previous state: (data, preempt, prev, next[, prev_state]). Early 5.18
+/// passed it before `prev`; such a kernel is refused rather than misread.
 pub(crate) fn switch_has_state(btf: &Btf) -> Result<bool> {
     let arguments =
         btf.tracepoint_arguments("sched_switch").context("this kernel's BTF has no sched_switch")?;
     match arguments[..] {
         [true, false, true, true] => Ok(false),
         [true, false, true, true, false] => Ok(true),
-        _ => bail!("this kernel's sched_switch passes its arguments in an unknown order"),
+        _ => bail!("the argument order of this kernel's sched_switch is unsupported"),
     }
 }
 
-/// What the tracepoints of io_uring pass, told by which of their arguments are pointers.
+/// What the tracepoints of io_uring pass, derived from which of their arguments are pointers.
 pub(crate) fn ring_shape(btf: &Btf) -> RingShape {
     let arguments = |name| btf.tracepoint_arguments(name);
     let submission = arguments("io_uring_submit_req").or_else(|| arguments("io_uring_submit_sqe"));
@@ -96,7 +103,7 @@ pub(crate) fn ring_shape(btf: &Btf) -> RingShape {
     else {
         return RingShape::Unknown;
     };
-    // The first is the tracepoint's own data.
+    // The first argument is the tracepoint's private data.
     match (&submission[1..], &wakeup[1..], &completion[1..]) {
         ([true, true, false, false, ..], [true, false, false, false], [true, false, false, false]) => {
             RingShape::Loose
@@ -113,7 +120,7 @@ mod tests {
 
     use super::*;
 
-    /// Offsets in the order of `KernelLayout::MEMBERS` and `OPTIONAL`, as bpftool shows them for each kernel (see `tests/btf`).
+    /// Offsets in the order of `KernelLayout::MEMBERS` and `OPTIONAL`, as printed by bpftool for each kernel (see `tests/btf`).
     #[rustfmt::skip]
     const KERNELS: [(&str, &[u8], [u32; 58]); 4] = [
         ("5.10", include_bytes!("../../tests/btf/5.10.btf"), [2232, 2236, 16, 24, 2808, 2832, 4, 32, 0, 8, 200, 32, 64, 0, 16, 24, 16, 14, 48, 540, 18, 4, 72, 538, 168, 224, 208, 24, 640, 576, 580, 144, 988, 1000, 136, 200, 768, 856, 4, 12, 24, 8, 120, 112, 104, 96, 32, 0, 72, 88, 80, 104, ABSENT, 28, 0, 8, 12, 5032]),
@@ -123,7 +130,7 @@ mod tests {
     ];
 
     #[test]
-    fn members_are_where_bpftool_shows_them() {
+    fn member_offsets_match_bpftool() {
         for (series, btf, expected) in KERNELS {
             let mut layout = members(&Btf::parse(btf).unwrap()).unwrap();
             let all = KernelLayout::MEMBERS.iter().chain(KernelLayout::OPTIONAL);
@@ -139,12 +146,12 @@ mod tests {
         let btf = Btf::parse(&data).unwrap();
         members(&btf).unwrap();
         switch_has_state(&btf).unwrap();
-        // Debian's kernels have io_uring, and observer knows all that it supports.
+        // Debian's kernels have io_uring, and observer supports all of their tracepoints.
         assert_ne!(ring_shape(&btf), RingShape::Unknown);
     }
 
     #[test]
-    fn what_is_not_there_is_not_found() {
+    fn missing_types_and_members_are_not_found() {
         let btf = Btf::parse(KERNELS[0].1).unwrap();
         assert_eq!(btf.offset("task_struct", "no_such_member"), None);
         assert_eq!(btf.offset("no_such_struct", "pid"), None);
@@ -153,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_btf_is_an_error() {
+    fn malformed_btf_is_an_error() {
         let whole = KERNELS[0].1;
         for length in 0..whole.len() {
             assert!(Btf::parse(&whole[..length]).is_err(), "cut at {length}");

@@ -1,4 +1,4 @@
-//! What the running kernel is like: its structures, its tracepoints, its clock, and what it lets us do.
+//! Access to the running kernel: its types, tracepoints and clocks, its features, and what this process may do.
 
 pub(crate) mod btf;
 pub(crate) mod calls;

@@ -1,4 +1,4 @@
-//! What must hold before anything is loaded: rights, what others have allowed or forbidden here, and the kernel's features.
+//! Checks before anything is loaded: capabilities, settings of this machine, and features of the kernel.
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 
@@ -11,7 +11,7 @@ use crate::{failure::Failure, finding::Finding};
 /// Inode number of the initial pid namespace, fixed in the kernel (`PROC_PID_INIT_INO`).
 const INITIAL_PID_NAMESPACE: u64 = 0xefff_fffc;
 
-/// Something that whoever looks after this machine has set.
+/// A setting of this machine or its container.
 struct Setting {
     name: &'static str,
     purpose: &'static str,
@@ -19,77 +19,77 @@ struct Setting {
     probe: fn() -> Result<(), String>,
 }
 
-/// All of them; the main job needs each.
+/// All settings; each is required.
 const SETTINGS: &[Setting] = &[
     Setting {
         name: "initial pid namespace",
-        purpose: "tell processes by the same ids as the kernel",
+        purpose: "the same process ids as the kernel's",
         cure: "run observer on the host, or its container with the host's pid namespace (hostPID, --pid=host)",
         probe: || match fs::metadata("/proc/self/ns/pid") {
             Ok(namespace) if namespace.ino() == INITIAL_PID_NAMESPACE => Ok(()),
-            Ok(_) => Err("this is another one, as in a container".into()),
-            Err(error) => Err(format!("/proc/self/ns/pid cannot be read: {error}")),
+            Ok(_) => Err("observer runs in a nested pid namespace, as in a container".into()),
+            Err(error) => Err(format!("cannot read /proc/self/ns/pid: {error}")),
         },
     },
     Setting {
         name: "/proc shows all processes",
-        purpose: "names, sockets and calls of what is observed",
+        purpose: "names, sockets and system calls of targets",
         cure: "mount /proc without hidepid, or with a gid that observer has",
         probe: || match fs::metadata("/proc/1/ns") {
             Ok(_) => Ok(()),
-            Err(error) => Err(format!("/proc/1 cannot be looked at: {error}")),
+            Err(error) => Err(format!("cannot access /proc/1/ns: {error}")),
         },
     },
     Setting {
         name: "lockdown",
-        purpose: "programs may read kernel memory",
-        cure: "boot with lockdown=integrity or less, or ask whoever set it",
+        purpose: "reading kernel memory from programs",
+        cure: "boot with lockdown=integrity or less, or ask the administrator who set it",
         probe: || match fs::read_to_string("/sys/kernel/security/lockdown") {
-            Ok(mode) if mode.contains("[confidentiality]") => Err("it is `confidentiality`".into()),
+            Ok(mode) if mode.contains("[confidentiality]") => Err("lockdown is `confidentiality`".into()),
             _ => Ok(()),
         },
     },
     Setting {
         name: "bpf()",
-        purpose: "make maps and load programs",
-        cure: "see CAP_BPF above; in a container, a seccomp profile that lets bpf() through; before Linux 5.11 also \
+        purpose: "creating maps and loading programs",
+        cure: "see CAP_BPF above; in a container, use a seccomp profile that allows bpf(); before Linux 5.11 also \
                `ulimit -l unlimited`",
         probe: || match sys::is_map_supported(MapType::Array) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(refused("kernel.unprivileged_bpf_disabled")),
+            Ok(false) => Err(value_of("kernel.unprivileged_bpf_disabled")),
             Err(error) => {
                 let why = anyhow::Error::from(error);
-                Err(format!("{why:#}; {}", refused("kernel.unprivileged_bpf_disabled")))
+                Err(format!("{why:#}; {}", value_of("kernel.unprivileged_bpf_disabled")))
             }
         },
     },
     Setting {
         name: "perf_event_open()",
-        purpose: "attach to tracepoints, look at threads that compute",
-        cure: "see CAP_PERFMON above, or `sysctl kernel.perf_event_paranoid=2`; in a container, a seccomp profile that \
-               lets perf_event_open() through",
+        purpose: "attaching to tracepoints, sampling threads that compute",
+        cure: "see CAP_PERFMON above, or `sysctl kernel.perf_event_paranoid=2`; in a container, use a seccomp profile \
+               that allows perf_event_open()",
         probe: || match Builder::new(Software::CPU_CLOCK).include_kernel().any_cpu().build() {
             Ok(_) => Ok(()),
-            Err(error) => Err(format!("{error}; {}", refused("kernel.perf_event_paranoid"))),
+            Err(error) => Err(format!("{error}; {}", value_of("kernel.perf_event_paranoid"))),
         },
     },
 ];
 
-/// What an administrator has set for those without rights.
-fn refused(setting: &str) -> String {
+/// The value of a sysctl that restricts unprivileged users.
+fn value_of(setting: &str) -> String {
     match fs::read_to_string(format!("/proc/sys/{}", setting.replace('.', "/"))) {
         Ok(value) => format!("{setting} is {}", value.trim()),
         Err(_) => format!("this kernel has no {setting}"),
     }
 }
 
-/// Looks at everything: rights, settings, features.
+/// Checks everything: capabilities, settings, features.
 pub(crate) fn findings() -> impl Iterator<Item = Finding> {
-    look(|_required| true)
+    check(|_required| true)
 }
 
-/// Looks at what is asked for, of what the main job requires and of what it goes without.
-fn look(is_asked: fn(bool) -> bool) -> impl Iterator<Item = Finding> {
+/// Checks capabilities and features that `is_asked` selects by whether they are required, and all settings.
+fn check(is_asked: fn(bool) -> bool) -> impl Iterator<Item = Finding> {
     let rights = RIGHTS.iter().filter(move |right| is_asked(right.required)).map(|right| Finding {
         name: right.capability.to_string(),
         purpose: right.purpose.into(),
@@ -115,7 +115,7 @@ fn look(is_asked: fn(bool) -> bool) -> impl Iterator<Item = Finding> {
     rights.chain(settings).chain(features)
 }
 
-/// Makes sure that the main job can be done. Runs before any thread is started.
+/// Checks everything that is required. Must run before any thread is started, because it may mount tracefs.
 pub(crate) fn ensure() -> Result<(), Failure> {
     let missing = RIGHTS.iter().filter(|right| right.required && right.probe().is_err());
     let missing: Vec<_> = missing.collect();
@@ -128,9 +128,9 @@ pub(crate) fn ensure() -> Result<(), Failure> {
         };
         return Err(Failure::new(format!("missing rights: {}", names.join(", ")), cure));
     }
-    match look(|required| required).find(Finding::prevents) {
+    match check(|required| required).find(Finding::prevents) {
         Some(Finding { name, outcome: Err(reason), cure, .. }) => {
-            let what = format!("it takes {name}, which is not to be had here: {reason}");
+            let what = format!("{name} is required but unavailable: {reason}");
             Err(Failure::new(what, format!("{cure}; see `observer check`")))
         }
         _ => Ok(()),

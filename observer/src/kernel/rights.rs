@@ -1,5 +1,5 @@
-//! The capabilities that observer works with: what each is for, whether it is there, and how all others are given up.
-//! The manifests in `deploy/` grant these and nothing else.
+//! The capabilities that observer needs, what each is for, and how all others are dropped. The manifests in `deploy/` grant
+//! exactly these.
 
 use anyhow::{Context as _, Result};
 use caps::{CapSet, Capability, CapsHashSet};
@@ -7,81 +7,82 @@ use nix::{sys::prctl::set_no_new_privs, unistd::geteuid};
 
 use super::layout;
 
-/// A capability that observer makes use of.
+/// A capability that observer needs.
 pub(crate) struct Right {
     pub(crate) capability: Capability,
-    /// What it is for, which goes unseen without it.
+    /// What it is needed for, and what is not observed without it.
     pub(crate) purpose: &'static str,
-    /// Whether the main job needs it.
+    /// Whether observer cannot run without it.
     pub(crate) required: bool,
-    /// Whether it is kept once everything is attached.
+    /// Whether it is kept after attaching.
     kept: bool,
 }
 
-/// All of them. `CAP_SYS_ADMIN` stands for the first two as well, as it does in the kernel.
+/// All capabilities. `CAP_SYS_ADMIN` implies the first two, as in the kernel.
 pub(crate) const RIGHTS: &[Right] = &[
     Right {
         capability: Capability::CAP_BPF,
-        purpose: "load eBPF programs and maps",
+        purpose: "loading eBPF programs and maps",
         required: true,
         kept: true,
     },
     Right {
         capability: Capability::CAP_PERFMON,
-        purpose: "attach to tracepoints, read kernel memory",
+        purpose: "attaching to tracepoints, reading kernel memory",
         required: true,
         kept: true,
     },
     Right {
         capability: Capability::CAP_SYS_ADMIN,
-        purpose: "deferred work, collections of CPython and V8; in what part of the kernel threads block; tracepoints where kernel.perf_event_paranoid is above 2",
+        purpose: "deferred tasks, collections of CPython and V8; kernel stacks of blocked threads; tracepoints where kernel.perf_event_paranoid is above 2",
         required: false,
         kept: true,
     },
     Right {
         capability: Capability::CAP_SYS_PTRACE,
-        purpose: "see the sockets, calls and memory of other users' processes",
+        purpose: "sockets, system calls and memory of other users' processes",
         required: true,
         kept: true,
     },
     Right {
         capability: Capability::CAP_DAC_READ_SEARCH,
-        purpose: "read other users' files: descriptors in /proc, code with its names",
+        purpose: "other users' files: descriptors in /proc, executables and their symbols",
         required: true,
         kept: true,
     },
     Right {
         capability: Capability::CAP_SYSLOG,
-        purpose: "name functions of the kernel where kernel.kptr_restrict hides them",
+        purpose: "names of kernel functions where kernel.kptr_restrict hides them",
         required: false,
         kept: true,
     },
     Right {
         capability: Capability::CAP_SYS_RESOURCE,
-        purpose: "room for maps before Linux 5.11, where they count as locked memory",
+        purpose: "memory for maps before Linux 5.11, where they count as locked memory",
         required: false,
         kept: false,
     },
 ];
 
 impl Right {
-    /// Looks at this process. An error says why not.
+    /// Checks that this process has the capability, or does not need it here. An error says why not.
     pub(crate) fn probe(&self) -> Result<(), String> {
-        let stands_in = matches!(self.capability, Capability::CAP_BPF | Capability::CAP_PERFMON)
+        let is_implied = matches!(self.capability, Capability::CAP_BPF | Capability::CAP_PERFMON)
             && has(Capability::CAP_SYS_ADMIN);
-        let is_useless = self.capability == Capability::CAP_SYS_RESOURCE && !layout::maps_are_locked_memory();
-        if stands_in || is_useless || has(self.capability) {
+        let is_needless =
+            self.capability == Capability::CAP_SYS_RESOURCE && !layout::maps_are_locked_memory();
+        if is_implied || is_needless || has(self.capability) {
             return Ok(());
         }
         let user = geteuid();
         Err(if user.is_root() {
-            "root runs this, without that capability: in a container, or dropped".into()
+            "running as root without this capability: in a container, or it was dropped".into()
         } else {
-            format!("user {user} runs this, not root")
+            format!("running as user {user}, not root")
         })
     }
 
-    /// What to do if it is missing.
+    /// What to do if the capability is missing.
     pub(crate) fn cure(&self) -> String {
         let name = self.capability.to_string();
         let short = name.trim_start_matches("CAP_");
@@ -89,23 +90,23 @@ impl Right {
     }
 }
 
-/// A capability counts when it is effective; a process whose capabilities cannot be read has none.
+/// Whether this thread has a capability in its effective set; `false` if it cannot be read.
 fn has(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
 }
 
-/// Gives up, for good, what is not needed any more once all that is there is attached to: for the calling thread and those
-/// that it starts from now on. Much is still needed for processes that come later.
+/// Drops all capabilities that are not needed after attaching, for good: for the calling thread and threads that it starts
+/// later. Processes that start later still need most capabilities.
 pub(crate) fn drop_others() -> Result<()> {
     let kept = RIGHTS.iter().filter(|right| right.kept).map(|right| right.capability);
-    drop_all_but(&kept.collect()).context("cannot give up the rights that are not needed")
+    drop_all_but(&kept.collect()).context("cannot drop capabilities that are not needed")
 }
 
 fn drop_all_but(kept: &CapsHashSet) -> Result<()> {
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = kept.intersection(&permitted).copied().collect();
     set_no_new_privs()?;
-    // What may be regained by starting another program, which observer never does.
+    // The bounding set limits what another program could regain on execve, which observer never calls.
     if has(Capability::CAP_SETPCAP) {
         for capability in caps::all() {
             if !kept.contains(&capability) && caps::has_cap(None, CapSet::Bounding, capability)? {
@@ -126,8 +127,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_given_up_is_gone() {
-        // In a thread of its own, which takes it with it.
+    fn dropped_capabilities_cannot_be_regained() {
+        // In a separate thread, because capabilities are per thread.
         let left = thread::spawn(|| {
             let before = caps::read(None, CapSet::Permitted).unwrap();
             drop_others().unwrap();
@@ -136,7 +137,9 @@ mod tests {
         });
         let (before, after, regained) = left.join().unwrap();
         if before.is_empty() {
-            eprintln!("skipped: kernel::rights::what_is_given_up_is_gone: there are no rights to give up");
+            eprintln!(
+                "skipped: kernel::rights::dropped_capabilities_cannot_be_regained: there are no capabilities to drop"
+            );
             return;
         }
         assert!(!regained);

@@ -1,6 +1,6 @@
-//! Attaches a program to an instruction in a file, for one process. Not by the loader library, because that cannot name
-//! a counter that the kernel has to keep: where a program asks whether somebody watches before it comes to the
-//! instruction, the kernel itself has to raise that counter, and to lower it if observer is killed.
+//! Attaches a program to an instruction in a file, for one process. Uses `perf_event_open` directly because aya cannot pass a
+//! reference counter (USDT semaphore). The kernel must increment it, so that the traced program reaches the instruction, and
+//! decrement it even if observer is killed.
 
 use std::{
     fs::{self, File},
@@ -12,19 +12,19 @@ use nix::libc;
 
 use super::detach;
 
-/// Where the kernel describes its uprobes.
+/// The kernel's PMU of uprobes.
 const PMU: &str = "/sys/bus/event_source/devices/uprobe";
 
-/// A place in a file.
+/// An attach point in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Site {
-    /// The instruction's place, in bytes from the beginning of the file.
+    /// Offset of the instruction in the file, in bytes.
     pub(crate) instruction: u64,
-    /// Likewise the counter's; 0 if there is none.
+    /// Offset of the reference counter in the file, in bytes; 0 for none.
     pub(crate) counter: u64,
 }
 
-/// A program that is attached. Dropping it has it detached; [`detach::finish`] waits for that.
+/// An attached program. Dropping it detaches it in the background; [`detach::finish`] waits for that.
 #[derive(Debug)]
 pub(crate) struct Uprobe {
     pid: u32,
@@ -34,12 +34,12 @@ pub(crate) struct Uprobe {
 impl Drop for Uprobe {
     fn drop(&mut self) {
         if let Some(event) = self.event.take() {
-            detach::later(self.pid, event);
+            detach::schedule(self.pid, event);
         }
     }
 }
 
-/// `struct perf_event_attr` of `linux/perf_event.h` in its second version, as old as 2.6.33.
+/// `struct perf_event_attr` of `linux/perf_event.h` up to `PERF_ATTR_SIZE_VER1`, which every kernel since 2.6.33 accepts.
 #[repr(C)]
 #[derive(Default)]
 struct Attributes {
@@ -54,14 +54,14 @@ struct Attributes {
     breakpoint: u32,
     /// Address of the file's path.
     path: u64,
-    /// Place in the file.
+    /// Offset in the file.
     offset: u64,
 }
 
-/// An event that counts nothing and runs nothing until it is turned on.
+/// `disabled`: the event neither counts nor runs anything until it is enabled.
 const DISABLED: u64 = 1;
 
-/// What the kernel is told of its size.
+/// Size passed to the kernel, `PERF_ATTR_SIZE_VER1`.
 const SIZE: u32 = 72;
 const _: () = assert!(size_of::<Attributes>() == SIZE as usize);
 
@@ -69,21 +69,21 @@ const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 1 << 3;
 const PERF_EVENT_IOC_SET_BPF: libc::c_ulong = 0x4004_2408;
 
 impl Uprobe {
-    /// Attaches a loaded program to one place in a file, wherever the process has that mapped, now or later.
+    /// Attaches a loaded program to an instruction of a file, wherever the process maps it, now or later.
     pub(crate) fn attach(program: BorrowedFd<'_>, file: &File, site: Site, pid: u32) -> io::Result<Self> {
         let event = open(file, site, pid, 0)?;
         let (descriptor, uprobe) = (event.as_raw_fd(), Self { pid, event: Some(event) });
-        // SAFETY: two descriptors that are open; the kernel holds on to the program itself.
+        // SAFETY: both descriptors are open for the duration of the call; the kernel takes its own reference to the program.
         let outcome = unsafe { libc::ioctl(descriptor, PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) };
         if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(uprobe) }
     }
 }
 
-/// Makes an event of a place in a file, for one process.
+/// Opens a perf event for an instruction of a file, for one process.
 fn open(file: &File, site: Site, pid: u32, flags: u64) -> io::Result<OwnedFd> {
     let kind = fs::read_to_string(format!("{PMU}/type"))?;
     let kind = kind.trim().parse().map_err(io::Error::other)?;
-    // The file that is open, whatever its name is by now and in whose file system.
+    // By descriptor: the file may be renamed or deleted, or be in another mount namespace.
     let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
     let counter = u32::try_from(site.counter).map_err(io::Error::other)?;
     let attributes = Attributes {
@@ -96,7 +96,7 @@ fn open(file: &File, site: Site, pid: u32, flags: u64) -> io::Result<OwnedFd> {
         ..Attributes::default()
     };
     let (any_cpu, no_group) = (-1, -1);
-    // SAFETY: the attributes, of the size they state, and the path in them, which ends with a zero, outlive the call.
+    // SAFETY: `attributes` has the size that it states; it and the zero-terminated path that it points to outlive the call.
     let event = unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
@@ -108,11 +108,11 @@ fn open(file: &File, site: Site, pid: u32, flags: u64) -> io::Result<OwnedFd> {
         )
     };
     let event = i32::try_from(event).ok().filter(|&event| event >= 0).ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: a descriptor that was made just now and that nobody else knows.
+    // SAFETY: the kernel just returned this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(event) })
 }
 
-/// Whether this kernel has uprobes, keeps counters for them, and lets us have some. An error says why not.
+/// Checks that this kernel has uprobes with reference counters and permits attaching them. An error says why not.
 pub(crate) fn probe() -> Result<(), String> {
     if fs::metadata(format!("{PMU}/format/ref_ctr_offset")).is_err() {
         return Err("the kernel was built without CONFIG_UPROBE_EVENTS".into());
@@ -121,6 +121,6 @@ pub(crate) fn probe() -> Result<(), String> {
     let program = File::open("/proc/self/exe").map_err(|error| error.to_string())?;
     match open(&program, nowhere, std::process::id(), DISABLED) {
         Ok(_) => Ok(()),
-        Err(error) => Err(format!("the kernel does not let us attach any: {error}")),
+        Err(error) => Err(format!("the kernel refuses to attach uprobes: {error}")),
     }
 }

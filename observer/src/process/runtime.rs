@@ -145,7 +145,7 @@ impl Runtimes {
         let mut found = image.symbols(&markers).into_iter();
         let is_there = |profile: &&Arc<Profile>| {
             let markers = found.by_ref().take(profile.marker.as_slice().len());
-            // Symbols are in the order of the markers: each profile consumes those of its own.
+            // Symbols are in the order of the markers: each profile consumes its share.
             markers.filter(Option::is_some).count() > 0
         };
         self.profiles.iter().filter(is_there).map(|profile| Arc::new(Module::of(profile, &image))).collect()

@@ -1,13 +1,13 @@
-//! *accept*: connections that wait for a target to accept them. Its figures stand in the listener's entry.
+//! *accept*: connections that wait in targets' accept queues. Their waits are counted in the listener's entry.
 
 use super::probe::{Events, Hook, Probe, When};
 
 pub(super) const PROBE: Probe = Probe {
     name: "accept",
-    purpose: "how long connections wait to be accepted, and how many waited before them",
+    purpose: "how long connections wait to be accepted, and the queue's depth at each accept",
     since: "5.5",
     when: When::Always,
-    cost: "every accept call and TCP state change on the machine; one look-up for a stranger's",
+    cost: "every accept call and TCP state change on the machine; one look-up for processes that are not targets",
     hooks: &[
         Hook { program: "sock_state", events: Events::Btf(&["inet_sock_set_state"]) },
         Hook {

@@ -18,20 +18,20 @@ use nix::libc;
 use super::probe::{Events, Hook, Probe};
 use crate::{kernel::tracefs, model::snapshot::Missing, process::wait_call::WaitCall};
 
-/// How much of the verifier's log an error shows.
+/// Number of lines at the end of the verifier's log that an error shows.
 const VERIFIER_LINES: usize = 5;
 
-/// Most programs that the verifier looks at at the same time: it takes a CPU for each.
-const LOADERS: usize = 4;
+/// Maximum number of programs loaded in parallel: the verifier needs a CPU for each.
+const MAX_LOADERS: usize = 4;
 
-/// The kernel's types, read when a program needs one, and once: they take tens of megabytes and of milliseconds.
-/// The lock has one loader read them while others wait.
+/// The kernel's BTF, read at most once, and only if a program needs it: that takes tens of megabytes and of milliseconds. The
+/// lock makes other loaders wait while it is read.
 #[derive(Default)]
 pub(crate) struct Types(OnceLock<Btf>, Mutex<()>);
 
 impl Types {
     fn get(&self) -> Result<&Btf, ProgramError> {
-        let _one = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.1.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(btf) = self.0.get() {
             return Ok(btf);
         }
@@ -40,8 +40,8 @@ impl Types {
     }
 }
 
-/// Loads and attaches the programs of these probes, of waits those for the given calls. Returns which optional tracepoints
-/// the running kernel lacks. What is attached stays so until `ebpf` is dropped.
+/// Loads and attaches the programs of these probes; of waits for events, only those for `calls`. Returns the optional
+/// tracepoints that the running kernel lacks. Programs stay attached until `ebpf` is dropped.
 pub(crate) fn attach<'p>(
     ebpf: &mut Ebpf,
     types: &Types,
@@ -50,7 +50,7 @@ pub(crate) fn attach<'p>(
 ) -> Result<Vec<Missing>> {
     let hooks = probes.flat_map(|probe| probe.hooks);
     let wanted = hooks.filter(|hook| !matches!(hook.events, Events::Waits(of, _) if !calls.contains(&of)));
-    // All are loaded before the first is attached, so that they begin to watch together.
+    // All programs are loaded before any is attached, so that they start at nearly the same time.
     load_all(ebpf, wanted.clone().collect(), types)?;
     let mut missing = Vec::new();
     for hook in wanted {
@@ -76,20 +76,21 @@ pub(crate) fn attach<'p>(
     Ok(missing)
 }
 
-/// Loads the programs of these hooks, some at a time: nearly all of a start is the verifier's.
+/// Loads the programs of these hooks in parallel: the verifier takes nearly all of the start-up time.
 fn load_all(ebpf: &mut Ebpf, hooks: Vec<&Hook>, types: &Types) -> Result<()> {
     let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
     let pairs = hooks.into_iter().map(|hook| {
         let program = programs.remove(hook.program);
-        Ok((hook, program.with_context(|| format!("no program {}", hook.program))?))
+        Ok((hook, program.with_context(|| format!("the eBPF object has no program {}", hook.program))?))
     });
     let pairs: Vec<_> = pairs.collect::<Result<_>>()?;
-    let loaders = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(LOADERS)).min(pairs.len());
+    let loaders =
+        thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MAX_LOADERS)).min(pairs.len());
     let pairs = Mutex::new(pairs.into_iter());
     let next = || pairs.lock().unwrap_or_else(PoisonError::into_inner).next();
     let load_some = || {
         while let Some((hook, program)) = next() {
-            load(program, hook, types).map_err(|error| rejected(hook, error))?;
+            load(program, hook, types).map_err(|error| load_error(hook, error))?;
         }
         Ok(())
     };
@@ -101,7 +102,7 @@ fn load_all(ebpf: &mut Ebpf, hooks: Vec<&Hook>, types: &Types) -> Result<()> {
     })
 }
 
-/// Loads a program for the first of the tracepoint's names that this kernel has.
+/// Loads a program for the first name of the tracepoint that this kernel has.
 fn load_for_first(
     program: &mut BtfTracePoint,
     names: &[&'static str],
@@ -118,7 +119,7 @@ fn load_for_first(
 }
 
 fn program<'e>(ebpf: &'e mut Ebpf, hook: &Hook) -> Result<&'e mut Program> {
-    ebpf.program_mut(hook.program).with_context(|| format!("no program {}", hook.program))
+    ebpf.program_mut(hook.program).with_context(|| format!("the eBPF object has no program {}", hook.program))
 }
 
 fn load(program: &mut Program, hook: &Hook, types: &Types) -> Result<(), ProgramError> {
@@ -131,7 +132,7 @@ fn load(program: &mut Program, hook: &Hook, types: &Types) -> Result<(), Program
     }
 }
 
-/// Attaches to one plain tracepoint; if it is optional and the running kernel lacks it, notes that.
+/// Attaches to a plain tracepoint. If it is optional and the running kernel lacks it, adds it to `missing`.
 fn attach_plain(
     program: &mut TracePoint,
     category: &str,
@@ -145,30 +146,30 @@ fn attach_plain(
         return Ok(());
     }
     let attached = program.attach(category, name).map_err(|error| {
-        // The library looks for tracefs each time, and takes it for missing where no file can be opened any more.
+        // aya searches tracefs on each call, and reports it as missing if no file can be opened any more.
         File::open("/dev/null").map_or_else(anyhow::Error::new, |_| error.into())
     });
     attached.with_context(|| format!("cannot attach to {event}")).map(drop)
 }
 
-/// The verifier explains itself at length; the end of it is what matters, the whole of it is for `-v`.
-fn rejected(hook: &Hook, error: ProgramError) -> anyhow::Error {
+/// Describes a failure to load. The verifier's log is long: the error shows its end, and `-v` all of it.
+fn load_error(hook: &Hook, error: ProgramError) -> anyhow::Error {
     let error = match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            // Else it has let the program pass.
-            let is_the_verifier_s = !matches!(
+            // With other error codes, the verifier has accepted the program.
+            let is_verifier_error = !matches!(
                 io_error.raw_os_error(),
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EINTR)
             );
-            if log.trim().is_empty() || !is_the_verifier_s {
+            if log.trim().is_empty() || !is_verifier_error {
                 return anyhow::Error::new(io_error)
-                    .context(format!("the kernel does not take the program {}", hook.program));
+                    .context(format!("the kernel cannot load the program {}", hook.program));
             }
-            log::debug!("the verifier on {}:\n{log}", hook.program);
+            log::debug!("verifier log of {}:\n{log}", hook.program);
             let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
             let end = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join("\n  ");
-            anyhow!("{io_error}; the verifier's last words (all of them with -v):\n  {end}")
+            anyhow!("{io_error}; end of the verifier log (-v shows all of it):\n  {end}")
         }
         other => other.into(),
     };

@@ -1,5 +1,5 @@
-//! *deferred*: work that targets put off, followed to where it is done. Attached to one process at a time, at the places
-//! that the profile of its runtime names.
+//! *deferred*: deferred tasks of targets, from enqueue to drop. Attached per process, to the functions that the profile of its
+//! runtime names.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -40,44 +40,44 @@ const PROGRAM: &str = "deferred";
 
 pub(super) const PROBE: Probe = Probe {
     name: "deferred",
-    purpose: "work that is put off: how much, how long it waits and runs, and which request it is due to",
+    purpose: "deferred tasks: how many, how long they wait and run, and which request they are due to",
     since: "5.10",
     when: When::Deferring,
-    cost: "a trap into the kernel, about 2 us (700 ns of it in the program), each time a target comes to a place that its runtime's profile names, 8 to 10 times for a small request; nobody else pays",
+    cost: "a trap into the kernel, about 2 us (700 ns of it in the program), each time a target reaches a hook of its runtime's profile, 8 to 10 times for a small request; no cost for other processes",
     hooks: &[Hook {
         program: PROGRAM,
-        events: Events::Runtime("the places that the profile of a target's runtime names"),
+        events: Events::Runtime("the functions that the profile of a target's runtime names"),
     }],
 };
 
-/// Loads the programs, and attaches those that do not wait for a runtime.
+/// Loads the programs, and attaches those that do not depend on a runtime.
 pub(crate) fn load(ebpf: &mut Ebpf) -> Result<()> {
     uprobe::probe().map_err(|why| anyhow!(why))?;
     attach(ebpf, &Types::default(), [&origin::PROBE, &PROBE].into_iter(), &[])?;
     Ok(())
 }
 
-/// What hooks take from one another.
+/// State shared by all hooks.
 #[derive(Default)]
 pub(crate) struct Shared {
-    /// Numbers of extractors that nobody uses.
+    /// Free indices of `EXTRACTORS`.
     extractors: Vec<u32>,
-    /// Probes, by process, file and place in it: one stands in all copies of the file that the process has loaded.
+    /// Uprobes by process, file and offset. One uprobe covers all copies of the file that the process has loaded.
     probes: HashMap<(u32, FileId, u64), Weak<Uprobe>>,
 }
 
 impl Shared {
-    /// None of these is used yet.
+    /// All of these extractors are free.
     pub(crate) fn with_extractors(count: u32) -> Self {
         Self { extractors: (0..count).rev().collect(), probes: HashMap::new() }
     }
 
-    /// Forgets the probes of a process that are gone.
+    /// Removes the detached uprobes of a process.
     pub(crate) fn forget(&mut self, pid: u32) {
         self.probes.retain(|(of, ..), probe| *of != pid || probe.strong_count() > 0);
     }
 
-    /// The probe at a place in a file, attached unless it is already.
+    /// Returns the uprobe at an offset in a file; attaches it if there is none yet.
     fn probe(
         &mut self,
         program: BorrowedFd<'_>,
@@ -85,18 +85,18 @@ impl Shared {
         offset: u64,
         pid: u32,
     ) -> Result<Arc<Uprobe>> {
-        let standing = self.probes.entry((pid, found.file, offset)).or_default();
-        if let Some(probe) = standing.upgrade() {
+        let entry = self.probes.entry((pid, found.file, offset)).or_default();
+        if let Some(probe) = entry.upgrade() {
             return Ok(probe);
         }
         let site = Site { instruction: offset, counter: 0 };
         let probe = Arc::new(Uprobe::attach(program, &found.image.file, site, pid)?);
-        *standing = Arc::downgrade(&probe);
+        *entry = Arc::downgrade(&probe);
         Ok(probe)
     }
 }
 
-/// A hook of a profile in a process. Dropping it detaches it.
+/// A hook of a profile that is attached to a process. Dropping it detaches it.
 pub(crate) struct Attached {
     profile: String,
     verb: Verb,
@@ -104,12 +104,12 @@ pub(crate) struct Attached {
     name: String,
     extractors: Vec<u32>,
     places: Vec<Place>,
-    /// They stay attached while these are kept.
+    /// Kept so that they stay attached.
     probes: Vec<Arc<Uprobe>>,
 }
 
 impl Attached {
-    /// Attaches to all places of a hook. `space` is that of its keys.
+    /// Attaches to all attach points of a hook. `space` is the key space of the hook. Detaches all of them on failure.
     pub(crate) fn to(
         ebpf: &Ebpf,
         maps: &mut Maps,
@@ -119,7 +119,8 @@ impl Attached {
         found: &Found<'_>,
         space: u32,
     ) -> Result<Self> {
-        let program: &UProbe = ebpf.program(PROGRAM).context("no such program")?.try_into()?;
+        let program = ebpf.program(PROGRAM).context("the eBPF object has no program deferred")?;
+        let program: &UProbe = program.try_into()?;
         let program = program.fd()?.as_fd();
         let hook = found.hook;
         let once = if hook.once { RawHook::ONCE } else { 0 };
@@ -133,27 +134,27 @@ impl Attached {
             places: Vec::new(),
             probes: Vec::new(),
         };
-        // One for each register that an answer is in.
+        // One extractor for each register that a return value is in.
         let mut by_result = HashMap::new();
-        let outcome = found.points.iter().try_for_each(|at| {
-            let extractor = match by_result.entry(at.result) {
+        let outcome = found.points.iter().try_for_each(|point| {
+            let extractor = match by_result.entry(point.result) {
                 Entry::Occupied(known) => *known.get(),
-                Entry::Vacant(place) => {
-                    let extractor = shared.extractors.pop().context("there are too many hooks already")?;
+                Entry::Vacant(vacant) => {
+                    let extractor = shared.extractors.pop().context("too many hooks (see --capacity)")?;
                     attached.extractors.push(extractor);
-                    maps.extractors.set(extractor, at.extractor(&found.extractor), 0)?;
-                    *place.insert(extractor)
+                    maps.extractors.set(extractor, point.extractor(&found.extractor), 0)?;
+                    *vacant.insert(extractor)
                 }
             };
             let entry = RawHook { verb: hook.verb as u32, space, flags, extractor, hits: 0, matches: 0 };
-            let place = Place { address: at.address, tgid: pid, reserved: 0 };
+            let place = Place { address: point.address, tgid: pid, reserved: 0 };
             if maps.hooks.get(&place, 0).is_ok() {
-                bail!("two hooks meet at one place");
+                bail!("another hook is attached to the same instruction");
             }
-            maps.hooks.insert(place, entry, 0).context("there are too many hooks already")?;
+            maps.hooks.insert(place, entry, 0).context("too many hooks (see --capacity)")?;
             attached.places.push(place);
-            let probe = shared.probe(program, found, at.offset, pid);
-            attached.probes.push(probe.context("the kernel does not attach to it")?);
+            let probe = shared.probe(program, found, point.offset, pid);
+            attached.probes.push(probe.context("the kernel refuses to attach the uprobe")?);
             Ok(())
         });
         match outcome {
@@ -165,7 +166,7 @@ impl Attached {
         }
     }
 
-    /// From now on, what is put off here is put off with the trace context that a pointer leads to.
+    /// From now on, tasks enqueued here also take the trace context that `pointer` locates.
     pub(crate) fn take_context(&self, maps: &mut Maps, pointer: ThreadLocal) -> Result<()> {
         for &number in &self.extractors {
             let extractor = maps.extractors.get(&number, 0)?;
@@ -174,12 +175,12 @@ impl Attached {
         Ok(())
     }
 
-    /// Whether work is put off here.
+    /// Whether the hook enqueues tasks.
     pub(crate) fn is_snapshot(&self) -> bool {
         self.verb == Verb::Snapshot
     }
 
-    /// Takes it out of the kernel, and what the programs know of it.
+    /// Detaches the hook and removes its map entries.
     pub(crate) fn detach(self, maps: &mut Maps, shared: &mut Shared) {
         for place in &self.places {
             let _present = maps.hooks.remove(place);
@@ -189,7 +190,7 @@ impl Attached {
         shared.probes.retain(|_, probe| probe.strong_count() > 0);
     }
 
-    /// How often the process came there, and how often that meant something.
+    /// How often the hook fired, and how often it matched.
     pub(crate) fn figures(&self, maps: &Maps) -> HookFigures {
         let (mut hits, mut matches) = (0, 0);
         for hook in self.places.iter().filter_map(|place| maps.hooks.get(place, 0).ok()) {
@@ -210,13 +211,13 @@ impl Attached {
         &self.profile
     }
 
-    /// Whether work goes on here.
+    /// Whether the hook starts or resumes tasks.
     pub(crate) fn is_restore(&self) -> bool {
         self.verb == Verb::Restore
     }
 }
 
-/// Figures of a kind of work, of which the oldest piece that waits was put off at `oldest_ns`.
+/// Decodes the metrics of a kind of task, whose oldest pending task was enqueued at `oldest_ns`.
 pub(crate) fn decode(task: &str, is_kind_known: bool, raw: &RawClass, oldest_ns: Option<u64>) -> Deferred {
     let now = clock::monotonic_ns();
     Deferred {
@@ -234,7 +235,7 @@ pub(crate) fn decode(task: &str, is_kind_known: bool, raw: &RawClass, oldest_ns:
     }
 }
 
-/// Adds what was counted of a kind of work under another key.
+/// Adds the counters of the same kind under another key.
 pub(crate) fn add(sum: &mut RawClass, more: &RawClass) {
     sum.enqueued += more.enqueued;
     sum.started += more.started;
@@ -257,9 +258,9 @@ fn add_durations(sum: &mut RawHistogram, more: &RawHistogram) {
     };
 }
 
-/// What becomes of a piece of work whose process is gone at `now`: what had not started never will.
+/// The link of a task whose process is gone as of `now`, if the task had not started: it was dropped.
 pub(crate) fn orphan(task: &DeferredTask, now: u64) -> Option<RawLink> {
-    is_ahead(task).then_some(RawLink {
+    is_pending(task).then_some(RawLink {
         id: task.id,
         parent: task.parent,
         request: task.origin.request,
@@ -272,7 +273,7 @@ pub(crate) fn orphan(task: &DeferredTask, now: u64) -> Option<RawLink> {
     })
 }
 
-/// What a runtime calls a request: text without blanks, and whole. Anything else is something else.
+/// The runtime's id of a request: complete text of visible ASCII characters. Anything else is not an id.
 pub(crate) fn request_id(raw: [u8; REQUEST_ID]) -> Option<String> {
     let length =
         raw.iter().position(|&byte| byte == 0).filter(|length| (1..REQUEST_ID - 1).contains(length))?;
@@ -280,7 +281,7 @@ pub(crate) fn request_id(raw: [u8; REQUEST_ID]) -> Option<String> {
     String::from_utf8(text).ok()
 }
 
-/// What a process published, if it published anything.
+/// The trace context that the process published, if any.
 pub(crate) fn context(raw: &RawContext) -> Option<TraceContext> {
     let [high, low] = raw.trace_id.map(u64::from_be);
     (high | low != 0).then(|| TraceContext {
@@ -289,18 +290,18 @@ pub(crate) fn context(raw: &RawContext) -> Option<TraceContext> {
     })
 }
 
-/// The class of those that find no room.
+/// The class that counts tasks of all kinds for which the map has no space.
 pub(crate) const fn others(pid: u32) -> ClassKey {
     ClassKey { value: 0, tgid: pid, naming: ClassKey::OTHERS }
 }
 
-/// Whether a piece of work waits to be started.
+/// Whether a task of this process is waiting to start.
 pub(crate) fn waits((key, task): &(TaskKey, DeferredTask), pid: u32) -> bool {
-    key.tgid == pid && is_ahead(task)
+    key.tgid == pid && is_pending(task)
 }
 
-/// Whether this is a piece of work of its own that has not started.
-const fn is_ahead(task: &DeferredTask) -> bool {
+/// Whether the task has not started. Entries in which the enqueuing task itself continues do not count.
+const fn is_pending(task: &DeferredTask) -> bool {
     task.started_ns == 0 && task.class.naming != ClassKey::SAME_WORK
 }
 
@@ -309,20 +310,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_id_is_whole_visible_text_or_none() {
-        let told = |text: &[u8]| {
+    fn a_request_id_is_complete_visible_text() {
+        let parsed = |text: &[u8]| {
             let mut raw = [0; REQUEST_ID];
             raw[..text.len()].copy_from_slice(text);
             request_id(raw)
         };
-        assert_eq!(told(b"0a1b").as_deref(), Some("0a1b"));
-        // What comes after the end is of something else.
-        assert_eq!(told(b"0a1b\0more").as_deref(), Some("0a1b"));
-        assert_eq!(told(&[b'a'; REQUEST_ID - 2]).map(|id| id.len()), Some(46));
+        assert_eq!(parsed(b"0a1b").as_deref(), Some("0a1b"));
+        // Bytes behind the terminator are ignored.
+        assert_eq!(parsed(b"0a1b\0more").as_deref(), Some("0a1b"));
+        assert_eq!(parsed(&[b'a'; REQUEST_ID - 2]).map(|id| id.len()), Some(46));
         for wrong in
             [&b""[..], b"a b", b"a\x01", "\u{e4}".as_bytes(), &[b'a'; REQUEST_ID - 1], &[b'a'; REQUEST_ID]]
         {
-            assert_eq!(told(wrong), None, "{wrong:?}");
+            assert_eq!(parsed(wrong), None, "{wrong:?}");
         }
     }
 }

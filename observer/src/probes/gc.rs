@@ -1,4 +1,4 @@
-//! *gc*: garbage collections of targets' runtimes. Attached to one process at a time, and only where a profile says how.
+//! *gc*: garbage collections of targets' runtimes. Attached per process, if the profile of its runtime describes how.
 
 use std::{collections::HashMap, fs::File, os::fd::AsFd as _};
 
@@ -36,56 +36,59 @@ use crate::{
 
 pub(super) const PROBE: Probe = Probe {
     name: "gc",
-    purpose: "garbage collections: how often, how long, and what of an event loop's busy time they take",
+    purpose: "garbage collections: their number, their duration, and their share of an event loop's busy time",
     since: "5.5",
     when: When::Collector,
-    cost: "two traps into the kernel for each collection of a target, 2 us together (306 ns and 363 ns of these in the programs); where totals are read, 300 ns for each slice of that target; nobody else pays",
+    cost: "two traps into the kernel for each collection of a target, 2 us together (306 ns and 363 ns of these in the programs); where totals are read, 300 ns for each slice of that target; no cost for other processes",
     hooks: &[
         Hook {
             program: "gc_start",
-            events: Events::Runtime("the place where a target's runtime begins a collection"),
+            events: Events::Runtime("the function or probe where a target's runtime starts a collection"),
         },
-        Hook { program: "gc_done", events: Events::Runtime("the place where it ends one") },
+        Hook {
+            program: "gc_done",
+            events: Events::Runtime("the function or probe where it ends a collection"),
+        },
     ],
 };
 
-/// How often a process without a runtime is looked at: its loader may not have been done.
-const LOOKS: u32 = 5;
+/// How often a process is checked in which no runtime was found: its libraries may not have been loaded yet.
+const MAX_CHECKS: u32 = 5;
 
-/// The collectors that are watched.
+/// The garbage collectors of all targets.
 pub(crate) struct Collectors {
-    /// How many there may be at a time.
+    /// Maximum number of processes watched at a time.
     most: usize,
     /// By process id.
     processes: HashMap<u32, Process>,
-    /// Whether the kernel has taken the programs; `None` while nobody needs them.
+    /// Whether the kernel accepted the programs; `None` until a process needs them.
     loaded: Option<Result<(), String>>,
-    /// Final figures of processes that are gone, by their ids.
+    /// Final metrics of processes that have exited, by process id.
     finished: Vec<(u32, Gc)>,
 }
 
 /// A target.
 #[derive(Default)]
 struct Process {
-    /// How many programs it had started when it was looked at.
+    /// Number of programs that the process had executed at the last check.
     execs: u32,
-    /// How often it has been looked at.
-    looks: u32,
+    /// Number of checks.
+    checks: u32,
     watched: Watched,
 }
 
 #[derive(Default)]
 enum Watched {
-    /// Nothing, because it has nothing, or nothing yet.
+    /// Not watched: no collector was found, or it is not initialised.
     #[default]
-    Nothing,
+    /// Start and end of each collection, by uprobes that are attached as long as they are kept.
     /// The beginning and the end of each collection, by probes that are attached while these are kept.
     Pauses(#[expect(dead_code, reason = "kept, so that they stay attached")] Vec<Uprobe>),
-    /// What its runtime counts.
+    /// Totals that the runtime counts.
     Totals { memory: Live, places: Totals, first: Sum, last: Sum },
 }
 
-/// Collections and the nanoseconds they took.
+/// Number of collections and their total duration in nanoseconds.
 #[derive(Clone, Copy, Default)]
 struct Sum {
     count: u64,
@@ -93,12 +96,12 @@ struct Sum {
 }
 
 impl Collectors {
-    /// None yet.
+    /// Watches no process yet, and never more than `most`.
     pub(crate) fn at_most(most: usize) -> Self {
         Self { most, processes: HashMap::new(), loaded: None, finished: Vec::new() }
     }
 
-    /// Brings a target up to date, which has started so many programs by now. Tells what goes unseen.
+    /// Updates a target, which has executed `execs` programs so far. Returns what cannot be watched.
     pub(crate) fn refresh(
         &mut self,
         runtimes: &mut Runtimes,
@@ -110,28 +113,28 @@ impl Collectors {
         let watched_now = self.processes.values().filter(|process| process.is_watched()).count();
         let process = self.processes.entry(pid).or_insert_with(|| Process { execs, ..Process::default() });
         if process.execs != execs {
-            // What the program before it did is not its own.
+            // Counters of the previous program are not those of the new one.
             *process = Process { execs, ..Process::default() };
             forget(maps, pid);
-            // Or what comes next would be counted twice.
+            // Otherwise old and new probes would both count.
             detach::finish(pid);
         }
         process.read_totals(maps, pid);
-        if process.is_watched() || process.looks == LOOKS {
+        if process.is_watched() || process.checks == MAX_CHECKS {
             return None;
         }
-        // What is mapped now is of the program that it runs now.
+        // Mappings are valid only if no exec has happened since `execs` was read.
         if detach::is_busy() || maps.execs(pid) != Some(execs) {
             return None;
         }
-        process.looks += 1;
-        // One that is going has nothing mapped any more.
+        process.checks += 1;
+        // An exiting process has no mappings.
         let found = runtimes.of(&Mappings::of(pid).ok()?);
         let (name, collector) =
             found.into_iter().find_map(|runtime| Some((runtime.name, runtime.collector?)))?;
         let watched = collector.map_err(|why| anyhow!(why)).and_then(|watch| {
             if watched_now >= self.most {
-                bail!("no more than {} processes are watched at a time", self.most);
+                bail!("the limit of {} watched processes is reached (see --capacity)", self.most);
             }
             if matches!(watch, Watch::Probes(..)) {
                 let loaded = self.loaded.get_or_insert_with(|| load(ebpf).map_err(|e| format!("{e:#}")));
@@ -143,14 +146,14 @@ impl Collectors {
             Ok(watched) => {
                 process.watched = watched;
                 if maps.execs(pid) != Some(execs) {
-                    // The next program has other things at these addresses.
+                    // The next program has other data at these addresses.
                     forget(maps, pid);
                 }
             }
-            // It has ended meanwhile.
+            // The process has exited meanwhile.
             Err(_) if !is_there(pid) => {}
             Err(why) => {
-                process.looks = LOOKS;
+                process.checks = MAX_CHECKS;
                 let source = format!("garbage collections of {name}");
                 return Some(Missing { source, reason: format!("{why:#}") });
             }
@@ -158,13 +161,13 @@ impl Collectors {
         None
     }
 
-    /// A target is gone; of so many such the final figures are kept.
+    /// Handles the exit of a target. Final metrics are kept for the last `keep` processes.
     pub(crate) fn exited(&mut self, maps: &mut Maps, pid: u32, keep: usize) {
         if let Some(process) = self.processes.get_mut(&pid) {
             process.read_totals(maps, pid);
         }
-        if let Some(figures) = self.figures(maps, pid) {
-            self.finished.push((pid, figures));
+        if let Some(metrics) = self.metrics(maps, pid) {
+            self.finished.push((pid, metrics));
         }
         let surplus = self.finished.len().saturating_sub(keep);
         self.finished.drain(..surplus);
@@ -172,14 +175,14 @@ impl Collectors {
         forget(maps, pid);
     }
 
-    /// Watches a process no longer that goes on.
+    /// Stops watching a process that keeps running.
     pub(crate) fn let_go(&mut self, maps: &mut Maps, pid: u32) {
         self.processes.remove(&pid);
         forget(maps, pid);
     }
 
-    /// What is known of a live target's collections; `None` if nobody watches them.
-    fn figures(&self, maps: &Maps, pid: u32) -> Option<Gc> {
+    /// Metrics of a running target's collections; `None` if they are not watched.
+    fn metrics(&self, maps: &Maps, pid: u32) -> Option<Gc> {
         match &self.processes.get(&pid)?.watched {
             Watched::Nothing => None,
             Watched::Pauses(_) => {
@@ -187,7 +190,7 @@ impl Collectors {
                 Some(Gc { count: pause.count(), seconds: Some(pause.sum()), pause: Some(pause) })
             }
             Watched::Totals { first, last, .. } => {
-                // Ruby can be told not to measure.
+                // Ruby's measurement can be turned off (`GC.measure_total_time = false`).
                 let is_measured = last.ns > 0 || last.count == 0;
                 let spent = seconds(last.ns.saturating_sub(first.ns));
                 Some(Gc {
@@ -199,12 +202,12 @@ impl Collectors {
         }
     }
 
-    /// The same of a target, final if it has exited.
+    /// Metrics of a target's collections; the final ones if it has exited.
     pub(crate) fn latest_figures(&self, maps: &Maps, pid: u32, has_exited: bool) -> Option<Gc> {
         if !has_exited {
-            return self.figures(maps, pid);
+            return self.metrics(maps, pid);
         }
-        self.finished.iter().rev().find(|(of, _)| *of == pid).map(|(_, figures)| figures.clone())
+        self.finished.iter().rev().find(|(of, _)| *of == pid).map(|(_, metrics)| metrics.clone())
     }
 }
 
@@ -213,7 +216,7 @@ impl Process {
         !matches!(self.watched, Watched::Nothing)
     }
 
-    /// Reads the totals again, or takes what its reactors read last if they cannot be read any more.
+    /// Reads the totals from the process's memory; if that fails, takes the last values that the programs read.
     fn read_totals(&mut self, maps: &Maps, pid: u32) {
         let Watched::Totals { memory, places, last, .. } = &mut self.watched else { return };
         let by_reactors =
@@ -224,26 +227,26 @@ impl Process {
     }
 }
 
-/// Loads the programs.
+/// Loads the programs; attaches nothing.
 fn load(ebpf: &mut Ebpf) -> Result<()> {
     uprobe::probe().map_err(|why| anyhow!(why))?;
     attach::attach(ebpf, &Types::default(), [&PROBE].into_iter(), &[])?;
     Ok(())
 }
 
-/// Begins to watch a process's collector.
+/// Starts watching the collector of a process.
 fn begin(watch: Watch, ebpf: &mut Ebpf, maps: &mut Maps, pid: u32) -> Result<Watched> {
     match watch {
         Watch::NotYet => Ok(Watched::Nothing),
         Watch::Probes(file, Probes { start, done }) => {
             insert_new(&mut maps.gc_pauses, pid, RawHistogram::EMPTY)?;
-            // The end first: of whatever is seen to begin the end is seen, too.
+            // The end is attached first, so that no collection is seen to start whose end is missed.
             let mut attached = attach(ebpf, "gc_done", &file, &done, pid)?;
             attached.extend(attach(ebpf, "gc_start", &file, &start, pid)?);
             Ok(Watched::Pauses(attached))
         }
         Watch::Totals(memory, places) => {
-            let first = read(&memory, &places).context("its totals cannot be read")?;
+            let first = read(&memory, &places).context("cannot read its totals")?;
             maps.gc_totals.insert(pid, Totals { count: first.count, ns: first.ns, ..places }, 0)?;
             maps.gc_totals_used.set(0, 1, 0)?;
             Ok(Watched::Totals { memory, places, first, last: first })
@@ -252,18 +255,20 @@ fn begin(watch: Watch, ebpf: &mut Ebpf, maps: &mut Maps, pid: u32) -> Result<Wat
 }
 
 fn attach(ebpf: &Ebpf, program: &str, file: &File, sites: &[Site], pid: u32) -> Result<Vec<Uprobe>> {
-    let program: &UProbe = ebpf.program(program).context("no such program")?.try_into()?;
+    let program =
+        ebpf.program(program).with_context(|| format!("the eBPF object has no program {program}"))?;
+    let program: &UProbe = program.try_into()?;
     let program = program.fd()?.as_fd();
     let attached = sites.iter().map(|&site| Uprobe::attach(program, file, site, pid));
-    attached.collect::<Result<_, _>>().context("the kernel does not attach to it")
+    attached.collect::<Result<_, _>>().context("the kernel refuses to attach the uprobe")
 }
 
-/// Ends what the programs know of a process.
+/// Removes the map entries of a process.
 fn forget(maps: &mut Maps, pid: u32) {
     let _unless_watched = (maps.gc_pauses.remove(&pid), maps.gc_totals.remove(&pid));
 }
 
-/// A process's totals as they are now.
+/// The current totals of a process.
 fn read(memory: &Live, places: &Totals) -> Option<Sum> {
     let count = memory.word(places.count_address)?;
     let parts = places.ns_addresses.iter().filter(|&&address| address != 0);
@@ -271,7 +276,7 @@ fn read(memory: &Live, places: &Totals) -> Option<Sum> {
     Some(Sum { count, ns })
 }
 
-/// What a collection in progress has taken by now of the thread's slice in progress, in nanoseconds.
+/// How much of the thread's slice in progress its collection in progress has taken as of `now`, in nanoseconds.
 pub(crate) fn in_progress(maps: &Maps, reactor: &Reactor, now: u64) -> u64 {
     if reactor.phase != Phase::Slice as u32 {
         return 0;

@@ -1,4 +1,4 @@
-//! *listener*: sockets of targets that listen, and their accept queues.
+//! *listener*: listening sockets of targets, and their accept queues.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -17,56 +17,60 @@ use crate::model::{
     snapshot::{Depths, Listener},
 };
 
-const FIND: &str = "find_listeners";
-const LOOK: &str = "look";
-const WALK: &str = "walk_queue";
+const FIND_LISTENERS: &str = "find_listeners";
+const READ_QUEUE: &str = "look";
+const WALK_QUEUE: &str = "walk_queue";
 
 pub(super) const PROBE: Probe = Probe {
     name: "listener",
-    purpose: "accept queues: how many connections wait, against which limit, since when; drops and half-open requests",
+    purpose: "accept queues: depth, limit and the oldest connection; drops and half-open requests",
     since: "5.10",
     when: When::Always,
-    cost: "every listen call on the machine; a walk over all open files when a target comes or goes; one look a second at each queue",
+    cost: "every listen call on the machine; a walk over all open files when a target comes or goes; each queue is read once a second",
     hooks: &[
         Hook { program: "listen_enter", events: Events::Plain(&[("syscalls", "sys_enter_listen")]) },
-        Hook { program: FIND, events: Events::Iterator("task_file") },
-        Hook { program: LOOK, events: Events::OnDemand },
-        Hook { program: WALK, events: Events::OnDemand },
+        Hook { program: FIND_LISTENERS, events: Events::Iterator("task_file") },
+        Hook { program: READ_QUEUE, events: Events::OnDemand },
+        Hook { program: WALK_QUEUE, events: Events::OnDemand },
     ],
 };
 
-/// Makes entries for whatever sockets of targets listen already.
+/// Adds an entry for each socket of a target that already listens.
 pub(crate) fn find(ebpf: &mut Ebpf) -> Result<()> {
-    let program: &mut Iter = ebpf.program_mut(FIND).context("no program finds listeners")?.try_into()?;
+    let program =
+        ebpf.program_mut(FIND_LISTENERS).context("the eBPF object has no program find_listeners")?;
+    let program: &mut Iter = program.try_into()?;
     let link = program.attach().context("cannot walk over open files")?;
     let mut files = program.take_link(link)?.into_file()?;
-    // The program writes nothing: its work is done when the end is reached.
+    // The program outputs nothing: it runs while the file is read.
     std::io::copy(&mut files, &mut std::io::sink()).context("the walk over open files failed")?;
     Ok(())
 }
 
-/// Lets a look at a long queue go on from one step to the next, once it is loaded.
+/// Enables the tail call with which the walk over a long queue continues. The programs must be loaded.
 pub(crate) fn link_tail_calls(ebpf: &mut Ebpf) -> Result<()> {
-    let step = ebpf.program(WALK).context("no program walks queues")?.fd()?.try_clone()?;
+    let step =
+        ebpf.program(WALK_QUEUE).context("the eBPF object has no program walk_queue")?.fd()?.try_clone()?;
     let mut steps =
         ProgramArray::try_from(ebpf.map_mut("TAIL_CALLS").context("the eBPF object has no map TAIL_CALLS")?)?;
-    steps.set(0, &step, 0).context("no step can follow another")
+    steps.set(0, &step, 0).context("cannot set the tail call of queue walks")
 }
 
-/// Brings the `queue` of one entry up to date.
+/// Updates the `queue` of one entry.
 pub(crate) fn look(ebpf: &mut Ebpf, inode: u64) -> Result<()> {
-    let program: &mut RawTracePoint = ebpf.program_mut(LOOK).context("no program looks")?.try_into()?;
+    let program = ebpf.program_mut(READ_QUEUE).context("the eBPF object has no program look")?;
+    let program: &mut RawTracePoint = program.try_into()?;
     let mut options = RawTracePointRunOptions::new();
     options.args[0] = inode;
-    program.test_run(options).context("cannot look at a listener")?;
+    program.test_run(options).with_context(|| format!("cannot read the accept queue of listener {inode}"))?;
     Ok(())
 }
 
-/// A listener's figures as of now, without what only its namespace's counters tell. `before` is the queue when it
-/// was first seen, `unix_since_ns` when time stamps for unix connections began.
+/// Metrics of a listener as of now, without those from the counters of its namespace. `before` is the queue when it was
+/// first read, `unix_since_ns` the time from which unix connections get time stamps.
 ///
-/// Whatever joined the queue has either been accepted or still waits, so arrivals follow from accepts and depths on
-/// every kernel, without a hook on the arrivals themselves.
+/// Each connection that joined the queue has either been accepted or still waits. So arrivals follow from accepts and depths
+/// on every kernel, without a hook on arrivals.
 pub(crate) fn decode(raw: &Raw, before: Before, unix_since_ns: Option<u64>) -> Listener {
     let queue = &raw.queue;
     let waits = queue.depth > queue.aborted;
@@ -95,19 +99,19 @@ pub(crate) fn decode(raw: &Raw, before: Before, unix_since_ns: Option<u64>) -> L
     }
 }
 
-/// What was so before anybody watched.
+/// State of a listener when observer first read it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Before {
-    /// Connections that waited.
+    /// Connections in the queue.
     pub(crate) depth: u32,
-    /// Of those, the ones whose clients had reset them.
+    /// Of those, connections that their clients had reset.
     pub(crate) aborted: u32,
-    /// Connections the kernel had dropped.
+    /// Connections that the kernel had dropped.
     pub(crate) drops: u32,
 }
 
 impl Before {
-    /// What a queue was like when first looked at.
+    /// The state according to a queue's first reading.
     pub(crate) const fn of(queue: &Queue) -> Self {
         Self { depth: queue.depth, aborted: queue.aborted, drops: queue.drops }
     }
@@ -149,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_written_as_people_write_them() {
+    fn addresses_are_formatted() {
         assert_eq!(address(&named(libc::AF_INET, 8080, &[0, 0, 0, 0])), "0.0.0.0:8080");
         assert_eq!(address(&named(libc::AF_INET6, 443, &[0; 16])), "[::]:443");
         assert_eq!(address(&named(libc::AF_UNIX, 14, b"/run/app.sock\0")), "unix:/run/app.sock");
@@ -158,13 +162,13 @@ mod tests {
     }
 
     #[test]
-    fn arrivals_are_what_was_accepted_or_waits_less_what_waited_before() {
+    fn arrivals_are_accepts_and_depth_less_the_initial_depth() {
         let queue = Queue { depth: 4, aborted: 1, looked_ns: 9_000_000_000, drops: 7, ..Queue::default() };
         let raw = Raw { accepts: 10, accepts_aborted: 2, since_ns: 1_000_000_000, queue, ..Raw::EMPTY };
         let before = Before { depth: 3, aborted: 1, drops: 5 };
         let listener = decode(&raw, before, None);
         assert_eq!((listener.arrivals, listener.aborted, listener.drops), (11, 2, 2));
-        // Somebody waits, and has done so at least since watching began.
+        // A connection waits, at least since the listener is observed.
         assert_eq!(listener.oldest_seconds, Some(8.0));
         assert!(listener.oldest_is_lower_bound);
     }

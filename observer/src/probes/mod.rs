@@ -1,5 +1,5 @@
-//! The probes: what each measures, what it hooks, what that costs. [`PROBES`] is the one table; each probe's file
-//! also decodes what its programs leave in their maps.
+//! The probes: what each measures, what it attaches to, and what that costs. [`PROBES`] lists them; each probe's file also
+//! decodes the maps of its programs.
 
 mod probe;
 mod attach;
@@ -34,7 +34,7 @@ pub(crate) const PROBES: &[Probe] = &[
     deferred::PROBE,
 ];
 
-/// Loads and attaches the programs of the probes that are attached at this time, of waits those for the given calls.
+/// Loads and attaches the programs of all probes with this `when`; of waits for events, only those for `calls`.
 pub(crate) fn attach(ebpf: &mut Ebpf, types: &Types, when: When, calls: &[WaitCall]) -> Result<Vec<Missing>> {
     attach::attach(ebpf, types, PROBES.iter().filter(|probe| probe.when == when), calls)
 }

@@ -1,58 +1,58 @@
-//! What a probe is: its purpose, its cost, and its programs with the events that they are attached to.
+//! The description of a probe: purpose, cost, and its programs with the events that they attach to.
 
 use crate::process::wait_call::WaitCall;
 
 /// A probe.
 pub(crate) struct Probe {
-    /// Name of its file, here and on the kernel side.
+    /// Name of its file in `probes/`, here and in `observer-ebpf`.
     pub(crate) name: &'static str,
-    /// What it tells.
+    /// What it measures.
     pub(crate) purpose: &'static str,
     /// First kernel release it runs on.
     pub(crate) since: &'static str,
-    /// When it is attached.
+    /// The condition for attaching it.
     pub(crate) when: When,
-    /// Who pays, and for which events.
+    /// Which processes pay for it, and for which events.
     pub(crate) cost: &'static str,
-    /// Its programs and where they are attached.
+    /// Its programs, with the events they attach to.
     pub(crate) hooks: &'static [Hook],
 }
 
-/// What a probe waits for before it is attached: strangers pay for it from then on.
+/// The condition for attaching a probe. Once attached, it costs non-target processes as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum When {
-    /// Nothing.
+    /// Unconditional.
     Always,
-    /// A kernel whose tracepoints of io_uring are understood.
+    /// The arguments of the kernel's io_uring tracepoints are known.
     RingsUnderstood,
-    /// A target that listens on a unix socket.
+    /// A target listens on a unix socket.
     UnixListener,
-    /// A target whose runtime's garbage collector can be probed.
+    /// The garbage collector of a target's runtime can be probed.
     Collector,
-    /// A target whose runtime puts work off in a way that is known.
+    /// A profile describes how a target's runtime defers tasks.
     Deferring,
 }
 
-/// A program and where it is attached.
+/// A program and the events it attaches to.
 pub(crate) struct Hook {
     /// Name of the program.
     pub(crate) program: &'static str,
-    /// Tracepoints it serves.
+    /// The events.
     pub(crate) events: Events,
 }
 
-/// Tracepoints of one kind.
+/// Events that a program attaches to.
 pub(crate) enum Events {
-    /// One whose arguments the verifier knows the types of, by all names it has had, newest first.
+    /// A BTF tracepoint, whose argument types the verifier knows, by all names it has had, newest first.
     Btf(&'static [&'static str]),
-    /// Plain ones, as (category, name). The first must be there; others may be missing from a kernel.
+    /// Plain tracepoints, as (category, name). The first is required; a kernel may lack the others.
     Plain(&'static [(&'static str, &'static str)]),
-    /// Plain ones of calls that only some event loops wait with, attached where the user says so. Each may be missing.
+    /// Plain tracepoints of calls that only some event loops wait in, attached if the user selects them. A kernel may lack any.
     Waits(WaitCall, &'static [&'static str]),
-    /// None: the program is run when the loader wants it, over everything of this kind.
+    /// None: user space runs the program over all items of this kind.
     Iterator(&'static str),
-    /// None: the program is run when the loader wants it, with arguments.
+    /// None: user space runs the program with arguments.
     OnDemand,
-    /// None: the program is attached to places in targets' runtimes, which profiles name.
+    /// None: the program attaches to functions of targets' runtimes, as profiles say.
     Runtime(&'static str),
 }

@@ -1,14 +1,14 @@
-//! *process*: follows targets through fork and exit. Its map is the set of targets itself.
+//! *process*: follows targets through fork, exec and exit. Its map is the set of targets.
 
 use super::probe::{Events, Hook, Probe, When};
 
 pub(super) const PROBE: Probe = Probe {
     name: "process",
-    purpose: "which processes are targets: children that targets fork join, others come up for selection, processes that \
-              exit leave",
+    purpose: "the set of targets: adds children that targets fork, nominates other processes for selection, removes \
+              processes that exit",
     since: "5.5",
     when: When::Always,
-    cost: "every fork, exec and exit on the machine; one look-up for a stranger's",
+    cost: "every fork, exec and exit on the machine; one look-up for processes that are not targets",
     hooks: &[
         Hook { program: "process_fork", events: Events::Btf(&["sched_process_fork"]) },
         Hook { program: "process_exec", events: Events::Btf(&["sched_process_exec"]) },

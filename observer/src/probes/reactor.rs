@@ -1,4 +1,4 @@
-//! *reactor*: threads that wait for events, and what they do between two waits.
+//! *reactor*: event loops: threads that wait for events, and their slices between two waits.
 
 use std::sync::Arc;
 
@@ -33,15 +33,15 @@ const FIND_REGISTERS: &str = "find_registers";
 
 pub(super) const PROBE: Probe = Probe {
     name: "reactor",
-    purpose: "event loops: how late they are; how long between two waits, on a CPU, waiting for one, or blocked, and in what; which of that are stalls; how late after a wake-up",
+    purpose: "event loops: their lag; the time between two waits, split into CPU, run queue and blocked time by cause; stalls; the delay after wake-ups",
     since: "5.5",
     when: When::Always,
-    cost: "every wait for events, context switch and wake-up on the machine; one or two look-ups for a stranger's; some 60 ns for every other system call, which the kernel sends a longer way as soon as one is hooked",
+    cost: "every wait for events, context switch and wake-up on the machine; one or two look-ups for threads that are not of targets; about 60 ns for every other system call, because the kernel takes a slower path for all calls as soon as one is hooked",
     hooks: &[
         Hook { program: FIND_REGISTERS, events: Events::OnDemand },
         Hook { program: "sched_switch", events: Events::Btf(&["sched_switch"]) },
         Hook { program: "sched_wakeup", events: Events::Btf(&["sched_wakeup"]) },
-        // Returns before calls: a wait that is seen to begin is seen to end, however long attaching takes.
+        // Exits are attached before entries, so that no wait begins whose end is missed, however long attaching takes.
         Hook {
             program: "epoll_exit",
             events: Events::Waits(
@@ -55,7 +55,7 @@ pub(super) const PROBE: Probe = Probe {
         },
         Hook {
             program: "poll_exit",
-            // The kernel goes on with an interrupted poll under another name.
+            // An interrupted poll is resumed by the kernel as restart_syscall.
             events: Events::Waits(
                 WaitCall::Poll,
                 &["sys_exit_poll", "sys_exit_ppoll", "sys_exit_restart_syscall"],
@@ -81,21 +81,22 @@ pub(super) const PROBE: Probe = Probe {
     ],
 };
 
-/// Has the programs find out where the kernel keeps the registers of a thread inside a system call, by the example of
-/// ours. Tells whether they did.
+/// Lets the programs locate the saved registers of a thread in a system call, with this thread as the example. Returns
+/// whether they did.
 pub(crate) fn find_registers(ebpf: &mut Ebpf, place: &Array<MapData, u32>) -> Result<bool> {
-    /// The command of `bpf` that runs a program: the first argument of the call that this function makes.
+    /// `BPF_PROG_TEST_RUN`: the first argument of the `bpf` call that runs the program.
     const TEST_RUN: u64 = 10;
-    let program = ebpf.program_mut(FIND_REGISTERS).context("no program finds registers")?;
+    let program =
+        ebpf.program_mut(FIND_REGISTERS).context("the eBPF object has no program find_registers")?;
     let program: &mut RawTracePoint = program.try_into()?;
     let mut options = RawTracePointRunOptions::new();
     options.args[0] = u64::try_from(libc::SYS_bpf)?;
     options.args[1] = TEST_RUN;
-    program.test_run(options).context("cannot find out where registers are")?;
+    program.test_run(options).context("cannot locate the registers of a thread")?;
     Ok(place.get(&0, 0)? != 0)
 }
 
-/// What the kernel would have written for a thread that was already waiting at `now`, in this way.
+/// The entry that the programs would have for a thread that is already waiting at `now`, in this kind of wait.
 pub(crate) fn waiting(tgid: u32, now: u64, kind: Kind, set: u32) -> Doing {
     Doing {
         tgid,
@@ -108,20 +109,21 @@ pub(crate) fn waiting(tgid: u32, now: u64, kind: Kind, set: u32) -> Doing {
     }
 }
 
-/// Whether the thread is gone and its figures are final.
+/// Whether the thread has exited, so that its metrics are final.
 pub(crate) fn is_final(raw: &Raw) -> bool {
     raw.now.phase == Phase::Exited as u32
 }
 
-/// A reactor's lag as of `now`. To be asked now and then, so that waits are attributed to replies of their time.
+/// The lag of an event loop up to `now`. Must be called regularly, so that waits are attributed to return delays of the
+/// same time.
 pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
     let waits = raw.now.phase == Phase::Waiting as u32 && raw.now.phase_since_ns != 0;
     let age = now.saturating_sub(raw.now.phase_since_ns);
     let (in_progress_ns, wait_ns) = if raw.now.phase == Phase::Slice as u32 {
         (age, 0)
     } else if waits && raw.now.run == RunState::Woken as u32 {
-        let due = now.saturating_sub(raw.now.woken_ns).min(age);
-        (due, age - due)
+        let delay = now.saturating_sub(raw.now.woken_ns).min(age);
+        (delay, age - delay)
     } else if waits || raw.now.phase == Phase::Parked as u32 {
         (0, age)
     } else {
@@ -136,7 +138,7 @@ pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
     })
 }
 
-/// A reactor's figures as of `now`, with its lag up to then; what is in progress counts up to then.
+/// Metrics of an event loop as of `now`, with its lag up to then. The slice or wait in progress counts up to then.
 pub(crate) fn decode(name: String, raw: &Raw, lag: Histogram, now: u64) -> Reactor {
     let slice = Histogram::from(&raw.durations.slice);
     let in_slice = raw.now.phase == Phase::Slice as u32;
@@ -171,7 +173,7 @@ pub(crate) fn decode(name: String, raw: &Raw, lag: Histogram, now: u64) -> React
     }
 }
 
-/// Times by part, as the programs keep them, and what of them went into collections.
+/// Converts times by part, as the programs keep them, and the time of these that collections took.
 fn split(parts_ns: &[u64; PARTS], gc_ns: u64) -> Split {
     let time = |run: RunState| seconds(parts_ns[run as usize]);
     let blocked = |block: Block| seconds(parts_ns[RunState::Blocked as usize + block as usize]);
@@ -190,7 +192,7 @@ fn split(parts_ns: &[u64; PARTS], gc_ns: u64) -> Split {
     }
 }
 
-/// A stall that has ended, and the request it worked for, longest at once.
+/// Decodes a stall that has ended. `origin` is the request that it worked on for longest.
 pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>) -> Stall {
     let split_seconds = split(&raw.parts_ns, raw.gc_ns);
     Stall {
@@ -205,7 +207,7 @@ pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>) -> Stall {
     }
 }
 
-/// The slice in progress as of `now`, as if it ended then.
+/// The slice in progress, as a stall that ends at `now`.
 pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
     let of_slice = |part: Part| part.ns.saturating_sub(part.before_ns);
     let mut parts_ns = raw.now.parts.map(of_slice);
@@ -225,7 +227,7 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
         longest_queue_after: raw.now.longest_queue_after,
         request: 0,
     };
-    // What it works for is told when it ends.
+    // Its origin is known only when it ends.
     stall(&raw, None)
 }
 
@@ -255,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slice_in_progress_counts_at_its_present_age() {
+    fn a_slice_in_progress_counts_up_to_now() {
         let mut parts = [Part::NONE; PARTS];
         parts[RunState::Cpu as usize].ns = SECOND;
         let raw = raw(Doing {
@@ -274,12 +276,12 @@ mod tests {
         assert_eq!(reactor.utilization, Some(0.5));
         assert_eq!((reactor.split_seconds.cpu, reactor.split_seconds.blocked.sleep), (1.0, 1.0));
         assert_eq!(reactor.slices, 0);
-        // Four seconds were seen, in half of which something due would have waited for up to two.
+        // Four seconds were observed; an event due in half of them would have waited for up to two seconds.
         assert_eq!((reactor.lag.count(), reactor.lag.max()), (4000, 2.0));
     }
 
     #[test]
-    fn a_reply_that_does_not_come_counts_at_its_present_age() {
+    fn a_pending_return_from_a_wait_counts_up_to_now() {
         let raw = raw(Doing {
             phase_since_ns: 10 * SECOND,
             run: RunState::Woken as u32,
@@ -292,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_has_waited_since_we_came_is_idle() {
+    fn a_thread_that_waits_since_the_start_is_idle() {
         let raw = raw(waiting(7, SECOND, Kind::Epoll, 3));
         let reactor = decoded(&raw, 4 * SECOND);
         assert_eq!((reactor.lag.count(), reactor.lag.sum()), (3000, 0.0));
@@ -302,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exited_thread_no_longer_ages() {
+    fn times_of_an_exited_thread_are_final() {
         let raw = raw(Doing { phase: Phase::Exited as u32, phase_since_ns: SECOND, ..Doing::EMPTY });
         let reactor = decoded(&raw, 100 * SECOND);
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds, reactor.utilization), (0.0, 0.0, None));

@@ -1,5 +1,5 @@
-//! Reads many entries of a map with one system call, where the kernel has that (Linux 5.6) and lets observer: one for each
-//! key and one for each value would be most of what a scrape of a thousand targets takes.
+//! Reads many entries of a map with one system call (`BPF_MAP_LOOKUP_BATCH`, since Linux 5.6) where the kernel permits it.
+//! One call per key and one per value would take most of the time of a scrape with a thousand targets.
 
 use std::{
     io,
@@ -9,19 +9,19 @@ use std::{
 use aya::maps::{HashMap, IterableMap as _, MapData};
 use nix::libc;
 
-/// The command of `bpf()`.
+/// `BPF_MAP_LOOKUP_BATCH`, a command of `bpf()`.
 const LOOKUP_BATCH: libc::c_int = 24;
 
-/// Entries asked for at once, at first. The kernel wants room for all that share a place in its table.
-const FIRST: u32 = 64;
+/// Initial number of entries per call. The kernel needs space for all entries of a hash bucket.
+const INITIAL_BATCH: u32 = 64;
 
-/// Entries asked for at once, at most: so many share a place in no map of ours.
-const MOST: u32 = 8192;
+/// Maximum number of entries per call: more than a hash bucket of any of our maps has.
+const MAX_BATCH: u32 = 8192;
 
-/// Calls for one map, at most: in each the kernel gets ahead.
-const CALLS: usize = 1 << 16;
+/// Maximum number of calls for one map; each makes progress.
+const MAX_CALLS: usize = 1 << 16;
 
-/// What `bpf()` is told, as in `union bpf_attr`.
+/// The part of `union bpf_attr` for batch operations.
 #[repr(C)]
 struct Request {
     from: u64,
@@ -34,20 +34,20 @@ struct Request {
     flags: u64,
 }
 
-/// All entries of a hash map, as they are read place by place: one that is moved meanwhile may be left out, but none is
-/// there twice. An error means that they have to be read one by one.
+/// All entries of a hash map, read bucket by bucket. An entry that is moved meanwhile can be missed, but none is returned
+/// twice. After an error, the entries must be read one by one.
 pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) -> io::Result<Vec<(K, V)>> {
     let descriptor = u32::try_from(map.map().fd().as_fd().as_raw_fd()).map_err(io::Error::other)?;
     let mut all = Vec::new();
-    let mut size = FIRST;
+    let mut size = INITIAL_BATCH;
     let (mut keys, mut values) = (Vec::<K>::new(), Vec::<V>::new());
-    // Where the kernel has got to; at first there is no such place.
-    let (mut place, mut next, mut has_begun) = (0_u32, 0_u32, false);
-    for _ in 0..CALLS {
+    // Position of the kernel's iteration; a null pointer starts it.
+    let (mut position, mut next, mut has_begun) = (0_u32, 0_u32, false);
+    for _ in 0..MAX_CALLS {
         keys.reserve(size as usize);
         values.reserve(size as usize);
         let mut request = Request {
-            from: if has_begun { (&raw const place) as u64 } else { 0 },
+            from: if has_begun { (&raw const position) as u64 } else { 0 },
             next: (&raw mut next) as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
@@ -56,8 +56,8 @@ pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) ->
             element_flags: 0,
             flags: 0,
         };
-        // SAFETY: there is room for `count` keys and values of the map's own sizes, which its type has checked, and for
-        // the places; all of them outlive the call.
+        // SAFETY: `keys` and `values` have capacity for `count` entries of the map's key and value sizes, which aya has checked
+        // against the types; they and the positions outlive the call.
         let returned =
             unsafe { libc::syscall(libc::SYS_bpf, LOOKUP_BATCH, &raw mut request, size_of::<Request>()) };
         let failure = if returned == 0 { None } else { Some(io::Error::last_os_error()) };
@@ -65,14 +65,14 @@ pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) ->
             None => false,
             Some(error) => match error.raw_os_error() {
                 Some(libc::ENOENT) => true,
-                Some(libc::ENOSPC) if size < MOST => {
+                Some(libc::ENOSPC) if size < MAX_BATCH => {
                     size *= 2;
                     continue;
                 }
                 _ => return Err(error),
             },
         };
-        // SAFETY: the kernel has written so many, and any bytes are one of these.
+        // SAFETY: the kernel has initialised `count` entries, and any bytes are valid values of these types.
         unsafe {
             keys.set_len(request.count.min(size) as usize);
             values.set_len(request.count.min(size) as usize);
@@ -81,7 +81,7 @@ pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) ->
         if is_over {
             return Ok(all);
         }
-        (place, has_begun) = (next, true);
+        (position, has_begun) = (next, true);
     }
-    Err(io::Error::other("a map without an end"))
+    Err(io::Error::other("the iteration over the map does not end"))
 }

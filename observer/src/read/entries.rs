@@ -1,4 +1,4 @@
-//! Adding an entry to a hash map that the programs may add at the same time, and reading all entries.
+//! Inserts an entry into a hash map to which the programs may add the same key concurrently, and reads all entries.
 
 use anyhow::Result;
 use aya::maps::{HashMap, MapData, MapError};
@@ -6,47 +6,47 @@ use nix::libc;
 
 use super::batch;
 
-/// What an insertion does if the key is there: leaves the programs' own entry alone.
+/// `BPF_NOEXIST`: an insertion fails if the key exists, so that the programs' entry is kept.
 pub(crate) const NO_EXIST: u64 = 1;
 
-/// What became of an entry that was to be added.
+/// Outcome of an insertion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Added {
-    /// It is there now.
-    Now,
-    /// There was one, which was left alone.
-    ThereAlready,
+pub(super) enum Insertion {
+    /// The entry was inserted.
+    Inserted,
+    /// The key exists; its entry was not changed.
+    Exists,
     /// The map is full.
-    NoRoom,
+    Full,
 }
 
-/// Adds an entry unless the programs have made one meanwhile.
+/// Inserts an entry unless the key exists.
 pub(super) fn add<K: aya::Pod, V: aya::Pod>(
     map: &mut HashMap<MapData, K, V>,
     key: K,
     value: V,
-) -> Result<Added, MapError> {
+) -> Result<Insertion, MapError> {
     match map.insert(key, value, NO_EXIST) {
-        Ok(()) => Ok(Added::Now),
+        Ok(()) => Ok(Insertion::Inserted),
         Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
-            Some(libc::EEXIST) => Ok(Added::ThereAlready),
-            Some(libc::E2BIG) => Ok(Added::NoRoom),
+            Some(libc::EEXIST) => Ok(Insertion::Exists),
+            Some(libc::E2BIG) => Ok(Insertion::Full),
             _ => Err(error.into()),
         },
         Err(other) => Err(other),
     }
 }
 
-/// The same. Tells whether there is an entry now: a full map has room for no more.
+/// Inserts an entry unless the key exists. Returns whether the key exists now; `false` means that the map is full.
 pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
     map: &mut HashMap<MapData, K, V>,
     key: K,
     value: V,
 ) -> Result<bool, MapError> {
-    Ok(add(map, key, value)? != Added::NoRoom)
+    Ok(add(map, key, value)? != Insertion::Full)
 }
 
-/// All entries. An entry that is removed meanwhile is left out.
+/// All entries of a map. An entry that is removed meanwhile is omitted.
 pub(crate) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) -> Vec<(K, V)> {
     let one_by_one = |_| {
         map.keys().filter_map(|key| key.ok().and_then(|key| Some((key, map.get(&key, 0).ok()?)))).collect()

@@ -1,5 +1,5 @@
-//! The maps shared with the programs, typed. Reading is a copy, value by value, while the programs go on: figures
-//! of one value may be a few events apart from each other, never wrong by more than what happens meanwhile.
+//! Typed access to the maps of the programs. A read copies a value while the programs change it: the fields of one value may
+//! be a few events apart, and are never wrong by more than what happens meanwhile.
 
 use std::{
     collections::BTreeSet,
@@ -28,46 +28,46 @@ use crate::read::entries::entries;
 
 /// All maps of the programs.
 pub(crate) struct Maps {
-    /// By process id.
+    /// Observed processes, by process id.
     pub(crate) targets: Targets,
-    /// Processes that were rejected, by id.
+    /// Processes that selection rejected, by process id.
     pub(crate) rejected: HashMap<MapData, u32, u8>,
-    /// Threads that wait for events.
+    /// Threads that are event loops.
     pub(crate) reactors: Reactors,
-    /// How many threads wait on an epoll set.
+    /// Number of threads that wait on each epoll set.
     pools: HashMap<MapData, Pool, u32>,
-    /// By inode number.
+    /// Listeners, by inode number.
     pub(crate) listeners: HashMap<MapData, u64, Listener>,
-    /// Ports whose new connections get a time stamp, with the key of the listener, or 0 if there are several.
+    /// Ports whose new connections get a time stamp, with the key of the listener, or 0 if there are several listeners.
     pub(crate) ports: HashMap<MapData, PortKey, u64>,
     /// Names of unix listeners whose new connections get a time stamp.
     pub(crate) unix_names: HashMap<MapData, u64, u8>,
-    /// Connections that wait, by address.
+    /// Waiting connections, by socket address in the kernel.
     pub(crate) queued: HashMap<MapData, u64, Arrival>,
     /// Threads inside an accept call.
     pub(crate) accepting: HashMap<MapData, u32, Accepting>,
-    /// Where on a kernel stack its thread's registers are; 0 while that is not known.
+    /// Offset of a thread's saved registers on its kernel stack; 0 if unknown.
     pub(crate) registers: Array<MapData, u32>,
     stalls: RingBuf<MapData>,
-    /// Pauses for garbage collections, by process id.
+    /// Pauses by garbage collections, by process id.
     pub(crate) gc_pauses: HashMap<MapData, u32, Histogram>,
     /// Collections in progress, by thread id.
     pub(crate) gc_begun: HashMap<MapData, u32, Begun>,
-    /// Totals that runtimes keep themselves, by process id.
+    /// Totals that runtimes count, by process id.
     pub(crate) gc_totals: HashMap<MapData, u32, Totals>,
-    /// Whether there have been any.
+    /// 1 once `gc_totals` has had an entry.
     pub(crate) gc_totals_used: Array<MapData, u32>,
-    /// Processes whose deferred work is followed, by id.
+    /// Processes whose deferred tasks are followed, by process id.
     pub(crate) followed: HashMap<MapData, u32, u32>,
-    /// Connections that such processes have accepted.
+    /// Connections that these processes have accepted.
     pub(crate) connections: HashMap<MapData, Descriptor, Connection>,
-    /// Places in runtimes, and what they mean.
+    /// Attached hooks, by process and address.
     pub(crate) hooks: HashMap<MapData, Place, Hook>,
-    /// How to read those places.
+    /// How hooks read key, class and request id.
     pub(crate) extractors: Array<MapData, Extractor>,
-    /// Deferred work in flight.
+    /// Pending and running deferred tasks.
     pub(crate) tasks: HashMap<MapData, TaskKey, DeferredTask>,
-    /// Figures of deferred work, by kind.
+    /// Counters of deferred tasks, by kind.
     pub(crate) classes: HashMap<MapData, ClassKey, Class>,
     requests: RingBuf<MapData>,
     answers: RingBuf<MapData>,
@@ -77,7 +77,7 @@ pub(crate) struct Maps {
 }
 
 impl Maps {
-    /// Takes the maps over from the loader.
+    /// Takes the maps from the loaded object.
     pub(crate) fn take(ebpf: &mut Ebpf, capacity: Capacity) -> Result<Self> {
         let id_filter = IdFilter::of(take(ebpf, "ID_FILTER")?)?;
         Ok(Self {
@@ -117,69 +117,69 @@ impl Maps {
         })
     }
 
-    /// Forgets who waits on the sets of processes that are observed no more, or gone with nobody there to see; leaves those
-    /// whose ids are others' by now for later.
+    /// Removes the pools of processes that are not targets any more, or exited unnoticed. Keeps in `pids` those that are
+    /// targets, such as another process with the same id, for a later call.
     pub(crate) fn forget_pools(&mut self, pids: &mut BTreeSet<u32>) {
-        let (others, gone) = pids.iter().partition::<BTreeSet<_>, _>(|pid| self.targets.get(pid, 0).is_ok());
-        *pids = others;
+        let (kept, gone) = pids.iter().partition::<BTreeSet<_>, _>(|pid| self.targets.get(pid, 0).is_ok());
+        *pids = kept;
         if gone.is_empty() {
             return;
         }
         for (pool, _) in entries::<Pool, u32>(&self.pools) {
             if gone.contains(&pool.tgid) {
-                let _unless_it_left = self.pools.remove(&pool);
+                let _absent = self.pools.remove(&pool);
             }
         }
     }
 
-    /// How many programs a target has started by now; `None` if it is none any more.
+    /// Number of programs that a target has executed so far; `None` if it is not a target any more.
     pub(crate) fn execs(&self, pid: u32) -> Option<u32> {
         self.targets.get(&pid, 0).ok().map(|target| target.execs)
     }
 
-    /// Stalls that have ended since the last time.
+    /// Stalls that have ended since the last call.
     pub(crate) fn stalls(&mut self) -> Vec<Stall> {
         drain(&mut self.stalls)
     }
 
-    /// Requests that something was put off for since the last time.
+    /// Requests since the last call for which a task was deferred.
     pub(crate) fn requests(&mut self) -> Vec<Request> {
         drain(&mut self.requests)
     }
 
-    /// Answers to such requests since the last time.
+    /// Answers to these requests since the last call.
     pub(crate) fn answers(&mut self) -> Vec<Answer> {
         drain(&mut self.answers)
     }
 
-    /// Deferred work that has ended since the last time.
+    /// Deferred tasks that have ended since the last call.
     pub(crate) fn links(&mut self) -> Vec<Link> {
         drain(&mut self.links)
     }
 
-    /// Kinds of deferred work that were met for the first time since the last time.
+    /// Kinds of deferred tasks that were seen for the first time since the last call.
     pub(crate) fn kinds(&mut self) -> Vec<ClassKey> {
         drain(&mut self.kinds)
     }
 
-    /// What is readable when there are any.
+    /// A descriptor that becomes readable when there are new kinds.
     pub(crate) fn kinds_descriptor(&self) -> io::Result<OwnedFd> {
         // SAFETY: the ring keeps its descriptor open while it is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.kinds.as_raw_fd()) }.try_clone_to_owned()
     }
 
-    /// How often the programs could not keep something for this cause.
+    /// How many events the programs have lost for this cause.
     pub(crate) fn lost(&self, cause: Loss) -> Result<u64> {
         Ok(self.losses.get(&(cause as u32), 0)?.iter().sum())
     }
 }
 
-/// All that programs have sent through a ring which is for nothing else.
+/// Takes all records from a ring, all of which have type `T`.
 fn drain<T: aya::Pod>(ring: &mut RingBuf<MapData>) -> Vec<T> {
     let mut all = Vec::new();
     while let Some(entry) = ring.next() {
         if entry.len() >= size_of::<T>() {
-            // SAFETY: as many bytes as that, and any bytes are one of these.
+            // SAFETY: the entry has at least that many bytes, and any bytes are a valid `T`.
             all.push(unsafe { entry.as_ptr().cast::<T>().read_unaligned() });
         }
     }

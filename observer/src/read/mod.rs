@@ -1,4 +1,4 @@
-//! Takes raw figures out of the kernel.
+//! User-space access to the maps of the eBPF programs.
 
 mod batch;
 pub(crate) mod capacity;

@@ -1,4 +1,4 @@
-//! Processes under observation, which programs look for by almost every event: each is counted in `ID_FILTER` as well.
+//! The map `TARGETS`. Almost every event looks up a process in it, so each entry is counted in `ID_FILTER` as well.
 
 use std::ops::Deref;
 
@@ -6,11 +6,11 @@ use aya::maps::{HashMap, MapData, MapError};
 use observer_common::process::Target;
 
 use super::{
-    entries::{Added, add},
+    entries::{Insertion, add},
     id_filter::IdFilter,
 };
 
-/// The map `TARGETS`, by process id; can be read like any other.
+/// The map `TARGETS`, by process id. Dereferences to the map for reading.
 pub(crate) struct Targets {
     map: HashMap<MapData, u32, Target>,
     id_filter: IdFilter,
@@ -21,33 +21,33 @@ impl Targets {
         Self { map, id_filter }
     }
 
-    /// Adds an entry unless there is one. Tells whether there is one now: a full map has room for no more.
+    /// Inserts an entry unless the key exists. Returns whether the key exists now; `false` means that the map is full.
     pub(crate) fn insert_new(&mut self, pid: u32, target: Target) -> Result<bool, MapError> {
-        Ok(self.add(pid, target)? != Added::NoRoom)
+        Ok(self.add(pid, target)? != Insertion::Full)
     }
 
-    /// Adds an entry, over what may be there. Tells whether there was room.
+    /// Inserts or replaces an entry. Returns `false` if the map is full.
     pub(crate) fn set(&mut self, pid: u32, target: Target) -> Result<bool, MapError> {
         let added = self.add(pid, target)?;
-        if added == Added::ThereAlready {
+        if added == Insertion::Exists {
             self.map.insert(pid, target, 0)?;
         }
-        Ok(added != Added::NoRoom)
+        Ok(added != Insertion::Full)
     }
 
-    /// Removes an entry. Tells whether there was one.
+    /// Removes an entry. Returns whether it existed.
     pub(crate) fn remove(&mut self, pid: u32) -> bool {
-        let was_there = self.map.remove(&pid).is_ok();
-        if was_there {
+        let existed = self.map.remove(&pid).is_ok();
+        if existed {
             self.id_filter.remove_process(pid);
         }
-        was_there
+        existed
     }
 
-    fn add(&mut self, pid: u32, target: Target) -> Result<Added, MapError> {
+    fn add(&mut self, pid: u32, target: Target) -> Result<Insertion, MapError> {
         self.id_filter.add_process(pid);
         let added = add(&mut self.map, pid, target);
-        if !matches!(added, Ok(Added::Now)) {
+        if !matches!(added, Ok(Insertion::Inserted)) {
             self.id_filter.remove_process(pid);
         }
         added

@@ -230,7 +230,7 @@ mod tests {
             ("[include]\nport = [80, 70000]\n", "2:13: ", ""),
             ("[exclude]\nport = [80, 0]\n", "2:13: ", "integer `0`"),
             ("attach_per_second = 0\n", "1:21: ", "--attach-per-second"),
-            ("follow = true\nprofiles = [\"auto\", \"perl\"]\n", "2:12: ", "there is no profile perl"),
+            ("follow = true\nprofiles = [\"auto\", \"perl\"]\n", "2:12: ", "unknown profile perl"),
             ("otlp_endpoint = \"localhost:4318\"\n", "1:17: ", "no address of a collector"),
             ("follow = maybe\n", "1:10: ", ""),
             ("\nstall_threshold = \"10us\"\n", "2:19: ", "at least 1ms"),

@@ -92,9 +92,9 @@ impl Runtimes {
 
     /// Profiles that the user asked for and that no process has matched so far: name, and the reason.
     pub(crate) fn unmet(&self) -> Vec<(String, String)> {
-        let why = |profile: &Profile| match &profile.home {
-            Some(home) => {
-                format!("no process that was checked maps a file whose name begins with {home}")
+        let why = |profile: &Profile| match &profile.library {
+            Some(library) => {
+                format!("no process that was checked maps a file whose name begins with {library}")
             }
             None => {
                 let markers = profile.marker.as_slice().join(" or ");
@@ -124,10 +124,10 @@ impl Runtimes {
         });
         // A library named on the command line counts as found by its file name, so that missing functions are reported.
         let missing = self.profiles.iter().filter(|profile| {
-            profile.home.is_some() && !found.iter().any(|runtime| Arc::ptr_eq(&runtime.profile, profile))
+            profile.library.is_some() && !found.iter().any(|runtime| Arc::ptr_eq(&runtime.profile, profile))
         });
         let named = missing.filter_map(|profile| {
-            let map = mappings.modules_named(profile.home.as_deref()?).next()?;
+            let map = mappings.modules_named(profile.library.as_deref()?).next()?;
             let module = Module { profile: Arc::clone(profile), collector: None };
             Some(module.in_process(mappings, map))
         });

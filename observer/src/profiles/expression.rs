@@ -1,51 +1,51 @@
-//! How a profile says where something is: a register and a chain of pointers, `arg0+16->8->-56`, and a test of what is
-//! there, `arg0->0 & 0x1f == 7`.
+//! Expressions of profiles: paths, which start in a register and follow pointers (`arg0+16->8->-56`), and tests of the value
+//! at a path (`arg0->0 & 0x1f == 7`).
 
 use std::str::FromStr;
 
 use observer_common::deferred::register;
 use serde::Deserialize;
 
-/// Most pointers that one path follows.
-const MOST: usize = 8;
+/// Maximum number of pointers that a path follows.
+const MAX_POINTERS: usize = 8;
 
-/// A value: what a register holds, or what is found by following pointers from there.
+/// The path to a value: the register, and the operations on its value.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub(crate) struct Path {
-    /// Number of the register, as `observer_common::deferred` has it.
+    /// Number of the register, as in `observer_common::deferred::register`.
     pub(crate) register: u64,
-    /// The way from what it holds.
+    /// Operations, in order.
     pub(crate) hops: Vec<Hop>,
 }
 
-/// Part of the way to a value.
+/// An operation of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hop {
-    /// So many bytes further.
+    /// Adds so many bytes to the address.
     Add(i32),
-    /// To the word that is there, so many bytes further.
+    /// Loads the word at the address plus so many bytes.
     Load(i32),
 }
 
-/// A condition on a value.
+/// A comparison of the value at a path.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub(crate) struct Test {
-    /// What is compared.
+    /// The value.
     pub(crate) path: Path,
-    /// Which bits of it.
+    /// Bits of the value that are compared.
     pub(crate) mask: u64,
-    /// With what.
+    /// What they must be equal to.
     pub(crate) with: Operand,
 }
 
-/// What a value is compared with.
+/// The right side of a comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Operand {
     /// A number.
     Number(u64),
-    /// The address so many bytes behind a symbol.
+    /// The address of a symbol, plus so many bytes.
     Symbol(String, u64),
 }
 
@@ -67,8 +67,8 @@ impl FromStr for Path {
             hops.push(Hop::Load(offset(place)?));
             hops.extend(add.map(added).transpose()?);
         }
-        if pointers > MOST {
-            return Err(format!("`{text}` follows more than {MOST} pointers"));
+        if pointers > MAX_POINTERS {
+            return Err(format!("`{text}` follows {pointers} pointers (at most {MAX_POINTERS})"));
         }
         Ok(Self { register, hops })
     }
@@ -79,7 +79,7 @@ impl FromStr for Test {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (left, right) =
-            text.split_once("==").ok_or_else(|| format!("`{text}` is no comparison: it has no =="))?;
+            text.split_once("==").ok_or_else(|| format!("`{text}` is not a comparison: it has no =="))?;
         let (path, mask) = match left.split_once('&') {
             Some((path, mask)) => (path, number(mask.trim())?),
             None => (left, u64::MAX),
@@ -88,7 +88,7 @@ impl FromStr for Test {
         let with = if right.starts_with(|c: char| c.is_ascii_digit()) {
             Operand::Number(number(right)?)
         } else if right.is_empty() {
-            return Err(format!("`{text}` compares with nothing"));
+            return Err(format!("`{text}` has nothing after =="));
         } else {
             let (name, add) = match right.split_once('+') {
                 Some((name, add)) => (name.trim(), number(add.trim())?),
@@ -117,7 +117,7 @@ impl TryFrom<String> for Test {
 }
 
 fn register_number(name: &str) -> Result<u64, String> {
-    /// Registers by the number of the argument that is passed in them.
+    /// The registers of the integer arguments, in the order of the arguments.
     const ARGUMENTS: [&str; 6] = ["rdi", "rsi", "rdx", "rcx", "r8", "r9"];
 
     let argument = |n: usize| u64::try_from(n).expect("a small number");
@@ -133,26 +133,28 @@ fn register_number(name: &str) -> Result<u64, String> {
             Some(register::OTHERS + argument(other))
         })
         .ok_or_else(|| {
-            format!("`{name}` is no register: arg0 to arg5, result, or one by its own name, such as rbx")
+            format!(
+                "`{name}` is not a register (known: arg0 to arg5, result, and registers by name, such as rbx)"
+            )
         })
 }
 
-/// A number, decimal or with `0x`.
+/// Parses an unsigned number, decimal or with `0x`.
 fn number(text: &str) -> Result<u64, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16),
         None => text.parse(),
     };
-    parsed.map_err(|_| format!("`{text}` is no number"))
+    parsed.map_err(|_| format!("`{text}` is not a number"))
 }
 
-/// The same, which may be negative.
+/// Parses a number that may be negative.
 fn offset(text: &str) -> Result<i32, String> {
     let (is_negative, digits) = match text.strip_prefix('-') {
         Some(digits) => (true, digits),
         None => (false, text),
     };
-    let size = i32::try_from(number(digits)?).map_err(|_| format!("`{text}` is too far away"))?;
+    let size = i32::try_from(number(digits)?).map_err(|_| format!("`{text}` does not fit into 32 bits"))?;
     Ok(if is_negative { -size } else { size })
 }
 
@@ -161,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_begin_in_registers() {
+    fn paths_start_in_registers() {
         let path = |text: &str| text.parse::<Path>();
         assert_eq!(path("arg1").unwrap(), Path { register: 1, hops: vec![] });
         let within = path("arg1+88->8 + 24").unwrap();

@@ -1,4 +1,4 @@
-//! A library of the user's own, described on the command line.
+//! A profile for a user's library, from hooks given on the command line.
 
 use std::str::FromStr;
 
@@ -10,10 +10,10 @@ use super::{
     profile::Profile,
 };
 
-/// What its profile is called, which nobody can ask for by that name.
+/// Name of the profile. It cannot be selected with `--profile`.
 pub(super) const NAME: &str = "generic";
 
-/// A function and what its work is known by: `libtask.so:task_enqueue:arg0`.
+/// A hook given on the command line: library, function and key, such as `libtask.so:task_enqueue:arg0`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct OwnHook {
     module: String,
@@ -29,22 +29,22 @@ impl FromStr for OwnHook {
         let (Some(module), Some(function), Some(key), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())
         else {
-            return Err("it has the form LIBRARY:FUNCTION:KEY, such as libtask.so:task_enqueue:arg0".into());
+            return Err("expected LIBRARY:FUNCTION:KEY, such as libtask.so:task_enqueue:arg0".into());
         };
         if module.is_empty() || function.is_empty() {
-            return Err("it names no library or no function".into());
+            return Err("LIBRARY and FUNCTION must not be empty (expected LIBRARY:FUNCTION:KEY)".into());
         }
         Ok(Self { module: module.to_owned(), function: function.to_owned(), key: key.parse()? })
     }
 }
 
 impl OwnHook {
-    /// In the library `home`, whose other copies have hooks of their own, or in another one.
-    fn as_hook(&self, home: &str, verb: Verb, once: bool) -> Hook {
+    /// Converts to a hook of the profile of library `library`. In that library, each loaded copy has its own hook.
+    fn as_hook(&self, library: &str, verb: Verb, once: bool) -> Hook {
         Hook {
             verb,
             site: Site::Named(vec![self.function.clone()]),
-            module: (self.module != home).then(|| self.module.clone()),
+            module: (self.module != library).then(|| self.module.clone()),
             optional: false,
             unless: Vec::new(),
             at: At::Entry,
@@ -62,19 +62,19 @@ impl OwnHook {
 }
 
 impl Profile {
-    /// Describes a library by its functions.
+    /// The profile of a library with these functions.
     pub(crate) fn of_own_library(snapshot: &OwnHook, restore: &OwnHook, forget: Option<&OwnHook>) -> Self {
-        let home = &snapshot.module;
+        let library = &snapshot.module;
         let mut hooks = vec![
-            snapshot.as_hook(home, Verb::Snapshot, false),
-            restore.as_hook(home, Verb::Restore, forget.is_none()),
+            snapshot.as_hook(library, Verb::Snapshot, false),
+            restore.as_hook(library, Verb::Restore, forget.is_none()),
         ];
-        hooks.extend(forget.map(|forget| forget.as_hook(home, Verb::Forget, false)));
+        hooks.extend(forget.map(|forget| forget.as_hook(library, Verb::Forget, false)));
         Self {
             name: NAME.into(),
-            about: "a library of one's own".into(),
+            about: "a library described on the command line".into(),
             marker: Names::One(snapshot.function.clone()),
-            home: Some(home.clone()),
+            library: Some(library.clone()),
             needs: None,
             version: None,
             gc: None,

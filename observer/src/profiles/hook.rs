@@ -1,4 +1,4 @@
-//! A place in a runtime and what it means: one `[[hook]]` of a profile.
+//! One `[[hook]]` of a profile: a function, what a call of it means, and how to read its arguments.
 
 use observer_common::deferred::{CLASS_STEPS, KEY_STEPS, REQUEST_ID_STEPS, Verb};
 use serde::Deserialize;
@@ -6,103 +6,103 @@ use serde::Deserialize;
 use super::expression::{Path, Test};
 use crate::stacks::naming::Naming;
 
-/// A place and its meaning, checked.
+/// A validated hook.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "Written")]
+#[serde(try_from = "RawHook")]
 pub(crate) struct Hook {
-    /// What it means to come there.
+    /// What a call means for a task.
     pub(crate) verb: Verb,
-    /// Where it is.
+    /// The function.
     pub(crate) site: Site,
-    /// How the name of the module begins that it is in; `None` for the one with the marker.
+    /// Prefix of the module's file name; `None` for the module that defines the marker.
     pub(crate) module: Option<String>,
-    /// Whether there may be no such function.
+    /// Whether the function may be missing.
     pub(crate) optional: bool,
-    /// Functions whose presence makes it needless.
+    /// Functions whose presence makes this hook unnecessary.
     pub(crate) unless: Vec<String>,
-    /// Where in the function.
+    /// Position in the function.
     pub(crate) at: At,
-    /// What must hold there; else it means nothing.
+    /// Conditions; if one fails, the call is ignored.
     pub(crate) when: Vec<Test>,
-    /// What the work is known by; `None` where that is whatever the thread works on.
+    /// The key of the task; `None` for the task that the thread is running.
     pub(crate) key: Option<Path>,
-    /// How its kind is told, by the first case that fits; none if it is not.
+    /// Cases that determine the kind of the task; the first that applies is used.
     pub(crate) class: Vec<Case>,
-    /// What the runtime itself calls the request that a piece of work is due to.
-    pub(crate) request_id: Option<Told>,
-    /// First version that has it.
+    /// The runtime's id of the request that a task is due to.
+    pub(crate) request_id: Option<RequestId>,
+    /// First version with this hook.
     pub(crate) since: Option<String>,
-    /// First version that no longer has it.
+    /// First version without this hook.
     pub(crate) until: Option<String>,
-    /// Keys of different spaces never meet.
+    /// Key space: equal keys in different spaces are different tasks.
     pub(crate) space: String,
-    /// Whether the work ends where its thread turns to something else.
+    /// Whether the task finishes when its thread turns to something else.
     pub(crate) once: bool,
-    /// Whether work of unknown origin goes on here for what its thread has just read.
+    /// Whether a task of unknown origin takes the request that its thread has just read as its origin.
     pub(crate) takes_over: bool,
 }
 
-/// A function.
+/// The function of a hook.
 #[derive(Clone, Debug)]
 pub(crate) enum Site {
-    /// By its name: the first of these that is defined. One with a `*` in it stands for all that are like it.
+    /// The first of these names that is defined. A `*` matches anything, and such a name matches all functions like it.
     Named(Vec<String>),
-    /// The one that a function of this name jumps to.
+    /// The function that a function of this name jumps to.
     BehindJump(Vec<String>),
-    /// The one that a pointer in the process's memory leads to.
+    /// The function that a pointer in the process's memory leads to.
     InTable(Table),
 }
 
-/// A pointer to a function in the process's memory.
+/// A path through the process's memory to a function.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Table {
     /// Symbol of a structure.
     pub(crate) symbol: String,
-    /// Offsets in bytes: the words there are pointers, each to the next, the last to the function.
+    /// Offsets in bytes. The word at each offset is a pointer to the next structure, the last one to the function.
     pub(crate) path: Vec<u64>,
 }
 
-/// Where in a function.
+/// Position in a function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum At {
-    /// Where it begins.
+    /// At its first instruction.
     #[default]
     Entry,
-    /// Wherever it returns.
+    /// At each of its returns.
     Return,
 }
 
-/// A way to tell the kind of work.
+/// A case that determines the kind of a task.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Case {
-    /// What must hold.
+    /// Conditions.
     #[serde(default)]
     pub(crate) when: Vec<Test>,
-    /// What then stands for the kind.
+    /// The value that identifies the kind.
     pub(crate) is: Path,
-    /// How to make a name of it.
+    /// How the value becomes a name.
     pub(crate) named: Naming,
 }
 
-/// A C string that is told if conditions hold.
+/// The id of a request: a C string, read if conditions hold.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Told {
-    /// What must hold.
+pub(crate) struct RequestId {
+    /// Conditions.
     #[serde(default)]
     pub(crate) when: Vec<Test>,
-    /// Its address.
+    /// Address of the C string.
     pub(crate) is: Path,
 }
 
-/// A hook as it is written.
+/// A hook as written in a profile, before validation.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
-    verb: WrittenVerb,
+struct RawHook {
+    verb: RawVerb,
     function: Option<Names>,
     through: Option<Through>,
     table: Option<Table>,
@@ -118,7 +118,7 @@ struct Written {
     key: Option<Path>,
     #[serde(default)]
     class: Vec<Case>,
-    request_id: Option<Told>,
+    request_id: Option<RequestId>,
     since: Option<String>,
     until: Option<String>,
     #[serde(default)]
@@ -131,7 +131,7 @@ struct Written {
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum WrittenVerb {
+enum RawVerb {
     Snapshot,
     Restore,
     Leave,
@@ -146,18 +146,18 @@ enum Through {
     Jump,
 }
 
-/// One name, or several of which the first that is there counts. A `*` in them stands for anything.
+/// One name, or several of which the first that is defined is used. A `*` matches anything.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum Names {
-    /// Just one.
+    /// A single name.
     One(String),
-    /// In order.
+    /// Names in order of preference.
     Several(Vec<String>),
 }
 
 impl Names {
-    /// All of them.
+    /// All names, in order.
     pub(crate) fn as_slice(&self) -> &[String] {
         match self {
             Self::One(name) => std::slice::from_ref(name),
@@ -166,81 +166,85 @@ impl Names {
     }
 }
 
-impl TryFrom<Written> for Hook {
+impl TryFrom<RawHook> for Hook {
     type Error = String;
 
-    fn try_from(written: Written) -> Result<Self, String> {
-        let names = written.function.map(|names| names.as_slice().to_vec());
-        let site = match (names, written.table, written.through) {
+    fn try_from(raw: RawHook) -> Result<Self, String> {
+        let names = raw.function.map(|names| names.as_slice().to_vec());
+        let site = match (names, raw.table, raw.through) {
             (Some(names), None, None) => Site::Named(names),
             (Some(names), None, Some(Through::Jump)) => Site::BehindJump(names),
             (None, Some(table), None) if !table.path.is_empty() => Site::InTable(table),
-            (None, Some(_), None) => return Err("the path of a table has no offset".into()),
-            _ => return Err("a hook has either a `function`, perhaps `through` a jump, or a `table`".into()),
+            (None, Some(_), None) => {
+                return Err("the `path` of a `table` is empty (at least one offset)".into());
+            }
+            _ => {
+                return Err(
+                    "a hook needs either a `function`, optionally with `through`, or a `table`".into()
+                );
+            }
         };
-        let verb = match written.verb {
-            WrittenVerb::Snapshot => Verb::Snapshot,
-            WrittenVerb::Restore => Verb::Restore,
-            WrittenVerb::Leave => Verb::Leave,
-            WrittenVerb::Forget => Verb::Forget,
-            WrittenVerb::Clear => Verb::Clear,
-            WrittenVerb::Detach => Verb::Detach,
+        let verb = match raw.verb {
+            RawVerb::Snapshot => Verb::Snapshot,
+            RawVerb::Restore => Verb::Restore,
+            RawVerb::Leave => Verb::Leave,
+            RawVerb::Forget => Verb::Forget,
+            RawVerb::Clear => Verb::Clear,
+            RawVerb::Detach => Verb::Detach,
         };
-        match (verb, &written.key) {
-            (Verb::Snapshot | Verb::Restore, None) => return Err("this verb takes a `key`".into()),
-            (Verb::Clear | Verb::Detach, Some(_)) => return Err("this verb takes no `key`".into()),
-            (_, None) if !written.when.is_empty() => return Err("a condition takes a `key`".into()),
-            // The answer is a step as well.
+        match (verb, &raw.key) {
+            (Verb::Snapshot | Verb::Restore, None) => return Err("this verb requires a `key`".into()),
+            (Verb::Clear | Verb::Detach, Some(_)) => return Err("this verb allows no `key`".into()),
+            (_, None) if !raw.when.is_empty() => return Err("`when` requires a `key`".into()),
+            // The final step, which takes the value, counts as well.
             (_, Some(key))
-                if steps(key) + written.when.iter().map(Test::steps).sum::<usize>() + 1 > KEY_STEPS =>
+                if steps(key) + raw.when.iter().map(Test::steps).sum::<usize>() + 1 > KEY_STEPS =>
             {
-                return Err(format!("key and conditions take more than {} steps", KEY_STEPS - 1));
+                return Err(format!("`key` and `when` need more than {} steps", KEY_STEPS - 1));
             }
             _ => {}
         }
-        let tells = matches!(verb, Verb::Snapshot | Verb::Restore);
-        if written.takes_over && verb != Verb::Restore {
-            return Err("only `restore` has `takes_over`".into());
+        let has_class = matches!(verb, Verb::Snapshot | Verb::Restore);
+        if raw.takes_over && verb != Verb::Restore {
+            return Err("`takes_over` is only allowed with `restore`".into());
         }
-        if !tells && (!written.class.is_empty() || written.once) {
-            return Err("only `snapshot` and `restore` have a `class` or are `once`".into());
+        if !has_class && (!raw.class.is_empty() || raw.once) {
+            return Err("`class` and `once` are only allowed with `snapshot` and `restore`".into());
         }
-        let needed: usize = written.class.iter().map(Case::steps).sum();
+        let needed: usize = raw.class.iter().map(Case::steps).sum();
         if needed > CLASS_STEPS {
-            return Err(format!("the class takes {needed} steps, and {CLASS_STEPS} are the most"));
+            return Err(format!("`class` needs {needed} steps (at most {CLASS_STEPS})"));
         }
-        if let Some(told) = &written.request_id {
+        if let Some(request_id) = &raw.request_id {
             if verb != Verb::Snapshot {
-                return Err("only `snapshot` has a `request_id`".into());
+                return Err("`request_id` is only allowed with `snapshot`".into());
             }
-            let needed = told.steps();
+            let needed = request_id.steps();
             if needed > REQUEST_ID_STEPS {
-                return Err(format!(
-                    "the request id takes {needed} steps, and {REQUEST_ID_STEPS} are the most"
-                ));
+                return Err(format!("`request_id` needs {needed} steps (at most {REQUEST_ID_STEPS})"));
             }
         }
         Ok(Self {
             verb,
             site,
-            module: written.module,
-            optional: written.optional,
-            unless: written.unless,
-            at: written.at,
-            when: written.when,
-            key: written.key,
-            class: written.class,
-            request_id: written.request_id,
-            since: written.since,
-            until: written.until,
-            space: written.space,
-            once: written.once,
-            takes_over: written.takes_over,
+            module: raw.module,
+            optional: raw.optional,
+            unless: raw.unless,
+            at: raw.at,
+            when: raw.when,
+            key: raw.key,
+            class: raw.class,
+            request_id: raw.request_id,
+            since: raw.since,
+            until: raw.until,
+            space: raw.space,
+            once: raw.once,
+            takes_over: raw.takes_over,
         })
     }
 }
 
-/// How many steps the programs take to a value.
+/// Number of steps that compute the value of a path.
 fn steps(path: &Path) -> usize {
     1 + path.hops.len()
 }
@@ -252,21 +256,21 @@ impl Test {
 }
 
 impl Case {
-    /// How many steps the programs need for it, its beginning and the answer included.
+    /// Number of steps of the case, its first and its last one included.
     fn steps(&self) -> usize {
         2 + self.when.iter().map(Test::steps).sum::<usize>() + steps(&self.is)
     }
 }
 
-impl Told {
-    /// The same of this, which is one case.
+impl RequestId {
+    /// Number of steps of the id, its last one included.
     fn steps(&self) -> usize {
         1 + self.when.iter().map(Test::steps).sum::<usize>() + steps(&self.is)
     }
 }
 
 impl Hook {
-    /// Whether a version has it. Without a version only what all have is had.
+    /// Whether a version has the hook. If the version is unknown, only hooks of all versions apply.
     pub(crate) fn is_in(&self, version: Option<&str>) -> bool {
         let number =
             |version: &str| -> Vec<u32> { version.split('.').map_while(|part| part.parse().ok()).collect() };
@@ -279,22 +283,22 @@ impl Hook {
         }
     }
 
-    /// Numbers of the registers that it begins at.
+    /// Numbers of the registers that the hook reads.
     pub(crate) fn registers(&self) -> Vec<u64> {
         let classes = self.class.iter().map(|case| (&case.when, &case.is));
-        let told = self.request_id.iter().map(|told| (&told.when, &told.is));
+        let request_id = self.request_id.iter().map(|id| (&id.when, &id.is));
         let guarded =
-            classes.chain(told).flat_map(|(when, is)| when.iter().map(|test| &test.path).chain([is]));
+            classes.chain(request_id).flat_map(|(when, is)| when.iter().map(|test| &test.path).chain([is]));
         let own = self.when.iter().map(|test| &test.path).chain(&self.key);
         own.chain(guarded).map(|path| path.register).collect()
     }
 
-    /// Whether it tells the kind of work that has been put off before.
+    /// Whether the hook determines the kind of a task that was enqueued earlier.
     pub(crate) fn tells_later(&self) -> bool {
         self.verb == Verb::Restore && self.class.iter().any(|case| case.named != Naming::SameWork)
     }
 
-    /// What people call the place.
+    /// Display name of the function.
     pub(crate) fn place(&self) -> String {
         match &self.site {
             Site::Named(names) | Site::BehindJump(names) => names.join(" or "),
@@ -302,7 +306,7 @@ impl Hook {
         }
     }
 
-    /// Which versions have it, for people; empty if all have.
+    /// Display text of the versions that have the hook; empty if all have it.
     pub(crate) fn versions(&self) -> String {
         match (&self.since, &self.until) {
             (Some(since), Some(until)) => format!(" (from {since}, before {until})"),
@@ -312,7 +316,7 @@ impl Hook {
         }
     }
 
-    /// What it means, in a word.
+    /// Name of the verb, as in profiles.
     pub(crate) const fn verb_name(&self) -> &'static str {
         match self.verb {
             Verb::Snapshot => "snapshot",
@@ -334,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_are_numbers() {
+    fn versions_are_compared_as_numbers() {
         let hook = hook("function = 'f'\nsince = '3.9'\nuntil = '3.13'").unwrap();
         for (version, expected) in [
             ("3.8.1", false),
@@ -350,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused() {
+    fn invalid_hooks_are_refused() {
         assert!(hook("function = ['f', 'g']\nthrough = 'jump'").is_ok());
         assert!(hook("table = { symbol = 't', path = [48] }").is_ok());
         assert!(hook("table = { symbol = 't', path = [] }").is_err());

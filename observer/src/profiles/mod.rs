@@ -1,5 +1,5 @@
-//! What differs between runtimes, as data: one file for each in `observer/profiles`, all of which are embedded, and
-//! users' own. How a runtime is recognised, where its garbage collector can be watched, and how it puts work off.
+//! Profiles: what differs between runtimes, as data. A profile describes how a runtime is recognised, how its garbage collector
+//! is watched, and how it defers tasks. Built-in profiles are in `observer/profiles`; users can add their own.
 
 mod expression;
 mod hook;

@@ -1,4 +1,4 @@
-//! A profile: how a runtime is recognised, how its garbage collector can be watched, and how it defers tasks.
+//! The profile of a runtime: how to recognise it, how to watch its garbage collector, and how it defers tasks.
 
 use std::collections::BTreeMap;
 
@@ -8,41 +8,41 @@ use serde::Deserialize;
 use super::hook::{Hook, Names};
 use crate::stacks::mappings::module_name;
 
-/// A runtime.
+/// The profile of a runtime, as written in a TOML file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Profile {
-    /// What people call it.
+    /// Name of the runtime.
     pub(crate) name: String,
-    /// What it is good for, in one line.
+    /// Description in one line.
     pub(crate) about: String,
-    /// A symbol that the module with the runtime in it defines, and no other module; by all names it has had.
+    /// A symbol that only the runtime's module defines, by all names it has had.
     pub(crate) marker: Names,
-    /// How the name of that module's file begins, where the user says so on the command line.
+    /// Prefix of the module's file name, if the user has named the library on the command line.
     #[serde(skip)]
-    pub(crate) home: Option<String>,
-    /// How the name of another module begins that must be there as well.
+    pub(crate) library: Option<String>,
+    /// Prefix of the file name of another module that must be loaded as well.
     pub(crate) needs: Option<String>,
-    /// Where it tells its version.
+    /// Where the runtime's version is found.
     pub(crate) version: Option<Version>,
-    /// Its garbage collector.
+    /// How its garbage collector is watched.
     pub(crate) gc: Option<Collector>,
-    /// How it puts work off.
+    /// Functions that enqueue, run and drop tasks.
     #[serde(default, rename = "hook")]
     pub(crate) hooks: Vec<Hook>,
 }
 
-/// Where a runtime tells its version.
+/// Where the version of a runtime is found.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Version {
-    /// A symbol of the module.
+    /// A data symbol of the module.
     pub(crate) symbol: String,
-    /// What is there.
+    /// Format of the data.
     pub(crate) is: VersionKind,
 }
 
-/// How a version is written.
+/// Format of a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum VersionKind {
@@ -52,62 +52,62 @@ pub(crate) enum VersionKind {
     String,
 }
 
-/// How a runtime's collections can be watched.
+/// How garbage collections of a runtime are watched.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub(crate) enum Collector {
-    /// By probes that the runtime itself has in its code.
+    /// By USDT probes of the runtime.
     Usdt(Usdt),
-    /// By functions that are called when one begins and when it ends.
+    /// By functions that are called at the start and at the end of a collection.
     Functions(Functions),
-    /// By the runtime's own totals.
+    /// By totals that the runtime counts.
     Totals(Totals),
 }
 
-/// Probes in the runtime's code.
+/// USDT probes of a garbage collector.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Usdt {
-    /// Their provider.
+    /// Provider of both probes.
     pub(crate) provider: String,
-    /// Name of the one where a collection begins.
+    /// Name of the probe at the start of a collection.
     pub(crate) start: String,
-    /// Name of the one where it ends.
+    /// Name of the probe at its end.
     pub(crate) done: String,
 }
 
-/// Functions of the runtime, each by all names it has had.
+/// Functions of a garbage collector, each by all names it has had.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Functions {
-    /// Called when a collection begins.
+    /// Called at the start of a collection.
     pub(crate) start: Vec<String>,
-    /// Called when it ends, by the same thread.
+    /// Called at its end, by the same thread.
     pub(crate) done: Vec<String>,
 }
 
-/// Numbers in the runtime's memory that only grow.
+/// Totals in the runtime's memory, which only grow.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Totals {
-    /// Symbol of a C string: the runtime's version.
+    /// Symbol of a C string with the runtime's version.
     pub(crate) version: String,
-    /// Symbol of a function that returns the number of collections, and does nothing else.
+    /// Symbol of a function that does nothing but return the number of collections.
     pub(crate) count: String,
-    /// By the beginning of the version: places of the nanoseconds that collections took, in bytes behind that number.
+    /// By version series (`3.3`): offsets in bytes, from that number, of the nanoseconds that collections took.
     pub(crate) nanoseconds: BTreeMap<String, Vec<u64>>,
 }
 
 impl Profile {
-    /// Whether the file behind a mapping may be the one with the runtime in it, by its name.
+    /// Whether the file behind a mapping can contain the runtime, judging by its name.
     pub(crate) fn may_be_in(&self, map: &MemoryMap) -> bool {
-        let Some(home) = &self.home else { return true };
-        module_name(map).is_some_and(|name| name.starts_with(home))
+        let Some(library) = &self.library else { return true };
+        module_name(map).is_some_and(|name| name.starts_with(library))
     }
 }
 
 impl Totals {
-    /// Where a version keeps its nanoseconds; `None` if nobody knows.
+    /// Offsets of the nanoseconds in a version; `None` if the profile does not know them.
     pub(crate) fn nanoseconds_of(&self, version: &str) -> Option<&[u64]> {
         let (series, _patch) = version.rsplit_once('.')?;
         self.nanoseconds.get(series).map(Vec::as_slice)

@@ -1,5 +1,5 @@
-//! Parses BTF, the kernel's type information, as far as field offsets and argument lists need it. aya uses BTF for relocations
-//! but does not expose the members of structures.
+//! Parses BTF, the kernel's type information, as far as field offsets and argument lists need it. aya uses BTF for
+//! relocations but does not expose the members of structures.
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -117,8 +117,8 @@ impl<'a> Btf<'a> {
         (bits % 8 == 0).then_some(bits / 8)
     }
 
-    /// Whether each argument of a BTF tracepoint is a pointer; the first one is the tracepoint's private data. `None` if this
-    /// kernel has no such tracepoint.
+    /// Whether each argument of a BTF tracepoint is a pointer; the first one is the tracepoint's private data. `None`
+    /// if this kernel has no such tracepoint.
     pub(crate) fn tracepoint_arguments(&self, name: &str) -> Option<Vec<bool>> {
         let name = format!("btf_trace_{name}");
         let typedef = self.types.iter().find(|t| t.kind() == TYPEDEF && self.is_named(t.name, &name))?;
@@ -132,8 +132,8 @@ impl<'a> Btf<'a> {
             .collect()
     }
 
-    /// Finds a member of a structure, or of anonymous structures in it up to `depth`. `left` is the number of members that may
-    /// still be visited.
+    /// Finds a member of a structure, or of anonymous structures in it up to `depth`. `left` is the number of members
+    /// that may still be visited.
     fn member(&self, structure: usize, name: &str, depth: usize, left: &mut usize) -> Option<Member> {
         let structure = self.types.get(structure).filter(|t| matches!(t.kind(), STRUCT | UNION))?;
         for n in 0..structure.len() {

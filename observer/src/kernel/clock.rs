@@ -1,5 +1,5 @@
-//! Converts the kernel's monotonic timestamps to wall time. All conversions share one offset, so that related timestamps do not
-//! drift apart. It is sampled again from time to time, because the wall clock is set and adjusted.
+//! Converts the kernel's monotonic timestamps to wall time. All conversions share one offset, so that related
+//! timestamps do not drift apart. It is sampled again from time to time, because the wall clock is set and adjusted.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -26,8 +26,8 @@ const READINGS: usize = 5;
 /// When the offset was sampled (monotonic), and the offset: wall time at which the monotonic clock was 0.
 static OFFSET: Mutex<Option<(u64, Duration)>> = Mutex::new(None);
 
-/// Wall time of a monotonic timestamp. The offset is at most `LIFETIME_NS` old, and sampled again after the wall clock was set
-/// or the machine was suspended.
+/// Wall time of a monotonic timestamp. The offset is at most `LIFETIME_NS` old, and sampled again after the wall clock
+/// was set or the machine was suspended.
 pub(crate) fn wall_time(monotonic: u64) -> SystemTime {
     let now = monotonic_ns();
     let mut known = OFFSET.lock().unwrap_or_else(PoisonError::into_inner);

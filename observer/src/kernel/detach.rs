@@ -1,9 +1,9 @@
 //! Detaches uprobes: closes the perf events that they are attached by.
 //!
-//! The kernel removes a breakpoint when the last descriptor of its event is closed. If the closing thread is being killed
-//! meanwhile, as happens when its process exits, the kernel gives up and the breakpoint stays in the target for ever
-//! ("failed to unregister, leaking uprobe"). A process that is already exiting cannot be killed. So events are closed by a
-//! child process that does nothing but exit.
+//! The kernel removes a breakpoint when the last descriptor of its event is closed. If the closing thread is being
+//! killed meanwhile, as happens when its process exits, the kernel gives up and the breakpoint stays in the target for
+//! ever ("failed to unregister, leaking uprobe"). A process that is already exiting cannot be killed. So events are
+//! closed by a child process that does nothing but exit.
 //!
 //! The kernel waits for grace periods for each event, 100 ms on a busy machine, and attaches no uprobes meanwhile. So a
 //! background thread waits for the child, and callers that attach retry after it is done.
@@ -94,8 +94,8 @@ pub(crate) fn finish(pid: u32) {
     }
 }
 
-/// Waits until all events are closed. Whenever no batch is closed within `patience`, calls `report` with the number of events
-/// left.
+/// Waits until all events are closed. Whenever no batch is closed within `patience`, calls `report` with the number of
+/// events left.
 pub(crate) fn finish_all(patience: Duration, report: impl Fn(usize)) {
     let mut pending = DETACHER.lock();
     while pending.count() > 0 {
@@ -133,8 +133,8 @@ impl Detacher {
     }
 }
 
-/// Closes events in a child process that exits; returns when the kernel is done. If fork fails, they are closed here, which
-/// only a signal that kills observer at this very moment can interrupt.
+/// Closes events in a child process that exits; returns when the kernel is done. If fork fails, they are closed here,
+/// which only a signal that kills observer at this very moment can interrupt.
 fn close_by_exit(mut events: Vec<OwnedFd>) {
     events.sort_by_key(|event| event.as_raw_fd());
     let Ok((go, hold)) = pipe2(OFlag::O_CLOEXEC) else { return };
@@ -151,14 +151,14 @@ fn close_by_exit(mut events: Vec<OwnedFd>) {
     }
 }
 
-/// The child: closes all descriptors but those of the events, which must be sorted, waits until observer has closed its own, and
-/// exits. It must not allocate: another thread may have held the allocator's lock during the fork.
+/// The child: closes all descriptors but those of the events, which must be sorted, waits until observer has closed its
+/// own, and exits. It must not allocate: another thread may have held the allocator's lock during the fork.
 fn run_child(events: &[OwnedFd], go: RawFd, hold: RawFd) -> ! {
     // SAFETY: system calls on descriptors and memory of this process, which runs nothing else.
     unsafe {
         libc::close(hold);
-        // Done while observer still has all of these open. Thus observer's sockets and maps end with observer, and the last
-        // descriptor of another event is never closed here.
+        // Done while observer still has all of these open. Thus observer's sockets and maps end with observer, and the
+        // last descriptor of another event is never closed here.
         let mut first: RawFd = 0;
         for event in events {
             close_between(first, event.as_raw_fd(), go);
@@ -183,7 +183,8 @@ fn close_between(first: RawFd, end: RawFd, kept: RawFd) {
     }
 }
 
-/// Closes the descriptors from `first` to `last`; one by one if `close_range` is missing or blocked by a seccomp filter.
+/// Closes the descriptors from `first` to `last`; one by one if `close_range` is missing or blocked by a seccomp
+/// filter.
 fn close_all(first: RawFd, last: RawFd) {
     if first > last {
         return;

@@ -8,8 +8,8 @@ use super::{btf::Btf, tracefs};
 /// BTF of the running kernel.
 pub(crate) const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
-/// System calls with the last argument that the programs read, and its index. If the kernel lacks a call, the programs for it
-/// are not attached.
+/// System calls with the last argument that the programs read, and its index. If the kernel lacks a call, the programs
+/// for it are not attached.
 const ENTER_ARGUMENTS: &[(&str, &str, u32)] = &[
     ("accept", "fd", 0),
     ("connect", "fd", 0),
@@ -82,8 +82,8 @@ pub(crate) fn members(btf: &Btf) -> Result<KernelLayout> {
     Ok(layout)
 }
 
-/// Whether the arguments of `sched_switch` include the previous state: (data, preempt, prev, next[, prev_state]). Early 5.18
-/// passed it before `prev`; such a kernel is refused rather than misread.
+/// Whether the arguments of `sched_switch` include the previous state: (data, preempt, prev, next[, prev_state]). Early
+/// 5.18 passed it before `prev`; such a kernel is refused rather than misread.
 pub(crate) fn switch_has_state(btf: &Btf) -> Result<bool> {
     let arguments =
         btf.tracepoint_arguments("sched_switch").context("this kernel's BTF has no sched_switch")?;
@@ -120,7 +120,8 @@ mod tests {
 
     use super::*;
 
-    /// Offsets in the order of `KernelLayout::MEMBERS` and `OPTIONAL`, as printed by bpftool for each kernel (see `tests/btf`).
+    /// Offsets in the order of `KernelLayout::MEMBERS` and `OPTIONAL`, as printed by bpftool for each kernel (see
+    /// `tests/btf`).
     #[rustfmt::skip]
     const KERNELS: [(&str, &[u8], [u32; 58]); 4] = [
         ("5.10", include_bytes!("../../tests/btf/5.10.btf"), [2232, 2236, 16, 24, 2808, 2832, 4, 32, 0, 8, 200, 32, 64, 0, 16, 24, 16, 14, 48, 540, 18, 4, 72, 538, 168, 224, 208, 24, 640, 576, 580, 144, 988, 1000, 136, 200, 768, 856, 4, 12, 24, 8, 120, 112, 104, 96, 32, 0, 72, 88, 80, 104, ABSENT, 28, 0, 8, 12, 5032]),

@@ -1,5 +1,5 @@
-//! The capabilities that observer needs, what each is for, and how all others are dropped. The manifests in `deploy/` grant
-//! exactly these.
+//! The capabilities that observer needs, what each is for, and how all others are dropped. The manifests in `deploy/`
+//! grant exactly these.
 
 use anyhow::{Context as _, Result};
 use caps::{CapSet, Capability, CapsHashSet};
@@ -95,8 +95,8 @@ fn has(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
 }
 
-/// Drops all capabilities that are not needed after attaching, for good: for the calling thread and threads that it starts
-/// later. Processes that start later still need most capabilities.
+/// Drops all capabilities that are not needed after attaching, for good: for the calling thread and threads that it
+/// starts later. Processes that start later still need most capabilities.
 pub(crate) fn drop_others() -> Result<()> {
     let kept = RIGHTS.iter().filter(|right| right.kept).map(|right| right.capability);
     drop_all_but(&kept.collect()).context("cannot drop capabilities that are not needed")

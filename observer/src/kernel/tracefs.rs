@@ -18,8 +18,8 @@ pub(crate) fn mounted() -> Option<PathBuf> {
     MOUNT_POINTS.iter().map(Path::new).find(|path| path.join("events").is_dir()).map(Path::to_path_buf)
 }
 
-/// Makes tracefs readable. If it is not mounted, mounts it in a new mount namespace, which disappears with this process.
-/// Must run before any other thread is started, because a mount namespace is per thread.
+/// Makes tracefs readable. If it is not mounted, mounts it in a new mount namespace, which disappears with this
+/// process. Must run before any other thread is started, because a mount namespace is per thread.
 pub(crate) fn ensure_mounted() -> Result<()> {
     if mounted().is_some() {
         return Ok(());

@@ -1,6 +1,6 @@
-//! Attaches a program to an instruction in a file, for one process. Uses `perf_event_open` directly because aya cannot pass a
-//! reference counter (USDT semaphore). The kernel must increment it, so that the traced program reaches the instruction, and
-//! decrement it even if observer is killed.
+//! Attaches a program to an instruction in a file, for one process. Uses `perf_event_open` directly because aya cannot
+//! pass a reference counter (USDT semaphore). The kernel must increment it, so that the traced program reaches the
+//! instruction, and decrement it even if observer is killed.
 
 use std::{
     fs::{self, File},
@@ -39,7 +39,8 @@ impl Drop for Uprobe {
     }
 }
 
-/// `struct perf_event_attr` of `linux/perf_event.h` up to `PERF_ATTR_SIZE_VER1`, which every kernel since 2.6.33 accepts.
+/// `struct perf_event_attr` of `linux/perf_event.h` up to `PERF_ATTR_SIZE_VER1`, which every kernel since 2.6.33
+/// accepts.
 #[repr(C)]
 #[derive(Default)]
 struct Attributes {
@@ -73,7 +74,8 @@ impl Uprobe {
     pub(crate) fn attach(program: BorrowedFd<'_>, file: &File, site: Site, pid: u32) -> io::Result<Self> {
         let event = open(file, site, pid, 0)?;
         let (descriptor, uprobe) = (event.as_raw_fd(), Self { pid, event: Some(event) });
-        // SAFETY: both descriptors are open for the duration of the call; the kernel takes its own reference to the program.
+        // SAFETY: both descriptors are open for the duration of the call; the kernel takes its own reference to the
+        // program.
         let outcome = unsafe { libc::ioctl(descriptor, PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) };
         if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(uprobe) }
     }
@@ -96,7 +98,8 @@ fn open(file: &File, site: Site, pid: u32, flags: u64) -> io::Result<OwnedFd> {
         ..Attributes::default()
     };
     let (any_cpu, no_group) = (-1, -1);
-    // SAFETY: `attributes` has the size that it states; it and the zero-terminated path that it points to outlive the call.
+    // SAFETY: `attributes` has the size that it states; it and the zero-terminated path that it points to outlive the
+    // call.
     let event = unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,

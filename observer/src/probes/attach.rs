@@ -24,8 +24,8 @@ const VERIFIER_LINES: usize = 5;
 /// Maximum number of programs loaded in parallel: the verifier needs a CPU for each.
 const MAX_LOADERS: usize = 4;
 
-/// The kernel's BTF, read at most once, and only if a program needs it: that takes tens of megabytes and of milliseconds. The
-/// lock makes other loaders wait while it is read.
+/// The kernel's BTF, read at most once, and only if a program needs it: that takes tens of megabytes and of
+/// milliseconds. The lock makes other loaders wait while it is read.
 #[derive(Default)]
 pub(crate) struct Types(OnceLock<Btf>, Mutex<()>);
 

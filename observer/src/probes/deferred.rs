@@ -1,5 +1,5 @@
-//! *deferred*: deferred tasks of targets, from enqueue to drop. Attached per process, to the functions that the profile of its
-//! runtime names.
+//! *deferred*: deferred tasks of targets, from enqueue to drop. Attached per process, to the functions that the profile
+//! of its runtime names.
 
 use std::{
     collections::{HashMap, hash_map::Entry},

@@ -69,8 +69,8 @@ pub(crate) fn look(ebpf: &mut Ebpf, inode: u64) -> Result<()> {
 /// Metrics of a listener as of now, without those from the counters of its namespace. `before` is the queue when it was
 /// first read, `unix_since_ns` the time from which unix connections get time stamps.
 ///
-/// Each connection that joined the queue has either been accepted or still waits. So arrivals follow from accepts and depths
-/// on every kernel, without a hook on arrivals.
+/// Each connection that joined the queue has either been accepted or still waits. So arrivals follow from accepts and
+/// depths on every kernel, without a hook on arrivals.
 pub(crate) fn decode(raw: &Raw, before: Before, unix_since_ns: Option<u64>) -> Listener {
     let queue = &raw.queue;
     let waits = queue.depth > queue.aborted;

@@ -1,5 +1,5 @@
-//! The probes: what each measures, what it attaches to, and what that costs. [`PROBES`] lists them; each probe's file also
-//! decodes the maps of its programs.
+//! The probes: what each measures, what it attaches to, and what that costs. [`PROBES`] lists them; each probe's file
+//! also decodes the maps of its programs.
 
 mod probe;
 mod attach;

@@ -47,7 +47,8 @@ pub(crate) enum Events {
     Btf(&'static [&'static str]),
     /// Plain tracepoints, as (category, name). The first is required; a kernel may lack the others.
     Plain(&'static [(&'static str, &'static str)]),
-    /// Plain tracepoints of calls that only some event loops wait in, attached if the user selects them. A kernel may lack any.
+    /// Plain tracepoints of calls that only some event loops wait in, attached if the user selects them. A kernel may
+    /// lack any.
     Waits(WaitCall, &'static [&'static str]),
     /// None: user space runs the program over all items of this kind.
     Iterator(&'static str),

@@ -1,4 +1,5 @@
-//! Findings of `observer check --pid`: whether a process can be observed, and how much of its sockets, memory and runtimes.
+//! Findings of `observer check --pid`: whether a process can be observed, and how much of its sockets, memory and
+//! runtimes.
 
 use std::{
     fs::File,

@@ -1,5 +1,5 @@
-//! Locates OpenTelemetry's thread context (OTEP 4947) in a process: the module that exports the thread-local variable, and
-//! the variable's offset in each thread.
+//! Locates OpenTelemetry's thread context (OTEP 4947) in a process: the module that exports the thread-local variable,
+//! and the variable's offset in each thread.
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 
@@ -52,7 +52,8 @@ fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
     })
 }
 
-/// Location of the variable according to the relocation slot at `address`; `None` if the loader has not filled it in yet.
+/// Location of the variable according to the relocation slot at `address`; `None` if the loader has not filled it in
+/// yet.
 fn resolve(
     variable: &Variable,
     slot: Slot,

@@ -1,5 +1,5 @@
-//! Connections dropped by listeners of a network namespace, from the kernel's counters (`nstat`), and their attribution to
-//! a listener.
+//! Connections dropped by listeners of a network namespace, from the kernel's counters (`nstat`), and their attribution
+//! to a listener.
 
 use std::fs;
 
@@ -27,7 +27,8 @@ impl ListenDrops {
     /// drop of the namespace. Other drops of connections are counted as the latter two. A drop that only the listener
     /// counts is not a connection but a stray segment, such as a late reset. So if both drop counters rose equally, all
     /// drops were this listener's, unless the drops of another listener happen to equal the number of stray segments.
-    /// `others_dropped` is false if no other listener is known to have dropped any, which makes that all but impossible.
+    /// `others_dropped` is false if no other listener is known to have dropped any, which makes that all but
+    /// impossible.
     ///
     /// The listener's counter must be read first, and over a time no longer than the namespace's: drops in between make
     /// the counters differ, so the result is `None` rather than wrong.

@@ -142,7 +142,8 @@ impl<'a> Finder<'a> {
         Ok(self.open(&self.runtime.module)?.functions(&hook.unless).is_err())
     }
 
-    /// Locates one hook, in each copy of its module that belongs to this copy of the runtime. An error names what is missing.
+    /// Locates one hook, in each copy of its module that belongs to this copy of the runtime. An error names what is
+    /// missing.
     pub(crate) fn find<'p>(&self, hook: &'p Hook) -> Result<Vec<Found<'p>>, String> {
         let Some(prefix) = &hook.module else {
             return Ok(vec![self.find_in(&self.runtime.module, hook)?]);

@@ -1,5 +1,5 @@
-//! Container, pod and service of a process, from its cgroups and the node's log folders. Neither a container runtime nor
-//! an API server is queried: that would need permissions and could block.
+//! Container, pod and service of a process, from its cgroups and the node's log folders. Neither a container runtime
+//! nor an API server is queried: that would need permissions and could block.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,14 +14,15 @@ use crate::{
     model::place::{Place, Pod},
 };
 
-/// Age of a process after which its pod's names are no longer looked up: its kubelet has created the links, or never will.
+/// Age of a process after which its pod's names are no longer looked up: its kubelet has created the links, or never
+/// will.
 const LOOKUP_PERIOD: Duration = Duration::from_secs(30);
 
 /// Maximum number of ancestors searched.
 const MAX_ANCESTORS: usize = 64;
 
-/// Updates the place of a process. The log folders are searched when the process has changed its cgroup, and again while
-/// it is younger than `LOOKUP_PERIOD`, as its kubelet may still create the links.
+/// Updates the place of a process. The log folders are searched when the process has changed its cgroup, and again
+/// while it is younger than `LOOKUP_PERIOD`, as its kubelet may still create the links.
 pub(crate) fn refresh(place: &mut Place, proc: &Proc) {
     let Ok(cgroups) = proc.cgroups() else { return };
     let now = in_cgroups(&cgroups);
@@ -73,8 +74,8 @@ fn is_settled(proc: &Proc) -> bool {
     age.is_ok_and(|age| age >= LOOKUP_PERIOD)
 }
 
-/// Log folders of the process's node: observer's `/var/log`, and that of the process that runs the container. They differ if
-/// observer is in a container or the node is a container itself (kind).
+/// Log folders of the process's node: observer's `/var/log`, and that of the process that runs the container. They
+/// differ if observer is in a container or the node is a container itself (kind).
 fn logs(proc: &Proc, container: Option<&str>) -> impl Iterator<Item = PathBuf> {
     let runner = runner(proc, container).map(|pid| format!("/proc/{pid}/root/var/log"));
     [Some("/var/log".into()), runner].into_iter().flatten().map(|log| Path::new(&log).into())

@@ -1,4 +1,5 @@
-//! Identity of processes and threads from `/proc`, whether a process can be a target, and its ancestors and descendants.
+//! Identity of processes and threads from `/proc`, whether a process can be a target, and its ancestors and
+//! descendants.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -36,8 +37,8 @@ impl Process {
         process
     }
 
-    /// Reads the identity again: the process may have executed another program or moved to another cgroup. What cannot be
-    /// read keeps its value.
+    /// Reads the identity again: the process may have executed another program or moved to another cgroup. What cannot
+    /// be read keeps its value.
     pub(crate) fn refresh(&mut self) {
         let Ok(proc) = open(self.pid) else { return };
         if let Ok(stat) = proc.stat() {
@@ -132,8 +133,8 @@ pub(crate) fn environment(pid: u32) -> HashMap<OsString, OsString> {
     open(pid).and_then(|proc| proc.environ()).unwrap_or_default()
 }
 
-/// Start time of a process in clock ticks since boot, which tells it from a later process with the same id. `None` if it is
-/// gone.
+/// Start time of a process in clock ticks since boot, which tells it from a later process with the same id. `None` if
+/// it is gone.
 pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
     Some(open(pid).ok()?.stat().ok()?.starttime)
 }

@@ -1,5 +1,5 @@
-//! Finds the Kubernetes pod of a process by its cgroup paths, and the pod's names by the folders and links that its kubelet
-//! creates for logs.
+//! Finds the Kubernetes pod of a process by its cgroup paths, and the pod's names by the folders and links that its
+//! kubelet creates for logs.
 
 use std::{
     fs,
@@ -31,7 +31,8 @@ fn uid_of_component(component: &str) -> Option<String> {
     is_uid(&uid).then_some(uid)
 }
 
-/// Whether the text has the format of a UID, or of the hash of a static pod's configuration, which is its UID on its node.
+/// Whether the text has the format of a UID, or of the hash of a static pod's configuration, which is its UID on its
+/// node.
 pub(crate) fn is_uid(text: &str) -> bool {
     let groups: Vec<_> = text.split('-').map(str::len).collect();
     let is_hex = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f' | b'-');
@@ -40,9 +41,9 @@ pub(crate) fn is_uid(text: &str) -> bool {
 
 /// Adds the names that a node's `/var/log` has for a pod: its own, and that of its container with this id.
 ///
-/// The links of containers contain their ids. If the pod has no link, its folder has the name of its container, provided that
-/// it has only one. If other containers of the pod have links, a container without a link is the pause container, or its
-/// link is not created yet.
+/// The links of containers contain their ids. If the pod has no link, its folder has the name of its container,
+/// provided that it has only one. If other containers of the pod have links, a container without a link is the pause
+/// container, or its link is not created yet.
 pub(crate) fn look_up(pod: &mut Pod, container: Option<&str>, log: &Path) {
     let (pods, containers) = (log.join("pods"), log.join("containers"));
     let folders = names_in(&pods).into_iter().filter_map(|folder| Some((of_folder(&folder)?, folder)));
@@ -79,8 +80,8 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Reads a link `POD_NAMESPACE_CONTAINER-ID.log` -> `…/NAMESPACE_POD_UID/CONTAINER/COUNT.log`. A very long name is cut off
-    /// at its end, and lacks the id.
+    /// Reads a link `POD_NAMESPACE_CONTAINER-ID.log` -> `…/NAMESPACE_POD_UID/CONTAINER/COUNT.log`. A very long name is
+    /// cut off at its end, and lacks the id.
     fn read(folder: &Path, name: &str) -> Option<Self> {
         Self::parse(name, || fs::read_link(folder.join(name)).ok())
     }

@@ -1,5 +1,5 @@
-//! System calls that event loops wait in, and threads that are blocked in such a call or in an accept. The programs miss
-//! calls that were entered before observer attached, so these are read from `/proc`.
+//! System calls that event loops wait in, and threads that are blocked in such a call or in an accept. The programs
+//! miss calls that were entered before observer attached, so these are read from `/proc`.
 
 use std::{fmt, fs::File, os::unix::fs::FileExt as _};
 
@@ -43,7 +43,8 @@ const FD_SETSIZE: usize = 1024;
 /// A system call that a thread is blocked in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
-    /// A wait for events of this kind, on this epoll set or ring, or on several descriptors of which `set` is the first.
+    /// A wait for events of this kind, on this epoll set or ring, or on several descriptors of which `set` is the
+    /// first.
     Wait { kind: Kind, set: u32 },
     /// An accept on this descriptor.
     Accept { fd: u32 },
@@ -63,8 +64,8 @@ pub(crate) fn blocked_in(pid: u32, waits: &[WaitCall]) -> Vec<(u32, Call)> {
         .collect()
 }
 
-/// Parses `/proc/PID/task/TID/syscall`: the number in decimal, then the arguments in hexadecimal; or `running`. `memory`
-/// reads the caller's memory.
+/// Parses `/proc/PID/task/TID/syscall`: the number in decimal, then the arguments in hexadecimal; or `running`.
+/// `memory` reads the caller's memory.
 pub(crate) fn parse(
     line: &str,
     waits: &[WaitCall],
@@ -135,7 +136,8 @@ const fn int(argument: u64) -> u32 {
 mod tests {
     use super::*;
 
-    /// Reads memory with descriptors 4 and 6 in a `fd_set` at 0x100, whose first word is also descriptor 80 of a `poll`.
+    /// Reads memory with descriptors 4 and 6 in a `fd_set` at 0x100, whose first word is also descriptor 80 of a
+    /// `poll`.
     fn read(at: u64, buffer: &mut [u8]) -> Option<()> {
         buffer.fill(0);
         if at == 0x100 {

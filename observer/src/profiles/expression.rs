@@ -1,5 +1,5 @@
-//! Expressions of profiles: paths, which start in a register and follow pointers (`arg0+16->8->-56`), and tests of the value
-//! at a path (`arg0->0 & 0x1f == 7`).
+//! Expressions of profiles: paths, which start in a register and follow pointers (`arg0+16->8->-56`), and tests of the
+//! value at a path (`arg0->0 & 0x1f == 7`).
 
 use std::str::FromStr;
 

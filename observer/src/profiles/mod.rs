@@ -1,5 +1,6 @@
-//! Profiles: what differs between runtimes, as data. A profile describes how a runtime is recognised, how its garbage collector
-//! is watched, and how it defers tasks. Built-in profiles are in `observer/profiles`; users can add their own.
+//! Profiles: what differs between runtimes, as data. A profile describes how a runtime is recognised, how its garbage
+//! collector is watched, and how it defers tasks. Built-in profiles are in `observer/profiles`; users can add their
+//! own.
 
 mod expression;
 mod hook;

@@ -32,10 +32,10 @@ pub(crate) static PROFILES: LazyLock<Vec<Arc<Profile>>> = LazyLock::new(|| {
 pub(crate) struct ProfileSelection {
     /// Recognise runtimes by these profiles: `auto` for all built-in ones, `none`, names, or files ending in .toml
     ///
-    /// A profile says how a runtime is recognised, how its garbage collections can be watched, and which functions enqueue tasks; `observer
-    /// profiles` lists the built-in ones. Other processes are not touched. With `auto`, the deferred tasks of a process are no longer
-    /// followed after three seconds of more than 25,000 traps a second (about 5 % of a CPU). A profile that is named is followed at any
-    /// cost.
+    /// A profile says how a runtime is recognised, how its garbage collections can be watched, and which functions
+    /// enqueue tasks; `observer profiles` lists the built-in ones. Other processes are not touched. With `auto`, the
+    /// deferred tasks of a process are no longer followed after three seconds of more than 25,000 traps a second (about
+    /// 5 % of a CPU). A profile that is named is followed at any cost.
     #[arg(
         long = "profile",
         value_name = "PROFILES",
@@ -47,12 +47,13 @@ pub(crate) struct ProfileSelection {
     pub(crate) profiles: Vec<String>,
     /// Function of your own library that enqueues a task
     ///
-    /// LIBRARY is the beginning of the file name of the library or program. KEY identifies the task: an argument (arg0 to arg5) or a
-    /// register, with pointers to follow from there, such as arg0->8. The origin of the task is the request that was being handled. A
-    /// profile can say more, see --profile.
+    /// LIBRARY is the beginning of the file name of the library or program. KEY identifies the task: an argument (arg0
+    /// to arg5) or a register, with pointers to follow from there, such as arg0->8. The origin of the task is the
+    /// request that was being handled. A profile can say more, see --profile.
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "restore")]
     pub(crate) snapshot: Option<OwnHook>,
-    /// Function that runs a task; the task finishes at --forget or, without that, when its thread turns to something else
+    /// Function that runs a task; the task finishes at --forget or, without that, when its thread turns to something
+    /// else
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
     pub(crate) restore: Option<OwnHook>,
     /// Function that frees a task
@@ -60,8 +61,8 @@ pub(crate) struct ProfileSelection {
     pub(crate) forget: Option<OwnHook>,
 }
 
-/// Profiles for the values of `--profile`: `auto`, `none`, names, and files. Files come first, and replace built-in profiles of
-/// the same name.
+/// Profiles for the values of `--profile`: `auto`, `none`, names, and files. Files come first, and replace built-in
+/// profiles of the same name.
 fn chosen(wanted: &[String]) -> Result<Vec<Arc<Profile>>, Failure> {
     let mut files = Vec::new();
     let mut named = Vec::new();

@@ -1,5 +1,5 @@
-//! Reads many entries of a map with one system call (`BPF_MAP_LOOKUP_BATCH`, since Linux 5.6) where the kernel permits it.
-//! One call per key and one per value would take most of the time of a scrape with a thousand targets.
+//! Reads many entries of a map with one system call (`BPF_MAP_LOOKUP_BATCH`, since Linux 5.6) where the kernel permits
+//! it. One call per key and one per value would take most of the time of a scrape with a thousand targets.
 
 use std::{
     io,
@@ -34,8 +34,8 @@ struct Request {
     flags: u64,
 }
 
-/// All entries of a hash map, read bucket by bucket. An entry that is moved meanwhile can be missed, but none is returned
-/// twice. After an error, the entries must be read one by one.
+/// All entries of a hash map, read bucket by bucket. An entry that is moved meanwhile can be missed, but none is
+/// returned twice. After an error, the entries must be read one by one.
 pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) -> io::Result<Vec<(K, V)>> {
     let descriptor = u32::try_from(map.map().fd().as_fd().as_raw_fd()).map_err(io::Error::other)?;
     let mut all = Vec::new();
@@ -56,8 +56,8 @@ pub(super) fn entries<K: aya::Pod, V: aya::Pod>(map: &HashMap<MapData, K, V>) ->
             element_flags: 0,
             flags: 0,
         };
-        // SAFETY: `keys` and `values` have capacity for `count` entries of the map's key and value sizes, which aya has checked
-        // against the types; they and the positions outlive the call.
+        // SAFETY: `keys` and `values` have capacity for `count` entries of the map's key and value sizes, which aya has
+        // checked against the types; they and the positions outlive the call.
         let returned =
             unsafe { libc::syscall(libc::SYS_bpf, LOOKUP_BATCH, &raw mut request, size_of::<Request>()) };
         let failure = if returned == 0 { None } else { Some(io::Error::last_os_error()) };

@@ -1,5 +1,5 @@
-//! Sizes of the programs' maps, all derived from one number: the event loops that can be tracked. Maps are allocated when
-//! observer starts, so that its kernel memory never grows.
+//! Sizes of the programs' maps, all derived from one number: the event loops that can be tracked. Maps are allocated
+//! when observer starts, so that its kernel memory never grows.
 
 use std::str::FromStr;
 

@@ -1,5 +1,5 @@
-//! The map `ID_FILTER`, which programs check before they look up a target or its event loop. It counts entries by id, and is
-//! mapped into memory because user space adds entries as well.
+//! The map `ID_FILTER`, which programs check before they look up a target or its event loop. It counts entries by id,
+//! and is mapped into memory because user space adds entries as well.
 
 use std::{
     os::fd::{AsFd as _, AsRawFd as _},
@@ -56,8 +56,8 @@ impl IdFilter {
     }
 
     fn process(&self, pid: u32) -> &AtomicU32 {
-        // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; programs, too, change it only by
-        // atomic instructions.
+        // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; programs, too, change it only
+        // by atomic instructions.
         unsafe { AtomicU32::from_ptr((&raw mut (*self.words()).processes).cast::<u32>().add(place(pid))) }
     }
 

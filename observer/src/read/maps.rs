@@ -1,5 +1,5 @@
-//! Typed access to the maps of the programs. A read copies a value while the programs change it: the fields of one value may
-//! be a few events apart, and are never wrong by more than what happens meanwhile.
+//! Typed access to the maps of the programs. A read copies a value while the programs change it: the fields of one
+//! value may be a few events apart, and are never wrong by more than what happens meanwhile.
 
 use std::{
     collections::BTreeSet,
@@ -117,8 +117,8 @@ impl Maps {
         })
     }
 
-    /// Removes the pools of processes that are not targets any more, or exited unnoticed. Keeps in `pids` those that are
-    /// targets, such as another process with the same id, for a later call.
+    /// Removes the pools of processes that are not targets any more, or exited unnoticed. Keeps in `pids` those that
+    /// are targets, such as another process with the same id, for a later call.
     pub(crate) fn forget_pools(&mut self, pids: &mut BTreeSet<u32>) {
         let (kept, gone) = pids.iter().partition::<BTreeSet<_>, _>(|pid| self.targets.get(pid, 0).is_ok());
         *pids = kept;

@@ -1,5 +1,5 @@
-//! The event loops, in slots that both sides assign. The current state of each is mapped into memory, so that frequent reads
-//! need no system calls and do not disturb the loops. The histograms of durations are read slot by slot.
+//! The event loops, in slots that both sides assign. The current state of each is mapped into memory, so that frequent
+//! reads need no system calls and do not disturb the loops. The histograms of durations are read slot by slot.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
@@ -92,8 +92,8 @@ impl Reactors {
             .is_some_and(|now| now.phase == Phase::Slice as u32 && now.phase_since_ns == slice.since_ns)
     }
 
-    /// Adds an event loop that the programs have not seen yet. If they have added it meanwhile, their entry is kept. Returns
-    /// whether it has an entry now; `false` means that no slot is free.
+    /// Adds an event loop that the programs have not seen yet. If they have added it meanwhile, their entry is kept.
+    /// Returns whether it has an entry now; `false` means that no slot is free.
     pub(crate) fn adopt(&mut self, tid: u32, entry: Reactor) -> Result<bool> {
         let Ok(slot) = self.free.pop(0) else { return Ok(false) };
         self.durations.set(slot, Durations::NONE, 0)?;
@@ -136,9 +136,9 @@ impl Reactors {
         })
     }
 
-    /// All event loops, each read consistently between two events: otherwise a slice that ends meanwhile could count twice. If a
-    /// loop is too busy for that, its slices are too short for the difference to matter. Loops are reported as parked if that
-    /// follows from the state of all loops of a pool: the programs only find out when they wake up.
+    /// All event loops, each read consistently between two events: otherwise a slice that ends meanwhile could count
+    /// twice. If a loop is too busy for that, its slices are too short for the difference to matter. Loops are reported
+    /// as parked if that follows from the state of all loops of a pool: the programs only find out when they wake up.
     pub(crate) fn all(&self) -> Vec<Raw> {
         let slots: Vec<_> = self.occupied_slots().collect();
         // Reserved in advance: the values are large and should not be moved.
@@ -210,8 +210,8 @@ impl Reactors {
     fn state(&self, slot: u32) -> Reactor {
         const WORDS: usize = size_of::<Reactor>() / size_of::<u64>();
         let from = self.slot(slot).cast::<u64>();
-        // SAFETY: inside the mapping, as in `adopt`, and any words are a valid `Reactor`. Volatile, because the programs write
-        // concurrently: each field is read in one piece.
+        // SAFETY: inside the mapping, as in `adopt`, and any words are a valid `Reactor`. Volatile, because the
+        // programs write concurrently: each field is read in one piece.
         unsafe {
             std::mem::transmute::<[u64; WORDS], Reactor>(std::array::from_fn(|n| from.add(n).read_volatile()))
         }

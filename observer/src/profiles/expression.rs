@@ -22,9 +22,9 @@ pub(crate) struct Path {
 /// An operation of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hop {
-    /// Adds so many bytes to the address.
+    /// Adds an offset in bytes.
     Add(i32),
-    /// Loads the word at the address plus so many bytes.
+    /// Loads the word at an offset in bytes.
     Load(i32),
 }
 
@@ -45,7 +45,7 @@ pub(crate) struct Test {
 pub(crate) enum Operand {
     /// A number.
     Number(u64),
-    /// The address of a symbol, plus so many bytes.
+    /// The address of a symbol, plus an offset in bytes.
     Symbol(String, u64),
 }
 

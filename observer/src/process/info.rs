@@ -133,8 +133,8 @@ pub(crate) fn environment(pid: u32) -> HashMap<OsString, OsString> {
     open(pid).and_then(|proc| proc.environ()).unwrap_or_default()
 }
 
-/// Start time of a process in clock ticks since boot, which tells it from a later process with the same id. `None` if
-/// it is gone.
+/// Start time of a process in clock ticks since boot, which distinguishes it from a later process with the same id.
+/// `None` if it is gone.
 pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
     Some(open(pid).ok()?.stat().ok()?.starttime)
 }

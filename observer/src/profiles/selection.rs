@@ -117,7 +117,7 @@ pub(crate) fn are_automatic(known: &ProfileSelection) -> bool {
     known.profiles.iter().any(|profile| profile == "auto")
 }
 
-/// Whether the user should be told if a profile matches no process.
+/// Whether to report a profile that matches no process.
 pub(crate) fn is_asked_for(profile: &Arc<Profile>, are_automatic: bool) -> bool {
     !are_automatic || !PROFILES.iter().any(|built_in| Arc::ptr_eq(built_in, profile))
 }

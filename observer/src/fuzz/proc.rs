@@ -1,5 +1,5 @@
-//! Text that the kernel has for whoever asks: `/proc`, tracefs, and folders of logs. Much in it is chosen by observed
-//! processes: names, paths, cgroups.
+//! Targets for text from `/proc` and tracefs, and for names in log folders. Observed processes choose much of it: names,
+//! paths, cgroups.
 
 use std::path::Path;
 
@@ -14,14 +14,14 @@ use crate::{
     kernel::tracefs,
     process::wait_call::WaitCall,
     process::{container, criteria, drops, identity, pod, wait_call},
-    stacks::{interpreter::innermost_id, mappings::Mappings, mappings::module_name, now},
+    stacks::{interpreter::innermost_id, mappings::Mappings, mappings::module_name, reader},
 };
 
-/// One of these texts, behind which one it is.
+/// A letter that selects the parser, followed by the text.
 pub(super) fn proc(data: &[u8]) {
-    let (which, bytes) = choice(data);
+    let (parser, bytes) = choice(data);
     let text = String::from_utf8_lossy(bytes);
-    match which.saturating_sub(b'a') {
+    match parser.saturating_sub(b'a') {
         0 => format(&text),
         1 => maps(bytes),
         2 => cgroups(bytes),
@@ -32,13 +32,13 @@ pub(super) fn proc(data: &[u8]) {
         7 => sockets(bytes),
         8 => logs(&text),
         _ => {
-            let (wanted, name) = text.split_once('\n').unwrap_or_default();
-            names(wanted, name.as_bytes());
+            let (pattern, name) = text.split_once('\n').unwrap_or_default();
+            names(pattern, name.as_bytes());
         }
     }
 }
 
-/// A tracepoint's format.
+/// The `format` file of a tracepoint.
 fn format(text: &str) {
     for field in ["fd", "ret", "common_type", ""] {
         if let Some(offset) = tracefs::field_offset(text, field) {
@@ -47,6 +47,7 @@ fn format(text: &str) {
     }
 }
 
+/// `/proc/PID/maps`.
 fn maps(bytes: &[u8]) {
     let mappings = Mappings::parse(1, bytes);
     let _ = mappings.vdso();
@@ -60,18 +61,20 @@ fn maps(bytes: &[u8]) {
     let _ = mappings.modules_named("lib").count();
 }
 
+/// `/proc/PID/cgroup`.
 fn cgroups(bytes: &[u8]) {
     let Ok(cgroups) = ProcessCGroups::from_read(bytes) else { return };
-    let place = identity::in_cgroups(&cgroups);
-    assert!(place.container.is_none_or(|id| container::is_id(&id)));
-    assert!(place.kubernetes.is_none_or(|pod| pod::is_uid(&pod.uid)));
-    assert!(place.unit.is_none_or(|unit| unit.ends_with(".service") && !unit.contains('/')));
+    let found = identity::in_cgroups(&cgroups);
+    assert!(found.container.is_none_or(|id| container::is_id(&id)));
+    assert!(found.kubernetes.is_none_or(|pod| pod::is_uid(&pod.uid)));
+    assert!(found.unit.is_none_or(|unit| unit.ends_with(".service") && !unit.contains('/')));
     for cgroup in (&cgroups).into_iter().filter(|cgroup| cgroup.pathname.starts_with('/')) {
         assert!(criteria::is_below(&cgroup.pathname, "/"));
         assert!(criteria::is_below(&cgroup.pathname, cgroup.pathname.trim_end_matches('/')));
     }
 }
 
+/// `/proc/PID/task/TID/syscall`.
 fn syscall(text: &str) {
     let all = [WaitCall::Epoll, WaitCall::IoUring, WaitCall::Poll, WaitCall::Select];
     let memory = |at: u64, into: &mut [u8]| {
@@ -79,32 +82,34 @@ fn syscall(text: &str) {
         (at < 1 << 47).then_some(())
     };
     let _ = wait_call::parse(text, &all, memory);
-    if let Some(registers) = now::blocked_at(text, 5) {
+    if let Some(registers) = reader::blocked_registers(text, 5) {
         assert_eq!(registers.bp, 5);
     }
 }
 
+/// `/proc/PID/task/TID/stack`.
 fn stack(text: &str) {
-    let functions = now::functions_in(text);
+    let functions = reader::parse_kernel_stack(text);
     assert!(functions.len() <= text.lines().count());
     assert!(functions.iter().all(|name| !name.contains(['\n', '+'])));
 }
 
+/// `/proc/PID/status`, and `/proc/PID/stat` with the text's first line as the name.
 fn status(bytes: &[u8], text: &str) {
-    /// What the kernel says after a name, all of which is its own.
+    /// The fields after the name, which the kernel writes.
     const REST: &str = " S 1 7 7 0 -1 4194560 1 0 0 0 3 1 0 0 20 0 1 0 123 5000000 900 18446744073709551615 1 1 0 0 0 0 0 \
         16781312 0 0 0 0 17 1 0 0 0 0 0 0 0 0 0 0 0 0 0\n";
 
     let _ = innermost_id(text, 7);
     let _ = Status::from_read(bytes);
-    // Of a line of figures the name alone is chosen by the process.
+    // The process chooses only the name.
     let name = text.lines().next().unwrap_or_default();
-    let stat = Stat::from_read(format!("7 ({name}){REST}").as_bytes()).expect("it is understood");
+    let stat = Stat::from_read(format!("7 ({name}){REST}").as_bytes()).expect("parse stat");
     assert_eq!(stat.comm, name);
     assert!(stat.flags().is_ok() && stat.ppid == 1);
 }
 
-/// Tables of sockets.
+/// `/proc/net/tcp` and `/proc/net/unix`.
 fn sockets(bytes: &[u8]) {
     if let Ok(TcpNetEntries(entries)) = TcpNetEntries::from_read(bytes, current_system_info()) {
         assert!(entries.len() <= bytes.len());
@@ -114,7 +119,7 @@ fn sockets(bytes: &[u8]) {
     }
 }
 
-/// Names of a pod's folder, or of a container's link and what that leads to.
+/// The name of a pod's log folder, or the name and the target of a container's log link.
 fn logs(text: &str) {
     if let Some(pod) = pod::of_folder(text) {
         assert!(pod::is_uid(&pod.uid));

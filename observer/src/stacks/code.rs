@@ -1,25 +1,26 @@
-//! What a function returns that only looks something up, read from its instructions: where a symbol is exported but
-//! not what stands behind it.
+//! Decodes accessor functions: the chain of pointers that a function follows before it returns a number. Used where a
+//! library exports the accessor and not the variable that it reads.
 
 use super::memory::Memory;
 
-/// Most instructions of such a function.
-const INSTRUCTIONS: usize = 8;
+/// Maximum number of instructions after the first.
+const INSTRUCTIONS_MAX: usize = 8;
 
-/// What x86-64 functions begin with where indirect jumps are checked.
+/// First instruction of x86-64 functions that are built for indirect branch tracking.
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 
-/// A number at the end of a chain of pointers.
+/// A chain of pointers that leads to a number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chain {
-    /// Address in the file that it starts from.
+    /// Address in the file where the chain starts.
     start: u64,
-    /// What to add to each pointer to get where the next one is, and at last to where the number is.
+    /// Offsets, in bytes, that are added in turn: each but the last gives the address of the next pointer, the last the
+    /// address of the number.
     offsets: Vec<u64>,
 }
 
 impl Chain {
-    /// Understands the code of a function at this address; `None` if it does anything but follow pointers.
+    /// Decodes a function's code. `address` is its address in the file. `None` if it does anything but follow pointers.
     pub(crate) fn of(code: &[u8], address: u64) -> Option<Self> {
         let plain = code.strip_prefix(&ENDBR64).unwrap_or(code);
         let skipped = (code.len() - plain.len()) as u64;
@@ -31,7 +32,7 @@ impl Chain {
         let next = address.wrapping_add(skipped + 7);
         let start = next.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into());
         let mut offsets = if operation == 0x8b { vec![0] } else { vec![] };
-        for _ in 0..INSTRUCTIONS {
+        for _ in 0..INSTRUCTIONS_MAX {
             rest = match *rest {
                 // ret
                 [0xc3, ..] if !offsets.is_empty() => return Some(Self { start, offsets }),
@@ -55,8 +56,8 @@ impl Chain {
         None
     }
 
-    /// Where the number is in a process; `None` while a pointer on the way is null or not there. `bias` is what to add
-    /// to addresses in the file.
+    /// Address of the number in a process; `None` while a pointer of the chain is null or cannot be read. `bias` is
+    /// added to addresses in the file.
     pub(crate) fn follow(&self, memory: &impl Memory, bias: u64) -> Option<u64> {
         let (last, before) = self.offsets.split_last()?;
         let mut address = self.start.wrapping_add(bias);
@@ -73,8 +74,8 @@ mod tests {
 
     use super::*;
 
-    /// `rb_gc_count` of Debian's Ruby 3.1.2: through the table of global symbols.
-    const THROUGH_TABLE: &[u8] = &[
+    /// `rb_gc_count` of Debian's Ruby 3.1.2, which reads through the global offset table.
+    const THROUGH_GOT: &[u8] = &[
         0x48, 0x8b, 0x05, 0x81, 0xf7, 0x2d, 0x00, 0x48, 0x8b, 0x00, 0x48, 0x8b, 0x80, 0x50, 0x04, 0x00, 0x00,
         0x48, 0x8b, 0x80, 0xb8, 0x01, 0x00, 0x00, 0xc3, 0x0f,
     ];
@@ -89,8 +90,8 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_of_pointers_is_understood() {
-        let chain = Chain::of(THROUGH_TABLE, 0xcf500).unwrap();
+    fn a_chain_of_pointers_is_decoded() {
+        let chain = Chain::of(THROUGH_GOT, 0xcf500).unwrap();
         assert_eq!(chain, Chain { start: 0x3a_ec88, offsets: vec![0, 0, 0x450, 0x1b8] });
         let memory = Words([(0x13a_ec88, 0x100), (0x100, 0x2000), (0x2450, 0x3000)].into());
         assert_eq!(chain.follow(&memory, 0x100_0000), Some(0x31b8));
@@ -99,17 +100,17 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_is_known_saves_a_pointer() {
+    fn a_relative_address_saves_a_pointer() {
         let code = [&ENDBR64[..], &[0x48, 0x8d, 0x05, 0xf5, 0xff, 0xff, 0xff, 0x48, 0x8b, 0x40, 0x08, 0xc3]];
         assert_eq!(Chain::of(&code.concat(), 0x1000), Some(Chain { start: 0x1000, offsets: vec![8] }));
     }
 
     #[test]
-    fn anything_else_is_not() {
+    fn other_code_is_not_decoded() {
         for length in 0..25 {
-            assert_eq!(Chain::of(&THROUGH_TABLE[..length], 0), None, "cut at {length}");
+            assert_eq!(Chain::of(&THROUGH_GOT[..length], 0), None, "cut at {length}");
         }
-        let mut endless = THROUGH_TABLE[..7].to_vec();
+        let mut endless = THROUGH_GOT[..7].to_vec();
         endless.extend([0x48, 0x8b, 0x00].repeat(100));
         assert_eq!(Chain::of(&endless, 0), None);
         assert_eq!(Chain::of(&[0x55, 0x48, 0x89, 0xe5, 0xc3, 0, 0, 0], 0), None);

@@ -1,4 +1,4 @@
-//! ELF files, mapped so that only what is looked at takes memory.
+//! 64-bit ELF files, memory-mapped so that only the parts that are read take memory.
 
 use std::{collections::BTreeSet, fs::File, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
 
@@ -13,11 +13,11 @@ use object::{
 };
 use procfs::process::{MMPermissions, MemoryMap};
 
-/// How much of a file is copied for its symbols, in bytes.
-const SYMBOLS: usize = 256 << 20;
+/// Maximum number of bytes that are copied of a debug file.
+const COPY_MAX: usize = 256 << 20;
 
-/// A file that has nothing, aligned as such files are in memory.
-static NOTHING: Aligned = {
+/// An ELF file without segments and sections, aligned as the parser requires.
+static EMPTY: Aligned = {
     let mut header = [0; 64];
     let (magic, version) = (*b"\x7fELF\x02\x01\x01", 1);
     let mut at = 0;
@@ -40,34 +40,37 @@ pub(crate) struct Elf(Arc<Mmap>);
 impl Elf {
     /// Maps a file.
     pub(crate) fn open(file: &File) -> Result<Self> {
-        // SAFETY: the bytes are only read, through bounds-checked parsers. Whoever shortens a file that is being
-        // executed gets the program that executes it killed, and this one: the same trust.
+        // SAFETY: the bytes are only read, through bounds-checked parsers. If the file is truncated while it is mapped,
+        // reads raise SIGBUS. That kills observer, as it kills the process that executes the file: observer trusts the
+        // same writers.
         let map = unsafe { Mmap::map(file) }.context("cannot map it")?;
         Self::checked(map)
     }
 
-    /// Takes a file that is in memory alone.
+    /// Copies an ELF file that is in memory.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let mut map = MmapMut::map_anon(bytes.len()).context("no memory")?;
+        let mut map = MmapMut::map_anon(bytes.len()).context("cannot allocate memory")?;
         map.copy_from_slice(bytes);
         Self::checked(map.make_read_only()?)
     }
 
-    /// Copies of a file what tells its symbols, in their places; the rest reads as zeros and takes no memory. For files
-    /// that nobody executes: those can be shortened while they are read.
-    pub(crate) fn of_symbols(file: &File) -> Result<Self> {
+    /// Copies the headers, symbol tables and notes of a debug file to their offsets in an anonymous mapping. The rest
+    /// reads as zeros and takes no memory. A debug file is not mapped because no process executes it: it can be
+    /// truncated at any time.
+    pub(crate) fn open_symbols(file: &File) -> Result<Self> {
         let size = usize::try_from(file.metadata()?.len())?;
-        let mut map = MmapOptions::new().len(size).no_reserve_swap().map_anon().context("no memory")?;
-        let mut left = SYMBOLS;
+        let map = MmapOptions::new().len(size).no_reserve_swap().map_anon();
+        let mut map = map.context("cannot allocate memory")?;
+        let mut left = COPY_MAX;
         let mut copy = |map: &mut MmapMut, start: u64, length: u64| {
-            let (place, length) = (usize::try_from(start)?, usize::try_from(length)?);
-            left = left.checked_sub(length).context("it has too many symbols")?;
-            let end = place.checked_add(length).context("it is no ELF file")?;
-            file.read_exact_at(map.get_mut(place..end).context("it is cut short")?, start)?;
+            let (offset, length) = (usize::try_from(start)?, usize::try_from(length)?);
+            left = left.checked_sub(length).context("its symbol tables are too large")?;
+            let end = offset.checked_add(length).context("an offset in its headers is invalid")?;
+            file.read_exact_at(map.get_mut(offset..end).context("the file is truncated")?, start)?;
             anyhow::Ok(())
         };
         copy(&mut map, 0, size_of::<FileHeader64<LittleEndian>>() as u64)?;
-        let header = *FileHeader64::<LittleEndian>::parse(&*map).context("it is no 64-bit ELF file")?;
+        let header = *FileHeader64::<LittleEndian>::parse(&*map).context("not a 64-bit ELF file")?;
         let (segments, sections) = (header.e_phnum(LittleEndian), header.e_shnum(LittleEndian));
         let of_segments = u64::from(segments) * size_of::<ProgramHeader64<LittleEndian>>() as u64;
         copy(&mut map, header.e_phoff(LittleEndian), of_segments)?;
@@ -81,60 +84,61 @@ impl Elf {
             copy(&mut map, start, length)?;
         }
         let elf = Self::checked(map.make_read_only()?)?;
-        ensure!(elf.has_symbols(), "it has no symbols");
+        ensure!(elf.has_symbols(), "it has no symbol table");
         Ok(elf)
     }
 
     fn checked(map: Mmap) -> Result<Self> {
-        ElfFile64::<LittleEndian>::parse(&*map).context("it is no 64-bit ELF file")?;
+        ElfFile64::<LittleEndian>::parse(&*map).context("not a 64-bit ELF file")?;
         Ok(Self(Arc::new(map)))
     }
 
+    /// Parses the headers; an empty ELF file if they are no longer valid because the file was overwritten.
     pub(super) fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
-        // Whoever writes to the file meanwhile gets one that has nothing.
         let parsed = ElfFile64::parse(&**self.0);
-        parsed.unwrap_or_else(|_| ElfFile64::parse(&NOTHING.0[..]).expect("it is one"))
+        parsed.unwrap_or_else(|_| ElfFile64::parse(&EMPTY.0[..]).expect("the empty file is valid"))
     }
 
-    /// What to add to an address in the file to get the one in a process; `None` if the file has no such part.
+    /// The load bias of a mapping: what to add to an address in the file to get the one in the process. `None` if no
+    /// segment of the file belongs to the mapping.
     pub(crate) fn bias(&self, map: &MemoryMap) -> Option<u64> {
         let file = self.parsed();
         let page_size = page_size();
         let is_code = map.perms.contains(MMPermissions::EXECUTE);
-        let parts = file.segments().filter_map(|segment| {
+        let candidates = file.segments().filter_map(|segment| {
             let (offset, size) = segment.file_range();
-            // A mapping starts at the page its segment starts in, however the segment wants to be aligned.
+            // A mapping starts at the page in which its segment starts, whatever alignment the segment asks for.
             let page = offset - offset % page_size;
             let is_here = size > 0 && (page..offset.saturating_add(size)).contains(&map.offset);
             let SegmentFlags::Elf { p_flags } = segment.flags() else { return None };
-            let is_alike = is_code == (p_flags & PF_X != 0);
+            let has_same_access = is_code == (p_flags & PF_X != 0);
             let address = segment.address().wrapping_sub(offset).wrapping_add(map.offset);
-            is_here.then_some((is_alike, page, address))
+            is_here.then_some((has_same_access, page, address))
         });
-        // Where one segment ends in the page that another begins in, a mapping of that page is the one's whose code is
-        // code, or the latter's.
-        let (.., address) = parts.max_by_key(|&(is_alike, page, _)| (is_alike, page))?;
+        // Two segments may share a page: one ends in it, the next begins in it. A mapping of that page belongs to the
+        // segment that is executable if the mapping is, and not if it is not; of two such segments to the later.
+        let (.., address) = candidates.max_by_key(|&(has_same_access, page, _)| (has_same_access, page))?;
         Some(map.address.0.wrapping_sub(address))
     }
 
-    /// Whether its symbols are still in it, also those that it does not export.
+    /// Whether the file has a symbol table (`.symtab`), which also has the symbols that are not exported.
     pub(crate) fn has_symbols(&self) -> bool {
         self.parsed().section_by_name_bytes(b".symtab").is_some()
     }
 
-    /// Where the first part of it that is loaded wants to be.
+    /// Address that the first loaded segment is linked to.
     pub(crate) fn start(&self) -> Option<u64> {
         self.parsed().segments().next().map(|segment| segment.address())
     }
 
-    /// Addresses in the file of symbols it defines; exported ones, else those left for debuggers.
+    /// Addresses in the file of symbols that it defines. Exported symbols take precedence over those in `.symtab`.
     pub(crate) fn symbols<const N: usize>(&self, names: [&str; N]) -> [Option<u64>; N] {
         let mut found = [None; N];
         self.find_symbols(&names, &mut found);
         found
     }
 
-    /// The same of any number of symbols.
+    /// [`symbols`](Self::symbols) for a number of names that is not known at compile time.
     pub(crate) fn all_symbols(&self, names: &[&str]) -> Vec<Option<u64>> {
         let mut found = vec![None; names.len()];
         self.find_symbols(names, &mut found);
@@ -146,7 +150,7 @@ impl Elf {
         for symbol in file.dynamic_symbols().chain(file.symbols()).filter(|symbol| symbol.is_definition()) {
             let Ok(name) = symbol.name_bytes() else { continue };
             for (wanted, address) in names.iter().zip(&mut *found) {
-                if address.is_none() && is_meant(wanted, name) {
+                if address.is_none() && matches_pattern(wanted, name) {
                     *address = Some(symbol.address());
                 }
             }
@@ -156,28 +160,29 @@ impl Elf {
         }
     }
 
-    /// Addresses in the file of all functions it defines that this name stands for, in which a `*`
-    /// stands for anything; each once.
+    /// Addresses in the file of all functions that it defines and whose names match `name`, in which `*` matches any
+    /// characters; sorted and without duplicates.
     pub(crate) fn functions(&self, name: &str) -> Vec<u64> {
         let file = self.parsed();
         let all = file.dynamic_symbols().chain(file.symbols());
         let functions = all.filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Text);
-        let meant = functions.filter(|symbol| symbol.name_bytes().is_ok_and(|found| is_meant(name, found)));
-        meant.map(|symbol| symbol.address()).collect::<BTreeSet<_>>().into_iter().collect()
+        let matching =
+            functions.filter(|symbol| symbol.name_bytes().is_ok_and(|found| matches_pattern(name, found)));
+        matching.map(|symbol| symbol.address()).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// What tells this build from all others.
+    /// The build id, which identifies this build of the file.
     pub(crate) fn build_id(&self) -> Option<Vec<u8>> {
         self.parsed().build_id().ok()?.map(<[u8]>::to_vec)
     }
 
-    /// Name and CRC-32 of the file that its symbols were moved to.
+    /// The debug link: name and CRC-32 of the separate debug file.
     pub(crate) fn debug_link(&self) -> Option<(Vec<u8>, u32)> {
         let (name, checksum) = self.parsed().gnu_debuglink().ok()??;
         Some((name.to_vec(), checksum))
     }
 
-    /// Place in the file of what has this address.
+    /// Translates an address in the file to an offset in the file.
     pub(crate) fn file_offset(&self, address: u64) -> Option<u64> {
         self.parsed().segments().find_map(|segment| {
             let (offset, size) = segment.file_range();
@@ -186,7 +191,7 @@ impl Elf {
         })
     }
 
-    /// All code, or what else is there, from an address to the end of its segment.
+    /// Bytes from an address to the end of its segment, whether they are code or data.
     pub(crate) fn code_from(&self, address: u64) -> Option<&[u8]> {
         let file = self.parsed();
         file.segments().find_map(|segment| {
@@ -195,13 +200,13 @@ impl Elf {
         })
     }
 
-    /// So many bytes of code, or what else is at an address.
+    /// `length` bytes at an address, whether they are code or data; `None` if the segment ends before.
     pub(crate) fn code(&self, address: u64, length: u64) -> Option<&[u8]> {
         let file = self.parsed();
         file.segments().find_map(|segment| segment.data_range(address, length).ok()?)
     }
 
-    /// Places of a probe that the file itself has in its code, as `.note.stapsdt` lists them.
+    /// Locations of a USDT probe, from `.note.stapsdt`.
     pub(crate) fn usdt(&self, provider: &str, name: &str) -> Vec<Usdt> {
         let wanted = [provider.as_bytes(), name.as_bytes()].map(|part| [part, &[0]].concat()).concat();
         let file = self.parsed();
@@ -215,19 +220,21 @@ impl Elf {
             let Some((numbers, words)) = note.desc().split_first_chunk::<24>() else { continue };
             if note.name() == b"stapsdt" && note.n_type(LittleEndian) == 3 && words.starts_with(&wanted) {
                 let word = |n: usize| u64::from_le_bytes(*numbers[n..].first_chunk().expect("one of three"));
-                // Whoever moved the file's sections has not corrected its notes.
-                let moved = base.map_or(0, |base| base.wrapping_sub(word(8)));
-                let semaphore = if word(16) == 0 { 0 } else { word(16).wrapping_add(moved) };
-                found.push(Usdt { location: word(0).wrapping_add(moved), semaphore });
+                // `prelink` moves sections without updating the notes. A note has the original address of
+                // `.stapsdt.base`, which shows by how much they moved.
+                let shift = base.map_or(0, |base| base.wrapping_sub(word(8)));
+                let semaphore = if word(16) == 0 { 0 } else { word(16).wrapping_add(shift) };
+                found.push(Usdt { location: word(0).wrapping_add(shift), semaphore });
             }
         }
         found
     }
 
-    /// What an instruction refers to, relative to where it is: the first one, in the beginning of a function, that
-    /// starts with `before` and is followed by `after`.
+    /// Finds an instruction with a 32-bit relative address in the first bytes of a function, and returns the address
+    /// that it refers to. The instruction is the first that starts with `before`; the bytes after the address must be
+    /// `after`.
     pub(crate) fn target_in_code(&self, function: u64, before: &[u8], after: &[u8]) -> Option<u64> {
-        /// How much of the function is looked at, in bytes.
+        /// How much of the function is searched, in bytes.
         const BEGINNING: u64 = 64;
 
         let code = self.code(function, BEGINNING)?;
@@ -241,7 +248,7 @@ impl Elf {
         Some(next.wrapping_add_signed(distance.into()))
     }
 
-    /// A section's place in the file's address space, and its content.
+    /// Address range of a section, and its content.
     pub(crate) fn section(&self, name: &[u8]) -> Option<(Range<u64>, Bytes)> {
         let file = self.parsed();
         let section = file.section_by_name_bytes(name)?;
@@ -253,15 +260,15 @@ impl Elf {
     }
 }
 
-/// What mappings begin at multiples of.
+/// Size of a page, in bytes.
 fn page_size() -> u64 {
     let known = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
     known.and_then(|size| u64::try_from(size).ok()).unwrap_or(4096)
 }
 
-/// Whether a name is the wanted one, in which a `*` stands for anything.
-pub(crate) fn is_meant(wanted: &str, name: &[u8]) -> bool {
-    let Some((beginning, rest)) = wanted.split_once('*') else { return name == wanted.as_bytes() };
+/// Whether a name matches a pattern, in which each `*` matches any number of any bytes.
+pub(crate) fn matches_pattern(pattern: &str, name: &[u8]) -> bool {
+    let Some((beginning, rest)) = pattern.split_once('*') else { return name == pattern.as_bytes() };
     let Some(mut name) = name.strip_prefix(beginning.as_bytes()) else { return false };
     let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
     for part in middle.split('*').filter(|part| !part.is_empty()) {
@@ -273,19 +280,19 @@ pub(crate) fn is_meant(wanted: &str, name: &[u8]) -> bool {
     name.ends_with(end.as_bytes())
 }
 
-/// One place of a probe that a file has in its code; addresses in the file.
+/// One location of a USDT probe; addresses in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Usdt {
-    /// The instruction.
+    /// Address of the instruction.
     pub(crate) location: u64,
-    /// The counter of those who watch, 16 bits; 0 if there is none.
+    /// Address of the semaphore, a 16-bit count of attached tracers that enables the probe; 0 without one.
     pub(crate) semaphore: u64,
 }
 
-/// Part of a mapped file, which it keeps mapped.
+/// A part of a mapped file. It keeps the file mapped.
 pub(crate) struct Bytes {
     file: Arc<Mmap>,
-    /// Within the file, as checked when made.
+    /// Checked to be within the file when this was created.
     range: Range<usize>,
 }
 
@@ -313,7 +320,7 @@ mod tests {
         testing::{Program, find, run, source, wait_for},
     };
 
-    /// A function that no other is like.
+    /// A function with unique constants, so that no other code is equal.
     const LIBRARY: &str =
         "__attribute__((noinline)) int in_library(int x) { return x * 0x1234567 + 0x7654321; }";
     const PROGRAM: &str = r#"
@@ -327,7 +334,7 @@ mod tests {
         }
     "#;
 
-    /// A program and its library, linked so.
+    /// Builds a program and its library, each with additional options for the linker.
     fn linked(gcc: &Path, folder: &Path, of_library: &[&str], of_program: &[&str]) -> PathBuf {
         let library = folder.join("libprobe.so");
         let program = folder.join("probing");
@@ -344,9 +351,10 @@ mod tests {
     }
 
     #[test]
-    fn functions_are_where_they_run_however_they_are_linked() {
-        let Some(gcc) = find("functions_are_where_they_run", "gcc") else { return };
-        // What a prelinked library, one for large pages, and one with code and data in one page are like.
+    fn biases_are_right_for_all_ways_to_link() {
+        let Some(gcc) = find("biases_are_right_for_all_ways_to_link", "gcc") else { return };
+        // Among them the layouts of a prelinked library, of one for large pages, and of one with code and data in one
+        // page.
         for (of_library, of_program) in [
             (vec![], vec!["-pie", "-fPIE"]),
             (vec![], vec!["-no-pie", "-fno-pie"]),
@@ -364,8 +372,8 @@ mod tests {
             let process = Program::start(&mut Command::new(program));
             let mappings = wait_for("the library", || {
                 let mappings = Mappings::of(process.pid()).ok()?;
-                let is_there = mappings.modules_named("libprobe").next().is_some();
-                is_there.then_some(mappings)
+                let is_mapped = mappings.modules_named("libprobe").next().is_some();
+                is_mapped.then_some(mappings)
             });
             for (module, function) in [("libprobe", "in_library"), ("probing", "in_program")] {
                 let how = format!("{of_library:?} {of_program:?} {function}");
@@ -384,8 +392,8 @@ mod tests {
         }
     }
 
-    /// Asks a file for everything.
-    fn look_through(elf: &Elf, map: &MemoryMap) {
+    /// Calls every function of a file; none may panic.
+    fn read_all(elf: &Elf, map: &MemoryMap) {
         let functions = elf.functions("*");
         elf.all_symbols(&["in_library", "main", "no_such_function"]);
         for address in functions.into_iter().take(8).chain([0, 0x1000, u64::MAX - 8, u64::MAX]) {
@@ -395,7 +403,7 @@ mod tests {
             elf.target_in_code(address, &[0xe8], &[]);
             instructions::entry(elf, address, &[]);
             instructions::jump_target(elf, address);
-            let _not_there = instructions::ends(elf, address, true);
+            let _unknown = instructions::ends(elf, address, true);
         }
         elf.bias(map);
         elf.build_id();
@@ -410,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_written_to_meanwhile_has_nothing() {
+    fn a_file_that_is_overwritten_reads_as_empty() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("program");
         fs::copy(std::env::current_exe().unwrap(), &path).unwrap();
@@ -421,24 +429,24 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_cut_short_or_spoiled_do_no_harm() {
-        let Some(gcc) = find("files_that_are_cut_short", "gcc") else { return };
+    fn truncated_and_corrupt_files_do_not_panic() {
+        let Some(gcc) = find("truncated_and_corrupt_files", "gcc") else { return };
         let folder = tempfile::tempdir().unwrap();
         let program = linked(&gcc, folder.path(), &[], &["-pie", "-fPIE"]);
         let whole = fs::read(program).unwrap();
         let mappings = Mappings::of(std::process::id()).unwrap();
         let map = mappings.modules().next().unwrap();
-        let spoiled = folder.path().join("spoiled");
-        let mut seen = [0; 2];
+        let corrupt = folder.path().join("corrupt");
+        let mut accepted = [0; 2];
         let mut try_out = |bytes: &[u8]| {
             if let Ok(elf) = Elf::from_bytes(bytes) {
-                seen[0] += 1;
-                look_through(&elf, map);
+                accepted[0] += 1;
+                read_all(&elf, map);
             }
-            fs::write(&spoiled, bytes).unwrap();
-            if let Ok(elf) = Elf::of_symbols(&File::open(&spoiled).unwrap()) {
-                seen[1] += 1;
-                look_through(&elf, map);
+            fs::write(&corrupt, bytes).unwrap();
+            if let Ok(elf) = Elf::open_symbols(&File::open(&corrupt).unwrap()) {
+                accepted[1] += 1;
+                read_all(&elf, map);
             }
         };
         try_out(&whole);
@@ -449,23 +457,23 @@ mod tests {
         let sections = usize::try_from(u64::from_le_bytes(*whole[40..].first_chunk().unwrap())).unwrap();
         for round in 0..2000 {
             let mut bytes = whole.clone();
-            // Headers, tables of sections, anything.
+            // The ELF header, program headers and what follows, section headers, anything.
             let part = [16..64, 64..1024, sections..whole.len(), 0..whole.len()][round % 4].clone();
             for _ in 0..random.usize(1..8) {
                 bytes[random.usize(part.clone())] = random.u8(..) | [0, 0xff][random.usize(..2)];
             }
             try_out(&bytes);
         }
-        eprintln!("{} of 2,201 were read, {} for their symbols", seen[0], seen[1]);
-        assert!(seen.iter().all(|&seen| seen > 100), "{seen:?}");
+        eprintln!("{} of 2,201 were read, {} for their symbols", accepted[0], accepted[1]);
+        assert!(accepted.iter().all(|&accepted| accepted > 100), "{accepted:?}");
     }
 
     #[test]
-    fn this_programs_own_symbols_are_where_it_runs() {
+    fn symbols_of_this_process_are_where_it_runs() {
         let mappings = Mappings::of(std::process::id()).unwrap();
         let map = mappings.code(crate::main as *const () as u64).unwrap();
         let elf = Elf::open(&mappings.open(map).unwrap()).unwrap();
-        // `main` of C, which calls ours, is the only one with a plain name.
+        // The symbol `main` is C's, which calls that of Rust; Rust mangles its own.
         let [main, none] = elf.symbols(["main", "no_such_function"]);
         let address = main.unwrap().wrapping_add(elf.bias(map).unwrap());
         assert!((map.address.0..map.address.1).contains(&address));
@@ -475,8 +483,8 @@ mod tests {
     }
 
     #[test]
-    fn a_star_stands_for_anything() {
-        for (wanted, name, expected) in [
+    fn a_star_matches_any_bytes() {
+        for (pattern, name, expected) in [
             ("f", "f", true),
             ("f", "fg", false),
             ("f*", "fg", true),
@@ -488,12 +496,12 @@ mod tests {
             ("a*b*", "ab", true),
             ("ab*ba", "aba", false),
         ] {
-            assert_eq!(is_meant(wanted, name.as_bytes()), expected, "{wanted} {name}");
+            assert_eq!(matches_pattern(pattern, name.as_bytes()), expected, "{pattern} {name}");
         }
     }
 
     #[test]
-    fn what_is_no_elf_file_is_refused() {
+    fn other_files_are_refused() {
         assert!(Elf::from_bytes(b"#!/bin/sh").is_err());
         assert!(Elf::open(&File::open("/dev/null").unwrap()).is_err());
     }

@@ -1,5 +1,5 @@
-//! A module with all symbols that are known of it: its own, and those that were taken out of it and put into a file
-//! for debuggers, which is looked for as they do: by what tells its build from all others, or by name and checksum.
+//! A mapped file with all of its symbols: those in the file itself, and those in its separate debug file, which is
+//! found as debuggers do: by build id, or by debug link (name and checksum).
 
 use std::{
     collections::BTreeSet,
@@ -16,17 +16,17 @@ use procfs::process::{MMapPath, MemoryMap};
 
 use super::{
     elf::Elf,
-    mappings::{Mappings, inside, open_under},
+    mappings::{Mappings, inside, open_in_root},
 };
 
-/// Where distributions put such files.
-const FOLDER: &str = "/usr/lib/debug";
+/// Where distributions install debug files.
+const DEBUG_FOLDER: &str = "/usr/lib/debug";
 
-/// Size of the largest file that a checksum is made of, in bytes.
-const LARGEST: u64 = 1 << 30;
+/// Size of the largest debug file whose checksum is computed, in bytes.
+const CHECKSUM_SIZE_MAX: u64 = 1 << 30;
 
-/// How much of it is read at a time.
-const PART: usize = 1 << 20;
+/// How much of it is read at a time, in bytes.
+const CHUNK: usize = 1 << 20;
 
 /// The file behind a mapping.
 pub(crate) struct Image {
@@ -35,15 +35,16 @@ pub(crate) struct Image {
     debug: Option<Debug>,
 }
 
-/// Symbols that were taken out of a file.
+/// A separate debug file.
 struct Debug {
     elf: Elf,
-    /// What to add to its addresses: whoever moves a library to another place (`prelink`) leaves this file as it is.
+    /// Added to its addresses to get those in the mapped file. Not zero if `prelink` moved the library to another
+    /// address, which leaves the debug file unchanged.
     shift: u64,
 }
 
 impl Image {
-    /// Opens the file behind a mapping, and the one with its symbols if those were taken out of it.
+    /// Opens a mapped file, and its debug file if it has no symbol table.
     pub(crate) fn of(mappings: &Mappings, map: &MemoryMap) -> Result<Self> {
         let file = mappings.open(map)?;
         let elf = Elf::open(&file)?;
@@ -51,44 +52,45 @@ impl Image {
         Ok(Self { file, elf, debug })
     }
 
-    /// Address in the file of a symbol it defines.
+    /// Address in the file of a symbol that it defines.
     pub(crate) fn symbol(&self, name: &str) -> Option<u64> {
         self.symbols(&[name])[0]
     }
 
-    /// The same of any number of symbols.
+    /// Addresses in the file of symbols that it defines, in the order of `names`.
     pub(crate) fn symbols(&self, names: &[&str]) -> Vec<Option<u64>> {
         let own = self.elf.all_symbols(names);
         match &self.debug {
             Some(debug) if own.contains(&None) => {
-                let others = debug.elf.all_symbols(names).into_iter();
-                let moved = others.map(|address| Some(address?.wrapping_add(debug.shift)));
-                own.into_iter().zip(moved).map(|(own, other)| own.or(other)).collect()
+                let in_debug = debug.elf.all_symbols(names).into_iter();
+                let shifted = in_debug.map(|address| Some(address?.wrapping_add(debug.shift)));
+                own.into_iter().zip(shifted).map(|(own, other)| own.or(other)).collect()
             }
             _ => own,
         }
     }
 
-    /// Addresses in the file of all functions it defines that this name stands for, in which a `*` stands for anything;
-    /// each once.
+    /// Addresses in the file of all functions that it defines and whose names match `name`, in which `*` matches any
+    /// characters; sorted and without duplicates.
     pub(crate) fn functions(&self, name: &str) -> Vec<u64> {
-        let moved = self.debug.iter().flat_map(|debug| {
-            let others = debug.elf.functions(name).into_iter();
-            others.map(|address| address.wrapping_add(debug.shift))
+        let shifted = self.debug.iter().flat_map(|debug| {
+            let in_debug = debug.elf.functions(name).into_iter();
+            in_debug.map(|address| address.wrapping_add(debug.shift))
         });
-        let all: BTreeSet<_> = self.elf.functions(name).into_iter().chain(moved).collect();
+        let all: BTreeSet<_> = self.elf.functions(name).into_iter().chain(shifted).collect();
         all.into_iter().collect()
     }
 }
 
 impl Debug {
-    /// Looks for it where the process sees it, and else here.
+    /// Finds the debug file of `elf` in the process's root, else in observer's own.
     fn of(pid: u32, map: &MemoryMap, elf: &Elf) -> Option<Self> {
         let MMapPath::Path(path) = &map.pathname else { return None };
         let roots = [inside(pid, "/".as_ref()), "/".into()];
         let roots: Vec<_> = roots.iter().filter_map(|root| File::open(root).ok()).collect();
-        let by_build = roots.iter().find_map(|root| by_build(root, elf).ok());
-        let debug = by_build.or_else(|| roots.iter().find_map(|root| by_link(root, path, elf)))?;
+        let by_build_id = roots.iter().find_map(|root| find_by_build_id(root, elf).ok());
+        let debug =
+            by_build_id.or_else(|| roots.iter().find_map(|root| find_by_debug_link(root, path, elf)))?;
         let shift = match (elf.start(), debug.start()) {
             (Some(own), Some(other)) => own.wrapping_sub(other),
             _ => 0,
@@ -97,42 +99,44 @@ impl Debug {
     }
 }
 
-fn by_build(root: &File, elf: &Elf) -> Result<Elf> {
-    let id = elf.build_id().context("it has no build id")?;
+/// Opens the debug file with the same build id as `elf`.
+fn find_by_build_id(root: &File, elf: &Elf) -> Result<Elf> {
+    let id = elf.build_id().context("the file has no build id")?;
     let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-    let (folder, name) = digits.split_at_checked(2).context("its build id is too short")?;
-    let path = format!("{FOLDER}/.build-id/{folder}/{name}.debug");
-    let debug = Elf::of_symbols(&open_under(root, path.as_ref(), OFlag::empty())?)?;
-    (debug.build_id() == Some(id)).then_some(debug).context("it is for another build")
+    let (folder, name) = digits.split_at_checked(2).context("the file's build id is too short")?;
+    let path = format!("{DEBUG_FOLDER}/.build-id/{folder}/{name}.debug");
+    let debug = Elf::open_symbols(&open_in_root(root, path.as_ref(), OFlag::empty())?)?;
+    (debug.build_id() == Some(id)).then_some(debug).context("the debug file has another build id")
 }
 
-/// `module` is the path of the file that it belongs to.
-fn by_link(root: &File, module: &Path, elf: &Elf) -> Option<Elf> {
+/// Opens the debug file that the debug link of `elf` names, if its checksum is right. `module` is the path of the file
+/// that `elf` was read from.
+fn find_by_debug_link(root: &File, module: &Path, elf: &Elf) -> Option<Elf> {
     let (name, checksum) = elf.debug_link()?;
     let name = OsStr::from_bytes(&name);
     let folder = module.parent().filter(|_| Path::new(name).file_name() == Some(name))?;
-    let of_all = Path::new(FOLDER).join(folder.strip_prefix("/").ok()?);
-    [folder.join(name), folder.join(".debug").join(name), of_all.join(name)].iter().find_map(|path| {
-        let file = open_under(root, path, OFlag::empty()).ok()?;
-        (checksum_of(&file).ok()? == checksum).then(|| Elf::of_symbols(&file).ok())?
+    let global = Path::new(DEBUG_FOLDER).join(folder.strip_prefix("/").ok()?);
+    [folder.join(name), folder.join(".debug").join(name), global.join(name)].iter().find_map(|path| {
+        let file = open_in_root(root, path, OFlag::empty()).ok()?;
+        (checksum_of(&file).ok()? == checksum).then(|| Elf::open_symbols(&file).ok())?
     })
 }
 
-/// The CRC-32 of a file that is not too large.
+/// Computes the CRC-32 of a file. Fails if the file is larger than [`CHECKSUM_SIZE_MAX`], or becomes so while it is read.
 fn checksum_of(file: &File) -> Result<u32> {
-    ensure!(file.metadata()?.len() <= LARGEST, "it is too large");
-    let mut part = vec![0; PART];
+    ensure!(file.metadata()?.len() <= CHECKSUM_SIZE_MAX, "the debug file is too large");
+    let mut chunk = vec![0; CHUNK];
     let mut checksum = Crc::new();
     let mut at = 0;
-    while at <= LARGEST {
-        let length = file.read_at(&mut part, at)?;
+    while at <= CHECKSUM_SIZE_MAX {
+        let length = file.read_at(&mut chunk, at)?;
         if length == 0 {
             return Ok(checksum.sum());
         }
-        checksum.update(&part[..length]);
+        checksum.update(&chunk[..length]);
         at += length as u64;
     }
-    bail!("it grows")
+    bail!("the debug file grows while it is read")
 }
 
 #[cfg(test)]
@@ -148,15 +152,16 @@ mod tests {
         int exported(int x) { return hidden(x) + 1; }
     "#;
 
-    /// A library at this address, its symbols in a file of its own, and `hidden` in it.
+    /// A stripped library and its debug file, in a folder that also serves as the root.
     struct Stripped {
         folder: tempfile::TempDir,
         objcopy: PathBuf,
+        /// Address of the function `hidden`, which only the debug file has.
         hidden: u64,
     }
 
     impl Stripped {
-        /// `None` without a compiler.
+        /// Links the library to `address`; `None` without a compiler.
         fn new(test: &str, address: &str) -> Option<Self> {
             let (gcc, objcopy) = (find(test, "gcc")?, find(test, "objcopy")?);
             let folder = tempfile::tempdir().unwrap();
@@ -176,7 +181,7 @@ mod tests {
             run(Command::new(&self.objcopy).current_dir(&self.folder).args(arguments));
         }
 
-        /// Has the library tell the name and the checksum of the file with its symbols.
+        /// Adds a debug link to the library.
         fn link(&self) {
             self.copy(&["--add-gnu-debuglink=libhiding.debug", "libhiding.so"]);
         }
@@ -185,44 +190,45 @@ mod tests {
             Elf::open(&File::open(self.folder.path().join("libhiding.so")).unwrap()).unwrap()
         }
 
-        /// The same root for all, and where the library is in it.
         fn root(&self) -> File {
             File::open(&self.folder).unwrap()
         }
 
-        /// Moves the file with the symbols to another folder.
-        fn put(&self, path: &str) -> PathBuf {
-            let place = self.folder.path().join(path);
-            fs::create_dir_all(place.parent().unwrap()).unwrap();
-            fs::rename(self.folder.path().join("libhiding.debug"), &place).unwrap();
-            place
+        /// Moves the debug file.
+        fn move_debug_file(&self, to: &str) -> PathBuf {
+            let to = self.folder.path().join(to);
+            fs::create_dir_all(to.parent().unwrap()).unwrap();
+            fs::rename(self.folder.path().join("libhiding.debug"), &to).unwrap();
+            to
         }
 
-        fn by_link(&self) -> Option<u64> {
-            by_link(&self.root(), "/opt/libhiding.so".as_ref(), &self.elf())?.symbols(["hidden"])[0]
+        /// The address of `hidden` by the debug link of the library in `/opt`.
+        fn hidden_by_link(&self) -> Option<u64> {
+            let debug = find_by_debug_link(&self.root(), "/opt/libhiding.so".as_ref(), &self.elf())?;
+            debug.symbols(["hidden"])[0]
         }
     }
 
     #[test]
     fn symbols_are_found_by_link_in_all_three_folders() {
         let test = "symbols_are_found_by_link";
-        for place in
-            ["opt/libhiding.debug", "opt/.debug/libhiding.debug", "usr/lib/debug/opt/libhiding.debug"]
+        for path in ["opt/libhiding.debug", "opt/.debug/libhiding.debug", "usr/lib/debug/opt/libhiding.debug"]
         {
             let Some(stripped) = Stripped::new(test, "0") else { return };
             stripped.link();
             assert_eq!(stripped.elf().symbols(["hidden"]), [None]);
-            assert_eq!(stripped.by_link(), None);
-            let file = stripped.put(place);
-            assert_eq!(stripped.by_link(), Some(stripped.hidden), "{place}");
-            // It is not looked for elsewhere.
-            let elsewhere = by_link(&stripped.root(), "/srv/libhiding.so".as_ref(), &stripped.elf());
-            assert!(elsewhere.is_none(), "{place}");
-            // One byte more, and it is another file.
+            assert_eq!(stripped.hidden_by_link(), None);
+            let file = stripped.move_debug_file(path);
+            assert_eq!(stripped.hidden_by_link(), Some(stripped.hidden), "{path}");
+            // The folder of another library has no debug file.
+            let elsewhere =
+                find_by_debug_link(&stripped.root(), "/srv/libhiding.so".as_ref(), &stripped.elf());
+            assert!(elsewhere.is_none(), "{path}");
+            // One more byte changes the checksum.
             let mut bytes = fs::read(&file).unwrap();
             bytes.push(0);
             fs::write(&file, &bytes).unwrap();
-            assert_eq!(stripped.by_link(), None, "{place}");
+            assert_eq!(stripped.hidden_by_link(), None, "{path}");
         }
     }
 
@@ -233,35 +239,35 @@ mod tests {
         let id = stripped.elf().build_id().unwrap();
         let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
         let name = format!("usr/lib/debug/.build-id/{}/{}.debug", &digits[..2], &digits[2..]);
-        assert!(by_build(&stripped.root(), &stripped.elf()).is_err());
-        let place = stripped.put(&name);
-        let found = by_build(&stripped.root(), &stripped.elf()).unwrap();
+        assert!(find_by_build_id(&stripped.root(), &stripped.elf()).is_err());
+        let file = stripped.move_debug_file(&name);
+        let found = find_by_build_id(&stripped.root(), &stripped.elf()).unwrap();
         assert_eq!(found.symbols(["hidden"]), [Some(stripped.hidden)]);
         let other = Stripped::new(test, "0x400000").unwrap();
-        fs::copy(other.folder.path().join("libhiding.debug"), place).unwrap();
-        assert!(by_build(&stripped.root(), &stripped.elf()).is_err());
+        fs::copy(other.folder.path().join("libhiding.debug"), file).unwrap();
+        assert!(find_by_build_id(&stripped.root(), &stripped.elf()).is_err());
     }
 
     #[test]
-    fn links_lead_nowhere_out_of_a_root_and_to_nothing_but_files() {
-        let Some(stripped) = Stripped::new("links_lead_nowhere_out_of_a_root", "0") else { return };
+    fn symbolic_links_stay_inside_the_root_and_lead_to_regular_files_only() {
+        let Some(stripped) = Stripped::new("symbolic_links_stay_inside_the_root", "0") else { return };
         stripped.link();
         let outside = tempfile::tempdir().unwrap();
         let debug = stripped.folder.path().join("libhiding.debug");
         let copy = outside.path().join("libhiding.debug");
         fs::copy(&debug, &copy).unwrap();
         fs::create_dir(stripped.folder.path().join("opt")).unwrap();
-        let place = stripped.folder.path().join("opt/libhiding.debug");
-        symlink(&copy, &place).unwrap();
-        assert_eq!(stripped.by_link(), None);
-        fs::remove_file(&place).unwrap();
-        // As it is called inside.
-        symlink("/libhiding.debug", &place).unwrap();
-        assert_eq!(stripped.by_link(), Some(stripped.hidden));
-        fs::remove_file(&place).unwrap();
-        // Whoever opened that would wait for somebody to write to it.
-        run(Command::new("mkfifo").arg(&place));
-        assert_eq!(stripped.by_link(), None);
+        let link = stripped.folder.path().join("opt/libhiding.debug");
+        symlink(&copy, &link).unwrap();
+        assert_eq!(stripped.hidden_by_link(), None);
+        fs::remove_file(&link).unwrap();
+        // An absolute target is resolved inside the root.
+        symlink("/libhiding.debug", &link).unwrap();
+        assert_eq!(stripped.hidden_by_link(), Some(stripped.hidden));
+        fs::remove_file(&link).unwrap();
+        // Opening a FIFO would block until somebody writes to it.
+        run(Command::new("mkfifo").arg(&link));
+        assert_eq!(stripped.hidden_by_link(), None);
     }
 
     #[test]
@@ -293,7 +299,7 @@ mod tests {
         });
         assert_eq!(image.symbol("hidden"), Some(stripped.hidden));
         assert_eq!(image.functions("hid*n"), [stripped.hidden]);
-        // What is exported is in both.
+        // An exported function is in the library and in its debug file.
         assert_eq!(image.functions("exp*"), [image.symbol("exported").unwrap()]);
         assert_eq!(stripped.hidden - before.hidden, 0x1000_0000);
         assert_eq!(image.symbols(&["none", "exported", "hidden"]).iter().flatten().count(), 2);

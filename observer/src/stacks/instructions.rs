@@ -1,6 +1,6 @@
-//! Where in a function a probe may stand, read from its instructions: near its beginning, near each of its ends, or in
-//! the function that it only jumps to. The kernel steps over most instructions by two traps, which take 5 us and more;
-//! those it need not step over, because it knows what they do, take one of less than 1 us. So such are looked for.
+//! Chooses the instructions of a function on which uprobes are placed: near its beginning, near each return, or in the
+//! function that it tail-calls. For most instructions the kernel single-steps the original, which takes two traps and 5
+//! us or more. Instructions that it emulates take one trap of less than 1 us, so these are preferred.
 
 use std::collections::BTreeSet;
 
@@ -12,13 +12,13 @@ use observer_common::deferred::register;
 
 use super::elf::Elf;
 
-/// Most instructions of a function that are looked at.
-const MOST: usize = 4096;
+/// Maximum number of instructions of a function that are decoded.
+const INSTRUCTIONS_MAX: usize = 4096;
 
-/// How far from the beginning or an end of a function a probe for it may stand, in instructions.
-const NEAR: usize = 16;
+/// Maximum distance of a probe from the beginning or a return of its function, in instructions.
+const DISTANCE_MAX: usize = 16;
 
-/// Registers by their numbers in `observer_common::deferred`.
+/// Registers, indexed by their numbers in `observer_common::deferred`.
 const REGISTERS: [Register; 16] = [
     Register::RDI,
     Register::RSI,
@@ -38,39 +38,40 @@ const REGISTERS: [Register; 16] = [
     Register::R15,
 ];
 
-/// Registers that hold after a call what they held before.
-const KEPT: [Register; 6] =
+/// Callee-saved registers: a call preserves them.
+const CALLEE_SAVED: [Register; 6] =
     [Register::RBX, Register::RBP, Register::R12, Register::R13, Register::R14, Register::R15];
 
-/// A place for a probe near an end of a function.
+/// An instruction for a probe near a return of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct End {
     /// Address of the instruction.
     pub(crate) address: u64,
-    /// Number of the register that holds there what the function will return.
+    /// Number of the register that holds the function's result there.
     pub(crate) result: u64,
 }
 
-/// The place for a probe at the beginning of a function: the first instruction that the kernel need not step over, if all
-/// come past it once and no register that is read there is overwritten before it; else the first one that a probe can
-/// stand at. Registers have their numbers in `observer_common::deferred`.
+/// Address of the instruction for a probe at the beginning of a function: the first emulated instruction, if it is
+/// executed exactly once per call and no register of `read` is overwritten before it; else the first instruction that
+/// can be probed. `read` are the registers that the probe reads, by their numbers in `observer_common::deferred`.
 pub(crate) fn entry(elf: &Elf, function: u64, read: &[u64]) -> Option<u64> {
-    let (first, cheap) = beginning(decoder(elf, function)?, read);
-    let is_passed_once = |place: &Instruction| {
+    let (first, emulated) = scan_entry(decoder(elf, function)?, read);
+    let is_executed_once = |found: &Instruction| {
         let mut is_in_loop = false;
         let walked = walk(elf, function, |instruction, _, _| {
             let target = instruction.near_branch_target();
-            is_in_loop |= (function.saturating_add(1)..=place.ip()).contains(&target);
+            is_in_loop |= (function.saturating_add(1)..=found.ip()).contains(&target);
         });
         walked.is_ok() && !is_in_loop
     };
-    // In a loop nothing is pushed.
-    let cheap = cheap.filter(|place| place.mnemonic() == Mnemonic::Push || is_passed_once(place));
-    cheap.map(|place| place.ip()).or(first)
+    // A push of a register is taken to belong to the prologue, which is not in a loop.
+    let emulated = emulated.filter(|found| found.mnemonic() == Mnemonic::Push || is_executed_once(found));
+    emulated.map(|found| found.ip()).or(first)
 }
 
-/// The first instruction that a probe can stand at, and the first cheap one where what is read is as it was.
-fn beginning(
+/// Address of the first instruction that can be probed, and the first emulated instruction before which no register of
+/// `read` is overwritten.
+fn scan_entry(
     code: impl IntoIterator<Item = Instruction>,
     read: &[u64],
 ) -> (Option<u64>, Option<Instruction>) {
@@ -78,7 +79,7 @@ fn beginning(
     let (mut first, mut is_begun) = (None, false);
     let read = (0..).zip(REGISTERS).filter(|(number, _)| read.contains(number));
     let read: Vec<_> = read.map(|(_, register)| register).collect();
-    for instruction in code.into_iter().take(NEAR) {
+    for instruction in code.into_iter().take(DISTANCE_MAX) {
         if instruction.code() == Code::Endbr64 {
             continue;
         }
@@ -86,7 +87,7 @@ fn beginning(
             first = first.or(Some(instruction.ip()));
         }
         is_begun = true;
-        if is_cheap(&instruction) {
+        if is_emulated(&instruction) {
             return (first, Some(instruction));
         }
         if instruction.flow_control() != FlowControl::Next
@@ -98,31 +99,31 @@ fn beginning(
     (first, None)
 }
 
-/// Places for probes where a function ends, also those of functions that it ends by jumping to, so that one is come to
-/// each time it returns. `needs_result` tells whether its answer has to be in a register there. An error says why they
-/// are not known.
+/// Instructions for probes at the returns of a function and of the functions that it tail-calls, so that exactly one of
+/// them is executed each time the function returns. With `needs_result`, the function's result is in a register there.
+/// Fails if the returns cannot be determined.
 ///
-/// Of the part of a function that its compiler has put elsewhere because it is hardly ever run, only the returns
-/// themselves are taken.
+/// In a part of a function that the compiler has moved away because it is rarely executed (`.text.unlikely`), only the
+/// return instructions themselves are used.
 pub(crate) fn ends(elf: &Elf, function: u64, needs_result: bool) -> Result<Vec<End>, String> {
     let mut ends = BTreeSet::new();
     for (start, end) in returns(elf, function)? {
         let code: Vec<_> = decoder(elf, start)
-            .ok_or("its code is not in its file")?
+            .ok_or("its code is not in the file")?
             .into_iter()
             .take_while(|instruction| instruction.ip() <= end)
             .collect();
-        // Where data stands between the instructions, they are not read in step.
+        // Data between instructions may be decoded as an instruction that runs past the return.
         let is_in_step = code.last().is_some_and(|last| last.ip() == end);
-        let cheap = if is_in_step { cheap_end(&code, needs_result) } else { None };
-        ends.insert(cheap.unwrap_or(End { address: end, result: register::RESULT }));
+        let emulated = if is_in_step { emulated_end(&code, needs_result) } else { None };
+        ends.insert(emulated.unwrap_or(End { address: end, result: register::RESULT }));
     }
     Ok(ends.into_iter().collect())
 }
 
-/// The function that one only jumps to, having arranged its arguments.
+/// Address that a function jumps to after it has only arranged arguments; `None` if it does anything else.
 pub(crate) fn jump_target(elf: &Elf, function: u64) -> Option<u64> {
-    for instruction in decoder(elf, function)?.into_iter().take(NEAR) {
+    for instruction in decoder(elf, function)?.into_iter().take(DISTANCE_MAX) {
         match instruction.flow_control() {
             FlowControl::Next => {}
             FlowControl::UnconditionalBranch => return Some(instruction.near_branch_target()),
@@ -132,8 +133,8 @@ pub(crate) fn jump_target(elf: &Elf, function: u64) -> Option<u64> {
     None
 }
 
-/// All instructions that return from a function, each with where the straight code before it begins that was come to
-/// from the function's beginning.
+/// Addresses of all instructions that return from a function, each after the address from which the code before it is
+/// decoded: the beginning of its function, or, in a part that was moved before that, of the run that contains the return.
 fn returns(elf: &Elf, function: u64) -> Result<BTreeSet<(u64, u64)>, String> {
     let mut returns = BTreeSet::new();
     walk(elf, function, |instruction, home, start| {
@@ -142,28 +143,29 @@ fn returns(elf: &Elf, function: u64) -> Result<BTreeSet<(u64, u64)>, String> {
             returns.insert((home, instruction.ip()));
         }
     })?;
-    if returns.is_empty() { Err("it never returns".into()) } else { Ok(returns) }
+    if returns.is_empty() { Err("it has no return instruction".into()) } else { Ok(returns) }
 }
 
-/// Visits all instructions of a function and of those that it ends by jumping to, each with the beginning of its function
-/// and of the straight code that it is in.
+/// Visits all reachable instructions of a function and of those that it tail-calls. `visit` gets the instruction, the
+/// beginning of its function, and the beginning of the run of consecutive instructions through which it was reached.
 fn walk(elf: &Elf, function: u64, mut visit: impl FnMut(&Instruction, u64, u64)) -> Result<(), String> {
     let mut seen = BTreeSet::new();
     let mut to_do = vec![(function, function)];
     while let Some((home, start)) = to_do.pop() {
-        let decoder = decoder(elf, start).ok_or("its code is not in its file")?;
+        let decoder = decoder(elf, start).ok_or("its code is not in the file")?;
         for instruction in decoder {
-            if instruction.is_invalid() || seen.len() >= MOST {
-                return Err("its code is not understood".into());
+            if instruction.is_invalid() || seen.len() >= INSTRUCTIONS_MAX {
+                return Err("its code cannot be decoded or is too long".into());
             }
             if !seen.insert(instruction.ip()) {
                 break;
             }
             visit(&instruction, home, start);
             let target = instruction.near_branch_target();
-            // Behind it and not far away it is the same function.
+            // A target shortly behind the function's beginning is in the same function.
             let home_of = |target: u64| {
-                if (home..home.saturating_add(MOST as u64)).contains(&target) { home } else { target }
+                let is_near = (home..home.saturating_add(INSTRUCTIONS_MAX as u64)).contains(&target);
+                if is_near { home } else { target }
             };
             match instruction.flow_control() {
                 FlowControl::UnconditionalBranch => {
@@ -171,7 +173,7 @@ fn walk(elf: &Elf, function: u64, mut visit: impl FnMut(&Instruction, u64, u64))
                     break;
                 }
                 FlowControl::ConditionalBranch => to_do.push((home_of(target), target)),
-                FlowControl::IndirectBranch => return Err("it jumps to places that are computed".into()),
+                FlowControl::IndirectBranch => return Err("it has an indirect jump".into()),
                 FlowControl::Return | FlowControl::Exception => break,
                 _ => {}
             }
@@ -180,32 +182,30 @@ fn walk(elf: &Elf, function: u64, mut visit: impl FnMut(&Instruction, u64, u64))
     Ok(())
 }
 
-/// The last instruction before a return that the kernel need not step over, if all ways to that return lead over it.
-/// `code` is all code from the beginning of the function to the return.
-fn cheap_end(code: &[Instruction], needs_result: bool) -> Option<End> {
+/// The last emulated instruction before a return, if every path to the return executes it. `code` is all code from the
+/// beginning of the function to the return.
+fn emulated_end(code: &[Instruction], needs_result: bool) -> Option<End> {
     let mut info = InstructionInfoFactory::new();
     let (last, before) = code.split_last()?;
     let mut result = Register::RAX;
-    for (index, instruction) in before.iter().enumerate().rev().take(NEAR) {
+    for (index, instruction) in before.iter().enumerate().rev().take(DISTANCE_MAX) {
         let is_call = instruction.flow_control() == FlowControl::Call;
-        let into = |jump: &Instruction| {
+        let skips = |jump: &Instruction| {
             let target = jump.near_branch_target();
             instruction.ip() < target && target <= last.ip()
         };
         let is_jump = |other: &Instruction| {
             matches!(other.flow_control(), FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch)
         };
-        // Somebody who comes from before it comes past it.
-        let is_passed = before[..index].iter().any(|other| is_jump(other) && into(other));
-        if is_cheap(instruction) && !is_call && !is_passed {
+        let is_skipped = before[..index].iter().any(|other| is_jump(other) && skips(other));
+        if is_emulated(instruction) && !is_call && !is_skipped {
             let number = REGISTERS.iter().position(|&register| register == result)?;
             return Some(End { address: instruction.ip(), result: u64::try_from(number).ok()? });
         }
         match instruction.flow_control() {
             FlowControl::Next => {}
             FlowControl::ConditionalBranch => continue,
-            // What it calls may do anything, but it leaves some registers as they were.
-            FlowControl::Call if needs_result && KEPT.contains(&result) => continue,
+            FlowControl::Call if needs_result && CALLEE_SAVED.contains(&result) => continue,
             _ => return None,
         }
         let is_copy = instruction.code() == Code::Mov_r64_rm64
@@ -224,8 +224,8 @@ fn cheap_end(code: &[Instruction], needs_result: bool) -> Option<End> {
     None
 }
 
-/// Whether the kernel knows what an instruction does.
-fn is_cheap(instruction: &Instruction) -> bool {
+/// Whether the kernel emulates an instruction instead of single-stepping it.
+fn is_emulated(instruction: &Instruction) -> bool {
     let is_push = instruction.mnemonic() == Mnemonic::Push && instruction.op0_kind() == OpKind::Register;
     let is_jump = matches!(
         instruction.flow_control(),
@@ -234,18 +234,19 @@ fn is_cheap(instruction: &Instruction) -> bool {
     is_push || instruction.code() == Code::Nopd || is_jump && instruction.op0_kind() == OpKind::NearBranch64
 }
 
-/// Whether the kernel puts no probe on an instruction, because of a prefix.
+/// Whether the kernel refuses a uprobe on an instruction because of its prefix.
 fn is_refused(instruction: &Instruction) -> bool {
     instruction.has_lock_prefix() || instruction.segment_prefix() != Register::None
 }
 
-/// Whether Linux 6.18 turns a breakpoint on this instruction into a call. Until a later fix, that overwrites the 128 bytes below
-/// the stack pointer, where a function that calls no other may keep its variables; where it begins, it keeps none yet.
+/// Whether Linux 6.18 replaces the breakpoint on this instruction with a call. Until a later fix the call overwrites
+/// the red zone, the 128 bytes below the stack pointer in which a leaf function may keep variables. At the beginning of
+/// a function the red zone is unused.
 fn becomes_call(instruction: &Instruction) -> bool {
     instruction.mnemonic() == Mnemonic::Nop && instruction.len() == 5
 }
 
-/// Whether a probe at an address in the middle of a function would do harm, for that reason.
+/// Whether a probe at an address in the middle of a function could overwrite its red zone; see [`becomes_call`].
 pub(crate) fn is_unsafe_place(elf: &Elf, address: u64) -> bool {
     let instruction = decoder(elf, address).and_then(|code| code.into_iter().next());
     instruction.is_none_or(|instruction| becomes_call(&instruction))
@@ -258,10 +259,10 @@ fn writes(info: &mut InstructionInfoFactory, instruction: &Instruction, register
     })
 }
 
-/// The instructions from an address on.
+/// Decodes the instructions from an address on.
 fn decoder(elf: &Elf, address: u64) -> Option<impl IntoIterator<Item = Instruction>> {
     let code = elf.code_from(address)?;
-    // Far more than any function that is looked at.
+    // More than any function whose instructions are decoded.
     let code = &code[..code.len().min(1 << 20)];
     Some(Decoder::with_ip(64, code, address, DecoderOptions::NONE))
 }
@@ -307,50 +308,50 @@ mod tests {
     ];
 
     #[test]
-    fn what_nobody_reads_may_be_overwritten_before_the_probe() {
-        let place = |code: &[u8], read: &[u64]| {
-            let (first, cheap) = beginning(decoded(code, 0x1000), read);
+    fn only_registers_that_are_read_must_be_intact_at_the_probe() {
+        let emulated = |code: &[u8], read: &[u64]| {
+            let (first, emulated) = scan_entry(decoded(code, 0x1000), read);
             assert_eq!(first, Some(0x1004));
-            cheap.map(|place| place.ip())
+            emulated.map(|found| found.ip())
         };
-        assert_eq!(place(PERFORM, &[0]), Some(0x1012));
-        assert_eq!(place(PERFORM, &[0, 1]), None);
-        assert_eq!(place(REGISTER, &[]), Some(0x100a));
+        assert_eq!(emulated(PERFORM, &[0]), Some(0x1012));
+        assert_eq!(emulated(PERFORM, &[0, 1]), None);
+        assert_eq!(emulated(REGISTER, &[]), Some(0x100a));
         let rsp = register::OTHERS + 2;
-        assert_eq!(place(REGISTER, &[rsp]), None);
+        assert_eq!(emulated(REGISTER, &[rsp]), None);
     }
 
     #[test]
-    fn a_five_byte_nop_is_taken_only_where_a_function_begins() {
+    fn a_five_byte_nop_is_used_only_at_the_beginning_of_a_function() {
         const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
         let endbr64 = [0xf3, 0x0f, 0x1e, 0xfa];
-        // mov %fs:0x28,%rax, on which the kernel puts no probe; mov %rdi,%rax
+        // mov %fs:0x28,%rax, which the kernel refuses to probe; mov %rdi,%rax
         let (refused, other) = ([0x64, 0x48, 0x8b, 0x04, 0x25, 0x28, 0, 0, 0], [0x48, 0x89, 0xf8]);
-        let first = |code: &[&[u8]]| beginning(decoded(&code.concat(), 0x1000), &[]);
+        let first = |code: &[&[u8]]| scan_entry(decoded(&code.concat(), 0x1000), &[]);
         assert_eq!(first(&[&endbr64, &NOP, &other]), (Some(0x1004), None));
         assert_eq!(first(&[&refused, &NOP, &other]), (Some(0x100e), None));
         // Near the end of a function: mov, the NOP, ret.
         let code = decoded(&[&other[..], &NOP, &[0xc3]].concat(), 0x1000);
-        assert_eq!(cheap_end(&code, false), None);
+        assert_eq!(emulated_end(&code, false), None);
     }
 
     #[test]
-    fn an_answer_is_followed_back_to_a_cheap_instruction() {
+    fn a_result_is_followed_back_to_an_emulated_instruction() {
         let code = decoded(NEW_CONTEXT, 0x1000);
         let rbx = register::OTHERS;
-        assert_eq!(cheap_end(&code, true), Some(End { address: 0x1011, result: rbx }));
-        // Without need for the answer nothing tells what is done behind the last call.
-        assert_eq!(cheap_end(&code, false), None);
+        assert_eq!(emulated_end(&code, true), Some(End { address: 0x1011, result: rbx }));
+        // Without a result that is already computed, nothing shows that the work is done before the last call.
+        assert_eq!(emulated_end(&code, false), None);
     }
 
     #[test]
-    fn what_can_be_passed_by_is_not_taken() {
+    fn an_instruction_that_can_be_skipped_is_not_used() {
         // je over the nop; nop; ret.
         let code = decoded(&[0x74, 0x01, 0x90, 0xc3], 0x1000);
-        assert_eq!(cheap_end(&code, false).map(|end| end.address), Some(0x1000));
+        assert_eq!(emulated_end(&code, false).map(|end| end.address), Some(0x1000));
         let straight = decoded(&[0x90, 0x58, 0xc3], 0x1000);
-        assert_eq!(cheap_end(&straight, false).map(|end| end.address), Some(0x1000));
-        // pop %rax: the answer comes from elsewhere.
-        assert_eq!(cheap_end(&straight, true), None);
+        assert_eq!(emulated_end(&straight, false).map(|end| end.address), Some(0x1000));
+        // pop %rax overwrites the result.
+        assert_eq!(emulated_end(&straight, true), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Which interpreter a process runs, told by what its files export rather than by their names, and its frames.
+//! Detects the interpreter that a process runs, by the symbols that its files export, and reads its frames.
 
 use std::{fs, io};
 
@@ -15,14 +15,14 @@ use super::{
 };
 use crate::model::frame::Frame;
 
-/// An interpreter in a process. It belongs to the program the process ran when it was found: after an exec it fails,
-/// and has to be looked for again.
+/// An interpreter in a process. It belongs to the program that the process ran when it was detected: after an `exec`
+/// every read fails, and the interpreter has to be detected again.
 pub(crate) struct Interpreter {
-    /// What it is, with its version where that is known: `CPython 3.11.2`.
+    /// Name, with the version where that is known: `CPython 3.11.2`.
     pub(crate) name: String,
     pid: u32,
     memory: Live,
-    /// Who reads its frames, or why nobody can.
+    /// Reads its frames; else why they cannot be read.
     reader: Result<Reader, String>,
 }
 
@@ -32,13 +32,12 @@ enum Reader {
 }
 
 impl Interpreter {
-    /// Finds out what a process runs; `None` if that is native code alone.
+    /// Detects the interpreter of a process; `None` if it runs native code only.
     pub(crate) fn of(pid: u32) -> io::Result<Option<Self>> {
         let (mappings, memory) = (Mappings::of(pid)?, Live::of(pid)?);
         for map in mappings.modules() {
-            // A file that cannot be read as ELF is no interpreter.
             let Some(elf) = mappings.open(map).ok().and_then(|file| Elf::open(&file).ok()) else { continue };
-            if let Some((name, reader)) = recognise(&elf, map, &memory) {
+            if let Some((name, reader)) = detect(&elf, map, &memory) {
                 let reader = reader.map_err(|why| format!("{why:#}"));
                 return Ok(Some(Self { name, pid, memory, reader }));
             }
@@ -46,26 +45,26 @@ impl Interpreter {
         Ok(None)
     }
 
-    /// Whether frames can be read. An error says why not.
+    /// Whether frames can be read; the error says why not.
     pub(crate) fn readable(&self) -> Result<(), String> {
         self.reader.as_ref().map(drop).map_err(Clone::clone)
     }
 
-    /// Frames of a thread, innermost first. An error says why there are none.
+    /// Reads the frames of a thread, innermost first.
     pub(crate) fn frames(&self, tid: u32) -> Result<Vec<Frame>> {
         let reader =
             self.reader.as_ref().map_err(|why| anyhow!("frames of {} cannot be read: {why}", self.name))?;
-        let inside = tid_inside(self.pid, tid)?;
+        let own_tid = namespaced_tid(self.pid, tid)?;
         let frames = match reader {
-            Reader::Python(python) => python.frames(&self.memory, inside),
-            Reader::Ruby(ruby) => ruby.frames(&self.memory, inside, tid == self.pid),
+            Reader::Python(python) => python.frames(&self.memory, own_tid),
+            Reader::Ruby(ruby) => ruby.frames(&self.memory, own_tid, tid == self.pid),
         };
         frames.map_err(|error| error.context(format!("frames of {} cannot be read", self.name)))
     }
 }
 
 impl Interpreter {
-    /// What people call something of the interpreter's. An error says why nobody knows.
+    /// Resolves the name of an object of the interpreter, which `value` is the address of.
     pub(crate) fn name(&self, naming: Naming, value: u64) -> Result<String> {
         let reader = self.reader.as_ref().map_err(|why| anyhow!("{why}"))?;
         match (reader, naming) {
@@ -73,47 +72,47 @@ impl Interpreter {
             (Reader::Python(python), Naming::PythonType) => python.type_name(&self.memory, value),
             (Reader::Ruby(ruby), Naming::RubyClass) => ruby.class_name(&self.memory, value),
             (Reader::Ruby(ruby), Naming::RubyBlock) => ruby.block_name(&self.memory, value),
-            _ => bail!("{} has no such thing", self.name),
+            _ => bail!("{} has no objects of this kind", self.name),
         }
     }
 }
 
-/// What an interpreter is called, and who reads its frames; `None` for any other file.
-fn recognise(elf: &Elf, map: &MemoryMap, memory: &Live) -> Option<(String, Result<Reader>)> {
+/// Name and reader of the interpreter that a file is; `None` for any other file.
+fn detect(elf: &Elf, map: &MemoryMap, memory: &Live) -> Option<(String, Result<Reader>)> {
     let [python, python_version, ruby, v8] =
         elf.symbols(["_PyRuntime", "Py_Version", "ruby_version", "_ZN2v82V810GetVersionEv"]);
     let bias = elf.bias(map)?;
-    let inside = |address: u64| address.wrapping_add(bias);
+    let in_process = |address: u64| address.wrapping_add(bias);
     if let Some(runtime) = python {
-        // Older ones do not tell their version.
+        // CPython exports `Py_Version` since 3.11.
         let Some(version) = python_version else {
             return Some(("CPython".into(), Err(anyhow!("it is older than 3.11"))));
         };
-        return Some(match python::version(memory, inside(version)) {
+        return Some(match python::version(memory, in_process(version)) {
             Ok((number, version)) => {
-                let reader = Python::new(memory, inside(runtime), number).map(Reader::Python);
+                let reader = Python::new(memory, in_process(runtime), number).map(Reader::Python);
                 (format!("CPython {version}"), reader)
             }
             Err(error) => ("CPython".into(), Err(error)),
         });
     }
     if let Some(version) = ruby {
-        return Some(match ruby::version(memory, inside(version)) {
+        return Some(match ruby::version(memory, in_process(version)) {
             Ok(version) => (format!("Ruby {version}"), Ruby::new(elf, bias, &version).map(Reader::Ruby)),
             Err(error) => ("Ruby".into(), Err(error)),
         });
     }
-    let why =
-        "V8 moves its data; started with --perf-basic-prof it names its functions among the native frames";
+    let why = "V8 moves its objects in memory; start it with --perf-basic-prof to have its functions named among \
+               the native frames";
     v8.map(|_| ("V8".into(), Err(anyhow!(why))))
 }
 
-/// What a thread's own process calls it: in a container it has another id.
-fn tid_inside(pid: u32, tid: u32) -> Result<u32> {
+/// Id of a thread in its own PID namespace, as the process itself knows it. In a container it differs from `tid`.
+fn namespaced_tid(pid: u32, tid: u32) -> Result<u32> {
     innermost_id(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?, tid)
 }
 
-/// The last of a thread's ids that its `status` tells, which is `tid` if it tells none.
+/// The id in the innermost PID namespace, from the `NSpid` line of a `status` file; `tid` without such a line.
 pub(crate) fn innermost_id(status: &str, tid: u32) -> Result<u32> {
     let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
     Ok(ids.and_then(|ids| ids.split_whitespace().last()).map_or(Ok(tid), str::parse)?)
@@ -128,9 +127,9 @@ mod tests {
     };
 
     use super::*;
-    use crate::stacks::testing::{Program, find, sleeps, source, threads, wait_for};
+    use crate::stacks::testing::{Program, find, is_asleep, source, threads, wait_for};
 
-    /// Three functions deep: asleep, or busy, in the main thread, another one or a forked process.
+    /// Nested functions that sleep or spin, in the main thread, another thread or a forked process.
     const PYTHON: &str = "import os, sys, threading, time
 def inner():
     if sys.argv[1] == 'sleep':
@@ -179,8 +178,8 @@ else outer
 end
 ";
 
-    /// Tells the addresses of a class with a variable before its name is asked for, of one of Ruby's own, of one without
-    /// a name and of a block.
+    /// Writes the addresses of a class that got an instance variable before its name was first asked for, of a built-in
+    /// class, of an anonymous class, and of a block.
     const NAMES_OF_RUBY: &str = "require 'objspace'
 module Outer
   class Übung
@@ -196,11 +195,11 @@ File.write(ARGV[0], found.join(\"\\n\"))
 sleep
 ";
 
-    /// The process, and the thread in it, that do the work.
-    fn worker(program: &Program, place: &str) -> (u32, u32) {
+    /// Process id and thread id of the thread that runs the functions.
+    fn worker(program: &Program, location: &str) -> (u32, u32) {
         let pid = program.pid();
-        match place {
-            // Some interpreters have threads of their own.
+        match location {
+            // An interpreter may have internal threads, of which no frames can be read.
             "thread" => wait_for("a thread", || {
                 let interpreter = Interpreter::of(pid).ok()??;
                 let mut others = threads(pid).into_iter().filter(|&tid| tid != pid);
@@ -209,7 +208,7 @@ sleep
             "fork" => wait_for("a child", || {
                 let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
                 let child = children.split_whitespace().next()?.parse().ok()?;
-                // What starts an interpreter may have children too.
+                // A wrapper that starts the interpreter may have other children.
                 Interpreter::of(child).ok()??;
                 Some((child, child))
             }),
@@ -217,52 +216,53 @@ sleep
         }
     }
 
-    /// Checks all that a script does: `asleep` is its stack, and `busy` its stack from the loop on.
+    /// Checks the frames of a script: `asleep` are the innermost with their lines while it sleeps, `busy` those from
+    /// the loop on while it spins.
     fn check(start: impl Fn(&str, &str) -> Program, script: &Path, asleep: &[&str], busy: &[&str]) {
-        for place in ["main", "thread", "fork"] {
-            let program = start("sleep", place);
-            let (pid, tid) = worker(&program, place);
-            let told = |frame: &Frame| format!("{}:{}", frame.function, frame.line.unwrap_or(0));
+        for location in ["main", "thread", "fork"] {
+            let program = start("sleep", location);
+            let (pid, tid) = worker(&program, location);
+            let shown = |frame: &Frame| format!("{}:{}", frame.function, frame.line.unwrap_or(0));
             let frames = wait_for("the sleep", || {
-                sleeps(pid, tid)?;
+                is_asleep(pid, tid)?;
                 let frames = Interpreter::of(pid).ok()??.frames(tid).ok()?;
-                frames.first().is_some_and(|first| told(first) == asleep[0]).then_some(frames)
+                frames.first().is_some_and(|first| shown(first) == asleep[0]).then_some(frames)
             });
-            let stack: Vec<_> = frames.iter().map(told).take(asleep.len()).collect();
-            assert_eq!(stack, asleep, "{place}");
+            let stack: Vec<_> = frames.iter().map(shown).take(asleep.len()).collect();
+            assert_eq!(stack, asleep, "{location}");
             assert!(frames.iter().all(|frame| frame.line != Some(0)));
             assert_eq!(frames[asleep.len() - 1].file.as_deref(), script.to_str());
             kill_forked(pid, &program);
         }
-        for place in ["main", "thread"] {
-            let program = start("spin", place);
-            let (pid, tid) = worker(&program, place);
+        for location in ["main", "thread"] {
+            let program = start("spin", location);
+            let (pid, tid) = worker(&program, location);
             let interpreter = wait_for("the loop", || {
                 let interpreter = Interpreter::of(pid).ok()??;
                 let frames = interpreter.frames(tid).ok()?;
                 frames.iter().any(|frame| frame.function == busy[0]).then_some(interpreter)
             });
-            let (mut told, begun) = (0, Instant::now());
+            let (mut read, begun) = (0, Instant::now());
             for _ in 0..200 {
                 let Ok(frames) = interpreter.frames(tid) else { continue };
-                told += 1;
+                read += 1;
                 let names: Vec<_> = frames.iter().map(|frame| frame.function.as_str()).collect();
-                // The innermost may be missing from a thread that runs, but never one in between.
+                // The innermost frames of a running thread may be missing, but never one in between.
                 let at =
                     names.iter().position(|name| busy.contains(name)).unwrap_or_else(|| panic!("{names:?}"));
                 let from = busy.iter().position(|name| *name == names[at]).unwrap();
-                assert!(names[at..].starts_with(&busy[from..]), "{place}: {names:?}");
+                assert!(names[at..].starts_with(&busy[from..]), "{location}: {names:?}");
             }
             eprintln!(
-                "{}: {told} of 200 stacks of a busy thread, in {:?}",
+                "{}: {read} of 200 stacks of a busy thread, in {:?}",
                 interpreter.name,
                 begun.elapsed()
             );
-            assert!(told > 150);
+            assert!(read > 150);
         }
     }
 
-    /// A forked process would survive the one its test started.
+    /// Kills a forked process, which would outlive the program that forked it.
     fn kill_forked(pid: u32, program: &Program) {
         if pid != program.pid() {
             let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
@@ -270,7 +270,7 @@ sleep
         }
     }
 
-    /// Interpreters to try: the one on the PATH, Debian's, and those whose paths a variable lists.
+    /// Interpreters to test: the one in `PATH`, Debian's, and those whose paths the variable `more` lists.
     fn interpreters(test: &str, name: &str, more: &str) -> Vec<PathBuf> {
         let mut found: Vec<_> = find(test, name).into_iter().collect();
         let more = std::env::var_os(more).unwrap_or_default();
@@ -289,7 +289,7 @@ sleep
         let script = source(folder.path(), "chain.py", PYTHON);
         for python in interpreters("frames_of_python", "python3", "OBSERVER_TEST_PYTHONS") {
             check(
-                |how, place| Program::start(Command::new(&python).arg(&script).args([how, place])),
+                |how, location| Program::start(Command::new(&python).arg(&script).args([how, location])),
                 &script,
                 &["inner:4", "Übung.middle.<locals>.<lambda>:12", "Übung.middle:11", "outer:14"],
                 &["inner", "Übung.middle.<locals>.<lambda>", "Übung.middle", "outer"],
@@ -303,7 +303,7 @@ sleep
         let script = source(folder.path(), "chain.rb", RUBY);
         for ruby in interpreters("frames_of_ruby", "ruby", "OBSERVER_TEST_RUBIES") {
             check(
-                |how, place| Program::start(Command::new(&ruby).arg(&script).args([how, place])),
+                |how, location| Program::start(Command::new(&ruby).arg(&script).args([how, location])),
                 &script,
                 &["sleep:0", "inner:2", "block in middle:13", "each:0", "middle:12", "outer:18"],
                 &["inner", "block in middle", "each", "middle", "outer"],
@@ -316,10 +316,10 @@ sleep
         let folder = tempfile::tempdir().unwrap();
         let script = source(folder.path(), "names.rb", NAMES_OF_RUBY);
         for ruby in interpreters("names_of_ruby", "ruby", "OBSERVER_TEST_RUBIES") {
-            let told = folder.path().join("told");
-            let program = Program::start(Command::new(&ruby).args([&script, &told]));
+            let output = folder.path().join("addresses");
+            let program = Program::start(Command::new(&ruby).args([&script, &output]));
             let text = wait_for("addresses", || {
-                fs::read_to_string(&told).ok().filter(|text| text.lines().count() == 4)
+                fs::read_to_string(&output).ok().filter(|text| text.lines().count() == 4)
             });
             let addresses: Vec<_> = text.lines().map(|line| u64::from_str_radix(line, 16).unwrap()).collect();
             let interpreter = Interpreter::of(program.pid()).unwrap().unwrap();
@@ -328,7 +328,7 @@ sleep
             assert_eq!(class(1).unwrap(), "String");
             assert!(class(2).unwrap_err().to_string().contains("has no name"));
             assert!(class(3).is_err());
-            // A `Proc`'s data: what it is called on, its variables, its code.
+            // A `Proc`'s data: its `self`, its environment, its code.
             let data = interpreter.memory.field(addresses[3], 32, "block").unwrap();
             let code = interpreter.memory.field(data, 16, "block").unwrap();
             let block = interpreter.name(Naming::RubyBlock, code).unwrap();
@@ -338,8 +338,8 @@ sleep
     }
 
     #[test]
-    fn node_is_recognised_and_says_why_not() {
-        let Some(node) = find("node_is_recognised", "node") else { return };
+    fn node_is_detected_and_its_frames_cannot_be_read() {
+        let Some(node) = find("node_is_detected", "node") else { return };
         let program = Program::start(Command::new(node).args(["-e", "setInterval(() => {}, 1000)"]));
         let interpreter = wait_for("node", || Interpreter::of(program.pid()).ok()?);
         assert_eq!(interpreter.name, "V8");
@@ -350,7 +350,7 @@ sleep
     #[test]
     fn native_programs_have_no_interpreter() {
         let program = Program::start(Command::new("sleep").arg("600"));
-        wait_for("the sleep", || sleeps(program.pid(), program.pid()));
+        wait_for("the sleep", || is_asleep(program.pid(), program.pid()));
         assert!(Interpreter::of(program.pid()).unwrap().is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! What a process has mapped where, and the files behind it, also those of containers and deleted ones.
+//! The memory mappings of a process, and access to the mapped files, including those of containers and deleted files.
 
 use std::{
     collections::HashMap,
@@ -14,49 +14,50 @@ use procfs::{
     process::{MMPermissions, MMapPath, MemoryMap, MemoryMaps},
 };
 
-/// Which file it is: major and minor number of its device, and its inode.
+/// Identity of a file: major and minor number of its device, and its inode.
 pub(crate) type FileId = ((i32, i32), u64);
 
-/// When a file was last changed, in seconds and nanoseconds: inodes are used again for other files.
+/// A file's change time (`ctime`), in seconds and nanoseconds. With the [`FileId`] it identifies a file's content:
+/// inodes are reused for other files.
 pub(crate) type Version = (i64, i64);
 
-/// All mappings of a process, as they were when asked for.
+/// All mappings of a process at the time they were read.
 pub(crate) struct Mappings {
-    /// Their process.
+    /// The process.
     pub(crate) pid: u32,
-    /// In order of address, never overlapping.
+    /// Sorted by address; they never overlap.
     maps: Vec<MemoryMap>,
 }
 
 impl Mappings {
-    /// Asks for a process's mappings.
+    /// Reads a process's mappings.
     pub(crate) fn of(pid: u32) -> io::Result<Self> {
         Ok(Self::parse(pid, &fs::read(format!("/proc/{pid}/maps"))?))
     }
 
-    /// Understands what the kernel says in `/proc/PID/maps`. Files in there may be called anything.
+    /// Parses `/proc/PID/maps`. File names in it may be any bytes.
     pub(crate) fn parse(pid: u32, text: &[u8]) -> Self {
-        Self { pid, maps: text.split(|&byte| byte == b'\n').filter_map(mapping).collect() }
+        Self { pid, maps: text.split(|&byte| byte == b'\n').filter_map(parse_line).collect() }
     }
 
-    /// The mapping an address is in.
+    /// The mapping that contains an address.
     pub(crate) fn find(&self, address: u64) -> Option<&MemoryMap> {
         let after = self.maps.partition_point(|map| map.address.0 <= address);
         self.maps[..after].last().filter(|map| address < map.address.1)
     }
 
-    /// The mapping of code an address is in.
+    /// The executable mapping that contains an address.
     pub(crate) fn code(&self, address: u64) -> Option<&MemoryMap> {
         self.find(address).filter(|map| map.perms.contains(MMPermissions::EXECUTE))
     }
 
-    /// Where the code is that the kernel maps into every process.
+    /// Address range of the vDSO, the code that the kernel maps into every process.
     pub(crate) fn vdso(&self) -> Option<(u64, u64)> {
         self.maps.iter().find(|map| map.pathname == MMapPath::Vdso).map(|map| map.address)
     }
 
-    /// One mapping of code for each file that has any, or several if the process has several copies of it: its code once
-    /// more, from its beginning.
+    /// One executable mapping for each mapped file, or one for each copy if the file is mapped several times. A mapping
+    /// starts another copy if its offset in the file is not beyond that of the mapping before.
     pub(crate) fn modules(&self) -> impl Iterator<Item = &MemoryMap> {
         let mut last = HashMap::new();
         let code = self.maps.iter().filter(|map| map.perms.contains(MMPermissions::EXECUTE));
@@ -66,57 +67,60 @@ impl Mappings {
         })
     }
 
-    /// A mapping of code of each module whose file name begins so.
-    pub(crate) fn modules_named(&self, beginning: &str) -> impl Iterator<Item = &MemoryMap> {
-        self.modules().filter(move |map| module_name(map).is_some_and(|name| name.starts_with(beginning)))
+    /// The [`modules`](Self::modules) whose file name starts with `prefix`.
+    pub(crate) fn modules_named(&self, prefix: &str) -> impl Iterator<Item = &MemoryMap> {
+        self.modules().filter(move |map| module_name(map).is_some_and(|name| name.starts_with(prefix)))
     }
 
-    /// Which of all files that had the inode is mapped; `None` if there is no file or nobody may look.
+    /// Version of the mapped file; `None` if no file is mapped or it cannot be accessed.
     pub(crate) fn version(&self, map: &MemoryMap) -> Option<Version> {
         let MMapPath::Path(path) = &map.pathname else { return None };
         let metadata =
-            fs::metadata(self.by_range_path(map)).or_else(|_| fs::metadata(inside(self.pid, path)));
+            fs::metadata(self.map_files_path(map)).or_else(|_| fs::metadata(inside(self.pid, path)));
         metadata.ok().map(|metadata| (metadata.ctime(), metadata.ctime_nsec()))
     }
 
-    /// Where the kernel shows the file behind a mapping, whatever its name is now. Looking takes CAP_SYS_ADMIN or
-    /// CAP_CHECKPOINT_RESTORE.
-    fn by_range_path(&self, map: &MemoryMap) -> PathBuf {
+    /// Link to a mapped file by the address range of its mapping, which works whatever the file's name is now. To
+    /// follow it takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+    fn map_files_path(&self, map: &MemoryMap) -> PathBuf {
         format!("/proc/{}/map_files/{:x}-{:x}", self.pid, map.address.0, map.address.1).into()
     }
 
-    /// Opens the file behind a mapping, and no other that has taken its name since.
+    /// Opens a mapped file. A file that has replaced it under its name is not opened.
     pub(crate) fn open(&self, map: &MemoryMap) -> io::Result<File> {
-        File::open(self.by_range_path(map)).or_else(|_| self.open_by_name(map))
+        File::open(self.map_files_path(map)).or_else(|_| self.open_by_name(map))
     }
 
-    /// Opens the file of that name in the process's file system, if it still is the mapped one.
+    /// Opens a mapped file by its name in the process's file system, if its inode is still the mapped one.
     fn open_by_name(&self, map: &MemoryMap) -> io::Result<File> {
         let MMapPath::Path(path) = &map.pathname else {
-            return Err(io::Error::other("no file is mapped there"));
+            return Err(io::Error::other("the mapping has no file"));
         };
         let file = open_inside(self.pid, path)?;
         if file.metadata()?.ino() != map.inode {
-            return Err(io::Error::other(format!("{} has been replaced", path.display())));
+            return Err(io::Error::other(format!(
+                "{} has been replaced since it was mapped",
+                path.display()
+            )));
         }
         Ok(file)
     }
 
-    /// Whether mapped files can be opened without their names.
-    pub(super) fn by_range(&self) -> bool {
+    /// Whether observer may open mapped files through `/proc/PID/map_files`.
+    pub(super) fn can_open_map_files(&self) -> bool {
         let first =
             fs::read_dir(format!("/proc/{}/map_files", self.pid)).into_iter().flatten().flatten().next();
         first.is_some_and(|first| File::open(first.path()).is_ok())
     }
 }
 
-/// Understands one line: five columns of figures, and a path that may be anything. procfs takes some files' paths for
-/// something else, and panics where they are not.
-fn mapping(line: &[u8]) -> Option<MemoryMap> {
+/// Parses one line: five columns and a path, which may be any bytes. The path is kept from procfs, which takes some
+/// files' paths for special mappings and then panics on them.
+fn parse_line(line: &[u8]) -> Option<MemoryMap> {
     let line = String::from_utf8_lossy(line);
     let path = line.splitn(6, ' ').nth(5)?;
-    let figures = &line[..line.len() - path.len()];
-    let map = MemoryMaps::from_buf_read(figures.as_bytes()).ok()?.into_iter().next()?;
+    let columns = &line[..line.len() - path.len()];
+    let map = MemoryMaps::from_buf_read(columns.as_bytes()).ok()?.into_iter().next()?;
     let pathname = match path.trim_start() {
         "" => MMapPath::Anonymous,
         "[vdso]" => MMapPath::Vdso,
@@ -126,34 +130,35 @@ fn mapping(line: &[u8]) -> Option<MemoryMap> {
     Some(MemoryMap { pathname, ..map })
 }
 
-/// Opens a regular file by its name under a root, which no symbolic link leads out of; `links` tells whether the last part
-/// may be one. Nothing else is opened, be it for a moment: a device may do something, a pipe wait for somebody to write.
-pub(super) fn open_under(root: &File, path: &Path, links: OFlag) -> io::Result<File> {
+/// Opens a regular file by its path under `root`; no symbolic link leads out of the root. `links` is `O_NOFOLLOW` if
+/// the last component must not be a symbolic link. Files of other types are never opened, not even briefly: opening a
+/// device can have an effect, and opening a FIFO waits for a writer.
+pub(super) fn open_in_root(root: &File, path: &Path, links: OFlag) -> io::Result<File> {
     let flags = OFlag::O_PATH | OFlag::O_CLOEXEC | links;
     let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_IN_ROOT);
-    let place = File::from(openat2(root, path, how)?);
-    if !place.metadata()?.is_file() {
-        return Err(io::Error::other(format!("{} is no file", path.display())));
+    let found = File::from(openat2(root, path, how)?);
+    if !found.metadata()?.is_file() {
+        return Err(io::Error::other(format!("{} is not a regular file", path.display())));
     }
-    File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))
+    File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
 }
 
-/// Opens a regular file by the name that it has for a process.
-pub(super) fn open_inside(pid: u32, path: &Path) -> io::Result<File> {
-    open_under(&File::open(inside(pid, "/".as_ref()))?, path, OFlag::empty())
+/// Opens a regular file by its path in a process's root.
+pub(super) fn open_of_process(pid: u32, path: &Path) -> io::Result<File> {
+    open_in_root(&File::open(inside(pid, "/".as_ref()))?, path, OFlag::empty())
 }
 
-/// A path of a process, as seen from here, whatever its root is.
+/// Translates a path of a process to observer's, through the process's root.
 pub(crate) fn inside(pid: u32, path: &Path) -> PathBuf {
     Path::new(&format!("/proc/{pid}/root")).join(path.strip_prefix("/").unwrap_or(path))
 }
 
-/// Which file is mapped.
+/// Identity of the mapped file.
 pub(crate) fn file_id(map: &MemoryMap) -> FileId {
     (map.dev, map.inode)
 }
 
-/// What people call the module a mapping belongs to; `None` for code that was made at run time.
+/// Base name of the mapped file, without ` (deleted)`, or `vdso`; `None` for other mappings, such as JIT-compiled code.
 pub(crate) fn module_name(map: &MemoryMap) -> Option<String> {
     match &map.pathname {
         MMapPath::Path(path) => {
@@ -170,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_may_be_called_anything() {
+    fn file_names_may_be_any_bytes() {
         let text = b"1000-2000 r-xp 00000000 08:01 5 /SYSV\n2000-3000 r-xp 00000000 08:01 6 /SYSVzzzzzzzz (deleted)\n\
             3000-4000 rw-s 00000000 00:01 7 /SYSV0000002a (deleted)\n4000-5000 r-xp 00000000 08:01 8 /lib/\xff.so\n\
             5000-6000 r-xp 00000000 08:01 9 /srv/a /SYSV b\n";

@@ -1,18 +1,18 @@
-//! Memory of an observed process, as it is now.
+//! Reads the memory of an observed process.
 
 use std::{fs::File, io, os::unix::fs::FileExt as _};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Longest string without a terminator that is taken for one, in bytes.
+/// Maximum length of a string, in bytes for a C string and in characters for a string of an interpreter.
 const STRING_MAX: usize = 4096;
 
-/// Something that knows what a process has at an address.
+/// Readable memory of a process.
 pub(crate) trait Memory {
-    /// Fills all of `into` from an address on, or fails.
+    /// Fills `into` with the bytes from an address on; `None` if not all of them can be read.
     fn read(&self, address: u64, into: &mut [u8]) -> Option<()>;
 
-    /// A word, which may be a pointer.
+    /// Reads 8 bytes in little-endian order.
     fn word(&self, address: u64) -> Option<u64> {
         let mut bytes = [0; 8];
         self.read(address, &mut bytes)?;
@@ -20,34 +20,34 @@ pub(crate) trait Memory {
     }
 }
 
-/// The whole address space of a process, at this moment. Stays with the program it was opened for: after an exec
-/// or exit nothing can be read, even if another process gets the same id.
+/// The live address space of a process. It stays with the program that it was opened for: after an `exec` or exit every
+/// read fails, even if another process gets the same id.
 pub(crate) struct Live(File);
 
 impl Live {
-    /// Opens a process's memory, which takes the right to trace it.
+    /// Opens a process's memory. This takes the right to trace the process.
     pub(crate) fn of(pid: u32) -> io::Result<Self> {
         File::open(format!("/proc/{pid}/mem")).map(Self)
     }
 
-    /// Bytes that must be there; `what` names them in the error.
+    /// Reads bytes. `what` names them in the error.
     pub(super) fn bytes(&self, address: u64, length: usize, what: &str) -> Result<Vec<u8>> {
         let mut bytes = vec![0; length];
-        self.read(address, &mut bytes).with_context(|| format!("no {what} at {address:#x}"))?;
+        self.read(address, &mut bytes).with_context(|| format!("cannot read {what} at {address:#x}"))?;
         Ok(bytes)
     }
 
-    /// A word that must be there.
+    /// Reads the word at an offset in an object. `what` names it in the error.
     pub(super) fn field(&self, object: u64, offset: u64, what: &str) -> Result<u64> {
         let word = object.checked_add(offset).and_then(|address| self.word(address));
-        word.with_context(|| format!("no {what} at {object:#x}+{offset:#x}"))
+        word.with_context(|| format!("cannot read {what} at {object:#x}+{offset:#x}"))
     }
 
-    /// A C string that must be there and be one.
+    /// Reads a C string. Fails if it is too long or no printable UTF-8 text.
     pub(crate) fn c_string(&self, address: u64, what: &str) -> Result<String> {
         let mut bytes = Vec::new();
         while bytes.len() < STRING_MAX {
-            // To the end of a cache line, so that no read crosses into a page that may be missing.
+            // Reads to the end of a cache line, so that no read crosses into a page that may not be mapped.
             let start = address.wrapping_add(bytes.len() as u64);
             let chunk = 64 - usize::try_from(start % 64)?;
             let more = self.bytes(start, chunk, what)?;
@@ -57,13 +57,13 @@ impl Live {
                 return text(bytes, what);
             }
         }
-        anyhow::bail!("{what} at {address:#x} has no end")
+        anyhow::bail!("{what} at {address:#x} is longer than {STRING_MAX} bytes")
     }
 }
 
 #[cfg(any(test, feature = "fuzz"))]
 impl Live {
-    /// A process that has a file's content in its memory from address 0 on, and nothing else.
+    /// An address space that has only a file's content, from address 0 on.
     pub(crate) const fn of_file(file: File) -> Self {
         Self(file)
     }
@@ -75,15 +75,15 @@ impl Memory for Live {
     }
 }
 
-/// Part of a stack, copied at one moment.
-pub(crate) struct Copied<'a> {
-    /// Where the copy begins in the process: its stack pointer.
+/// A copy of the innermost part of a stack.
+pub(crate) struct StackCopy<'a> {
+    /// Address of the first byte in the process: the stack pointer.
     pub(crate) start: u64,
-    /// What was there.
+    /// The copied bytes.
     pub(crate) bytes: &'a [u8],
 }
 
-impl Memory for Copied<'_> {
+impl Memory for StackCopy<'_> {
     fn read(&self, address: u64, into: &mut [u8]) -> Option<()> {
         let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
         into.copy_from_slice(self.bytes.get(offset..offset.checked_add(into.len())?)?);
@@ -91,27 +91,27 @@ impl Memory for Copied<'_> {
     }
 }
 
-/// A string of known length, if it can be text at all.
+/// Decodes text. Fails if it is not UTF-8 or has control characters.
 pub(super) fn text(bytes: Vec<u8>, what: &str) -> Result<String> {
-    let text = String::from_utf8(bytes).with_context(|| format!("{what} is no text"))?;
-    ensure!(!text.chars().any(char::is_control), "{what} is no text: {text:?}");
+    let text = String::from_utf8(bytes).with_context(|| format!("{what} is not UTF-8"))?;
+    ensure!(!text.chars().any(char::is_control), "{what} has control characters: {text:?}");
     Ok(text)
 }
 
-/// Whether a string can be this long, in characters.
-pub(super) fn length(length: u64, what: &str) -> Result<usize> {
-    let length = usize::try_from(length).ok().filter(|&length| length <= STRING_MAX);
-    length.with_context(|| format!("{what} is too long to be true"))
+/// Checks the length of a string, in characters, as it was read from a process.
+pub(super) fn checked_length(length: u64, what: &str) -> Result<usize> {
+    let checked = usize::try_from(length).ok().filter(|&length| length <= STRING_MAX);
+    checked.with_context(|| format!("implausible length of {what}: {length}"))
 }
 
-/// A word of a structure that has been read as a whole.
+/// Decodes the 8 bytes at an offset of a structure that has been read as a whole.
 pub(super) fn word_in(bytes: &[u8], offset: u64) -> Option<u64> {
     let start = usize::try_from(offset).ok()?;
     Some(u64::from_le_bytes(bytes.get(start..start.checked_add(8)?)?.try_into().ok()?))
 }
 
-/// A half word of a structure that has been read as a whole.
-pub(super) fn half_in(bytes: &[u8], offset: u64) -> Option<u32> {
+/// Decodes the 4 bytes at an offset of a structure that has been read as a whole.
+pub(super) fn u32_in(bytes: &[u8], offset: u64) -> Option<u32> {
     let start = usize::try_from(offset).ok()?;
     Some(u32::from_le_bytes(bytes.get(start..start.checked_add(4)?)?.try_into().ok()?))
 }
@@ -129,14 +129,14 @@ mod tests {
         assert_eq!(read, "a string with an end");
         assert_eq!(memory.word(0), None);
         assert_eq!(memory.word(u64::MAX), None);
-        assert!(memory.c_string(8, "a name").unwrap_err().to_string().contains("no a name at 0x8"));
+        assert!(memory.c_string(8, "a name").unwrap_err().to_string().contains("cannot read a name at 0x8"));
     }
 
     #[test]
-    fn what_cannot_be_text_is_not() {
+    fn bytes_that_are_no_text_are_refused() {
         assert!(text(vec![b'a', 0xff], "a name").is_err());
         assert!(text(vec![b'a', 7], "a name").is_err());
         assert_eq!(text("über".into(), "a name").unwrap(), "über");
-        assert!(length(1 << 40, "a name").is_err());
+        assert!(checked_length(1 << 40, "a name").is_err());
     }
 }

@@ -1,5 +1,5 @@
-//! What a stalled thread was doing, as frames people can read: native ones from registers and stack memory, and
-//! those of interpreters from the process's own data. Only reads; the observed process is never stopped.
+//! Reads the stack of a stalled thread as named frames: native frames from registers and stack memory, frames of an
+//! interpreter from the process's memory. It only reads; the observed process is never stopped.
 
 pub(crate) mod elf;
 pub(crate) mod instructions;
@@ -8,7 +8,7 @@ pub(crate) mod image;
 pub(crate) mod memory;
 pub(crate) mod code;
 pub(crate) mod naming;
-mod snapshot;
+mod raw_frames;
 #[cfg(test)]
 mod testing;
 pub(crate) mod unwind;
@@ -20,6 +20,6 @@ mod sampler;
 mod untrusted_elf;
 pub(crate) mod symbols;
 pub(crate) mod task_names;
-pub(crate) mod now;
+pub(crate) mod reader;
 pub(crate) mod variable;
 pub(crate) mod watch;

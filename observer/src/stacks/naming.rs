@@ -1,33 +1,32 @@
-//! How the value that stands for a kind of deferred task becomes a name.
+//! How to resolve the value that stands for a kind of deferred task to a name.
 
 use observer_common::deferred::ClassKey;
 use serde::Deserialize;
 
-/// What stands for a kind of work, and so how to make a name of it. Numbers are what the programs pass on.
+/// What the value of a kind is, and so how to resolve its name. The numbers are `ClassKey::naming` in the eBPF programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u32)]
 pub(crate) enum Naming {
-    /// A code object of CPython.
+    /// Address of a CPython code object.
     PythonCode = 1,
-    /// A type of CPython.
+    /// Address of a CPython type.
     PythonType = 2,
-    /// A class of Ruby.
+    /// A Ruby class.
     RubyClass = 3,
-    /// A piece of Ruby code, as its compiler leaves it (`rb_iseq_t`).
+    /// Compiled Ruby code (`rb_iseq_t`).
     RubyBlock = 4,
-    /// A function.
+    /// Address of a native function.
     Function = 5,
-    /// A table that begins with a function.
+    /// Address of a table whose first entry is the address of a native function.
     Vtable = 6,
-    /// A C string.
+    /// Address of a C string.
     String = 7,
-    /// It is no kind: what put it off goes on in it, as code that waited does.
+    /// No kind: the task is the continuation of the one that enqueued it, as the code after a wait is.
     SameWork = ClassKey::SAME_WORK,
 }
 
 impl Naming {
-    /// All of them.
     const ALL: [Self; 8] = [
         Self::PythonCode,
         Self::PythonType,
@@ -39,12 +38,12 @@ impl Naming {
         Self::SameWork,
     ];
 
-    /// The one the programs passed on.
+    /// Decodes the number that the eBPF programs report.
     pub(crate) fn of(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|naming| *naming as u32 == number)
     }
 
-    /// Whether it takes an interpreter's own data to make a name of it.
+    /// Whether an interpreter's data are needed to resolve a name.
     pub(crate) const fn is_interpreted(self) -> bool {
         matches!(self, Self::PythonCode | Self::PythonType | Self::RubyClass | Self::RubyBlock)
     }

@@ -1,30 +1,31 @@
-//! Python frames of a thread, read from CPython's own data while it runs or stands still.
+//! Reads the Python frames of a thread from CPython's data in the process's memory, whether the thread runs or is
+//! blocked.
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    memory::{Live, half_in, length, text, word_in},
-    snapshot::{self, Link},
+    memory::{Live, checked_length, text, u32_in, word_in},
+    raw_frames::{self, RawFrame},
     unwind::DEPTH_MAX,
 };
 use crate::model::frame::Frame;
 
-/// Most interpreters, and threads of all of them, that are looked through.
+/// Maximum number of interpreters, and of threads of all interpreters together, that are searched.
 const LIST_MAX: usize = 4096;
 
-/// Most frames followed: CPython's own limit of recursion is 1000 unless raised.
+/// Maximum number of frames that are followed. CPython's recursion limit is 1000 by default.
 const CHAIN_MAX: usize = 8192;
 
-/// Longest location table of a function, in bytes.
+/// Maximum size of a function's location table, in bytes.
 const TABLE_MAX: u64 = 1 << 20;
 
-/// `owner` of a frame that stands for a piece of C stack and has no code of its own.
+/// `owner` of a frame that stands for a part of the C stack and has no code.
 const OWNED_BY_C_STACK: u8 = 3;
 
-/// Where CPython keeps what: offsets in bytes into its structures.
+/// Offsets into CPython's structures, in bytes.
 ///
 /// Those of 3.11 and 3.12 were printed by gdb from the debug information of x86-64 release builds (3.11.7, 3.12.1);
-/// minor releases keep them. From 3.13 on the interpreter tells them itself (`_Py_DebugOffsets`).
+/// patch releases keep them. From 3.13 on the interpreter has a table of them (`_Py_DebugOffsets`).
 #[derive(Clone, Copy, Debug)]
 struct Offsets {
     runtime_interpreters: u64,
@@ -32,9 +33,9 @@ struct Offsets {
     interpreter_threads: u64,
     thread_next: u64,
     thread_native_id: u64,
-    /// Of the frame, or of what leads to it.
+    /// Pointer to the current frame, or to the `_PyCFrame`.
     thread_frame: u64,
-    /// Of the frame in `_PyCFrame`, where that is in between.
+    /// Pointer to the current frame in `_PyCFrame`; `None` for versions without it.
     cframe_frame: Option<u64>,
     frame_code: u64,
     frame_previous: u64,
@@ -51,7 +52,7 @@ struct Offsets {
     bytes_data: u64,
     string_length: u64,
     string_state: u64,
-    /// Size of a string's head: of one that is all ASCII, and of any other.
+    /// Size of a string's header: of an ASCII string, and of any other compact string.
     string_ascii: u64,
     string_compact: u64,
 }
@@ -97,23 +98,23 @@ const V3_12: Offsets = Offsets {
     ..V3_11
 };
 
-/// What `_PyRuntime` begins with where it tells its own offsets.
+/// First bytes of `_Py_DebugOffsets`, with which `_PyRuntime` begins.
 const COOKIE: &[u8] = b"xdebugpy";
 
-/// Size of 3.13's `_Py_DebugOffsets`.
+/// Size of 3.13's `_Py_DebugOffsets`, in bytes.
 const DEBUG_OFFSETS_SIZE: usize = 584;
 
-/// A CPython interpreter in some process.
+/// A CPython runtime in a process.
 pub(crate) struct Python {
     /// Address of `_PyRuntime`.
     runtime: u64,
     offsets: Offsets,
 }
 
-/// Version of the interpreter as `(major, minor)`, and for people; from the address of `Py_Version`.
+/// Reads the version from the address of `Py_Version`: as `(major, minor)`, and as text.
 pub(crate) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)> {
     let bytes = memory.bytes(address, 4, "version")?;
-    let [level, micro, minor, major] = bytes[..] else { bail!("no version") };
+    let [level, micro, minor, major] = bytes[..] else { bail!("the version is not 4 bytes long") };
     let suffix = match level >> 4 {
         0xa => "a",
         0xb => "b",
@@ -124,26 +125,26 @@ pub(crate) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)>
 }
 
 impl Python {
-    /// Makes sure that this interpreter's data can be understood.
+    /// Prepares to read a runtime. Fails if its version or build is not supported.
     pub(crate) fn new(memory: &Live, runtime: u64, version: (u8, u8)) -> Result<Self> {
         let offsets = match version {
             (3, 11) => V3_11,
             (3, 12) => V3_12,
             (3, 13) => debug_offsets(memory, runtime)?,
-            _ => bail!("only 3.11, 3.12 and 3.13 are understood"),
+            _ => bail!("only versions 3.11, 3.12 and 3.13 are supported"),
         };
         Ok(Self { runtime, offsets })
     }
 
-    /// Frames of a thread, innermost first; `tid` is what the process itself calls it.
+    /// Reads the frames of a thread, innermost first. `tid` is its id in the process's own PID namespace.
     pub(crate) fn frames(&self, memory: &Live, tid: u32) -> Result<Vec<Frame>> {
-        let thread = self.thread(memory, tid)?;
-        let links = snapshot::stable(|| self.chain(memory, thread))?;
-        links.iter().take(DEPTH_MAX).map(|link| self.frame(memory, link)).collect()
+        let thread = self.find_thread(memory, tid)?;
+        let raw = raw_frames::read_consistent(|| self.raw_frames(memory, thread))?;
+        raw.iter().take(DEPTH_MAX).map(|raw| self.resolve(memory, raw)).collect()
     }
 
-    /// Address of the thread's state.
-    fn thread(&self, memory: &Live, tid: u32) -> Result<u64> {
+    /// Finds the address of a thread's `PyThreadState`.
+    fn find_thread(&self, memory: &Live, tid: u32) -> Result<u64> {
         let at = &self.offsets;
         let mut interpreter = memory.field(self.runtime, at.runtime_interpreters, "list of interpreters")?;
         let mut left = LIST_MAX;
@@ -153,7 +154,7 @@ impl Python {
             }
             let mut thread = memory.field(interpreter, at.interpreter_threads, "list of threads")?;
             while thread != 0 {
-                left = left.checked_sub(1).context("its lists of threads have no end")?;
+                left = left.checked_sub(1).context("its list of threads is too long or cyclic")?;
                 if memory.field(thread, at.thread_native_id, "thread id")? == u64::from(tid) {
                     return Ok(thread);
                 }
@@ -164,21 +165,21 @@ impl Python {
         bail!("thread {tid} has never run Python")
     }
 
-    /// The thread's frames, innermost first.
-    fn chain(&self, memory: &Live, thread: u64) -> Result<Vec<Link>> {
+    /// Reads a thread's frames as addresses, innermost first.
+    fn raw_frames(&self, memory: &Live, thread: u64) -> Result<Vec<RawFrame>> {
         let at = &self.offsets;
         let mut frame = memory.field(thread, at.thread_frame, "current frame")?;
         if let Some(offset) = at.cframe_frame {
             frame = memory.field(frame, offset, "current frame")?;
         }
         let size = usize::try_from(at.frame_owner + 1)?.max(usize::try_from(at.frame_instruction + 8)?);
-        let mut links = Vec::new();
+        let mut frames = Vec::new();
         while frame != 0 {
-            ensure!(links.len() < CHAIN_MAX, "more than {CHAIN_MAX} frames");
+            ensure!(frames.len() < CHAIN_MAX, "more than {CHAIN_MAX} frames");
             let bytes = memory.bytes(frame, size, "frame")?;
             let word = |offset| word_in(&bytes, offset).context("a frame is too short");
             if bytes[usize::try_from(at.frame_owner)?] != OWNED_BY_C_STACK {
-                links.push(Link {
+                frames.push(RawFrame {
                     address: frame,
                     code: word(at.frame_code)?,
                     instruction: word(at.frame_instruction)?,
@@ -186,20 +187,20 @@ impl Python {
             }
             frame = word(at.frame_previous)?;
         }
-        Ok(links)
+        Ok(frames)
     }
 
-    /// What people call a frame.
-    fn frame(&self, memory: &Live, link: &Link) -> Result<Frame> {
+    /// Resolves a frame to its function, file and line.
+    fn resolve(&self, memory: &Live, raw: &RawFrame) -> Result<Frame> {
         let at = &self.offsets;
-        self.check_type(memory, link.code, "code")?;
+        self.check_type(memory, raw.code, "code")?;
         let size = usize::try_from(at.code_instructions)?;
-        let code = memory.bytes(link.code, size, "code")?;
+        let code = memory.bytes(raw.code, size, "code")?;
         let word = |offset| word_in(&code, offset).context("a code object is too short");
-        let first = half_in(&code, at.code_first_line).context("a code object is too short")?;
-        // CPython counts in code units of two bytes. Before its first instruction a frame is at its first line.
+        let first = u32_in(&code, at.code_first_line).context("a code object is too short")?;
+        // A code unit has two bytes. A frame that has not executed an instruction yet is at its first line.
         let unit =
-            link.instruction.checked_sub(link.code.wrapping_add(at.code_instructions)).map(|bytes| bytes / 2);
+            raw.instruction.checked_sub(raw.code.wrapping_add(at.code_instructions)).map(|bytes| bytes / 2);
         let line = match unit {
             Some(unit) => line(&self.bytes(memory, word(at.code_linetable)?)?, first, unit),
             None => Some(first),
@@ -212,7 +213,7 @@ impl Python {
         })
     }
 
-    /// Name of a function, by its code.
+    /// Qualified name of a code object's function.
     pub(crate) fn code_name(&self, memory: &Live, code: u64) -> Result<String> {
         self.check_type(memory, code, "code")?;
         let name = memory.field(code, self.offsets.code_qualname, "function name")?;
@@ -225,11 +226,11 @@ impl Python {
         memory.c_string(memory.field(kind, self.offsets.type_name, "type name")?, "type name")
     }
 
-    /// Makes sure that an object is what it should be.
-    fn check_type(&self, memory: &Live, object: u64, wanted: &str) -> Result<()> {
+    /// Checks that an object has the expected type.
+    fn check_type(&self, memory: &Live, object: u64, expected: &str) -> Result<()> {
         let kind = memory.field(object, self.offsets.object_type, "type")?;
         let name = memory.c_string(memory.field(kind, self.offsets.type_name, "type name")?, "type name")?;
-        ensure!(name == wanted, "what should be of type {wanted} is {name}");
+        ensure!(name == expected, "an object is of type {name} instead of {expected}");
         Ok(())
     }
 
@@ -237,27 +238,27 @@ impl Python {
     fn bytes(&self, memory: &Live, object: u64) -> Result<Vec<u8>> {
         self.check_type(memory, object, "bytes")?;
         let size = memory.field(object, self.offsets.bytes_size, "size of bytes")?;
-        ensure!(size <= TABLE_MAX, "a location table is too long to be true");
+        ensure!(size <= TABLE_MAX, "implausible size of a location table: {size}");
         memory.bytes(object.wrapping_add(self.offsets.bytes_data), usize::try_from(size)?, "bytes")
     }
 
     /// Content of a `str` object.
     fn string(&self, memory: &Live, object: u64, what: &str) -> Result<String> {
-        /// Bits of `state`: characters are this many bytes each, follow the head, are all ASCII.
+        /// Bits of `state`: bytes per character; whether the characters follow the header; whether all are ASCII.
         const KIND: u64 = 0b111 << 2;
         const COMPACT: u64 = 1 << 5;
         const ASCII: u64 = 1 << 6;
 
         let at = &self.offsets;
         self.check_type(memory, object, "str")?;
-        let length = length(memory.field(object, at.string_length, what)?, what)?;
+        let length = checked_length(memory.field(object, at.string_length, what)?, what)?;
         let state = memory.field(object, at.string_state, what)?;
-        ensure!(state & COMPACT != 0, "{what} is a string of an old kind");
-        let head = if state & ASCII != 0 { at.string_ascii } else { at.string_compact };
+        ensure!(state & COMPACT != 0, "{what} is not a compact string");
+        let header = if state & ASCII != 0 { at.string_ascii } else { at.string_compact };
         let width = usize::try_from((state & KIND) >> 2)?;
-        let bytes = memory.bytes(object.wrapping_add(head), length * width, what)?;
+        let bytes = memory.bytes(object.wrapping_add(header), length * width, what)?;
         let utf8 = match width {
-            // Latin-1 is the beginning of Unicode.
+            // The first 256 code points of Unicode are Latin-1.
             1 => bytes.into_iter().map(char::from).collect::<String>(),
             2 => {
                 let (units, _) = bytes.as_chunks::<2>();
@@ -270,18 +271,18 @@ impl Python {
                 let decode = |unit| char::from_u32(unit).unwrap_or(char::REPLACEMENT_CHARACTER);
                 units.iter().copied().map(u32::from_le_bytes).map(decode).collect()
             }
-            _ => bail!("{what} has characters of {width} bytes"),
+            _ => bail!("implausible size of the characters of {what}: {width}"),
         };
         text(utf8.into_bytes(), what)
     }
 }
 
-/// Offsets as an interpreter of version 3.13 tells them itself.
+/// Reads the offsets of version 3.13 from `_Py_DebugOffsets`.
 fn debug_offsets(memory: &Live, runtime: u64) -> Result<Offsets> {
-    let table = memory.bytes(runtime, DEBUG_OFFSETS_SIZE, "table of offsets")?;
-    ensure!(table.starts_with(COOKIE), "its table of offsets is not where it should be");
-    let offset = |at: u64| word_in(&table, at).context("the table of offsets is too short");
-    ensure!(offset(16)? == 0, "it is built without the global interpreter lock");
+    let table = memory.bytes(runtime, DEBUG_OFFSETS_SIZE, "_Py_DebugOffsets")?;
+    ensure!(table.starts_with(COOKIE), "_PyRuntime does not begin with _Py_DebugOffsets");
+    let offset = |at: u64| word_in(&table, at).context("_Py_DebugOffsets is too short");
+    ensure!(offset(16)? == 0, "free-threaded builds are not supported");
     let ascii = offset(560)?;
     let offsets = Offsets {
         runtime_interpreters: offset(40)?,
@@ -307,19 +308,20 @@ fn debug_offsets(memory: &Live, runtime: u64) -> Result<Offsets> {
         string_state: offset(544)?,
         string_length: offset(552)?,
         string_ascii: ascii,
-        // Two words longer: the length in UTF-8, and a pointer.
+        // `PyCompactUnicodeObject` has two more words: the length in UTF-8, and a pointer to it.
         string_compact: ascii.wrapping_add(16),
     };
-    // They tell how much is read at once.
-    let read = [offsets.frame_owner, offsets.frame_instruction, offsets.code_instructions];
-    ensure!(read.iter().all(|&offset| offset < 4096), "its table of offsets is not sane");
+    // These determine how much is read at once.
+    let sizes = [offsets.frame_owner, offsets.frame_instruction, offsets.code_instructions];
+    ensure!(sizes.iter().all(|&offset| offset < 4096), "implausible values in _Py_DebugOffsets");
     Ok(offsets)
 }
 
-/// Line of a code unit, by the location table of its function; `None` if it stands for no line.
+/// Line of a code unit, from its function's location table; `None` if the unit has no line.
 ///
-/// The format is CPython's `Objects/locations.md`: entries of one byte with the highest bit set (kind of entry,
-/// number of code units) and a few without, which for some kinds begin with by how much the line changes.
+/// The format is described in CPython's `Objects/locations.md`. An entry is one byte with the highest bit set, which
+/// has the kind of the entry and its number of code units, and then bytes without that bit. For some kinds these begin
+/// with the change of the line.
 pub(crate) fn line(table: &[u8], first_line: u32, unit: u64) -> Option<u32> {
     let mut line = i64::from(first_line);
     let mut end = 0;
@@ -332,19 +334,20 @@ pub(crate) fn line(table: &[u8], first_line: u32, unit: u64) -> Option<u32> {
         let kind = (head >> 3) & 15;
         line = line.saturating_add(match kind {
             10..=12 => i64::from(kind - 10),
-            13 | 14 => signed(entry),
+            13 | 14 => signed_varint(entry),
             _ => 0,
         });
         if unit < end {
-            let none = kind == 15;
-            return u32::try_from(line).ok().filter(|_| !none);
+            let has_no_line = kind == 15;
+            return u32::try_from(line).ok().filter(|_| !has_no_line);
         }
     }
     None
 }
 
-/// A number in groups of six bits, lowest first; the seventh bit says that more follow, the number's lowest its sign.
-fn signed(bytes: &[u8]) -> i64 {
+/// Decodes a signed varint: groups of six bits, lowest first. The seventh bit of a byte says that another group
+/// follows; the lowest bit of the number is its sign.
+fn signed_varint(bytes: &[u8]) -> i64 {
     let mut value = 0_i64;
     for (index, byte) in bytes.iter().take(10).enumerate() {
         value |= i64::from(byte & 0x3f) << (6 * index);
@@ -361,7 +364,7 @@ mod tests {
 
     #[test]
     fn lines_follow_the_location_table() {
-        // Three units at the first line, one with no line, two units two lines on, one unit 40 lines before.
+        // Three units at the first line, one without a line, two units two lines below, one unit 40 lines above.
         let table = [0x80 | 2, 0x11, 0x80 | 15 << 3, 0x80 | 12 << 3 | 1, 0, 0, 0x80 | 13 << 3, 0x40 | 17, 1];
         let lines: Vec<_> = (0..8).map(|unit| line(&table, 50, unit)).collect();
         assert_eq!(lines, [Some(50), Some(50), Some(50), None, Some(52), Some(52), Some(12), None]);
@@ -369,9 +372,9 @@ mod tests {
 
     #[test]
     fn numbers_carry_their_sign_in_the_lowest_bit() {
-        assert_eq!(signed(&[0]), 0);
-        assert_eq!(signed(&[2]), 1);
-        assert_eq!(signed(&[3]), -1);
-        assert_eq!(signed(&[0x40 | 17, 1]), -40);
+        assert_eq!(signed_varint(&[0]), 0);
+        assert_eq!(signed_varint(&[2]), 1);
+        assert_eq!(signed_varint(&[3]), -1);
+        assert_eq!(signed_varint(&[0x40 | 17, 1]), -40);
     }
 }

@@ -1,5 +1,5 @@
-//! Native stacks of one thread while it computes: the kernel's clock interrupts it and copies registers and stack. On only
-//! while somebody wants to know, so that nobody pays at any other time.
+//! Samples the native stack of one running thread: a `perf_event` CPU clock interrupts it and copies its registers and
+//! stack. A sampler exists only while a slow slice lasts, so that threads cost nothing at other times.
 
 use std::{io, time::Duration};
 
@@ -9,27 +9,29 @@ use perf_event::{
     events::Software,
 };
 
-use super::{memory::Copied, unwind::Registers};
+use super::{memory::StackCopy, unwind::Registers};
 
-/// How much of a stack is copied, in bytes.
-const STACK: u32 = 32 * 1024;
-/// Room for samples that nobody has fetched yet, in bytes: three of the largest.
-const ROOM: usize = 128 * 1024;
+/// How much of the stack each sample copies, in bytes.
+const STACK_SIZE: u32 = 32 * 1024;
+/// Size of the ring buffer, in bytes: it holds three of the largest samples.
+const BUFFER_SIZE: usize = 128 * 1024;
 
-/// Numbers of registers, as the kernel counts them for samples, in ascending order.
+/// Registers in each sample, by their `PERF_REG_*` numbers in ascending order, which is their order in a sample: on
+/// x86-64 `bp`, `sp` and `ip`, on aarch64 `x29`, `lr`, `sp` and `pc`.
 #[cfg(target_arch = "x86_64")]
 const REGISTERS: [u32; 3] = [6, 7, 8];
 #[cfg(target_arch = "aarch64")]
 const REGISTERS: [u32; 4] = [29, 30, 31, 32];
 
-/// Markers in a chain of addresses, for what kind the next ones are of; no code is there.
-const MARKERS: u64 = u64::MAX - 4095;
+/// First value of a call chain that is no address but a context marker (`PERF_CONTEXT_*`), which says whether the next
+/// addresses are the kernel's or the user's.
+const CONTEXT_MARKERS: u64 = u64::MAX - 4095;
 
-/// A thread under the clock. Dropping it ends that.
+/// Samples of one thread. Dropping it stops the sampling.
 pub(super) struct Sampler(Samples);
 
 impl Sampler {
-    /// Interrupts a thread whenever it has computed for so long.
+    /// Samples a thread each time it has run on a CPU for `period`.
     pub(super) fn of(tid: u32, period: Duration) -> io::Result<Self> {
         let period = u64::try_from(period.as_nanos()).map_err(io::Error::other)?;
         let mask = REGISTERS.iter().fold(0, |mask, register| mask | 1 << register);
@@ -41,29 +43,33 @@ impl Sampler {
             .sample(SampleFlag::CALLCHAIN | SampleFlag::REGS_USER | SampleFlag::STACK_USER)
             .exclude_callchain_user(true)
             .sample_regs_user(mask)
-            .sample_stack_user(STACK)
+            .sample_stack_user(STACK_SIZE)
             .enabled(true)
             .build()?;
-        counter.sampled(ROOM).map(Self)
+        counter.sampled(BUFFER_SIZE).map(Self)
     }
 
-    /// The latest sample since the last time: registers, stack, and functions of the kernel it was in, by address,
-    /// innermost first.
+    /// Takes all samples since the last call and returns what `visit` made of the latest. `visit` gets the registers, the
+    /// copied stack, and the addresses of the kernel functions that the thread was in, innermost first.
     pub(super) fn latest<T>(
         &mut self,
-        mut see: impl FnMut(Registers, &Copied<'_>, &[u64]) -> T,
+        mut visit: impl FnMut(Registers, &StackCopy<'_>, &[u64]) -> T,
     ) -> Option<T> {
         let mut latest = None;
         while let Some(record) = self.0.next_record() {
             if let Ok(Record::Sample(sample)) = record.parse_record() {
-                latest = seen(&sample, &mut see).or(latest);
+                latest = decode(&sample, &mut visit).or(latest);
             }
         }
         latest
     }
 }
 
-fn seen<T>(sample: &Sample<'_>, see: &mut impl FnMut(Registers, &Copied<'_>, &[u64]) -> T) -> Option<T> {
+/// Decodes a sample for `visit`; `None` if it has no user registers or no stack.
+fn decode<T>(
+    sample: &Sample<'_>,
+    visit: &mut impl FnMut(Registers, &StackCopy<'_>, &[u64]) -> T,
+) -> Option<T> {
     let registers = &sample.regs_user()?.regs;
     #[cfg(target_arch = "x86_64")]
     let registers = match registers[..] {
@@ -75,6 +81,7 @@ fn seen<T>(sample: &Sample<'_>, see: &mut impl FnMut(Registers, &Copied<'_>, &[u
         [bp, lr, sp, ip] => Registers { ip, sp, bp, lr },
         _ => return None,
     };
-    let kernel: Vec<u64> = sample.callchain()?.iter().copied().filter(|&address| address < MARKERS).collect();
-    Some(see(registers, &Copied { start: registers.sp, bytes: sample.stack_user()? }, &kernel))
+    let is_address = |address: &u64| *address < CONTEXT_MARKERS;
+    let kernel: Vec<u64> = sample.callchain()?.iter().copied().filter(is_address).collect();
+    Some(visit(registers, &StackCopy { start: registers.sp, bytes: sample.stack_user()? }, &kernel))
 }

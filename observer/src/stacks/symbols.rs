@@ -1,7 +1,7 @@
-//! Names for addresses: from a process's ELF files, debug information and perf maps.
+//! Symbolizes addresses with a process's ELF files, debug information and perf maps.
 //!
-//! Tables of a big program take more memory than all the rest of observer. They are dropped after each batch, and
-//! only what was found is kept.
+//! The symbol tables of a big program take more memory than all the rest of observer. They are dropped after each
+//! batch, and only the frames that were found are cached.
 
 use std::{collections::HashMap, fs::File, hash::Hash, io, os::fd::AsRawFd as _, path::Path};
 
@@ -17,35 +17,35 @@ use procfs::process::{MMapPath, MemoryMap};
 
 use super::{
     elf::Elf,
-    mappings::{FileId, Mappings, Version, file_id, module_name, open_inside},
+    mappings::{FileId, Mappings, Version, file_id, module_name, open_of_process},
     perf_map,
-    untrusted_elf::is_harmless,
+    untrusted_elf::is_safe,
 };
 use crate::model::frame::Frame;
 
-/// How many addresses are remembered; some hundred bytes apiece.
-const KNOWN_MAX: usize = 4096;
+/// Maximum number of cached addresses, in each of the two caches. Each takes some hundred bytes.
+const CACHE_MAX: usize = 4096;
 
-/// An address by file rather than by process: the file, which of all that had its inode, and the offset in it.
-type Place = (FileId, Version, u64);
+/// An address independent of the process: the file, its version, and the offset in it.
+type FilePosition = (FileId, Version, u64);
 
-/// Tells names, and remembers them.
+/// Symbolizes addresses, and caches the results.
 #[derive(Default)]
 pub(crate) struct Symbols {
-    /// Frames at a place, innermost first; several where functions were inlined.
-    files: HashMap<Place, Vec<Frame>>,
-    /// Functions of the kernel, by address.
+    /// Frames at a position, innermost first; several where functions were inlined.
+    files: HashMap<FilePosition, Vec<Frame>>,
+    /// Kernel functions, by address.
     kernel: HashMap<u64, String>,
 }
 
 impl Symbols {
-    /// Functions of the kernel at these addresses; those that nobody may know are left out.
+    /// Names of the kernel functions at these addresses. Addresses that cannot be resolved are left out.
     pub(super) fn of_kernel(&mut self, addresses: &[u64]) -> Vec<String> {
         let missing: Vec<u64> =
             addresses.iter().copied().filter(|address| !self.kernel.contains_key(address)).collect();
         if !missing.is_empty() {
-            make_room(&mut self.kernel, missing.len());
-            // Its symbols alone: the image with debug information is large, and hardly ever there.
+            evict(&mut self.kernel, missing.len());
+            // Only /proc/kallsyms is used: a vmlinux with debug information is large and rarely installed.
             let source = Source::Kernel(Kernel { vmlinux: MaybeDefault::None, ..Kernel::default() });
             let symbolizer = Symbolizer::new();
             let found = symbolizer.symbolize(&source, Input::AbsAddr(&missing)).unwrap_or_default();
@@ -59,20 +59,21 @@ impl Symbols {
         addresses.iter().filter_map(|address| self.kernel.get(address).cloned()).collect()
     }
 
-    /// Frames of a process, innermost first, at addresses as the unwinder gives them. An inlined function is a
-    /// frame of its own.
+    /// Frames of a process, innermost first, at addresses from the unwinder. Inlined functions have frames of their own.
     pub(crate) fn of_process(&mut self, mappings: &Mappings, addresses: &[u64]) -> Vec<Frame> {
-        let places: Vec<_> = addresses.iter().map(|&address| place(mappings, address)).collect();
-        let mut found: Vec<_> =
-            places.iter().map(|place| place.and_then(|place| self.files.get(&place)).cloned()).collect();
+        let positions: Vec<_> = addresses.iter().map(|&address| file_position(mappings, address)).collect();
+        let cached =
+            |position: &Option<FilePosition>| position.and_then(|position| self.files.get(&position));
+        let mut found: Vec<_> = positions.iter().map(|position| cached(position).cloned()).collect();
         let missing: Vec<usize> = (0..found.len()).filter(|&index| found[index].is_none()).collect();
         if !missing.is_empty() {
-            let asked: Vec<u64> = missing.iter().map(|&index| addresses[index]).collect();
-            make_room(&mut self.files, asked.len());
-            for (&index, frames) in missing.iter().zip(look_up(mappings, &asked, mappings.by_range())) {
-                // Code in no file was made at run time, and may be other code next time.
-                if let Some(place) = places[index] {
-                    self.files.insert(place, frames.clone());
+            let queried: Vec<u64> = missing.iter().map(|&index| addresses[index]).collect();
+            evict(&mut self.files, queried.len());
+            let symbolized = symbolize(mappings, &queried, mappings.can_open_map_files());
+            for (&index, frames) in missing.iter().zip(symbolized) {
+                // JIT-compiled code is in no file and not cached: other code may replace it.
+                if let Some(position) = positions[index] {
+                    self.files.insert(position, frames.clone());
                 }
                 found[index] = Some(frames);
             }
@@ -82,36 +83,37 @@ impl Symbols {
     }
 }
 
-/// The place of an address; `None` where no file is.
-fn place(mappings: &Mappings, address: u64) -> Option<Place> {
+/// The position of an address in its file; `None` if no file is mapped there.
+fn file_position(mappings: &Mappings, address: u64) -> Option<FilePosition> {
     let map = mappings.find(address)?;
     Some((file_id(map), mappings.version(map)?, address - map.address.0 + map.offset))
 }
 
-/// Starts afresh when too much would be kept: what still matters comes back at once.
-fn make_room<K: Hash + Eq, V>(known: &mut HashMap<K, V>, more: usize) {
-    if known.len() + more > KNOWN_MAX {
-        known.clear();
+/// Clears a cache that would exceed its maximum with `more` entries. Entries that are still in use soon return.
+fn evict<K: Hash + Eq, V>(cache: &mut HashMap<K, V>, more: usize) {
+    if cache.len() + more > CACHE_MAX {
+        cache.clear();
     }
 }
 
-/// Frames at each of the addresses. `by_range` is the way that leads to files whatever their name is now.
-fn look_up(mappings: &Mappings, addresses: &[u64], by_range: bool) -> Vec<Vec<Frame>> {
+/// Frames at each of the addresses. `use_map_files` opens files through `/proc/PID/map_files`, which works whatever their
+/// names are now; otherwise by name.
+fn symbolize(mappings: &Mappings, addresses: &[u64], use_map_files: bool) -> Vec<Vec<Frame>> {
     let pid = mappings.pid;
     let symbolizer = Symbolizer::builder()
         .set_process_dispatcher(move |member| match member.member_entry {
-            ProcessMemberType::Path(path) if by_range => resolver(&File::open(&path.maps_file)?),
-            ProcessMemberType::Path(path) => resolver(&open_inside(pid, &path.symbolic_path)?),
+            ProcessMemberType::Path(path) if use_map_files => resolver(&File::open(&path.maps_file)?),
+            ProcessMemberType::Path(path) => resolver(&open_of_process(pid, &path.symbolic_path)?),
             _ => Ok(None),
         })
         .build();
     let mut process = Process::new(Pid::from(pid));
-    process.map_files = by_range;
-    // It would open whatever has the name of one.
+    process.map_files = use_map_files;
+    // The crate would open anything at the path of a perf map, such as a FIFO. `perf_map::functions` opens files only.
     process.perf_map = false;
     let source = Source::Process(process);
     let found = symbolizer.symbolize(&source, Input::AbsAddr(addresses)).or_else(|_| {
-        // One file that cannot be read spoils all: then each address by itself.
+        // One unreadable file fails the whole batch, so each address is tried separately.
         let each = addresses.iter().map(|&address| {
             let found = symbolizer.symbolize_single(&source, Input::AbsAddr(address));
             found.or(Ok(Symbolized::Unknown(Reason::Unsupported)))
@@ -119,33 +121,33 @@ fn look_up(mappings: &Mappings, addresses: &[u64], by_range: bool) -> Vec<Vec<Fr
         each.collect::<blazesym::Result<Vec<_>>>()
     });
     let found = found.unwrap_or_default();
-    let is_made = |address: &u64| {
+    let is_jit = |address: &u64| {
         let map = mappings.find(*address);
         map.is_some_and(|map| !matches!(map.pathname, MMapPath::Path(_) | MMapPath::Vdso))
     };
-    let made: Vec<u64> = addresses.iter().copied().filter(is_made).collect();
-    let made = perf_map::functions(pid, &made);
-    let frames = addresses.iter().zip(found).map(|(&address, found)| match made.get(&address) {
+    let jit: Vec<u64> = addresses.iter().copied().filter(is_jit).collect();
+    let jit = perf_map::functions(pid, &jit);
+    let frames = addresses.iter().zip(found).map(|(&address, found)| match jit.get(&address) {
         Some(function) => vec![Frame { function: function.clone(), module: None, file: None, line: None }],
         None => frames(mappings.find(address), address, &found),
     });
     frames.collect()
 }
 
-/// What tells the symbols of a mapped file, if that does no harm. It is read as it was opened, whatever its name leads to
-/// now.
+/// The symbol resolver of a mapped file, if the file is safe to symbolize. It reads the file that is open, whatever its
+/// path leads to now.
 fn resolver(file: &File) -> blazesym::Result<Option<Box<dyn Resolve>>> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let path = Path::new(&path);
-    if !is_harmless(&Elf::open(file).map_err(io::Error::other)?, path) {
-        return Err(io::Error::other("it is not to be trusted").into());
+    if !is_safe(&Elf::open(file).map_err(io::Error::other)?, path) {
+        return Err(io::Error::other("the file is not safe to symbolize").into());
     }
     Ok(Some(Box::new(ElfResolver::open(path)?)))
 }
 
-/// Frames at an address of a file that is nobody's.
+/// Frames at an address of a file that no process has mapped.
 #[cfg(any(test, feature = "fuzz"))]
-pub(crate) fn in_file(path: &Path, address: u64) -> Vec<Frame> {
+pub(crate) fn symbolize_file(path: &Path, address: u64) -> Vec<Frame> {
     if !File::open(path).is_ok_and(|file| resolver(&file).is_ok()) {
         return Vec::new();
     }
@@ -155,7 +157,7 @@ pub(crate) fn in_file(path: &Path, address: u64) -> Vec<Frame> {
     frames(None, address, &found.unwrap_or(Symbolized::Unknown(Reason::Unsupported)))
 }
 
-/// Frames at one address, innermost first.
+/// Converts the symbol at one address to frames, innermost first.
 fn frames(map: Option<&MemoryMap>, address: u64, found: &Symbolized<'_>) -> Vec<Frame> {
     let module = map.and_then(module_name);
     let Some(symbol) = found.as_sym() else {
@@ -173,10 +175,10 @@ fn frames(map: Option<&MemoryMap>, address: u64, found: &Symbolized<'_>) -> Vec<
     inlined.chain([frame(&symbol.name, symbol.code_info.as_deref())]).collect()
 }
 
-/// Gives the freed tables back to the system; the allocator would keep them.
+/// Returns the memory of the dropped tables to the system; the allocator would keep it.
 fn trim() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: it takes no pointers and may be called at any time from any thread.
+    // SAFETY: takes no pointers, and may be called at any time from any thread.
     unsafe {
         nix::libc::malloc_trim(0);
     }
@@ -192,11 +194,11 @@ mod tests {
     }
 
     #[test]
-    fn own_functions_have_names_by_range_and_by_name() {
+    fn functions_are_named_through_map_files_and_by_path() {
         let mappings = Mappings::of(std::process::id()).unwrap();
         let address = a_function_of_this_test();
-        for by_range in [true, false] {
-            let frames = look_up(&mappings, &[address], by_range).concat();
+        for use_map_files in [true, false] {
+            let frames = symbolize(&mappings, &[address], use_map_files).concat();
             let last = frames.last().unwrap();
             assert!(last.function.ends_with("a_function_of_this_test"), "{last}");
             assert!(last.module.as_ref().unwrap().starts_with("observer"), "{last}");

@@ -1,4 +1,4 @@
-//! TaskNames of what stands for a kind of deferred work in a process's memory.
+//! Names the kinds of deferred tasks, each of which is a value in a process's memory.
 
 use std::collections::{HashMap, hash_map::Entry};
 
@@ -12,7 +12,7 @@ use super::{
     symbols::Symbols,
 };
 
-/// Makes names.
+/// Resolves names of kinds.
 #[derive(Default)]
 pub(crate) struct TaskNames {
     symbols: Symbols,
@@ -21,41 +21,42 @@ pub(crate) struct TaskNames {
 }
 
 impl TaskNames {
-    /// What people call a value. An error says why nobody knows.
+    /// The name of the kind that `value` stands for. Fails if the value cannot be read or has no name.
     pub(crate) fn of(&mut self, pid: u32, naming: Naming, value: u64) -> Result<String> {
         match naming {
             Naming::PythonCode | Naming::PythonType | Naming::RubyClass | Naming::RubyBlock => {
-                self.prepare(pid)?.context("no interpreter is there")?.name(naming, value)
+                self.prepare(pid)?.context("the process has no interpreter")?.name(naming, value)
             }
             Naming::Function => self.function(pid, value),
             Naming::Vtable => {
-                let function = Live::of(pid)?.word(value).context("its table is not there")?;
+                let function = Live::of(pid)?.word(value).context("its table cannot be read")?;
                 let name = self.function(pid, function)?;
-                // Symbols without types are the same for all types.
+                // Without type parameters the symbol is the same for all types, so the table's address tells them apart.
                 Ok(if name.contains('<') { name } else { format!("{name} by {:#x}", value & 0xff_ffff) })
             }
             Naming::String => Live::of(pid)?.c_string(value, "name"),
-            Naming::SameWork => bail!("it is no work of its own"),
+            Naming::SameWork => bail!("it continues another task and has no kind"),
         }
     }
 
-    /// Finds the interpreter of a process, which takes longer than to ask it for a name.
+    /// Looks up and caches the interpreter of a process, which takes longer than to resolve a name with it.
     pub(crate) fn prepare(&mut self, pid: u32) -> Result<Option<&Interpreter>> {
         let interpreter = match self.interpreters.entry(pid) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(place) => place.insert(Interpreter::of(pid)?),
+            Entry::Vacant(entry) => entry.insert(Interpreter::of(pid)?),
         };
         Ok(interpreter.as_ref())
     }
 
-    /// A process is gone, or runs another program now.
+    /// Drops the interpreter of a process that has exited or runs another program.
     pub(crate) fn forget(&mut self, pid: u32) {
         self.interpreters.remove(&pid);
     }
 
+    /// The name of the native function at an address.
     fn function(&mut self, pid: u32, address: u64) -> Result<String> {
         let frames = self.symbols.of_process(&Mappings::of(pid)?, &[address]);
-        // What was inlined there is part of it.
-        frames.into_iter().next_back().map(|frame| frame.function).context("nothing is there")
+        // The last frame is the function itself; those before it are inlined into it.
+        frames.into_iter().next_back().map(|frame| frame.function).context("no function is mapped there")
     }
 }

@@ -1,6 +1,6 @@
-//! Whether a file of a process may be given to the crate that tells symbols. That believes what a file says of itself: it
-//! takes the memory that a part of it claims to unpack to, and opens whatever has the name that its debug information is
-//! said to have, be it a pipe that nobody writes to.
+//! Decides whether an untrusted ELF file is safe to pass to the symbolizer crate (`blazesym`). The crate trusts the
+//! file: it allocates the size that a compressed section claims, and opens the debug file that the file names, even if
+//! that is a FIFO without a writer.
 
 use std::{
     ffi::OsStr,
@@ -15,58 +15,62 @@ use object::{CompressionFormat, Object as _, ObjectSection as _};
 
 use super::elf::Elf;
 
-/// Most bytes that all parts of a file may unpack to.
-const UNPACKED: u64 = 256 << 20;
+/// Maximum size of all decompressed sections of a file together, in bytes.
+const DECOMPRESSED_MAX: u64 = 256 << 20;
 
-/// Sections that name another file by a whole path, which distributions use in files for debuggers alone.
-const ELSEWHERE: [&[u8]; 2] = [b".gnu_debugaltlink", b".debug_sup"];
+/// Sections that name another file by its full path. Distributions use them only in debug files.
+const PATH_SECTIONS: [&[u8]; 2] = [b".gnu_debugaltlink", b".debug_sup"];
 
-/// Whether the file with this path, and the one beside it that it names, do no harm.
-pub(super) fn is_harmless(elf: &Elf, path: &Path) -> bool {
-    let Some((name, _)) = elf.debug_link() else { return is_by_itself(elf) };
+/// Whether the file at `path`, and the debug file beside it that it names, are safe to symbolize.
+pub(super) fn is_safe(elf: &Elf, path: &Path) -> bool {
+    let Some((name, _)) = elf.debug_link() else { return has_safe_sections(elf) };
     let name = OsStr::from_bytes(&name);
-    is_by_itself(elf) && Path::new(name).file_name() == Some(name) && is_other_harmless(&beside(path, name))
+    has_safe_sections(elf)
+        && Path::new(name).file_name() == Some(name)
+        && is_debug_file_safe(&beside(path, name))
 }
 
-/// A file of that name in the folder that a file is in, also if it is known under another path.
+/// Path of a file in the same folder as `path`, whose symbolic links are resolved first.
 fn beside(path: &Path, name: &OsStr) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.into()).with_file_name(name)
 }
 
-/// The same of a file that only debuggers read, which need not be there.
-fn is_other_harmless(path: &Path) -> bool {
+/// Whether a debug file is safe to symbolize. One that does not exist is.
+fn is_debug_file_safe(path: &Path) -> bool {
     match path.metadata() {
         Ok(metadata) if metadata.is_file() => {
             let elf = File::open(path).ok().and_then(|file| Elf::open(&file).ok());
-            elf.is_some_and(|elf| is_by_itself(&elf))
+            elf.is_some_and(|elf| has_safe_sections(&elf))
         }
         Ok(_) => false,
         Err(_) => true,
     }
 }
 
-fn is_by_itself(elf: &Elf) -> bool {
+/// Whether no section names another file by its path, and all compressed sections decompress within the limit.
+fn has_safe_sections(elf: &Elf) -> bool {
     let file = elf.parsed();
-    let mut left = UNPACKED;
+    let mut left = DECOMPRESSED_MAX;
     file.sections().all(|section| {
-        let names_other = section.name_bytes().is_ok_and(|name| ELSEWHERE.contains(&name));
-        !names_other && is_unpacked_within(&section, &mut left)
+        let names_other = section.name_bytes().is_ok_and(|name| PATH_SECTIONS.contains(&name));
+        !names_other && decompresses_within(&section, &mut left)
     })
 }
 
-/// Whether a section that is packed unpacks to what it claims, and to no more than that many bytes.
-fn is_unpacked_within<'d>(section: &impl object::ObjectSection<'d>, left: &mut u64) -> bool {
-    let Ok(packed) = section.compressed_data() else { return false };
-    let claimed = packed.uncompressed_size;
-    match packed.format {
+/// Whether a section, if it is compressed, decompresses to exactly the size that it claims. That size is deducted from
+/// `left` and must not exceed it.
+fn decompresses_within<'d>(section: &impl object::ObjectSection<'d>, left: &mut u64) -> bool {
+    let Ok(compressed) = section.compressed_data() else { return false };
+    let claimed = compressed.uncompressed_size;
+    match compressed.format {
         CompressionFormat::None => true,
         CompressionFormat::Zlib => {
             let Some(rest) = left.checked_sub(claimed) else { return false };
             *left = rest;
-            let unpacked = ZlibDecoder::new(packed.data).take(claimed + 1);
-            io::copy(&mut { unpacked }, &mut io::sink()).is_ok_and(|length| length == claimed)
+            let decompressed = ZlibDecoder::new(compressed.data).take(claimed + 1);
+            io::copy(&mut { decompressed }, &mut io::sink()).is_ok_and(|length| length == claimed)
         }
-        // It is not unpacked at all.
+        // The symbolizer does not decompress other formats.
         _ => true,
     }
 }
@@ -79,8 +83,8 @@ mod tests {
     use crate::stacks::testing::{find, run, source};
 
     #[test]
-    fn files_that_claim_or_name_too_much_are_not_read() {
-        let test = "files_that_claim_or_name_too_much";
+    fn files_with_false_sizes_or_paths_are_refused() {
+        let test = "files_with_false_sizes_or_paths";
         let (Some(gcc), Some(objcopy)) = (find(test, "gcc"), find(test, "objcopy")) else { return };
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
@@ -90,35 +94,35 @@ mod tests {
             run(Command::new(&objcopy).arg(option).args([&path("plain"), &path(name)]));
             fs::read(path(name)).unwrap()
         };
-        let is_read = |bytes: &[u8]| is_harmless(&Elf::from_bytes(bytes).unwrap(), &path("module"));
-        assert!(is_read(&fs::read(path("plain")).unwrap()));
+        let accepts = |bytes: &[u8]| is_safe(&Elf::from_bytes(bytes).unwrap(), &path("module"));
+        assert!(accepts(&fs::read(path("plain")).unwrap()));
 
-        let packed = made("--compress-debug-sections=zlib", "packed");
-        assert!(is_read(&packed));
-        // The header of what is packed: its kind, and how large it is unpacked.
-        let header = packed
+        let compressed = made("--compress-debug-sections=zlib", "compressed");
+        assert!(accepts(&compressed));
+        // The header of a compressed section: its format, and its size when decompressed.
+        let header = compressed
             .windows(16)
             .position(|bytes| bytes[..8] == [1, 0, 0, 0, 0, 0, 0, 0] && bytes[12..] == [0; 4]);
         let size = header.unwrap() + 8;
         for claimed in [1_u64, 1 << 40, u64::MAX] {
-            let mut packed = packed.clone();
-            packed[size..size + 8].copy_from_slice(&claimed.to_le_bytes());
-            assert!(!is_read(&packed), "{claimed}");
+            let mut compressed = compressed.clone();
+            compressed[size..size + 8].copy_from_slice(&claimed.to_le_bytes());
+            assert!(!accepts(&compressed), "{claimed}");
         }
 
         fs::write(path("0123456789.debug"), made("--only-keep-debug", "debug")).unwrap();
         let link = format!("--add-gnu-debuglink={}", path("0123456789.debug").display());
         let linked = made(&link, "linked");
-        assert!(is_read(&linked));
+        assert!(accepts(&linked));
         let at = linked.windows(16).position(|bytes| bytes == b"0123456789.debug").unwrap();
         for name in [b"/tmp/789.debug\0\0", b"../456789.debug\0"] {
             let mut linked = linked.clone();
             linked[at..at + 16].copy_from_slice(name);
-            assert!(!is_read(&linked));
+            assert!(!accepts(&linked));
         }
-        // What is no file may be a pipe that nobody writes to.
+        // The debug file must be a regular file.
         fs::remove_file(path("0123456789.debug")).unwrap();
         fs::create_dir(path("0123456789.debug")).unwrap();
-        assert!(!is_read(&linked));
+        assert!(!accepts(&linked));
     }
 }

@@ -1,7 +1,7 @@
-//! Who called whom in native code, from registers and stack memory.
+//! Unwinds native stacks from registers and stack memory.
 //!
-//! Distributions build without frame pointers, so each module's `.eh_frame` is asked how to get from a function to its
-//! caller. Frame pointers are followed where there is none: in code made at run time.
+//! Distributions build without frame pointers, so each module's `.eh_frame` is used. Frame pointers are followed where
+//! there is none: in JIT-compiled code.
 
 use std::{collections::HashMap, ops::Range};
 
@@ -20,13 +20,14 @@ use super::{
     memory::{Live, Memory},
 };
 
-/// Most frames of a stack that are told.
+/// Maximum number of frames of a stack.
 pub(crate) const DEPTH_MAX: usize = 128;
 
-/// Modules whose tables are kept mapped. They cost address space; memory only where they are read.
+/// Maximum number of modules whose unwind tables stay mapped. They take address space, and memory only where they are
+/// read.
 const MODULES_MAX: usize = 256;
 
-/// User registers of a thread that stands still.
+/// User registers of a thread at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Registers {
     /// Instruction pointer.
@@ -43,51 +44,52 @@ pub(crate) struct Registers {
 /// A native stack.
 #[derive(Clone, Debug)]
 pub(crate) struct Stack {
-    /// An address inside of each function's running instruction or call, innermost first.
+    /// For each function an address inside its current instruction or call, innermost first.
     pub(crate) addresses: Vec<u64>,
-    /// Why the outermost functions are missing; `None` if they are all there.
-    pub(crate) cut: Option<String>,
+    /// Why the outermost functions are missing; `None` if the stack is complete.
+    pub(crate) truncated: Option<String>,
 }
 
-/// Unwinds stacks of any process.
+/// Unwinds stacks of any process, and caches the unwind tables of their modules.
 #[derive(Default)]
 pub(crate) struct Unwinder {
     /// `None` for a module that has no usable tables.
-    modules: HashMap<Key, Option<Module<Bytes>>>,
+    modules: HashMap<ModuleKey, Option<Module<Bytes>>>,
 }
 
-/// A file and where it is mapped: tables are bound to their place.
-type Key = (FileId, u64, u64);
+/// A file, the start address of its mapping, and the offset of the mapping in the file. Tables are bound to an address.
+type ModuleKey = (FileId, u64, u64);
 
 impl Unwinder {
-    /// Unwinds one stack. `memory` must have been copied when the registers were, or stand still like its thread.
+    /// Unwinds one stack. `memory` must be from the same moment as the registers: a copy, or the live memory of a
+    /// thread that does not run.
     pub(crate) fn unwind(
         &mut self,
         registers: Registers,
         memory: &impl Memory,
         mappings: &Mappings,
     ) -> Stack {
-        let mut stack = Stack { addresses: Vec::new(), cut: None };
+        let mut stack = Stack { addresses: Vec::new(), truncated: None };
         let mut framehop = Framehop::new();
-        // Rules belong to one set of modules, so they are not kept.
+        // The cache is valid for one set of modules only.
         let mut rules = Rules::<_>::new();
         let mut read = |address| memory.word(address).ok_or(());
-        let mut known = Vec::new();
+        let mut added = Vec::new();
         let mut state = registers.state();
         let mut at = FrameAddress::from_instruction_pointer(registers.ip);
         loop {
             let address = at.address_for_lookup();
             let Some(map) = mappings.code(address) else {
-                stack.cut = Some(format!("{address:#x} is no code"));
+                stack.truncated = Some(format!("{address:#x} is not in executable memory"));
                 break;
             };
             stack.addresses.push(address);
             if stack.addresses.len() == DEPTH_MAX {
-                stack.cut = Some(format!("only the innermost {DEPTH_MAX} are told"));
+                stack.truncated = Some(format!("only the innermost {DEPTH_MAX} frames are reported"));
                 break;
             }
-            if !known.contains(&map.address.0) {
-                known.push(map.address.0);
+            if !added.contains(&map.address.0) {
+                added.push(map.address.0);
                 if let Some(module) = self.module(map, mappings) {
                     framehop.add_module(module);
                 }
@@ -99,7 +101,7 @@ impl Unwinder {
                 },
                 Ok(None) => break,
                 Err(error) => {
-                    stack.cut = Some(error.to_string());
+                    stack.truncated = Some(error.to_string());
                     break;
                 }
             }
@@ -107,13 +109,13 @@ impl Unwinder {
         stack
     }
 
-    /// Has a file without a name be what is mapped there.
+    /// Uses `elf` for a mapping, whose file need not exist.
     #[cfg(any(test, feature = "fuzz"))]
-    pub(crate) fn provide(&mut self, elf: Elf, map: &MemoryMap) {
+    pub(crate) fn add_module(&mut self, elf: Elf, map: &MemoryMap) {
         self.modules.insert((file_id(map), map.address.0, map.offset), bind(elf, map).ok());
     }
 
-    /// The tables of a mapped file, read when first met.
+    /// The unwind tables of a mapped file, which are loaded on first use.
     fn module(&mut self, map: &MemoryMap, mappings: &Mappings) -> Option<Module<Bytes>> {
         let key = (file_id(map), map.address.0, map.offset);
         if let Some(known) = self.modules.get(&key) {
@@ -140,7 +142,7 @@ impl Registers {
     }
 }
 
-/// Finds the tables of a mapped file.
+/// Loads the unwind tables of a mapped file.
 fn load(map: &MemoryMap, mappings: &Mappings) -> Result<Module<Bytes>> {
     let elf = match map.pathname {
         MMapPath::Vdso => vdso()?,
@@ -149,15 +151,15 @@ fn load(map: &MemoryMap, mappings: &Mappings) -> Result<Module<Bytes>> {
     bind(elf, map)
 }
 
-/// Binds a file's tables to where it is mapped.
+/// Binds a file's unwind tables to the address of its mapping.
 fn bind(elf: Elf, map: &MemoryMap) -> Result<Module<Bytes>> {
-    let base = elf.bias(map).context("it is mapped in a way its segments do not tell")?;
+    let base = elf.bias(map).context("no segment of the file belongs to the mapping")?;
     Ok(Module::new(String::new(), map.address.0..map.address.1, base, elf))
 }
 
 impl ModuleSectionInfo<Bytes> for Elf {
     fn base_svma(&self) -> u64 {
-        // What is added to an ELF file's addresses is all there is.
+        // `bind` passes the load bias as the base address, which is relative to address 0 of the file.
         0
     }
 
@@ -170,11 +172,11 @@ impl ModuleSectionInfo<Bytes> for Elf {
     }
 }
 
-/// The code that the kernel maps into every process, in no file: ours is everybody's.
+/// Copies the vDSO from observer's own memory: it has no file, and is the same in all processes.
 fn vdso() -> Result<Elf> {
     let pid = std::process::id();
     let mappings = Mappings::of(pid)?;
-    let (start, end) = mappings.vdso().context("there is no vdso")?;
+    let (start, end) = mappings.vdso().context("the kernel maps no vDSO")?;
     Elf::from_bytes(&Live::of(pid)?.bytes(start, usize::try_from(end - start)?, "vdso")?)
 }
 
@@ -185,12 +187,12 @@ mod tests {
 
     use super::*;
     use crate::stacks::{
-        memory::Copied,
+        memory::StackCopy,
         symbols::Symbols,
-        testing::{Program, find, registers, sleeps, source, stopped, wait_for},
+        testing::{Program, find, is_asleep, registers, source, wait_for, while_stopped},
     };
 
-    /// Three functions deep: asleep, or busy with arithmetic or with the clock that needs no system call.
+    /// Three nested functions; the innermost sleeps (0), does arithmetic (1), or reads the clock through the vDSO (2).
     const CHAIN: &str = r#"
         #include <time.h>
         #include <stdlib.h>
@@ -207,7 +209,7 @@ mod tests {
         int main(int c, char **v) { outer(atoi(v[1])); return work; }
     "#;
 
-    /// What follows the innermost functions, which are the C library's affair.
+    /// The four functions from `inner` on. Those further inside belong to the C library.
     fn from_inner(names: &[String]) -> &[String] {
         let at =
             names.iter().position(|name| name == "inner").unwrap_or_else(|| panic!("no inner in {names:?}"));
@@ -234,7 +236,7 @@ mod tests {
     fn a_sleeper_without_frame_pointers_is_unwound_from_its_memory_and_from_a_copy() {
         let Some(program) = chain("a_sleeper_without_frame_pointers", "0") else { return };
         let pid = program.pid();
-        wait_for("the sleep", || sleeps(pid, pid));
+        wait_for("the sleep", || is_asleep(pid, pid));
         let mappings = Mappings::of(pid).unwrap();
         let live = Live::of(pid).unwrap();
         let registers = registers(pid);
@@ -249,36 +251,36 @@ mod tests {
         assert_eq!(stack.addresses, again.addresses);
         let found = names(&stack, &mappings);
         assert_eq!(from_inner(&found), ["inner", "middle", "outer", "main"], "{found:?}");
-        assert_eq!(stack.cut, None);
+        assert_eq!(stack.truncated, None);
 
         let bytes = live.bytes(registers.sp, 512, "stack").unwrap();
-        let copy = Copied { start: registers.sp, bytes: &bytes };
+        let copy = StackCopy { start: registers.sp, bytes: &bytes };
         let copied = unwinder.unwind(registers, &copy, &mappings);
         assert_eq!(from_inner(&names(&copied, &mappings)), ["inner", "middle", "outer", "main"]);
 
-        let short = Copied { start: registers.sp, bytes: &bytes[..64] };
+        let short = StackCopy { start: registers.sp, bytes: &bytes[..64] };
         let short = unwinder.unwind(registers, &short, &mappings);
-        assert!(short.cut.is_some_and(|why| why.contains("read stack")));
+        assert!(short.truncated.is_some_and(|why| why.contains("read stack")));
         assert!(stack.addresses.starts_with(&short.addresses));
     }
 
     #[test]
-    fn busy_threads_are_unwound_also_from_within_the_kernels_clock() {
+    fn running_threads_are_unwound_also_from_inside_the_vdso() {
         for how in ["1", "2"] {
-            let Some(program) = chain("busy_threads_are_unwound", how) else { return };
+            let Some(program) = chain("running_threads_are_unwound", how) else { return };
             let pid = program.pid();
             let mut unwinder = Unwinder::default();
             let mut in_vdso = false;
             let reached = |found: &[String]| found.iter().any(|name| name == "inner").then_some(());
             wait_for("the loop", || {
                 let (mappings, live) = (Mappings::of(pid).ok()?, Live::of(pid).ok()?);
-                let stack = stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
+                let stack = while_stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
                 reached(&names(&stack, &mappings))
             });
             for _ in 0..50 {
                 let mappings = Mappings::of(pid).unwrap();
                 let live = Live::of(pid).unwrap();
-                let stack = stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
+                let stack = while_stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
                 let found = names(&stack, &mappings);
                 assert_eq!(from_inner(&found), ["inner", "middle", "outer", "main"], "{found:?}");
                 in_vdso |= mappings.vdso().is_some_and(|(start, end)| {
@@ -297,7 +299,7 @@ mod tests {
             function middle() { inner(); return 1 }
             function outer() { middle(); return 1 }
             outer()";
-        // The second option also makes it write a file where it is.
+        // `--interpreted-frames-native-stack` makes node write a file to its current folder.
         let folder = tempfile::tempdir().unwrap();
         let options = ["--perf-basic-prof", "--interpreted-frames-native-stack", "-e", script];
         let program = Program::start(Command::new(node).current_dir(&folder).args(options));
@@ -305,7 +307,7 @@ mod tests {
         let mut unwinder = Unwinder::default();
         let found = wait_for("node's functions", || {
             let (mappings, live) = (Mappings::of(pid).ok()?, Live::of(pid).ok()?);
-            let stack = stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
+            let stack = while_stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
             let found = names(&stack, &mappings);
             found.iter().any(|name| name.contains("outer")).then_some(found)
         });
@@ -318,18 +320,18 @@ mod tests {
     }
 
     #[test]
-    fn a_big_program_leaves_little_behind_in_memory() {
-        /// How much memory this process has resident, in KiB.
+    fn a_big_program_leaves_little_resident_memory() {
+        /// Resident memory of this process, in KiB.
         fn resident() -> u64 {
             let status = std::fs::read_to_string("/proc/self/status").unwrap();
             let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
             line.trim().trim_end_matches(" kB").parse().unwrap()
         }
 
-        let Some(node) = find("a_big_program_leaves_little", "node") else { return };
+        let Some(node) = find("a_big_program_leaves_little_resident", "node") else { return };
         let program = Program::start(Command::new(node).args(["-e", "setInterval(() => {}, 1000)"]));
         let pid = program.pid();
-        // As its own libuv does, and as Debian's.
+        // Node's bundled libuv waits with the first of these, Debian's with the second.
         let calls = [nix::libc::SYS_epoll_pwait, nix::libc::SYS_epoll_wait].map(|call| format!("{call} "));
         let waits = |call: String| calls.iter().any(|number| call.starts_with(number)).then_some(());
         wait_for("node's loop", || waits(std::fs::read_to_string(format!("/proc/{pid}/syscall")).ok()?));
@@ -352,12 +354,12 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_ends_the_stack() {
+    fn an_address_outside_of_code_ends_the_stack() {
         let pid = std::process::id();
         let mappings = Mappings::of(pid).unwrap();
         let registers = Registers { ip: 8, sp: 16, bp: 24 };
         let stack = Unwinder::default().unwind(registers, &Live::of(pid).unwrap(), &mappings);
         assert!(stack.addresses.is_empty());
-        assert_eq!(stack.cut.as_deref(), Some("0x8 is no code"));
+        assert_eq!(stack.truncated.as_deref(), Some("0x8 is not in executable memory"));
     }
 }

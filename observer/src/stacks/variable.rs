@@ -1,5 +1,5 @@
-//! Variables of which each thread has its own, as an ELF file for x86-64 has them: where they are in a process that runs
-//! the file, and in which words of a process that has loaded it the loader says where it has put them.
+//! Thread-local variables that an x86-64 ELF file exports: their offset from the thread pointer in a process that runs
+//! the file, and the relocations through which the dynamic loader says where they are in a process that has loaded it.
 
 use object::{
     LittleEndian, Object as _, ObjectSymbol as _, RelocationFlags, RelocationTarget, SymbolKind,
@@ -9,30 +9,30 @@ use object::{
 
 use super::elf::Elf;
 
-/// A variable that a file exports, of which each thread has its own.
+/// A thread-local variable that a file exports.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Variable {
-    /// Where it is among those of the file, in bytes.
+    /// Offset in the file's TLS block, in bytes.
     pub(crate) offset: u64,
-    /// Where it is from the thread pointer, if the file is the program that a process runs.
+    /// Offset from the thread pointer, in bytes, if the file is the program that a process runs.
     pub(crate) in_program: i64,
-    /// What the loader fills in, with addresses in the file.
+    /// Words that the loader fills in for this variable, with their addresses in the file.
     pub(crate) slots: Vec<(Slot, u64)>,
 }
 
-/// What the loader leaves at a place.
+/// What the loader stores in such a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Slot {
-    /// Where the variable is from the thread pointer.
+    /// The variable's offset from the thread pointer (`R_X86_64_TPOFF64`).
     Distance,
-    /// The file's number.
+    /// The file's TLS module id (`R_X86_64_DTPMOD64`).
     Module,
-    /// A function, and what it is to be called with.
+    /// A TLS descriptor: a function and its argument (`R_X86_64_TLSDESC`).
     Descriptor,
 }
 
 impl Elf {
-    /// Finds such a variable by its name.
+    /// Finds an exported thread-local variable by its name.
     pub(crate) fn variable(&self, name: &str) -> Option<Variable> {
         let file = self.parsed();
         let symbol = file.dynamic_symbols().find(|symbol| {
@@ -42,15 +42,15 @@ impl Elf {
         let headers = file.elf_program_headers();
         let block = headers.iter().find(|header| header.p_type(LittleEndian) == PT_TLS)?;
         let (start, size) = (block.p_vaddr(LittleEndian), block.p_memsz(LittleEndian));
-        // The block ends at the thread pointer, and is moved down until it begins where its alignment wants it.
+        // The block ends at the thread pointer, less the gap that aligns its beginning.
         let gap =
             (start.wrapping_add(size)).wrapping_neg() & block.p_align(LittleEndian).max(1).wrapping_sub(1);
         let in_program = offset.wrapping_sub(size).wrapping_sub(gap).cast_signed();
         let slots = file.dynamic_relocations().into_iter().flatten().filter_map(|(address, relocation)| {
             let RelocationFlags::Elf { r_type } = relocation.flags() else { return None };
-            let is_meant = match relocation.target() {
+            let is_match = match relocation.target() {
                 RelocationTarget::Symbol(index) => index == symbol.index(),
-                // A linker that knows where it is names no symbol; the number of the module is the same for all.
+                // A linker that knows the offset leaves the symbol out. The module id is the same for all variables.
                 RelocationTarget::Absolute => {
                     r_type == R_X86_64_DTPMOD64 || relocation.addend().cast_unsigned() == offset
                 }
@@ -62,7 +62,7 @@ impl Elf {
                 R_X86_64_TLSDESC => Slot::Descriptor,
                 _ => return None,
             };
-            is_meant.then_some((slot, address))
+            is_match.then_some((slot, address))
         });
         Some(Variable { offset, in_program, slots: slots.collect() })
     }

@@ -1,5 +1,5 @@
-//! Looks at slices that have begun to take long, while they last: by the time a stall is over, its culprit has left
-//! the stack. A thread is looked at again and again, and what was seen most often is what the stall is put down to.
+//! Reads the stacks of long slices while they last: when a stall has ended, the code that caused it has left the stack.
+//! A thread's stack is read repeatedly, and the stack that was read most often is reported as the stall's.
 
 use std::{
     collections::HashMap,
@@ -12,151 +12,169 @@ use super::{
 };
 use crate::{model::frame::Look, read::reactors::InSlice};
 
-/// Share of a threshold after which a slice is suspected, as (numerator, denominator): early enough for a look before
-/// the threshold, late enough to leave ordinary slices alone.
-const SUSPICION: (u64, u64) = (3, 5);
-/// How often in a threshold the slices are looked at: often enough for a glance between suspicion and threshold.
-const GLANCES: u32 = 3;
-/// Bounds of the time between two glances.
-const FASTEST: Duration = Duration::from_millis(2);
-const SLOWEST: Duration = Duration::from_millis(250);
-/// A look may cost a share of one in so many of the time it is about: observer itself must not become the stall.
-const THRIFT: u32 = 20;
-/// Looks at a longer slice become rarer: each comes when its age has grown by one in so many since the last.
-const AGEING: u64 = 8;
-/// Different stacks kept of one slice.
-const STACKS_LIMIT: usize = 16;
-/// How often a thread that computes is interrupted while it is watched.
-const SAMPLING: Duration = Duration::from_millis(1);
+/// Share of the stall threshold after which the stack of a slice is read, as (numerator, denominator): early enough to
+/// read it before the threshold, late enough to skip ordinary slices.
+const READ_AFTER: (u64, u64) = (3, 5);
+/// How often the slices are checked within a stall threshold: often enough for one check between [`READ_AFTER`] and the
+/// threshold.
+const CHECKS: u32 = 3;
+/// Bounds of the time between two checks.
+const PERIOD_MIN: Duration = Duration::from_millis(2);
+const PERIOD_MAX: Duration = Duration::from_millis(250);
+/// After a read the slice is left alone for at least this many times as long as the read took, so that observer does not
+/// cause stalls itself.
+const PAUSE_FACTOR: u32 = 20;
+/// Stacks of a longer slice are read less often: the next time when its age has grown by this fraction (1/8) of itself.
+const BACKOFF_DIVISOR: u64 = 8;
+/// Maximum number of different stacks that are kept of one slice.
+const STACKS_MAX: usize = 16;
+/// How long a thread runs on a CPU between two samples.
+const SAMPLE_PERIOD: Duration = Duration::from_millis(1);
 
-/// Watches the slices of all reactors.
+/// Watches the slices of all event loops.
 pub(crate) struct Watcher {
     reader: StackReader,
     /// By thread.
     slow_slices: HashMap<u32, SlowSlice>,
-    suspicion_ns: u64,
+    /// Age from which the stack of a slice is read.
+    read_after_ns: u64,
     period: Duration,
 }
 
-/// A slice that takes long.
+/// A slice that has lasted long enough for its stack to be read.
 struct SlowSlice {
     slice: InSlice,
-    /// What was seen, and how often.
+    /// The stacks that were read, each with how often.
     stacks: Vec<(Look, u32)>,
-    /// Under the clock, if it computes in native code.
+    /// Samples its thread, if that was found running native code.
     sampler: Option<Sampler>,
-    /// Why the clock sees native functions alone, if the process has others.
-    why_native: Option<String>,
-    /// When to look again, monotonic nanoseconds.
+    /// Why samples have native frames only although the process has an interpreter.
+    interpreter_error: Option<String>,
+    /// When to read the stack again, monotonic nanoseconds.
     next_ns: u64,
-    /// Whether it has ended, and word of that may still come.
-    is_over: bool,
+    /// Whether it was not in progress at the last check, so that its end may still be reported.
+    has_ended: bool,
 }
 
 impl Watcher {
-    /// For stalls of this length and more.
+    /// Watches for stalls of `threshold` or longer.
     pub(crate) fn new(threshold: Duration) -> Self {
         let threshold_ns = u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX);
         Self {
             reader: StackReader::default(),
             slow_slices: HashMap::new(),
-            suspicion_ns: threshold_ns / SUSPICION.1 * SUSPICION.0,
-            period: (threshold / GLANCES).clamp(FASTEST, SLOWEST),
+            read_after_ns: threshold_ns / READ_AFTER.1 * READ_AFTER.0,
+            period: (threshold / CHECKS).clamp(PERIOD_MIN, PERIOD_MAX),
         }
     }
 
-    /// How often to [`glance`](Self::glance).
+    /// The time between two calls of [`glance`](Self::glance).
     pub(crate) const fn period(&self) -> Duration {
         self.period
     }
 
-    /// Goes over the slices in progress, and looks at those that take long. `is_still` says whether one goes on: what is read of a
-    /// thread after its slice has ended is of what came next.
+    /// Reads the stacks of the long ones among the slices in progress. `is_still` says whether a slice is still in
+    /// progress: a stack that was read after the end of its slice belongs to what the thread did next, and is
+    /// discarded.
     pub(crate) fn glance(
         &mut self,
         in_progress: impl Iterator<Item = InSlice>,
         now_ns: u64,
         is_still: impl Fn(&InSlice) -> bool,
     ) {
-        // Of those that had ended before, word has come or never will.
-        self.slow_slices.retain(|_, slow| !std::mem::replace(&mut slow.is_over, true));
+        // A slice that had ended by the previous check has been reported by now, or was too short to be a stall.
+        self.slow_slices.retain(|_, slow| !std::mem::replace(&mut slow.has_ended, true));
         for slice in in_progress {
-            if now_ns.saturating_sub(slice.since_ns) < self.suspicion_ns {
+            if now_ns.saturating_sub(slice.since_ns) < self.read_after_ns {
                 continue;
             }
             let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));
             if !slow.slice.is(&slice) {
-                // The one before has ended unnoticed, and was too short if nobody has asked for it.
+                // The thread's previous slice ended between two checks. It was no stall if it was not asked for.
                 *slow = SlowSlice::of(slice);
             }
             slow.slice = slice;
-            slow.is_over = false;
+            slow.has_ended = false;
             if now_ns >= slow.next_ns {
                 let began = Instant::now();
-                slow.look(&mut self.reader, &is_still);
+                slow.read(&mut self.reader, &is_still);
                 if slow.stacks.is_empty() {
-                    // It ran, in native code: next time it may stand still, or the clock have seen it.
+                    // The thread runs native code. At the next check it may be blocked, or there is a sample.
                     continue;
                 }
-                let pause = began.elapsed() * THRIFT;
+                let pause = began.elapsed() * PAUSE_FACTOR;
                 let pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
-                slow.next_ns = now_ns + pause_ns.max((now_ns - slice.since_ns) / AGEING);
+                slow.next_ns = now_ns + pause_ns.max((now_ns - slice.since_ns) / BACKOFF_DIVISOR);
             }
         }
     }
 
-    /// What was seen most often of a slice that has ended, and that was blocked most of the time or not.
+    /// The stack that was read most often of a slice that has ended. `was_blocked` says whether it was blocked most of
+    /// the time.
     pub(crate) fn seen(&mut self, tid: u32, since_ns: u64, was_blocked: bool) -> Look {
         match self.slow_slices.remove(&tid) {
             Some(mut slow) if slow.slice.since_ns == since_ns => {
-                slow.fetch(&mut self.reader);
-                slow.most(was_blocked)
+                slow.take_sample(&mut self.reader);
+                slow.most_frequent(was_blocked)
             }
             Some(other) => {
                 self.slow_slices.insert(tid, other);
-                nobody_looked()
+                not_read()
             }
-            None => nobody_looked(),
+            None => not_read(),
         }
     }
 
-    /// Looks at a slice that goes on, if nobody has yet.
+    /// Reads the stack of a slice in progress unless one has been read already, and takes the latest sample.
     pub(crate) fn ensure_seen(&mut self, slice: InSlice, is_still: impl Fn(&InSlice) -> bool) {
         let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));
         if !slow.slice.is(&slice) {
             *slow = SlowSlice::of(slice);
         }
         if slow.stacks.is_empty() {
-            slow.look(&mut self.reader, &is_still);
+            slow.read(&mut self.reader, &is_still);
         }
-        slow.fetch(&mut self.reader);
+        slow.take_sample(&mut self.reader);
     }
 
-    /// What was seen most often of a slice that goes on.
+    /// The stack that was read most often of a slice in progress.
     pub(crate) fn seen_so_far(&self, slice: InSlice, was_blocked: bool) -> Look {
         let slow = self.slow_slices.get(&slice.tid).filter(|slow| slow.slice.is(&slice));
-        slow.map_or_else(|| Look::missing("its stack has not been read yet"), |slow| slow.most(was_blocked))
+        slow.map_or_else(
+            || Look::missing("its stack has not been read yet"),
+            |slow| slow.most_frequent(was_blocked),
+        )
     }
 }
 
 impl SlowSlice {
     const fn of(slice: InSlice) -> Self {
-        Self { slice, stacks: Vec::new(), sampler: None, why_native: None, next_ns: 0, is_over: false }
+        Self {
+            slice,
+            stacks: Vec::new(),
+            sampler: None,
+            interpreter_error: None,
+            next_ns: 0,
+            has_ended: false,
+        }
     }
 
-    fn look(&mut self, reader: &mut StackReader, is_still: &impl Fn(&InSlice) -> bool) {
-        self.fetch(reader);
+    /// Reads the stack of the thread, or starts to sample it if it runs native code.
+    fn read(&mut self, reader: &mut StackReader, is_still: &impl Fn(&InSlice) -> bool) {
+        self.take_sample(reader);
         let tid = self.slice.tid;
-        match reader.look(self.slice) {
+        match reader.read(self.slice) {
             ThreadState::Stack(look) if is_still(&self.slice) => self.add(look),
             ThreadState::Stack(_) => {}
-            ThreadState::Running(why_native) => {
-                self.why_native = why_native;
+            ThreadState::Running(interpreter_error) => {
+                self.interpreter_error = interpreter_error;
                 if self.sampler.is_none() {
-                    match Sampler::of(tid, SAMPLING) {
+                    match Sampler::of(tid, SAMPLE_PERIOD) {
                         Ok(sampler) => self.sampler = Some(sampler),
                         Err(why) => {
-                            self.add(Look::missing(format!("it computes, and cannot be interrupted: {why}")));
+                            self.add(Look::missing(format!(
+                                "the thread runs native code and cannot be sampled: {why}"
+                            )));
                         }
                     }
                 }
@@ -164,36 +182,39 @@ impl SlowSlice {
         }
     }
 
-    /// Takes what the clock has seen meanwhile.
-    fn fetch(&mut self, reader: &mut StackReader) {
+    /// Adds the stack of the latest sample, if there is a new one.
+    fn take_sample(&mut self, reader: &mut StackReader) {
         let pid = self.slice.pid;
         let latest = self.sampler.as_mut().and_then(|sampler| reader.sampled(pid, sampler));
         if let Some(mut look) = latest {
-            look.missing = look.missing.or_else(|| self.why_native.clone());
+            look.missing = look.missing.or_else(|| self.interpreter_error.clone());
             self.add(look);
         }
     }
 
+    /// Counts a stack.
     fn add(&mut self, look: Look) {
         if let Some((_, count)) = self.stacks.iter_mut().find(|(known, _)| known.is_alike(&look)) {
             *count += 1;
-        } else if self.stacks.len() < STACKS_LIMIT {
+        } else if self.stacks.len() < STACKS_MAX {
             self.stacks.push((look, 1));
         }
     }
 
-    /// What was seen most often; of equals the latest, for a slice is at its longest in the end. What is whole comes
-    /// before what is not, and of one that was blocked, what was seen while it was.
-    fn most(&self, was_blocked: bool) -> Look {
+    /// The stack that was read most often. Stacks with frames come first; of a slice that was blocked most of the time,
+    /// then those that were read while it was blocked; then complete ones. Among equals it is the stack that appeared
+    /// last, when the slice was longest.
+    fn most_frequent(&self, was_blocked: bool) -> Look {
         let rank = |(look, count): &&(Look, u32)| {
-            let is_of_rest = was_blocked && look.is_on_cpu;
-            (!look.frames.is_empty(), !is_of_rest, look.missing.is_none(), *count)
+            let is_wrong_state = was_blocked && look.is_on_cpu;
+            (!look.frames.is_empty(), !is_wrong_state, look.missing.is_none(), *count)
         };
-        let Some((look, _)) = self.stacks.iter().max_by_key(rank) else { return nobody_looked() };
+        let Some((look, _)) = self.stacks.iter().max_by_key(rank) else { return not_read() };
         if was_blocked { look.clone().of_blocked() } else { look.clone() }
     }
 }
 
-fn nobody_looked() -> Look {
-    Look::missing("it was over before observer could look")
+/// The missing stack of a slice that ended before a stack was read.
+fn not_read() -> Look {
+    Look::missing("the slice ended before observer read its stack")
 }

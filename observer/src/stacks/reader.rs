@@ -1,0 +1,161 @@
+//! Reads the current stack of a thread of any process: from its interpreter's data, natively while it is blocked, or from
+//! the latest `perf_event` sample while it runs native code.
+
+use std::{
+    collections::HashMap,
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+use super::{
+    interpreter::Interpreter,
+    mappings::Mappings,
+    memory::Live,
+    sampler::Sampler,
+    symbols::Symbols,
+    unwind::{Registers, Unwinder},
+};
+use crate::{
+    model::frame::{Frame, Look},
+    read::reactors::InSlice,
+};
+
+/// How long a process is assumed to run the interpreter that was found in it. After an earlier `exec` its frames cannot
+/// be read, and the interpreter is looked up again.
+const INTERPRETER_TTL: Duration = Duration::from_secs(10);
+/// Maximum number of processes whose interpreters are cached.
+const INTERPRETERS_MAX: usize = 64;
+
+/// Reads stacks, and caches unwind tables, symbols and interpreters.
+#[derive(Default)]
+pub(crate) struct StackReader {
+    unwinder: Unwinder,
+    symbols: Symbols,
+    /// By process: its interpreter, if it has one, and when that was looked up.
+    interpreters: HashMap<u32, (Instant, Option<Interpreter>)>,
+}
+
+/// The state in which a thread was found.
+pub(super) enum ThreadState {
+    /// Its stack could be read from outside, or the stack says why not.
+    Stack(Look),
+    /// It runs native code, so that only a `perf_event` sample can show its stack. With the reason why its interpreter's
+    /// frames could not be read, if it has an interpreter.
+    Running(Option<String>),
+}
+
+impl StackReader {
+    /// Reads the stack of a thread. It takes about 40 ms where code is met for the first time, and 1 to 2 ms later.
+    pub(super) fn read(&mut self, slice: InSlice) -> ThreadState {
+        let InSlice { pid, tid, .. } = slice;
+        match self.interpreter_frames(pid, tid) {
+            Ok(Some(frames)) => ThreadState::Stack(Look {
+                frames,
+                kernel: kernel_functions(pid, tid),
+                missing: None,
+                is_on_cpu: false,
+            }),
+            Ok(None) => self.native(slice, None),
+            Err(why) => self.native(slice, Some(format!("{why:#}"))),
+        }
+    }
+
+    /// The stack in the latest sample; `None` without a new sample.
+    pub(super) fn sampled(&mut self, pid: u32, sampler: &mut Sampler) -> Option<Look> {
+        let mappings = Mappings::of(pid).ok()?;
+        let Self { unwinder, symbols, .. } = self;
+        let (stack, kernel) = sampler.latest(|registers, stack, kernel| {
+            (unwinder.unwind(registers, stack, &mappings), kernel.to_vec())
+        })?;
+        let frames = symbols.of_process(&mappings, &stack.addresses);
+        Some(Look { frames, kernel: symbols.of_kernel(&kernel), missing: stack.truncated, is_on_cpu: true })
+    }
+
+    /// Frames from the process's interpreter, innermost first; `None` if it has no interpreter.
+    fn interpreter_frames(&mut self, pid: u32, tid: u32) -> Result<Option<Vec<Frame>>> {
+        if let Some((found, known)) = self.interpreters.get(&pid)
+            && found.elapsed() < INTERPRETER_TTL
+        {
+            let Some(interpreter) = known else { return Ok(None) };
+            if let Ok(frames) = interpreter.frames(tid) {
+                return Ok(Some(frames));
+            }
+        }
+        let interpreter = Interpreter::of(pid).context("the process's memory cannot be read")?;
+        let frames = interpreter.as_ref().map(|interpreter| interpreter.frames(tid)).transpose();
+        if self.interpreters.len() == INTERPRETERS_MAX {
+            self.interpreters.clear();
+        }
+        self.interpreters.insert(pid, (Instant::now(), interpreter));
+        frames
+    }
+
+    /// Reads the native stack of a thread. `interpreter_error` is why its interpreter's frames could not be read.
+    fn native(&mut self, slice: InSlice, interpreter_error: Option<String>) -> ThreadState {
+        let (frames, truncated) = match self.blocked_frames(slice) {
+            Ok(Some(unwound)) => unwound,
+            Ok(None) => return ThreadState::Running(interpreter_error),
+            Err(why) => (Vec::new(), Some(format!("{why:#}"))),
+        };
+        ThreadState::Stack(Look {
+            frames,
+            kernel: kernel_functions(slice.pid, slice.tid),
+            missing: interpreter_error.or(truncated),
+            is_on_cpu: false,
+        })
+    }
+
+    /// Native frames of a blocked thread, innermost first, and why the outermost are missing; `None` if the thread runs.
+    fn blocked_frames(&mut self, slice: InSlice) -> Result<Option<(Vec<Frame>, Option<String>)>> {
+        let InSlice { pid, tid, frame_pointer, .. } = slice;
+        let path = format!("/proc/{pid}/task/{tid}/syscall");
+        let call = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let Some(registers) = blocked_registers(&call, frame_pointer) else { return Ok(None) };
+        let (mappings, memory) = (Mappings::of(pid)?, Live::of(pid)?);
+        let stack = self.unwinder.unwind(registers, &memory, &mappings);
+        Ok(Some((self.symbols.of_process(&mappings, &stack.addresses), stack.truncated)))
+    }
+}
+
+/// Kernel functions that a blocked thread is in, innermost first; empty if it runs or without the right to read them.
+fn kernel_functions(pid: u32, tid: u32) -> Vec<String> {
+    parse_kernel_stack(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/stack")).unwrap_or_default())
+}
+
+/// Parses `/proc/PID/task/TID/stack`.
+pub(crate) fn parse_kernel_stack(stack: &str) -> Vec<String> {
+    // `[<0>] do_nanosleep+0x5a/0x190`
+    let functions = stack.lines().filter_map(|line| line.split("] ").nth(1)?.split('+').next());
+    functions.map(str::to_owned).collect()
+}
+
+/// Parses `/proc/PID/task/TID/syscall`, which ends with the stack and the instruction pointer; `None` if it reads
+/// `running`. The file does not have the frame pointer, so it comes from the eBPF programs. Where it is unknown (0) and
+/// the unwind tables need it, the stack ends.
+pub(crate) fn blocked_registers(call: &str, frame_pointer: u64) -> Option<Registers> {
+    let mut words =
+        call.split_whitespace().rev().map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok());
+    let (ip, sp) = (words.next()??, words.next()??);
+    Some(Registers { ip, sp, bp: frame_pointer })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_two_words_are_registers() {
+        let registers = blocked_registers("35 0x1 0x2 0x0 0x0 0x0 0x0 0x7ffc10 0x7f0020\n", 8).unwrap();
+        assert_eq!((registers.sp, registers.ip, registers.bp), (0x7f_fc10, 0x7f_0020, 8));
+        assert!(blocked_registers("running\n", 8).is_none());
+    }
+
+    #[test]
+    fn a_thread_that_reads_its_own_kernel_stack_is_in_a_read() {
+        let pid = std::process::id();
+        let functions = kernel_functions(pid, nix::unistd::gettid().as_raw().cast_unsigned());
+        assert!(functions.iter().any(|function| function.contains("read")), "{functions:?}");
+    }
+}

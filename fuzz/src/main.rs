@@ -1,4 +1,4 @@
-//! A fuzzer of one of observer's parsers, the one that the variable `FUZZ_TARGET` names.
+//! The libFuzzer binary for all of observer's fuzz targets. The environment variable `FUZZ_TARGET` selects the target.
 #![no_main]
 
 use std::{env, sync::LazyLock};
@@ -6,9 +6,9 @@ use std::{env, sync::LazyLock};
 use libfuzzer_sys::fuzz_target;
 
 static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
-    let name = env::var("FUZZ_TARGET").expect("FUZZ_TARGET names the target");
+    let name = env::var("FUZZ_TARGET").expect("FUZZ_TARGET must be the name of a target");
     let found = observer::fuzz::TARGETS.iter().find(|(target, _)| *target == name);
-    found.expect("a target that there is").1
+    found.unwrap_or_else(|| panic!("FUZZ_TARGET: there is no target {name}")).1
 });
 
 fuzz_target!(|data: &[u8]| TARGET(data));

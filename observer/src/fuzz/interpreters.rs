@@ -1,4 +1,4 @@
-//! Memory of observed processes, as far as interpreters keep their data there.
+//! Targets for the data of interpreters in the memory of observed processes.
 
 use super::input::{choice, file, number};
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
     },
 };
 
-/// Makes sure that frames can be shown.
+/// Asserts that frames are not too many and have printable text.
 fn check(frames: &[Frame]) {
     assert!(frames.len() <= DEPTH_MAX);
     for frame in frames {
@@ -24,7 +24,7 @@ fn check_text(text: &str) {
     assert!(!text.chars().any(char::is_control), "{text:?}");
 }
 
-/// Memory of CPython from address 0 on, where its runtime is, behind its version.
+/// CPython: its minor version, followed by its memory from address 0 on, where the runtime is.
 pub(super) fn python(data: &[u8]) {
     let (minor, content) = choice(data);
     let memory = Live::of_file(file(content));
@@ -37,20 +37,21 @@ pub(super) fn python(data: &[u8]) {
             python.type_name(&memory, object).iter().for_each(|name| check_text(name));
         }
     }
-    // A location table by itself: no line comes from beyond its end.
+    // The content as a location table: no code unit beyond its end has a line.
     let (unit, table) = choice(content);
     let end = (table.len() as u64 + 1) * 8;
     assert!(python::line(table, u32::MAX, u64::from(unit)).is_none() || u64::from(unit) < end);
 }
 
-/// Memory of Ruby, likewise.
+/// Ruby: a byte that selects the thread, followed by the memory from address 0 on, where the pointers to the virtual
+/// machine and to the names are.
 pub(super) fn ruby(data: &[u8]) {
-    let (how, content) = choice(data);
+    let (thread, content) = choice(data);
     let memory = Live::of_file(file(content));
-    let _ = ruby::version(&memory, u64::from(how));
+    let _ = ruby::version(&memory, u64::from(thread));
     for version in ["3.1.2", "3.3.8"] {
-        let ruby = Ruby::at(0, Some(8), version).expect("a version that is understood");
-        check(&ruby.frames(&memory, 77, how & 1 == 0).unwrap_or_default());
+        let ruby = Ruby::at(0, Some(8), version).expect("a supported version");
+        check(&ruby.frames(&memory, 77, thread & 1 == 0).unwrap_or_default());
         for object in [0x100, number(content).0] {
             ruby.class_name(&memory, object).iter().for_each(|name| check_text(name));
             ruby.block_name(&memory, object).iter().for_each(|name| check_text(name));

@@ -1,4 +1,4 @@
-//! What the kernel tells of itself, and what the programs in it send.
+//! Targets for the kernel's type information, and for what the eBPF programs write to maps and rings.
 
 use std::ptr;
 
@@ -22,7 +22,7 @@ use crate::{
     stacks::naming::Naming,
 };
 
-/// Types of a kernel.
+/// BTF of a kernel.
 pub(super) fn btf(data: &[u8]) {
     let Ok(btf) = Btf::parse(data) else { return };
     let _ = members(&btf);
@@ -34,20 +34,21 @@ pub(super) fn btf(data: &[u8]) {
     assert!(arguments.is_none_or(|arguments| arguments.len() <= data.len() / 8));
 }
 
-/// Values of maps and entries of rings, as the programs write them.
+/// Values of maps and entries of rings, as the eBPF programs write them: the current time, followed by the value.
 pub(super) fn record(data: &[u8]) {
     let (now, bytes) = number(data);
-    let now = now % FIGURES;
-    let figures = figures(bytes);
-    let told = listener::decode(&record_of::<Listener>(&figures), listener::Before::default(), Some(now));
-    assert!(!told.address.is_empty());
-    let told = origin::decode(&record_of::<Request>(bytes));
-    assert!(told.path.is_none_or(|path| !path.contains(['?', '#'])));
-    let raw = Raw { now: record_of(&figures), durations: record_of(&figures) };
+    let now = now % COUNTER_LIMIT;
+    let counters = counters(bytes);
+    let listener =
+        listener::decode(&record_of::<Listener>(&counters), listener::Before::default(), Some(now));
+    assert!(!listener.address.is_empty());
+    let request = origin::decode(&record_of::<Request>(bytes));
+    assert!(request.path.is_none_or(|path| !path.contains(['?', '#'])));
+    let raw = Raw { now: record_of(&counters), durations: record_of(&counters) };
     let _ = reactor::decode("name".into(), &raw, reactor::lag(&raw, &mut Prober::default(), now), now);
     let _ = reactor::stall_in_progress(&raw, now);
-    let _ = reactor::stall(&record_of::<Stall>(&figures), None);
-    let _ = deferred::decode("work", true, &record_of(&figures), Some(now));
+    let _ = reactor::stall(&record_of::<Stall>(&counters), None);
+    let _ = deferred::decode("work", true, &record_of(&counters), Some(now));
     if let Some(id) = deferred::request_id(record_of::<[u8; REQUEST_ID]>(bytes)) {
         assert!(!id.is_empty() && id.bytes().all(|byte| byte.is_ascii_graphic()));
     }
@@ -55,27 +56,27 @@ pub(super) fn record(data: &[u8]) {
         assert_eq!((context.trace_id.len(), context.span_id.len()), (32, 16));
     }
     let _ = Naming::of(record_of(bytes));
-    let histogram = Histogram::from(&record_of::<histogram::Histogram>(&figures));
+    let histogram = Histogram::from(&record_of::<histogram::Histogram>(&counters));
     for quantile in [0.0, 0.5, 0.999, 1.0] {
         assert!(histogram.quantile(quantile).is_none_or(f64::is_finite));
     }
 }
 
-/// Above all that a program may have counted: nanoseconds of a hundred days.
-const FIGURES: u64 = 1 << 53;
+/// Above every counter that the eBPF programs can reach: about a hundred days in nanoseconds.
+const COUNTER_LIMIT: u64 = 1 << 53;
 
-/// The same bytes, as what programs count.
-fn figures(bytes: &[u8]) -> Vec<u8> {
+/// Reduces each word of the bytes to less than [`COUNTER_LIMIT`].
+fn counters(bytes: &[u8]) -> Vec<u8> {
     let (words, rest) = bytes.as_chunks::<8>();
-    let words = words.iter().map(|word| u64::from_le_bytes(*word) % FIGURES);
+    let words = words.iter().map(|word| u64::from_le_bytes(*word) % COUNTER_LIMIT);
     words.flat_map(u64::to_le_bytes).chain(rest.iter().copied()).collect()
 }
 
-/// A value of which these are the first bytes, and the others zero.
+/// Makes a value from its first bytes. Missing bytes are zero.
 fn record_of<T: aya::Pod>(bytes: &[u8]) -> T {
     let mut value = vec![0_u8; size_of::<T>()];
     let length = bytes.len().min(value.len());
     value[..length].copy_from_slice(&bytes[..length]);
-    // SAFETY: as many bytes as it has, and any bytes are one.
+    // SAFETY: `value` has as many bytes as a `T`, and any bytes are a valid `Pod`.
     unsafe { ptr::read_unaligned(value.as_ptr().cast()) }
 }

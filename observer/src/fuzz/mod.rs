@@ -1,5 +1,5 @@
-//! What a fuzzer runs: one function for each parser of bytes that come from elsewhere. Each asserts what must hold whatever
-//! the bytes are. The bytes that were worth keeping are in `fuzz/corpus`, and are tried by the unit tests as well.
+//! Fuzz targets: one function for each parser of untrusted bytes. Each takes any bytes and asserts invariants of the
+//! result. Inputs worth keeping are in `fuzz/corpus`, which the unit tests run as well.
 
 mod input;
 mod files;
@@ -12,10 +12,10 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-/// A function that takes whatever bytes there are.
+/// A function that must not panic whatever bytes it gets.
 pub type Target = fn(&[u8]);
 
-/// All of them, by name.
+/// All targets, by name.
 pub const TARGETS: &[(&str, Target)] = &[
     ("answer", network::answer),
     ("btf", kernel::btf),

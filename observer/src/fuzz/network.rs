@@ -1,5 +1,5 @@
-//! What peers send: requests to observed servers, as their first bytes were read; scrapes of observer's own endpoint;
-//! answers of collectors.
+//! Targets for bytes from the network: the beginnings of requests to observed servers, requests to observer's own
+//! endpoint, and responses of collectors.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -12,7 +12,7 @@ use tokio::{
 use super::input::{choice, number};
 use crate::{export::endpoint, export::otlp, model::request::Head};
 
-/// The beginning of a request, behind how many bytes were read at once.
+/// The beginning of a request: the number of bytes that followed in the same read, then the captured bytes.
 pub(super) fn request(data: &[u8]) {
     let (more, bytes) = choice(data);
     let head = Head::of(bytes, bytes.len() + usize::from(more));
@@ -21,7 +21,7 @@ pub(super) fn request(data: &[u8]) {
     }
     if let Some(method) = &head.method {
         assert!(method.bytes().all(|byte| byte.is_ascii_graphic()), "{method:?}");
-        // What its first line tells does not depend on what follows, if it is one.
+        // A request of the parsed method and path alone has the same path.
         let path = head.path.as_deref().filter(|path| !path.is_empty()).unwrap_or("*");
         let again = format!("{method} {path} HTTP/1.1\r\n\r\n");
         assert_eq!(Head::of(again.as_bytes(), again.len()).path.as_deref(), Some(path));
@@ -32,21 +32,21 @@ pub(super) fn request(data: &[u8]) {
     }
 }
 
-/// What a client sends to the endpoint on one connection, behind how it is cut into parts.
+/// The bytes of one connection to the endpoint: the size of the parts in which they are sent, then the bytes.
 pub(super) fn scrape(data: &[u8]) {
-    /// Most bytes of an answer: a client's is cut off when it has sent its part.
-    const ROOM: usize = 1 << 20;
-    /// Longer than the service may take over a client that has hung up.
+    /// Size of the connection's buffers, in bytes. A response must fit, since the client reads after it has sent all.
+    const BUFFER_SIZE: usize = 1 << 20;
+    /// Longer than the endpoint may keep the connection of a client that has hung up.
     const LIMIT: Duration = Duration::from_secs(4);
     static RUNTIME: LazyLock<Runtime> =
-        LazyLock::new(|| Builder::new_current_thread().enable_all().build().expect("a runtime"));
+        LazyLock::new(|| Builder::new_current_thread().enable_all().build().expect("create a runtime"));
 
     let (part, bytes) = choice(data);
     RUNTIME.block_on(async {
-        let (mut client, server) = duplex(ROOM);
-        let served =
-            endpoint::answer(server, endpoint::routes(|| Ok(endpoint::Page::of(b"figures\n".to_vec()))));
-        let asked = async {
+        let (mut client, server) = duplex(BUFFER_SIZE);
+        let serve =
+            endpoint::answer(server, endpoint::routes(|| Ok(endpoint::Page::of(b"metrics\n".to_vec()))));
+        let request = async {
             for part in bytes.chunks(usize::from(part) + 1) {
                 if client.write_all(part).await.is_err() {
                     break;
@@ -54,21 +54,22 @@ pub(super) fn scrape(data: &[u8]) {
                 tokio::task::yield_now().await;
             }
             let _ = client.shutdown().await;
-            let mut answer = Vec::new();
-            let _ = client.read_to_end(&mut answer).await;
-            answer
+            let mut response = Vec::new();
+            let _ = client.read_to_end(&mut response).await;
+            response
         };
-        let both = timeout(LIMIT, async { tokio::join!(served, asked) });
-        let ((), answer) = both.await.expect("a connection ends when its client hangs up");
+        let both = timeout(LIMIT, async { tokio::join!(serve, request) });
+        let ((), response) = both.await.expect("the connection ends when the client hangs up");
         assert!(
-            answer.is_empty() || answer.starts_with(b"HTTP/1."),
+            response.is_empty() || response.starts_with(b"HTTP/1."),
             "{:?}",
-            String::from_utf8_lossy(&answer)
+            String::from_utf8_lossy(&response)
         );
     });
 }
 
-/// What a collector answers: a code, how long to wait, and a message.
+/// The response of a collector: its status code, followed by bytes that are used as `Retry-After` header, body and
+/// details.
 pub(super) fn answer(data: &[u8]) {
     let (code, rest) = number(data);
     otlp::parse_answer(u16::try_from(code % 1000).unwrap_or_default(), rest);

@@ -1,4 +1,5 @@
-//! What people write: profiles, and variables for OpenTelemetry, also those that observed processes were started with.
+//! Targets for settings: profiles, configuration files, and the environment variables of OpenTelemetry, which are also
+//! read from observed processes.
 
 use std::collections::HashMap;
 
@@ -9,10 +10,10 @@ use crate::{
     profiles::{Profile, Steps, Test, generic::OwnHook},
 };
 
-/// Most pointers that an expression may follow.
+/// Maximum number of pointers that an expression may follow.
 const POINTERS: usize = 8;
 
-/// A profile, or one expression of it.
+/// A profile, or a single expression of one.
 pub(super) fn profile(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else { return };
     if let Ok(path) = text.parse::<Steps>() {
@@ -37,9 +38,9 @@ pub(super) fn config(data: &[u8]) {
     match understand::<Config>(text) {
         Ok(config) => assert!(config.settings_changed_from(&config).is_empty()),
         Err(why) => {
-            let mut place = why.splitn(3, ':');
-            let line: usize = place.next().unwrap().parse().expect("a line");
-            let column: usize = place.next().unwrap().parse().expect("a column");
+            let mut position = why.splitn(3, ':');
+            let line: usize = position.next().unwrap().parse().expect("a line number");
+            let column: usize = position.next().unwrap().parse().expect("a column number");
             assert!(line >= 1 && line <= text.split('\n').count().max(1));
             assert!(column >= 1 && column <= text.chars().count() + 1);
             assert!(!why.contains('\n'));
@@ -47,11 +48,12 @@ pub(super) fn config(data: &[u8]) {
     }
 }
 
+/// Asserts that an expression reads a valid register and does not have too many steps.
 fn check(path: &Steps) {
     assert!(path.register < 16 && path.hops.len() <= 2 * POINTERS + 1);
 }
 
-/// Variables, one a line.
+/// Environment variables, one per line.
 pub(super) fn environment(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let variables: HashMap<&str, &str> = text.lines().filter_map(|line| line.split_once('=')).collect();

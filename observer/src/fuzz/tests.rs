@@ -1,4 +1,4 @@
-//! All that fuzzers have found worth keeping, once more: what was mended stays so.
+//! Runs the corpus of each fuzz target as a regression test.
 
 use std::{fs, path::Path};
 
@@ -9,16 +9,16 @@ fn corpus() -> std::path::PathBuf {
 }
 
 #[test]
-fn the_corpus_is_taken_without_complaint() {
+fn no_target_panics_on_its_corpus() {
     for (name, target) in TARGETS {
         let files = fs::read_dir(corpus().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
         let files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
-        assert!(!files.is_empty(), "{name} has nothing to begin with");
+        assert!(!files.is_empty(), "the corpus of {name} is empty");
         for file in files {
             eprintln!("{}", file.display());
             target(&fs::read(file).unwrap());
         }
-        // What there is without any corpus.
+        // The empty input belongs to every corpus.
         target(&[]);
     }
 }

@@ -1,4 +1,4 @@
-//! The command line and its help, which is the manual. Parsing only.
+//! The command line and its help, from which the manual page is generated. Parsing only.
 
 use std::{ffi::OsString, net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 
@@ -35,7 +35,8 @@ pub(crate) struct Cli {
     pub(crate) command: Option<Command>,
 }
 
-/// Blocks that begin with a title. `manual.rs` makes sections of them, and of lines with two columns a list.
+/// Blocks of text that begin with a title. `manual.rs` turns each into a section, and lines with two columns into a
+/// list.
 const MORE: &str = "\
 Examples:
   sudo observer --pid $(pgrep -o nginx)                    live view of nginx and its workers; q prints the report
@@ -68,14 +69,14 @@ with -E or --preserve-env.
 
 Exit codes: 0 success, 1 failure (standard error says what to do), 2 wrong usage.";
 
-/// A command line that has been parsed.
+/// A parsed command line.
 pub(crate) struct CommandLine {
     words: Vec<OsString>,
     matches: ArgMatches,
 }
 
 impl CommandLine {
-    /// Parses words, the first of which is the program.
+    /// Parses the arguments, of which the first is the name of the program.
     pub(crate) fn parse(words: impl Iterator<Item = OsString>) -> Result<(Self, Cli), clap::Error> {
         let words: Vec<_> = words.collect();
         let matches = Cli::command().try_get_matches_from(&words)?;
@@ -83,13 +84,13 @@ impl CommandLine {
         Ok((Self { words, matches }, cli))
     }
 
-    /// Whether it has a setting, by its id.
+    /// Whether the command line itself has the argument with this id, rather than its default.
     pub(crate) fn has(&self, setting: &str) -> bool {
         self.matches.try_contains_id(setting).is_ok()
             && self.matches.value_source(setting) == Some(ValueSource::CommandLine)
     }
 
-    /// What it asks for with these words as well, which are known to be valid.
+    /// Parses the command line again with additional arguments, which must be valid.
     pub(crate) fn with(&self, more: impl Iterator<Item = String>) -> Observe {
         let words = self.words.iter().cloned().chain(more.map(Into::into));
         let parsed = Self::parse(words);
@@ -97,7 +98,7 @@ impl CommandLine {
     }
 }
 
-/// Everything but observing.
+/// All subcommands. Without one, observer observes.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Show what this kernel and these rights allow; exit with 1 if observing is not possible
@@ -212,10 +213,10 @@ pub(crate) struct Not {
     pub(crate) not_cgroups: Vec<String>,
 }
 
-/// What people notice.
+/// The default of `--stall-threshold`, a delay that people notice.
 pub(crate) const STALL_THRESHOLD: Duration = Duration::from_millis(50);
 
-/// Shorter ones could not be looked at while they last.
+/// Parses a stall threshold. Stalls below 1 ms would end before their stack can be read.
 pub(crate) fn stall_threshold(text: &str) -> Result<Duration, String> {
     let threshold = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if threshold < Duration::from_millis(1) { Err("at least 1ms".into()) } else { Ok(threshold) }
@@ -225,7 +226,7 @@ fn process_id(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "a process id is a number; --comm and --exe take names".into())
 }
 
-/// The check.
+/// Arguments of `check`.
 #[derive(Args, Debug)]
 pub(crate) struct Check {
     /// Check also what can be seen of this process
@@ -235,14 +236,14 @@ pub(crate) struct Check {
     pub(crate) known: ProfileSelection,
 }
 
-/// The demonstration.
+/// Arguments of `demo`.
 #[derive(Args, Debug)]
 pub(crate) struct Demo {
     #[command(flatten)]
     pub(crate) output: Output,
 }
 
-/// Completion in a shell.
+/// Arguments of `completions`.
 #[derive(Args, Debug)]
 pub(crate) struct Completions {
     /// bash, elvish, fish, powershell or zsh

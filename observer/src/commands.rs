@@ -1,4 +1,4 @@
-//! The small commands: those that print what observer knows of the machine and of itself.
+//! Subcommands that print what observer knows about this machine, its profiles and itself.
 
 use std::{
     io::{Write as _, stdout},
@@ -20,7 +20,8 @@ use crate::{
     profiles::{self, PROFILES, Profile, ProfileSelection},
 };
 
-/// Prints what this kernel, these rights and this process allow, each no with its reason and its cure.
+/// Prints which features this kernel, these rights and, if given, this process allow; where one fails, why and how to
+/// fix it.
 pub(crate) fn check(pid: Option<u32>, known: &ProfileSelection) -> Result<ExitCode> {
     let profiles = profiles::selected(known)?;
     let is_asked_for =
@@ -34,10 +35,10 @@ pub(crate) fn check(pid: Option<u32>, known: &ProfileSelection) -> Result<ExitCo
         finding.write(&mut out)?;
     }
     if can_run {
-        writeln!(out, "observer can do its main job here.")?;
+        writeln!(out, "observer can run here.")?;
         Ok(ExitCode::SUCCESS)
     } else {
-        writeln!(out, "observer cannot do its main job here.")?;
+        writeln!(out, "observer cannot run here: see each NO above.")?;
         Ok(ExitCode::FAILURE)
     }
 }
@@ -91,10 +92,10 @@ pub(crate) fn metrics() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes a script that has a shell complete what is typed.
+/// Writes a shell's completion script.
 pub(crate) fn completions(shell: Shell) -> Result<ExitCode> {
     let all = Cli::command();
-    // What help hides is nobody's to complete.
+    // Hidden subcommands are not completed.
     let shown = all.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()).cloned();
     let mut command =
         Command::new("observer").version("").args(all.get_arguments().cloned()).subcommands(shown);

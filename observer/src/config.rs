@@ -1,5 +1,5 @@
-//! The file of `--config`: which processes to observe, and settings. The settings are those of the command line that `cli.rs`
-//! declares under [`HEADING`]; the command line comes first. Errors have line and column.
+//! The configuration file of `--config`: process selectors and settings. The settings are the command-line arguments
+//! that `cli.rs` declares under [`HEADING`]; the command line takes precedence. Errors state line and column.
 
 use std::{collections::BTreeMap, fmt, fs, num::NonZero};
 
@@ -18,21 +18,21 @@ use crate::{
     setting::HEADING,
 };
 
-/// Whether children are observed, which the command line can only deny.
+/// Names of the setting for observing children, in the file and on the command line, which can only turn it off.
 const FOLLOW: (&str, &str) = ("follow", "no_follow");
 
-/// What a file says.
+/// Contents of a configuration file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Config {
-    /// Which processes to observe, besides those that the command line selects.
+    /// Selectors of processes to observe, in addition to those of the command line.
     pub(crate) include: Selectors,
-    /// Which processes not to observe.
+    /// Selectors of processes not to observe.
     pub(crate) exclude: Selectors,
-    /// By name, each as words of the command line.
+    /// Settings by name, each as the equivalent command-line arguments.
     settings: BTreeMap<String, Vec<String>>,
 }
 
-/// Criteria for processes.
+/// A table of process selectors.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Selectors {
@@ -45,7 +45,7 @@ pub(crate) struct Selectors {
 }
 
 impl Selectors {
-    /// These and those.
+    /// Adds these selectors to `criteria`.
     pub(crate) fn and(&self, mut criteria: Criteria) -> Criteria {
         criteria.all |= self.all;
         criteria.names.extend_from_slice(&self.comm);
@@ -63,20 +63,20 @@ fn patterns<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Pattern>, D::Error
 }
 
 impl Config {
-    /// Reads the file that the command line names; without one, nothing is said.
+    /// Reads the file that the command line names; empty without one. An error states file, line and column.
     pub(crate) fn of(observe: &Observe) -> Result<Self, Failure> {
         let Some(file) = &observe.which.config else { return Ok(Self::default()) };
-        let failed = |what: String| Failure::new(what, "docs/configuration.md tells what may be in it");
+        let failed = |what: String| Failure::new(what, "see docs/configuration.md for what it may contain");
         let text = fs::read_to_string(file)
             .map_err(|error| failed(format!("cannot read {}: {error}", file.display())))?;
         understand(&text).map_err(|why| failed(format!("{}:{why}", file.display())))
     }
 
-    /// What the command line asks for, with each setting of the file that it does not have.
+    /// The arguments of the command line, with those settings of the file that the command line does not override.
     pub(crate) fn complete(&self, line: &CommandLine) -> Observe {
         let command = Cli::command();
         let given: Vec<_> = command.get_arguments().filter(|arg| line.has(arg.get_id().as_str())).collect();
-        // Neither it nor what excludes it is on the command line.
+        // Neither the setting nor an argument that conflicts with it is on the command line.
         let is_free = |name: &str| {
             let name = if name == FOLLOW.0 { FOLLOW.1 } else { name };
             !given.iter().any(|arg| {
@@ -88,7 +88,8 @@ impl Config {
         line.with(words.cloned())
     }
 
-    /// Names of the settings that differ. They are taken at the start: only the selection can change while observer runs.
+    /// Names of the settings that differ from those of another file. They need a restart: a reload applies only
+    /// selectors.
     pub(crate) fn settings_changed_from<'s>(&'s self, other: &'s Self) -> Vec<&'s str> {
         let names = self
             .settings
@@ -107,7 +108,7 @@ impl<'de> Deserialize<'de> for Config {
     }
 }
 
-/// Reads a file, with the command that declares its settings.
+/// Deserializes a file. The command declares which settings it may have.
 struct ConfigVisitor(Command);
 
 impl<'de> Visitor<'de> for ConfigVisitor {
@@ -133,12 +134,12 @@ impl<'de> Visitor<'de> for ConfigVisitor {
     }
 }
 
-/// The settings of the command line that a file may have.
+/// The command-line arguments that may be set in a file.
 fn settings(command: &Command) -> impl Iterator<Item = &Arg> {
     command.get_arguments().filter(|arg| arg.get_help_heading() == Some(HEADING))
 }
 
-/// A name that a file may have.
+/// Deserializes the name of a field; rejects unknown ones.
 struct Name<'c>(&'c Command);
 
 impl<'de> DeserializeSeed<'de> for Name<'_> {
@@ -155,7 +156,7 @@ impl<'de> DeserializeSeed<'de> for Name<'_> {
     }
 }
 
-/// A setting, which becomes the words that say the same on the command line.
+/// Deserializes the value of a setting into the equivalent command-line arguments.
 struct Setting<'c> {
     command: &'c Command,
     name: &'c str,
@@ -173,22 +174,22 @@ impl<'de> DeserializeSeed<'de> for Setting<'_> {
         let flag = arg.and_then(Arg::get_long).ok_or_else(|| D::Error::custom("no such setting"))?;
         let values = match value {
             Value::Array(values) => values,
-            one => vec![one],
+            value => vec![value],
         };
         let words = values.into_iter().map(|value| match value {
             Value::String(text) => Ok(format!("--{flag}={text}")),
             Value::Integer(number) => Ok(format!("--{flag}={number}")),
-            other => Err(D::Error::custom(format!("a {} is no value of {}", other.type_str(), self.name))),
+            other => Err(D::Error::custom(format!("{} does not take a {}", self.name, other.type_str()))),
         });
         let words: Vec<String> = words.collect::<Result<_, _>>()?;
-        // Whatever else the command line needs.
+        // Validated as a complete command line, which needs at least one selector.
         let line = ["observer".to_owned(), "--all".to_owned()].into_iter().chain(words.iter().cloned());
         self.command.clone().try_get_matches_from(line).map_err(|error| D::Error::custom(reason(&error)))?;
         Ok(words)
     }
 }
 
-/// What an error of the command line says, as one line.
+/// The message of a command-line error, on one line.
 fn reason(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
@@ -199,7 +200,7 @@ fn reason(error: &clap::Error) -> String {
 mod tests {
     use super::*;
 
-    /// The page that people copy from is the test's input.
+    /// The page that users copy from is the test's input.
     const PAGE: &str = include_str!("../../docs/configuration.md");
 
     fn example() -> &'static str {
@@ -207,24 +208,24 @@ mod tests {
     }
 
     #[test]
-    fn the_documented_example_says_everything() {
+    fn the_documented_example_has_every_setting() {
         let config: Config = understand(example()).unwrap();
         let table: toml::Table = example().parse().unwrap();
-        let told = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
+        let names = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
         let command = Cli::command();
         let mut all: Vec<_> = settings(&command).map(|arg| arg.get_id().as_str()).collect();
         all.extend(["include", "exclude", FOLLOW.0]);
         all.sort_unstable();
         assert!(all.len() > 10, "{all:?}");
-        assert_eq!(told(&table), all);
-        assert_eq!(told(table["include"].as_table().unwrap()), ["all", "cgroup", "comm", "exe", "port"]);
+        assert_eq!(names(&table), all);
+        assert_eq!(names(table["include"].as_table().unwrap()), ["all", "cgroup", "comm", "exe", "port"]);
         assert_eq!(config.include.port, [NonZero::new(8080).unwrap()]);
         assert_eq!(config.settings["stall_threshold"], ["--stall-threshold=50ms"]);
         assert_eq!(understand::<Config>("").unwrap(), Config::default());
     }
 
     #[test]
-    fn what_is_wrong_has_a_line_and_a_column() {
+    fn errors_state_line_and_column() {
         for (text, place, why) in [
             ("[include]\ncom = [\"nginx\"]\n", "2:1: ", "unknown field `com`"),
             ("[include]\nport = [80, 70000]\n", "2:13: ", ""),

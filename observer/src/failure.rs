@@ -1,4 +1,4 @@
-//! A failure that a person can act on: what happened, and what to do about it.
+//! An error that the user can act on: what went wrong, and how to fix it.
 
 use std::{fmt, io};
 
@@ -7,12 +7,12 @@ use serde::de::DeserializeOwned;
 
 use crate::sanitize::clean;
 
-/// One line why, one line what to do; ends observer with exit code 1.
+/// One line for what went wrong, one for how to fix it. observer then exits with code 1.
 #[derive(Debug)]
 pub(crate) struct Failure {
-    /// What happened.
+    /// What went wrong.
     pub(crate) what: String,
-    /// What to do about it.
+    /// How to fix it.
     pub(crate) cure: String,
 }
 
@@ -21,18 +21,20 @@ impl Failure {
         Self { what: what.into(), cure: cure.into() }
     }
 
-    /// The same error with what to do about it, where the kernel's answer tells.
+    /// Adds how to fix it to an error whose OS error code has a known fix. Other errors are returned unchanged.
     pub(crate) fn explained(error: anyhow::Error) -> anyhow::Error {
         let mut answers = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
         let cure = match answers.next() {
             Some(libc::EMFILE) => {
-                "let it have more file descriptors, some 200, for example with `ulimit -n 1024`"
+                "raise the limit of file descriptors, of which about 200 are needed, for example with `ulimit -n 1024`"
             }
-            Some(libc::ENFILE) => "the machine has no file descriptors left: see /proc/sys/fs/file-max",
-            Some(libc::ENOMEM | libc::E2BIG) => "give it more memory, or choose a smaller --capacity",
+            Some(libc::ENFILE) => {
+                "the system-wide limit of open files is reached: raise /proc/sys/fs/file-max"
+            }
+            Some(libc::ENOMEM | libc::E2BIG) => "give observer more memory, or lower --capacity",
             Some(libc::EPERM | libc::EACCES) => {
-                "something keeps even this user from it: the seccomp profile of a container or a unit, kernel lockdown, or, \
-                 before Linux 5.11, the limit of locked memory (`ulimit -l unlimited`)"
+                "the kernel denies it in spite of this user's rights; possible causes: the seccomp profile of a container or \
+                 unit, kernel lockdown or, before Linux 5.11, the locked-memory limit (`ulimit -l unlimited`)"
             }
             _ => return error,
         };
@@ -40,7 +42,7 @@ impl Failure {
     }
 }
 
-/// Understands a file's text. An error says `LINE:COLUMN: what is wrong`.
+/// Parses TOML. An error reads `LINE:COLUMN: MESSAGE`.
 pub(crate) fn understand<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     toml::from_str(text).map_err(|error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();

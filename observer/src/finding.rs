@@ -1,33 +1,33 @@
-//! One thing that was looked at before anything is observed: whether it is as it should be, and if not, why and what helps.
+//! The result of one check before the start: whether a requirement is met and, if not, why and how to fix it.
 
 use std::io::{self, Write};
 
 use crate::sanitize::Lines;
 
-/// Column in which purposes begin.
-const PURPOSE: usize = 30;
+/// Width of the column of names.
+const NAME_WIDTH: usize = 30;
 
-/// A yes or a no.
+/// The result of one check.
 pub(crate) struct Finding {
-    /// What was looked at.
+    /// What was checked.
     pub(crate) name: String,
-    /// What it is for, or what goes unseen without it.
+    /// What it is needed for, or what is not measured without it.
     pub(crate) purpose: String,
-    /// Whether nothing goes without it.
+    /// Whether observer cannot run without it.
     pub(crate) required: bool,
-    /// An error says why not.
+    /// Whether the requirement is met; the error states why not.
     pub(crate) outcome: Result<(), String>,
-    /// What to do if it is not.
+    /// How to meet the requirement.
     pub(crate) cure: String,
 }
 
 impl Finding {
-    /// Whether that means that observer cannot do its main job.
+    /// Whether observer cannot run because of this check.
     pub(crate) fn prevents(&self) -> bool {
         self.required && self.outcome.is_err()
     }
 
-    /// Writes it for people: a line, and two more for a no.
+    /// Writes the result as text: one line, and two more if the check failed.
     pub(crate) fn write(&self, out: &mut impl Write) -> io::Result<()> {
         let verdict = match (&self.outcome, self.required) {
             (Ok(()), _) => "yes",
@@ -35,10 +35,10 @@ impl Finding {
             (Err(_), true) => "NO",
         };
         let mut out = Lines(out);
-        writeln!(out, "{verdict:<4} {:<PURPOSE$} {}", self.name, self.purpose)?;
+        writeln!(out, "{verdict:<4} {:<NAME_WIDTH$} {}", self.name, self.purpose)?;
         if let Err(reason) = &self.outcome {
-            writeln!(out, "{:<4} {:<PURPOSE$} reason: {reason}", "", "")?;
-            writeln!(out, "{:<4} {:<PURPOSE$} cure: {}", "", "", self.cure)?;
+            writeln!(out, "{:<4} {:<NAME_WIDTH$} reason: {reason}", "", "")?;
+            writeln!(out, "{:<4} {:<NAME_WIDTH$} cure: {}", "", "", self.cure)?;
         }
         Ok(())
     }

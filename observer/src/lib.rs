@@ -1,19 +1,19 @@
-//! observer: tells, from outside, how late an event-loop server is and why.
+//! observer measures from outside how late an event-loop server is, and why.
 //!
-//! Data flows one way, and imports go the other: a module uses only those that are declared before it, and never the file that
-//! declares it. `xtask/tests/modules.rs` checks that, here and in every folder.
+//! Data flows one way and imports the other: a module uses only modules that are declared before it, and never the
+//! file that declares it. `xtask/tests/modules.rs` checks this here and in every folder.
 
-// What every module may use.
+// Utilities for all modules.
 mod sanitize;
 mod failure;
 mod finding;
 mod heap;
 mod setting;
 
-// What is measured.
+// The data model.
 mod model;
 
-// The kernel that it runs on, and the maps that its programs share with observer.
+// The running kernel, and the maps that the eBPF programs share with observer.
 mod kernel;
 mod read;
 
@@ -22,12 +22,12 @@ mod stacks;
 mod profiles;
 mod process;
 
-// From the maps to snapshots, and from those to people and programs.
+// From maps to snapshots, and from snapshots to reports and exporters.
 mod probes;
 mod observation;
 mod export;
 
-// What people ask for.
+// The command line and what it runs.
 mod cli;
 mod config;
 mod manual;
@@ -45,13 +45,13 @@ use anyhow::Result;
 use cli::{Cli, Command, CommandLine};
 use sanitize::clean_lines;
 
-/// Does what the command line asks for. Errors end up on standard error, and in the exit code.
+/// Runs what the command line asks for. Errors are printed on standard error and set the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
     let (line, cli) = CommandLine::parse(env::args_os()).unwrap_or_else(|error| error.exit());
     let code = match dispatch(cli, &line) {
         Ok(code) => code,
-        // Whoever read the output has had enough, as `head` has.
+        // The reader of the output has closed it, as `head` does.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("observer: {}", clean_lines(&format!("{error:#}")));

@@ -1,4 +1,4 @@
-//! The program `observer`: nothing but the start of the library, which fuzz targets are made of as well.
+//! The binary `observer`. Everything is in the library, which the fuzz targets link as well.
 
 use std::process::ExitCode;
 

@@ -1,5 +1,6 @@
-//! The manual page, in the form that `man` reads. Made of the command line's own help, so that there is one text of each
-//! thing; what the library has no place for, commands with their options and the blocks behind the help, is laid out here.
+//! The manual page, in the format of `man`. It is generated from the help of the command line, so that each text
+//! exists once. clap_mangen does not lay out subcommands with their options, nor the blocks after the help; this file
+//! does.
 
 use std::io::{self, Write};
 
@@ -11,10 +12,10 @@ use clap_mangen::{
 
 use crate::cli::Cli;
 
-/// Of the pages for whoever administers a machine.
+/// The manual's section for system administration.
 const SECTION: &str = "8";
 
-/// Writes all of it.
+/// Writes the whole page.
 pub(crate) fn write(out: &mut impl Write) -> io::Result<()> {
     let mut command = Cli::command();
     command.build();
@@ -31,7 +32,7 @@ pub(crate) fn write(out: &mut impl Write) -> io::Result<()> {
     rest.to_writer(out)
 }
 
-/// What there is besides the main job.
+/// Writes the section COMMANDS: the subcommands and their options.
 fn commands(roff: &mut Roff, command: &Command) {
     roff.control("SH", ["COMMANDS"]);
     for subcommand in command.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()) {
@@ -56,7 +57,7 @@ fn commands(roff: &mut Roff, command: &Command) {
     }
 }
 
-/// How an argument is written.
+/// How an argument is written on the command line.
 fn usage(argument: &Arg) -> String {
     let takes_values = argument.get_num_args().is_some_and(|count| count.takes_values());
     let values = argument.get_value_names().filter(|_| takes_values).unwrap_or_default().join(" ");
@@ -64,7 +65,8 @@ fn usage(argument: &Arg) -> String {
     format!("{flag}{values}").trim_end().into()
 }
 
-/// A block that begins with a title: text, or lines with two columns, of which the second may go on in further lines.
+/// Writes a block as a section: a title, then text or lines with two columns, of which the second may continue on
+/// further lines.
 fn section(roff: &mut Roff, block: &str) {
     let (title, body) = block.split_once(':').unwrap_or((block, ""));
     roff.control("SH", [title.to_uppercase().as_str()]);

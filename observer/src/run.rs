@@ -1,4 +1,4 @@
-//! The main job from preflight to report: checks what must hold, observes until it is time, prints.
+//! Observing, from the preflight checks to the report.
 
 use std::{
     future::pending,
@@ -43,28 +43,28 @@ use crate::{
     sanitize::clean,
 };
 
-/// How often the observation is refreshed.
+/// Interval between refreshes of an observation.
 const REFRESH_PERIOD: Duration = Duration::from_secs(1);
 
-/// How long breakpoints are removed without a word.
-const REMOVAL_PATIENCE: Duration = Duration::from_secs(1);
+/// How long breakpoints are removed silently; after that, a message is printed.
+const SILENT_REMOVAL: Duration = Duration::from_secs(1);
 
-/// How an observation is controlled from outside.
+/// How a running observation is controlled from outside.
 #[derive(Default)]
 pub(crate) struct Controls {
-    /// Keeps observer out of the kernel while it exists.
+    /// observer is detached while this file exists.
     kill_switch: Option<PathBuf>,
-    /// How to choose anew, if there is a configuration to read again.
+    /// What a reload reads again; `None` without a configuration file.
     reload: Option<Reload>,
 }
 
-/// The configuration that is in force, and where it came from.
+/// The configuration in force, and the command line that it belongs to.
 struct Reload {
     observe: Observe,
     config: Config,
 }
 
-/// Observes what the command line and the configuration ask for.
+/// Observes what the command line and the configuration file ask for.
 pub(crate) fn observe(observe: Observe, line: &CommandLine) -> Result<ExitCode> {
     let config = Config::of(&observe)?;
     let observe = config.complete(line);
@@ -86,7 +86,7 @@ pub(crate) fn observe(observe: Observe, line: &CommandLine) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whom the command line and the configuration choose, besides those that are given by their ids.
+/// The selectors of the command line and the configuration file, other than `--pid`.
 fn choice(observe: &Observe, config: &Config) -> Choice {
     let Which { pids: _, names, executables, ports, cgroups, all, config: file } = observe.which.clone();
     let Not { not_names, not_executables, not_ports, not_cgroups } = observe.not.clone();
@@ -106,28 +106,28 @@ fn choice(observe: &Observe, config: &Config) -> Choice {
 }
 
 impl Reload {
-    /// Reads the configuration again. What is not understood changes nothing.
-    fn again(&self) -> Option<Choice> {
+    /// Reads the configuration file again. An invalid one is logged and changes nothing.
+    fn reread(&self) -> Option<Choice> {
         match Config::of(&self.observe) {
             Ok(config) => {
                 let changed = config.settings_changed_from(&self.config);
                 if !changed.is_empty() {
-                    log::warn!("changed, but used only after a restart: {}", changed.join(", "));
+                    log::warn!("changed settings take effect after a restart: {}", changed.join(", "));
                 }
                 Some(choice(&self.observe, &config))
             }
             Err(failure) => {
-                log::error!("{}; the configuration stays as it was", failure.what);
+                log::error!("{}; keeping the previous configuration", failure.what);
                 None
             }
         }
     }
 
-    /// Has a running observation choose by what the configuration says now.
-    fn reach(&self, observation: &mut Observation, chosen: &mut Choice) -> Result<()> {
-        let again = self.again();
-        let is_accepted = again.is_some();
-        if let Some(choice) = again {
+    /// Reads the configuration file again and applies its selectors to a running observation.
+    fn apply(&self, observation: &mut Observation, chosen: &mut Choice) -> Result<()> {
+        let reread = self.reread();
+        let is_accepted = reread.is_some();
+        if let Some(choice) = reread {
             chosen.clone_from(&choice);
             observation.choose(choice)?;
         }
@@ -136,122 +136,123 @@ impl Reload {
     }
 }
 
-/// Observes until the time is up, a signal comes or all targets are gone; then prints the report.
+/// Observes until the time is up, a signal arrives or all targets have exited; then prints the report.
 pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls) -> Result<()> {
     let own_level = if output.verbose { LevelFilter::Debug } else { LevelFilter::Warn };
     env_logger::Builder::new()
         .filter_level(LevelFilter::Warn)
-        // Ours and, by the name of their crate, the programs'.
+        // observer's own level applies to the eBPF programs as well: the name of their crate has the same prefix.
         .filter_module("observer", own_level)
         .format_timestamp(None)
         .target(Target::Pipe(Box::new(live::Messages)))
         .init();
     let format = format(output);
     let settings = Settings::find(&output.otlp)?;
-    ensure_possible(&selection)?;
+    check_preconditions(&selection)?;
     heap::set_mmap_threshold();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
-        // First of all, because a busy port is the likeliest failure and the cheapest to find.
+        // Before everything else: a port in use is the likeliest failure and the cheapest to detect.
         let mut flame = output.flame.as_deref().map(flame::create).transpose()?;
         let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
-        let figures = endpoint.as_ref().and_then(figures);
-        // Whoever is told by name is so everywhere.
-        let cap = Arc::new(Mutex::new(SeriesLimiter::at(output.resolution)));
-        // None while observer is turned off.
+        let metrics_url = endpoint.as_ref().and_then(metrics_url);
+        // All exporters share it, so that they report the same subjects individually.
+        let limiter = Arc::new(Mutex::new(SeriesLimiter::at(output.resolution)));
+        // `None` while observer is detached by the kill switch.
         let current = Arc::new(Mutex::new(None::<Arc<Mutex<Observation>>>));
         if let Some(endpoint) = endpoint {
-            // It answers from the first time on that nothing else is to be done: while observer waits, or observes.
+            // It answers whenever this task awaits something: while observer is detached, and while it observes.
             let current = Arc::clone(&current);
             let read = move || {
                 let observation = lock(&current).clone();
                 observation
                     .map_or_else(|| Ok(Snapshot::turned_off()), |observation| lock(&observation).snapshot())
             };
-            tokio::spawn(endpoint::serve(endpoint, read, Arc::clone(&cap)));
+            tokio::spawn(endpoint::serve(endpoint, read, Arc::clone(&limiter)));
         }
         let mut end = None;
         loop {
             if let Some(file) = controls.kill_switch.as_deref().filter(|file| file.exists()) {
                 log::warn!("detached while {} exists", file.display());
                 let mut signals = Signals::catch(controls.reload.is_some())?;
-                if !until_turned_on(file, end, &mut signals).await {
+                if !until_attachable(file, end, &mut signals).await {
                     return Ok(());
                 }
-                // It may have changed meanwhile, and was not read.
-                if let Some(choice) = controls.reload.as_ref().and_then(Reload::again) {
+                // SIGHUP does not reload while observer is detached, so the file may have changed.
+                if let Some(choice) = controls.reload.as_ref().and_then(Reload::reread) {
                     selection.choice = choice;
                 }
             }
             let collector = settings.clone().map(Collector::new).transpose()?;
             let mut observation =
                 Observation::start(&selection, output.verbose).map_err(Failure::explained)?;
-            let diagnostics = output.verbose.then(|| show_diagnostics(&mut observation)).transpose()?;
+            let program_logs = output.verbose.then(|| forward_program_logs(&mut observation)).transpose()?;
             rights::drop_others()?;
             heap::trim();
-            // Before anybody is told how to end it.
+            // Before any message says how to end observer.
             let mut signals = Signals::catch(controls.reload.is_some())?;
             let view = if format == Format::Live {
-                Some(Live::start(figures.clone(), output.duration)?)
+                Some(Live::start(metrics_url.clone(), output.duration)?)
             } else {
-                announce(&selection, &observation, output, figures.as_deref(), collector.is_some());
+                announce(&selection, &observation, output, metrics_url.as_deref(), collector.is_some());
                 None
             };
-            let mut push =
-                collector.map(|collector| Push::start(collector, observation.started(), Arc::clone(&cap)));
+            let mut push = collector
+                .map(|collector| Push::start(collector, observation.started(), Arc::clone(&limiter)));
             if let Some(push) = &push {
                 push.export_stats().for_each(|stats| observation.add_export_stats(stats));
                 push.trace_stats().into_iter().for_each(|stats| observation.trace(stats));
             }
             let observation = Arc::new(Mutex::new(observation));
             *lock(&current) = Some(Arc::clone(&observation));
-            // From when there is something to see, and not once more if observer was turned off meanwhile.
+            // The time starts when the first observation has started, and not again after observer was detached.
             end = end.or_else(|| Instant::now().checked_add(output.duration?));
             let chosen = &mut selection.choice;
-            let why = until_over(&observation, end, &mut signals, view, &mut push, &controls, chosen).await?;
-            let is_off = matches!(why, End::TurnedOff);
+            let why =
+                run_until_end(&observation, end, &mut signals, view, &mut push, &controls, chosen).await?;
+            let is_detached = matches!(why, End::TurnedOff);
             let snapshot = lock(&observation).report()?;
-            let reported = if is_off { Ok(()) } else { report(&snapshot, flame.take(), format) };
+            let reported = if is_detached { Ok(()) } else { report(&snapshot, flame.take(), format) };
             if let Some(push) = &mut push {
                 push_traces(push, &mut lock(&observation), true);
                 push.push_metrics(&snapshot);
             }
-            if is_off {
-                // Out of the kernel at once, whatever the collector does.
+            if is_detached {
+                // Detached at once, even if the collector is slow.
                 *lock(&current) = None;
                 drop(observation);
-                if let Some(diagnostics) = diagnostics {
-                    diagnostics.abort();
+                if let Some(program_logs) = program_logs {
+                    program_logs.abort();
                 }
             }
             if let Some(push) = push {
-                // Whoever asks again does not want to wait for a collector.
-                push.finish(signals.come()).await;
+                // A second signal ends the wait for the collector.
+                push.finish(signals.terminated()).await;
             }
-            if !is_off {
+            if !is_detached {
                 return reported;
             }
         }
     });
-    // Whoever looks a name up that nobody knows may take long over it.
+    // A name lookup without an answer would delay the exit.
     runtime.shutdown_background();
     outcome
 }
 
-/// Returns when no breakpoint is left in any target. A signal may end the wait: the kernel removes the rest all the same.
+/// Waits until no breakpoint is left in any target. A signal may end the wait: the kernel then removes the others.
 pub(crate) fn wait_for_removal() {
     for number in [NixSignal::SIGINT, NixSignal::SIGTERM, NixSignal::SIGHUP] {
-        // SAFETY: sets no handler, but takes one away that nobody needs any more.
+        // SAFETY: installs no handler, but restores the default action; nothing needs the handler any more.
         let _cannot_fail = unsafe { set_signal_action(number, SigHandler::SigDfl) };
     }
-    detach::finish_all(REMOVAL_PATIENCE, |left| {
+    detach::finish_all(SILENT_REMOVAL, |left| {
         let message = format!("removing {left} breakpoints from the observed processes\n");
-        let _nobody_reads = stderr().write_all(message.as_bytes());
+        let _ignored = stderr().write_all(message.as_bytes());
     });
 }
 
-/// Waits until the kill switch is gone. Whether it is: before that, the time may be up or a signal may come.
-async fn until_turned_on(switch: &Path, end: Option<Instant>, signals: &mut Signals) -> bool {
+/// Waits until the kill switch is removed. Returns `false` if the time was up or a signal arrived before.
+async fn until_attachable(switch: &Path, end: Option<Instant>, signals: &mut Signals) -> bool {
     let gone = async {
         while switch.exists() {
             sleep(REFRESH_PERIOD).await;
@@ -260,11 +261,11 @@ async fn until_turned_on(switch: &Path, end: Option<Instant>, signals: &mut Sign
     select! {
         () = gone => true,
         () = until(end) => false,
-        _ = signals.come() => false,
+        _ = signals.terminated() => false,
     }
 }
 
-/// Never, without an end.
+/// Waits until `end`; forever without one.
 async fn until(end: Option<Instant>) {
     match end {
         Some(end) => sleep_until(end).await,
@@ -272,9 +273,9 @@ async fn until(end: Option<Instant>) {
     }
 }
 
-/// Writes what was asked for.
+/// Writes the report and the flame graph that were requested.
 fn report(snapshot: &Snapshot, flame: Option<flame::Place>, format: Format) -> Result<()> {
-    // Where one cannot be written, the other may be.
+    // A flame graph that cannot be written must not prevent the report, nor the other way round.
     let graph = flame.map_or(Ok(()), |place| flame::write(snapshot, place));
     match format {
         Format::Live | Format::Text => text::write(snapshot, &mut stdout().lock()),
@@ -283,13 +284,14 @@ fn report(snapshot: &Snapshot, flame: Option<flame::Place>, format: Format) -> R
     graph
 }
 
-/// What to show, here.
+/// The output format to use on this terminal.
 fn format(output: &Output) -> Format {
     match output.format {
         Some(Format::Live) | None if live::is_possible() => Format::Live,
         Some(Format::Live) => {
             log::warn!(
-                "no live view: it needs a terminal in the foreground that can place text (TERM is not dumb)"
+                "the live view needs a terminal in the foreground that can position text (TERM must not be dumb); \
+                 printing the report as text"
             );
             Format::Text
         }
@@ -297,9 +299,9 @@ fn format(output: &Output) -> Format {
     }
 }
 
-/// Finds out what would fail later, and says what to do about it. Runs before any thread is started.
-fn ensure_possible(selection: &Selection) -> Result<()> {
-    // Whoever asks for a process that is not there wants to hear that first.
+/// Checks what would fail later; an error states how to fix it. Must run before any thread is started.
+fn check_preconditions(selection: &Selection) -> Result<()> {
+    // A process that does not exist is reported before missing rights.
     for &pid in &selection.pids {
         ensure_observable(pid)?;
     }
@@ -314,10 +316,11 @@ async fn listen(output: &Output) -> Result<TcpListener> {
     })
 }
 
-/// Passes on what the programs themselves have to say.
-fn show_diagnostics(observation: &mut Observation) -> Result<JoinHandle<()>> {
-    let logger = EbpfLogger::init(observation.programs()).context("cannot read the programs' diagnostics")?;
-    // SAFETY: the logger owns its ring's descriptor and never closes it before it is dropped itself.
+/// Forwards the log messages of the eBPF programs.
+fn forward_program_logs(observation: &mut Observation) -> Result<JoinHandle<()>> {
+    let logger = EbpfLogger::init(observation.programs())
+        .context("cannot read the log messages of the eBPF programs")?;
+    // SAFETY: the logger owns its ring's descriptor, and closes it only when it is dropped.
     let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
         .map_err(|error| error.into_parts().1)?;
     Ok(tokio::spawn(async move {
@@ -328,12 +331,12 @@ fn show_diagnostics(observation: &mut Observation) -> Result<JoinHandle<()>> {
     }))
 }
 
-/// Tells a person at a terminal that something is going on, and how it ends.
+/// Prints on standard error what is observed, and how the observation ends.
 fn announce(
     selection: &Selection,
     observation: &Observation,
     output: &Output,
-    figures: Option<&str>,
+    metrics_url: Option<&str>,
     pushes: bool,
 ) {
     let names: Vec<_> = observation.live().map(|p| format!("{} ({})", clean(&p.comm), p.pid)).collect();
@@ -353,8 +356,8 @@ fn announce(
         String::new()
     };
     eprintln!("capacity: {}; {memory} of kernel memory{waiting}", selection.capacity.described());
-    if let Some(address) = figures {
-        eprintln!("metrics at {address}");
+    if let Some(url) = metrics_url {
+        eprintln!("metrics at {url}");
     }
     match output.duration {
         Some(duration) => eprintln!("report in {}, or at Ctrl-C", humantime::format_duration(duration)),
@@ -366,17 +369,17 @@ fn mebibytes(bytes: u64) -> String {
     format!("{}.{} MiB", bytes >> 20, (bytes >> 10) % 1024 * 10 / 1024)
 }
 
-/// Where a scraper finds the figures.
-fn figures(endpoint: &TcpListener) -> Option<String> {
+/// URL of the Prometheus endpoint.
+fn metrics_url(endpoint: &TcpListener) -> Option<String> {
     Some(format!("http://{}/metrics", endpoint.local_addr().ok()?))
 }
 
-/// The signals that end an observation in good order, or have its configuration read again.
+/// The signals that end an observation gracefully or reload its configuration.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
     hang_up: Signal,
-    /// Whether the last of them is no end.
+    /// Whether SIGHUP reloads the configuration instead of ending the observation.
     reloads: bool,
 }
 
@@ -390,8 +393,8 @@ impl Signals {
         })
     }
 
-    /// Returns when one has come that ends it.
-    async fn come(&mut self) {
+    /// Waits for a signal that ends the observation.
+    async fn terminated(&mut self) {
         let reloads = self.reloads;
         select! {
             _ = self.interrupt.recv() => {}
@@ -400,7 +403,7 @@ impl Signals {
         }
     }
 
-    /// Returns when one has come; whether it ends the observation, instead of having the configuration read again.
+    /// Waits for any signal. Returns whether it ends the observation, instead of reloading the configuration.
     async fn next(&mut self) -> bool {
         select! {
             _ = self.interrupt.recv() => true,
@@ -412,14 +415,14 @@ impl Signals {
 
 /// Why an observation has ended.
 enum End {
-    /// The time is up, a signal has come, all targets are gone or the user of the view has had enough.
+    /// The time is up, a signal has arrived, all targets have exited, or the user has quit the live view.
     Over,
-    /// There is the file that turns observer off.
+    /// The file of `--kill-switch` exists.
     TurnedOff,
 }
 
-/// Returns when the observation has ended.
-async fn until_over(
+/// Runs an observation until it ends.
+async fn run_until_end(
     observation: &Mutex<Observation>,
     end: Option<Instant>,
     signals: &mut Signals,
@@ -435,14 +438,14 @@ async fn until_over(
     let mut watch = interval(lock(observation).watch_period());
     watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let kinds = lock(observation).kinds_descriptor()?;
-    // SAFETY: it owns the descriptor, which nobody closes before it is dropped itself.
+    // SAFETY: it owns the descriptor, and closes it only when it is dropped.
     let kinds = unsafe { AsyncFd::register_with_interest(kinds, Interest::READABLE) }
         .map_err(|error| error.into_parts().1)?;
     loop {
         select! {
             () = &mut time_is_up => return Ok(End::Over),
             is_end = signals.next() => match &controls.reload {
-                Some(reload) if !is_end => reload.reach(&mut lock(observation), chosen)?,
+                Some(reload) if !is_end => reload.apply(&mut lock(observation), chosen)?,
                 _ => return Ok(End::Over),
             },
             ready = kinds.readable() => {
@@ -472,7 +475,7 @@ async fn until_over(
     }
 }
 
-/// Without a view nobody quits it.
+/// Waits until the user quits the live view; forever without one.
 async fn until_quit(view: &mut Option<Live>) -> Result<()> {
     match view {
         Some(view) => view.until_quit().await,
@@ -480,7 +483,7 @@ async fn until_quit(view: &mut Option<Live>) -> Result<()> {
     }
 }
 
-/// Without a collector nothing is ever due.
+/// Waits until a push is due; forever without a collector.
 async fn until_due(push: &mut Option<Push>) -> (&mut Push, Due) {
     match push {
         Some(push) => {
@@ -491,13 +494,13 @@ async fn until_due(push: &mut Option<Push>) -> (&mut Push, Due) {
     }
 }
 
-/// Queues spans of what has happened since the last time.
+/// Queues spans for the events since the last call.
 fn push_traces(push: &mut Push, observation: &mut Observation, are_last: bool) {
     let events = observation.events();
     push.push_traces(events, observation.live(), |pid| observation.process(pid), are_last);
 }
 
-/// Whoever panicked with the lock in hand has left nothing half done that matters to others.
+/// A poisoned lock is harmless here: no update that others depend on is left half done.
 fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

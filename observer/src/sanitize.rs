@@ -1,5 +1,5 @@
-//! Text for people's terminals. Processes and their clients choose names and paths: what is in there must neither steer a
-//! terminal, nor pass for lines of observer's own, nor turn what stands beside it around.
+//! Cleans text for terminals. Processes and their clients choose names and paths; these must not control the terminal,
+//! forge lines of observer's output, or change the direction of the text beside them.
 
 use std::{
     borrow::Cow,
@@ -7,14 +7,15 @@ use std::{
     io::{self, Write},
 };
 
-/// Whether a character is shown as it is. All others are shown as U+FFFD; where characters have places, they are left out.
+/// Whether a character is shown unchanged. All others are shown as U+FFFD, or left out where columns must stay
+/// aligned.
 pub(crate) fn is_shown(character: char) -> bool {
-    // Beside control characters: what ends a line or a paragraph, and what turns the direction of writing.
-    let turns = matches!(character, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    !character.is_control() && !turns
+    // Besides control characters: line and paragraph separators, and characters that change the direction of the text.
+    let changes_layout = matches!(character, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    !character.is_control() && !changes_layout
 }
 
-/// Text of one line.
+/// Cleans text of one line.
 pub(crate) fn clean(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_shown) {
         return text.into();
@@ -22,12 +23,12 @@ pub(crate) fn clean(text: &str) -> Cow<'_, str> {
     text.chars().map(|c| if is_shown(c) { c } else { char::REPLACEMENT_CHARACTER }).collect()
 }
 
-/// Text of several lines, such as a message with what caused it.
+/// Cleans text of several lines, such as an error message with its causes.
 pub(crate) fn clean_lines(text: &str) -> String {
     text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
 }
 
-/// What each `writeln!` makes one line of, whatever is in it.
+/// A writer for which each `writeln!` produces exactly one line, whatever the arguments contain.
 pub(crate) struct Lines<'a>(pub(crate) &'a mut dyn Write);
 
 impl Lines<'_> {
@@ -43,9 +44,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_steers_a_terminal_is_not_written() {
+    fn text_that_controls_a_terminal_is_not_written() {
         assert_eq!(clean("söme → text 漢字"), "söme → text 漢字");
-        // Of a terminal's title, of colours in one byte, of the other direction.
+        // A terminal's title, an 8-bit colour sequence, a change of direction.
         assert_eq!(
             clean("\x1b]0;x\x07 \u{9b}31m \u{202e}txt.exe"),
             "\u{fffd}]0;x\u{fffd} \u{fffd}31m \u{fffd}txt.exe"

@@ -1,5 +1,5 @@
-//! Settings: arguments of the command line that the file of `--config` may have as well. Each is declared once, as an argument
-//! under [`HEADING`]; the file, its errors and what a reload compares follow from that.
+//! Settings: command-line arguments that the file of `--config` may have as well. Each is declared once, as an
+//! argument under [`HEADING`]; the fields of the file, its errors and the comparison at a reload derive from that.
 
-/// The heading in `--help`.
+/// Heading of the settings in `--help`.
 pub(crate) const HEADING: &str = "Settings (also in the file of --config)";

@@ -1,23 +1,23 @@
-//! Where an event loop's busy time goes, and what took most of it.
+//! Where the busy time of an event loop goes, and the causes of stalls.
 
 use observer_common::block::Block;
 use serde::{Serialize, Serializer};
 
-/// Where a reactor's busy time went, in seconds.
+/// Busy time by state and cause, in seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct Split {
     /// On a CPU.
     pub(crate) cpu: f64,
-    /// Runnable, waiting for a CPU.
+    /// In the run queue.
     pub(crate) runqueue: f64,
     /// Blocked.
     pub(crate) blocked: Blocked,
-    /// Of all these, what went into garbage collections.
+    /// The part of all these that was spent in garbage collections.
     pub(crate) gc: f64,
 }
 
 impl Split {
-    /// The part that went to one cause.
+    /// The time with this cause.
     pub(crate) const fn of(&self, cause: Cause) -> f64 {
         match cause {
             Cause::Cpu => self.cpu,
@@ -32,7 +32,7 @@ impl Split {
         }
     }
 
-    /// Adds another's parts.
+    /// Adds another's times.
     pub(crate) fn add(&mut self, other: &Self) {
         self.cpu += other.cpu;
         self.runqueue += other.runqueue;
@@ -45,44 +45,44 @@ impl Split {
         self.gc += other.gc;
     }
 
-    /// All parts together.
+    /// The sum of all parts; garbage collections are included in them.
     pub(crate) fn total(&self) -> f64 {
         Cause::PARTS.into_iter().map(|cause| self.of(cause)).sum()
     }
 }
 
-/// Blocked time by what it blocked in, in seconds.
+/// Blocked time by cause, in seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct Blocked {
-    /// In another thread's or process's way: a futex, a file lock, a semaphore, the lock of an address space.
+    /// Waiting for another thread or process: a futex, a file lock, a semaphore, the lock of an address space.
     pub(crate) lock: f64,
     /// In a file system.
     pub(crate) disk: f64,
     /// On a socket.
     pub(crate) network: f64,
-    /// Asleep, of its own will.
+    /// In a call that sleeps, such as `nanosleep`.
     pub(crate) sleep: f64,
-    /// For memory that had to be read first.
+    /// On a page fault that had to read memory first.
     pub(crate) page_fault: f64,
-    /// In anything else: a pipe, a child process, a terminal; or stopped by a signal.
+    /// On anything else: a pipe, a child process, a terminal; or stopped by a signal.
     pub(crate) other: f64,
 }
 
-/// What took most of a stall.
+/// The cause that took most of a stall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// It ran.
+    /// On a CPU.
     Cpu,
-    /// It could have run, but others did.
+    /// In the run queue.
     Runqueue,
-    /// It waited for something.
+    /// Blocked.
     Blocked(Block),
-    /// It, or another thread in its way, collected garbage: a part of the others.
+    /// In a garbage collection, on this thread or on another one that it waited for. Overlaps the other causes.
     Gc,
 }
 
 impl Cause {
-    /// Those that add up to the whole, in the order in which they are shown.
+    /// The causes that add up to the busy time, in display order.
     pub(crate) const PARTS: [Self; 8] = [
         Self::Cpu,
         Self::Runqueue,
@@ -94,12 +94,12 @@ impl Cause {
         Self::Blocked(Block::Other),
     ];
 
-    /// All of them.
+    /// All causes.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         Self::PARTS.into_iter().chain([Self::Gc])
     }
 
-    /// The largest part, with collections taken out of the time on a CPU.
+    /// The cause with the most time. Garbage collections do not count as time on a CPU here.
     pub(crate) fn of(split: &Split) -> Self {
         let own = |cause: Self| match cause {
             Self::Cpu => split.cpu - split.gc,
@@ -108,7 +108,7 @@ impl Cause {
         Self::all().max_by(|a, b| own(*a).total_cmp(&own(*b))).expect("there are causes")
     }
 
-    /// As labels and reports have it.
+    /// Name in labels and reports.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
@@ -123,12 +123,12 @@ impl Cause {
         }
     }
 
-    /// Whether it waited for something.
+    /// Whether the thread was blocked.
     pub(crate) const fn is_blocked(self) -> bool {
         matches!(self, Self::Blocked(_))
     }
 
-    /// What the scheduler makes of it: `cpu`, `runqueue` or `blocked`. Collections compute, most of the time.
+    /// State of the thread: `cpu`, `runqueue` or `blocked`. Garbage collections are mostly on a CPU.
     pub(crate) const fn state(self) -> &'static str {
         match self {
             Self::Cpu | Self::Gc => "cpu",

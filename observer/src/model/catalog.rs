@@ -1,5 +1,5 @@
-//! Every metric there is: name, meaning, unit, labels and where in a snapshot it stands; those of observer itself are in
-//! `own.rs`. All exporters and the reference page read this one table.
+//! The metric catalog: name, help, unit and labels of every metric, and where in a snapshot its samples are. Metrics
+//! about observer itself are in `own.rs`. All exporters and the reference page read this table.
 
 use super::{
     busy::Cause,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::model::family::{Aggregation, Family, Kind, Sink, Value, count};
 
-/// All families, in the order of the reference page: those of what is observed, then observer's own.
+/// All metric families, in the order of the reference page: those of targets, then observer's own.
 pub(crate) fn families() -> impl Iterator<Item = &'static Family> {
     CATALOG.iter().chain(OWN)
 }
@@ -24,7 +24,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_depth",
         otlp: "observer.accept_queue.depth",
         unit: "{connection}",
-        help: "Connections that wait to be accepted.",
+        help: "Number of connections in the accept queue.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.depth.into())),
@@ -33,7 +33,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_limit",
         otlp: "observer.accept_queue.limit",
         unit: "{connection}",
-        help: "Most connections that may wait to be accepted.",
+        help: "Maximum number of connections in the accept queue: the smaller of the backlog of listen and somaxconn.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.limit.into())),
@@ -42,7 +42,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_peak",
         otlp: "observer.accept_queue.peak",
         unit: "{connection}",
-        help: "Most connections seen to wait to be accepted.",
+        help: "Highest number of connections seen in the accept queue.",
         kind: Kind::Gauge(Aggregation::Max),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.peak.into())),
@@ -51,7 +51,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_oldest_seconds",
         otlp: "observer.accept_queue.oldest",
         unit: "s",
-        help: "How long the connection that waits longest has waited; at least, if it waited before observer came.",
+        help: "Seconds that the first connection in the accept queue has waited; 0 if there is none. A lower bound if it was queued before observer attached.",
         kind: Kind::Gauge(Aggregation::Max),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.oldest_seconds.unwrap_or(0.0))),
@@ -60,7 +60,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_half_open",
         otlp: "observer.accept_queue.half_open",
         unit: "{handshake}",
-        help: "Handshakes that have begun and are not done.",
+        help: "Number of handshakes in progress.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.half_open.into())),
@@ -69,7 +69,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_arrivals_total",
         otlp: "observer.accept_queue.arrivals",
         unit: "{connection}",
-        help: "Connections that joined the accept queue.",
+        help: "Number of connections that were added to the accept queue.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| count(l.arrivals)),
@@ -78,7 +78,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_accepts_total",
         otlp: "observer.accept_queue.accepts",
         unit: "{connection}",
-        help: "Connections accepted.",
+        help: "Number of connections that were accepted.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| count(l.accepts)),
@@ -87,7 +87,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_accepts_unknown_wait_total",
         otlp: "observer.accept_queue.accepts_unknown_wait",
         unit: "{connection}",
-        help: "Accepted connections that were queued before observer looked; not in the wait histogram.",
+        help: "Number of accepted connections that were queued before observer attached. Their wait is unknown and not in the histogram of waits.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| count(l.accepts_unknown_wait)),
@@ -96,7 +96,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_aborted_total",
         otlp: "observer.accept_queue.aborted",
         unit: "{connection}",
-        help: "Connections that their clients reset while they waited to be accepted.",
+        help: "Number of connections that their clients reset while they were in the accept queue.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| count(l.aborted)),
@@ -105,7 +105,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_drops_total",
         otlp: "observer.accept_queue.drops",
         unit: "{segment}",
-        help: "What the kernel dropped because of the listener, for any reason: connections, and segments that begin none.",
+        help: "Number of connections and segments that the kernel dropped because of this listener, for any reason.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.drops.into())),
@@ -114,7 +114,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_overflows_total",
         otlp: "observer.accept_queue.overflows",
         unit: "{connection}",
-        help: "Connections dropped because the accept queue was full; only where they can be no other listener's.",
+        help: "Number of connections that were dropped because the accept queue was full. Absent where another listener may have dropped them.",
         kind: Kind::Counter,
         labels: LISTENER,
         collect: |s, sink| {
@@ -129,7 +129,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_depth_on_accept",
         otlp: "observer.accept_queue.depth_on_accept",
         unit: "{connection}",
-        help: "Connections that waited when one was accepted, that one included.",
+        help: "Number of connections in the accept queue when one was accepted, including that one.",
         kind: Kind::Histogram,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Depths(&l.depth_on_accept)),
@@ -138,7 +138,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_wait_seconds",
         otlp: "observer.accept_queue.wait",
         unit: "s",
-        help: "Time between the end of the handshake and the return of accept.",
+        help: "Seconds from the end of a connection's handshake until accept returned it.",
         kind: Kind::Histogram,
         labels: LISTENER,
         collect: |s, sink| listeners(s, sink, |l| Value::Histogram(&l.wait)),
@@ -147,7 +147,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_lag_seconds",
         otlp: "observer.reactor.lag",
         unit: "s",
-        help: "Delay that something due at a random instant meets; one count for each millisecond observed.",
+        help: "Delay in seconds that an event arriving at a random moment would see, with one count for each millisecond observed.",
         kind: Kind::Histogram,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.lag)),
@@ -156,7 +156,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_slice_seconds",
         otlp: "observer.reactor.slice",
         unit: "s",
-        help: "Time between two waits for events, from being back on a CPU to blocking again: how long nothing else could run.",
+        help: "Length of slices in seconds: the time between two waits for events, from being back on a CPU until blocking again. Nothing else runs on the event loop meanwhile.",
         kind: Kind::Histogram,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.slice)),
@@ -165,7 +165,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_wakeup_seconds",
         otlp: "observer.reactor.wakeup",
         unit: "s",
-        help: "Time between being made runnable and running, after a wait for events.",
+        help: "Seconds from when a waiting event loop became runnable until it ran.",
         kind: Kind::Histogram,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.wakeup)),
@@ -174,7 +174,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_wait_seconds_total",
         otlp: "observer.reactor.wait",
         unit: "s",
-        help: "Time spent waiting for events, or parked while other threads waited on the same epoll set.",
+        help: "Seconds spent waiting for events, or parked while other threads waited on the same epoll set.",
         kind: Kind::Counter,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| Value::Number(r.wait_seconds)),
@@ -183,7 +183,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_busy_seconds_total",
         otlp: "observer.reactor.busy",
         unit: "s",
-        help: "Time spent between waits, by what the thread was doing: on a CPU, waiting for one, or blocked, and in what.",
+        help: "Seconds spent in slices, by state of the thread (on a CPU, in the run queue or blocked) and by cause.",
         kind: Kind::Counter,
         labels: &["pid", "comm", "container", "pod", "tid", "reactor", "state", "cause"],
         collect: |s, sink| {
@@ -200,7 +200,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_stalls_total",
         otlp: "observer.reactor.stalls",
         unit: "{stall}",
-        help: "Slices as long as the threshold or longer, by what took most of their time.",
+        help: "Number of slices of the stall threshold or more, by the cause that took most of their time.",
         kind: Kind::Counter,
         labels: &["pid", "comm", "container", "pod", "tid", "reactor", "cause"],
         collect: |s, sink| {
@@ -217,7 +217,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_gc_seconds_total",
         otlp: "observer.reactor.gc",
         unit: "s",
-        help: "Time between waits that went into garbage collections; part of the busy time, whatever its state.",
+        help: "Seconds of slices that were spent in garbage collections. They are part of the busy time, in any state.",
         kind: Kind::Counter,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| Value::Number(r.split_seconds.gc)),
@@ -226,7 +226,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_waits_total",
         otlp: "observer.reactor.waits",
         unit: "{wait}",
-        help: "Waits for events.",
+        help: "Number of waits for events.",
         kind: Kind::Counter,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| count(r.waits)),
@@ -235,7 +235,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_events_total",
         otlp: "observer.reactor.events",
         unit: "{event}",
-        help: "Events that waits returned.",
+        help: "Number of events that waits returned.",
         kind: Kind::Counter,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| count(r.events)),
@@ -244,7 +244,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_utilization_ratio",
         otlp: "observer.reactor.utilization",
         unit: "1",
-        help: "Busy time as a share of busy and waiting time, since observer attached.",
+        help: "Busy time divided by busy and waiting time since observer attached, from 0 to 1.",
         kind: Kind::Gauge(Aggregation::Max),
         labels: REACTOR,
         collect: |s, sink| {
@@ -259,7 +259,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_enqueued_total",
         otlp: "observer.deferred.enqueued",
         unit: "{task}",
-        help: "Pieces of work put off; where only their start tells the kind, those that have started.",
+        help: "Number of tasks that were enqueued. Tasks whose kind is known only at their start are counted when they start.",
         kind: Kind::Counter,
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| count(d.enqueued)),
@@ -268,7 +268,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_started_total",
         otlp: "observer.deferred.started",
         unit: "{task}",
-        help: "Pieces of deferred work that have started.",
+        help: "Number of tasks that were started.",
         kind: Kind::Counter,
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| count(d.started)),
@@ -277,7 +277,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_finished_total",
         otlp: "observer.deferred.finished",
         unit: "{task}",
-        help: "Pieces of deferred work that have ended.",
+        help: "Number of tasks that were finished.",
         kind: Kind::Counter,
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| count(d.finished)),
@@ -286,7 +286,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_orphaned_total",
         otlp: "observer.deferred.orphaned",
         unit: "{task}",
-        help: "Pieces of deferred work that were forgotten before they started.",
+        help: "Number of tasks that were dropped, or whose process exited, before they started.",
         kind: Kind::Counter,
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| count(d.orphaned)),
@@ -295,7 +295,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_pending",
         otlp: "observer.deferred.pending",
         unit: "{task}",
-        help: "Pieces of deferred work that have not started.",
+        help: "Number of tasks that are enqueued and have not started.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| count(d.pending)),
@@ -304,7 +304,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_oldest_seconds",
         otlp: "observer.deferred.oldest",
         unit: "s",
-        help: "How long the piece of deferred work has waited that has waited longest and not started.",
+        help: "Seconds that the longest waiting task has waited to start; 0 if none waits.",
         kind: Kind::Gauge(Aggregation::Max),
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| Value::Number(d.oldest_seconds.unwrap_or(0.0))),
@@ -313,7 +313,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_wait_seconds",
         otlp: "observer.deferred.wait",
         unit: "s",
-        help: "Time between being put off and the start.",
+        help: "Seconds from the enqueue of a task to its start.",
         kind: Kind::Histogram,
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| Value::Histogram(&d.wait)),
@@ -322,7 +322,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_run_seconds",
         otlp: "observer.deferred.run",
         unit: "s",
-        help: "Time between the start of deferred work and the last of it, pauses included, of what has ended.",
+        help: "Seconds from the start of a finished task until it last ran, including pauses.",
         kind: Kind::Histogram,
         labels: TASK,
         collect: |s, sink| tasks(s, sink, |d| Value::Histogram(&d.run)),
@@ -331,7 +331,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_unmatched_total",
         otlp: "observer.deferred.unmatched",
         unit: "{time}",
-        help: "Times that work went on which was not known to have been put off: what it was for is unknown.",
+        help: "Number of times that a task ran without a known enqueue. Its origin is unknown.",
         kind: Kind::Counter,
         labels: TARGET,
         collect: |s, sink| {
@@ -344,7 +344,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_hook_hits_total",
         otlp: "observer.deferred.hook_hits",
         unit: "{hit}",
-        help: "Times that a process came to a place which its profile names.",
+        help: "Number of times that a hook of the profile fired.",
         kind: Kind::Counter,
         labels: HOOK,
         collect: |s, sink| hooks(s, sink, |hook| hook.hits),
@@ -353,7 +353,7 @@ const CATALOG: &[Family] = &[
         name: "observer_deferred_hook_matches_total",
         otlp: "observer.deferred.hook_matches",
         unit: "{hit}",
-        help: "Of those, the ones that meant something: but for a snapshot, that what was meant was known.",
+        help: "Number of times that a hook matched: a snapshot recorded a task, or another hook fired for a known task.",
         kind: Kind::Counter,
         labels: HOOK,
         collect: |s, sink| hooks(s, sink, |hook| hook.matches),
@@ -362,7 +362,7 @@ const CATALOG: &[Family] = &[
         name: "observer_gc_pause_seconds",
         otlp: "observer.gc.pause",
         unit: "s",
-        help: "How long each garbage collection kept its thread, where that is known of each.",
+        help: "Seconds that each garbage collection occupied its thread. Absent for runtimes that report only totals.",
         kind: Kind::Histogram,
         labels: TARGET,
         collect: |s, sink| collectors(s, sink, |gc| gc.pause.as_ref().map(Value::Histogram)),
@@ -371,7 +371,7 @@ const CATALOG: &[Family] = &[
         name: "observer_gc_total",
         otlp: "observer.gc",
         unit: "{collection}",
-        help: "Garbage collections.",
+        help: "Number of garbage collections.",
         kind: Kind::Counter,
         labels: TARGET,
         collect: |s, sink| collectors(s, sink, |gc| Some(count(gc.count))),
@@ -380,7 +380,7 @@ const CATALOG: &[Family] = &[
         name: "observer_gc_seconds_total",
         otlp: "observer.gc.seconds",
         unit: "s",
-        help: "Time that garbage collections took.",
+        help: "Seconds that garbage collections took. Absent for runtimes that only count them.",
         kind: Kind::Counter,
         labels: TARGET,
         collect: |s, sink| collectors(s, sink, |gc| gc.seconds.map(Value::Number)),
@@ -389,7 +389,7 @@ const CATALOG: &[Family] = &[
         name: "observer_target_info",
         otlp: "observer.target.info",
         unit: "",
-        help: "A process under observation; always 1, but for processes that are told together.",
+        help: "A process under observation. The value is 1, or the number of processes where several are aggregated.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: PROGRAM,
         collect: |s, sink| {
@@ -406,39 +406,39 @@ const CATALOG: &[Family] = &[
     },
 ];
 
-fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'g> fn(&'g Gc) -> Option<Value<'g>>) {
+fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'g> fn(&'g Gc) -> Option<Value<'g>>) {
     for target in live(snapshot) {
-        if let Some(figure) = target.gc.as_ref().and_then(figure) {
-            sink(target_labels(target), figure);
+        if let Some(value) = target.gc.as_ref().and_then(value) {
+            sink(target_labels(target), value);
         }
     }
 }
 
-fn tasks(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'d> fn(&'d Deferred) -> Value<'d>) {
+fn tasks(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'d> fn(&'d Deferred) -> Value<'d>) {
     for target in live(snapshot) {
         for deferred in &target.deferred {
-            sink(task_labels(target, deferred), figure(deferred));
+            sink(task_labels(target, deferred), value(deferred));
         }
     }
 }
 
-fn hooks(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: fn(&HookFigures) -> u64) {
+fn hooks(snapshot: &Snapshot, sink: &mut Sink<'_>, counter: fn(&HookFigures) -> u64) {
     for target in live(snapshot) {
         for hook in &target.hooks {
-            sink(hook_labels(target, hook), count(figure(hook)));
+            sink(hook_labels(target, hook), count(counter(hook)));
         }
     }
 }
 
-fn reactors(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'r> fn(&'r Reactor) -> Value<'r>) {
+fn reactors(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'r> fn(&'r Reactor) -> Value<'r>) {
     for (target, reactor) in live_reactors(snapshot) {
-        sink(reactor_labels(target, reactor), figure(reactor));
+        sink(reactor_labels(target, reactor), value(reactor));
     }
 }
 
-fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'l> fn(&'l Listener) -> Value<'l>) {
+fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'l> fn(&'l Listener) -> Value<'l>) {
     for (target, listener) in live_listeners(snapshot) {
-        sink(listener_labels(target, listener), figure(listener));
+        sink(listener_labels(target, listener), value(listener));
     }
 }
 
@@ -446,7 +446,7 @@ fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, figure: for<'l> fn(&'l Li
 mod tests {
     use super::*;
 
-    /// What Prometheus calls an OTLP metric.
+    /// The name that Prometheus derives from that of an OTLP metric.
     fn in_prometheus(family: &Family) -> String {
         let unit = match (family.unit, family.kind) {
             ("s", _) => "_seconds",
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_collector_makes_the_same_names_for_prometheus() {
+    fn otlp_names_become_the_prometheus_names() {
         for family in families() {
             assert_eq!(in_prometheus(family), family.name);
         }

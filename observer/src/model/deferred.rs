@@ -1,4 +1,4 @@
-//! Work that was put off: how much of which kind, how long it waited and ran, and which request each piece is due to.
+//! Deferred tasks by kind: how many, how long they waited and ran, and the request that each is due to.
 
 use std::sync::Arc;
 
@@ -10,93 +10,94 @@ use super::{
     request::{Request, hexadecimal},
 };
 
-/// One kind of deferred work of a process.
+/// The deferred tasks of one kind, in one process.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Deferred {
-    /// What the kind is called.
+    /// Name of the kind.
     pub(crate) task: String,
-    /// Whether it is one kind. Else this is work of any kind, told when it starts, that has not started.
+    /// Whether all are of one kind. Otherwise these are tasks that have not started, of kinds that are known only at
+    /// the start.
     #[serde(skip)]
     pub(crate) is_kind_known: bool,
-    /// Pieces put off; where only their start tells the kind, those that have started.
+    /// Tasks enqueued; where the kind is known only at the start, tasks started.
     pub(crate) enqueued: u64,
-    /// Of these, the ones that have started.
+    /// Of these, tasks that have started.
     pub(crate) started: u64,
-    /// Of these, the ones that have ended.
+    /// Of these, tasks that have finished.
     pub(crate) finished: u64,
-    /// Pieces that were forgotten, or whose process ended, before they started.
+    /// Tasks that were dropped, or whose process exited, before they started.
     pub(crate) orphaned: u64,
-    /// Pieces that have not started, now.
+    /// Tasks that have not started, now.
     pub(crate) pending: u64,
     /// How long the longest waiting of those has waited, in seconds; `None` if none waits.
     pub(crate) oldest_seconds: Option<f64>,
-    /// Put off -> started, in seconds.
+    /// Time from the enqueue to the start, in seconds.
     pub(crate) wait: Histogram,
-    /// Started -> worked on for the last time, in seconds, of those that have ended.
+    /// Time from the start until the task last ran, in seconds, of finished tasks.
     pub(crate) run: Histogram,
-    /// The latest pieces that are over and whose request is known, oldest first; only in a report.
+    /// The latest tasks that are over and whose origin is known, oldest first; only in a report.
     pub(crate) links: Vec<Link>,
 }
 
-/// Half of the work that is put off to be done soon starts in less than this, in seconds.
-const SOON: f64 = 0.010;
+/// A kind whose median wait is below this, in seconds, is meant to start at once.
+const PROMPT_WAIT: f64 = 0.010;
 
-/// Whether work that waited like this was to be done soon and could not: it has to be when event loops were this late.
-/// Timers wait because they are meant to.
+/// Whether tasks that are meant to start at once were delayed by an event loop that was late by `lag` seconds. Kinds
+/// that wait on purpose, such as timers, are excluded by their median wait.
 pub(crate) fn is_held_up(wait: &Histogram, lag: f64) -> bool {
-    let is_soon = wait.quantile(0.5).is_some_and(|half| half < SOON);
-    // What waited for much longer did not wait for the loop alone.
-    is_soon && lag >= LATE && wait.max() >= LATE && wait.max() <= 2.0 * lag
+    let is_prompt = wait.quantile(0.5).is_some_and(|median| median < PROMPT_WAIT);
+    // A wait that is much longer than the lag has another cause.
+    is_prompt && lag >= LATE && wait.max() >= LATE && wait.max() <= 2.0 * lag
 }
 
 impl Deferred {
-    /// Whether a piece waits for far longer than any that has started: the kind is one that starts sooner.
+    /// Whether a task has waited far longer than any that started, so that it may never start.
     pub(crate) fn is_overdue(&self) -> bool {
-        /// From so many on it is known how long they wait.
-        const ENOUGH: u64 = 20;
-        /// Times the longest wait, and seconds.
-        const FAR: f64 = 10.0;
-        const LONG: f64 = 1.0;
+        /// Number of started tasks from which their longest wait is meaningful.
+        const MIN_COUNT: u64 = 20;
+        /// The wait is far too long from this multiple of the longest wait on, and from this number of seconds on.
+        const MIN_MULTIPLE: f64 = 10.0;
+        const MIN_SECONDS: f64 = 1.0;
 
-        let limit = (FAR * self.wait.max()).max(LONG);
+        let limit = (MIN_MULTIPLE * self.wait.max()).max(MIN_SECONDS);
         self.is_kind_known
-            && self.wait.count() >= ENOUGH
+            && self.wait.count() >= MIN_COUNT
             && self.oldest_seconds.is_some_and(|oldest| oldest >= limit)
     }
 
-    /// Of so many pieces that were forgotten, those that somebody has to know of. Not of work of any kind: timers that are
-    /// cancelled are such, and few that are set are not.
+    /// The number of dropped tasks to report, of `orphaned`. None if the kind is unknown: those are mostly timers,
+    /// most of which are cancelled.
     pub(crate) const fn dropped(&self, orphaned: u64) -> u64 {
         if self.is_kind_known { orphaned } else { 0 }
     }
 }
 
-/// A piece of deferred work that is over, and the request it is due to.
+/// A deferred task that is over, with its origin.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Link {
-    /// Its number.
+    /// Id of the task.
     #[serde(serialize_with = "hexadecimal")]
     pub(crate) id: u64,
-    /// The number of the piece that put it off, for the same request; `None` if the request itself did.
+    /// Id of the task that enqueued it, for the same request; `None` if the request itself did.
     #[serde(serialize_with = "hexadecimal_or_none")]
     pub(crate) parent: Option<u64>,
-    /// The request.
+    /// The request that the task is due to.
     pub(crate) origin: Arc<Request>,
-    /// Where in a trace the process itself said that it was when it put this off, by OpenTelemetry's thread context
-    /// (OTEP 4947); `None` if it said nothing. It counts for more than the request's `traceparent`.
+    /// Span that the process was in when it enqueued the task, as it published it by OpenTelemetry's thread context
+    /// (OTEP 4947); `None` if it published none. It takes precedence over the request's `traceparent`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) context: Option<TraceContext>,
-    /// What the runtime itself calls the request, where its profile knows; nothing is told by it.
+    /// The runtime's own id of the request, where its profile reads one. It is only reported, not used to match tasks.
     pub(crate) request_id: Option<String>,
-    /// When it was put off, monotonic nanoseconds.
+    /// Time of the enqueue, in monotonic nanoseconds.
     pub(crate) queued_ns: u64,
-    /// How long it waited: until it started or, if it never did, until it was forgotten. In seconds.
+    /// How long it waited until it started or, if it never did, until it was dropped, in seconds.
     pub(crate) wait_seconds: f64,
-    /// How long it ran; `None` if it never started.
+    /// How long it ran, in seconds; `None` if it never started.
     pub(crate) run_seconds: Option<f64>,
 }
 
-/// A span of a trace, in hexadecimal digits as OpenTelemetry writes them.
+/// A span of a trace, in hexadecimal digits as in OpenTelemetry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct TraceContext {
     /// The trace: 32 digits.
@@ -112,41 +113,42 @@ fn hexadecimal_or_none<S: Serializer>(number: &Option<u64>, serializer: S) -> Re
     }
 }
 
-/// A place in a runtime that is watched.
+/// A hook in the runtime of a process, with its counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct HookFigures {
-    /// The profile that names it.
+    /// The profile that defines it.
     pub(crate) profile: String,
-    /// What it means: `snapshot`, `restore`, `leave`, `forget` or `clear`.
+    /// Its verb: `snapshot`, `restore`, `leave`, `forget` or `clear`.
     pub(crate) verb: &'static str,
     /// The function and its module.
     pub(crate) place: String,
-    /// How often the process came there.
+    /// How often it fired.
     pub(crate) hits: u64,
-    /// How often that meant something: for all but a snapshot, that what was meant was known.
+    /// How often it matched: a `snapshot` recorded a task, or another verb found the task that it fired for.
     pub(crate) matches: u64,
 }
 
 impl HookFigures {
-    /// Whether nothing tells these from others but the copy of the module that they are of.
+    /// Whether both are the same hook, in two copies of a module.
     pub(crate) fn is_of_same_place(&self, other: &Self) -> bool {
         (&self.profile, self.verb, &self.place) == (&other.profile, other.verb, &other.place)
     }
 
-    /// Adds what was counted in another copy.
+    /// Adds the counters of the hook in another copy.
     pub(crate) fn add(&mut self, other: &Self) {
         self.hits += other.hits;
         self.matches += other.matches;
     }
 
-    /// Whether this never meant anything, though the process came here often: something about this runtime is not as its profile
-    /// says. Where tasks start that says nothing before some are known to have been enqueued: the end is attached to first.
+    /// Whether this hook fired often and never matched, so that the runtime is not as its profile says. For a
+    /// `restore` that is evidence only once tasks are known to have been enqueued, because it is attached to before
+    /// the hooks that enqueue.
     pub(crate) fn never_matches(&self, enqueued: u64) -> bool {
-        /// From so many on.
-        const ENOUGH: u64 = 100;
+        /// Number of hits, and of enqueued tasks, from which this is evidence.
+        const MIN_COUNT: u64 = 100;
 
-        let is_evidence = self.verb == "snapshot" || (self.verb == "restore" && enqueued >= ENOUGH);
-        self.matches == 0 && self.hits >= ENOUGH && is_evidence
+        let is_evidence = self.verb == "snapshot" || (self.verb == "restore" && enqueued >= MIN_COUNT);
+        self.matches == 0 && self.hits >= MIN_COUNT && is_evidence
     }
 }
 

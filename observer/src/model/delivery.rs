@@ -1,15 +1,15 @@
-//! What became of figures and spans that were to be pushed: counted where they are sent, read by whoever takes snapshots.
+//! Export statistics of the data that is pushed. The exporter counts; snapshots read.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
-/// Why something was dropped.
+/// Why data was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
-    /// The collector was away for so long, or so much came at once, that there was no more room to keep it.
+    /// The buffer was full: the collector was unavailable for too long, or too much came at once.
     BufferFull,
-    /// The collector will not have it.
+    /// The collector refused the data.
     Refused,
 }
 
@@ -24,7 +24,7 @@ impl Reason {
     }
 }
 
-/// The count of one signal. Any thread may add to it.
+/// Counters of one signal. Any thread may add to them.
 #[derive(Debug)]
 pub(crate) struct ExportStats {
     signal: &'static str,
@@ -34,27 +34,27 @@ pub(crate) struct ExportStats {
 }
 
 impl ExportStats {
-    /// Nothing yet.
+    /// All counters are 0.
     pub(crate) fn of(signal: &'static str) -> Self {
         Self { signal, delivered: 0.into(), dropped: Default::default(), failures: 0.into() }
     }
 
-    /// So many data points or spans have arrived.
+    /// Counts data points or spans that were delivered.
     pub(crate) fn delivered(&self, items: u64) {
         self.delivered.fetch_add(items, Ordering::Relaxed);
     }
 
-    /// So many are lost.
+    /// Counts data points or spans that were dropped.
     pub(crate) fn dropped(&self, reason: Reason, items: u64) {
         self.dropped[reason as usize].fetch_add(items, Ordering::Relaxed);
     }
 
-    /// An attempt to deliver has failed.
+    /// Counts an attempt to deliver that failed.
     pub(crate) fn failed(&self) {
         self.failures.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How it stands now.
+    /// The current values.
     pub(crate) fn read(&self) -> Delivery {
         let count = |reason: Reason| self.dropped[reason as usize].load(Ordering::Relaxed);
         Delivery {
@@ -66,23 +66,23 @@ impl ExportStats {
     }
 }
 
-/// What became of one signal so far.
+/// Export statistics of one signal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Delivery {
     /// `metrics` or `traces`.
     pub(crate) signal: &'static str,
-    /// Data points or spans that a collector has taken.
+    /// Data points or spans that a collector accepted.
     pub(crate) delivered: u64,
-    /// Those that were dropped, by reason.
+    /// Data points or spans that were dropped, by reason.
     pub(crate) dropped: [Dropped; Reason::ALL.len()],
-    /// Attempts that failed; what they were to deliver was tried again unless it counts as dropped.
+    /// Attempts that failed. Their data was sent again unless it counts as dropped.
     pub(crate) failures: u64,
 }
 
-/// Data points or spans that were dropped.
+/// Data points or spans that were dropped for one reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Dropped {
-    /// Why, as `observer_self_otlp_dropped_total` has it.
+    /// The reason, as in the label of `observer_self_otlp_dropped_total`.
     pub(crate) reason: &'static str,
     /// How many.
     pub(crate) count: u64,
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_reason_has_a_count_of_its_own() {
+    fn reasons_are_counted_separately() {
         let stats = ExportStats::of("metrics");
         stats.delivered(7);
         stats.dropped(Reason::Refused, 2);

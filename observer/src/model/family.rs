@@ -1,4 +1,4 @@
-//! A metric: its name, unit and labels, and how its samples are found in a snapshot.
+//! The definition of a metric: its name, unit and labels, and how its samples are read from a snapshot.
 
 use super::{
     histogram::Histogram,
@@ -6,59 +6,59 @@ use super::{
     subject::Subject,
 };
 
-/// What kind of figure a family holds.
+/// Type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Only grows.
+    /// A value that only grows.
     Counter,
-    /// Goes up and down; told like this of several together.
+    /// A value that goes up and down. If several series are aggregated, their gauges are combined like this.
     Gauge(Aggregation),
     /// A distribution, of durations in seconds unless the name says otherwise.
     Histogram,
 }
 
-/// What a gauge of several things together is.
+/// How the gauges of several series are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Aggregation {
-    /// All of theirs.
+    /// Their sum.
     Sum,
-    /// The greatest of theirs.
+    /// Their maximum.
     Max,
 }
 
-/// One figure of a family.
+/// Value of a sample.
 pub(crate) enum Value<'a> {
-    /// A counter's or a gauge's.
+    /// Of a counter or a gauge.
     Number(f64),
-    /// A histogram's of durations.
+    /// Of a histogram of durations.
     Histogram(&'a Histogram),
-    /// A histogram's of queue depths.
+    /// Of a histogram of queue depths.
     Depths(&'a Depths),
 }
 
-/// Takes the figures of a family one by one: label values in the order of the family's labels, and the figure.
+/// Receives the samples of a family: the label values, in the order of the family's labels, and the value.
 pub(crate) type Sink<'s> = dyn FnMut(Vec<String>, Value<'_>) + 's;
 
-/// One metric.
+/// A metric: all series of one name.
 pub(crate) struct Family {
-    /// Its name in Prometheus' form, unit included.
+    /// Name in Prometheus, including the unit.
     pub(crate) name: &'static str,
-    /// Its name in OpenTelemetry's form, without the unit: what Prometheus makes of both is `name` again.
+    /// Name in OpenTelemetry, without the unit. Prometheus derives `name` from it, the unit and the type.
     pub(crate) otlp: &'static str,
-    /// Its unit by the Unified Code for Units of Measure, what is counted in braces; empty if it has none.
+    /// Unit by the Unified Code for Units of Measure, with the things counted in braces; empty if there is none.
     pub(crate) unit: &'static str,
-    /// What it tells, in one line.
+    /// Help text, one line.
     pub(crate) help: &'static str,
-    /// What kind it is.
+    /// Type.
     pub(crate) kind: Kind,
-    /// Names of its labels.
+    /// Label names.
     pub(crate) labels: &'static [&'static str],
-    /// Finds its figures in a snapshot.
+    /// Reads its samples from a snapshot.
     pub(crate) collect: fn(&Snapshot, &mut Sink<'_>),
 }
 
 impl Family {
-    /// What its series are about, as its labels tell.
+    /// Subject of its series, which follows from the labels.
     pub(crate) fn subject(&self) -> Subject {
         Subject::of(self.labels)
     }

@@ -1,13 +1,13 @@
-//! Stacks: functions, whatever they were written in, and what was seen of a thread at one moment.
+//! Stack frames in any language, and stack samples of a thread.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// A function that was running, or had called another one.
+/// A function on a stack: running, or the caller of the next one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub(crate) struct Frame {
-    /// Its name as programmers write it; an address in hexadecimal if nobody knows the name.
+    /// Name as in the source code; the address in hexadecimal if the name is unknown.
     pub(crate) function: String,
     /// Base name of the ELF file it is in.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -21,8 +21,8 @@ pub(crate) struct Frame {
 }
 
 impl Frame {
-    /// Code without a name. The address is the one inside its file, so that it is the same in all processes;
-    /// outside of any file it is the process's own.
+    /// Code without a known name. The address is relative to the file, so that it is the same in all processes;
+    /// outside of any file it is that in the process.
     pub(crate) fn unknown(address: u64, module: Option<String>) -> Self {
         Self { function: format!("{address:#x}"), module, file: None, line: None }
     }
@@ -41,33 +41,34 @@ impl fmt::Display for Frame {
     }
 }
 
-/// The last two parts of a path: file names alone are alike in many projects.
+/// The last two components of a path, because the same file name occurs in many projects.
 fn short(path: &str) -> &str {
     let cut = path.rmatch_indices('/').nth(1).map_or(0, |(at, _)| at + 1);
     &path[cut..]
 }
 
-/// What a thread was doing at one moment.
+/// A sample of a thread's stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Look {
-    /// Its functions, innermost first.
+    /// Functions of user space, innermost first.
     pub(crate) frames: Vec<Frame>,
-    /// The kernel's functions that they had called, innermost first, where those are known.
+    /// Functions of the kernel that they called, innermost first; empty if unknown.
     pub(crate) kernel: Vec<String>,
-    /// Why some or all are missing; `None` if none is.
+    /// Why some or all frames are missing; `None` if none is.
     pub(crate) missing: Option<String>,
-    /// Whether the thread ran at that moment.
+    /// Whether the thread was on a CPU.
     #[serde(skip)]
     pub(crate) is_on_cpu: bool,
 }
 
 impl Look {
-    /// Nothing was seen, and why.
+    /// A sample without frames, and why.
     pub(crate) fn missing(why: impl Into<String>) -> Self {
         Self { frames: Vec::new(), kernel: Vec::new(), missing: Some(why.into()), is_on_cpu: false }
     }
 
-    /// What it says of a stall that was blocked most of the time: a look at the rest says nothing of that.
+    /// The sample as evidence for a stall that was blocked most of the time. One taken on a CPU is marked as
+    /// incomplete, because it shows nothing of the blocked time.
     pub(crate) fn of_blocked(mut self) -> Self {
         if self.is_on_cpu && self.missing.is_none() {
             self.missing = Some("seen only on a CPU, and it was blocked most of the time".into());
@@ -75,13 +76,13 @@ impl Look {
         self
     }
 
-    /// Whether another look saw the same functions, on whatever lines.
+    /// Whether another sample has the same functions, on any lines.
     pub(crate) fn is_alike(&self, other: &Self) -> bool {
         are_alike(&self.frames, &other.frames) && self.missing == other.missing
     }
 }
 
-/// Whether two stacks are the same functions; a loop is met in many of its lines.
+/// Whether two stacks have the same functions. Samples of a loop differ in their lines.
 fn are_alike(one: &[Frame], other: &[Frame]) -> bool {
     let parts = |frame: &Frame| (frame.function.clone(), frame.module.clone(), frame.file.clone());
     one.len() == other.len() && one.iter().zip(other).all(|(a, b)| parts(a) == parts(b))
@@ -92,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn people_see_the_source_else_the_module() {
+    fn frames_are_shown_with_their_source_or_else_their_module() {
         let known = Frame {
             function: "handle".into(),
             module: Some("app".into()),

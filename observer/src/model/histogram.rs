@@ -1,4 +1,4 @@
-//! Durations in seconds as people and exporters read them: counts at bounds, quantiles, true sums.
+//! Histograms of durations in seconds: counts at bounds, quantiles, exact sums.
 
 use std::{fmt, str::FromStr};
 
@@ -10,7 +10,7 @@ const NANOSECONDS: f64 = 1e9;
 /// A histogram of durations.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Histogram {
-    /// Durations by the kernel's buckets.
+    /// Number of durations in each bucket. The buckets are those of the kernel's histograms.
     pub(super) counts: Vec<u64>,
     /// Their sum, in nanoseconds.
     pub(super) sum_ns: u64,
@@ -31,7 +31,7 @@ impl Histogram {
         seconds(self.sum_ns)
     }
 
-    /// What they are on average, in seconds; 0 if there is none.
+    /// Mean, in seconds; 0 if there is none.
     pub(crate) fn mean(&self) -> f64 {
         self.sum() / float(self.count().max(1))
     }
@@ -46,8 +46,8 @@ impl Histogram {
         seconds(self.max_ns)
     }
 
-    /// The duration that a share `q` of all does not exceed, in seconds, exact to its bucket (12.5 %) and
-    /// interpolated inside; `None` if there is no duration.
+    /// The quantile `q` in seconds, exact to its bucket (12.5 %) and interpolated inside; `None` if there is no
+    /// duration.
     pub(crate) fn quantile(&self, q: f64) -> Option<f64> {
         let rank = q * float(self.count());
         let mut below = 0_u64;
@@ -63,7 +63,7 @@ impl Histogram {
         None
     }
 
-    /// Upper bound in seconds and how many durations do not exceed it, for every bucket but the last, which has none.
+    /// Upper bound in seconds, and number of durations up to it, of every bucket but the last, which has no bound.
     pub(crate) fn cumulative(&self) -> impl Iterator<Item = (f64, u64)> + '_ {
         self.counts.iter().enumerate().scan(0_u64, |below, (index, count)| {
             *below = below.saturating_add(*count);
@@ -71,19 +71,19 @@ impl Histogram {
         })
     }
 
-    /// The same at some of the bounds alone: a stable set for whoever keeps the figures.
+    /// The same at a subset of the bounds. The subset is constant, so that the bounds of stored series do not change.
     pub(crate) fn cumulative_at(&self, resolution: Resolution) -> impl Iterator<Item = (f64, u64)> + '_ {
         // The first bucket's bound is a power of two.
         self.cumulative().step_by(kernel::STEPS / resolution.0)
     }
 }
 
-/// How many bounds a histogram has for each power of two; a divisor of what the kernel has.
+/// Number of histogram bounds for each power of two: a divisor of the kernel's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Resolution(usize);
 
 impl Resolution {
-    /// Powers of two alone.
+    /// Only powers of two.
     pub(crate) const LOWEST: Self = Self(1);
 }
 
@@ -102,7 +102,7 @@ impl FromStr for Resolution {
     }
 }
 
-/// What a histogram has grown by: in a short time few buckets, so only those are kept.
+/// The difference between two states of a histogram. Only buckets that grew are kept: in a short time those are few.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Growth {
     counts: Vec<(usize, u64)>,
@@ -110,7 +110,7 @@ pub(crate) struct Growth {
 }
 
 impl Histogram {
-    /// What has come since an earlier look.
+    /// The difference from an earlier state.
     pub(crate) fn since(&self, earlier: &Self) -> Growth {
         let pairs = self.counts.iter().zip(&earlier.counts).enumerate();
         let counts = pairs.map(|(bucket, (now, then))| (bucket, now.saturating_sub(*then)));
@@ -120,7 +120,7 @@ impl Histogram {
         }
     }
 
-    /// All that has come meanwhile. Its longest is known by its bucket only, and not more than `most` seconds.
+    /// The sum of differences. The longest duration is known only by its bucket, and is limited to `most` seconds.
     pub(crate) fn grown<'a>(growths: impl Iterator<Item = &'a Growth>, most: f64) -> Self {
         let mut sum = Self::default();
         for growth in growths {
@@ -153,7 +153,7 @@ impl Default for Histogram {
     }
 }
 
-/// The report's `H`: buckets that hold nothing are left out.
+/// The report's `H`. Empty buckets are left out.
 impl Serialize for Histogram {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut below = 0;
@@ -180,7 +180,7 @@ pub(crate) fn seconds(ns: u64) -> f64 {
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "durations are not negative; a cast stops at the largest number"
+    reason = "durations are not negative; casts saturate"
 )]
 fn nanoseconds(seconds: f64) -> u64 {
     (seconds * NANOSECONDS).round() as u64
@@ -209,9 +209,9 @@ mod tests {
         Histogram::from(&raw)
     }
 
-    /// Counters that are full stay so: what has only ever grown never seems to fall.
+    /// Full counters do not wrap: a value that only grows must never seem to fall.
     #[test]
-    fn what_would_wrap_stays_at_the_top() {
+    fn sums_saturate() {
         let mut raw = kernel::Histogram::EMPTY;
         for bucket in [3, 9] {
             raw.buckets[bucket].count = u64::MAX - 1;
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_true_and_quantiles_within_a_bucket() {
+    fn sums_are_exact_and_quantiles_within_a_bucket() {
         let durations: Vec<u64> = (1..=1000).map(|n| n * MILLISECOND).collect();
         let h = of(&durations);
         assert_eq!(h.count(), 1000);
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_has_no_quantiles() {
+    fn an_empty_histogram_has_no_quantiles() {
         let h = of(&[]);
         assert_eq!(h.quantile(0.5), None);
         assert_eq!(serde_json::to_value(&h).unwrap()["p50"], serde_json::Value::Null);
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn growth_is_what_came_meanwhile() {
+    fn growth_is_the_difference() {
         let before = of(&[MILLISECOND, 300 * MILLISECOND]);
         let now = of(&[MILLISECOND, 300 * MILLISECOND, 2 * MILLISECOND, 100 * MILLISECOND]);
         let recent = Histogram::grown([now.since(&before)].iter(), now.max());

@@ -1,61 +1,62 @@
-//! Lag: the delay that something due at a uniformly random instant meets, as an exact virtual prober would measure
-//! it. Computed from what the kernel keeps anyway, for every instant, not from samples.
+//! Lag: the delay that an event arriving at a uniformly random moment would see, as an exact virtual prober would
+//! measure it. It is computed for every moment, from histograms that the kernel keeps anyway, not from samples.
 
 use observer_common::histogram::{self as kernel, BUCKETS, bucket_of, upper_bound};
 
 use super::histogram::Histogram;
 
-/// One virtual probe falls due in so many nanoseconds of wall time.
+/// Interval between two virtual probes, in nanoseconds of wall time.
 const PROBE_NS: u64 = 1_000_000;
 
-/// The same in seconds: what each count of a lag's histogram stands for.
+/// The same in seconds: the time that each count of a histogram of lag stands for.
 pub(crate) const PROBE_SECONDS: f64 = 0.001;
 
-/// Lag from here on is noticed by people: the design's default threshold of a stall, in seconds.
+/// Lag from which an event loop is reported as LATE, in seconds: people notice such a delay. It is also the default
+/// stall threshold.
 pub(crate) const LATE: f64 = 0.050;
 
-/// A reactor's figures that its lag follows from, each only growing.
+/// Counters of an event loop from which its lag is computed. They only grow.
 #[derive(Clone, Copy)]
 pub(crate) struct Observed<'a> {
     /// Lengths of finished slices.
     pub(crate) slices: &'a kernel::Histogram,
-    /// How late finished waits returned, for those that blocked: after the timeout that ended them was over, or else
-    /// after the thread was made runnable.
+    /// Return delays of finished waits, for those that blocked: the time until the thread ran again, since the end of
+    /// the timeout that ended the wait, or else since the thread was made runnable.
     pub(crate) replies: &'a kernel::Histogram,
-    /// Age of the slice in progress, or of the reply that is due, in nanoseconds; 0 if there is neither.
+    /// Age of the slice in progress or of the return delay in progress, in nanoseconds; 0 if there is neither.
     pub(crate) in_progress_ns: u64,
-    /// Time in waits, replies and the wait in progress included, in nanoseconds.
+    /// Time in waits, including return delays and the wait in progress, in nanoseconds.
     pub(crate) wait_ns: u64,
 }
 
-/// The virtual prober of one reactor. It is asked again and again, because waits are attributed bit by bit.
+/// The virtual prober of one event loop. It must be asked regularly, because waiting time is attributed in increments.
 ///
-/// - **Slices and replies** are stretches during which nothing new is looked at. In one of length B, whatever falls due
-///   waits for the end: for every x < B, x of those B nanoseconds meet a delay of at most x. So at a bucket's bound the
-///   time that meets at most x is sum(min(B, x)), which counts and sums of buckets give exactly. What is in progress
-///   counts with its present age, as if it ended now.
-/// - **The rest of the waiting time** meets what waits' ends have met: each stretch between two questions is spread
-///   over the replies that fell into it, or over all so far if none did. Before the first reply it meets no delay. A
-///   reply has the wake-up in it and, where a timeout ended the wait, the timer's slack as well; each wait that blocked
-///   has one delay, so that neither counts twice. What ends a wait tells what its loop waits for: a loop that runs on
-///   timers meets their slack, one that runs on requests does not.
+/// - **Slices and return delays** are intervals in which the loop does not look for new events. In an interval of
+///   length B, every event waits for the end: for every x < B, x of those B nanoseconds see a delay of at most x. So
+///   at a bucket's bound x, the time that sees at most x is sum(min(B, x)), which counts and sums of buckets give
+///   exactly. The interval in progress counts with its present age, as if it ended now.
+/// - **The rest of the waiting time** sees the return delays of waits. The waiting time between two calls of `ask` is
+///   distributed over the return delays that fell into it, or over all so far if there was none. Before the first
+///   return delay it sees no delay. A return delay includes the wake-up and, where a timeout ended the wait, the slack
+///   of the timer. Each wait that blocked has one return delay, so that neither counts twice. What ends its waits is
+///   what a loop waits for: a loop that runs on timers sees their slack, one that runs on requests does not.
 ///
-/// The sum is the integral of the delay over time. For a stretch of length B that is B^2 / 2, of which a bucket from l to
-/// u knows the chord: between (B (l + u) - l u) / 2, the value used, less a 512th, and that less (u - l)^2 / 8. So the
-/// sum is true to 0.2 %, and to a quarter of a microsecond for each instant of stretches below 1.024 us; only what is
-/// longer than 68.7 s may be overrated, where there are several of it. The chord is continuous and linear: what is in
-/// progress ends without a jump, and nothing ever decreases.
+/// The sum is the integral of the delay over time. For an interval of length B that is B^2 / 2. For a bucket from l to
+/// u, the chord (B (l + u) - l u) / 2 is an upper bound, and the chord less (u - l)^2 / 8 a lower one. The value used
+/// is the chord less a 512th of it. So the sum is exact to 0.2 %, and to a quarter of a microsecond for each moment of
+/// intervals below 1.024 us. Only intervals of more than 68.7 s may be overestimated, if there are several. The chord
+/// is continuous and linear: an interval in progress ends without a jump, and nothing ever decreases.
 #[derive(Clone, Debug)]
 pub(crate) struct Prober {
-    /// Waiting time by the bucket of the delay it meets, in nanoseconds.
+    /// Waiting time by the bucket of the delay that it sees, in nanoseconds.
     waiting_ns: Vec<u64>,
     /// Integral of the delay over that time, in square nanoseconds.
     waiting_sum: u128,
     /// Waiting time attributed so far, in nanoseconds.
     attributed_ns: u64,
-    /// Replies up to the last question.
+    /// Return delays as of the last call.
     replies: kernel::Histogram,
-    /// The last answer: probes that met at most each bucket's bound, and the sum of all delays in nanoseconds.
+    /// The last result: probes that saw at most each bucket's bound, and the sum of all delays in nanoseconds.
     last: (Vec<u64>, u64),
 }
 
@@ -72,28 +73,28 @@ impl Default for Prober {
 }
 
 impl Prober {
-    /// The lag up to now: a count for each millisecond observed, and the sum of what those probes met.
+    /// The lag up to now: a count for each millisecond observed, and the sum of the delays that these probes saw.
     pub(crate) fn ask(&mut self, observed: Observed<'_>) -> Histogram {
-        let stretches = stretches(&observed);
+        let intervals = busy_intervals(&observed);
         let replied_ns = total(observed.replies.buckets.iter().map(|bucket| bucket.sum_ns));
         self.attribute(observed.wait_ns.saturating_sub(replied_ns), observed.replies);
 
         let (cumulative, sum_ns) = &mut self.last;
-        let mut longer = total(stretches.buckets.iter().map(|bucket| bucket.count));
+        let mut longer = total(intervals.buckets.iter().map(|bucket| bucket.count));
         let (mut shorter_ns, mut waiting_ns, mut least) = (0_u64, 0_u64, 0);
         for (bucket, probes) in cumulative.iter_mut().enumerate() {
-            longer = longer.saturating_sub(stretches.buckets[bucket].count);
-            shorter_ns = shorter_ns.saturating_add(stretches.buckets[bucket].sum_ns);
+            longer = longer.saturating_sub(intervals.buckets[bucket].count);
+            shorter_ns = shorter_ns.saturating_add(intervals.buckets[bucket].sum_ns);
             waiting_ns = waiting_ns.saturating_add(self.waiting_ns[bucket]);
-            // Nothing is longer than the last bucket's bound, so it needs none.
+            // The last bucket has no bound, and no interval is longer.
             let of_longer = upper_bound(bucket).map_or(0, |bound| longer.saturating_mul(bound));
-            // An entry that was read while it changed may be ahead for once, or a bucket of it behind the one before, but a
-            // count cannot be taken back.
+            // An entry that was read while it changed may be ahead once, or one bucket of it behind the bucket before.
+            // Counts must not decrease.
             let delayed_ns = total([shorter_ns, of_longer, waiting_ns].into_iter());
             *probes = (*probes).max(delayed_ns / PROBE_NS).max(least);
             least = *probes;
         }
-        let sum = integral(&stretches).saturating_add(self.waiting_sum) / u128::from(PROBE_NS);
+        let sum = integral(&intervals).saturating_add(self.waiting_sum) / u128::from(PROBE_NS);
         *sum_ns = (*sum_ns).max(u64::try_from(sum).unwrap_or(u64::MAX));
 
         let below = std::iter::once(&0).chain(cumulative.iter());
@@ -101,13 +102,14 @@ impl Prober {
             counts: cumulative.iter().zip(below).map(|(up_to, below)| up_to - below).collect(),
             sum_ns: *sum_ns,
             min_ns: 0,
-            max_ns: stretches.max_ns,
+            max_ns: intervals.max_ns,
         }
     }
 
-    /// Spreads waiting time that is new over the replies that are new.
+    /// Distributes new waiting time over the new return delays.
     fn attribute(&mut self, wait_ns: u64, replies: &kernel::Histogram) {
-        // A reply that began unnoticed may have been taken for waiting until it ended: that much is there already.
+        // A return delay whose beginning was not noticed may have counted as waiting time until it ended. That part is
+        // attributed already.
         let new_ns = wait_ns.saturating_sub(self.attributed_ns);
         self.attributed_ns = self.attributed_ns.saturating_add(new_ns);
         let before = std::mem::replace(&mut self.replies, *replies);
@@ -127,19 +129,19 @@ impl Prober {
             *waiting_ns = waiting_ns.saturating_add(part);
             rest_ns -= part;
         }
-        // What does not divide, or all of it before the first reply.
+        // The remainder of the division; before the first return delay, all of it.
         self.waiting_ns[0] = self.waiting_ns[0].saturating_add(rest_ns);
         self.waiting_sum = self.waiting_sum.saturating_add(share(sum_ns));
     }
 }
 
-/// All together; what is too large stays so.
-fn total(figures: impl Iterator<Item = u64>) -> u64 {
-    figures.fold(0, u64::saturating_add)
+/// The sum, saturating.
+fn total(values: impl Iterator<Item = u64>) -> u64 {
+    values.fold(0, u64::saturating_add)
 }
 
-/// Everything that kept the loop from looking, what is in progress included.
-fn stretches(observed: &Observed<'_>) -> kernel::Histogram {
+/// All intervals in which the loop did not look for events, including the one in progress.
+fn busy_intervals(observed: &Observed<'_>) -> kernel::Histogram {
     let mut all = *observed.slices;
     for (bucket, reply) in all.buckets.iter_mut().zip(&observed.replies.buckets) {
         bucket.count = bucket.count.saturating_add(reply.count);
@@ -154,14 +156,14 @@ fn stretches(observed: &Observed<'_>) -> kernel::Histogram {
     all
 }
 
-/// The integral of the delay over all stretches, in square nanoseconds: see [`Prober`].
-fn integral(stretches: &kernel::Histogram) -> u128 {
+/// The integral of the delay over all intervals, in square nanoseconds: see [`Prober`].
+fn integral(intervals: &kernel::Histogram) -> u128 {
     let twice: u128 = (0..BUCKETS)
         .map(|index| {
-            let bucket = &stretches.buckets[index];
+            let bucket = &intervals.buckets[index];
             let lower = u128::from(index.checked_sub(1).and_then(upper_bound).unwrap_or(0));
-            let upper = u128::from(upper_bound(index).unwrap_or(stretches.max_ns));
-            // Both are read from a value that may change meanwhile.
+            let upper = u128::from(upper_bound(index).unwrap_or(intervals.max_ns));
+            // Both are read from an entry that may change meanwhile, so their difference could be negative.
             let chords = u128::from(bucket.sum_ns).saturating_mul(lower + upper);
             chords.saturating_sub(u128::from(bucket.count).saturating_mul(lower * upper))
         })
@@ -177,7 +179,8 @@ mod tests {
     const MILLISECOND: u64 = 1_000_000;
     const SECOND: u64 = 1_000_000_000;
 
-    /// What a brute-force prober says of these stretches: for each bound how much time meets no more, and the integral.
+    /// The result of a brute-force prober for these intervals: the time that sees at most each bound, and the
+    /// integral.
     fn brute_force(lengths: &[u64]) -> (Vec<u64>, f64) {
         let within = |bound: Option<u64>| lengths.iter().map(|&b| b.min(bound.unwrap_or(u64::MAX))).sum();
         let integral = lengths.iter().map(|&b| (b as f64) * (b as f64) / 2.0).sum();
@@ -209,7 +212,7 @@ mod tests {
         Prober::default().ask(Observed { slices, replies, in_progress_ns, wait_ns: 0 })
     }
 
-    /// Lengths spread evenly over the orders of magnitude up to a bound in bits, reproducible.
+    /// Reproducible lengths, spread evenly over the orders of magnitude up to a bound in bits.
     fn lengths(seed: u64, count: usize, bits: u32) -> Vec<u64> {
         let mut random = fastrand::Rng::with_seed(seed);
         (0..count).map(|_| length(&mut random, bits)).collect()
@@ -231,9 +234,9 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_true_to_a_five_hundredth() {
+    fn sums_are_exact_to_a_five_hundredth() {
         for seed in 0..200 {
-            // All of one bucket, some, and many orders of magnitude: above the first bucket, below the last.
+            // From few buckets to many orders of magnitude: above the first bucket, below the last.
             for bits in [18, 25, 36] {
                 let slices: Vec<u64> = lengths(seed, 40, bits).into_iter().map(|ns| ns.max(1025)).collect();
                 let (_, exact) = brute_force(&slices);
@@ -244,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_of_the_shortest_are_true_to_a_quarter_of_a_microsecond() {
+    fn sums_of_short_slices_are_exact_to_a_quarter_of_a_microsecond() {
         for seed in 0..50 {
             let slices = lengths(seed, 40, 10);
             let total: u64 = slices.iter().sum();
@@ -255,8 +258,8 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_those_of_the_instants() {
-        // Half of all instants lie in 100 ms slices and meet up to 100 ms, the others next to nothing.
+    fn quantiles_are_those_of_random_moments() {
+        // Half of all moments are in slices of 100 ms and see up to 100 ms, the others next to nothing.
         let slices: Vec<u64> =
             (0..10).map(|_| 100 * MILLISECOND).chain((0..10_000).map(|_| 100_000)).collect();
         let lag = ask(&histogram(slices), 0);
@@ -281,7 +284,7 @@ mod tests {
         assert!(after.max_ns >= before.max_ns);
     }
 
-    /// By the formula itself, not by what `Prober` remembers: each question goes to a new one.
+    /// Tests the formula, not what a `Prober` remembers: each call uses a new one.
     #[test]
     fn nothing_decreases_while_a_slice_goes_on_and_ends() {
         for seed in 0..100 {
@@ -302,23 +305,23 @@ mod tests {
     }
 
     #[test]
-    fn waiting_meets_the_replies_of_its_time() {
+    fn waiting_time_sees_the_return_delays_of_its_interval() {
         let slices = kernel::Histogram::EMPTY;
         let mut prober = Prober::default();
         let mut replies = kernel::Histogram::EMPTY;
         let mut at = |replies: &kernel::Histogram, wait_ns| {
             prober.ask(Observed { slices: &slices, replies, in_progress_ns: 0, wait_ns })
         };
-        // Nothing is known yet: no delay.
+        // No return delay is known yet: no delay.
         let idle = at(&replies, SECOND);
         assert_eq!((idle.count(), idle.sum_ns), (1000, 0));
-        // One reply of 2 ms: of the second that ended with it all but those 2 ms met 2 ms.
+        // One return delay of 2 ms: all of the second that ended with it, except those 2 ms, sees 2 ms.
         add(&mut replies, 2 * MILLISECOND);
         let first = at(&replies, 2 * SECOND);
         assert_eq!(first.count(), 2000);
         assert_grown(&idle, &first, "first reply");
         assert!((first.sum() - 0.998 * 2.0).abs() < 0.01, "{}", first.sum());
-        // A hundred replies of 10 us in the next; then none, which meets the mixture.
+        // A hundred return delays of 10 us in the next second. Then none, so that the mixture is used.
         (0..100).for_each(|_| add(&mut replies, 10_000));
         let second = at(&replies, 3 * SECOND);
         assert!((second.sum() - first.sum() - 0.01).abs() < 0.001, "{}", second.sum());
@@ -329,13 +332,13 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_that_began_unnoticed_is_not_taken_back() {
+    fn nothing_decreases_after_a_return_delay_that_began_unnoticed() {
         let (slices, mut replies) = (kernel::Histogram::EMPTY, kernel::Histogram::EMPTY);
         let mut prober = Prober::default();
         let observed =
             Observed { slices: &slices, replies: &replies, in_progress_ns: 0, wait_ns: 10 * SECOND };
         let before = prober.ask(observed);
-        // The timeout had been over for half a second then.
+        // The timeout had ended half a second before.
         add(&mut replies, SECOND / 2 + MILLISECOND);
         let wait_ns = 10 * SECOND + MILLISECOND;
         let after = prober.ask(Observed { slices: &slices, replies: &replies, in_progress_ns: 0, wait_ns });

@@ -1,4 +1,4 @@
-//! What was measured, in seconds and connections: knows neither where figures come from nor where they go.
+//! The data model: measurements in seconds and connections. It depends neither on their sources nor on the exporters.
 
 pub(crate) mod histogram;
 pub(crate) mod place;

@@ -1,4 +1,4 @@
-//! The metrics of observer itself: what it is, what it could not see or keep, what it waits for, and what it has delivered.
+//! Metrics about observer itself: its version, what it could not observe or record, pending attachments and exports.
 //! Part of the catalog.
 
 use super::{
@@ -12,7 +12,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_build_info",
         otlp: "observer.build.info",
         unit: "",
-        help: "Version of observer and release of the kernel it runs on; always 1.",
+        help: "Version of observer and release of the running kernel. The value is always 1.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: &["version", "kernel"],
         collect: |s, sink| sink(vec![s.own.version.into(), s.own.kernel.clone()], Value::Number(1.0)),
@@ -21,7 +21,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_lost_total",
         otlp: "observer.self.lost",
         unit: "{event}",
-        help: "What the programs in the kernel could not keep, by cause.",
+        help: "Number of events that the eBPF programs could not record, by cause.",
         kind: Kind::Counter,
         labels: &["cause"],
         collect: |s, sink| {
@@ -34,7 +34,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_missing",
         otlp: "observer.self.missing",
         unit: "{source}",
-        help: "A source of figures that is not to be had here; always 1, but for sources that are told together.",
+        help: "A source of metrics that is unavailable, with the reason. The value is 1, or the number of sources where several are aggregated.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: SOURCE,
         collect: |s, sink| {
@@ -47,7 +47,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_targets",
         otlp: "observer.self.targets",
         unit: "{process}",
-        help: "Processes under observation.",
+        help: "Number of processes under observation.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| {
@@ -59,7 +59,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_map_memory_bytes",
         otlp: "observer.self.map_memory",
         unit: "By",
-        help: "Memory of the kernel that the programs' maps take, as the kernel says; set by --capacity, it does not change.",
+        help: "Kernel memory of the eBPF maps in bytes. It depends on --capacity and is constant.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
@@ -68,7 +68,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_refreshed_timestamp_seconds",
         otlp: "observer.self.refreshed.timestamp",
         unit: "s",
-        help: "Unix time of the values here: observer brings them up to date once a second.",
+        help: "Unix time in seconds of the last refresh. observer refreshes once a second.",
         kind: Kind::Gauge(Aggregation::Max),
         labels: &[],
         collect: |s, sink| {
@@ -81,7 +81,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_off",
         otlp: "observer.self.off",
         unit: "{observer}",
-        help: "1 while the file of --kill-switch keeps observer out of the kernel, 0 otherwise.",
+        help: "1 while observer is detached because the file of --kill-switch exists, 0 otherwise.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| sink(Vec::new(), count(s.own.service.is_off.into())),
@@ -90,7 +90,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_attach_waiting",
         otlp: "observer.self.attach_waiting",
         unit: "{process}",
-        help: "Processes whose runtimes wait to be attached to, of which there are --attach-per-second.",
+        help: "Number of processes whose runtimes wait to be attached to, at the rate of --attach-per-second.",
         kind: Kind::Gauge(Aggregation::Sum),
         labels: &[],
         collect: |s, sink| sink(Vec::new(), count(s.own.service.waiting)),
@@ -99,7 +99,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_config_reloads_total",
         otlp: "observer.self.config_reloads",
         unit: "{reload}",
-        help: "How often the file of --config was read again, by whether it was accepted or refused.",
+        help: "Number of times that the file of --config was reloaded, by whether it was accepted or refused.",
         kind: Kind::Counter,
         labels: &["outcome"],
         collect: |s, sink| {
@@ -111,7 +111,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_otlp_delivered_total",
         otlp: "observer.self.otlp_delivered",
         unit: "{item}",
-        help: "Data points and spans that an OTLP collector has taken.",
+        help: "Number of data points and spans that an OTLP collector accepted.",
         kind: Kind::Counter,
         labels: &["signal"],
         collect: |s, sink| {
@@ -124,7 +124,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_otlp_dropped_total",
         otlp: "observer.self.otlp_dropped",
         unit: "{item}",
-        help: "Data points and spans for an OTLP collector that were dropped, because it was away for too long, there were too many at once, or it will not have them.",
+        help: "Number of data points and spans that were dropped: because the buffer was full (the collector was unavailable for too long, or too many came at once), or because the collector refused them.",
         kind: Kind::Counter,
         labels: &["signal", "reason"],
         collect: |s, sink| {
@@ -139,7 +139,7 @@ pub(super) const OWN: &[Family] = &[
         name: "observer_self_otlp_failures_total",
         otlp: "observer.self.otlp_failures",
         unit: "{attempt}",
-        help: "Attempts to reach an OTLP collector that failed; what is not dropped is tried again.",
+        help: "Number of failed attempts to reach an OTLP collector. What is not counted as dropped is sent again.",
         kind: Kind::Counter,
         labels: &["signal"],
         collect: |s, sink| {

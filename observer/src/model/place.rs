@@ -1,29 +1,29 @@
-//! Where a process belongs: its container, its pod, its service. Only what is certain is told, so that nobody is blamed
-//! for another's delays.
+//! The container, pod or service of a process. Only what is certain is reported, so that delays are not attributed to
+//! the wrong workload.
 
 use serde::Serialize;
 
-/// Where a process belongs.
+/// The container, pod or service of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Place {
-    /// Id of the container it is in, 64 hexadecimal digits; `None` if it is in none.
+    /// Id of its container, 64 hexadecimal digits; `None` if it is in none.
     pub(crate) container: Option<String>,
-    /// The pod it is in; `None` if it is in none.
+    /// Its pod; `None` if it is in none.
     pub(crate) kubernetes: Option<Pod>,
-    /// The service of systemd's that it is part of; `None` if it is in a container or part of none.
+    /// Its systemd service; `None` if it is in a container, or in no service.
     pub(crate) unit: Option<String>,
 }
 
-/// A pod, and which of its containers it is.
+/// A pod, with the container of the process in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Pod {
-    /// Its namespace, as far as the node tells.
+    /// Namespace; `None` if it cannot be found on this node.
     pub(crate) namespace: Option<String>,
-    /// Its name, known together with its namespace.
+    /// Name; known if and only if the namespace is.
     #[serde(rename = "pod")]
     pub(crate) name: Option<String>,
-    /// Name of the container within it, as far as the node tells.
+    /// Name of the container in the pod; `None` if it cannot be found on this node.
     pub(crate) container: Option<String>,
-    /// What its kubelet calls it: its UID, or for a static pod the 32 digits of its configuration's hash.
+    /// The pod's UID; for a static pod, the 32 digits of the hash of its configuration.
     pub(crate) uid: String,
 }

@@ -1,33 +1,34 @@
-//! What a request asked for, as far as anybody may know: its method, its path without the query, and the trace it belongs
-//! to. Everything else that it brought along is dropped here.
+//! The parts of a request that are kept: its method, its path without the query, and its trace context. Everything
+//! else that was read of it is dropped here, because it may be confidential.
 
 use std::sync::OnceLock;
 
 use serde::{Serialize, Serializer};
 
-/// Most headers of a request that are looked at.
-const HEADERS: usize = 64;
+/// Maximum number of headers that are parsed.
+const HEADERS_MAX: usize = 64;
 
-/// Longest path that is kept, in bytes.
+/// Maximum length of a path in bytes; longer paths are cut.
 const PATH_MAX: usize = 256;
 
 /// A request of a client.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Request {
-    /// Its number, the same in all that it caused.
+    /// Id, the same in everything that the request caused.
     #[serde(serialize_with = "hexadecimal")]
     pub(crate) id: u64,
-    /// When its first bytes had been read, wall time, RFC 3339.
+    /// Wall time at which its first bytes had been read, RFC 3339.
     pub(crate) time: String,
     /// The same, monotonic nanoseconds.
     #[serde(skip)]
     pub(crate) at_ns: u64,
-    /// When the first of its answer was written, likewise; nothing if that has not been seen, or not yet.
+    /// When the first bytes of its response were written, in monotonic nanoseconds; empty if that was not seen, or not
+    /// yet.
     #[serde(skip)]
     pub(crate) answered: OnceLock<u64>,
-    /// `GET`; `None` if it is no plain HTTP/1, or if several came at once.
+    /// `GET`; `None` if the request is not plain HTTP/1, or if several requests arrived at once.
     pub(crate) method: Option<String>,
-    /// Path without query, likewise.
+    /// Path without the query; `None` as for the method.
     pub(crate) path: Option<String>,
     /// W3C trace context, if there is a valid one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -38,7 +39,7 @@ pub(super) fn hexadecimal<S: Serializer>(number: &u64, serializer: S) -> Result<
     serializer.collect_str(&format_args!("{number:016x}"))
 }
 
-/// What the beginning of a request says.
+/// The parsed beginning of a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Head {
     /// As in [`Request`].
@@ -50,15 +51,15 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    /// Understands the first bytes of what was read at once, which were `received` bytes.
+    /// Parses the first bytes of a read that returned `received` bytes.
     pub(crate) fn of(bytes: &[u8], received: usize) -> Self {
-        let mut headers = [httparse::EMPTY_HEADER; HEADERS];
+        let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
         let mut request = httparse::Request::new(&mut headers);
         let closed;
         let whole = match request.parse(bytes) {
             Ok(httparse::Status::Complete(length)) => Some(length),
             Ok(httparse::Status::Partial) => {
-                // Cut behind its last whole line it is one that can be understood.
+                // Cut after its last complete line, it can be parsed.
                 let Some(end) = bytes.windows(2).rposition(|pair| pair == b"\r\n") else {
                     return Self::default();
                 };
@@ -79,7 +80,7 @@ impl Head {
         let is_chunked = header("transfer-encoding").is_some();
         let is_alone = |length: usize| is_chunked || received <= length.saturating_add(body.unwrap_or(0));
         if !whole.is_none_or(is_alone) {
-            // More than one came: which is worked on when, nobody can see.
+            // Several requests arrived at once. Which of them is being worked on at any time is unknown.
             return Self::default();
         }
         Self {
@@ -96,27 +97,27 @@ fn without_query(path: &str) -> String {
     path[..end].to_owned()
 }
 
-/// The trace context that this is as <https://www.w3.org/TR/trace-context/> has it, without what later versions may add to
-/// it, which could be anything.
+/// The trace context, if it is valid by <https://www.w3.org/TR/trace-context/>, without fields that later versions may
+/// append: those could contain anything.
 fn trace_context(value: &str) -> Option<&str> {
-    /// Of its four parts.
+    /// Length of the four fields.
     const LENGTH: usize = 2 + 1 + 32 + 1 + 16 + 1 + 2;
 
     let is_hex = |part: &str, length: usize| {
         part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     };
-    let is_some = |part: &str| part.bytes().any(|byte| byte != b'0');
+    let is_nonzero = |part: &str| part.bytes().any(|byte| byte != b'0');
     let mut parts = value.split('-');
     let [version, trace, parent, flags] = [parts.next()?, parts.next()?, parts.next()?, parts.next()?];
-    let is_one = is_hex(version, 2)
+    let is_valid = is_hex(version, 2)
         && version != "ff"
         && is_hex(trace, 32)
-        && is_some(trace)
+        && is_nonzero(trace)
         && is_hex(parent, 16)
-        && is_some(parent)
+        && is_nonzero(parent)
         && is_hex(flags, 2)
         && (version != "00" || parts.next().is_none());
-    is_one.then(|| &value[..LENGTH])
+    is_valid.then(|| &value[..LENGTH])
 }
 
 #[cfg(test)]
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn the_query_never_stays() {
+    fn the_query_is_dropped() {
         let found = head("GET /a/b?token=secret#x HTTP/1.1\r\nHost: x\r\nCookie: secret\r\n\r\n");
         assert_eq!(found, Head { method: Some("GET".into()), path: Some("/a/b".into()), traceparent: None });
         let absolute = head("GET /?q HTTP/1.0\r\n\r\n");
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_is_taken_if_it_is_one() {
+    fn a_trace_context_is_kept_if_it_is_valid() {
         let with = |value: &str| head(&format!("GET / HTTP/1.1\r\nTraceparent: {value}\r\n\r\n")).traceparent;
         assert_eq!(with(TRACE).as_deref(), Some(TRACE));
         assert_eq!(with(&format!("01{}-more", &TRACE[2..])), Some(format!("01{}", &TRACE[2..])));
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_was_cut_is_understood_as_far_as_it_goes() {
+    fn a_truncated_request_is_parsed_as_far_as_it_goes() {
         let text = format!("POST /job/7 HTTP/1.1\r\nHost: x\r\ntraceparent: {TRACE}\r\nCookie: endle");
         let found = Head::of(text.as_bytes(), 5000);
         assert_eq!((found.path.as_deref(), found.traceparent.as_deref()), (Some("/job/7"), Some(TRACE)));
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_at_once_none_is_told() {
+    fn requests_that_arrive_at_once_are_not_reported() {
         let one = "GET /1 HTTP/1.1\r\nHost: x\r\n\r\n";
         assert!(head(one).path.is_some());
         assert_eq!(head(&one.repeat(2)), Head::default());

@@ -1,4 +1,4 @@
-//! Everything known at one moment. Serialized as it stands, it is the JSON report `observer.report/1`.
+//! A snapshot: everything known at one moment. It is serialized unchanged as the JSON report `observer.report/1`.
 
 use observer_common::listener::{DEPTHS, depth_bound};
 use serde::Serialize;
@@ -13,27 +13,27 @@ use super::{
     stall::Stalls,
 };
 
-/// Name and version of the report's shape.
+/// Name and version of the report's schema.
 pub(crate) const SCHEMA: &str = "observer.report/1";
 
-/// One moment of one observation.
+/// Everything known about an observation at one moment.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Snapshot {
     /// [`SCHEMA`].
     pub(crate) schema: &'static str,
     /// Wall time at which the programs were attached, RFC 3339.
     pub(crate) started: String,
-    /// Since the programs were attached.
+    /// Time since the programs were attached.
     pub(crate) duration_seconds: f64,
-    /// By process id.
+    /// Sorted by process id.
     pub(crate) targets: Vec<Target>,
-    /// About observer itself.
+    /// observer itself.
     #[serde(rename = "self")]
     pub(crate) own: Own,
 }
 
 impl Snapshot {
-    /// What there is to tell while nothing is observed.
+    /// The snapshot while nothing is observed.
     pub(crate) fn turned_off() -> Self {
         Self {
             schema: SCHEMA,
@@ -58,33 +58,34 @@ pub(crate) struct Target {
     pub(crate) comm: String,
     /// Path of its executable.
     pub(crate) exe: String,
-    /// Where it belongs.
+    /// Its container, pod or service.
     #[serde(flatten)]
     pub(crate) place: Place,
-    /// Whether it is gone.
+    /// Whether it has exited.
     pub(crate) exited: bool,
-    /// What it listens on. A listener that several targets share is listed once, with the lowest process id.
+    /// Its listeners. A listener that several targets share is listed once: with the only process that accepts from
+    /// it, or else with the first that had it open.
     pub(crate) listeners: Vec<Listener>,
-    /// Its threads that wait for events.
+    /// Its event loops.
     pub(crate) reactors: Vec<Reactor>,
-    /// Work that it puts off, by kind.
+    /// Its deferred tasks, by kind.
     pub(crate) deferred: Vec<Deferred>,
-    /// Times that work went on which was not known to have been put off: mostly before observer came.
+    /// How often a task ran without a known enqueue. As a rule, it was enqueued before observer attached.
     pub(crate) unmatched: u64,
-    /// Places in its runtime that are watched for that.
+    /// Hooks in its runtime.
     pub(crate) hooks: Vec<HookFigures>,
-    /// Garbage collections of its runtime; `None` if it has no such, or nobody knows how to watch it.
+    /// Garbage collections of its runtime; `None` if it has none, or if no profile says how to watch them.
     pub(crate) gc: Option<Gc>,
 }
 
 /// Garbage collections of a process.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Gc {
-    /// How many there were.
+    /// Number of collections.
     pub(crate) count: u64,
-    /// How long they took together; `None` if the runtime counts them without measuring.
+    /// Their total time in seconds; `None` if the runtime counts them without measuring.
     pub(crate) seconds: Option<f64>,
-    /// How long each kept its thread, in seconds; `None` where only totals are known.
+    /// How long each occupied its thread, in seconds; `None` if only totals are known.
     pub(crate) pause: Option<Histogram>,
 }
 
@@ -95,42 +96,43 @@ pub(crate) struct Listener {
     pub(crate) protocol: &'static str,
     /// `0.0.0.0:8080`, `[::]:443`, `unix:/run/app.sock`.
     pub(crate) address: String,
-    /// Number among listeners of the same target and address (an SO_REUSEPORT group), from 1; `None` if it is alone.
+    /// Number within an SO_REUSEPORT group, that is among listeners of the same target and address, from 1; `None`
+    /// outside a group.
     pub(crate) member: Option<usize>,
-    /// Most connections that may wait.
+    /// Maximum number of connections in the queue.
     pub(crate) limit: u32,
-    /// Connections that wait now.
+    /// Connections in the queue now.
     pub(crate) depth: u32,
-    /// Most connections seen to wait.
+    /// Most connections seen in the queue.
     pub(crate) peak: u32,
-    /// Handshakes that have begun and are not done, now.
+    /// Handshakes in progress.
     pub(crate) half_open: u32,
-    /// How long the connection that waits longest has waited, in seconds; `None` if none waits.
+    /// How long the first connection in the queue has waited, in seconds; `None` if the queue is empty.
     pub(crate) oldest_seconds: Option<f64>,
-    /// Whether that one waited already when observer attached: it has waited at least so long.
+    /// Whether that connection was queued before observer attached. Its age is a lower bound then.
     pub(crate) oldest_is_lower_bound: bool,
     /// Connections that joined the queue while observed.
     pub(crate) arrivals: u64,
     /// Connections accepted while observed.
     pub(crate) accepts: u64,
-    /// Of those, the ones that were queued before observer looked: their wait is unknown and not in `wait`.
+    /// Of those, connections that were queued before observer attached. Their wait is unknown and not in `wait`.
     pub(crate) accepts_unknown_wait: u64,
-    /// Connections that their clients reset while they waited. The kernel keeps them in the queue all the same.
+    /// Connections that their clients reset while they waited. The kernel keeps them in the queue.
     pub(crate) aborted: u64,
-    /// What the kernel dropped because of this listener, for any reason: connections, and segments that begin none.
+    /// Connections and segments that the kernel dropped because of this listener, for any reason.
     pub(crate) drops: u32,
-    /// Of those, the ones dropped because the queue was full; `None` where the kernel's counter, one for the whole
-    /// network namespace, may mean another listener.
+    /// Of those, connections dropped because the queue was full. `None` where they may be another listener's: the
+    /// kernel's counter is of the whole network namespace.
     pub(crate) overflows: Option<u64>,
-    /// Handshake done -> accept returned, in seconds.
+    /// Time from the end of the handshake until accept returned, in seconds.
     pub(crate) wait: Histogram,
-    /// Connections that waited when one was accepted.
+    /// Connections in the queue when one was accepted, including that one.
     pub(crate) depth_on_accept: Depths,
     /// Whether it no longer listens.
     pub(crate) closed: bool,
 }
 
-/// How deep the queue was at each accept.
+/// Depths of the queue at each accept.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Depths {
     /// Accepts by depth: 0, 1, 2, up to 4, up to 8 … up to 32,768, and above.
@@ -140,13 +142,14 @@ pub(crate) struct Depths {
 }
 
 impl Depths {
-    /// All depths together, in connections.
+    /// Sum of all depths, in connections.
     #[expect(clippy::cast_precision_loss, reason = "exporters take floats; exact up to 2^53")]
     pub(crate) fn sum(&self) -> f64 {
         self.sum as f64
     }
 
-    /// Upper bound in connections and how many accepts met no deeper queue, for every bucket but the last.
+    /// Upper bound in connections, and number of accepts at a depth up to it, of every bucket but the last, which has
+    /// no bound.
     pub(crate) fn cumulative(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
         self.counts.iter().enumerate().scan(0, |below, (bucket, count)| {
             *below += count;
@@ -155,99 +158,99 @@ impl Depths {
     }
 }
 
-/// A thread that waits for events.
+/// An event loop.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Reactor {
     /// Thread id.
     pub(crate) tid: u32,
     /// Its name.
     pub(crate) name: String,
-    /// Finished slices: stretches between one wait and the next.
+    /// Finished slices.
     pub(crate) slices: u64,
     /// Finished waits.
     pub(crate) waits: u64,
-    /// Events those waits returned; a ring does not tell.
+    /// Events that those waits returned. io_uring does not report them.
     pub(crate) events: u64,
-    /// Time spent waiting, or parked while other threads waited on the same epoll set; what is in progress included.
+    /// Time spent waiting, or parked while other threads waited on the same epoll set, including the wait in progress.
     pub(crate) wait_seconds: f64,
-    /// Time spent in slices, the slice in progress included.
+    /// Time spent in slices, including the slice in progress.
     pub(crate) busy_seconds: f64,
-    /// Busy time as a share of busy and waiting time; `None` while there is neither.
+    /// Busy time divided by busy and waiting time; `None` while both are 0.
     pub(crate) utilization: Option<f64>,
-    /// Age of the slice in progress; `None` while it waits.
+    /// Age of the slice in progress; `None` during a wait.
     pub(crate) current_slice_seconds: Option<f64>,
-    /// What it is doing, if that slice is late already.
+    /// Its stack, if the slice in progress is a stall already.
     pub(crate) current_stack: Option<Look>,
-    /// Delay that something due at a random instant meets, in seconds: a count for each millisecond observed.
+    /// Delay in seconds that an event arriving at a random moment would see: a count for each millisecond observed.
     pub(crate) lag: Histogram,
     /// Lengths of finished slices, in seconds.
     pub(crate) slice: Histogram,
-    /// Made runnable -> running after a wait, in seconds.
+    /// Time from when the waiting loop became runnable until it ran, in seconds.
     pub(crate) wakeup: Histogram,
-    /// Where busy time went.
+    /// Busy time by state and cause.
     pub(crate) split_seconds: Split,
-    /// Slices that took too long.
+    /// Slices of the stall threshold or more.
     pub(crate) stalls: Stalls,
-    /// Whether the thread is gone.
+    /// Whether the thread has exited.
     pub(crate) exited: bool,
 }
 
-/// About observer itself.
+/// observer itself.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Own {
     /// Version of observer.
     pub(crate) version: &'static str,
     /// Release of the running kernel.
     pub(crate) kernel: String,
-    /// What the programs' maps take of the kernel's memory.
+    /// Kernel memory of the programs' maps.
     pub(crate) map_memory_bytes: u64,
-    /// How observer fares as a service.
+    /// State of observer as a service.
     #[serde(skip)]
     pub(crate) service: Service,
-    /// What the programs could not keep, by cause.
+    /// Data that the programs could not record, by cause.
     pub(crate) lost: Vec<Lost>,
-    /// What goes unseen here, each with its reason.
+    /// Sources that are unavailable, each with the reason.
     pub(crate) missing: Vec<Missing>,
-    /// What became of what was pushed, by signal; nothing if nothing is to be pushed.
+    /// Export statistics by signal; empty if nothing is pushed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) otlp: Vec<Delivery>,
 }
 
-/// What becomes of observer as a service.
+/// State of observer as a service.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Service {
     /// Unix time of the last refresh, in seconds; `None` while nothing is observed.
     pub(crate) refreshed: Option<f64>,
-    /// Whether it was turned off by its kill switch.
+    /// Whether observer is detached because its kill switch exists.
     pub(crate) is_off: bool,
-    /// How often its configuration was read again and taken.
+    /// Reloads of the configuration that were accepted.
     pub(crate) accepted: u64,
-    /// How often it was read again and not understood.
+    /// Reloads of the configuration that were refused, because it was invalid.
     pub(crate) refused: u64,
     /// Processes whose runtimes wait to be attached to.
     pub(crate) waiting: u64,
 }
 
-/// Something the programs could not keep.
+/// Data that the programs could not record.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Lost {
-    /// Why, as `observer_self_lost_total` has it.
+    /// The cause, as in the label of `observer_self_lost_total`.
     pub(crate) cause: &'static str,
     /// How often.
     pub(crate) count: u64,
 }
 
-/// A tracepoint or another source of figures that is not to be had here.
+/// A tracepoint or another source of metrics that is unavailable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Missing {
-    /// What it is called.
+    /// Name of the source.
     pub(crate) source: String,
-    /// Why not.
+    /// Why it is unavailable.
     pub(crate) reason: String,
 }
 
 impl Listener {
-    /// What people and labels call it: its address, and its number where several share that.
+    /// Name in labels and reports: the address, with the number of the member in an SO_REUSEPORT group.
     pub(crate) fn name(&self) -> String {
         match self.member {
             Some(member) => format!("{}#{member}", self.address),
@@ -257,7 +260,7 @@ impl Listener {
 }
 
 impl Target {
-    /// Whether there is anything to tell about it.
+    /// Whether there is nothing to report about it.
     pub(crate) fn is_silent(&self) -> bool {
         self.listeners.is_empty() && self.reactors.is_empty() && self.deferred.is_empty()
     }

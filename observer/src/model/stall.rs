@@ -1,4 +1,4 @@
-//! Slices that took too long: why, in which code, and how much of the lag each such place accounts for.
+//! Stalls: slices of the stall threshold or more, with cause, stack and share of the lag.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -10,56 +10,56 @@ use super::{
     request::Request,
 };
 
-/// Places in the code that are told apart, for each reactor; beyond that they are one, without frames.
+/// Maximum number of sites for each event loop. Further stalls share the last site, without frames.
 const SITES: usize = 64;
 
-/// The latest stalls that are kept one by one, for each reactor.
+/// Number of latest stalls that are kept individually, for each event loop.
 const RECENT: usize = 64;
 
-/// One stall.
+/// A stall.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Stall {
     /// Wall time at which the slice began, RFC 3339.
     pub(crate) start: String,
-    /// How long it was.
+    /// Length in seconds.
     pub(crate) seconds: f64,
-    /// What took most of that.
+    /// The cause that took most of it.
     pub(crate) cause: Cause,
-    /// The system call it was blocked in for longest; `None` if it did not block, or for its memory.
+    /// The system call that it was blocked in for longest; `None` if it was not blocked, or on page faults only.
     pub(crate) syscall: Option<String>,
-    /// The thread that had the CPU before it after its longest wait for one: `stress (thread 4242)`; `None` if there was
-    /// none.
+    /// The thread that ran on the CPU before this one, at the end of its longest wait in the run queue, such as
+    /// `stress (thread 4242)`; `None` if there was none.
     pub(crate) behind: Option<String>,
-    /// Where the time went.
+    /// Its time by state and cause.
     pub(crate) split_seconds: Split,
-    /// The request that it worked for, longest at once; `None` if none is known.
+    /// The request that it worked for longest without interruption; `None` if none is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) origin: Option<Arc<Request>>,
-    /// Which of the sites it belongs to.
+    /// Index of its site.
     pub(crate) site: usize,
 }
 
-/// Stalls in the same code; of those that nobody saw, the ones of the same cause.
+/// A site: stalls with the same stack. Stalls without a stack are grouped by cause and system call.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Site {
-    /// How many.
+    /// Number of stalls.
     pub(crate) count: u64,
-    /// How long they were together.
+    /// Their total length in seconds.
     pub(crate) seconds: f64,
-    /// Their share of the mean lag: with this place mended, so much of it would be gone.
+    /// Their share of the mean lag. Fixing this code removes this share of the lag.
     pub(crate) lag_share: f64,
-    /// What took most of their time.
+    /// The cause that took most of their time.
     pub(crate) cause: Cause,
-    /// The system call that the latest of them was blocked in for longest.
+    /// The system call that the latest of them that was blocked was blocked in for longest.
     pub(crate) syscall: Option<String>,
-    /// The thread that had the CPU before the latest of them after its longest wait for one.
+    /// The thread that ran before the latest of them that was in the run queue, as in [`Stall::behind`].
     pub(crate) behind: Option<String>,
-    /// Where their time went.
+    /// Their time by state and cause.
     pub(crate) split_seconds: Split,
-    /// What was seen of them: the code, or why it is not known.
+    /// The stack that was seen in them, or why it is unknown.
     #[serde(flatten)]
     pub(crate) look: Look,
-    /// Half the sum of the squares of their lengths, in seconds squared: lag met by all instants in them.
+    /// Half the sum of their squared lengths, in seconds squared: their part of the integral of lag over time.
     #[serde(skip)]
     pub(crate) weight: f64,
 }
@@ -71,36 +71,36 @@ impl Site {
     }
 }
 
-/// All stalls of one reactor.
+/// All stalls of an event loop.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Stalls {
-    /// A slice of this length or more is one.
+    /// Length in seconds from which a slice is a stall.
     pub(crate) threshold_seconds: f64,
-    /// How many have ended.
+    /// Number of stalls that have ended.
     pub(crate) count: u64,
-    /// How long they were together.
+    /// Their total length in seconds.
     pub(crate) seconds: f64,
-    /// How many by [`Cause::all`].
+    /// Their number by cause, in the order of [`Cause::all`].
     #[serde(skip)]
     counts: [u64; Cause::PARTS.len() + 1],
-    /// The places, the one with the largest share of the lag first. A slice that is still going on counts as well.
+    /// The sites, the one with the largest share of the lag first. A stall in progress counts as well.
     pub(crate) sites: Vec<Site>,
     /// The latest stalls, oldest first.
     pub(crate) recent: VecDeque<Stall>,
 }
 
 impl Stalls {
-    /// None yet.
+    /// No stalls yet, with a threshold in seconds.
     pub(crate) fn over(threshold_seconds: f64) -> Self {
         Self { threshold_seconds, ..Self::default() }
     }
 
-    /// How many had this cause.
+    /// Number of stalls with this cause.
     pub(crate) fn count_of(&self, cause: Cause) -> u64 {
         self.counts[cause.index()]
     }
 
-    /// The requests that the latest stalls in this site were for, as far as they are known, oldest first.
+    /// Origins of the latest stalls at a site, as far as they are known, oldest first.
     pub(crate) fn requests_of(&self, site: usize) -> Vec<&Request> {
         let of_site = self.recent.iter().filter(|stall| stall.site == site);
         of_site.filter_map(|stall| stall.origin.as_deref()).collect()
@@ -118,7 +118,7 @@ impl Stalls {
         self.recent.push_back(stall);
     }
 
-    /// Adds one that has not ended to its site alone.
+    /// Adds a stall in progress, only to its site.
     pub(crate) fn add_in_progress(&mut self, stall: &Stall, look: Look) {
         self.add_to_site(stall, look);
     }
@@ -127,7 +127,7 @@ impl Stalls {
         let known = self.sites.iter().position(|site| site.is_of(stall, &look));
         let place = known.unwrap_or_else(|| {
             let is_last = self.sites.len() >= SITES - 1;
-            let look = if is_last { Look::missing("there are too many places to tell apart") } else { look };
+            let look = if is_last { Look::missing("too many different stacks to report each") } else { look };
             if self.sites.len() < SITES {
                 let (cause, syscall) = (stall.cause, stall.syscall.clone());
                 self.sites.push(Site {
@@ -159,7 +159,7 @@ impl Stalls {
         place
     }
 
-    /// The same with shares of a lag of so many seconds squared in all, and the largest share first.
+    /// A copy with the share of each site in a total lag of `lag_weight` seconds squared, largest share first.
     pub(crate) fn ranked(&self, lag_weight: f64) -> Self {
         let mut ranked = self.clone();
         for site in &mut ranked.sites {
@@ -214,7 +214,7 @@ mod tests {
     fn sites_are_ranked_by_the_lag_they_cause() {
         let mut stalls = Stalls::over(0.05);
         let cpu = |seconds| stall(seconds, Split { cpu: seconds, ..Split::default() });
-        // Ten of 60 ms last longer than two of 200 ms, and hurt less.
+        // Ten of 60 ms take more time than two of 200 ms, and cause less lag.
         for line in 0..10 {
             stalls.add(cpu(0.06), look("often", line));
         }
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_and_nothing_is_lost_of_the_sums() {
+    fn memory_is_bounded_and_sums_are_complete() {
         let mut stalls = Stalls::over(0.05);
         for n in 0..1000 {
             stalls.add(stall(0.1, Split { cpu: 0.1, ..Split::default() }), look(&format!("f{n}"), 1));

@@ -1,5 +1,5 @@
-//! What series are about, and the labels that name it: only so many of each are told one by one, whichever families of the
-//! catalog tell of them.
+//! The subjects of series, such as a listener or an event loop, and their labels. The number of subjects that are
+//! reported individually is limited, and the limit applies to all families about a subject.
 
 use super::{
     deferred::{Deferred, HookFigures},
@@ -7,29 +7,29 @@ use super::{
     snapshot::{Listener, Missing, Reactor, Snapshot, Target},
 };
 
-/// What the series of a family are about. Only so many are told one by one.
+/// The subject of the series of a family. Only a limited number of each is reported individually.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Subject {
     /// Listeners.
     Listener,
     /// Event loops.
     Reactor,
-    /// Kinds of deferred work.
+    /// Kinds of deferred tasks.
     Task,
-    /// Places that are watched in runtimes.
+    /// Hooks in runtimes.
     Hook,
     /// Processes.
     Target,
-    /// Processes, by what they run.
+    /// Processes, with the program that they run.
     Program,
-    /// Sources of figures.
+    /// Sources of metrics that are unavailable.
     Source,
-    /// observer itself, of which there is one.
+    /// observer itself, which is a single subject.
     Own,
 }
 
 impl Subject {
-    /// What series with these labels are about.
+    /// Subject of series with these label names.
     pub(crate) fn of(labels: &[&str]) -> Self {
         let subjects = [
             (LISTENER, Self::Listener),
@@ -44,7 +44,7 @@ impl Subject {
         found.map_or(Self::Own, |(_, subject)| subject)
     }
 
-    /// How many of the first labels name it.
+    /// Number of labels, at the beginning, that identify a subject.
     pub(crate) const fn labels(self) -> usize {
         match self {
             Self::Listener => LISTENER.len(),
@@ -58,7 +58,7 @@ impl Subject {
         }
     }
 
-    /// Which of them stay the same as long as it lives: names may change.
+    /// Indexes of the labels that are constant during the lifetime of a subject. Names may change.
     pub(crate) const fn lasting_labels(self) -> &'static [usize] {
         match self {
             Self::Listener | Self::Reactor | Self::Task => &[0, 4],
@@ -79,8 +79,8 @@ pub(super) const PROGRAM: &[&str] =
     &["pid", "comm", "container", "pod", "exe", "namespace", "container_name", "pod_uid", "unit"];
 pub(super) const SOURCE: &[&str] = &["source", "reason"];
 
-/// Everything that series are about, with the labels that name it. Nothing that has no series, for only so many of a kind
-/// are told one by one; observer itself always is.
+/// All subjects of a snapshot, with the labels that identify them. Subjects without a series are left out, because
+/// they would count towards the limit. observer itself is not limited.
 pub(crate) fn subjects<'s>(snapshot: &'s Snapshot) -> impl Iterator<Item = (Subject, Vec<String>)> + use<'s> {
     let of_target = |target: &'s Target| {
         let programs = [(Subject::Program, target_labels(target))];
@@ -96,7 +96,7 @@ pub(crate) fn subjects<'s>(snapshot: &'s Snapshot) -> impl Iterator<Item = (Subj
     listeners.chain(reactors).chain(live(snapshot).flat_map(of_target)).chain(sources)
 }
 
-/// A series dies with its process.
+/// Targets with series: those that have not exited.
 pub(super) fn live(snapshot: &Snapshot) -> impl Iterator<Item = &Target> {
     snapshot.targets.iter().filter(|target| !target.exited)
 }

@@ -1,5 +1,4 @@
-//! What is handed on to whoever traces: work that is over and stalls, with the requests they are due to. Stalls are told
-//! without one as well.
+//! Events for traces: deferred tasks that are over, with their origins, and stalls, with or without an origin.
 
 use std::{collections::VecDeque, mem, sync::Arc};
 
@@ -10,49 +9,49 @@ use super::{
     stall::Stall,
 };
 
-/// Most events that wait to be fetched.
+/// Maximum number of events that wait to be taken.
 const EVENTS: usize = 32_768;
 
-/// Something that happened.
+/// An event of a process.
 #[derive(Clone, Debug)]
 pub(crate) struct Event {
-    /// Process.
+    /// Process id.
     pub(crate) pid: u32,
     /// What happened.
     pub(crate) what: What,
 }
 
-/// What happened.
+/// What an event reports.
 #[derive(Clone, Debug)]
 pub(crate) enum What {
-    /// A piece of deferred work is over that was put off for this request.
+    /// A deferred task is over, whose origin is this request.
     Work(Arc<Request>, Work),
-    /// A thread stalled: since when, monotonic nanoseconds, and all else that is known.
+    /// A thread stalled: the thread's id, the start of the slice in monotonic nanoseconds, and the stall.
     Stall(u32, u64, Box<Stall>),
 }
 
-/// A piece of deferred work that is over; times are monotonic nanoseconds.
+/// A deferred task that is over. Times are monotonic nanoseconds.
 #[derive(Clone, Debug)]
 pub(crate) struct Work {
-    /// Its number.
+    /// Id of the task.
     pub(crate) id: u64,
-    /// The number of the piece that put it off, `None` if the request itself did.
+    /// Id of the task that enqueued it; `None` if the request itself did.
     pub(crate) parent: Option<u64>,
-    /// The span that the process itself says it was put off in.
+    /// The span that it was enqueued in, if the process published it.
     pub(crate) context: Option<TraceContext>,
-    /// What the runtime itself calls the request.
+    /// The runtime's own id of the request.
     pub(crate) request_id: Option<String>,
-    /// What its kind is called.
+    /// Name of the kind of task.
     pub(crate) task: Arc<str>,
-    /// When it was put off.
+    /// Time of the enqueue.
     pub(crate) queued_ns: u64,
-    /// When it started; `None` if it never did.
+    /// Time of the start; `None` if it never started.
     pub(crate) started_ns: Option<u64>,
-    /// When it was worked on for the last time or, if it never started, forgotten.
+    /// Time at which it last ran or, if it never started, was dropped.
     pub(crate) ended_ns: u64,
 }
 
-/// Events that have not been fetched.
+/// Events that were not taken yet.
 #[derive(Debug)]
 pub(crate) struct Events {
     waiting: VecDeque<Event>,
@@ -60,12 +59,12 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    /// None yet. What finds no room will be counted there.
+    /// No events yet. Events that exceed the limit are counted in `stats`.
     pub(crate) fn counted_in(stats: Arc<ExportStats>) -> Self {
         Self { waiting: VecDeque::new(), stats }
     }
 
-    /// Adds one. If there is no room it is dropped: those before it may be what it is due to.
+    /// Adds an event. At the limit the new event is dropped, because earlier ones may be its cause.
     pub(crate) fn add(&mut self, event: Event) {
         if self.waiting.len() < EVENTS {
             self.waiting.push_back(event);
@@ -74,7 +73,7 @@ impl Events {
         }
     }
 
-    /// All of them.
+    /// Removes and returns all events.
     pub(crate) fn take(&mut self) -> VecDeque<Event> {
         mem::take(&mut self.waiting)
     }
@@ -85,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_finds_no_room_is_counted() {
+    fn events_beyond_the_limit_are_counted() {
         let stats = Arc::new(ExportStats::of("traces"));
         let mut events = Events::counted_in(Arc::clone(&stats));
         let work = Work {

@@ -98,7 +98,7 @@ impl CommandLine {
     }
 }
 
-/// All subcommands. Without one, observer observes.
+/// Subcommands. Without a subcommand, observer starts an observation.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Show what this kernel and these rights allow; exit with 1 if observing is not possible

@@ -1,4 +1,4 @@
-//! The demo's load: a steady trickle of requests for the event loop, bursts of connections for the slow accepter.
+//! The load of the demo: steady requests for the event loop, bursts of connections for the slow accepter.
 
 use std::{
     io::{Read as _, Write as _},
@@ -16,14 +16,14 @@ pub(crate) const BURST: usize = 10;
 
 const REQUEST_PAUSE: Duration = Duration::from_millis(10);
 const BURST_PAUSE: Duration = Duration::from_millis(600);
-/// One in so many requests makes the server defer work.
-const ORDERS: usize = 5;
+/// Number of requests of which one makes the server defer a task.
+const DEFERRING_EVERY: usize = 5;
 
-/// Starts the load; it ends with the process, or when the server is gone.
+/// Starts the load, which ends with the process, or when the server is gone.
 pub(crate) fn start(ports: Ports) -> Result<()> {
     thread::Builder::new().name("load".into()).spawn(move || {
         for n in 0_usize.. {
-            let path = if n.is_multiple_of(ORDERS) { DEFERRING_PATH } else { "/" };
+            let path = if n.is_multiple_of(DEFERRING_EVERY) { DEFERRING_PATH } else { "/" };
             if request(ports.reactor, path).is_err() {
                 return;
             }
@@ -38,7 +38,7 @@ pub(crate) fn start(ports: Ports) -> Result<()> {
     Ok(())
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 fn request(port: u16, path: &str) -> Result<()> {
     let mut connection = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     write!(connection, "GET {path} HTTP/1.1\r\nHost: demo\r\n\r\n")?;

@@ -1,4 +1,4 @@
-//! `observer demo`: a server with known misbehaviour, its load, and observer on it.
+//! `observer demo`: a server with known misbehaviour, its load, and an observation of it.
 
 pub(crate) mod server;
 mod load;
@@ -26,7 +26,7 @@ use crate::{
 
 const DURATION: Duration = Duration::from_secs(15);
 
-/// Starts the server, loads it, observes it and explains what there is to see.
+/// Starts the server and its load, observes the server, and explains the result.
 pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let server = Server::start()?;
     load::start(server.ports)?;
@@ -52,7 +52,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The misbehaving server, a process of its own; it ends with this value.
+/// The server, in a process that is killed when this is dropped.
 struct Server {
     child: Child,
     ports: server::Ports,
@@ -65,18 +65,18 @@ impl Server {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .context("cannot start the demo's server")?;
+            .context("cannot start the demo server")?;
         let mut line = String::new();
-        let stdout = child.stdout.take().context("the server's output")?;
-        BufReader::new(stdout).read_line(&mut line).context("the demo's server says nothing")?;
-        let ports = line.parse().context("the demo's server could not start")?;
+        let stdout = child.stdout.take().context("the demo server has no standard output")?;
+        BufReader::new(stdout).read_line(&mut line).context("cannot read the output of the demo server")?;
+        let ports = line.parse().context("the demo server failed to start")?;
         Ok(Self { child, ports })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have exited by itself, which is what is wanted.
+        // It may have exited already.
         let _ended = self.child.kill();
         let _reaped = self.child.wait();
     }
@@ -84,13 +84,13 @@ impl Drop for Server {
 
 fn explanation() -> String {
     format!(
-        "What you have just seen. The server in this demo misbehaves in known ways:\n  \
-         - Its event loop `{reactor}` computes for {spin} ms once a second, and once a second sleeps for {sleep} ms: nobody\n    \
-           else is served meanwhile. The report shows these as its longest slices: the first on a CPU, the second blocked.\n  \
-         - After some requests it does work it had deferred, {work} ms each: slices too long to be free, too short to be late.\n  \
-         - Its thread `{accepter}` accepts one connection every {pause} ms, while {burst} arrive at once: they wait in the\n    \
-           accept queue, which no timer inside the server could tell.\n\
-         Now try it on a server of yours: sudo observer --pid PID --duration 30s",
+        "What the report shows. The server of this demo misbehaves in known ways:\n  \
+         - Its event loop `{reactor}` computes for {spin} ms once a second, and sleeps for {sleep} ms once a second. Nothing\n    \
+           else runs on it meanwhile. These are its longest slices in the report: the first on a CPU, the second blocked.\n  \
+         - After some requests it runs a deferred task for {work} ms. These slices add to the lag, but are too short for stalls.\n  \
+         - Its thread `{accepter}` accepts a connection every {pause} ms, while {burst} arrive at once. They wait in the accept\n    \
+           queue, which no timer inside the server can measure.\n\
+         Now try it on your own server: sudo observer --pid PID --duration 30s",
         reactor = server::REACTOR,
         accepter = server::ACCEPTER,
         spin = server::SPIN.as_millis(),

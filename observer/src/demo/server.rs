@@ -1,4 +1,4 @@
-//! The demo's server: one event loop that blocks on purpose, one thread that accepts too slowly.
+//! The server of the demo: an event loop that blocks on purpose, and a thread that accepts too slowly.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -28,15 +28,15 @@ pub(crate) const ACCEPTER: &str = "slow-accepter";
 pub(crate) const SPIN: Duration = Duration::from_millis(80);
 /// How long the event loop sleeps, once each [`PERIOD`], half a period after the spin.
 pub(crate) const SLEEP: Duration = Duration::from_millis(120);
-/// How long one piece of deferred work computes.
+/// How long a deferred task computes.
 pub(crate) const DEFERRED_WORK: Duration = Duration::from_millis(3);
-/// What the slow thread does between two accepts.
+/// Pause of the slow thread between two accepts.
 pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(40);
-/// A request with this path defers work.
+/// Path of the requests that make the server defer a task.
 pub(crate) const DEFERRING_PATH: &str = "/order";
 
 const PERIOD: Duration = Duration::from_secs(1);
-/// What a wait for events can tell apart.
+/// Resolution of the timeout of a wait for events.
 const TICK: Duration = Duration::from_millis(1);
 
 /// Where the server listens on 127.0.0.1.
@@ -48,7 +48,7 @@ pub(crate) struct Ports {
     pub(crate) accepter: u16,
 }
 
-/// The line by which the server tells its ports.
+/// The line that the server prints to report its ports.
 impl fmt::Display for Ports {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.reactor, self.accepter)
@@ -59,15 +59,15 @@ impl FromStr for Ports {
     type Err = anyhow::Error;
 
     fn from_str(line: &str) -> Result<Self> {
-        let (reactor, accepter) = line.trim().split_once(' ').context("two ports")?;
+        let (reactor, accepter) = line.trim().split_once(' ').context("expected two ports")?;
         Ok(Self { reactor: reactor.parse()?, accepter: accepter.parse()? })
     }
 }
 
-/// Serves until standard input is closed, that is until whoever started it is gone.
+/// Serves until standard input is closed, that is until the process that started it has exited.
 pub(crate) fn run() -> Result<ExitCode> {
-    // Ctrl-C reaches the whole group, but the report still wants to be printed with the server alive.
-    // SAFETY: ignoring a signal runs no code of ours in a handler.
+    // Ctrl-C reaches the whole process group, but the server must be running when the report is made.
+    // SAFETY: ignoring a signal installs no handler.
     unsafe { signal(Signal::SIGINT, SigHandler::SigIgn) }?;
     prctl::set_name(c"demo-server")?;
     let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen on loopback");
@@ -75,8 +75,8 @@ pub(crate) fn run() -> Result<ExitCode> {
     println!("{}", Ports { reactor: fast.local_addr()?.port(), accepter: slow.local_addr()?.port() });
     thread::Builder::new().name(ACCEPTER.into()).spawn(move || accept_slowly(&slow))?;
     thread::Builder::new().name(REACTOR.into()).spawn(move || {
-        if let Err(error) = react(&fast) {
-            eprintln!("the demo's event loop ended: {error:#}");
+        if let Err(error) = run_event_loop(&fast) {
+            eprintln!("the event loop of the demo server failed: {error:#}");
             exit(1);
         }
     })?;
@@ -86,13 +86,13 @@ pub(crate) fn run() -> Result<ExitCode> {
 
 fn accept_slowly(listener: &TcpListener) {
     for connection in listener.incoming() {
-        // Dropped at once: the client only wants to be accepted.
+        // Closed at once: the client only waits to be accepted.
         drop(connection);
         thread::sleep(ACCEPT_PAUSE);
     }
 }
 
-fn react(listener: &TcpListener) -> Result<()> {
+fn run_event_loop(listener: &TcpListener) -> Result<()> {
     const LISTENER: u64 = 0;
     listener.set_nonblocking(true)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -102,7 +102,7 @@ fn react(listener: &TcpListener) -> Result<()> {
     let mut next_spin = Instant::now() + PERIOD;
     let mut next_sleep = next_spin + PERIOD / 2;
     loop {
-        // Rounded up, for a wait of less than a millisecond is none.
+        // Rounded up, because a timeout below a millisecond would not wait at all.
         let pause = next_spin.min(next_sleep).saturating_duration_since(Instant::now()) + TICK;
         let timeout = if deferred.is_empty() { EpollTimeout::try_from(pause)? } else { EpollTimeout::ZERO };
         let mut events = [EpollEvent::empty(); 64];
@@ -120,7 +120,7 @@ fn react(listener: &TcpListener) -> Result<()> {
                     deferred.push_back(|| spin(DEFERRED_WORK));
                 }
             } else {
-                // Closing takes it out of the epoll set as well.
+                // Closing also removes it from the epoll set.
                 connections.remove(&event.data());
             }
         }
@@ -140,7 +140,7 @@ fn react(listener: &TcpListener) -> Result<()> {
     }
 }
 
-/// Answers one small request and tells its path; `None` if the connection is over.
+/// Answers a small request. Returns its path, empty if there was no request; `None` if the connection is over.
 fn answer(connection: &mut TcpStream) -> Option<String> {
     let mut request = [0; 1024];
     match connection.read(&mut request) {
@@ -155,7 +155,7 @@ fn answer(connection: &mut TcpStream) -> Option<String> {
     }
 }
 
-/// Computes, visibly to the scheduler, for that long.
+/// Keeps the thread on a CPU for this time.
 fn spin(time: Duration) {
     let end = Instant::now() + time;
     while Instant::now() < end {

@@ -1,5 +1,5 @@
-//! Limits how many runtimes are attached to in a second, so that a crowd of processes that starts at once is not stopped all at
-//! once.
+//! Limits the number of runtimes attached to per second. Attaching stops a process for a moment, so many processes
+//! that start together must not be stopped together.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -7,13 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Processes that may be attached to, and those that wait for that, oldest first.
+/// Processes that may be attached to, and those that wait for it, oldest first.
 pub(super) struct AttachLimiter {
     per_second: NonZero<u32>,
-    /// Those that may be attached to, with how many programs each had started by then.
+    /// Processes that may be attached to, with the number of execs of each when it was admitted.
     admitted: HashMap<u32, u32>,
     waiting: VecDeque<u32>,
-    /// When the next may be admitted.
+    /// When the next process may be admitted.
     next: Instant,
 }
 
@@ -27,8 +27,8 @@ impl AttachLimiter {
         }
     }
 
-    /// Those live targets, each with how many programs it has started, that may be attached to. The ones in `at_once` never
-    /// wait.
+    /// Returns which of the live targets, given with their numbers of execs, may be attached to. Processes in
+    /// `at_once` never wait.
     pub(super) fn admit(&mut self, live: Vec<(u32, u32)>, at_once: &BTreeSet<u32>) -> Vec<(u32, u32)> {
         let by_pid: HashMap<u32, u32> = live.iter().copied().collect();
         self.admitted.retain(|pid, execs| by_pid.get(pid) == Some(execs));
@@ -40,7 +40,7 @@ impl AttachLimiter {
         }
         let now = Instant::now();
         let pause = Duration::from_secs(1) / self.per_second.get();
-        // Turns that nobody took are not saved up for longer than a second.
+        // Unused admissions accumulate for a second at most.
         self.next = self.next.max(a_second_before(now));
         let mut later = VecDeque::new();
         while let Some(pid) = self.waiting.pop_front() {
@@ -57,7 +57,7 @@ impl AttachLimiter {
         self.admitted.iter().map(|(&pid, &execs)| (pid, execs)).collect()
     }
 
-    /// Processes that wait.
+    /// Number of waiting processes.
     pub(super) fn waiting(&self) -> u64 {
         self.waiting.len().try_into().unwrap_or(u64::MAX)
     }
@@ -79,11 +79,11 @@ mod tests {
     fn a_crowd_is_admitted_over_time() {
         let mut limiter = AttachLimiter::at(const { NonZero::new(10).unwrap() });
         let first = limiter.admit(crowd(300), &BTreeSet::from([299]));
-        // A second's worth at most, and the one that was asked for.
+        // At most a second's worth, and the one in `at_once`.
         assert!((2..=13).contains(&first.len()), "{}", first.len());
         assert!(first.contains(&(299, 0)));
         assert_eq!(limiter.waiting(), 300 - first.len() as u64);
-        // The longest waiting comes first, and those that were admitted stay so.
+        // The longest waiting are admitted first, and admitted processes remain admitted.
         std::thread::sleep(Duration::from_millis(250));
         let second = limiter.admit(crowd(300), &BTreeSet::new());
         assert!(first.iter().all(|process| second.contains(process)));

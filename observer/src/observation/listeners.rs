@@ -1,4 +1,4 @@
-//! The listeners of an observation: found, looked at, and let go when they close.
+//! The listeners of targets: finds them, reads their accept queues, and removes them when they close.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -35,16 +35,17 @@ use crate::{
     },
 };
 
-/// How often to look at listeners until none drops connections between that and a look at its namespace's counters.
-const LOOKS: usize = 4;
+/// Maximum number of readings of all queues in a refresh. They are repeated while a listener drops connections between
+/// its reading and that of its namespace's counters.
+const READINGS: usize = 4;
 
-/// What stands for a port's only listener where there are several.
+/// Inode number that stands for several listeners on one port.
 const SEVERAL_LISTENERS: u64 = 0;
 
-/// What connections to a listener name: network namespace and port, or the name of a unix socket.
-type Place = (u32, u16, u64);
+/// The address of a listener: network namespace and port, or the name of a unix socket.
+type Address = (u32, u16, u64);
 
-fn place(listener: &RawListener) -> Place {
+fn address(listener: &RawListener) -> Address {
     (listener.netns, listener.port, listener.unix_name)
 }
 
@@ -52,16 +53,16 @@ fn port(listener: &RawListener) -> PortKey {
     PortKey { netns: listener.netns, port: listener.port.into() }
 }
 
-/// A listener as it was at the last look, and before the first.
-struct Known {
+/// A listener: its state at the last reading, and the baseline from before observer attached.
+struct Tracked {
     raw: RawListener,
     before: Before,
-    /// Connections that it dropped because its queue was full, where that is certain.
+    /// Connections that were dropped because its queue was full, where that is certain.
     overflows: Option<u64>,
 }
 
-impl Known {
-    /// What the kernel has dropped because of this listener since it was known.
+impl Tracked {
+    /// Connections and segments that the kernel has dropped because of this listener since it is tracked.
     const fn drops(&self) -> u32 {
         self.raw.queue.drops.wrapping_sub(self.before.drops)
     }
@@ -71,39 +72,40 @@ impl Known {
 #[derive(Default)]
 pub(super) struct Listeners {
     /// By inode number.
-    known: BTreeMap<u64, Known>,
-    /// Since when connections to unix sockets get time stamps; `None` while no target listens on one.
+    known: BTreeMap<u64, Tracked>,
+    /// Since when connections to unix sockets are time-stamped, in monotonic nanoseconds; `None` while no target
+    /// listens on one.
     unix_since_ns: Option<u64>,
-    /// Whether listeners found from now on are new: nobody waited there before observer attached.
-    is_first_look_done: bool,
-    /// Counters of the network namespaces that targets were in at first. Others are taken to have begun at zero,
-    /// as they did when they were made: one that is older has more drops than its listeners here, which makes
-    /// nothing certain.
+    /// Whether listeners that are found from now on are new, so that nothing was queued before observer attached.
+    is_first_refresh_done: bool,
+    /// Counters of the network namespaces that targets were in at first. Other namespaces are assumed to be new, with
+    /// counters at zero. The counters of an older one exceed the drops of its listeners here, so that nothing is
+    /// attributed.
     drops_before: HashMap<u32, ListenDrops>,
     /// The network namespace of each target.
     namespaces: BTreeMap<u32, u32>,
-    /// Whose namespaces are asked for again next.
+    /// Whose namespace is checked again next.
     to_recheck: RoundRobin,
 }
 
 impl Listeners {
-    /// Remembers the counters of the first targets' network namespaces, and forgets those that targets have left:
-    /// the kernel gives their numbers to others.
+    /// Records the counters of the first targets' network namespaces, and forgets namespaces that targets have left:
+    /// the kernel reuses their numbers.
     fn note_namespaces(&mut self, live: &BTreeMap<u32, Process>) {
         self.namespaces.retain(|pid, _| live.contains_key(pid));
         let new = live.keys().filter(|pid| !self.namespaces.contains_key(pid)).copied();
-        // Hardly any moves to another: some at a time are asked again.
+        // A process rarely moves to another namespace: some are checked again at each refresh.
         let asked: Vec<_> = new.chain(self.to_recheck.next(&self.namespaces)).collect();
         for pid in asked {
             if let Some(netns) = process::network_namespace(pid) {
                 self.namespaces.insert(pid, netns);
             }
         }
-        if self.is_first_look_done {
+        if self.is_first_refresh_done {
             let present: HashSet<u32> = self.namespaces.values().copied().collect();
             self.drops_before.retain(|netns, _| present.contains(netns));
         } else {
-            // Each with any process that is in it.
+            // Each by any process that is in it.
             let present: HashMap<u32, u32> =
                 self.namespaces.iter().map(|(&pid, &netns)| (netns, pid)).collect();
             let drops = present.iter().filter_map(|(&netns, &pid)| Some((netns, drops::of_namespace(pid)?)));
@@ -111,14 +113,13 @@ impl Listeners {
         }
     }
 
-    /// The counters of a network namespace now; `None` if no target is in it any more.
+    /// Current counters of a network namespace; `None` if no target is in it any more.
     fn drops_now(&self, netns: u32) -> Option<ListenDrops> {
         let mut in_it = self.namespaces.iter().filter(|(_, known)| **known == netns).map(|(&pid, _)| pid);
         drops::of_namespace(in_it.find(|&pid| process::network_namespace(pid) == Some(netns))?)
     }
 
-    /// Brings all listeners up to date, until it is as certain as it can be which of them dropped connections because their
-    /// queues were full.
+    /// Updates all listeners. Their queues are read until overflows are attributed with as much certainty as possible.
     pub(super) fn refresh(
         &mut self,
         ebpf: &mut Ebpf,
@@ -131,8 +132,8 @@ impl Listeners {
         if targets_changed {
             listener::find(ebpf)?;
         }
-        for _ in 0..LOOKS {
-            self.look_at_all(ebpf, maps, missing)?;
+        for _ in 0..READINGS {
+            self.read_queues(ebpf, maps, missing)?;
             if self.attribute_overflows() {
                 break;
             }
@@ -140,9 +141,9 @@ impl Listeners {
         Ok(())
     }
 
-    /// Looks at every accept queue. The programs make entries of listeners that targets open; what new targets brought along has
-    /// been searched for, and so have the heirs of listeners whose process is gone.
-    fn look_at_all(&mut self, ebpf: &mut Ebpf, maps: &mut Maps, missing: &mut MissingSources) -> Result<()> {
+    /// Reads every accept queue. The programs add listeners that targets open. Those that new targets brought along,
+    /// and the remaining holders of listeners whose process has exited, have been searched for before.
+    fn read_queues(&mut self, ebpf: &mut Ebpf, maps: &mut Maps, missing: &mut MissingSources) -> Result<()> {
         for (inode, raw) in entries(&maps.listeners) {
             if raw.unix_name != 0 && self.unix_since_ns.is_none() {
                 missing.extend(probes::attach(ebpf, &Types::default(), When::UnixListener, &[])?);
@@ -152,28 +153,28 @@ impl Listeners {
         }
         let mut closed = Vec::new();
         for (inode, raw) in entries(&maps.listeners) {
-            let is_first_look = !self.is_first_look_done;
-            // A listen call that failed, or a listener so short-lived that there is nothing to tell.
+            let is_first_refresh = !self.is_first_refresh_done;
+            // A listen call that failed, or a listener that was too short-lived to report.
             if raw.queue.closed != 0 && raw.accepts == 0 && !self.known.contains_key(&inode) {
                 maps.listeners.remove(&inode)?;
                 closed.push(raw);
                 continue;
             }
-            let known = self.known.entry(inode).or_insert_with(|| Known {
+            let known = self.known.entry(inode).or_insert_with(|| Tracked {
                 raw,
-                before: if is_first_look { Before::of(&raw.queue) } else { Before::default() },
+                before: if is_first_refresh { Before::of(&raw.queue) } else { Before::default() },
                 overflows: None,
             });
             let last = mem::replace(&mut known.raw, raw);
             if raw.queue.closed != 0 {
-                // How deep it was when it closed is not to be known any more; how deep it was before is.
+                // The depth at the close is unknown; the last one before it is kept.
                 known.raw.queue = Queue { closed: 1, ..last.queue };
                 maps.listeners.remove(&inode)?;
                 closed.push(raw);
             }
         }
         end_time_stamps(maps, &closed)?;
-        self.is_first_look_done = true;
+        self.is_first_refresh_done = true;
         let closed: Vec<u64> = self
             .known
             .iter()
@@ -186,7 +187,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Forgets those of processes that are no targets after all, unless a target accepts from them.
+    /// Forgets the listeners of processes that are not targets, unless a target accepts from them.
     pub(super) fn forget(&mut self, maps: &mut Maps, targets: &Targets, of: &BTreeSet<u32>) -> Result<()> {
         if of.is_empty() {
             return Ok(());
@@ -202,7 +203,7 @@ impl Listeners {
         end_time_stamps(maps, &forgotten)
     }
 
-    /// All listeners by the process that each is listed with, as of the last refresh.
+    /// All listeners as of the last refresh, by the process that each is listed with.
     pub(super) fn snapshot(&self, targets: &Targets) -> HashMap<u32, Vec<Listener>> {
         let mut listeners = HashMap::<u32, Vec<Listener>>::new();
         for known in self.known.values() {
@@ -213,8 +214,8 @@ impl Listeners {
         listeners
     }
 
-    /// Attributes namespaces' overflows to listeners where that is certain. Returns whether looking again would
-    /// make no more certain.
+    /// Attributes the overflows of namespaces to listeners, where that is certain. Returns whether another reading
+    /// cannot make more of them certain.
     fn attribute_overflows(&mut self) -> bool {
         let mut dropping = HashMap::<u32, u32>::new();
         for known in self.known.values().filter(|known| known.drops() > 0) {
@@ -233,46 +234,46 @@ impl Listeners {
             let others_dropped = dropping.get(&netns).is_some_and(|&count| count > 1);
             known.overflows = match grown.get(&netns) {
                 _ if drops == 0 => Some(0),
-                // What a closed one dropped after the last look is unknown.
+                // What a closed listener dropped after the last reading is unknown.
                 Some(grown) if known.raw.queue.closed == 0 => grown.overflows_of(drops, others_dropped),
                 _ => None,
             };
-            let is_outrun = grown.get(&netns).is_some_and(|grown| grown.drops > drops.into());
-            is_final &= known.overflows.is_some() || others_dropped || !is_outrun;
+            let is_ahead = grown.get(&netns).is_some_and(|grown| grown.drops > drops.into());
+            is_final &= known.overflows.is_some() || others_dropped || !is_ahead;
         }
         is_final
     }
 }
 
-/// Ends the time stamps for connections to closed listeners, unless they may be another's. Which others there are, the
-/// kernel knows: one may have begun to listen in the same place since the last look.
+/// Ends the time stamps of connections to closed listeners, unless another listener has the same address. That is read
+/// from the map of listeners: another one may have been opened there since the last refresh.
 fn end_time_stamps(maps: &mut Maps, closed: &[RawListener]) -> Result<()> {
     if closed.is_empty() {
         return Ok(());
     }
     let open = open_listeners(maps);
-    let mut places = HashMap::new();
+    let mut addresses = HashMap::new();
     for listener in closed {
-        let (place, name) = (place(listener), listener.unix_name);
-        match (name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
+        let (address, name) = (address(listener), listener.unix_name);
+        match (name, open.get(&address).map_or(&[][..], Vec::as_slice)) {
             (0, []) => {
-                let _never_wanted = maps.ports.remove(&port(listener));
+                let _absent = maps.ports.remove(&port(listener));
             }
             (0, &[only]) => maps.ports.insert(port(listener), only, 0)?,
             (name, []) if name != 0 => {
-                let _never_wanted = maps.unix_names.remove(&name);
+                let _absent = maps.unix_names.remove(&name);
             }
             _ => {}
         }
-        places.insert(place, listener);
+        addresses.insert(address, listener);
     }
-    // A listener that put itself in meanwhile was taken out or overwritten; from now on it stays.
+    // A listener that was added by the programs meanwhile was removed or overwritten. From now on, it stays.
     let open = open_listeners(maps);
-    for (place, listener) in places {
-        match (listener.unix_name, open.get(&place).map_or(&[][..], Vec::as_slice)) {
+    for (address, listener) in addresses {
+        match (listener.unix_name, open.get(&address).map_or(&[][..], Vec::as_slice)) {
             (0, []) => {}
             (0, &[only]) => {
-                let _there_already = maps.ports.insert(port(listener), only, NO_EXIST);
+                let _already_present = maps.ports.insert(port(listener), only, NO_EXIST);
                 if maps.ports.get(&port(listener), 0).is_ok_and(|present| present != only) {
                     maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?;
                 }
@@ -285,18 +286,18 @@ fn end_time_stamps(maps: &mut Maps, closed: &[RawListener]) -> Result<()> {
     Ok(())
 }
 
-/// Keys of the listeners that the kernel knows to be open, by their place.
-fn open_listeners(maps: &Maps) -> HashMap<Place, Vec<u64>> {
+/// Inode numbers of the open listeners in the map of listeners, by address.
+fn open_listeners(maps: &Maps) -> HashMap<Address, Vec<u64>> {
     let mut open = HashMap::<_, Vec<u64>>::new();
     for (inode, raw) in entries(&maps.listeners) {
         if raw.queue.closed == 0 {
-            open.entry(place(&raw)).or_default().push(inode);
+            open.entry(address(&raw)).or_default().push(inode);
         }
     }
     open
 }
 
-/// Forgets connections that waited at a unix listener of this name: they are gone without an event.
+/// Forgets connections that waited at a unix listener of this name. The kernel has no event for their end.
 fn forget_queued(maps: &mut Maps, unix_name: u64) {
     for (address, arrival) in entries(&maps.queued) {
         if arrival.unix_name == unix_name {
@@ -305,14 +306,14 @@ fn forget_queued(maps: &mut Maps, unix_name: u64) {
     }
 }
 
-/// Process that a listener is listed with: the one that accepts from it, or else the first that had it open.
-/// One that is gone only if there is no other, for a listener may outlive it.
+/// Process that a listener is listed with: the one that accepts from it, or else the first that had it open. An exited
+/// process only if there is no other, because a listener may outlive it.
 fn owner(raw: &RawListener, targets: &Targets) -> u32 {
     let candidates = [raw.accepter, raw.owner];
     candidates.into_iter().find(|pid| targets.live().contains_key(pid)).unwrap_or(raw.owner)
 }
 
-/// Numbers the listeners that share an address, so that each can be told from its siblings.
+/// Numbers the listeners that share an address, to distinguish them.
 pub(super) fn numbered(mut listeners: Vec<Listener>) -> Vec<Listener> {
     let mut members = HashMap::<String, usize>::new();
     for listener in &mut listeners {

@@ -1,11 +1,11 @@
-//! What goes unseen here, each with its reason.
+//! Sources of metrics that are unavailable, each with its reason.
 
 use crate::model::snapshot::Missing;
 
-/// Reasons that are kept; more are no help to anybody.
+/// Maximum number of entries; a longer list would not help.
 const LIMIT: usize = 1024;
 
-/// Sources of metrics that are not available here, each once.
+/// Unavailable sources of metrics, each once.
 #[derive(Default)]
 pub(super) struct MissingSources(Vec<Missing>);
 

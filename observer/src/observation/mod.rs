@@ -1,5 +1,5 @@
-//! One observation: the programs in the kernel, and what is known of the targets. [`Observation::refresh`] brings that up to date,
-//! on the clock and on events; [`Observation::snapshot`] only reads it.
+//! An observation: the programs in the kernel, and what is known about the targets. [`Observation::refresh`] updates
+//! that, periodically and on events; [`Observation::snapshot`] only reads it.
 
 mod round_robin;
 mod attach_limiter;
@@ -7,6 +7,7 @@ mod missing;
 mod selection;
 mod targets;
 mod listeners;
+mod links;
 mod deferred;
 mod runtimes;
 mod reactors;
@@ -39,7 +40,7 @@ use crate::{
 
 pub(crate) use selection::Selection;
 
-use deferred::Figures;
+use deferred::TaskMetrics;
 use listeners::{Listeners, numbered};
 use missing::MissingSources;
 use reactors::Reactors;
@@ -48,7 +49,7 @@ use targets::Targets;
 
 pub(crate) static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
 
-/// A running observation. Dropping it takes everything of ours out of the kernel.
+/// A running observation. When it is dropped, all programs, probes and maps leave the kernel.
 pub(crate) struct Observation {
     ebpf: Ebpf,
     maps: Maps,
@@ -59,11 +60,11 @@ pub(crate) struct Observation {
     runtimes: Runtimes,
     facts: Facts,
     service: Service,
-    /// What becomes of what is pushed.
+    /// Export statistics of the signals that are pushed.
     export_stats: Vec<Arc<ExportStats>>,
 }
 
-/// What does not change during an observation.
+/// Facts that are constant during an observation.
 struct Facts {
     /// When the programs were attached, monotonic nanoseconds.
     attached_ns: u64,
@@ -71,13 +72,14 @@ struct Facts {
     map_memory: u64,
     /// Release of the running kernel.
     kernel: String,
-    /// Accepts that ended while programs were attached one by one and calls in progress were not known yet.
+    /// Accepts without a known listener that ended while programs were being attached one by one, and before the calls
+    /// in progress were known.
     unattributed_before: u64,
 }
 
 impl Observation {
-    /// Loads the programs, attaches them and finds what the targets were doing already. `verbose` turns on the
-    /// diagnostics of the programs, which are not even loaded otherwise.
+    /// Loads the programs, attaches them, and finds what the targets are already doing. With `verbose`, the programs
+    /// log messages; otherwise the code for that is not even loaded.
     pub(crate) fn start(selection: &Selection, verbose: bool) -> Result<Self> {
         let layout = layout::of_running_kernel()?;
         let mut ebpf = load(selection, &layout, verbose)?;
@@ -86,7 +88,7 @@ impl Observation {
         let selected = targets.insert_selected(&mut maps)?;
         let mut missing = MissingSources::default();
         attach(&mut ebpf, &maps, &layout, selection, &mut missing)?;
-        let release = uname().context("cannot ask for the kernel's release")?;
+        let release = uname().context("cannot read the release of the kernel")?;
         let mut observation = Self {
             ebpf,
             maps,
@@ -97,7 +99,7 @@ impl Observation {
             runtimes: Runtimes::of(selection),
             facts: Facts {
                 attached_ns: clock::monotonic_ns(),
-                map_memory: memory::of_maps().context("cannot read how large the maps are")?,
+                map_memory: memory::of_maps().context("cannot read the memory of the eBPF maps")?,
                 kernel: release.release().to_string_lossy().into(),
                 unattributed_before: 0,
             },
@@ -105,7 +107,7 @@ impl Observation {
             export_stats: Vec::new(),
         };
         observation.targets.adopt(&mut observation.maps, &mut observation.missing, selected)?;
-        // Runtimes take longest, and nothing waits for them.
+        // Attaching to runtimes takes longest, and nothing else depends on it.
         let live = observation.refresh_targets()?;
         let pids: Vec<u32> = observation.targets.live().keys().copied().collect();
         observation.reactors.adopt_calls(&mut observation.maps, &mut observation.missing, pids)?;
@@ -114,12 +116,12 @@ impl Observation {
         Ok(observation)
     }
 
-    /// The programs, whose diagnostics can be read.
+    /// The programs, for reading their log messages.
     pub(crate) fn programs(&mut self) -> &mut Ebpf {
         &mut self.ebpf
     }
 
-    /// Kernel memory of the maps, in bytes; it does not change.
+    /// Kernel memory of the maps in bytes, which is constant.
     pub(crate) const fn map_memory(&self) -> u64 {
         self.facts.map_memory
     }
@@ -129,27 +131,27 @@ impl Observation {
         clock::wall_time(self.facts.attached_ns)
     }
 
-    /// Has snapshots report what becomes of what is pushed.
+    /// Adds export statistics to all snapshots.
     pub(crate) fn add_export_stats(&mut self, stats: Arc<ExportStats>) {
         self.export_stats.push(stats);
     }
 
-    /// Keeps what can be traced from now on; what there is no room for is counted there.
+    /// Records events for traces from now on. Events that exceed the limit are counted in `stats`.
     pub(crate) fn trace(&mut self, stats: Arc<ExportStats>) {
-        self.runtimes.follower.trace(Events::counted_in(stats));
+        self.runtimes.tasks.links.trace(Events::counted_in(stats));
     }
 
-    /// What can be traced since the last time.
+    /// Removes and returns the events for traces since the last call.
     pub(crate) fn events(&mut self) -> VecDeque<Event> {
-        self.runtimes.follower.events()
+        self.runtimes.tasks.links.take_events()
     }
 
-    /// A process that is or was under observation, as far as it is remembered.
+    /// A process that is or was under observation, if it is still remembered.
     pub(crate) fn process(&self, pid: u32) -> Option<&Process> {
         self.targets.get(pid)
     }
 
-    /// Whether all targets are gone, and no others can come.
+    /// Whether all targets have exited and no others can appear.
     pub(crate) fn is_over(&self) -> bool {
         self.targets.is_over()
     }
@@ -159,35 +161,35 @@ impl Observation {
         self.targets.live().values()
     }
 
-    /// Selects by another choice: targets that it selects as well lose nothing.
+    /// Changes the selection. Targets that are still selected keep their metrics.
     pub(crate) fn choose(&mut self, choice: Choice) -> Result<()> {
         let (new, released) = self.targets.choose(&mut self.maps, &mut self.missing, choice)?;
         self.reactors.adopt_calls(&mut self.maps, &mut self.missing, new)?;
         self.runtimes.release(&mut self.maps, &released);
         self.forget(&released)?;
-        // At once: what a new target accepts before its listeners are found is lost.
+        // Without delay, because connections that a new target accepts before its listeners are found are not counted.
         self.refresh()
     }
 
-    /// Counts a reload of the configuration, which was accepted or refused.
+    /// Counts a reload of the configuration.
     pub(crate) fn count_reload(&mut self, is_accepted: bool) {
         let count = if is_accepted { &mut self.service.accepted } else { &mut self.service.refused };
         *count += 1;
     }
 
-    /// Decides on processes that have come up for selection.
+    /// Accepts or rejects the candidates for selection.
     fn select(&mut self) -> Result<()> {
         let rejected = self.targets.select(&mut self.maps, &mut self.missing)?;
         self.forget(&rejected)
     }
 
-    /// Forgets what is known of processes that are no targets.
+    /// Forgets what is known about processes that are not targets.
     fn forget(&mut self, pids: &BTreeSet<u32>) -> Result<()> {
         self.reactors.forget(pids);
         self.listeners.forget(&mut self.maps, &self.targets, pids)
     }
 
-    /// How often to [`watch`](Self::watch).
+    /// Interval between two calls of [`watch`](Self::watch).
     pub(crate) const fn watch_period(&self) -> Duration {
         self.reactors.watch_period()
     }
@@ -202,27 +204,27 @@ impl Observation {
     fn collect_stalls(&mut self) -> Result<()> {
         let stalls = self.maps.stalls();
         if !stalls.is_empty() {
-            // Stalls of processes that are not wanted are not reported.
+            // Stalls of rejected processes are not reported.
             self.select()?;
         }
-        let follower = &mut self.runtimes.follower;
-        // The programs pass requests on before the stalls that refer to them.
-        follower.collect(&mut self.maps);
-        self.reactors.add_stalls(stalls, &self.maps, &self.targets, follower);
+        let tasks = &mut self.runtimes.tasks;
+        // The programs emit a request before the stalls that refer to it.
+        tasks.collect(&mut self.maps);
+        self.reactors.add_stalls(stalls, &self.maps, &self.targets, &mut tasks.links);
         Ok(())
     }
 
-    /// What is readable when [`name_new`](Self::name_new) has something to do.
+    /// Descriptor that is readable when [`name_new`](Self::name_new) has something to do.
     pub(crate) fn kinds_descriptor(&self) -> io::Result<OwnedFd> {
         self.maps.kinds_descriptor()
     }
 
-    /// Finds out what new kinds of deferred tasks are called, before that can change.
+    /// Names new kinds of deferred tasks, before the names can change.
     pub(crate) fn name_new(&mut self) {
-        self.runtimes.follower.name_new(&mut self.maps);
+        self.runtimes.tasks.name_new(&mut self.maps);
     }
 
-    /// Brings everything up to date: selects targets, looks at their queues and loops, attaches to their runtimes.
+    /// Updates everything: selects targets, reads their queues and event loops, attaches to their runtimes.
     pub(crate) fn refresh(&mut self) -> Result<()> {
         let live = self.refresh_targets()?;
         self.refresh_runtimes(live);
@@ -231,7 +233,7 @@ impl Observation {
         Ok(())
     }
 
-    /// Brings processes, listeners and event loops up to date. Returns live targets, each with how many programs it has started.
+    /// Updates processes, listeners and event loops. Returns the live targets, each with its number of execs.
     fn refresh_targets(&mut self) -> Result<Vec<(u32, u32)>> {
         self.select()?;
         let excluded = self.targets.exclude(&mut self.maps);
@@ -246,7 +248,7 @@ impl Observation {
         }
         self.collect_stalls()?;
         self.reactors.refresh(&mut self.maps, &self.targets)?;
-        self.runtimes.follower.name_all(&self.maps);
+        self.runtimes.tasks.name_all(&self.maps);
         let (ebpf, maps, missing) = (&mut self.ebpf, &mut self.maps, &mut self.missing);
         self.listeners.refresh(ebpf, maps, missing, &self.targets, changes.has_changed)?;
         let refreshed = clock::wall_time(self.reactors.refreshed_ns()).duration_since(UNIX_EPOCH);
@@ -267,9 +269,9 @@ impl Observation {
         let mut targets: Vec<Target> = Vec::new();
         for (process, exited) in self.targets.all() {
             let pid = process.pid;
-            let Figures { deferred, hooks, unmatched } =
-                self.runtimes.follower.latest_figures(&self.maps, pid, exited);
-            // Of two processes that have had the same id, one after the other, what still goes on is the second one's.
+            let TaskMetrics { deferred, hooks, unmatched } =
+                self.runtimes.tasks.latest_metrics(&self.maps, pid, exited);
+            // Two processes may have had the same id, one after the other. What has not ended is the second one's.
             let is_reused = exited && self.targets.live().contains_key(&pid);
             let (reactors_of_it, of_other) =
                 divide(reactors.remove(&pid), |reactor| reactor.exited || !is_reused);
@@ -303,7 +305,7 @@ impl Observation {
         })
     }
 
-    /// The last snapshot, with every deferred task that is over.
+    /// The last snapshot, including all links of deferred tasks.
     pub(crate) fn report(&mut self) -> Result<Snapshot> {
         self.targets.rename_all();
         self.reactors.rename_all();
@@ -313,7 +315,7 @@ impl Observation {
         }
         let mut snapshot = self.snapshot()?;
         for target in snapshot.targets.iter_mut().filter(|target| !target.exited) {
-            self.runtimes.follower.add_links(target.pid, &mut target.deferred);
+            self.runtimes.tasks.links.add_to(target.pid, &mut target.deferred);
         }
         Ok(snapshot)
     }
@@ -336,10 +338,10 @@ impl Observation {
     }
 }
 
-/// Loads the programs, but for those that only some runtimes need.
+/// Loads the programs, except those that only some runtimes need.
 fn load(selection: &Selection, layout: &KernelLayout, verbose: bool) -> Result<Ebpf> {
-    // A new loader has read the kernel's types, which only programs that are relocated by them need: it lets go of them
-    // before others read them.
+    // A new loader has read the kernel's BTF, which only programs with relocations against it need. It is dropped
+    // here, before other code reads it again.
     let mut loader = EbpfLoader::new();
     loader.btf(None);
     let follow = u8::from(selection.follow);
@@ -348,8 +350,8 @@ fn load(selection: &Selection, layout: &KernelLayout, verbose: bool) -> Result<E
     let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
     let cpus = nr_cpus().map_err(|(_, error)| error).context("cannot count the CPUs")?;
     let heads = u32::try_from(cpus)?.saturating_mul(HEADS_PER_CPU);
-    // A signal makes the kernel give up the load of a program, which is then tried again with a log: a verbose one takes so long
-    // that nobody could end observer with Ctrl-C.
+    // When a signal interrupts the load of a program, the load is repeated with a verifier log. A verbose log takes so
+    // long that Ctrl-C would not end observer.
     let verifier_log = if verbose { VerifierLogLevel::VERBOSE } else { VerifierLogLevel::STATS };
     selection.capacity.apply(&mut loader);
     loader
@@ -362,7 +364,7 @@ fn load(selection: &Selection, layout: &KernelLayout, verbose: bool) -> Result<E
         .override_global("STALL_NS", &stall_ns, true)
         .override_global("AYA_LOG_LEVEL", &log_level, true)
         .load(PROGRAMS)
-        .context("the kernel does not take the eBPF maps")
+        .context("the kernel does not accept the eBPF maps")
 }
 
 /// Attaches the programs that need no runtime.
@@ -379,13 +381,13 @@ fn attach(
     if !reactor::find_registers(ebpf, &maps.registers)? {
         missing.add(
             "what blocked threads wait for",
-            "this kernel keeps the registers of system calls in an unknown place",
+            "the location of the registers of system calls is unknown in this kernel",
         );
     }
     if layout.ring_shape == RingShape::Unknown as u32 {
         missing.add(
             "accepts through io_uring",
-            "this kernel's io_uring has no tracepoints, or none that observer knows",
+            "this kernel's io_uring has no tracepoints, or none that observer supports",
         );
     } else {
         missing.extend(probes::attach(ebpf, &types, When::RingsUnderstood, &selection.calls)?);
@@ -393,7 +395,7 @@ fn attach(
     Ok(())
 }
 
-/// Those that this is true of, and the others.
-fn divide<T>(all: Option<Vec<T>>, is_so: impl FnMut(&T) -> bool) -> (Vec<T>, Vec<T>) {
-    all.unwrap_or_default().into_iter().partition(is_so)
+/// Splits a list into the items that satisfy a predicate, and the others.
+fn divide<T>(all: Option<Vec<T>>, predicate: impl FnMut(&T) -> bool) -> (Vec<T>, Vec<T>) {
+    all.unwrap_or_default().into_iter().partition(predicate)
 }

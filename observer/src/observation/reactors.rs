@@ -1,5 +1,4 @@
-//! The threads under observation that wait for events: what they were doing before observer attached, their stalls, and their
-//! last metrics.
+//! The event loops of targets: the calls that they were in when observer attached, their stalls, and their metrics.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -13,7 +12,7 @@ use observer_common::{
 };
 
 use super::{
-    deferred::Follower,
+    links::Links,
     missing::MissingSources,
     round_robin::{BATCH, RoundRobin},
     selection::Selection,
@@ -47,17 +46,18 @@ pub(super) struct Reactors {
     waits: Vec<WaitCall>,
     stall_threshold: Duration,
     watcher: Watcher,
-    /// What the programs do not keep of each thread, by its id.
+    /// State of each thread that the programs do not keep, by thread id.
     threads: BTreeMap<u32, Thread>,
-    /// Whose names are asked for again next.
+    /// Whose names are read again next.
     to_rename: RoundRobin,
-    /// Threads that go on, as of the last refresh, each with its lag.
+    /// Running threads as of the last refresh, each with its lag.
     running: Vec<(Raw, Histogram)>,
-    /// When that was, monotonic nanoseconds.
+    /// When that was, in monotonic nanoseconds.
     refreshed_ns: u64,
-    /// Final metrics of threads that have exited, each with its process.
+    /// Final metrics of exited threads, each with its process id.
     finished: Vec<(u32, Reactor)>,
-    /// Processes whose pools are to be forgotten at the next refresh: their threads may still be about to count in them.
+    /// Processes whose pools are removed at the next refresh. Until then, their threads may be about to change the
+    /// counters of a pool.
     orphaned_pools: BTreeSet<u32>,
 }
 
@@ -85,8 +85,8 @@ impl Reactors {
         }
     }
 
-    /// Adds the waits and accepts that threads of these processes were inside before the programs could see them enter. The
-    /// programs' own entries win.
+    /// Adds the waits and accepts that threads of these processes entered before the programs were attached. Entries
+    /// of the programs take precedence.
     pub(super) fn adopt_calls(
         &self,
         maps: &mut Maps,
@@ -95,7 +95,7 @@ impl Reactors {
     ) -> Result<()> {
         for pid in pids {
             for (tid, call) in wait_call::blocked_in(pid, &self.waits) {
-                let has_room = match call {
+                let is_added = match call {
                     Call::Wait { .. } if maps.reactors.get(tid).is_some() => true,
                     Call::Wait { kind, set } => {
                         let entry = reactor::waiting(pid, clock::monotonic_ns(), kind, set);
@@ -109,15 +109,18 @@ impl Reactors {
                         None => true,
                     },
                 };
-                if !has_room {
-                    missing.add(format!("some threads of process {pid}"), "there are too many");
+                if !is_added {
+                    missing.add(
+                        format!("some threads of process {pid}"),
+                        "there are more than --capacity allows",
+                    );
                 }
             }
         }
         Ok(())
     }
 
-    /// When they were refreshed, monotonic nanoseconds.
+    /// When the event loops were last refreshed, in monotonic nanoseconds.
     pub(super) const fn refreshed_ns(&self) -> u64 {
         self.refreshed_ns
     }
@@ -129,7 +132,7 @@ impl Reactors {
 
     /// Reads the stacks of slices that may become stalls.
     pub(super) fn watch(&mut self, maps: &Maps, targets: &Targets) {
-        // Not even the stacks of other processes are read.
+        // Stacks of processes that are not targets are not even read.
         let in_progress = maps.reactors.in_slices().filter(|slice| targets.is_target(maps, slice.pid));
         let in_progress: Vec<_> = in_progress.collect();
         self.watcher
@@ -142,15 +145,15 @@ impl Reactors {
         stalls: Vec<RawStall>,
         maps: &Maps,
         targets: &Targets,
-        follower: &mut Follower,
+        links: &mut Links,
     ) {
         for raw in stalls {
-            let stall = reactor::stall(&raw, follower.request(raw.request));
+            let stall = reactor::stall(&raw, links.request(raw.request));
             let look = self.watcher.seen(raw.tid, raw.start_ns, stall.cause.is_blocked());
             if !targets.is_target(maps, raw.tgid) {
                 continue;
             }
-            follower.happened(raw.tgid, || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone())));
+            links.record_event(raw.tgid, || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone())));
             self.thread(raw.tid, raw.tgid).stalls.add(stall, look);
         }
     }
@@ -159,16 +162,16 @@ impl Reactors {
         let threshold = self.stall_threshold;
         let thread = self.threads.entry(tid).or_insert_with(|| Thread::of(pid, tid, threshold));
         if thread.pid != pid {
-            // The one before had the same id.
+            // The id was that of another process's thread before.
             *thread = Thread::of(pid, tid, threshold);
         }
         thread
     }
 
-    /// Reads what all threads are doing, and takes those that have exited out of the map.
+    /// Reads the state of all threads, and removes exited ones from the map.
     pub(super) fn refresh(&mut self, maps: &mut Maps, targets: &Targets) -> Result<()> {
         maps.forget_pools(&mut self.orphaned_pools);
-        // Before they are read: what is in progress is no older than that.
+        // Read before the threads, so that no age in progress is overestimated.
         let now = clock::monotonic_ns();
         self.running.clear();
         for mut raw in maps.reactors.all() {
@@ -177,8 +180,9 @@ impl Reactors {
                 self.release_rejected(maps, &raw)?;
                 continue;
             }
-            // Of threads that exit together, the last to be counted may be the first to be heard of: of the others nobody
-            // will hear when the process is no target any more.
+            // Of threads that exit together, the last to exit may be the first whose exit is seen. The exits of the
+            // others are not seen any more once the process is not a target. So all threads of an exited process are
+            // final.
             let is_process_gone = !targets.live().contains_key(&pid) && maps.targets.get(&pid, 0).is_err();
             if is_process_gone {
                 self.orphaned_pools.insert(pid);
@@ -206,7 +210,7 @@ impl Reactors {
         Ok(())
     }
 
-    /// Stops observing a thread whose process was rejected. That of a candidate waits for the decision.
+    /// Removes a thread whose process was rejected. A thread of a candidate is kept until the decision.
     fn release_rejected(&mut self, maps: &mut Maps, raw: &Raw) -> Result<()> {
         if maps.targets.get(&raw.now.tgid, 0).is_err() {
             self.orphaned_pools.insert(raw.now.tgid);
@@ -215,7 +219,7 @@ impl Reactors {
         Ok(())
     }
 
-    /// The slice of a thread, if it is in one that is a stall already.
+    /// The slice of a thread, if it is already a stall.
     fn stall_in_progress(&self, raw: &Raw, now: u64) -> Option<InSlice> {
         let since_ns = raw.now.phase_since_ns;
         let age = Duration::from_nanos(now.saturating_sub(since_ns));
@@ -248,20 +252,20 @@ impl Reactors {
         reactors
     }
 
-    /// Forgets all threads of processes that are no targets after all.
+    /// Forgets all threads of processes that are not targets.
     pub(super) fn forget(&mut self, pids: &BTreeSet<u32>) {
         self.threads.retain(|_, thread| !pids.contains(&thread.pid));
         self.running.retain(|(raw, _)| !pids.contains(&raw.now.tgid));
     }
 
-    /// Asks for the names of a process's threads again.
+    /// Reads the names of a process's threads again.
     pub(super) fn rename_of(&mut self, pid: u32) {
         for (&tid, thread) in self.threads.iter_mut().filter(|(_, thread)| thread.pid == pid) {
             thread.rename(tid);
         }
     }
 
-    /// Asks for names again, some at a time: a thread may have renamed itself.
+    /// Reads some of the names again: a thread may have renamed itself.
     pub(super) fn rename_some(&mut self) {
         for tid in self.to_rename.next(&self.threads) {
             if let Some(thread) = self.threads.get_mut(&tid) {
@@ -270,7 +274,7 @@ impl Reactors {
         }
     }
 
-    /// The same of all.
+    /// Reads all names again.
     pub(super) fn rename_all(&mut self) {
         for _ in 0..self.threads.len().div_ceil(BATCH) {
             self.rename_some();
@@ -284,7 +288,7 @@ impl Thread {
         Self { pid, name: process::thread_name(pid, tid), prober: Prober::default(), stalls }
     }
 
-    /// Asks for its name again, which stays if the thread is gone.
+    /// Reads its name again. An exited thread keeps its name.
     fn rename(&mut self, tid: u32) {
         let now = process::thread_name(self.pid, tid);
         if !now.is_empty() {

@@ -1,22 +1,22 @@
-//! Goes through many in batches, for what hardly ever changes.
+//! Iterates over a large map in batches, to check again what rarely changes.
 
 use std::{
     collections::BTreeMap,
     ops::Bound::{Excluded, Unbounded},
 };
 
-/// Members of a batch.
+/// Maximum size of a batch.
 pub(super) const BATCH: usize = 128;
 
 /// Where the next batch begins.
 #[derive(Default)]
 pub(super) struct RoundRobin {
-    /// The last member of the batch before.
+    /// The last key of the previous batch.
     last: u32,
 }
 
 impl RoundRobin {
-    /// The next batch of them; all if they are few.
+    /// The keys of the next batch; all keys if there are few.
     pub(super) fn next<V>(&mut self, all: &BTreeMap<u32, V>) -> Vec<u32> {
         let after = all.range((Excluded(self.last), Unbounded));
         let next: Vec<u32> = after.chain(all.range(..=self.last)).take(BATCH).map(|(&id, _)| id).collect();

@@ -1,4 +1,4 @@
-//! The runtimes of targets: their garbage collections and their deferred tasks.
+//! The runtimes of targets: garbage collections and deferred tasks.
 
 use std::collections::BTreeSet;
 
@@ -6,19 +6,19 @@ use aya::Ebpf;
 
 use super::{
     attach_limiter::AttachLimiter,
-    deferred::Follower,
+    deferred::TaskTracker,
     missing::MissingSources,
     selection::Selection,
     targets::{EXITED_LIMIT, Targets},
 };
 use crate::{probes::gc::Collectors, process::runtime::Runtimes as Recognizer, profiles, read::maps::Maps};
 
-/// What is watched in the runtimes of targets.
+/// The attachments to the runtimes of targets.
 pub(super) struct Runtimes {
     recognizer: Recognizer,
     limiter: AttachLimiter,
     pub(super) collectors: Collectors,
-    pub(super) follower: Follower,
+    pub(super) tasks: TaskTracker,
 }
 
 impl Runtimes {
@@ -29,11 +29,11 @@ impl Runtimes {
                 .asked_for(|profile| profiles::is_asked_for(profile, is_limited)),
             limiter: AttachLimiter::at(selection.attach_per_second),
             collectors: Collectors::at_most(selection.capacity.collectors()),
-            follower: Follower::new(is_limited, selection.capacity),
+            tasks: TaskTracker::new(is_limited, selection.capacity),
         }
     }
 
-    /// Attaches to the runtimes of live targets, each with how many programs it has started.
+    /// Attaches to the runtimes of live targets, each given with its number of execs.
     pub(super) fn refresh(
         &mut self,
         ebpf: &mut Ebpf,
@@ -44,11 +44,11 @@ impl Runtimes {
     ) {
         let live = if targets.are_selected() { self.limiter.admit(live, targets.pids()) } else { live };
         for (pid, execs) in live {
-            missing.extend(self.follower.refresh(&mut self.recognizer, ebpf, maps, pid, execs));
+            missing.extend(self.tasks.refresh(&mut self.recognizer, ebpf, maps, pid, execs));
             missing.extend(self.collectors.refresh(&mut self.recognizer, ebpf, maps, pid, execs));
             self.note_unmatched(maps, missing, targets, pid);
         }
-        self.follower.adopt_connections(maps);
+        self.tasks.adopt_connections(maps);
     }
 
     /// Processes whose runtimes wait to be attached to.
@@ -66,27 +66,27 @@ impl Runtimes {
     ) {
         self.note_unmatched(maps, missing, targets, pid);
         self.collectors.exited(maps, pid, EXITED_LIMIT);
-        self.follower.exited(maps, pid, EXITED_LIMIT);
+        self.tasks.exited(maps, pid, EXITED_LIMIT);
     }
 
-    /// Stops watching processes that go on.
+    /// Stops watching processes that continue to run.
     pub(super) fn release(&mut self, maps: &mut Maps, pids: &BTreeSet<u32>) {
         for &pid in pids {
             self.collectors.let_go(maps, pid);
-            self.follower.let_go(maps, pid);
+            self.tasks.release(maps, pid);
         }
     }
 
-    /// Notes the places in a runtime that are not what its profile says.
+    /// Reports hooks that do not match what the profile says.
     fn note_unmatched(&self, maps: &Maps, missing: &mut MissingSources, targets: &Targets, pid: u32) {
         let Some(process) = targets.get(pid) else { return };
-        for hook in self.follower.unmatched_hooks(maps, pid) {
+        for hook in self.tasks.unmatched_hooks(maps, pid) {
             let source = format!("deferred work of {}, by {}", process.comm, hook.verb);
             missing.add(source, format!("{} fired {} times without a match", hook.place, hook.hits));
         }
     }
 
-    /// Notes the profiles that were asked for and fit no process.
+    /// Reports profiles that were asked for and matched no process.
     pub(super) fn note_unmet(&self, missing: &mut MissingSources) {
         for (profile, reason) in self.recognizer.unmet() {
             missing.add(format!("deferred work by the profile {profile}"), reason);

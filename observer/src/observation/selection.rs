@@ -15,7 +15,7 @@ pub(crate) struct Selection {
     pub(crate) pids: BTreeSet<u32>,
     /// Which other processes are observed, and which are not.
     pub(crate) choice: Choice,
-    /// Runtimes that are attached to in a second, of processes that `choice` selects.
+    /// Maximum number of runtimes attached to per second, for processes that `choice` selects.
     pub(crate) attach_per_second: NonZero<u32>,
     /// Whether children are observed as well, those that exist and those that are forked later.
     pub(crate) follow: bool,
@@ -25,8 +25,8 @@ pub(crate) struct Selection {
     pub(crate) stall_threshold: Duration,
     /// Sizes of the programs' maps.
     pub(crate) capacity: Capacity,
-    /// Runtimes that are recognised.
+    /// Profiles of the runtimes to recognise.
     pub(crate) profiles: Vec<Arc<Profile>>,
-    /// Whether deferred tasks are followed only where that costs the process little.
+    /// Whether processes whose hooks fire too often are detached, unless their profile was asked for by name.
     pub(crate) is_limited: bool,
 }

@@ -1,4 +1,4 @@
-//! Which processes are under observation: those that were asked for by their ids, and those that are selected as they listen or
+//! The processes under observation: those given by their ids, and those that a selector matches once they listen or
 //! wait for events.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -16,48 +16,49 @@ use crate::{
     read::{entries::entries, maps::Maps},
 };
 
-/// Exited processes that are kept for the report; beyond that the oldest are forgotten.
+/// Maximum number of exited processes that are kept for the report. The oldest are forgotten.
 pub(super) const EXITED_LIMIT: usize = 1024;
 
 /// The processes under observation.
 pub(super) struct Targets {
-    /// Processes that were asked for by their ids.
+    /// Processes given by their ids.
     pids: BTreeSet<u32>,
     choice: Choice,
     /// Whether children are observed as well.
     follow: bool,
-    /// How many programs each target had started when it was last checked against the exclusions.
+    /// Number of execs of each target when it was last checked against the exclusions.
     evaluated_execs: HashMap<u32, u32>,
-    /// Ancestors of each live target, each with its start time, where the choice may change.
+    /// Ancestors of each live target, with their start times; only if the selection may change.
     ancestors: HashMap<u32, BTreeSet<(u32, u64)>>,
     live: BTreeMap<u32, Process>,
-    /// What each live target ran at the last refresh.
+    /// The program of each live target at the last refresh.
     programs: HashMap<u32, Program>,
     exited: Vec<Process>,
-    /// Whose names are asked for again next.
+    /// Whose names are read again next.
     to_rename: RoundRobin,
     is_refreshed: bool,
 }
 
-/// What a process runs.
+/// A program that a process runs.
 #[derive(Clone, Copy)]
 struct Program {
-    /// Start time of the process in clock ticks, which tells it from another with the same id. `None` if it was gone by then.
+    /// Start time of the process in clock ticks, which distinguishes processes with the same id. `None` if the process
+    /// had exited by then.
     started: Option<u64>,
-    /// How many programs it has started.
+    /// Number of execs.
     execs: u32,
 }
 
-/// What a refresh has found.
+/// Result of a refresh.
 #[derive(Default)]
 pub(super) struct Changes {
-    /// Live targets whose runtimes may be attached to, each with how many programs it has started.
+    /// Live targets whose runtimes may be attached to, each with its number of execs.
     pub(super) live: Vec<(u32, u32)>,
-    /// Whether processes have come or gone.
+    /// Whether targets have appeared or exited.
     pub(super) has_changed: bool,
     /// Targets that have exited.
     pub(super) exited: Vec<u32>,
-    /// Targets that run another program now.
+    /// Targets that now run another program.
     pub(super) execed: Vec<u32>,
 }
 
@@ -77,7 +78,7 @@ impl Targets {
         }
     }
 
-    /// Makes targets of all processes that are selected now, for programs that are about to be attached.
+    /// Adds all processes that are selected now as targets, before the programs are attached.
     pub(super) fn insert_selected(&self, maps: &mut Maps) -> Result<BTreeSet<u32>> {
         let selected = &self.pids | &self.choice.present();
         for &pid in &selected {
@@ -91,33 +92,34 @@ impl Targets {
         &self.live
     }
 
-    /// Live and exited targets; the flag says whether it has exited.
+    /// Live and exited targets, each with whether it has exited.
     pub(super) fn all(&self) -> impl Iterator<Item = (&Process, bool)> {
         let exited = self.exited.iter().map(|process| (process, true));
         exited.chain(self.live.values().map(|process| (process, false)))
     }
 
-    /// A process that is or was a target, as far as it is remembered.
+    /// A process that is or was a target, if it is still remembered.
     pub(super) fn get(&self, pid: u32) -> Option<&Process> {
         self.live.get(&pid).or_else(|| self.exited.iter().rfind(|process| process.pid == pid))
     }
 
-    /// Processes that were asked for by their ids.
+    /// Processes given by their ids.
     pub(super) const fn pids(&self) -> &BTreeSet<u32> {
         &self.pids
     }
 
-    /// Whether processes are selected by more than their ids.
+    /// Whether processes are selected by anything but their ids.
     pub(super) fn are_selected(&self) -> bool {
         !self.choice.is_none()
     }
 
-    /// Whether all targets are gone, and no others can come.
+    /// Whether all targets have exited and no others can appear.
     pub(super) fn is_over(&self) -> bool {
         self.live.is_empty() && !self.are_selected()
     }
 
-    /// Whether a process is or was a target. All are where processes are not selected by more than their ids.
+    /// Whether a process is or was a target. If processes are selected only by their ids, all that the programs report
+    /// are.
     pub(super) fn is_target(&self, maps: &Maps, pid: u32) -> bool {
         !self.are_selected()
             || self.live.contains_key(&pid)
@@ -127,8 +129,8 @@ impl Targets {
                 .map_or_else(|_gone| self.get(pid).is_some(), |target| target.is_candidate == 0)
     }
 
-    /// Makes targets of these processes, and of the children that they had before the programs could follow them. Returns
-    /// those that were none before.
+    /// Adds these processes as targets, with the children that they had before the programs could see forks. Returns
+    /// those that are new.
     pub(super) fn adopt(
         &self,
         maps: &mut Maps,
@@ -146,19 +148,19 @@ impl Targets {
         }
         let excluded = self.choice.excluded(targets.difference(&self.pids).copied());
         targets.retain(|pid| !excluded.contains(pid));
-        // A child of the process that started it, which may well be a server.
+        // observer may be a child of a target: of the process that started it.
         targets.remove(&std::process::id());
         let mut new = BTreeSet::new();
         for &pid in &targets {
             let is_known = maps.targets.get(&pid, 0).is_ok_and(|target| target.is_candidate == 0);
             if !is_known {
                 if !maps.targets.set(pid, RawTarget::default())? {
-                    missing.add("some processes", "there are too many");
+                    missing.add("some processes", "there are more than --capacity allows");
                     continue;
                 }
                 new.insert(pid);
             }
-            // The programs never see the exit of a process that exited before they were told of it.
+            // The programs do not see the exit of a process that had exited before it became a target.
             if !process::is_there(pid) {
                 let gone = RawTarget { exited: 1, ..RawTarget::default() };
                 maps.targets.set(pid, gone)?;
@@ -167,7 +169,7 @@ impl Targets {
         Ok(new)
     }
 
-    /// Decides on the candidates that the programs have nominated. Returns those that were rejected.
+    /// Accepts or rejects the candidates that the programs have nominated. Returns the rejected ones.
     pub(super) fn select(&self, maps: &mut Maps, missing: &mut MissingSources) -> Result<BTreeSet<u32>> {
         if !self.are_selected() {
             return Ok(BTreeSet::new());
@@ -181,7 +183,8 @@ impl Targets {
         Ok(others)
     }
 
-    /// Stops observing targets that are children of others, or run another program now, and are excluded. Returns them.
+    /// Removes targets that were added as children, or that run another program now, and that are excluded. Returns
+    /// them.
     pub(super) fn exclude(&mut self, maps: &mut Maps) -> BTreeSet<u32> {
         if self.choice.exclude.is_none() {
             return BTreeSet::new();
@@ -196,8 +199,8 @@ impl Targets {
         excluded
     }
 
-    /// Selects by another choice: targets that it selects as well lose nothing. Returns the new ones, and those that are no
-    /// longer observed.
+    /// Changes the selection. Targets that are still selected keep their metrics. Returns the new targets and the
+    /// removed ones.
     pub(super) fn choose(
         &mut self,
         maps: &mut Maps,
@@ -213,14 +216,14 @@ impl Targets {
         }
         let wanted: BTreeSet<u32> = &self.pids | &self.choice.present();
         let new = self.adopt(maps, missing, wanted.clone())?;
-        let mut released = if may_release { self.others_than(wanted) } else { BTreeSet::new() };
+        let mut released = if may_release { self.live_except(wanted) } else { BTreeSet::new() };
         self.release(maps, &released);
         released.extend(self.exclude(maps));
         Ok((new, released))
     }
 
-    /// Live targets that are none of these nor, where children are followed, their descendants.
-    fn others_than(&self, mut wanted: BTreeSet<u32>) -> BTreeSet<u32> {
+    /// Live targets that are neither in `wanted` nor, if children are followed, descendants of these.
+    fn live_except(&self, mut wanted: BTreeSet<u32>) -> BTreeSet<u32> {
         if self.follow {
             let of_wanted = |(pid, started): &(u32, u64)| {
                 wanted.contains(pid) && process::start_ticks(*pid) == Some(*started)
@@ -233,7 +236,7 @@ impl Targets {
         self.live.keys().filter(|pid| !wanted.contains(pid)).copied().collect()
     }
 
-    /// Stops observing processes that go on, as if they had never been targets.
+    /// Removes processes that continue to run, as if they had never been targets.
     fn release(&mut self, maps: &mut Maps, pids: &BTreeSet<u32>) {
         for pid in pids {
             self.live.remove(pid);
@@ -243,9 +246,9 @@ impl Targets {
         reject(maps, pids);
     }
 
-    /// Brings the targets up to date with what the programs have seen.
+    /// Updates the targets from what the programs have seen.
     pub(super) fn refresh(&mut self, maps: &mut Maps) -> Changes {
-        // Many that are selected exit soon: their runtimes are not worth a look at once.
+        // Many selected processes exit soon. New ones are attached to only at their second refresh.
         let waits = self.is_refreshed && self.are_selected();
         self.is_refreshed = true;
         let mut changes = Changes::default();
@@ -255,10 +258,10 @@ impl Targets {
             }
             if raw.exited != 0 {
                 self.remember_exit(pid, &mut changes);
-                // It may be gone already if the process was found dead on arrival.
+                // The entry may be gone already, if the process had exited before it became a target.
                 let _gone = maps.targets.remove(pid);
                 if self.are_selected() && process::is_there(pid) {
-                    // Another process has its id, and is observed under it: whether it is wanted is to be decided.
+                    // The id was reused, and the new process is observed under it: it becomes a candidate.
                     let next = RawTarget { is_candidate: 1, ..RawTarget::default() };
                     let _has_room = maps.targets.insert_new(pid, next);
                 }
@@ -286,14 +289,14 @@ impl Targets {
         changes
     }
 
-    /// Notes what a target runs. Returns whether that is another program than before.
+    /// Records the program of a target. Returns whether it has changed.
     fn note_program(&mut self, pid: u32, execs: u32, changes: &mut Changes) -> bool {
         let last = self.programs.get(&pid).copied();
         let has_execed = last.is_some_and(|last| last.execs != execs);
         if last.is_none() || has_execed {
             let started = process::start_ticks(pid);
-            // Forked by another target, with the id of one that has exited since the last refresh: the entry is the new
-            // process's, and says nothing of that exit.
+            // Forked by another target, with the id of a target that has exited since the last refresh. The entry is
+            // that of the new process, and does not report the exit.
             if last.is_some_and(|last| started.is_some() && started != last.started) {
                 self.remember_exit(pid, changes);
             }
@@ -312,11 +315,11 @@ impl Targets {
         changes.has_changed = true;
     }
 
-    /// Remembers the ancestors of a process, for when some of them are gone and the choice changes.
+    /// Records the ancestors of a process. Some may have exited by the time that the selection changes.
     fn remember_ancestors(&mut self, pid: u32) {
         if self.follow && self.choice.may_change {
             let mut ancestors = process::ancestors(pid);
-            // And the ancestors that those had while more of them lived.
+            // With the ancestors that those had while more of them were running.
             let known = ancestors.iter().filter_map(|(pid, _)| self.ancestors.get(pid)).flatten();
             let known: Vec<_> = known.copied().collect();
             ancestors.extend(known);
@@ -324,7 +327,7 @@ impl Targets {
         }
     }
 
-    /// Asks for names again, some at a time: a process may have been moved or renamed.
+    /// Reads some of the names again: a process may have been renamed, or moved to another cgroup.
     pub(super) fn rename_some(&mut self) {
         for pid in self.to_rename.next(&self.live) {
             if let Some(process) = self.live.get_mut(&pid)
@@ -335,7 +338,7 @@ impl Targets {
         }
     }
 
-    /// The same of all.
+    /// Reads all names again.
     pub(super) fn rename_all(&mut self) {
         for _ in 0..self.live.len().div_ceil(BATCH) {
             self.rename_some();
@@ -343,11 +346,11 @@ impl Targets {
     }
 }
 
-/// Has the programs leave these processes alone until they run another program.
+/// Has the programs ignore these processes until they run another program.
 fn reject(maps: &mut Maps, pids: &BTreeSet<u32>) {
     for pid in pids {
         let _most_recent = maps.rejected.insert(pid, 0, 0);
-        // The id of one that is gone may become another's.
+        // The id of an exited process may be reused.
         if !process::is_there(*pid) {
             let _not_there = maps.rejected.remove(pid);
         }

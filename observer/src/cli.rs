@@ -133,20 +133,22 @@ pub(crate) struct Observe {
     pub(crate) no_follow: bool,
     /// Limit runtime attachments per second
     ///
-    /// Attaching to a runtime, for its collections and deferred tasks, stops the process for a moment. Queues and loops need no such
-    /// attachment. A process that is given by its id does not wait.
+    /// Attaching to a runtime, for its collections and deferred tasks, stops the process for a moment. Queues and
+    /// loops need no such attachment. A process that is given by its id does not wait.
     #[arg(help_heading = HEADING, long, value_name = "PROCESSES", default_value = "10")]
     pub(crate) attach_per_second: NonZero<u32>,
     /// Detach while FILE exists
     ///
-    /// All programs, probes and maps leave the kernel. When the file is gone, a new observation begins with new counters.
+    /// All programs, probes and maps leave the kernel. When the file is gone, a new observation begins with new
+    /// counters.
     #[arg(help_heading = HEADING, long, value_name = "FILE")]
     pub(crate) kill_switch: Option<PathBuf>,
     /// System calls that count as waits for events
     ///
-    /// A thread that uses several is classified by the first of epoll, io_uring, poll and select; its other blocking calls count as
-    /// blocked time. A poll or select on a single descriptor is a wait only in a loop that polls several otherwise. A call with a timeout
-    /// of 0 is a wait if it looks at what the loop waits on; otherwise (into a nested epoll set) it is part of the slice.
+    /// A thread that uses several is classified by the first of epoll, io_uring, poll and select; its other blocking
+    /// calls count as blocked time. A poll or select on a single descriptor is a wait only in a loop that polls
+    /// several otherwise. A call with a timeout of 0 is a wait if it looks at what the loop waits on; otherwise (into
+    /// a nested epoll set) it is part of the slice.
     #[arg(help_heading = HEADING, long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = WaitCall::DEFAULT)]
     pub(crate) reactor_calls: Vec<WaitCall>,
     /// Report slices of TIME or more as stalls, with cause and stack; at least 1ms
@@ -154,8 +156,8 @@ pub(crate) struct Observe {
     pub(crate) stall_threshold: Duration,
     /// Maximum number of event loops and listeners tracked, with four times as many processes; from 16 to 65536
     ///
-    /// The kernel memory for this (about 49 MiB for 1024) is printed at the start, allocated at once and never grows. What exceeds the
-    /// maximum is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
+    /// The kernel memory for this (about 49 MiB for 1024) is printed at the start, allocated at once and never grows.
+    /// What exceeds the maximum is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
     #[arg(help_heading = HEADING, long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]
@@ -173,8 +175,8 @@ pub(crate) struct Which {
     pub(crate) pids: Vec<u32>,
     /// Observe every process of this name, as `ps -o comm` shows it
     ///
-    /// With this and the following selectors, processes that start later are observed from when they first listen or wait for events,
-    /// and observer goes on when no process is left.
+    /// With this and the following selectors, processes that start later are observed from when they first listen or
+    /// wait for events, and observer goes on when no process is left.
     #[arg(long = "comm", value_name = "NAME")]
     pub(crate) names: Vec<String>,
     /// Observe every process that runs this program: a path or a file name; * and ? match any characters
@@ -254,7 +256,8 @@ pub(crate) struct Completions {
 /// How long to observe, and where the results go.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Output {
-    /// Stop and print the report after TIME, such as 500ms, 30s or 5m; default: at Ctrl-C, or when all processes have exited
+    /// Stop and print the report after TIME, such as 500ms, 30s or 5m; default: at Ctrl-C, or when all processes have
+    /// exited
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) duration: Option<Duration>,
     /// Output format; default: the live view on a terminal, text elsewhere

@@ -50,7 +50,7 @@ pub(crate) struct Site {
     pub(crate) lag_share: f64,
     /// The cause that took most of their time.
     pub(crate) cause: Cause,
-    /// The system call that the latest of them that was blocked was blocked in for longest.
+    /// The system call that the latest blocked one of them was in for longest.
     pub(crate) syscall: Option<String>,
     /// The thread that ran before the latest of them that was in the run queue, as in [`Stall::behind`].
     pub(crate) behind: Option<String>,

@@ -56,7 +56,7 @@ const EXCESSES_LIMIT: u32 = 3;
 /// Tracks the deferred tasks of targets.
 #[derive(Default)]
 pub(super) struct TaskTracker {
-    /// Whether processes whose hooks fire too often are detached, unless their profile was asked for by name.
+    /// Whether processes whose hooks fire too often are detached, as with `--profile auto`.
     is_limited: bool,
     /// By process id.
     processes: HashMap<u32, Process>,
@@ -166,8 +166,8 @@ impl TaskTracker {
         execs: u32,
     ) -> Vec<Missing> {
         if self.processes.get(&pid).is_some_and(|process| process.execs != execs) {
-            // The tasks of the previous program are not its own. Its breakpoints must be gone, or hits would count
-            // twice.
+            // Tasks of the previous program do not count for the new one. The previous breakpoints must be gone, or hits
+            // would count twice.
             self.end(maps, pid);
             detach::finish(pid);
         }
@@ -432,7 +432,7 @@ impl TaskTracker {
         found.map(|(_, metrics)| metrics.clone()).unwrap_or_default()
     }
 
-    /// Keeps the final metrics of a target that has exited, and of at most `keep` such targets.
+    /// Keeps the final metrics of a target that has exited. The oldest beyond `keep` targets are dropped.
     pub(super) fn exited(&mut self, maps: &mut Maps, pid: u32, keep: usize) {
         if self.processes.contains_key(&pid) {
             self.orphan(maps, pid);

@@ -27,6 +27,6 @@ pub(crate) struct Selection {
     pub(crate) capacity: Capacity,
     /// Profiles of the runtimes to recognise.
     pub(crate) profiles: Vec<Arc<Profile>>,
-    /// Whether processes whose hooks fire too often are detached, unless their profile was asked for by name.
+    /// Whether processes whose hooks fire too often are detached, as with `--profile auto`.
     pub(crate) is_limited: bool,
 }

@@ -235,7 +235,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_events_total",
         otlp: "observer.reactor.events",
         unit: "{event}",
-        help: "Number of events that waits returned.",
+        help: "Number of events that waits returned. Not counted for io_uring, which does not report it.",
         kind: Kind::Counter,
         labels: REACTOR,
         collect: |s, sink| reactors(s, sink, |r| count(r.events)),

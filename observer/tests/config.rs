@@ -253,7 +253,7 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     assert_eq!(http::get(observer.port(), "/healthz"), "ok\n");
     // As a kubelet has it, who may not take it for a failure.
     let answer = http::get(observer.port(), "/readyz");
-    assert_eq!(answer, "turned off, by the file of --kill-switch\n");
+    assert_eq!(answer, "turned off: the --kill-switch file exists\n");
     fs::remove_file(&switch).unwrap();
     wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
     wait_for("the endpoint to say so", || (!is_off()).then_some(()));

@@ -264,6 +264,6 @@ fn a_pod_of_the_daemonset_sees_every_connection_of_a_node_with_its_names() {
     assert!(said.contains("container web (") && said.contains("of pod shop/web-0"), "{said}");
     // With the language's functions, for which the process's memory and files were read.
     assert!(said.contains("in  block (servers/asyncio_server.py"), "{said}");
-    let mut unseen = said.lines().filter(|line| line.starts_with("Not seen here"));
+    let mut unseen = said.lines().filter(|line| line.starts_with("Not observed: "));
     assert!(unseen.all(|line| line.ends_with("(this kernel has no such tracepoint)")), "{said}");
 }

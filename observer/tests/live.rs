@@ -69,7 +69,7 @@ impl Terminal {
         let state = self.tmux(&["display-message", "-p", "#{alternate_on} #{cursor_flag}"]);
         assert_eq!(state, "0 1\n");
         let all = self.tmux(&["capture-pane", "-p", "-S", "-500"]);
-        for part in ["observed from", "LATE: ", "ended with 0", "icanon", "isig", " echo "] {
+        for part in ["observed for ", "LATE: ", "ended with 0", "icanon", "isig", " echo "] {
             assert!(all.contains(part), "{part} is missing: {all}");
         }
         assert!(!all.contains("-icanon") && !all.contains("-isig"), "{all}");
@@ -120,7 +120,7 @@ fn the_first_screen_names_the_late_loop_and_its_culprit() {
             screen.trim_end().lines().count() == 40 && is_late(screen) && screen.contains("of process")
         });
         terminal.press("Enter");
-        terminal.wait("details", |screen| screen.contains("late, ever") && screen.contains("STALLS"));
+        terminal.wait("details", |screen| screen.contains("lag, since start") && screen.contains("STALLS"));
         terminal.tmux(&["resize-window", "-x", "40", "-y", "10"]);
         terminal.wait("a complaint", |screen| screen.contains("too small"));
         terminal.tmux(&["resize-window", "-x", "100", "-y", "30"]);
@@ -142,14 +142,14 @@ fn deferred_work_is_listed() {
         ask(&mut connection, &format!("/job/{job}"));
     }
     terminal.tmux(&["resize-window", "-x", "120", "-y", "60"]);
-    terminal.wait("its kinds", |screen| screen.contains("DEFERRED WORK"));
+    terminal.wait("its kinds", |screen| screen.contains("DEFERRED TASKS"));
     // To the accept queues, on to deferred work, and to one kind of all that there are.
     for key in ["Tab", "Tab", "/", "thumbnail", "Enter", "Enter"] {
         terminal.press(key);
     }
-    let ended = format!(" {JOBS} put off, {JOBS} started, {JOBS} ended, 0 forgotten");
+    let ended = format!(" {JOBS} enqueued, {JOBS} started, {JOBS} finished, 0 dropped");
     let details = terminal.wait("a kind by itself", |screen| screen.contains(&ended));
-    assert!(details.contains("Deferred work ") && details.contains("restore"), "{details}");
+    assert!(details.contains("Deferred tasks ") && details.contains("restore"), "{details}");
     terminal.press("Escape");
     terminal.press("q");
     terminal.wait("observer to end", |screen| screen.contains("ended with 0"));

@@ -1,5 +1,5 @@
-//! The HTTP endpoint. Whoever can reach it may be slow, broken, many or hostile: connections, their time and memory,
-//! and how often figures are read for them, all have limits.
+//! Serves metrics, liveness and readiness over HTTP. Clients may be slow, broken, many or hostile, so the number of
+//! connections, their duration and memory, and the rate of snapshots are limited.
 
 use std::{
     collections::VecDeque,
@@ -35,43 +35,44 @@ use tokio::{
 use super::{gzip, prometheus, series::SeriesLimiter};
 use crate::{heap, model::snapshot::Snapshot};
 
-/// Most connections at once; one more ends the oldest, which has had the most time.
-pub(crate) const CONNECTIONS: usize = 128;
+/// Maximum number of connections. A further one closes the oldest, which has had the most time.
+pub(crate) const MAX_CONNECTIONS: usize = 128;
 
-/// How long a client may take to send the head of a request, and a connection may be idle.
-const HEAD: Duration = Duration::from_secs(5);
+/// Time limit for a client to send the head of a request, and for an idle connection.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a connection may last, and how much longer an answer may take that has begun.
-pub(crate) const LIFE: Duration = Duration::from_secs(10);
-pub(crate) const GRACE: Duration = Duration::from_secs(5);
+/// Time limit of a connection, and the additional time for a response that has begun.
+pub(crate) const MAX_LIFETIME: Duration = Duration::from_secs(10);
+pub(crate) const RESPONSE_GRACE: Duration = Duration::from_secs(5);
 
-/// Most bytes and most lines in the head of a request.
+/// Maximum number of bytes and of header lines in the head of a request.
 const HEAD_BYTES: usize = 8192;
 const HEAD_LINES: usize = 64;
 
-/// How old figures may be, and how many times as long as it took to read them: scrapes take at most a tenth of a CPU.
-const AGE: Duration = Duration::from_millis(100);
-const AGE_OF_COSTS: u32 = 10;
+/// How long a page is reused: at least this long, and at least this many times as long as it took to make it. So scrapes
+/// take at most a tenth of a CPU.
+const MIN_REUSE: Duration = Duration::from_millis(100);
+const REUSE_PER_COST: u32 = 10;
 
-/// What took much memory to make, in bytes.
-const LONG: usize = 256 << 10;
+/// Size of a page, in bytes, from which on freed memory is returned to the kernel.
+const LARGE_PAGE: usize = 256 << 10;
 
-/// How long to wait when no more connections can be accepted.
-const PAUSE: Duration = Duration::from_millis(100);
+/// How long to wait after `accept` has failed.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// Answers until it is dropped; `read` takes a snapshot.
+/// Serves requests until it is dropped; `read` takes a snapshot.
 pub(crate) async fn serve(
     listener: TcpListener,
     read: impl Fn() -> Result<Snapshot> + Send + Sync + 'static,
-    cap: Arc<Mutex<SeriesLimiter>>,
+    limiter: Arc<Mutex<SeriesLimiter>>,
 ) {
     let routes = routes(move || {
         let snapshot = read()?;
-        let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut limiter = limiter.lock().unwrap_or_else(PoisonError::into_inner);
         let is_off = snapshot.own.service.is_off;
-        let text = prometheus::encode(&snapshot, &mut cap)?;
+        let text = prometheus::encode(&snapshot, &mut limiter)?;
         drop(snapshot);
-        if text.len() > LONG {
+        if text.len() > LARGE_PAGE {
             heap::trim();
         }
         Ok(Page { is_off, ..Page::of(text) })
@@ -81,7 +82,7 @@ pub(crate) async fn serve(
         match listener.accept().await {
             Ok((stream, _)) => {
                 open.retain(|connection| !connection.is_finished());
-                if open.len() >= CONNECTIONS
+                if open.len() >= MAX_CONNECTIONS
                     && let Some(oldest) = open.pop_front()
                 {
                     oldest.abort();
@@ -90,35 +91,35 @@ pub(crate) async fn serve(
             }
             Err(error) => {
                 log::debug!("cannot accept a connection: {error}");
-                sleep(PAUSE).await;
+                sleep(ACCEPT_RETRY).await;
             }
         }
     }
 }
 
-/// What there is to ask for; `read` makes figures anew.
+/// The router of all paths; `read` makes a new page.
 pub(crate) fn routes(read: impl Fn() -> Result<Page> + Send + Sync + 'static) -> Router {
-    let scrapes = Scrapes { read: Box::new(read), last: Mutex::default() };
+    let cache = PageCache { read: Box::new(read), last: Mutex::default() };
     Router::new()
         .route("/", get(landing))
         .route("/metrics", get(metrics))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
-        .with_state(Arc::new(scrapes))
+        .with_state(Arc::new(cache))
 }
 
-/// Answers the requests on one connection.
+/// Serves the requests on one connection.
 pub(crate) async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin, routes: Router) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_headers(HEAD_LINES)
         .max_buf_size(HEAD_BYTES)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     let mut connection = pin!(connection);
-    if timeout(LIFE, connection.as_mut()).await.is_err() {
+    if timeout(MAX_LIFETIME, connection.as_mut()).await.is_err() {
         connection.as_mut().graceful_shutdown();
-        let _ended_anyway = timeout(GRACE, connection).await;
+        let _closed_either_way = timeout(RESPONSE_GRACE, connection).await;
     }
 }
 
@@ -126,27 +127,27 @@ async fn landing() -> Html<&'static str> {
     Html(concat!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><title>observer</title></head><body>\n<h1>observer ",
         env!("CARGO_PKG_VERSION"),
-        "</h1>\n<p>How late event-loop servers are, and why.</p>\n<ul>\n",
-        "<li><a href=\"/metrics\">/metrics</a>: figures for Prometheus</li>\n",
-        "<li><a href=\"/healthz\">/healthz</a>: observer is alive</li>\n",
-        "<li><a href=\"/readyz\">/readyz</a>: figures can be read, or observer is turned off</li>\n</ul>\n</body></html>\n"
+        "</h1>\n<p>How late event-loop servers are, and which code makes them late.</p>\n<ul>\n",
+        "<li><a href=\"/metrics\">/metrics</a>: metrics for Prometheus</li>\n",
+        "<li><a href=\"/healthz\">/healthz</a>: liveness: observer is running</li>\n",
+        "<li><a href=\"/readyz\">/readyz</a>: readiness: metrics can be read, or the --kill-switch file turns observer off</li>\n</ul>\n</body></html>\n"
     ))
 }
 
-async fn ready(State(scrapes): State<Arc<Scrapes>>) -> Response {
-    match scrapes.page() {
-        // As it was told to be: nobody should wait for it, nor hold back others that are to replace it.
-        Ok(page) if page.is_off => "turned off, by the file of --kill-switch\n".into_response(),
+async fn ready(State(cache): State<Arc<PageCache>>) -> Response {
+    match cache.page() {
+        // Turned off on purpose, which is no failure: a rollout must neither wait for this instance nor stop because of it.
+        Ok(page) if page.is_off => "turned off: the --kill-switch file exists\n".into_response(),
         Ok(_) => "ready\n".into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, error).into_response(),
     }
 }
 
-async fn metrics(State(scrapes): State<Arc<Scrapes>>, headers: HeaderMap) -> Response {
-    match scrapes.page() {
+async fn metrics(State(cache): State<Arc<PageCache>>, headers: HeaderMap) -> Response {
+    match cache.page() {
         Ok(page) => {
             let common = [(CONTENT_TYPE, ::prometheus::TEXT_FORMAT), (VARY, "accept-encoding")];
-            if takes_gzip(&headers) {
+            if accepts_gzip(&headers) {
                 (common, [(CONTENT_ENCODING, "gzip")], page.compressed()).into_response()
             } else {
                 (common, page.plain).into_response()
@@ -156,8 +157,8 @@ async fn metrics(State(scrapes): State<Arc<Scrapes>>, headers: HeaderMap) -> Res
     }
 }
 
-/// Whether a client wants its answer compressed.
-fn takes_gzip(headers: &HeaderMap) -> bool {
+/// Whether a client accepts a response compressed with gzip.
+fn accepts_gzip(headers: &HeaderMap) -> bool {
     let values = headers.get_all(ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|coding| {
         let (name, weight) = coding.split_once(';').unwrap_or((coding, ""));
@@ -166,25 +167,25 @@ fn takes_gzip(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Makes what scrapes answer.
-struct Scrapes {
+/// Makes pages of metrics, and reuses the last one while it is recent.
+struct PageCache {
     read: Box<dyn Fn() -> Result<Page> + Send + Sync>,
-    /// What the last scrape answered, and until when others get the same.
+    /// The last page or error, and until when it is reused.
     last: Mutex<Option<(Instant, Result<Page, String>)>>,
 }
 
-/// All figures, ready to be sent to any number of clients.
+/// All metrics in the Prometheus text format, shared by any number of responses.
 #[derive(Clone)]
 pub(crate) struct Page {
     plain: Bytes,
-    /// The same compressed, once somebody has asked for that.
+    /// The compressed text, made for the first client that accepts it.
     gzip: Arc<OnceLock<Bytes>>,
-    /// Whether they are those of an observer that is turned off.
+    /// Whether observer is turned off.
     is_off: bool,
 }
 
 impl Page {
-    /// Of an observer that is on.
+    /// The page of an observer that is not turned off.
     pub(crate) fn of(plain: Vec<u8>) -> Self {
         Self { plain: plain.into(), gzip: Arc::default(), is_off: false }
     }
@@ -194,8 +195,8 @@ impl Page {
     }
 }
 
-impl Scrapes {
-    /// Figures that are not too old.
+impl PageCache {
+    /// A page that is recent enough; the error is the text of the response.
     fn page(&self) -> Result<Page, String> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let begin = Instant::now();
@@ -204,9 +205,9 @@ impl Scrapes {
         {
             return page.clone();
         }
-        let page = (self.read)().map_err(|error| format!("{error:#}\n"));
-        let fresh = AGE.max(begin.elapsed() * AGE_OF_COSTS);
-        *last = Some((begin + fresh, page.clone()));
+        let page = (self.read)().map_err(|error| format!("cannot read the metrics: {error:#}\n"));
+        let reuse = MIN_REUSE.max(begin.elapsed() * REUSE_PER_COST);
+        *last = Some((begin + reuse, page.clone()));
         page
     }
 }
@@ -218,12 +219,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gzip_is_for_those_who_ask() {
-        let takes = |value: &'static str| {
-            takes_gzip(&HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static(value))]))
+    fn gzip_is_used_if_the_client_accepts_it() {
+        let accepts = |value: &'static str| {
+            accepts_gzip(&HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static(value))]))
         };
-        assert!(takes("gzip") && takes("deflate, GZIP;q=0.5") && takes("br;q=1.0, gzip;q=1.0"));
-        assert!(!takes("") && !takes("identity") && !takes("gzip;q=0") && !takes("xgzip"));
-        assert!(!takes_gzip(&HeaderMap::new()));
+        assert!(accepts("gzip") && accepts("deflate, GZIP;q=0.5") && accepts("br;q=1.0, gzip;q=1.0"));
+        assert!(!accepts("") && !accepts("identity") && !accepts("gzip;q=0") && !accepts("xgzip"));
+        assert!(!accepts_gzip(&HeaderMap::new()));
     }
 }

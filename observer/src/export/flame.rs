@@ -1,5 +1,5 @@
-//! A flame graph of the lag: a function is as wide as its share of the mean lag, not of the time it takes. One slice of
-//! 200 ms hurts as much as a hundred of 20 ms.
+//! Draws a flame graph in which the width of a function is its share of the mean lag, not of the time: one slice of 200 ms
+//! adds as much to the lag as a hundred of 20 ms.
 
 use std::{
     fs::File,
@@ -16,74 +16,77 @@ use crate::{
     sanitize::clean,
 };
 
-/// A file for a graph.
+/// The open file for a graph.
 pub(crate) struct Place {
     path: PathBuf,
     file: File,
 }
 
-/// Makes the file before anybody has waited for what goes into it, and while observer has the right to. What was there
-/// stays until the graph is written.
+/// Opens the file, creating it if necessary. This happens before the observation, so that an error is reported at once, and
+/// while observer still has the rights to do it. The content of an existing file stays until the graph is written.
 pub(crate) fn create(path: &Path) -> Result<Place> {
     let file = File::options().write(true).create(true).truncate(false).open(path);
     file.map(|file| Place { path: path.into(), file }).map_err(|error| {
         let what = format!("cannot write the flame graph to {}: {error}", path.display());
-        Failure::new(what, "give --flame a file in a folder that exists and can be written to").into()
+        Failure::new(what, "pass --flame a file in an existing, writable directory").into()
     })
 }
 
-/// Writes the graph in place of what was there.
+/// Replaces the content of the file with the graph.
 pub(crate) fn write(snapshot: &Snapshot, place: Place) -> Result<()> {
     let Place { path, mut file } = place;
     let lines = folded(snapshot);
     let mut options = Options::default();
-    options.title = "Lag: what a random instant waits for".into();
+    options.title = "Mean lag by function".into();
     options.count_name = "us of mean lag".into();
     options.name_type = "Function:".into();
-    // Long slices of few kinds are not a random sample: there is no noise to leave out.
+    // Narrow functions are shown too: stalls are counted, not sampled, so there is no noise to hide.
     options.min_width = 0.0;
     let mut graph = Vec::new();
     if lines.is_empty() {
         graph.extend(
-            b"<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop was late.</text></svg>\n",
+            b"<svg xmlns=\"http://www.w3.org/2000/svg\"><text y=\"20\">No event loop had any lag.</text></svg>\n",
         );
     } else {
         flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), &mut graph)?;
     }
-    // A pipe or a device has no length.
+    // A pipe or a device cannot be truncated.
     let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
-    let emptied = if is_file { file.set_len(0) } else { Ok(()) };
-    // At once: what is written bit by bit may be cut off without anybody being told.
-    emptied
+    let truncated = if is_file { file.set_len(0) } else { Ok(()) };
+    // In one call, so that an error is reported; a buffered writer would lose it when dropped.
+    truncated
         .and_then(|()| file.write_all(&graph))
         .with_context(|| format!("cannot write the flame graph to {}", path.display()))
 }
 
-/// One line for each stack, outermost function first, with its share of its loop's mean lag in microseconds.
+/// One line for each stack, outermost function first, with its share of the mean lag of its loop in microseconds.
 fn folded(snapshot: &Snapshot) -> Vec<String> {
     let reactors =
         snapshot.targets.iter().flat_map(|target| target.reactors.iter().map(move |r| (target, r)));
-    reactors.flat_map(|(target, reactor)| of_reactor(target, reactor)).collect()
+    reactors.flat_map(|(target, reactor)| folded_reactor(target, reactor)).collect()
 }
 
-fn of_reactor(target: &Target, reactor: &Reactor) -> Vec<String> {
+fn folded_reactor(target: &Target, reactor: &Reactor) -> Vec<String> {
     let mean = reactor.lag.mean();
     let base = [format!("{} ({})", target.comm, target.pid), format!("{} ({})", reactor.name, reactor.tid)];
-    let mut known = 0.0;
+    let mut accounted = 0.0;
     let mut lines: Vec<_> = reactor
         .stalls
         .sites
         .iter()
         .map(|site| {
-            known += site.lag_share;
-            let unseen = site.look.frames.is_empty().then(|| "(not seen)".to_owned());
+            accounted += site.lag_share;
+            let unknown = site.look.frames.is_empty().then(|| "(stack unknown)".to_owned());
             let frames = site.look.frames.iter().rev().map(ToString::to_string);
             let kernel = site.look.kernel.iter().rev().map(|function| format!("{function}_[k]"));
             let cause = format!("({})", site.cause.name());
-            (frames.chain(unseen).chain(kernel).chain([cause]).collect::<Vec<_>>(), site.lag_share * mean)
+            (frames.chain(unknown).chain(kernel).chain([cause]).collect::<Vec<_>>(), site.lag_share * mean)
         })
         .collect();
-    lines.push((vec!["(shorter slices and late wake-ups)".into()], (1.0 - known).max(0.0) * mean));
+    lines.push((
+        vec!["(slices below the stall threshold, wake-ups)".into()],
+        (1.0 - accounted).max(0.0) * mean,
+    ));
     let lines = lines.into_iter().map(|(frames, seconds)| (frames, (seconds * 1e6).round()));
     lines
         .filter(|(_, weight)| *weight >= 1.0)

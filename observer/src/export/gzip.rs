@@ -1,12 +1,12 @@
-//! Compression of what is sent: scrapes and pushes are the same names over and over.
+//! Compresses scrapes and pushes, in which the same names occur many times.
 
 use std::io::Write as _;
 
 use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 
-/// A gzip stream of these bytes, made fast rather than small.
+/// Compresses bytes with gzip at its fastest level.
 pub(super) fn compressed(plain: &[u8]) -> Bytes {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-    gzip.write_all(plain).and_then(|()| gzip.finish()).expect("memory takes whatever is written").into()
+    gzip.write_all(plain).and_then(|()| gzip.finish()).expect("writing to memory does not fail").into()
 }

@@ -1,4 +1,4 @@
-//! The report for programs: one JSON object, `observer.report/1`, on a line of its own.
+//! The JSON report: a snapshot as one line, with the schema `observer.report/1`.
 
 use std::io::Write;
 

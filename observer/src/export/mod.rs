@@ -1,4 +1,4 @@
-//! Brings snapshots out: to Prometheus, to OpenTelemetry collectors, to people (once or live), to programs.
+//! Exports snapshots: metrics for Prometheus and OpenTelemetry, reports as text, JSON and flame graph, and the live view.
 
 pub(crate) mod flame;
 mod gzip;

@@ -1,4 +1,4 @@
-//! A snapshot in Prometheus' text format, straight from the metric catalog.
+//! Encodes a snapshot in the Prometheus text format.
 
 use anyhow::Result;
 use prometheus::{
@@ -12,11 +12,11 @@ use crate::model::{
     snapshot::Snapshot,
 };
 
-/// Writes a snapshot; families without series are left out.
-pub(crate) fn encode(snapshot: &Snapshot, cap: &mut SeriesLimiter) -> Result<Vec<u8>> {
+/// Encodes a snapshot; families without series are left out.
+pub(crate) fn encode(snapshot: &Snapshot, limiter: &mut SeriesLimiter) -> Result<Vec<u8>> {
     let mut text = Vec::new();
-    // One by one: what the library makes of a family is several times its text.
-    for (of, series) in cap.gather(snapshot).filter(|(_, series)| !series.is_empty()) {
+    // Family by family: the library's representation of a family takes several times the memory of its text.
+    for (of, series) in limiter.gather(snapshot).filter(|(_, series)| !series.is_empty()) {
         TextEncoder::new().encode(&[family(of, series)], &mut text)?;
     }
     Ok(text)

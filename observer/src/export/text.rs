@@ -1,10 +1,13 @@
-//! The report for people. The first lines answer: is it late, and whose fault is it?
+//! The text report. Its first lines answer: is the server late, and whose fault is it? The details follow.
 
 use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 
 use anyhow::Result;
 
-use super::words::{self, due_to, named, percent, reactor_name, request_name, span};
+use super::words::{
+    self, cause_name, counted, for_requests, oldest, percent, reactor_name, request_name, site_cause, span,
+    stack,
+};
 use crate::{
     model::{
         busy::Cause,
@@ -18,15 +21,41 @@ use crate::{
     sanitize::Lines,
 };
 
-/// Functions of a stack that are shown, innermost first: of one that is stuck now, and of one that was.
+/// Functions shown of the current stack, and of the stack of each stall site, innermost first.
 const FRAMES: usize = 8;
 const FRAMES_OF_SITE: usize = 4;
 
-/// Kinds of deferred work that are shown of each process.
+/// Functions shown of the stack that a finding blames, innermost first.
+const FRAMES_OF_FINDING: usize = 3;
+
+/// Kinds of deferred tasks shown for each process.
 const KINDS: usize = 6;
 
-/// Places in the code that are shown of each event loop.
+/// Stall sites shown for each event loop.
 const SITES: usize = 4;
+
+/// Unmatched starts from which on a mismatch between the hooks of a profile is no coincidence.
+const MANY_UNMATCHED: u64 = 10;
+
+/// A line that begins with `LATE: ` or `LOST: `, and the indented lines below it.
+struct Finding {
+    summary: String,
+    details: Vec<String>,
+}
+
+impl Finding {
+    fn new(summary: String) -> Self {
+        Self { summary, details: Vec::new() }
+    }
+
+    fn write(&self, head: &str, out: &mut Lines<'_>) -> Result<()> {
+        writeln!(out, "{head} {}", self.summary)?;
+        for detail in &self.details {
+            writeln!(out, "      {detail}")?;
+        }
+        Ok(())
+    }
+}
 
 /// Writes the report.
 pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
@@ -34,25 +63,25 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     let own = &snapshot.own;
     writeln!(
         out,
-        "observer {} on Linux {}, {} observed from {}",
+        "observer {} on Linux {}, observed for {} from {}",
         own.version,
         own.kernel,
         span(snapshot.duration_seconds),
         snapshot.started
     )?;
     writeln!(out)?;
-    let findings: Vec<String> = snapshot.targets.iter().flat_map(findings).collect();
-    if findings.is_empty() {
+    let late: Vec<Finding> = snapshot.targets.iter().flat_map(late).collect();
+    if late.is_empty() {
         writeln!(out, "{}", not_late(&snapshot.targets))?;
     }
-    for finding in &findings {
-        writeln!(out, "LATE: {finding}")?;
+    for finding in &late {
+        finding.write("LATE:", out)?;
     }
-    for dropped in snapshot.targets.iter().flat_map(dropped) {
-        writeln!(out, "LOST: {dropped}")?;
+    for finding in snapshot.targets.iter().flat_map(dropped_tasks) {
+        finding.write("LOST:", out)?;
     }
-    let (silent, telling): (Vec<_>, Vec<_>) = snapshot.targets.iter().partition(|target| target.is_silent());
-    for target in telling {
+    let (silent, others): (Vec<_>, Vec<_>) = snapshot.targets.iter().partition(|target| target.is_silent());
+    for target in others {
         write_target(target, out)?;
     }
     if !silent.is_empty() {
@@ -68,56 +97,80 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     }
     for lost in own.lost.iter().filter(|lost| lost.count > 0) {
         writeln!(out)?;
-        writeln!(out, "Not everything could be kept: {} ({} times)", lost.cause, lost.count)?;
+        writeln!(out, "Incomplete data: {} ({} times)", lost.cause, lost.count)?;
     }
     for missing in &own.missing {
         writeln!(out)?;
-        writeln!(out, "Not seen here: {} ({})", missing.source, missing.reason)?;
+        writeln!(out, "Not observed: {} ({})", missing.source, missing.reason)?;
     }
     Ok(())
 }
 
-/// What is said where nothing is late: that nothing was there to be late is no good news.
+/// The first line of a report without a `LATE: ` line. That nothing was measured is not reported as good news.
 fn not_late(targets: &[Target]) -> String {
     if targets.is_empty() {
-        "Nobody was observed: no process that fits what was asked for was there, or came.".into()
+        "No process was observed: none matched the selection.".into()
     } else if targets.iter().all(Target::is_silent) {
-        "Nothing that could be late was seen: no event loop and no listener.".into()
+        "No lag was measured: the observed processes have no listener and no event loop (see --reactor-calls).".into()
     } else {
         let late = span(LATE);
-        format!("Not late: no event loop was away for {late} or more, no connection waited that long.")
+        format!("Not late: the lag of every event loop and all waits to be accepted were below {late}.")
     }
 }
 
-/// What is late about a target, one sentence each.
-fn findings(target: &Target) -> Vec<String> {
-    let who = format!("{} ({})", target.comm, target.pid);
-    let reactors = target.reactors.iter().filter(|r| r.lag.max() >= LATE).map(|r| {
-        format!(
-            "event loop {} of {who} was up to {} late, {} on average; its busy time went {}{}",
-            reactor_name(r),
-            span(r.lag.max()),
-            span(r.lag.mean()),
-            main_cause(r) + &of_which_gc(r),
-            culprit(r)
-        )
-    });
-    let waits = target.listeners.iter().filter(|l| l.wait.max() >= LATE).map(|l| {
-        format!("connections to {} of {who} waited up to {} to be accepted", l.name(), span(l.wait.max()))
-    });
-    let open = target.listeners.iter().filter(|l| !l.closed);
-    let stuck = open.filter(|l| l.oldest_seconds.is_some_and(|age| age >= LATE)).map(|l| {
-        format!("{} of {who} has {} connections waiting, the oldest for {}", l.name(), l.depth, oldest(l))
-    });
-    let dropped = target.listeners.iter().filter(|l| l.drops > 0);
-    let dropped = dropped.map(|l| format!("{} of {who} had {} connections dropped", l.name(), l.drops));
-    reactors.chain(waits).chain(stuck).chain(dropped).chain(late_work(target)).collect()
+/// What is late in a target: event loops, listeners, deferred tasks.
+fn late(target: &Target) -> Vec<Finding> {
+    let reactors = target.reactors.iter().filter(|reactor| reactor.lag.max() >= LATE);
+    let reactors = reactors.map(|reactor| late_loop(target, reactor));
+    let listeners = target.listeners.iter().flat_map(|listener| late_listener(target, listener));
+    reactors.chain(listeners).chain(late_tasks(target)).collect()
 }
 
-/// Which deferred work of a target started later than it should: in one sentence what late event loops held up, and one for
-/// each kind that has not started at all.
-fn late_work(target: &Target) -> impl Iterator<Item = String> + '_ {
-    let who = format!("{} ({})", target.comm, target.pid);
+/// `app (10)`.
+fn process_name(target: &Target) -> String {
+    format!("{} ({})", target.comm, target.pid)
+}
+
+fn late_loop(target: &Target, reactor: &Reactor) -> Finding {
+    let summary = format!(
+        "event loop {} of {}: lag up to {}, mean {}",
+        reactor_name(reactor),
+        process_name(target),
+        span(reactor.lag.max()),
+        span(reactor.lag.mean()),
+    );
+    let wakeup = reactor.wakeup.max();
+    let woken = (reactor.stalls.sites.is_empty() && wakeup >= LATE)
+        .then(|| format!("wake-ups took up to {}", span(wakeup)));
+    let causes = main_causes(reactor);
+    let busy = (!causes.is_empty()).then(|| format!("busy time: {causes}{}", of_which_gc(reactor)));
+    let details = main_site(&reactor.stalls).into_iter().chain(woken).chain(busy);
+    Finding { summary, details: details.collect() }
+}
+
+fn late_listener(target: &Target, listener: &Listener) -> impl Iterator<Item = Finding> {
+    let name = format!("listener {} of {}", listener.name(), process_name(target));
+    let waited = (listener.wait.max() >= LATE)
+        .then(|| format!("{name}: connections waited up to {} to be accepted", span(listener.wait.max())));
+    let is_waiting = !listener.closed && listener.oldest_seconds.is_some_and(|age| age >= LATE);
+    let waiting = is_waiting.then(|| {
+        let depth = counted(listener.depth.into(), "connection");
+        format!("{name}: {depth} in the accept queue now, the oldest has waited {}", oldest(listener))
+    });
+    let dropped = (listener.drops > 0).then(|| {
+        format!(
+            "{name}: the kernel dropped {} connections or segments{}",
+            listener.drops,
+            overflows(listener)
+        )
+    });
+    [waited, waiting, dropped].into_iter().flatten().map(Finding::new)
+}
+
+/// Deferred tasks that started late or have not started: one finding for all kinds that late event loops held up, and
+/// one for each kind whose oldest task is overdue.
+fn late_tasks(target: &Target) -> impl Iterator<Item = Finding> + '_ {
+    let process = process_name(target);
     let lag = target.reactors.iter().map(|reactor| reactor.lag.max()).fold(0.0, f64::max);
     let (overdue, others): (Vec<_>, Vec<_>) = target.deferred.iter().partition(|kind| kind.is_overdue());
     let held_up: Vec<_> = others.into_iter().filter(|kind| is_held_up(&kind.wait, lag)).collect();
@@ -125,44 +178,53 @@ fn late_work(target: &Target) -> impl Iterator<Item = String> + '_ {
     let held_up = longest.map(|longest| {
         let others = match held_up.len() - 1 {
             0 => String::new(),
-            1 => " and one more kind".into(),
+            1 => " and 1 more kind".into(),
             more => format!(" and {more} more kinds"),
         };
-        format!(
-            "deferred work {}{others} of {who} started up to {} after it was put off, half of it within {}; event loops were up to {} late",
+        let summary = format!(
+            "deferred tasks {}{others} of {process}: waited up to {} to start, median {}",
             longest.task,
             span(longest.wait.max()),
             span(longest.wait.quantile(0.5).unwrap_or(0.0)),
-            span(lag)
-        )
+        );
+        Finding {
+            summary,
+            details: vec![format!("the event loops of the process had a lag of up to {}", span(lag))],
+        }
     });
     let overdue = overdue.into_iter().map(move |kind| {
-        let (oldest, most) = (span(kind.oldest_seconds.unwrap_or(0.0)), span(kind.wait.max()));
-        let pending = kind.pending;
-        format!(
-            "deferred work {} of {who} has {pending} pending, the oldest for {oldest}; no other waited for more than {most}",
-            kind.task
-        )
+        let summary = format!(
+            "deferred tasks {} of {process}: {} pending, the oldest enqueued {} ago",
+            kind.task,
+            kind.pending,
+            span(kind.oldest_seconds.unwrap_or(0.0)),
+        );
+        let usual = format!("tasks of this kind that started had waited at most {}", span(kind.wait.max()));
+        Finding { summary, details: vec![usual] }
     });
     held_up.into_iter().chain(overdue)
 }
 
-/// What a target was to do and never will, one sentence each.
-fn dropped(target: &Target) -> impl Iterator<Item = String> + '_ {
+/// Deferred tasks that will never run, one finding for each kind.
+fn dropped_tasks(target: &Target) -> impl Iterator<Item = Finding> + '_ {
     let kinds = target.deferred.iter().filter(|kind| kind.dropped(kind.orphaned) > 0);
-    let because = if target.exited { ", which has ended," } else { "" };
+    let exited = if target.exited { ", exited" } else { "" };
     kinds.map(move |kind| {
-        let count = format!("{} of {} pieces", kind.orphaned, kind.enqueued);
-        let who = format!("{} ({}){because}", target.comm, target.pid);
-        format!("{count} of deferred work {} of {who} were forgotten before they started", kind.task)
+        Finding::new(format!(
+            "deferred tasks {} of {}{exited}: {} of {} were dropped before they started",
+            kind.task,
+            process_name(target),
+            kind.orphaned,
+            kind.enqueued
+        ))
     })
 }
 
 fn write_target(target: &Target, out: &mut Lines<'_>) -> Result<()> {
-    let gone = if target.exited { ", exited" } else { "" };
+    let exited = if target.exited { ", exited" } else { "" };
     let place = words::place(&target.place);
     writeln!(out)?;
-    writeln!(out, "{}, process {}{place}{gone}  {}", target.comm, target.pid, target.exe)?;
+    writeln!(out, "process {}{place}{exited}  {}", process_name(target), target.exe)?;
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }
@@ -175,153 +237,160 @@ fn write_target(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     write_deferred(target, out)
 }
 
-/// What matters most of deferred work: the kinds of which most waits, or has run.
+/// Writes the most important kinds of deferred tasks: those with dropped tasks, with known origins, with most tasks.
 fn write_deferred(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     let mut kinds: Vec<&Deferred> = target.deferred.iter().collect();
     kinds.sort_by_key(|kind| Reverse((kind.orphaned.min(1), kind.links.len(), kind.enqueued + kind.pending)));
     for kind in kinds.iter().take(KINDS) {
-        writeln!(out, "  deferred work {}", kind.task)?;
-        let oldest =
-            kind.oldest_seconds.map(|age| format!(", the oldest for {}", span(age))).unwrap_or_default();
+        writeln!(out, "  deferred tasks {}", kind.task)?;
+        let oldest = kind.oldest_seconds.map(|age| format!(", the oldest enqueued {} ago", span(age)));
         writeln!(
             out,
-            "    pieces      {} put off, {} started, {} ended; {} pending{oldest}",
-            kind.enqueued, kind.started, kind.finished, kind.pending
+            "    tasks       {} enqueued, {} started, {} finished; {} pending{}",
+            kind.enqueued,
+            kind.started,
+            kind.finished,
+            kind.pending,
+            oldest.unwrap_or_default()
         )?;
         if kind.orphaned > 0 {
-            let timers = if kind.is_kind_known { "" } else { ", as timers are that are cancelled" };
-            writeln!(out, "                {} were forgotten before they started{timers}", kind.orphaned)?;
+            let timers = if kind.is_kind_known { "" } else { "; cancelled timers are counted here" };
+            writeln!(out, "                {} dropped before they started{timers}", kind.orphaned)?;
         }
         if kind.wait.count() > 0 {
-            writeln!(out, "    waits       {}{}", kind.wait.count(), quantiles(&kind.wait))?;
+            writeln!(out, "    waits       {}", count_and_quantiles(&kind.wait))?;
         }
         if kind.run.count() > 0 {
-            writeln!(out, "    runs        {}{}", kind.run.count(), quantiles(&kind.run))?;
+            writeln!(out, "    runs        {}", count_and_quantiles(&kind.run))?;
         }
         if let Some(slowest) = kind.links.iter().max_by(|a, b| a.wait_seconds.total_cmp(&b.wait_seconds)) {
             writeln!(
                 out,
-                "    for         {} requests; longest waited {} after {}",
-                requests(kind),
+                "    origins     {}; the longest wait was {}, for {}",
+                counted(requests(kind), "request"),
                 span(slowest.wait_seconds),
                 request_name(&slowest.origin)
             )?;
         }
     }
-    let more = kinds.len().saturating_sub(KINDS);
-    if more > 0 {
-        let kinds = if more == 1 { "kind" } else { "kinds" };
-        writeln!(out, "  deferred work of {more} more {kinds}")?;
+    match kinds.len().saturating_sub(KINDS) {
+        0 => {}
+        1 => writeln!(out, "  deferred tasks of 1 more kind")?,
+        more => writeln!(out, "  deferred tasks of {more} more kinds")?,
     }
-    /// Times, from which on it is no coincidence.
-    const ENOUGH: u64 = 10;
+    write_unmatched(target, out)
+}
+
+/// Writes how many tasks started without having been enqueued, and why that can be.
+fn write_unmatched(target: &Target, out: &mut Lines<'_>) -> Result<()> {
+    if target.unmatched == 0 {
+        return Ok(());
+    }
     let has_started = target.deferred.iter().any(|kind| kind.started > 0);
-    if target.unmatched >= ENOUGH && !has_started && target.deferred.iter().any(|kind| kind.enqueued > 0) {
-        writeln!(
-            out,
-            "  deferred work went on {} times, and none of what was put off ever did: what a snapshot and a restore of the profile are known by does not meet",
-            target.unmatched
-        )?;
-    } else if target.unmatched > 0 {
-        writeln!(
-            out,
-            "  deferred work went on {} times without being known: it was put off before observer came, perhaps to be called again and again, as callbacks of listeners and of older connections are; for whom is not known either",
-            target.unmatched
-        )?;
+    let has_enqueued = target.deferred.iter().any(|kind| kind.enqueued > 0);
+    writeln!(out, "  unmatched     {} task starts, origin unknown", target.unmatched)?;
+    let reason = if target.unmatched >= MANY_UNMATCHED && !has_started && has_enqueued {
+        ["no enqueued task has started: the keys of the profile's", "snapshot and restore hooks do not match"]
+    } else {
+        [
+            "the tasks were enqueued before observer attached, or are repeated callbacks that were",
+            "registered before, such as those of listeners and of connections that were open",
+        ]
+    };
+    for line in reason {
+        writeln!(out, "                {line}")?;
     }
     Ok(())
 }
 
-/// How many requests the latest pieces are due to.
-fn requests(kind: &Deferred) -> usize {
-    kind.links.iter().map(|link| link.origin.id).collect::<BTreeSet<_>>().len()
+/// Number of requests that the latest tasks of a kind are due to.
+fn requests(kind: &Deferred) -> u64 {
+    let ids: BTreeSet<_> = kind.links.iter().map(|link| link.origin.id).collect();
+    ids.len() as u64
 }
 
 fn write_reactor(reactor: &Reactor, out: &mut Lines<'_>) -> Result<()> {
-    let gone = if reactor.exited { ", exited" } else { "" };
-    writeln!(out, "  event loop {}{gone}", reactor_name(reactor))?;
-    writeln!(out, "    late        {} on average{}", span(reactor.lag.mean()), quantiles(&reactor.lag))?;
-    writeln!(out, "    slices      {}{}", reactor.slices, quantiles(&reactor.slice))?;
+    let exited = if reactor.exited { ", exited" } else { "" };
+    writeln!(out, "  event loop {}{exited}", reactor_name(reactor))?;
+    let quantiles = quantiles(&reactor.lag).map(|text| format!(", {text}")).unwrap_or_default();
+    writeln!(out, "    lag         mean {}{quantiles}", span(reactor.lag.mean()))?;
+    writeln!(out, "    slices      {}", count_and_quantiles(&reactor.slice))?;
     if let Some(age) = reactor.current_slice_seconds.filter(|&age| age >= LATE) {
-        writeln!(out, "                and one that has gone on for {}", span(age))?;
+        writeln!(out, "                the current slice has lasted {} so far", span(age))?;
     }
     if let Some(look) = &reactor.current_stack {
-        write_look(look, FRAMES, out)?;
+        write_stack(look, FRAMES, out)?;
     }
     write_stalls(&reactor.stalls, out)?;
     if let Some(utilization) = reactor.utilization {
-        let parts = shares(reactor);
-        let parts: Vec<_> =
-            parts.iter().map(|(cause, share)| format!("{} {}", named(*cause), percent(*share))).collect();
+        let shares: Vec<_> = shares(reactor).into_iter().map(share_of).collect();
         writeln!(
             out,
             "    busy        {} of the time: {}{}",
             percent(utilization),
-            parts.join(", "),
+            shares.join(", "),
             of_which_gc(reactor)
         )?;
     }
-    writeln!(out, "    waits       {}, {} events", reactor.waits, reactor.events)?;
+    writeln!(out, "    waits       {}, {}", reactor.waits, counted(reactor.events, "event"))?;
     if reactor.wakeup.count() > 0 {
-        writeln!(out, "    wake-ups    {}{}", reactor.wakeup.count(), quantiles(&reactor.wakeup))?;
+        writeln!(out, "    wake-ups    {}", count_and_quantiles(&reactor.wakeup))?;
     }
     Ok(())
 }
 
 fn write_gc(gc: &Gc, out: &mut Lines<'_>) -> Result<()> {
     match (&gc.pause, gc.seconds) {
-        (Some(pause), _) => writeln!(out, "  gc            {} pauses{}", gc.count, quantiles(pause))?,
-        (None, Some(seconds)) => {
-            writeln!(out, "  gc            {} runs: {} together", gc.count, span(seconds))?
+        (Some(pause), _) => {
+            let quantiles = quantiles(pause).map(|text| format!(": {text}")).unwrap_or_default();
+            writeln!(out, "  gc            {} pauses{quantiles}", gc.count)?;
         }
-        (None, None) => writeln!(out, "  gc            {} runs of unknown length", gc.count)?,
+        (None, Some(seconds)) => {
+            writeln!(out, "  gc            {}, {} in total", counted(gc.count, "collection"), span(seconds))?;
+        }
+        (None, None) => {
+            writeln!(out, "  gc            {} of unknown length", counted(gc.count, "collection"))?;
+        }
     }
     Ok(())
 }
 
-fn write_look(look: &Look, most: usize, out: &mut Lines<'_>) -> Result<()> {
-    for (n, frame) in look.frames.iter().take(most).enumerate() {
+/// Writes a stack, one function a line, at most `limit` of them.
+fn write_stack(look: &Look, limit: usize, out: &mut Lines<'_>) -> Result<()> {
+    for (n, frame) in look.frames.iter().take(limit).enumerate() {
         let relation = if n == 0 { "in " } else { "by " };
         writeln!(out, "                {relation} {frame}")?;
     }
-    let more = look.frames.len().saturating_sub(most);
+    let more = look.frames.len().saturating_sub(limit);
     if more > 0 {
         writeln!(out, "                and {more} more")?;
     }
-    if let Some(why) = &look.missing {
-        writeln!(out, "                not all is known: {why}")?;
+    if let Some(reason) = words::missing_stack(look) {
+        writeln!(out, "                {reason}")?;
     }
     Ok(())
 }
 
 fn write_listener(listener: &Listener, out: &mut Lines<'_>) -> Result<()> {
-    let gone = if listener.closed { ", closed" } else { "" };
-    writeln!(out, "  listener {}{gone}", listener.name())?;
-    let full = if listener.limit > 0 && listener.depth >= listener.limit { " (FULL)" } else { "" };
-    writeln!(
-        out,
-        "    queue       {} of {} now{full}, {} at most",
-        listener.depth, listener.limit, listener.peak
-    )?;
+    let closed = if listener.closed { ", closed" } else { "" };
+    writeln!(out, "  listener {}{closed}", listener.name())?;
+    writeln!(out, "    queue       {}", words::queue(listener))?;
     if listener.oldest_seconds.is_some() {
-        writeln!(out, "                the oldest has waited {}", oldest(listener))?;
+        writeln!(out, "    oldest      has waited {}", oldest(listener))?;
     }
     if listener.half_open > 0 {
-        writeln!(out, "    handshakes  {} not done", listener.half_open)?;
+        writeln!(out, "    handshakes  {} in progress", listener.half_open)?;
     }
     write!(out, "    connections {} arrived, {} accepted", listener.arrivals, listener.accepts)?;
     if listener.aborted > 0 {
         write!(out, ", {} reset while they waited", listener.aborted)?;
     }
     if listener.drops > 0 {
-        write!(out, ", {} dropped", listener.drops)?;
-    }
-    if let Some(overflows) = listener.overflows.filter(|&overflows| overflows > 0) {
-        write!(out, " ({overflows} by a full queue)")?;
+        write!(out, ", {} dropped{}", listener.drops, overflows(listener))?;
     }
     writeln!(out)?;
     if listener.wait.count() > 0 {
-        writeln!(out, "    waits       {}{}", listener.wait.count(), quantiles(&listener.wait))?;
+        writeln!(out, "    waits       {}", count_and_quantiles(&listener.wait))?;
     }
     if listener.accepts_unknown_wait > 0 {
         writeln!(out, "                and {} of unknown length", listener.accepts_unknown_wait)?;
@@ -329,12 +398,13 @@ fn write_listener(listener: &Listener, out: &mut Lines<'_>) -> Result<()> {
     Ok(())
 }
 
-fn oldest(listener: &Listener) -> String {
-    let at_least = if listener.oldest_is_lower_bound { "at least " } else { "" };
-    format!("{at_least}{}", span(listener.oldest_seconds.unwrap_or(0.0)))
+/// ` (42 because the queue was full)`; empty if there were no overflows or their number is unknown.
+fn overflows(listener: &Listener) -> String {
+    let overflows = listener.overflows.filter(|&overflows| overflows > 0);
+    overflows.map(|overflows| format!(" ({overflows} because the queue was full)")).unwrap_or_default()
 }
 
-/// Shares of busy time, in the order in which they are shown. What nothing was blocked in is left out.
+/// Shares of busy time, in the order in which they are shown. Causes of blocking with no time are left out.
 fn shares(reactor: &Reactor) -> Vec<(Cause, f64)> {
     let split = &reactor.split_seconds;
     let total = split.total().max(f64::MIN_POSITIVE);
@@ -342,23 +412,25 @@ fn shares(reactor: &Reactor) -> Vec<(Cause, f64)> {
     all.filter(|(cause, share)| *share >= 0.0005 || !matches!(cause, Cause::Blocked(_))).collect()
 }
 
-/// The parts of busy time that matter, largest first.
-fn main_cause(reactor: &Reactor) -> String {
+/// `62.0 % asleep`.
+fn share_of((cause, share): (Cause, f64)) -> String {
+    format!("{} {}", percent(share), cause_name(cause))
+}
+
+/// The causes that take at least a tenth of the busy time, largest first.
+fn main_causes(reactor: &Reactor) -> String {
     let mut parts = shares(reactor);
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let parts: Vec<_> = parts
-        .iter()
-        .filter(|(_, share)| *share >= 0.1)
-        .map(|(cause, share)| format!("{} {}", percent(*share), named(*cause)))
-        .collect();
+    let parts: Vec<_> = parts.into_iter().filter(|(_, share)| *share >= 0.1).map(share_of).collect();
     parts.join(", ")
 }
 
-/// `; 62.0 % of the lag is in cause_sleep (app/server.py:12)`, where the code is known that has the largest share.
-fn culprit(reactor: &Reactor) -> String {
-    let first =
-        reactor.stalls.sites.first().and_then(|site| Some((site.lag_share, site.look.frames.first()?)));
-    first.map_or_else(String::new, |(share, frame)| format!("; {} of the lag is in {frame}", percent(share)))
+/// `62.0 % of the lag: asleep (clock_nanosleep) in sleep (app/db.py:12) < handle (app/server.py:40)`, of the site with
+/// the largest share of the lag.
+fn main_site(stalls: &Stalls) -> Option<String> {
+    let site = stalls.sites.first()?;
+    let stack = stack(&site.look, FRAMES_OF_FINDING);
+    Some(format!("{} of the lag: {} {stack}", percent(site.lag_share), site_cause(site)))
 }
 
 /// `; of which GC 12.0 %`, a share of busy time; empty if there was no collection in it.
@@ -367,51 +439,47 @@ fn of_which_gc(reactor: &Reactor) -> String {
     if gc > 0.0 { format!("; of which GC {}", percent(gc / reactor.busy_seconds)) } else { String::new() }
 }
 
-/// The places that account for most of the lag, with what was seen there.
+/// Writes the sites with the largest shares of the lag, each with its stack.
 fn write_stalls(stalls: &Stalls, out: &mut Lines<'_>) -> Result<()> {
     if stalls.count > 0 {
         writeln!(
             out,
-            "    stalls      {} of {} or more, {} together",
+            "    stalls      {} of {} or longer, {} in total",
             stalls.count,
             span(stalls.threshold_seconds),
             span(stalls.seconds)
         )?;
     }
-    for (place, site) in stalls.sites.iter().enumerate().take(SITES) {
-        let detail = match site.cause {
-            Cause::Blocked(_) => &site.syscall,
-            Cause::Runqueue => &site.behind.as_ref().map(|thread| format!("behind {thread}")),
-            Cause::Cpu | Cause::Gc => &None,
-        };
-        let detail = detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
+    for (index, site) in stalls.sites.iter().enumerate().take(SITES) {
         writeln!(
             out,
-            "      {} of the lag: {} times, {} together, {}{detail}{}",
+            "      {} of the lag: {}, {} in total, {}{}",
             percent(site.lag_share),
-            site.count,
+            counted(site.count, "stall"),
             span(site.seconds),
-            named(site.cause),
-            due_to(&stalls.requests_of(place))
+            site_cause(site),
+            for_requests(&stalls.requests_of(index))
         )?;
-        write_look(&site.look, FRAMES_OF_SITE, out)?;
+        write_stack(&site.look, FRAMES_OF_SITE, out)?;
     }
     let others = stalls.sites.iter().skip(SITES);
     let (count, share) = others.fold((0, 0.0), |sum, site| (sum.0 + site.count, sum.1 + site.lag_share));
     if count > 0 {
-        writeln!(out, "      {} of the lag: {count} times, elsewhere", percent(share))?;
+        writeln!(out, "      {} of the lag: {} at other sites", percent(share), counted(count, "stall"))?;
     }
     Ok(())
 }
 
-/// `: p50 1.2 ms, p99 80 ms, longest 121 ms`; empty if there is nothing to tell.
-fn quantiles(histogram: &Histogram) -> String {
-    match (histogram.quantile(0.5), histogram.quantile(0.99)) {
-        (Some(p50), Some(p99)) => {
-            format!(": p50 {}, p99 {}, longest {}", span(p50), span(p99), span(histogram.max()))
-        }
-        _ => String::new(),
-    }
+/// `360: p50 1.20 ms, p99 80.0 ms, max 121 ms`.
+fn count_and_quantiles(histogram: &Histogram) -> String {
+    let quantiles = quantiles(histogram).map(|text| format!(": {text}")).unwrap_or_default();
+    format!("{}{quantiles}", histogram.count())
+}
+
+/// `p50 1.20 ms, p99 80.0 ms, max 121 ms`; `None` if the histogram is empty.
+fn quantiles(histogram: &Histogram) -> Option<String> {
+    let (p50, p99) = (histogram.quantile(0.5)?, histogram.quantile(0.99)?);
+    Some(format!("p50 {}, p99 {}, max {}", span(p50), span(p99), span(histogram.max())))
 }
 
 #[cfg(test)]
@@ -426,13 +494,16 @@ mod tests {
     }
 
     #[test]
-    fn stalls_are_told_with_the_request_they_were_for() {
+    fn a_stall_shows_its_cause_and_request() {
         let text = report(&testing::snapshot(5.0, |reactor| testing::slept(reactor, 3)));
-        assert!(text.contains("360 ms together, asleep (clock_nanosleep) for GET /job/7\n"), "{text}");
+        assert!(
+            text.contains("3 stalls, 360 ms in total, asleep (clock_nanosleep) for GET /job/7\n"),
+            "{text}"
+        );
     }
 
     #[test]
-    fn names_do_not_steer_the_terminal_and_are_no_lines_of_the_report() {
+    fn names_cannot_steer_the_terminal_or_forge_lines() {
         const EVIL: &str = "\u{1b}]0;x\u{7}\u{9b}2J\nLATE: \u{202e}all";
         let mut snapshot = testing::snapshot(5.0, |reactor| {
             testing::slept(reactor, 3);
@@ -455,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn late_and_forgotten_work_is_found_and_timers_are_no_fault() {
+    fn late_and_dropped_tasks_are_found_and_cancelled_timers_are_not() {
         let mut snapshot = testing::snapshot(5.0, |reactor| testing::slept(reactor, 3));
         let mut mail = testing::kind("mail", 50);
         mail.wait = testing::histogram(&[(1, 90), (110, 10)]);
@@ -465,22 +536,57 @@ mod tests {
         (any.is_kind_known, any.started, any.wait) = (false, 0, testing::histogram(&[]));
         snapshot.targets[0].deferred = vec![mail, sweep, any];
         let text = report(&snapshot);
-        let found = |head: &str| text.lines().filter(|line| line.starts_with(head)).collect::<Vec<_>>();
+        let found = |head: &str| {
+            let mut lines = text.lines().peekable();
+            let mut found = Vec::new();
+            while let Some(line) = lines.next() {
+                if line.starts_with(head) {
+                    let details = std::iter::from_fn(|| lines.next_if(|line| line.starts_with("      ")));
+                    found.push(std::iter::once(line).chain(details).collect::<Vec<_>>().join("\n"));
+                }
+            }
+            found
+        };
+        let all_of = |finding: &str, parts: &[&str]| {
+            parts.iter().for_each(|part| assert!(finding.contains(part), "{part} is missing: {text}"));
+        };
         let (late, lost) = (found("LATE: "), found("LOST: "));
-        assert_eq!(late.len(), 3, "{text}");
-        assert!(
-            late[1].starts_with("LATE: deferred work mail of app (10) started up to 110 ms after"),
-            "{text}"
-        );
-        assert!(late[2].contains("work sweep of app (10) has 0 pending, the oldest for 3600 s"), "{text}");
-        assert_eq!(
-            lost,
-            ["LOST: 10 of 60 pieces of deferred work mail of app (10) were forgotten before they started"]
-        );
-        assert!(text.contains("100 were forgotten before they started, as timers are that are cancelled"));
-        assert!(!text.contains("without being known"), "{text}");
+        assert_eq!((late.len(), lost.len()), (3, 1), "{text}");
+        all_of(&late[0], &["event loop reactor (thread 11) of app (10)", "120 ms", "64.3 ms"]);
+        all_of(&late[0], &["80.0 % of the lag", "asleep (clock_nanosleep) in sleep (app/db.py:12) < handle"]);
+        all_of(&late[0], &["80.0 % asleep, 20.0 % on a CPU"]);
+        all_of(&late[1], &["deferred tasks mail of app (10)", "110 ms", "1.00 ms", "lag of up to 120 ms"]);
+        all_of(&late[2], &["deferred tasks sweep of app (10)", "0 pending", "3600 s ago", "at most 110 ms"]);
+        all_of(&lost[0], &["deferred tasks mail of app (10)", "10 of 60 were dropped"]);
+        assert!(text.contains("100 dropped before they started; cancelled timers"), "{text}");
+        assert!(!text.contains("unmatched"), "{text}");
         (snapshot.targets[0].unmatched, snapshot.targets[0].exited) = (7, true);
-        assert!(report(&snapshot).contains("went on 7 times without being known: it was put off before"));
-        assert!(report(&snapshot).contains("of app (10), which has ended, were forgotten"));
+        let text = report(&snapshot);
+        assert!(text.contains("  unmatched     7 task starts") && text.contains("before observer attached"));
+        assert!(text.contains("LOST: deferred tasks mail of app (10), exited: "), "{text}");
+        // No enqueued task has started, though many starts were seen.
+        snapshot.targets[0].unmatched = 20;
+        snapshot.targets[0].deferred.iter_mut().for_each(|kind| kind.started = 0);
+        assert!(report(&snapshot).contains("snapshot and restore hooks do not match"));
+    }
+
+    #[test]
+    fn a_late_listener_shows_its_queue_and_drops() {
+        let mut snapshot = testing::snapshot(5.0, |_| {});
+        assert!(report(&snapshot).contains("Not late: "));
+        let listener = &mut snapshot.targets[0].listeners[0];
+        (listener.limit, listener.depth, listener.oldest_seconds) = (4, 5, Some(5.5));
+        (listener.drops, listener.overflows, listener.oldest_is_lower_bound) = (43, Some(42), true);
+        let text = report(&snapshot);
+        for line in [
+            "LATE: listener 127.0.0.1:8080 of app (10): 5 connections in the accept queue now, the oldest has waited at least 5.50 s\n",
+            "LATE: listener 127.0.0.1:8080 of app (10): the kernel dropped 43 connections or segments (42 because the queue was full)\n",
+            "    queue       depth 5, limit 4 (FULL), peak 9\n",
+            "    connections 100 arrived, 100 accepted, 43 dropped (42 because the queue was full)\n",
+        ] {
+            assert!(text.contains(line), "{line} is missing: {text}");
+        }
+        snapshot.targets.clear();
+        assert!(report(&snapshot).contains("No process was observed"));
     }
 }

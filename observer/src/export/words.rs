@@ -1,13 +1,20 @@
-//! Words and numbers as people read them, in the report and in the live view alike.
+//! Names, causes and numbers in the wording that the text report and the live view share.
 
 use observer_common::block::Block;
 
-use crate::model::{busy::Cause, place::Place, request::Request, snapshot::Reactor};
+use crate::model::{
+    busy::Cause,
+    frame::Look,
+    place::Place,
+    request::Request,
+    snapshot::{Listener, Reactor},
+    stall::Site,
+};
 
-/// Digits of a container's id that are enough for people, as `docker ps` shows it.
+/// Digits of a container id that are shown, as many as `docker ps` shows.
 const SHORT_ID: usize = 12;
 
-/// `reactor (thread 16451)`.
+/// `reactor (thread 16451)`, or `in thread 16451` if the thread has no name.
 pub(crate) fn reactor_name(reactor: &Reactor) -> String {
     if reactor.name.is_empty() {
         format!("in thread {}", reactor.tid)
@@ -16,8 +23,8 @@ pub(crate) fn reactor_name(reactor: &Reactor) -> String {
     }
 }
 
-/// `, container 0123456789ab`, `, container web (0123456789ab) of pod shop/web-0`, `, nginx.service`; empty if it belongs
-/// nowhere.
+/// The container, pod or systemd unit of a process, with a leading comma: `, container 0123456789ab`,
+/// `, container web (0123456789ab) of pod shop/web-0`, `, nginx.service`. Empty if it has none.
 pub(crate) fn place(place: &Place) -> String {
     let Place { container, kubernetes, unit } = place;
     let id = container.as_deref().map(|id| format!("{id:.SHORT_ID$}"));
@@ -36,7 +43,7 @@ pub(crate) fn place(place: &Place) -> String {
     }
 }
 
-/// `GET /job/7`, or when it came, if nothing else is known.
+/// `GET /job/7`, or the time of the request if its method and path are unknown.
 pub(crate) fn request_name(request: &Request) -> String {
     match (&request.method, &request.path) {
         (Some(method), Some(path)) => format!("{method} {path}"),
@@ -44,9 +51,9 @@ pub(crate) fn request_name(request: &Request) -> String {
     }
 }
 
-/// ` for GET /job/7, GET /job/3 and others`, the latest of some requests first; empty if there is none.
-pub(crate) fn due_to(requests: &[&Request]) -> String {
-    /// Of different ones so many are named.
+/// ` for GET /job/7, GET /job/3 and others`: the latest of `requests` first, each name once. Empty if there are none.
+pub(crate) fn for_requests(requests: &[&Request]) -> String {
+    /// Number of different requests that are named.
     const NAMED: usize = 3;
     let mut names = Vec::new();
     for name in requests.iter().rev().map(|request| request_name(request)) {
@@ -62,13 +69,63 @@ pub(crate) fn due_to(requests: &[&Request]) -> String {
     format!(" for {}{others}", names.join(", "))
 }
 
-/// What people call it.
-pub(crate) const fn named(cause: Cause) -> &'static str {
+/// `asleep (clock_nanosleep)`, `waiting for a CPU (behind stress (thread 4242))`: the cause of a site's stalls, with the
+/// system call or the thread that had the CPU, where it is known.
+pub(crate) fn site_cause(site: &Site) -> String {
+    let name = cause_name(site.cause);
+    let detail = match site.cause {
+        Cause::Blocked(_) => site.syscall.clone(),
+        Cause::Runqueue => site.behind.as_ref().map(|thread| format!("behind {thread}")),
+        Cause::Cpu | Cause::Gc => None,
+    };
+    detail.map_or_else(|| name.into(), |detail| format!("{name} ({detail})"))
+}
+
+/// A stack on one line, innermost function first: `in sleep (app/db.py:12) < handle (app/server.py:40)`. Shows at most
+/// `limit` functions, `...` for those left out, and `?` where the rest of the stack is unknown. Without any function it
+/// says why the stack is unknown.
+pub(crate) fn stack(look: &Look, limit: usize) -> String {
+    let mut frames: Vec<String> = look.frames.iter().take(limit).map(ToString::to_string).collect();
+    match &look.missing {
+        Some(why) if frames.is_empty() => return format!("(stack unknown: {why})"),
+        _ if look.frames.len() > limit => frames.push("...".into()),
+        Some(_) => frames.push("?".into()),
+        None => {}
+    }
+    format!("in {}", frames.join(" < "))
+}
+
+/// `stack unknown: it exited`, or `stack incomplete: ...` if some functions are known; `None` if the stack is complete.
+pub(crate) fn missing_stack(look: &Look) -> Option<String> {
+    let extent = if look.frames.is_empty() { "unknown" } else { "incomplete" };
+    look.missing.as_ref().map(|why| format!("stack {extent}: {why}"))
+}
+
+/// `depth 5, limit 4 (FULL), peak 5`.
+pub(crate) fn queue(listener: &Listener) -> String {
+    let Listener { depth, limit, peak, .. } = listener;
+    let full = if *limit > 0 && depth >= limit { " (FULL)" } else { "" };
+    format!("depth {depth}, limit {limit}{full}, peak {peak}")
+}
+
+/// How long the oldest connection in the queue has waited: `5.50 s`, `at least 5.50 s` if it was there before observer.
+pub(crate) fn oldest(listener: &Listener) -> String {
+    let at_least = if listener.oldest_is_lower_bound { "at least " } else { "" };
+    format!("{at_least}{}", span(listener.oldest_seconds.unwrap_or(0.0)))
+}
+
+/// `1 stall`, `3 stalls`.
+pub(crate) fn counted(count: u64, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+}
+
+/// The cause of busy time, as a state of the thread.
+pub(crate) const fn cause_name(cause: Cause) -> &'static str {
     match cause {
         Cause::Cpu => "on a CPU",
         Cause::Runqueue => "waiting for a CPU",
         Cause::Blocked(Block::Lock) => "blocked by a lock",
-        Cause::Blocked(Block::Disk) => "blocked by files",
+        Cause::Blocked(Block::Disk) => "blocked by file I/O",
         Cause::Blocked(Block::Network) => "blocked by the network",
         Cause::Blocked(Block::Sleep) => "asleep",
         Cause::Blocked(Block::PageFault) => "blocked by page faults",
@@ -77,12 +134,12 @@ pub(crate) const fn named(cause: Cause) -> &'static str {
     }
 }
 
-/// A share with its sign.
+/// A share between 0 and 1 as `12.5 %`.
 pub(crate) fn percent(ratio: f64) -> String {
     format!("{:.1} %", ratio * 100.0)
 }
 
-/// A duration with three significant digits in the unit that suits it.
+/// A duration with three significant digits, in us, ms or s.
 pub(crate) fn span(seconds: f64) -> String {
     let (value, unit) = match seconds {
         s if s >= 1.0 => (s, "s"),
@@ -102,26 +159,39 @@ pub(crate) fn span(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::place::Pod;
+    use crate::model::{frame::Frame, place::Pod};
 
     #[test]
-    fn requests_are_told_by_the_latest() {
+    fn the_latest_requests_are_named() {
         let request = |path: &str| Request {
             method: Some("GET".into()),
             path: Some(path.into()),
             ..Request::default()
         };
         let (one, other, more, last) = (request("/1"), request("/2"), request("/3"), request("/4"));
-        assert_eq!(due_to(&[]), "");
-        assert_eq!(due_to(&[&one, &one]), " for GET /1");
-        assert_eq!(due_to(&[&one, &other, &one]), " for GET /1, GET /2");
-        assert_eq!(due_to(&[&one, &other, &more, &last]), " for GET /4, GET /3, GET /2 and others");
+        assert_eq!(for_requests(&[]), "");
+        assert_eq!(for_requests(&[&one, &one]), " for GET /1");
+        assert_eq!(for_requests(&[&one, &other, &one]), " for GET /1, GET /2");
+        assert_eq!(for_requests(&[&one, &other, &more, &last]), " for GET /4, GET /3, GET /2 and others");
         let unknown = Request { time: "2026-11-24T12:00:00Z".into(), ..Request::default() };
-        assert_eq!(due_to(&[&unknown]), " for a request at 2026-11-24T12:00:00Z");
+        assert_eq!(for_requests(&[&unknown]), " for a request at 2026-11-24T12:00:00Z");
     }
 
     #[test]
-    fn places_are_told_by_name_as_far_as_they_have_one() {
+    fn stacks_say_what_is_left_out_and_what_is_unknown() {
+        let frame =
+            |function: &str| Frame { function: function.into(), module: None, file: None, line: None };
+        let mut look =
+            Look { frames: vec![frame("a"), frame("b"), frame("c")], ..Look::missing("no reason") };
+        assert_eq!(stack(&look, 3), "in a < b < c < ?");
+        assert_eq!(stack(&look, 2), "in a < b < ...");
+        look.missing = None;
+        assert_eq!(stack(&look, 3), "in a < b < c");
+        assert_eq!(stack(&Look::missing("it exited"), 3), "(stack unknown: it exited)");
+    }
+
+    #[test]
+    fn containers_pods_and_units_are_named() {
         assert_eq!(place(&Place::default()), "");
         let unit = Place { unit: Some("nginx.service".into()), ..Place::default() };
         assert_eq!(place(&unit), ", nginx.service");

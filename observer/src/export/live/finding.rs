@@ -1,17 +1,22 @@
-//! What the view says about something that is late, and the wording that its parts share.
+//! A finding of the live view, and the wording that its parts share.
 
-use crate::{export::words::span, model::snapshot::Reactor};
+use crate::{
+    export::words::{counted, site_cause, span},
+    model::{snapshot::Reactor, stall::Site},
+};
 
-/// Something that is late, or never done: what, and whose fault that is.
+/// An event loop, queue or kind of tasks that is late, or tasks that were dropped.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Finding {
-    /// Whether it is late.
+    /// Whether something is late; if not, tasks were dropped, or nothing is late.
     pub(super) is_late: bool,
+    /// The name of the subject, and how late it is.
     pub(super) what: String,
+    /// The cause, or the values that explain it.
     pub(super) why: String,
 }
 
-/// How long it has been in its slice.
+/// Age of the current slice in seconds; 0 while the loop waits.
 pub(super) fn age(reactor: &Reactor) -> f64 {
     reactor.current_slice_seconds.unwrap_or(0.0)
 }
@@ -23,12 +28,18 @@ pub(super) fn rate(count: u64, seconds: f64) -> String {
     if rate >= 100.0 { format!("{rate:.0}/s") } else { format!("{rate:.1}/s") }
 }
 
-/// How many, and how long together.
-pub(super) fn total(reactor: &Reactor) -> String {
+/// `: 3 of 50.0 ms or longer, 360 ms in total`: the number of stalls and their total length.
+pub(super) fn stall_total(reactor: &Reactor) -> String {
     let stalls = &reactor.stalls;
     let threshold = span(stalls.threshold_seconds);
     match stalls.count {
-        0 => format!(": none of {threshold} or more since the start"),
-        count => format!(": {count} of {threshold} or more, {} together", span(stalls.seconds)),
+        0 => format!(": none of {threshold} or longer since the start"),
+        count => format!(": {count} of {threshold} or longer, {} in total", span(stalls.seconds)),
     }
+}
+
+/// `of the lag: 3 stalls, 360 ms in total, asleep (clock_nanosleep)`, to follow a site's share of the lag.
+pub(super) fn site_total(site: &Site) -> String {
+    let count = counted(site.count, "stall");
+    format!("of the lag: {count}, {} in total, {}", span(site.seconds), site_cause(site))
 }

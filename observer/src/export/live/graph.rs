@@ -1,4 +1,4 @@
-//! Bars and the history graph, made of characters.
+//! Draws bars and the history graph with characters.
 
 use ratatui::text::{Line, Span};
 
@@ -11,13 +11,13 @@ use crate::{
     model::{busy::Cause, lag::LATE},
 };
 
-/// The shortest scale of a history, in seconds: a loop that is never late has a flat one.
-const LEAST_SCALE: f64 = 0.001;
+/// The lowest value at the top of a history, in seconds: the history of a loop without lag stays flat.
+const MIN_SCALE: f64 = 0.001;
 
-/// Width of a history's scale.
-const SCALE: usize = 8;
+/// Width of the labels of a history's scale.
+const SCALE_WIDTH: usize = 8;
 
-/// Where time went: each cause as wide as its share, named where the name fits.
+/// A bar of time by cause: each part is as wide as its share, and is named if the name fits.
 pub(super) fn split_bar(parts: &Parts, width: usize, theme: Theme) -> Vec<Span<'static>> {
     let total: f64 = parts.iter().sum();
     if total <= 0.0 {
@@ -38,24 +38,24 @@ pub(super) fn split_bar(parts: &Parts, width: usize, theme: Theme) -> Vec<Span<'
     spans
 }
 
-/// As much of a part's name and share as fits.
+/// A part's name and share, its name, or its first letter, whichever fits.
 fn label(cause: Cause, share: f64, width: usize, theme: Theme) -> String {
     let name = short_name(cause);
     let candidates = [format!(" {name} {:.0}% ", share * 100.0), format!("{name} {:.0}%", share * 100.0)];
     let fits = candidates.into_iter().chain([name.to_owned()]).find(|text| text.len() <= width);
     match fits {
         Some(text) => format!("{text:width$}"),
-        // Colours tell it; without them its first letter does.
+        // Colours identify the part; without them its first letter does.
         None if theme.has_colours => " ".repeat(width),
         None => name[..1].repeat(width),
     }
 }
 
-/// How full a queue is; the deepest that was seen is marked.
+/// A bar of a queue's depth relative to its limit, with a mark at the peak.
 pub(super) fn queue_bar(depth: u32, peak: u32, limit: u32, width: usize, theme: Theme) -> String {
-    let (taken, free) = theme.places();
+    let (taken, free) = theme.bar_cells();
     let share = |connections: u32| f64::from(connections) / f64::from(limit.max(1));
-    // One connection shows, however long the queue may be.
+    // A single connection is visible even if the limit is high.
     let at_least_one = |connections: u32| cells(share(connections), width).max(usize::from(connections > 0));
     let (taken_cells, peak_cells) = (at_least_one(depth), at_least_one(peak));
     (1..=width)
@@ -67,7 +67,7 @@ pub(super) fn queue_bar(depth: u32, peak: u32, limit: u32, width: usize, theme: 
         .collect()
 }
 
-/// A share of so many cells.
+/// The number of cells that a share of `width` cells takes.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and the width")]
 fn cells(share: f64, width: usize) -> usize {
     (share.clamp(0.0, 1.0) * float(width)).round() as usize
@@ -78,18 +78,18 @@ fn float(width: usize) -> f64 {
     width as f64
 }
 
-/// Delays second by second, the newest at the right: solid up to what 99 % did not exceed, light up to the longest.
-/// `points` are newest first.
+/// A graph of delays with one column for each second, the newest at the right: solid up to the 99th percentile, light up
+/// to the maximum. `points` are newest first.
 pub(super) fn history(
     points: impl Iterator<Item = Point>,
     width: usize,
     height: usize,
     theme: Theme,
 ) -> Vec<Line<'static>> {
-    let columns = width.saturating_sub(SCALE + 1);
+    let columns = width.saturating_sub(SCALE_WIDTH + 1);
     let mut points: Vec<Point> = points.take(columns).collect();
     points.reverse();
-    let scale = points.iter().map(|point| point.max).fold(LEAST_SCALE, f64::max);
+    let scale = points.iter().map(|point| point.max).fold(MIN_SCALE, f64::max);
     let missing = columns - points.len();
     (0..height)
         .rev()
@@ -102,25 +102,25 @@ pub(super) fn history(
                 _ => String::new(),
             };
             Line::from(vec![
-                Span::styled(format!("{mark:>SCALE$} "), theme.quiet()),
+                Span::styled(format!("{mark:>SCALE_WIDTH$} "), theme.quiet()),
                 Span::styled(graph, if scale >= LATE { theme.delay(scale) } else { theme.good() }),
             ])
         })
         .collect()
 }
 
-/// One second in one row, which is counted from the bottom.
+/// The cell of one second in one row; rows count from the bottom.
 fn cell(point: Point, scale: f64, row: usize, height: usize, theme: Theme) -> &'static str {
     let levels = theme.levels();
     let full = levels.len() - 1;
-    // Whatever there is shows.
+    // A delay above zero fills at least the lowest level.
     let level_of = |delay: f64| {
         let level = cells(delay / scale, height * full).max(usize::from(delay > 0.0));
         level.saturating_sub(row * full).min(full)
     };
     match (level_of(point.p99), level_of(point.max)) {
         (0, 0) => " ",
-        // Where only a little of the cell is taken, a light one would show too much.
+        // A light cell is a full one, which would exaggerate a delay that fills less than half of it.
         (0, light) if 2 * light >= full => theme.light(),
         (0, _) => levels[1],
         (solid, _) => levels[solid],

@@ -1,5 +1,5 @@
-//! Messages of observer and of its programs while the view has the terminal: they wait until it is given back, and the
-//! latest is shown in the view.
+//! Buffers log messages while the view has the terminal, and writes them when the terminal is released. The view shows the
+//! latest one.
 
 use std::{
     io::{self, Write, stderr},
@@ -11,28 +11,28 @@ use std::{
 
 use crate::sanitize::clean_lines;
 
-/// Bytes that wait at most; beyond that messages are only counted.
-const MOST: usize = 64 * 1024;
+/// Maximum size of the buffer in bytes; messages beyond it are discarded and counted.
+const MAX_BYTES: usize = 64 * 1024;
 
-static HELD: Mutex<Held> = Mutex::new(Held { text: Vec::new(), lost: 0 });
+static BUFFER: Mutex<Buffer> = Mutex::new(Buffer { text: Vec::new(), discarded: 0 });
 
-/// Whether messages wait. A panic may interrupt whoever has the lock, and has to find out.
-static ARE_HELD: AtomicBool = AtomicBool::new(false);
+/// Whether messages are buffered. Not behind the lock: the panic hook reads it, and the panicking thread may hold the lock.
+static IS_BUFFERING: AtomicBool = AtomicBool::new(false);
 
-struct Held {
+struct Buffer {
     text: Vec<u8>,
-    /// Messages for which there was no room.
-    lost: usize,
+    /// Number of messages that did not fit.
+    discarded: usize,
 }
 
-/// Standard error, but for the time while the view has the terminal.
+/// A writer to standard error, or to the buffer while the view has the terminal.
 pub(crate) struct Messages;
 
 impl Write for Messages {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         let clean = clean_lines(&String::from_utf8_lossy(text));
-        if are_held() {
-            held().add(clean.as_bytes());
+        if is_buffering() {
+            buffer().add(clean.as_bytes());
         } else {
             stderr().write_all(clean.as_bytes())?;
         }
@@ -44,10 +44,10 @@ impl Write for Messages {
     }
 }
 
-impl Held {
+impl Buffer {
     fn add(&mut self, text: &[u8]) {
-        if self.text.len() + text.len() > MOST {
-            self.lost += 1;
+        if self.text.len() + text.len() > MAX_BYTES {
+            self.discarded += 1;
         } else {
             self.text.extend_from_slice(text);
         }
@@ -59,38 +59,39 @@ impl Held {
     }
 }
 
-/// The latest message that waits.
+/// The latest message in the buffer.
 pub(super) fn latest() -> Option<String> {
-    held().latest()
+    buffer().latest()
 }
 
-/// Has messages wait: what is written from now on would be written into the view.
-pub(super) fn hold() {
-    ARE_HELD.store(true, Ordering::SeqCst);
+/// Starts buffering: from now on output to the terminal would damage the view.
+pub(super) fn start_buffering() {
+    IS_BUFFERING.store(true, Ordering::SeqCst);
 }
 
-/// Whether messages wait.
-pub(super) fn are_held() -> bool {
-    ARE_HELD.load(Ordering::SeqCst)
+/// Whether messages are buffered.
+pub(super) fn is_buffering() -> bool {
+    IS_BUFFERING.load(Ordering::SeqCst)
 }
 
-/// Has messages wait no longer. Tells whether they did.
-pub(super) fn stop_holding() -> bool {
-    ARE_HELD.swap(false, Ordering::SeqCst)
+/// Stops buffering. Returns whether messages were buffered until now.
+pub(super) fn stop_buffering() -> bool {
+    IS_BUFFERING.swap(false, Ordering::SeqCst)
 }
 
-/// Writes what has waited.
-pub(super) fn release() {
-    let Held { text, lost } = std::mem::replace(&mut *held(), Held { text: Vec::new(), lost: 0 });
-    // Where standard error is gone, nobody wants it.
-    let _told = stderr().write_all(&text);
-    if lost > 0 {
-        let _told = writeln!(stderr(), "and {lost} more messages for which there was no room");
+/// Writes the buffered messages to standard error.
+pub(super) fn flush() {
+    let Buffer { text, discarded } =
+        std::mem::replace(&mut *buffer(), Buffer { text: Vec::new(), discarded: 0 });
+    // Standard error may be closed; then there is nowhere to report that.
+    let _written = stderr().write_all(&text);
+    if discarded > 0 {
+        let _written = writeln!(stderr(), "{discarded} more messages were discarded: the buffer was full");
     }
 }
 
-fn held() -> MutexGuard<'static, Held> {
-    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+fn buffer() -> MutexGuard<'static, Buffer> {
+    BUFFER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -98,13 +99,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_wait_within_bounds() {
-        let mut held = Held { text: Vec::new(), lost: 0 };
-        assert_eq!(held.latest(), None);
-        held.add(b"[WARN] one\n");
-        held.add(b"[WARN] two\n");
-        assert_eq!(held.latest().as_deref(), Some("[WARN] two"));
-        held.add(&[b'x'; MOST]);
-        assert_eq!((held.lost, held.text.len()), (1, 22));
+    fn messages_beyond_the_limit_are_counted() {
+        let mut buffer = Buffer { text: Vec::new(), discarded: 0 };
+        assert_eq!(buffer.latest(), None);
+        buffer.add(b"[WARN] one\n");
+        buffer.add(b"[WARN] two\n");
+        assert_eq!(buffer.latest().as_deref(), Some("[WARN] two"));
+        buffer.add(&[b'x'; MAX_BYTES]);
+        assert_eq!((buffer.discarded, buffer.text.len()), (1, 22));
     }
 }

@@ -1,11 +1,11 @@
-//! The live view: the terminal shows the last seconds, once a second and after every key, until the observation ends.
+//! The live view: a terminal interface about the last ten seconds, redrawn once a second and after every key.
 
 mod messages;
 mod screen;
 mod recent;
 mod state;
 mod finding;
-mod work;
+mod tasks;
 mod verdict;
 mod theme;
 mod graph;
@@ -44,44 +44,44 @@ use crate::model::snapshot::Snapshot;
 use screen::Screen;
 use state::{Outcome, State};
 use theme::Theme;
-use view::{Facts, draw};
+use view::{Extras, draw};
 
-/// Whether there is a terminal that the view can be shown on, and whose keys come here: not one that cannot place
-/// text, and not one that another job has.
+/// Whether the view can be shown: standard input and output are a terminal that can position text, and observer is its
+/// foreground job.
 pub(crate) fn is_possible() -> bool {
     let is_able = env::var("TERM").is_ok_and(|name| !name.is_empty() && name != "dumb");
     let is_ours = || tcgetpgrp(stdout()).is_ok_and(|group| group == getpgrp());
     is_able && stdin().is_terminal() && stdout().is_terminal() && is_ours()
 }
 
-/// The view while it is shown. Dropping it gives the terminal back.
+/// The view on the terminal. Dropping it restores the terminal.
 pub(crate) struct Live {
     terminal: Terminal<CrosstermBackend<Stdout>>,
     state: State,
-    facts: Facts,
+    extras: Extras,
     theme: Theme,
     keys: AsyncFd<Stdin>,
     resized: Signal,
     hung_up: Signal,
     quit: Signal,
-    /// Dropped last, so that nothing is drawn after it.
+    /// The last field, so that it is dropped after everything that draws.
     screen: Screen,
 }
 
 impl Live {
-    /// Takes the terminal.
+    /// Takes the terminal and draws the view. `endpoint` is the URL of the metrics, `duration` the length of the observation.
     pub(crate) fn start(endpoint: Option<String>, duration: Option<Duration>) -> Result<Self> {
         // SAFETY: standard input's descriptor is never closed.
         let keys = unsafe { AsyncFd::register_with_interest(stdin(), Interest::READABLE) }
             .map_err(|error| error.into_parts().1)?;
-        // These would end observer without giving the terminal back.
+        // By default these signals end the process, and the terminal would not be restored.
         let (hung_up, quit) = (signal(SignalKind::hangup())?, signal(SignalKind::quit())?);
         let resized = signal(SignalKind::window_change())?;
         let screen = Screen::take()?;
         let mut live = Self {
             terminal: Terminal::new(CrosstermBackend::new(stdout()))?,
             state: State::default(),
-            facts: Facts {
+            extras: Extras {
                 endpoint,
                 duration: duration.map(|duration| duration.as_secs_f64()),
                 message: None,
@@ -97,13 +97,13 @@ impl Live {
         Ok(live)
     }
 
-    /// Shows what is known now.
+    /// Shows a snapshot.
     pub(crate) fn show(&mut self, snapshot: Snapshot) -> Result<()> {
-        self.state.look(snapshot);
+        self.state.update(snapshot);
         self.draw()
     }
 
-    /// Follows keys and changes of the terminal's size; returns when the user has had enough.
+    /// Handles keys and changes of the terminal's size; returns when the user quits or the terminal hangs up.
     pub(crate) async fn until_quit(&mut self) -> Result<()> {
         loop {
             select! {
@@ -127,26 +127,26 @@ impl Live {
         if self.screen.retake()? {
             self.terminal.clear()?;
         }
-        self.facts.message = messages::latest();
-        self.terminal.draw(|frame| draw(frame, &mut self.state, &self.facts, self.theme))?;
+        self.extras.message = messages::latest();
+        self.terminal.draw(|frame| draw(frame, &mut self.state, &self.extras, self.theme))?;
         Ok(())
     }
 }
 
-/// How long a key may take that has begun to arrive.
-const MOMENT: Duration = Duration::from_millis(20);
+/// How long to wait for the rest of a key's escape sequence.
+const KEY_TIMEOUT: Duration = Duration::from_millis(20);
 
-/// Whether a key has begun to arrive.
+/// Whether standard input has data.
 fn has_input() -> bool {
     let stdin = stdin();
     let mut input = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
     poll(&mut input, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// Takes in all keys that have been pressed.
+/// Handles all keys that have been pressed.
 fn take_keys(state: &mut State) -> Result<Outcome> {
-    // Given no time, it does not even look.
-    while event::poll(if has_input() { MOMENT } else { Duration::ZERO })? {
+    // With a timeout of zero, `event::poll` does not read standard input.
+    while event::poll(if has_input() { KEY_TIMEOUT } else { Duration::ZERO })? {
         if let Event::Key(key) = event::read()?
             && key.kind == KeyEventKind::Press
             && state.press(key) == Outcome::Quit

@@ -1,5 +1,5 @@
-//! What the last seconds brought: figures only grow, so the recent past is the difference between two snapshots.
-//! Memory is bounded: a second of an event loop takes a few dozen numbers, and only so many seconds are kept.
+//! Computes the values of the last ten seconds. Counters and histograms only grow, so these are differences between
+//! snapshots. Memory is bounded: each second of an event loop takes a few dozen numbers, and few seconds are kept.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,62 +13,62 @@ use crate::model::{
     snapshot::{Listener, Reactor, Snapshot},
 };
 
-/// How far back the recent past goes, in seconds.
+/// Length of the window, in seconds.
 pub(crate) const WINDOW: f64 = 10.0;
 
-/// A look may come a little late.
+/// Tolerance of the window's length for snapshots that come late, in seconds.
 const SLACK: f64 = 0.5;
 
-/// Points of a history: a second each, more than terminals are wide.
+/// Maximum number of points in a history, one for each second: more than a terminal has columns.
 const HISTORY: usize = 512;
 
-/// An event loop: process and thread.
+/// Identifies an event loop: process id and thread id.
 pub(crate) type LoopKey = (u32, u32);
 
-/// An accept queue: process and listener's name.
+/// Identifies an accept queue: process id and name of the listener.
 pub(crate) type QueueKey = (u32, String);
 
-/// A kind of deferred work: process and what it is called.
+/// Identifies a kind of deferred tasks: process id and name of the kind.
 pub(crate) type KindKey = (u32, String);
 
-/// One second of a history, in seconds of delay.
+/// The delays of one second of a history, in seconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Point {
-    /// What 99 % did not exceed.
+    /// The 99th percentile.
     pub(crate) p99: f64,
-    /// The longest.
+    /// The maximum.
     pub(crate) max: f64,
 }
 
 /// Time by [`Cause::PARTS`], in seconds.
 pub(crate) type Parts = [f64; Cause::PARTS.len()];
 
-/// The parts of a split.
+/// Converts a split to an array.
 pub(crate) fn parts(split: &Split) -> Parts {
     Cause::PARTS.map(|cause| split.of(cause))
 }
 
-/// The recent past of an event loop.
+/// An event loop in the window.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct LoopWindow {
-    /// How long it is.
+    /// Length of the window, in seconds; shorter if the subject is younger.
     pub(crate) seconds: f64,
-    /// Delays that instants in it met.
+    /// Lag in the window.
     pub(crate) lag: Histogram,
-    /// Busy time as a share of all; `None` if there was neither busy nor waiting time.
+    /// Busy time as a share of busy and waiting time; `None` if there was neither.
     pub(crate) utilization: Option<f64>,
-    /// Where busy time went.
+    /// Busy time by cause.
     pub(crate) parts: Parts,
-    /// Stalls that ended in it.
+    /// Stalls that ended in the window.
     pub(crate) stalls: u64,
 }
 
-/// The recent past of an accept queue.
+/// An accept queue in the window.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct QueueWindow {
-    /// How long it is.
+    /// Length of the window, in seconds; shorter if the subject is younger.
     pub(crate) seconds: f64,
-    /// Waits that ended in it.
+    /// Waits to be accepted that ended in the window.
     pub(crate) wait: Histogram,
     /// Connections that joined the queue.
     pub(crate) arrivals: u64,
@@ -78,47 +78,47 @@ pub(crate) struct QueueWindow {
     pub(crate) drops: u64,
 }
 
-/// The recent past of a kind of deferred work.
+/// A kind of deferred tasks in the window.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct KindWindow {
-    /// How long it is.
+    /// Length of the window, in seconds; shorter if the subject is younger.
     pub(crate) seconds: f64,
-    /// Waits that ended in it, because the work started.
+    /// Times from enqueue to start, of tasks that started in the window.
     pub(crate) wait: Histogram,
-    /// Work that ended in it: how long it ran.
+    /// Times from start to finish, of tasks that finished in the window.
     pub(crate) run: Histogram,
-    /// Pieces put off.
+    /// Tasks that were enqueued.
     pub(crate) enqueued: u64,
-    /// Pieces that started.
+    /// Tasks that started.
     pub(crate) started: u64,
-    /// Pieces forgotten before they started.
+    /// Tasks that were dropped before they started.
     pub(crate) orphaned: u64,
 }
 
-/// The latest looks at everything, each with what it showed to be new.
+/// The growth of all counters and histograms from snapshot to snapshot.
 #[derive(Default)]
 pub(crate) struct Recent {
-    /// Age of the observation at the last look.
-    looked: f64,
+    /// Duration of the observation as of the last snapshot, in seconds.
+    last_seconds: f64,
     loops: HashMap<LoopKey, Track<LoopGrowth>>,
     queues: HashMap<QueueKey, Track<QueueGrowth>>,
     kinds: HashMap<KindKey, Track<KindGrowth>>,
     runs: HashMap<KindKey, Track<()>>,
 }
 
-/// What is kept of one loop, queue or kind of work.
+/// The growth and the history of one event loop, queue or kind of tasks.
 struct Track<G> {
-    /// Its histogram of delays at the last look.
+    /// The histogram of delays in the last snapshot.
     delays: Histogram,
-    /// What the longest delays come from, at the last look.
+    /// The histogram of the events that cause the longest delays, in the last snapshot.
     events: Histogram,
-    /// Its counters at the last look.
+    /// The counters in the last snapshot.
     counters: G,
-    /// What grew from look to look.
+    /// The growth from snapshot to snapshot, in the window.
     growths: VecDeque<Grown<G>>,
     history: VecDeque<Point>,
-    /// Whether the last look has seen it.
-    is_seen: bool,
+    /// Whether the last snapshot has it.
+    is_present: bool,
 }
 
 struct Grown<G> {
@@ -150,7 +150,7 @@ struct KindGrowth {
     orphaned: u64,
 }
 
-/// Counters that can be compared and summed up.
+/// Counters that can be subtracted and added.
 trait Counters: Copy + Default {
     fn since(self, earlier: Self) -> Self;
     fn plus(self, other: Self) -> Self;
@@ -220,10 +220,10 @@ impl Counters for () {
 }
 
 impl Recent {
-    /// Takes in what is new in a snapshot, and forgets what is no longer in it.
-    pub(crate) fn look(&mut self, snapshot: &Snapshot) {
-        let seconds = (snapshot.duration_seconds - self.looked).max(0.0);
-        self.looked = snapshot.duration_seconds;
+    /// Records the growth since the last snapshot, and removes what is no longer in the snapshot.
+    pub(crate) fn record(&mut self, snapshot: &Snapshot) {
+        let seconds = (snapshot.duration_seconds - self.last_seconds).max(0.0);
+        self.last_seconds = snapshot.duration_seconds;
         for target in &snapshot.targets {
             for reactor in target.reactors.iter().filter(|reactor| !reactor.exited) {
                 let counters = LoopGrowth {
@@ -233,11 +233,12 @@ impl Recent {
                     stalls: reactor.stalls.count,
                 };
                 let track = self.loops.entry((target.pid, reactor.tid)).or_default();
-                // A lag's counts are rounded, so that one may move between neighbours; events are counted exactly.
+                // The counts of a lag are rounded, so a count may move to a neighbouring bucket. Slices and wake-ups are
+                // counted exactly, so the maximum follows from them.
                 let events = [&reactor.slice, &reactor.wakeup].map(|h| h.since(&Histogram::default()));
                 let events = Histogram::grown(events.iter(), reactor.slice.max().max(reactor.wakeup.max()));
                 let age = reactor.current_slice_seconds.unwrap_or(0.0);
-                track.look(seconds, &reactor.lag, &events, counters, age);
+                track.record(seconds, &reactor.lag, &events, counters, age);
             }
             for listener in target.listeners.iter().filter(|listener| !listener.closed) {
                 let counters = QueueGrowth {
@@ -246,27 +247,27 @@ impl Recent {
                     drops: listener.drops.into(),
                 };
                 let track = self.queues.entry((target.pid, listener.name())).or_default();
-                // Those that still wait have waited so long, whenever they will be accepted.
+                // A connection that still waits has a delay already; the histogram gets it when it is accepted.
                 let oldest = listener.oldest_seconds.unwrap_or(0.0);
-                track.look(seconds, &listener.wait, &listener.wait, counters, oldest);
+                track.record(seconds, &listener.wait, &listener.wait, counters, oldest);
             }
             for kind in target.deferred.iter().filter(|_| !target.exited) {
                 let counters =
                     KindGrowth { enqueued: kind.enqueued, started: kind.started, orphaned: kind.orphaned };
-                // What still waits may be meant to: a timer does.
+                // The age of a pending task is no delay: timers wait on purpose.
                 let key = (target.pid, kind.task.clone());
                 let track = self.kinds.entry(key.clone()).or_default();
-                track.look(seconds, &kind.wait, &kind.wait, counters, 0.0);
-                self.runs.entry(key).or_default().look(seconds, &kind.run, &kind.run, (), 0.0);
+                track.record(seconds, &kind.wait, &kind.wait, counters, 0.0);
+                self.runs.entry(key).or_default().record(seconds, &kind.run, &kind.run, (), 0.0);
             }
         }
-        forget_unseen(&mut self.loops);
-        forget_unseen(&mut self.queues);
-        forget_unseen(&mut self.kinds);
-        forget_unseen(&mut self.runs);
+        remove_absent(&mut self.loops);
+        remove_absent(&mut self.queues);
+        remove_absent(&mut self.kinds);
+        remove_absent(&mut self.runs);
     }
 
-    /// The recent past of an event loop.
+    /// An event loop in the window.
     pub(crate) fn of_loop(&self, pid: u32, reactor: &Reactor) -> LoopWindow {
         self.loops.get(&(pid, reactor.tid)).map_or_else(LoopWindow::default, |track| {
             let (seconds, lag, sum) = track.window();
@@ -276,7 +277,7 @@ impl Recent {
         })
     }
 
-    /// The recent past of an accept queue.
+    /// An accept queue in the window.
     pub(crate) fn of_queue(&self, pid: u32, listener: &Listener) -> QueueWindow {
         self.queues.get(&(pid, listener.name())).map_or_else(QueueWindow::default, |track| {
             let (seconds, wait, sum) = track.window();
@@ -284,7 +285,7 @@ impl Recent {
         })
     }
 
-    /// The recent past of a kind of deferred work.
+    /// A kind of deferred tasks in the window.
     pub(crate) fn of_kind(&self, pid: u32, kind: &Deferred) -> KindWindow {
         let key = (pid, kind.task.clone());
         let (Some(waits), Some(runs)) = (self.kinds.get(&key), self.runs.get(&key)) else {
@@ -295,24 +296,24 @@ impl Recent {
         KindWindow { seconds, wait, run, enqueued, started, orphaned }
     }
 
-    /// The lag of an event loop second by second, oldest first.
+    /// The lag of an event loop in each second, oldest first.
     pub(crate) fn history_of_loop(&self, key: LoopKey) -> impl DoubleEndedIterator<Item = Point> {
         self.loops.get(&key).into_iter().flat_map(|track| track.history.iter().copied())
     }
 
-    /// The waits in an accept queue second by second, oldest first.
+    /// The waits in an accept queue in each second, oldest first.
     pub(crate) fn history_of_queue(&self, key: &QueueKey) -> impl DoubleEndedIterator<Item = Point> {
         self.queues.get(key).into_iter().flat_map(|track| track.history.iter().copied())
     }
 
-    /// The waits of a kind of work second by second, oldest first.
+    /// The waits of a kind of deferred tasks in each second, oldest first.
     pub(crate) fn history_of_kind(&self, key: &KindKey) -> impl DoubleEndedIterator<Item = Point> {
         self.kinds.get(key).into_iter().flat_map(|track| track.history.iter().copied())
     }
 }
 
-fn forget_unseen<K: Eq + Hash, G>(tracks: &mut HashMap<K, Track<G>>) {
-    tracks.retain(|_, track| std::mem::take(&mut track.is_seen));
+fn remove_absent<K: Eq + Hash, G>(tracks: &mut HashMap<K, Track<G>>) {
+    tracks.retain(|_, track| std::mem::take(&mut track.is_present));
 }
 
 impl<G: Counters> Default for Track<G> {
@@ -323,13 +324,14 @@ impl<G: Counters> Default for Track<G> {
             counters: G::default(),
             growths: VecDeque::new(),
             history: VecDeque::new(),
-            is_seen: false,
+            is_present: false,
         }
     }
 }
 
 impl<G: Counters> Track<G> {
-    fn look(&mut self, seconds: f64, delays: &Histogram, events: &Histogram, counters: G, at_least: f64) {
+    /// Adds the growth of `seconds`. `at_least` is the age of a slice or wait that has not ended, in seconds.
+    fn record(&mut self, seconds: f64, delays: &Histogram, events: &Histogram, counters: G, at_least: f64) {
         let events_growth = events.since(&self.events);
         let longest = Histogram::grown([&events_growth].into_iter(), events.max()).max().max(at_least);
         let growth = Grown {
@@ -349,14 +351,14 @@ impl<G: Counters> Track<G> {
         self.delays.clone_from(delays);
         self.events.clone_from(events);
         self.counters = counters;
-        self.is_seen = true;
+        self.is_present = true;
     }
 
     fn seconds(&self) -> f64 {
         self.growths.iter().map(|growth| growth.seconds).sum()
     }
 
-    /// Length, delays and counters of the recent past.
+    /// Length, delays and counters of the window.
     fn window(&self) -> (f64, Histogram, G) {
         let longest = self.growths.iter().map(|growth| growth.longest).fold(0.0, f64::max);
         let delays = Histogram::grown(self.growths.iter().map(|growth| &growth.delays), longest);
@@ -370,14 +372,14 @@ mod tests {
     use super::{super::testing, *};
 
     #[test]
-    fn what_is_over_is_not_recent() {
+    fn a_delay_leaves_the_window() {
         let mut recent = Recent::default();
         let late = testing::snapshot(1.0, |reactor| testing::slept(reactor, 1));
-        recent.look(&late);
+        recent.record(&late);
         let reactor = &late.targets[0].reactors[0];
         assert!(recent.of_loop(10, reactor).lag.max() > 0.1);
         for second in 2..=13 {
-            recent.look(&testing::snapshot(f64::from(second), |reactor| testing::slept(reactor, 1)));
+            recent.record(&testing::snapshot(f64::from(second), |reactor| testing::slept(reactor, 1)));
         }
         let now = recent.of_loop(10, reactor);
         assert!((now.seconds - WINDOW).abs() <= SLACK, "{}", now.seconds);
@@ -388,44 +390,44 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_and_the_gone_are_forgotten() {
+    fn memory_is_bounded_and_what_has_exited_is_removed() {
         let mut recent = Recent::default();
         for second in 1..=1000 {
-            recent.look(&testing::snapshot(f64::from(second), |reactor| testing::slept(reactor, second)));
+            recent.record(&testing::snapshot(f64::from(second), |reactor| testing::slept(reactor, second)));
         }
         let track = &recent.loops[&(10, 11)];
         assert_eq!(track.history.len(), HISTORY);
         assert!(track.growths.len() <= 11, "{}", track.growths.len());
-        recent.look(&testing::snapshot(1001.0, |reactor| reactor.exited = true));
+        recent.record(&testing::snapshot(1001.0, |reactor| reactor.exited = true));
         assert!(recent.loops.is_empty());
         assert!(!recent.queues.is_empty());
     }
 
     #[test]
-    fn deferred_work_has_a_recent_past() {
+    fn deferred_tasks_have_a_window() {
         let mut recent = Recent::default();
         for second in 1..=20u32 {
             let mut snapshot = testing::snapshot(f64::from(second), |_| {});
             snapshot.targets[0].deferred = vec![testing::kind("mail", u64::from(second) * 5)];
             snapshot.targets[0].deferred[0].oldest_seconds = Some(3600.0);
-            recent.look(&snapshot);
+            recent.record(&snapshot);
         }
         let now = recent.of_kind(10, &testing::kind("mail", 100));
         assert_eq!((now.enqueued, now.started, now.orphaned), (60, 50, 10));
         assert_eq!((now.wait.count(), now.run.count()), (50, 50));
-        // Work that is put off for an hour is not late.
+        // A task that was enqueued an hour ago, such as a timer, is no delay.
         let key = (10, "mail".to_owned());
         assert!(recent.history_of_kind(&key).all(|point| point.max < 0.1));
-        recent.look(&testing::snapshot(21.0, |_| {}));
+        recent.record(&testing::snapshot(21.0, |_| {}));
         assert!(recent.kinds.is_empty() && recent.runs.is_empty());
     }
 
     #[test]
-    fn a_queue_that_nobody_accepts_from_has_a_history() {
+    fn a_queue_without_accepts_has_a_history() {
         let mut recent = Recent::default();
         let mut stuck = testing::snapshot(1.0, |_| {});
         stuck.targets[0].listeners[0].oldest_seconds = Some(7.0);
-        recent.look(&stuck);
+        recent.record(&stuck);
         let key = (10, stuck.targets[0].listeners[0].name());
         assert!((recent.history_of_queue(&key).last().unwrap().max - 7.0).abs() < 1e-9);
     }

@@ -1,4 +1,4 @@
-//! The terminal while the view has it, and its way back to the shell: after a quit, an error, a signal, a panic.
+//! Puts the terminal into the state that the view needs, and restores it after a quit, an error, a signal or a panic.
 
 use std::{
     io::{self, Write as _, stdout},
@@ -14,28 +14,28 @@ use ratatui::crossterm::{
 
 use super::messages;
 
-/// Has the terminal until it is dropped.
+/// Owns the terminal until it is dropped.
 pub(super) struct Screen;
 
 impl Screen {
-    /// Takes the terminal.
+    /// Switches the terminal to raw mode and the alternate screen, and buffers messages.
     pub(super) fn take() -> io::Result<Self> {
         static HOOK: Once = Once::new();
         HOOK.call_once(|| {
-            let tell = panic::take_hook();
-            // Whoever panics tells so on the shell's screen. If the view survives it, the view comes back.
+            let previous = panic::take_hook();
+            // The panic message goes to the shell's screen. If observer survives the panic, `retake` restores the view.
             panic::set_hook(Box::new(move |info| {
                 leave();
-                tell(info);
+                previous(info);
             }));
         });
         enter()?;
         Ok(Self)
     }
 
-    /// Takes the terminal again if a panic gave it away; returns whether that was so.
+    /// Takes the terminal again if a panic has restored it. Returns whether that was the case.
     pub(super) fn retake(&self) -> io::Result<bool> {
-        let is_lost = !messages::are_held();
+        let is_lost = !messages::is_buffering();
         if is_lost {
             enter()?;
         }
@@ -50,7 +50,7 @@ impl Drop for Screen {
 }
 
 fn enter() -> io::Result<()> {
-    messages::hold();
+    messages::start_buffering();
     let entered = enable_raw_mode().and_then(|()| execute!(stdout(), EnterAlternateScreen, Hide));
     if entered.is_err() {
         leave();
@@ -58,14 +58,14 @@ fn enter() -> io::Result<()> {
     entered
 }
 
-/// Gives the terminal back as it was, and tells what had to wait for that. Does nothing the second time.
+/// Restores the terminal and writes the buffered messages. Does nothing when called again.
 fn leave() {
-    if messages::stop_holding() {
-        // The terminal may be gone: there is nobody to tell.
+    if messages::stop_buffering() {
+        // These fail if the terminal is gone; then there is nothing to restore.
         let _shown = execute!(stdout(), LeaveAlternateScreen, Show);
         let _cooked = disable_raw_mode();
         let _flushed = stdout().flush();
-        messages::release();
+        messages::flush();
     }
 }
 
@@ -77,9 +77,9 @@ mod tests {
 
     const INSIDE: &str = "OBSERVER_TEST_PANIC_IN_VIEW";
 
-    /// Runs itself again in a terminal, and panics there.
+    /// Runs this test again inside a terminal, where it panics.
     #[test]
-    fn a_panic_gives_the_terminal_back_and_can_be_read() {
+    fn a_panic_restores_the_terminal_and_is_readable() {
         if env::var_os(INSIDE).is_some() {
             let _screen = Screen::take().unwrap();
             io::Write::write_all(&mut messages::Messages, b"held back\n").unwrap();
@@ -91,12 +91,12 @@ mod tests {
                 Command::new("tmux").args(["-L", &socket, "-f", "/dev/null"]).args(arguments).output();
             output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
         };
-        let name = "export::live::screen::tests::a_panic_gives_the_terminal_back_and_can_be_read";
+        let name = "export::live::screen::tests::a_panic_restores_the_terminal_and_is_readable";
         let exe = env::current_exe().unwrap();
         let inside =
             format!("{INSIDE}=1 {} --nocapture --exact {name}; stty -a; exec sleep 60", exe.display());
         if tmux(&["new-session", "-d", "-x", "150", "-y", "50", &inside]).is_err() {
-            eprintln!("skipped: {name}: there is no tmux here");
+            eprintln!("skipped: {name}: tmux is not installed");
             return;
         }
         let mut screen = String::new();

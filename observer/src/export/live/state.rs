@@ -1,4 +1,4 @@
-//! What is shown: rows in their order, the filter, what is selected, which page. Knows keys, but no terminal.
+//! The state of the view: rows and their order, filter, selection, page. Handles keys, and never uses the terminal.
 
 use std::cmp::Ordering;
 
@@ -13,34 +13,34 @@ use crate::model::{
 /// The order of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sort {
-    /// Those that are late most come first.
-    Late,
-    /// Those that have most to do come first.
-    Busy,
-    /// By process and name.
+    /// Highest lag or longest wait first.
+    Lag,
+    /// Highest load first: busy time, accepts, or tasks that started.
+    Load,
+    /// By process name, process id and name.
     Name,
 }
 
 impl Sort {
-    /// As the heading has it.
+    /// The order in the heading of the lists.
     pub(super) const fn name(self) -> &'static str {
         match self {
-            Self::Late => "latest first",
-            Self::Busy => "busiest first",
+            Self::Lag => "by lag",
+            Self::Load => "by load",
             Self::Name => "by name",
         }
     }
 
     const fn next(self) -> Self {
         match self {
-            Self::Late => Self::Busy,
-            Self::Busy => Self::Name,
-            Self::Name => Self::Late,
+            Self::Lag => Self::Load,
+            Self::Load => Self::Name,
+            Self::Name => Self::Lag,
         }
     }
 }
 
-/// One of the lists, in the order in which they are shown.
+/// A list of the overview. The variants are in the order of the screen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum List {
     Loops,
@@ -56,60 +56,60 @@ impl List {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Page {
     Overview,
-    /// All about what is selected.
+    /// All values of the selected row.
     Details,
     Help,
 }
 
-/// What a key leads to, beside another picture.
+/// Whether the view goes on after a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Stay,
     Quit,
 }
 
-/// An event loop, by its places in the snapshot.
+/// An event loop, by its indices in the snapshot.
 pub(super) struct LoopRow {
     target: usize,
     reactor: usize,
     pub(super) window: LoopWindow,
 }
 
-/// An accept queue, by its places in the snapshot.
+/// An accept queue, by its indices in the snapshot.
 pub(super) struct QueueRow {
     target: usize,
     listener: usize,
     pub(super) window: QueueWindow,
 }
 
-/// A kind of deferred work, by its places in the snapshot.
+/// A kind of deferred tasks, by its indices in the snapshot.
 pub(super) struct KindRow {
     target: usize,
     kind: usize,
     pub(super) window: KindWindow,
 }
 
-/// Everything that decides what the screen shows.
+/// All that decides what the screen shows.
 pub(super) struct State {
     recent: Recent,
-    /// What is shown; `None` before the first look.
+    /// The snapshot on the screen; `None` before the first one.
     snapshot: Option<Snapshot>,
     loops: Vec<LoopRow>,
     queues: Vec<QueueRow>,
     kinds: Vec<KindRow>,
-    /// Looks taken since the picture was stopped; `None` while it moves.
+    /// Number of snapshots recorded since the view was paused; `None` unless it is paused.
     paused: Option<usize>,
     pub(super) page: Page,
     pub(super) list: List,
     pub(super) sort: Sort,
     pub(super) filter: String,
-    /// Whether keys go into the filter.
+    /// Whether keys edit the filter.
     pub(super) is_typing: bool,
-    /// What the user has chosen; where there is none or it is gone, the first row is.
+    /// The rows that the user has selected. If none is selected or the row is gone, the first row counts as selected.
     chosen_loop: Option<LoopKey>,
     chosen_queue: Option<QueueKey>,
     chosen_kind: Option<KindKey>,
-    /// Lines of a long page that are above the screen; drawing limits it.
+    /// Number of lines of a long page that are above the screen. Drawing limits it to the length of the page.
     pub(super) scrolled: u16,
 }
 
@@ -124,7 +124,7 @@ impl Default for State {
             paused: None,
             page: Page::Overview,
             list: List::Loops,
-            sort: Sort::Late,
+            sort: Sort::Lag,
             filter: String::new(),
             is_typing: false,
             chosen_loop: None,
@@ -136,11 +136,11 @@ impl Default for State {
 }
 
 impl State {
-    /// Takes a look in; shows it unless the picture is stopped.
-    pub(super) fn look(&mut self, snapshot: Snapshot) {
-        self.recent.look(&snapshot);
-        if let Some(looks) = &mut self.paused {
-            *looks += 1;
+    /// Records a snapshot, and shows it unless the view is paused.
+    pub(super) fn update(&mut self, snapshot: Snapshot) {
+        self.recent.record(&snapshot);
+        if let Some(recorded) = &mut self.paused {
+            *recorded += 1;
             return;
         }
         let targets = || snapshot.targets.iter().enumerate();
@@ -169,7 +169,7 @@ impl State {
             })
             .collect();
         self.snapshot = Some(snapshot);
-        self.arrange();
+        self.sort_rows();
     }
 
     pub(super) fn snapshot(&self) -> Option<&Snapshot> {
@@ -180,7 +180,7 @@ impl State {
         self.paused.is_some()
     }
 
-    /// All event loops there are, in their order, whatever the filter says.
+    /// All event loops in the order of the list, without regard to the filter.
     pub(super) fn all_loops(&self) -> impl Iterator<Item = (&LoopRow, &Target, &Reactor)> {
         let targets = self.snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.targets);
         self.loops.iter().map(|row| {
@@ -189,7 +189,7 @@ impl State {
         })
     }
 
-    /// All accept queues there are, in their order, whatever the filter says.
+    /// All accept queues in the order of the list, without regard to the filter.
     pub(super) fn all_queues(&self) -> impl Iterator<Item = (&QueueRow, &Target, &Listener)> {
         let targets = self.snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.targets);
         self.queues.iter().map(|row| {
@@ -198,7 +198,7 @@ impl State {
         })
     }
 
-    /// All kinds of deferred work there are, in their order, whatever the filter says.
+    /// All kinds of deferred tasks in the order of the list, without regard to the filter.
     pub(super) fn all_kinds(&self) -> impl Iterator<Item = (&KindRow, &Target, &Deferred)> {
         let targets = self.snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.targets);
         self.kinds.iter().map(|row| {
@@ -207,72 +207,73 @@ impl State {
         })
     }
 
-    /// Those whose name or process the filter finds.
+    /// The event loops whose name or process matches the filter.
     pub(super) fn loops(&self) -> impl Iterator<Item = (&LoopRow, &Target, &Reactor)> {
-        self.all_loops()
-            .filter(|(_, target, reactor)| self.is_wanted(target, &[&reactor.name, &reactor.tid.to_string()]))
+        self.all_loops().filter(|(_, target, reactor)| {
+            self.matches_filter(target, &[&reactor.name, &reactor.tid.to_string()])
+        })
     }
 
-    /// Those whose address or process the filter finds.
+    /// The accept queues whose address or process matches the filter.
     pub(super) fn queues(&self) -> impl Iterator<Item = (&QueueRow, &Target, &Listener)> {
-        self.all_queues().filter(|(_, target, listener)| self.is_wanted(target, &[&listener.name()]))
+        self.all_queues().filter(|(_, target, listener)| self.matches_filter(target, &[&listener.name()]))
     }
 
-    /// Those whose name or process the filter finds.
+    /// The kinds of deferred tasks whose name or process matches the filter.
     pub(super) fn kinds(&self) -> impl Iterator<Item = (&KindRow, &Target, &Deferred)> {
-        self.all_kinds().filter(|(_, target, kind)| self.is_wanted(target, &[&kind.task]))
+        self.all_kinds().filter(|(_, target, kind)| self.matches_filter(target, &[&kind.task]))
     }
 
-    fn is_wanted(&self, target: &Target, names: &[&str]) -> bool {
+    fn matches_filter(&self, target: &Target, names: &[&str]) -> bool {
         let filter = self.filter.to_lowercase();
         let pid = target.pid.to_string();
         let mut all = [target.comm.as_str(), &pid].into_iter().chain(names.iter().copied());
         all.any(|name| name.to_lowercase().contains(&filter))
     }
 
-    /// Place of the selected loop among those shown.
+    /// Index of the selected row in `loops`.
     pub(super) fn selected_loop(&self) -> usize {
-        let place = self.loops().position(|(_, target, reactor)| {
+        let index = self.loops().position(|(_, target, reactor)| {
             self.chosen_loop.is_some_and(|chosen| chosen == (target.pid, reactor.tid))
         });
-        place.unwrap_or(0)
+        index.unwrap_or(0)
     }
 
-    /// Place of the selected queue among those shown.
+    /// Index of the selected row in `queues`.
     pub(super) fn selected_queue(&self) -> usize {
-        let place = self.queues().position(|(_, target, listener)| {
+        let index = self.queues().position(|(_, target, listener)| {
             self.chosen_queue
                 .as_ref()
                 .is_some_and(|(pid, name)| *pid == target.pid && *name == listener.name())
         });
-        place.unwrap_or(0)
+        index.unwrap_or(0)
     }
 
-    /// Place of the selected kind of work among those shown.
+    /// Index of the selected row in `kinds`.
     pub(super) fn selected_kind(&self) -> usize {
-        let place = self.kinds().position(|(_, target, kind)| {
+        let index = self.kinds().position(|(_, target, kind)| {
             self.chosen_kind.as_ref().is_some_and(|(pid, task)| *pid == target.pid && *task == kind.task)
         });
-        place.unwrap_or(0)
+        index.unwrap_or(0)
     }
 
-    /// Delays of a loop second by second, newest first.
+    /// The lag of an event loop in each second, newest first.
     pub(super) fn history_of_loop(&self, key: LoopKey) -> impl Iterator<Item = Point> {
         self.recent.history_of_loop(key).rev().skip(self.paused.unwrap_or(0))
     }
 
-    /// Waits in a queue second by second, newest first.
+    /// The waits in a queue in each second, newest first.
     pub(super) fn history_of_queue(&self, key: &QueueKey) -> impl Iterator<Item = Point> {
         self.recent.history_of_queue(key).rev().skip(self.paused.unwrap_or(0))
     }
 
-    /// Waits of a kind of work second by second, newest first.
+    /// The waits of a kind of deferred tasks in each second, newest first.
     pub(super) fn history_of_kind(&self, key: &KindKey) -> impl Iterator<Item = Point> {
         self.recent.history_of_kind(key).rev().skip(self.paused.unwrap_or(0))
     }
 
-    /// Brings rows into their order.
-    fn arrange(&mut self) {
+    /// Sorts the rows of all lists.
+    fn sort_rows(&mut self) {
         let Some(snapshot) = &self.snapshot else { return };
         let (sort, targets) = (self.sort, &snapshot.targets);
         let names = |target: usize| (&targets[target].comm, targets[target].pid);
@@ -284,10 +285,10 @@ impl State {
                 (names(row.target), &reactor.name, reactor.tid)
             };
             let order = match sort {
-                Sort::Late => {
+                Sort::Lag => {
                     descending(lateness(a).0, lateness(b).0).then(descending(lateness(a).1, lateness(b).1))
                 }
-                Sort::Busy => descending(busy(a), busy(b)),
+                Sort::Load => descending(busy(a), busy(b)),
                 Sort::Name => Ordering::Equal,
             };
             order.then_with(|| reactor(a).cmp(&reactor(b)))
@@ -297,8 +298,8 @@ impl State {
             let longest =
                 |row: &QueueRow| row.window.wait.max().max(listener(row).oldest_seconds.unwrap_or(0.0));
             let order = match sort {
-                Sort::Late => descending(longest(a), longest(b)),
-                Sort::Busy => b.window.accepts.cmp(&a.window.accepts),
+                Sort::Lag => descending(longest(a), longest(b)),
+                Sort::Load => b.window.accepts.cmp(&a.window.accepts),
                 Sort::Name => Ordering::Equal,
             };
             let key = |row: &QueueRow| (names(row.target), listener(row).name());
@@ -307,8 +308,8 @@ impl State {
         self.kinds.sort_by(|a, b| {
             let kind = |row: &KindRow| &targets[row.target].deferred[row.kind];
             let order = match sort {
-                Sort::Late => descending(a.window.wait.max(), b.window.wait.max()),
-                Sort::Busy => b.window.started.cmp(&a.window.started),
+                Sort::Lag => descending(a.window.wait.max(), b.window.wait.max()),
+                Sort::Load => b.window.started.cmp(&a.window.started),
                 Sort::Name => Ordering::Equal,
             };
             let key = |row: &KindRow| (names(row.target), &kind(row).task);
@@ -316,7 +317,7 @@ impl State {
         });
     }
 
-    /// Does what a key asks for.
+    /// Handles a key.
     pub(super) fn press(&mut self, key: KeyEvent) -> Outcome {
         if key.modifiers.contains(KeyModifiers::CONTROL) {
             return if key.code == KeyCode::Char('c') { Outcome::Quit } else { Outcome::Stay };
@@ -335,7 +336,7 @@ impl State {
             }
             KeyCode::Char('s') => {
                 self.sort = self.sort.next();
-                self.arrange();
+                self.sort_rows();
             }
             KeyCode::Char('/' | 'f') => {
                 self.show(Page::Overview);
@@ -348,12 +349,12 @@ impl State {
             }
             KeyCode::Tab => self.change_list(1),
             KeyCode::BackTab => self.change_list(List::ALL.len() - 1),
-            KeyCode::Up | KeyCode::Char('k') => self.go(-1),
-            KeyCode::Down | KeyCode::Char('j') => self.go(1),
-            KeyCode::PageUp => self.go(-10),
-            KeyCode::PageDown => self.go(10),
-            KeyCode::Home => self.go(-i32::from(u16::MAX)),
-            KeyCode::End => self.go(i32::from(u16::MAX)),
+            KeyCode::Up | KeyCode::Char('k') => self.move_by(-1),
+            KeyCode::Down | KeyCode::Char('j') => self.move_by(1),
+            KeyCode::PageUp => self.move_by(-10),
+            KeyCode::PageDown => self.move_by(10),
+            KeyCode::Home => self.move_by(-i32::from(u16::MAX)),
+            KeyCode::End => self.move_by(i32::from(u16::MAX)),
             _ => {}
         }
         Outcome::Stay
@@ -379,12 +380,12 @@ impl State {
         self.scrolled = 0;
     }
 
-    /// Goes so many lists on, or as many again where there is nothing in that one.
+    /// Selects the list that is `by` lists further, and goes on by as many while the list is empty.
     fn change_list(&mut self, by: usize) {
         self.scrolled = 0;
         for _ in List::ALL {
-            let place = List::ALL.iter().position(|list| *list == self.list).unwrap_or(0);
-            self.list = List::ALL[(place + by) % List::ALL.len()];
+            let index = List::ALL.iter().position(|list| *list == self.list).unwrap_or(0);
+            self.list = List::ALL[(index + by) % List::ALL.len()];
             if self.has_selection() {
                 return;
             }
@@ -399,31 +400,31 @@ impl State {
         }
     }
 
-    /// Moves by so many rows, or lines of a long page.
-    fn go(&mut self, by: i32) {
+    /// Moves the selection by `by` rows, or scrolls a long page by `by` lines.
+    fn move_by(&mut self, by: i32) {
         if self.page != Page::Overview {
             let line = i32::from(self.scrolled).saturating_add(by).clamp(0, u16::MAX.into());
             self.scrolled = u16::try_from(line).unwrap_or(u16::MAX);
             return;
         }
-        let moved = |place: usize, count: usize| {
-            let place = i32::try_from(place).unwrap_or(0).saturating_add(by).max(0);
-            usize::try_from(place).unwrap_or(0).min(count.saturating_sub(1))
+        let moved = |index: usize, count: usize| {
+            let index = i32::try_from(index).unwrap_or(0).saturating_add(by).max(0);
+            usize::try_from(index).unwrap_or(0).min(count.saturating_sub(1))
         };
         match self.list {
             List::Loops => {
-                let place = moved(self.selected_loop(), self.loops().count());
-                let chosen = self.loops().nth(place).map(|(_, target, reactor)| (target.pid, reactor.tid));
+                let index = moved(self.selected_loop(), self.loops().count());
+                let chosen = self.loops().nth(index).map(|(_, target, reactor)| (target.pid, reactor.tid));
                 self.chosen_loop = chosen;
             }
             List::Queues => {
-                let place = moved(self.selected_queue(), self.queues().count());
-                let chosen = self.queues().nth(place);
+                let index = moved(self.selected_queue(), self.queues().count());
+                let chosen = self.queues().nth(index);
                 self.chosen_queue = chosen.map(|(_, target, listener)| (target.pid, listener.name()));
             }
             List::Kinds => {
-                let place = moved(self.selected_kind(), self.kinds().count());
-                let chosen = self.kinds().nth(place);
+                let index = moved(self.selected_kind(), self.kinds().count());
+                let chosen = self.kinds().nth(index);
                 self.chosen_kind = chosen.map(|(_, target, kind)| (target.pid, kind.task.clone()));
             }
         }
@@ -450,7 +451,7 @@ mod tests {
         }
     }
 
-    /// Three loops: one late, one busy, one neither; two queues.
+    /// Three event loops: a late one, a busy one, an idle one; and two queues.
     fn state(seconds: f64) -> State {
         let mut snapshot = testing::snapshot(seconds, |reactor| testing::slept(reactor, 3));
         let add = |snapshot: &mut Snapshot, name: &str, tid: u32, busy: f64| {
@@ -464,7 +465,7 @@ mod tests {
         (other.address, other.oldest_seconds) = ("[::]:443".into(), Some(3.0));
         snapshot.targets[0].listeners.push(other);
         let mut state = State::default();
-        state.look(snapshot);
+        state.update(snapshot);
         state
     }
 
@@ -473,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_sorted_as_asked_and_the_selection_stays() {
+    fn rows_are_sorted_and_the_selection_stays() {
         let mut state = state(1.0);
         assert_eq!(names(&state), ["reactor", "alpha", "busy"]);
         assert_eq!(state.queues().next().unwrap().2.address, "[::]:443");
@@ -496,7 +497,7 @@ mod tests {
         assert_eq!(state.all_loops().count(), 3);
         press(&mut state, &[KeyCode::Esc]);
         assert_eq!((names(&state).len(), state.queues().count()), (3, 2));
-        // `q` is a letter while one types, and Ctrl-C is not.
+        // While the filter is edited, `q` is a letter, and Ctrl-C still quits.
         press(&mut state, &[KeyCode::Char('f')]);
         typed(&mut state, "443q");
         assert_eq!(state.filter, "443q");
@@ -519,11 +520,11 @@ mod tests {
     }
 
     #[test]
-    fn kinds_of_work_are_a_list_of_their_own() {
+    fn kinds_of_tasks_are_the_third_list() {
         let mut snapshot = testing::snapshot(1.0, |_| {});
         snapshot.targets[0].deferred = vec![testing::kind("archive", 5), testing::kind("mail", 50)];
         let mut state = State::default();
-        state.look(snapshot);
+        state.update(snapshot);
         let tasks = |state: &State| state.kinds().map(|(.., kind)| kind.task.clone()).collect::<Vec<_>>();
         assert_eq!(tasks(&state), ["archive", "mail"]);
         press(&mut state, &[KeyCode::BackTab, KeyCode::Down, KeyCode::Char('s')]);
@@ -538,30 +539,30 @@ mod tests {
             (tasks(&state), state.list, state.page),
             (vec!["archive".into()], List::Kinds, Page::Details)
         );
-        state.look(testing::snapshot(2.0, |_| {}));
+        state.update(testing::snapshot(2.0, |_| {}));
         assert_eq!(state.kinds().count(), 0);
-        // Where the list is empty the next one is gone to.
+        // An empty list is skipped.
         press(&mut state, &[KeyCode::Esc, KeyCode::Esc, KeyCode::Tab]);
         assert_eq!(state.list, List::Loops);
     }
 
     #[test]
-    fn a_stopped_picture_stands_still_and_nothing_is_missed() {
+    fn a_paused_view_does_not_change_and_misses_nothing() {
         let mut state = state(1.0);
         let history = |state: &State| state.history_of_loop((10, 11)).collect::<Vec<_>>();
         press(&mut state, &[KeyCode::Char('p')]);
         let before = history(&state);
-        state.look(testing::snapshot(2.0, |reactor| testing::slept(reactor, 9)));
+        state.update(testing::snapshot(2.0, |reactor| testing::slept(reactor, 9)));
         assert_eq!(state.snapshot().unwrap().duration_seconds, 1.0);
         assert_eq!((names(&state).len(), history(&state)), (3, before));
         press(&mut state, &[KeyCode::Char('p')]);
-        state.look(testing::snapshot(3.0, |reactor| testing::slept(reactor, 9)));
+        state.update(testing::snapshot(3.0, |reactor| testing::slept(reactor, 9)));
         assert_eq!((names(&state).len(), history(&state).len()), (1, 3));
         assert_eq!(state.loops().next().unwrap().0.window.stalls, 9);
     }
 
     #[test]
-    fn no_key_hurts_where_nothing_is_shown() {
+    fn no_key_panics_before_the_first_snapshot() {
         let mut state = State::default();
         for key in "?ps/f \t".chars() {
             press(

@@ -1,4 +1,4 @@
-//! A server of figures for the view's tests: one event loop, one accept queue, and a kind of deferred work where asked.
+//! Snapshots for tests: a process with an event loop, an accept queue and, if asked for, deferred tasks.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::model::{
 };
 use observer_common::{block::Block, histogram as kernel, listener::DEPTHS};
 
-/// Durations in milliseconds, each so many times.
+/// A histogram of `(milliseconds, count)`.
 pub(crate) fn histogram(durations: &[(u64, u64)]) -> Histogram {
     let mut raw = kernel::Histogram::EMPTY;
     for &(milliseconds, times) in durations {
@@ -27,7 +27,7 @@ pub(crate) fn histogram(durations: &[(u64, u64)]) -> Histogram {
     Histogram::from(&raw)
 }
 
-/// Makes a loop one that slept for 120 ms so often.
+/// Changes a loop into one that slept for 120 ms, `times` times.
 pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
     reactor.lag = histogram(&[(120, u64::from(times) * 10), (60, u64::from(times) * 130)]);
     reactor.slice = histogram(&[(120, u64::from(times))]);
@@ -62,7 +62,7 @@ pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
     reactor.stalls = stalls.ranked(reactor.lag.sum() * 0.001);
 }
 
-/// The request that all stalls are for.
+/// The request of all stalls.
 fn request() -> Request {
     Request { id: 7, method: Some("GET".into()), path: Some("/job/7".into()), ..Request::default() }
 }
@@ -73,7 +73,7 @@ fn split(times: f64) -> Split {
     split
 }
 
-/// A kind of work of which so many pieces started, each after 2 ms, and a fifth as many were forgotten.
+/// A kind of which `started` tasks started, each after 2 ms, and a fifth as many were dropped.
 pub(crate) fn kind(task: &str, started: u64) -> Deferred {
     Deferred {
         task: task.into(),
@@ -90,7 +90,7 @@ pub(crate) fn kind(task: &str, started: u64) -> Deferred {
     }
 }
 
-/// Everything known so many seconds after the start.
+/// The snapshot `seconds` seconds after the start, with `change` applied to the event loop.
 pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snapshot {
     let mut reactor = Reactor {
         tid: 11,

@@ -1,5 +1,5 @@
-//! How things look: colours, unless NO_COLOR asks for none, and characters that the terminal's locale has. Nothing is
-//! told by colour alone.
+//! Colours and characters of the live view. NO_COLOR turns colours off, and the locale decides whether block characters
+//! are used. No information is shown by colour alone.
 
 use std::env;
 
@@ -8,19 +8,19 @@ use ratatui::style::{Color, Modifier, Style};
 
 use crate::model::{busy::Cause, lag::LATE};
 
-/// From here on a delay is no longer nothing, in seconds.
+/// Delays from here on are highlighted, in seconds.
 const NOTABLE: f64 = 0.010;
 
-/// What the terminal can show.
+/// What the terminal can display.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Theme {
     pub(super) has_colours: bool,
-    /// Whether block characters can be shown, or ASCII alone.
+    /// Whether the terminal shows block characters; if not, only ASCII is used.
     pub(super) has_blocks: bool,
 }
 
 impl Theme {
-    /// As the environment has it.
+    /// Reads NO_COLOR and the locale.
     pub(super) fn of_environment() -> Self {
         let is_set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
         let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find(|name| is_set(name));
@@ -67,7 +67,7 @@ impl Theme {
         }
     }
 
-    /// A part of a bar; without colours neighbours differ by being `reversed` in turn.
+    /// The style of a part of a bar. Without colours every other part is `reversed`, so that neighbours differ.
     pub(super) fn part(self, cause: Cause, reversed: bool) -> Style {
         if !self.has_colours {
             return if reversed { Style::new().add_modifier(Modifier::REVERSED) } else { Style::new() };
@@ -86,7 +86,7 @@ impl Theme {
         Style::new().fg(Color::Black).bg(colour)
     }
 
-    /// From nothing to a full cell.
+    /// Characters from an empty cell to a full one.
     pub(super) const fn levels(self) -> &'static [&'static str] {
         if self.has_blocks {
             &[" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"]
@@ -95,29 +95,29 @@ impl Theme {
         }
     }
 
-    /// A cell up to which only the longest delays come.
+    /// A cell that only the maximum reaches.
     pub(super) const fn light(self) -> &'static str {
         if self.has_blocks { "░" } else { ":" }
     }
 
-    /// A place that is taken in a queue, and one that is free.
-    pub(super) const fn places(self) -> (&'static str, &'static str) {
+    /// The filled and the empty cell of a bar.
+    pub(super) const fn bar_cells(self) -> (&'static str, &'static str) {
         if self.has_blocks { ("█", "░") } else { ("#", ".") }
     }
 
-    /// Marks what is selected.
+    /// The marker of the selected row.
     pub(super) const fn mark(self) -> &'static str {
         if self.has_blocks { "▶" } else { ">" }
     }
 }
 
-/// Names short enough for a bar.
+/// The names of causes in a bar.
 pub(super) const fn short_name(cause: Cause) -> &'static str {
     match cause {
         Cause::Cpu => "cpu",
         Cause::Runqueue => "wait cpu",
         Cause::Blocked(Block::Lock) => "lock",
-        Cause::Blocked(Block::Disk) => "files",
+        Cause::Blocked(Block::Disk) => "file I/O",
         Cause::Blocked(Block::Network) => "network",
         Cause::Blocked(Block::Sleep) => "asleep",
         Cause::Blocked(Block::PageFault) => "page faults",

@@ -1,26 +1,26 @@
-//! The first lines of the view: is it late, and whose fault is it? About the last seconds, unlike the report.
+//! The first lines of the view: is the server late, and whose fault is it? They are about the last ten seconds; those of
+//! the report are about the whole observation.
 
 use super::{
     recent::{LoopWindow, WINDOW},
     state::{LoopRow, QueueRow, State},
-    work,
+    tasks,
 };
 use crate::{
     export::{
         live::finding::{Finding, age, rate},
-        words::{named, percent, span},
+        words::{cause_name, oldest, percent, site_cause, span, stack},
     },
     model::{
         busy::Cause,
-        frame::Look,
         lag::{LATE, PROBE_SECONDS},
         snapshot::{Listener, Reactor, Target},
         stall::Site,
     },
 };
 
-/// All that is late, the worst event loop first, the worst accept queue second, deferred work third; and, last, what is
-/// never done.
+/// All findings: the worst event loop, the worst accept queue and the worst kind of deferred tasks first, then the other
+/// event loops, queues and kinds, and dropped tasks last.
 pub(super) fn findings(state: &State) -> Vec<Finding> {
     let mut loops: Vec<_> = state
         .all_loops()
@@ -36,20 +36,20 @@ pub(super) fn findings(state: &State) -> Vec<Finding> {
     let harm = |row: &QueueRow, listener: &Listener| longest_wait(row, listener);
     queues.sort_by(|(a, _, of_a), (b, _, of_b)| harm(b, of_b).total_cmp(&harm(a, of_a)));
     let mut queues = queues.into_iter().map(|(row, target, listener)| of_queue(row, target, listener));
-    let mut kinds = work::late(state).into_iter();
+    let mut kinds = tasks::late(state).into_iter();
     let worst = loops.next().into_iter().chain(queues.next()).chain(kinds.next());
-    worst.chain(loops).chain(queues).chain(kinds).chain(work::dropped(state)).collect()
+    worst.chain(loops).chain(queues).chain(kinds).chain(tasks::dropped(state)).collect()
 }
 
-/// Where nothing is late: that, and whether anything was.
-pub(super) fn all_is_well(state: &State) -> Finding {
+/// The verdict if nothing is late, with the highest lag since the start.
+pub(super) fn not_late(state: &State) -> Finding {
     let seconds = state.all_loops().map(|(row, ..)| row.window.seconds).fold(0.0, f64::max);
     let what =
         if seconds < WINDOW / 2.0 { "so far".to_owned() } else { format!("in the last {seconds:.0} s") };
-    let what = format!("{what}: no loop was away for {} or more, no connection waited as long", span(LATE));
+    let what = format!("{what}: all lags and waits to be accepted were below {}", span(LATE));
     let worst = state.all_loops().max_by(|(.., a), (.., b)| a.lag.max().total_cmp(&b.lag.max()));
     let why = worst.filter(|(.., reactor)| reactor.lag.count() > 0).map(|(_, target, reactor)| {
-        format!("since the start up to {} ({})", span(reactor.lag.max()), loop_name(target, reactor))
+        format!("highest lag since the start: {} ({})", span(reactor.lag.max()), loop_name(target, reactor))
     });
     Finding { is_late: false, what, why: why.unwrap_or_default() }
 }
@@ -58,20 +58,21 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
     let who = loop_name(target, reactor);
     let lag = &row.window.lag;
     let stuck = reactor.current_slice_seconds.filter(|&age| age >= LATE);
-    let culprit = culprit(reactor, &row.window);
-    // What goes on now outweighs what is over if it has done more harm already.
-    let is_worst = |age: f64| culprit.is_none_or(|(weight, _)| age * age / 2.0 > weight);
+    let worst_site = worst_site(reactor, &row.window);
+    // The current slice is the finding if it has already added more to the lag than the worst site of the window.
+    let is_worst = |age: f64| worst_site.is_none_or(|(weight, _)| age * age / 2.0 > weight);
     if let Some(age) = stuck.filter(|&age| is_worst(age)) {
-        let why = reactor.current_stack.as_ref().map(stack).unwrap_or_default();
-        let what = format!("{who}: stuck for {} and still so", span(age));
-        return Finding { is_late: true, what, why };
+        let why = reactor.current_stack.as_ref().map(|look| stack(look, usize::MAX));
+        let what = format!("{who}: stuck for {} so far", span(age));
+        return Finding { is_late: true, what, why: why.unwrap_or_default() };
     }
-    let what = format!("{who}: up to {}, mean {}", span(lag.max()), span(lag.mean()));
-    let why = culprit.map_or_else(
+    let what = format!("{who}: lag up to {}, mean {}", span(lag.max()), span(lag.mean()));
+    let why = worst_site.map_or_else(
         || without_stalls(reactor, &row.window),
         |(weight, site)| {
             let share = weight / (lag.sum() * PROBE_SECONDS).max(weight);
-            format!("{} of that: {} {}", percent(share), cause(site), stack(&site.look))
+            let stack = stack(&site.look, usize::MAX);
+            format!("{} of the lag: {} {stack}", percent(share), site_cause(site))
         },
     );
     Finding { is_late: true, what, why }
@@ -79,16 +80,13 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
 
 fn of_queue(row: &QueueRow, target: &Target, listener: &Listener) -> Finding {
     let who = format!("{} of {} ({})", listener.name(), target.comm, target.pid);
-    let mut what = format!("{who}: up to {} until accepted", span(longest_wait(row, listener)));
+    let mut what = format!("{who}: connections waited up to {}", span(longest_wait(row, listener)));
     if row.window.drops > 0 {
         what = format!("{what}, {} dropped", row.window.drops);
     }
-    let oldest = listener.oldest_seconds.map(|age| {
-        let at_least = if listener.oldest_is_lower_bound { "at least " } else { "" };
-        format!(", the oldest for {at_least}{}", span(age))
-    });
+    let oldest = listener.oldest_seconds.map(|_| format!(", oldest {}", oldest(listener)));
     let why = format!(
-        "{} of {} wait now{}; {} arrive, {} are accepted",
+        "depth {}, limit {}{}; {} arrived, {} accepted",
         listener.depth,
         listener.limit,
         oldest.unwrap_or_default(),
@@ -98,14 +96,14 @@ fn of_queue(row: &QueueRow, target: &Target, listener: &Listener) -> Finding {
     Finding { is_late: true, what, why }
 }
 
-/// How long the longest wait was, those that still wait included.
+/// The longest wait in the window or of a connection that still waits, in seconds.
 pub(super) fn longest_wait(row: &QueueRow, listener: &Listener) -> f64 {
     row.window.wait.max().max(listener.oldest_seconds.unwrap_or(0.0))
 }
 
-/// The place in the code that did most harm in the recent past, and how much, in seconds squared. Of very many stalls
-/// the latest alone are known one by one.
-fn culprit<'a>(reactor: &'a Reactor, window: &LoopWindow) -> Option<(f64, &'a Site)> {
+/// The site that added most to the lag in the window, and how much, in seconds squared. Only the latest stalls are kept
+/// one by one, so of very many stalls the earlier ones are left out.
+fn worst_site<'a>(reactor: &'a Reactor, window: &LoopWindow) -> Option<(f64, &'a Site)> {
     let recent =
         reactor.stalls.recent.iter().rev().take(usize::try_from(window.stalls).unwrap_or(usize::MAX));
     let mut weights = vec![0.0; reactor.stalls.sites.len()];
@@ -118,7 +116,7 @@ fn culprit<'a>(reactor: &'a Reactor, window: &LoopWindow) -> Option<(f64, &'a Si
     worst.filter(|(weight, _)| *weight > 0.0)
 }
 
-/// `reactor (12) of app (10)`; `app (10)` for a process's main loop.
+/// `reactor (12) of app (10)`; `app (10)` for the loop of a process's main thread.
 pub(super) fn loop_name(target: &Target, reactor: &Reactor) -> String {
     if reactor.tid == target.pid {
         format!("{} ({})", target.comm, target.pid)
@@ -127,70 +125,55 @@ pub(super) fn loop_name(target: &Target, reactor: &Reactor) -> String {
     }
 }
 
-/// `asleep (clock_nanosleep)`.
-pub(super) fn cause(site: &Site) -> String {
-    let call = site.syscall.as_ref().filter(|_| matches!(site.cause, Cause::Blocked(_)));
-    call.map_or_else(|| named(site.cause).into(), |call| format!("{} ({call})", named(site.cause)))
-}
-
-/// Functions innermost first on one line, `?` where they are not known further; or why none is.
-pub(super) fn stack(look: &Look) -> String {
-    let frames: Vec<String> = look.frames.iter().map(ToString::to_string).collect();
-    match &look.missing {
-        None => format!("in {}", frames.join(" < ")),
-        Some(why) if frames.is_empty() => format!("(code not known: {why})"),
-        Some(_) => format!("in {} < ?", frames.join(" < ")),
-    }
-}
-
-/// What can be said of a loop in which no slice was a stall.
+/// Why a loop without a stall in the window is late: its wake-ups, and where its busy time went.
 fn without_stalls(reactor: &Reactor, window: &LoopWindow) -> String {
     let wakeup = reactor.wakeup.max();
-    let woken = (wakeup >= LATE).then(|| format!("woken up to {} late since the start; ", span(wakeup)));
+    let woken = (wakeup >= LATE).then(|| format!("wake-ups took up to {} since the start; ", span(wakeup)));
     format!("{}{}", woken.unwrap_or_default(), main_causes(window))
 }
 
-/// The parts of busy time that matter, largest first.
+/// The causes that take at least a tenth of the busy time, largest first.
 fn main_causes(window: &LoopWindow) -> String {
     let total: f64 = window.parts.iter().sum();
     let mut shares: Vec<_> = Cause::PARTS.into_iter().zip(window.parts.map(|part| part / total)).collect();
     shares.sort_by(|a, b| b.1.total_cmp(&a.1));
     let shares = shares.iter().filter(|(_, share)| *share >= 0.1);
     let shares: Vec<_> =
-        shares.map(|(cause, share)| format!("{} {}", percent(*share), named(*cause))).collect();
+        shares.map(|(cause, share)| format!("{} {}", percent(*share), cause_name(*cause))).collect();
     if shares.is_empty() { String::new() } else { format!("busy time: {}", shares.join(", ")) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::{super::testing, *};
-    use crate::model::snapshot::Snapshot;
+    use crate::model::{frame::Look, snapshot::Snapshot};
 
     fn of(snapshots: impl IntoIterator<Item = Snapshot>) -> State {
         let mut state = State::default();
-        snapshots.into_iter().for_each(|snapshot| state.look(snapshot));
+        snapshots.into_iter().for_each(|snapshot| state.update(snapshot));
         state
     }
 
     #[test]
-    fn a_late_loop_is_told_with_its_culprit() {
+    fn a_late_loop_is_found_with_its_worst_site() {
         let state = of([testing::snapshot(1.0, |reactor| testing::slept(reactor, 3))]);
         let found = findings(&state);
         assert_eq!(found.len(), 1);
-        assert_eq!(found[0].what, "reactor (11) of app (10): up to 120 ms, mean 64.3 ms");
+        assert_eq!(found[0].what, "reactor (11) of app (10): lag up to 120 ms, mean 64.3 ms");
         let why =
-            "80.0 % of that: asleep (clock_nanosleep) in sleep (app/db.py:12) < handle (app/server.py:40)";
+            "80.0 % of the lag: asleep (clock_nanosleep) in sleep (app/db.py:12) < handle (app/server.py:40)";
         assert_eq!(found[0].why, why);
     }
 
     #[test]
-    fn what_was_late_long_ago_is_told_as_the_past() {
+    fn a_lag_before_the_window_is_no_finding() {
         let state =
             of((1..=20).map(|s| testing::snapshot(f64::from(s), |reactor| testing::slept(reactor, 3))));
         assert!(findings(&state).is_empty());
-        let well = all_is_well(&state);
-        assert!(well.what.starts_with("in the last 10 s: no loop was away for 50.0 ms"), "{well:?}");
-        assert_eq!(well.why, "since the start up to 120 ms (reactor (11) of app (10))");
+        let well = not_late(&state);
+        assert!(well.what.starts_with("in the last 10 s: "), "{well:?}");
+        assert!(well.what.ends_with("below 50.0 ms"), "{well:?}");
+        assert_eq!(well.why, "highest lag since the start: 120 ms (reactor (11) of app (10))");
     }
 
     #[test]
@@ -201,18 +184,18 @@ mod tests {
             reactor.current_stack = Some(Look::missing("it ran away"));
         })]);
         let found = findings(&state);
-        assert_eq!(found[0].what, "reactor (11) of app (10): stuck for 2.50 s and still so");
-        assert_eq!(found[0].why, "(code not known: it ran away)");
+        assert_eq!(found[0].what, "reactor (11) of app (10): stuck for 2.50 s so far");
+        assert_eq!(found[0].why, "(stack unknown: it ran away)");
     }
 
     #[test]
-    fn queues_are_told_with_both_rates() {
+    fn a_late_queue_is_found_with_both_rates() {
         let mut snapshot = testing::snapshot(4.0, |_| {});
         let listener = &mut snapshot.targets[0].listeners[0];
         (listener.depth, listener.oldest_seconds, listener.drops) = (7, Some(0.3), 2);
         let found = findings(&of([snapshot]));
-        assert_eq!(found[0].what, "127.0.0.1:8080 of app (10): up to 300 ms until accepted, 2 dropped");
-        let why = "7 of 128 wait now, the oldest for 300 ms; 25.0/s arrive, 25.0/s are accepted";
+        assert_eq!(found[0].what, "127.0.0.1:8080 of app (10): connections waited up to 300 ms, 2 dropped");
+        let why = "depth 7, limit 128, oldest 300 ms; 25.0/s arrived, 25.0/s accepted";
         assert_eq!(found[0].why, why);
     }
 }

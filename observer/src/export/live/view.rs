@@ -1,4 +1,4 @@
-//! The overview: the verdict, the lists, and the history and stalls of what is selected.
+//! Draws the screen. The overview has the verdict, the lists, and the history and stalls of the selected row.
 
 use ratatui::{
     Frame,
@@ -9,18 +9,15 @@ use ratatui::{
 
 use super::{
     details,
-    finding::Finding,
+    finding::{Finding, site_total, stall_total},
     graph::history,
     state::{List, Page, State},
     tables::{WIDE, draw_kinds, draw_loops, draw_queues},
     theme::Theme,
-    verdict::{all_is_well, cause, findings, stack},
+    verdict::{findings, not_late},
 };
 use crate::{
-    export::{
-        live::finding::total,
-        words::{due_to, percent, span},
-    },
+    export::words::{for_requests, percent, stack},
     model::{
         snapshot::{Reactor, Snapshot},
         stall::Stalls,
@@ -28,31 +25,31 @@ use crate::{
     sanitize::is_shown,
 };
 
-/// The least that anything can be told in.
-const LEAST: (u16, u16) = (50, 12);
+/// The smallest width and height in which the view can be shown.
+const MIN_SIZE: (u16, u16) = (50, 12);
 
-const KEYS: &str = "q quit  p pause  s sort  / filter  Tab lists  Up/Down  Enter details  ? help";
+const KEYS: &str = "q quit  p pause  s sort  / filter  Tab list  Up/Down row  Enter details  ? help";
 
-/// What is shown beside the figures.
+/// What the view shows beside the snapshot.
 #[derive(Debug, Default)]
-pub(super) struct Facts {
-    /// Where Prometheus finds the figures.
+pub(super) struct Extras {
+    /// URL at which Prometheus scrapes the metrics.
     pub(super) endpoint: Option<String>,
-    /// How long the observation is going to last, in seconds; `None` for as long as it is let.
+    /// Length of the observation, in seconds; `None` if it has no end.
     pub(super) duration: Option<f64>,
-    /// The latest message that waits for the terminal to be given back.
+    /// The latest buffered log message.
     pub(super) message: Option<String>,
 }
 
-/// Draws everything.
-pub(super) fn draw(frame: &mut Frame<'_>, state: &mut State, facts: &Facts, theme: Theme) {
+/// Draws the screen.
+pub(super) fn draw(frame: &mut Frame<'_>, state: &mut State, extras: &Extras, theme: Theme) {
     let area = frame.area();
-    if area.width < LEAST.0 || area.height < LEAST.1 {
-        let text = format!("too small: {} x {} characters are the least; q quits", LEAST.0, LEAST.1);
+    if area.width < MIN_SIZE.0 || area.height < MIN_SIZE.1 {
+        let text = format!("terminal too small: needs {} x {} characters; q quits", MIN_SIZE.0, MIN_SIZE.1);
         frame.render_widget(Paragraph::new(text).wrap(ratatui::widgets::Wrap { trim: true }), area);
         return;
     }
-    let note = note(state, facts);
+    let note = note(state, extras);
     let rows = [
         Constraint::Length(1),
         Constraint::Fill(1),
@@ -60,10 +57,10 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &mut State, facts: &Facts, them
         Constraint::Length(1),
     ];
     let [title, page, note_area, keys] = Layout::vertical(rows).areas(area);
-    frame.render_widget(title_line(state, facts, title.width, theme), title);
+    frame.render_widget(title_line(state, extras, title.width, theme), title);
     match (state.page, state.snapshot()) {
         (Page::Help, _) => lines(frame, page, state, details::help()),
-        (_, None) => frame.render_widget("waiting for the first figures", page),
+        (_, None) => frame.render_widget("waiting for the first snapshot", page),
         (Page::Overview, Some(_)) => overview(frame, page, state, theme),
         (Page::Details, Some(_)) => {
             let text = details::of_selection(state, page.width.into(), theme);
@@ -74,12 +71,12 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &mut State, facts: &Facts, them
         frame.render_widget(Line::styled(note, theme.bad()), note_area);
     }
     let help = match state.page {
-        _ if state.is_typing => "type to filter by name, address or process id  Enter done  Esc no filter",
+        _ if state.is_typing => "type a name, an address or a process id  Enter apply  Esc clear",
         Page::Overview => KEYS,
         Page::Details | Page::Help => "q quit  p pause  Up/Down scroll  Esc back  ? help",
     };
     frame.render_widget(Line::styled(help, theme.quiet()), keys);
-    // What takes no cell of its own has been added to the one before it.
+    // A character without width, such as one that changes the direction of text, is part of the cell before it.
     for cell in &mut frame.buffer_mut().content {
         if !cell.symbol().chars().all(is_shown) {
             let kept: String = cell.symbol().chars().filter(|&character| is_shown(character)).collect();
@@ -88,83 +85,83 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &mut State, facts: &Facts, them
     }
 }
 
-/// A long page, of which as much is shown as fits.
+/// Draws a long page, scrolled.
 fn lines(frame: &mut Frame<'_>, area: Rect, state: &mut State, text: Vec<Line<'static>>) {
     let surplus = text.len().saturating_sub(area.height.into());
     state.scrolled = state.scrolled.min(u16::try_from(surplus).unwrap_or(u16::MAX));
     frame.render_widget(Paragraph::new(text).scroll((state.scrolled, 0)), area);
 }
 
-fn title_line(state: &State, facts: &Facts, width: u16, theme: Theme) -> Line<'static> {
+fn title_line(state: &State, extras: &Extras, width: u16, theme: Theme) -> Line<'static> {
     let mut left = String::from(" observer");
     let mut right = String::new();
     if let Some(snapshot) = state.snapshot() {
         left = format!(" observer  {}", targets(snapshot));
         let seconds = snapshot.duration_seconds;
-        right = match facts.duration {
+        right = match extras.duration {
             Some(duration) => format!("{seconds:.0} of {duration:.0} s "),
             None => {
                 format!("{} ", humantime::format_duration(std::time::Duration::from_secs(whole(seconds))))
             }
         };
     }
-    if let Some(endpoint) = facts.endpoint.as_ref().filter(|_| width >= WIDE) {
+    if let Some(endpoint) = extras.endpoint.as_ref().filter(|_| width >= WIDE) {
         right = format!("{endpoint}  {right}");
     }
     if state.is_paused() {
         right = format!("PAUSED  {right}");
     }
-    let room = usize::from(width).saturating_sub(right.len());
-    Line::styled(format!("{left:<room$.room$}{right}"), theme.title())
+    let rest = usize::from(width).saturating_sub(right.len());
+    Line::styled(format!("{left:<rest$.rest$}{right}"), theme.title())
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an age of an observation")]
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the duration of an observation")]
 fn whole(seconds: f64) -> u64 {
     seconds as u64
 }
 
 /// `app (10)`, `3 processes: app (10), worker (11), ...`.
 fn targets(snapshot: &Snapshot) -> String {
-    let live: Vec<_> = snapshot.targets.iter().filter(|target| !target.exited).collect();
+    let running: Vec<_> = snapshot.targets.iter().filter(|target| !target.exited).collect();
     let names: Vec<_> =
-        live.iter().take(8).map(|target| format!("{} ({})", target.comm, target.pid)).collect();
-    let gone = snapshot.targets.len() - live.len();
-    let gone = if gone > 0 { format!(" ({gone} gone)") } else { String::new() };
-    match live.len() {
-        1 => format!("{}{gone}", names[0]),
-        count => format!("{count} processes{gone}: {}", names.join(", ")),
+        running.iter().take(8).map(|target| format!("{} ({})", target.comm, target.pid)).collect();
+    let exited = snapshot.targets.len() - running.len();
+    let exited = if exited > 0 { format!(" ({exited} exited)") } else { String::new() };
+    match running.len() {
+        1 => format!("{}{exited}", names[0]),
+        count => format!("{count} processes{exited}: {}", names.join(", ")),
     }
 }
 
-/// What must not be overlooked: the filter, what could not be kept, the latest message.
-fn note(state: &State, facts: &Facts) -> Option<String> {
+/// The line above the keys, by priority: the filter, lost data, the latest message.
+fn note(state: &State, extras: &Extras) -> Option<String> {
     if state.is_typing || !state.filter.is_empty() {
-        let cursor = if state.is_typing { "_" } else { "  (Esc: no filter)" };
+        let cursor = if state.is_typing { "_" } else { "  (Esc clears it)" };
         return Some(format!("filter: {}{cursor}", state.filter));
     }
     let lost: Vec<_> = state.snapshot()?.own.lost.iter().filter(|lost| lost.count > 0).collect();
     if let Some(first) = lost.first() {
         let more = if lost.len() > 1 { " and more" } else { "" };
-        return Some(format!("not everything could be kept: {} ({} times){more}", first.cause, first.count));
+        return Some(format!("incomplete data: {} ({} times){more}", first.cause, first.count));
     }
-    facts.message.clone()
+    extras.message.clone()
 }
 
 fn overview(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     let verdict = verdict(state, usize::from((area.height / 5).max(2)), theme);
     let kinds = state.kinds().count();
-    // At 80x24 there is room for a few of each; whatever is more goes where there is more to tell.
+    // At 80 x 24 each list gets a few rows; a larger screen gives more rows to lists that have them.
     let lists = if kinds > 0 { 5 } else { 4 };
     let most = area.height.saturating_sub(u16::try_from(verdict.len()).unwrap_or(u16::MAX)) / lists;
     let graph = (area.height / 5).clamp(3, 10);
-    let has_stalls = stalling(state).is_some_and(|reactor| !reactor.stalls.sites.is_empty());
+    let has_stalls = loop_with_stalls(state).is_some_and(|reactor| !reactor.stalls.sites.is_empty());
     let list = |rows: usize, least: u16| Constraint::Length(height(rows).min(most.max(least)));
     let rows = [
         Constraint::Length(u16::try_from(verdict.len()).unwrap_or(u16::MAX)),
         list(state.loops().count().max(1), 4),
         list(state.queues().count(), 3),
         list(kinds, 4),
-        // Where there are no stalls to tell, the history gets their room.
+        // Without stalls, the history gets the rows of the stalls.
         if has_stalls { Constraint::Length(graph) } else { Constraint::Fill(1) },
         if has_stalls { Constraint::Fill(1) } else { Constraint::Length(1) },
     ];
@@ -177,7 +174,7 @@ fn overview(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     draw_stalls(frame, stalls, state, theme);
 }
 
-/// A list's rows and its heading; nothing of an empty one.
+/// Height of a list with its heading; 0 if it is empty.
 fn height(rows: usize) -> u16 {
     if rows == 0 { 0 } else { u16::try_from(rows).unwrap_or(u16::MAX).saturating_add(1) }
 }
@@ -188,33 +185,33 @@ fn verdict(state: &State, most: usize, theme: Theme) -> Vec<Line<'static>> {
     let mut text = Vec::new();
     let is_late = findings.iter().any(|finding| finding.is_late);
     if !is_late {
-        let well = all_is_well(state);
+        let verdict = not_late(state);
         let head = Span::styled("NOT LATE ", theme.good());
-        text.push(Line::from(vec![head, Span::raw(well.what)]));
-        text.push(Line::styled(format!("         {}", well.why), theme.quiet()));
+        text.push(Line::from(vec![head, Span::raw(verdict.what)]));
+        text.push(Line::styled(format!("         {}", verdict.why), theme.quiet()));
     }
-    let room = shown.saturating_sub(usize::from(!is_late));
-    let more = findings.len().saturating_sub(room);
-    text.extend(findings.into_iter().take(room).flat_map(|finding| told(finding, theme)));
+    let limit = shown.saturating_sub(usize::from(!is_late));
+    let more = findings.len().saturating_sub(limit);
+    text.extend(findings.into_iter().take(limit).flat_map(|finding| finding_lines(finding, theme)));
     if more > 0 {
         text.push(Line::styled(format!("     and {more} more"), theme.bad()));
     }
     text
 }
 
-fn told(finding: Finding, theme: Theme) -> [Line<'static>; 2] {
+fn finding_lines(finding: Finding, theme: Theme) -> [Line<'static>; 2] {
     let head = Span::styled(if finding.is_late { "LATE " } else { "LOST " }, theme.bad());
     [Line::from(vec![head, Span::raw(finding.what)]), Line::raw(format!("     {}", finding.why))]
 }
 
-/// A heading and what is selected.
+/// A heading, and the name of the selected row.
 fn heading(title: &str, rest: String, theme: Theme) -> Line<'static> {
     Line::from(vec![Span::styled(format!(" {title}"), theme.heading()), Span::raw(format!(" {rest}"))])
 }
 
 fn draw_history(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
     let (width, height) = (usize::from(area.width), usize::from(area.height.saturating_sub(1)));
-    let legend = format!("a second each: {} p99, {} longest", theme.places().0, theme.light());
+    let legend = format!("1 s per column: {} p99, {} max", theme.bar_cells().0, theme.light());
     let text = match state.list {
         List::Loops => state.loops().nth(state.selected_loop()).map(|(_, target, reactor)| {
             let points = state.history_of_loop((target.pid, reactor.tid));
@@ -240,8 +237,8 @@ fn draw_history(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) 
     }
 }
 
-/// The selected loop, or the first loop of the process of what is selected: the one whose stalls are shown.
-fn stalling(state: &State) -> Option<&Reactor> {
+/// The event loop whose stalls are shown: the selected one, or the first one of the process of the selected row.
+fn loop_with_stalls(state: &State) -> Option<&Reactor> {
     let first_of = |pid: u32| state.all_loops().find(|(_, of, _)| of.pid == pid);
     let selected = match state.list {
         List::Loops => state.loops().nth(state.selected_loop()),
@@ -257,25 +254,26 @@ fn stalling(state: &State) -> Option<&Reactor> {
     selected.map(|(.., reactor)| reactor)
 }
 
-/// The worst stalls.
+/// Draws the sites of the stalls, the one with the largest share of the lag first.
 fn draw_stalls(frame: &mut Frame<'_>, area: Rect, state: &State, theme: Theme) {
-    let Some(reactor) = stalling(state) else { return };
-    let mut text =
-        vec![heading("STALLS", format!("of {} {}{}", reactor.name, reactor.tid, total(reactor)), theme)];
+    let Some(reactor) = loop_with_stalls(state) else { return };
+    let mut text = vec![heading(
+        "STALLS",
+        format!("of {} {}{}", reactor.name, reactor.tid, stall_total(reactor)),
+        theme,
+    )];
     text.extend(stall_lines(&reactor.stalls, theme));
     frame.render_widget(Paragraph::new(text), area);
 }
 
-/// Two lines each: what it was, and for whom in which code.
+/// Two lines for each site: its share, number, length and cause; and its requests and stack.
 fn stall_lines(stalls: &Stalls, theme: Theme) -> impl Iterator<Item = Line<'static>> + '_ {
     stalls.sites.iter().enumerate().flat_map(move |(place, site)| {
-        let what =
-            format!("of the lag: {} times, {} together, {}", site.count, span(site.seconds), cause(site));
         let share = Span::styled(format!(" {:>7} ", percent(site.lag_share)), theme.selected());
-        let requests = due_to(&stalls.requests_of(place));
+        let requests = for_requests(&stalls.requests_of(place));
         [
-            Line::from(vec![share, Span::raw(what)]),
-            Line::styled(format!("        {requests} {}", stack(&site.look)), theme.quiet()),
+            Line::from(vec![share, Span::raw(site_total(site))]),
+            Line::styled(format!("        {requests} {}", stack(&site.look, usize::MAX)), theme.quiet()),
         ]
     })
 }
@@ -291,33 +289,33 @@ mod tests {
 
     fn late() -> State {
         let mut state = State::default();
-        state.look(testing::snapshot(1.0, |reactor| testing::slept(reactor, 3)));
-        state.look(testing::snapshot(2.0, |reactor| testing::slept(reactor, 6)));
+        state.update(testing::snapshot(1.0, |reactor| testing::slept(reactor, 3)));
+        state.update(testing::snapshot(2.0, |reactor| testing::slept(reactor, 6)));
         state
     }
 
-    /// The screen as text, after these keys.
-    fn screen(state: &mut State, size: (u16, u16), facts: &Facts, keys: &[KeyCode]) -> String {
+    /// The screen as text after pressing `keys`.
+    fn screen(state: &mut State, size: (u16, u16), extras: &Extras, keys: &[KeyCode]) -> String {
         for &key in keys {
             state.press(key.into());
         }
         let mut terminal = Terminal::new(TestBackend::new(size.0, size.1)).unwrap();
-        terminal.draw(|frame| draw(frame, state, facts, PLAIN)).unwrap();
+        terminal.draw(|frame| draw(frame, state, extras, PLAIN)).unwrap();
         let buffer = terminal.backend().buffer();
         let lines = buffer.content().chunks(size.0.into());
         lines.map(|line| line.iter().map(|cell| cell.symbol()).collect::<String>() + "\n").collect()
     }
 
     #[test]
-    fn the_first_screen_tells_who_is_late_and_whose_fault_it_is() {
+    fn the_first_screen_shows_what_is_late_and_why() {
         for size in [(80, 24), (120, 40), (200, 60)] {
-            let text = screen(&mut late(), size, &Facts::default(), &[]);
+            let text = screen(&mut late(), size, &Extras::default(), &[]);
             let lines: Vec<_> = text.lines().collect();
             assert!(lines[0].starts_with(" observer  app (10)"), "{text}");
-            assert!(lines[1].starts_with("LATE reactor (11) of app (10): up to 120 ms"), "{text}");
+            assert!(lines[1].starts_with("LATE reactor (11) of app (10): lag up to 120 ms"), "{text}");
             assert!(lines[2].contains("asleep (clock_nanosleep) in sleep (app/db.py:12)"), "{text}");
             for part in
-                ["LOOPS latest first", "ACCEPT QUEUES", "127.0.0.1:8080", " LAG ", " STALLS ", "asleep 80%"]
+                ["EVENT LOOPS by lag", "ACCEPT QUEUES", "127.0.0.1:8080", " LAG ", " STALLS ", "asleep 80%"]
             {
                 assert!(text.contains(part), "{part} is missing: {text}");
             }
@@ -326,25 +324,25 @@ mod tests {
     }
 
     #[test]
-    fn deferred_work_is_a_list_where_there_is_any() {
-        let with_work = || {
+    fn deferred_tasks_are_listed_if_there_are_any() {
+        let with_tasks = || {
             let mut state = late();
             let mut snapshot = testing::snapshot(3.0, |reactor| testing::slept(reactor, 9));
             let mut pending = testing::kind("thumbnail", 0);
             (pending.pending, pending.oldest_seconds) = (7, Some(2.5));
             snapshot.targets[0].deferred = vec![testing::kind("mail", 300), pending];
-            state.look(snapshot);
+            state.update(snapshot);
             state
         };
         for size in [(80, 24), (120, 40), (200, 60)] {
-            assert!(!screen(&mut late(), size, &Facts::default(), &[]).contains("DEFERRED WORK"));
-            let text = screen(&mut with_work(), size, &Facts::default(), &[]);
+            assert!(!screen(&mut late(), size, &Extras::default(), &[]).contains("DEFERRED TASKS"));
+            let text = screen(&mut with_tasks(), size, &Extras::default(), &[]);
             let line = |part: &str| {
                 let found = text.lines().find(|line| line.contains(part));
                 found.unwrap_or_else(|| panic!("{part} is missing: {text}")).to_owned()
             };
-            for part in ["pending", "oldest", "wait p99", "run p99", "orphans"] {
-                assert!(line("DEFERRED WORK").contains(part), "{part} is missing: {text}");
+            for part in ["pending", "oldest", "p99 wait", "p99 run", "dropped"] {
+                assert!(line("DEFERRED TASKS").contains(part), "{part} is missing: {text}");
             }
             for part in ["2.00 ms", "30.0 ms", "300/s", " 60 "] {
                 assert!((line("  mail ") + " ").contains(part), "{part} is missing: {text}");
@@ -353,47 +351,47 @@ mod tests {
             assert!(
                 text.contains(" STALLS ") && text.contains("         for GET /job/7 in sleep (app/db.py:12)")
             );
-            let text = screen(&mut with_work(), size, &Facts::default(), &[KeyCode::BackTab]);
+            let text = screen(&mut with_tasks(), size, &Extras::default(), &[KeyCode::BackTab]);
             assert!(text.contains("> mail") && text.contains(" WAITS of mail"), "{text}");
         }
-        // Nothing is late: that is said first, and then what was forgotten.
+        // If nothing is late, the verdict comes first, and dropped tasks after it.
         let mut state = State::default();
         let mut snapshot = testing::snapshot(1.0, |_| {});
         snapshot.targets[0].deferred = vec![testing::kind("mail", 50)];
-        state.look(snapshot);
-        let text = screen(&mut state, (80, 24), &Facts::default(), &[]);
+        state.update(snapshot);
+        let text = screen(&mut state, (80, 24), &Extras::default(), &[]);
         let lines: Vec<_> = text.lines().collect();
         assert!(
-            lines[1].starts_with("NOT LATE so far") && lines[3].starts_with("LOST mail of app (10)"),
+            lines[1].starts_with("NOT LATE so far") && lines[3].starts_with("LOST tasks mail of app (10)"),
             "{text}"
         );
     }
 
     #[test]
     fn wide_screens_show_more() {
-        let facts = Facts { endpoint: Some("http://127.0.0.1:9464/metrics".into()), ..Facts::default() };
-        let narrow = screen(&mut late(), (80, 24), &facts, &[]);
-        let wide = screen(&mut late(), (200, 60), &facts, &[]);
+        let extras = Extras { endpoint: Some("http://127.0.0.1:9464/metrics".into()), ..Extras::default() };
+        let narrow = screen(&mut late(), (80, 24), &extras, &[]);
+        let wide = screen(&mut late(), (200, 60), &extras, &[]);
         for part in ["of process", "app 10", "accepts", "arrivals", "ever", "9464"] {
             assert!(!narrow.contains(part) && wide.contains(part), "{part}: {narrow}{wide}");
         }
     }
 
     #[test]
-    fn every_size_is_drawn() {
+    fn every_size_can_be_drawn() {
         for (width, height) in [(1, 1), (10, 3), (49, 24), (80, 11), (50, 12), (500, 200)] {
             for keys in [&[][..], &[KeyCode::Enter], &[KeyCode::Char('?')]] {
-                let text = screen(&mut late(), (width, height), &Facts::default(), keys);
-                let is_small = width < LEAST.0 || height < LEAST.1;
+                let text = screen(&mut late(), (width, height), &Extras::default(), keys);
+                let is_small = width < MIN_SIZE.0 || height < MIN_SIZE.1;
                 assert_eq!(text.contains("too small") || width < 12, is_small, "{text}");
             }
         }
-        let before_the_first = screen(&mut State::default(), (80, 24), &Facts::default(), &[]);
-        assert!(before_the_first.contains("waiting for the first figures"));
+        let empty = screen(&mut State::default(), (80, 24), &Extras::default(), &[]);
+        assert!(empty.contains("waiting for the first snapshot"));
     }
 
     #[test]
-    fn the_selected_row_is_in_sight() {
+    fn the_selected_row_is_visible() {
         let mut state = State::default();
         let mut snapshot = testing::snapshot(1.0, |_| {});
         for n in 0..50 {
@@ -401,31 +399,31 @@ mod tests {
             (reactor.tid, reactor.name) = (100 + n, format!("worker-{n:02}"));
             snapshot.targets[0].reactors.push(reactor);
         }
-        state.look(snapshot);
-        let text = screen(&mut state, (80, 24), &Facts::default(), &[KeyCode::End]);
+        state.update(snapshot);
+        let text = screen(&mut state, (80, 24), &Extras::default(), &[KeyCode::End]);
         assert!(text.contains("> worker-49 149"), "{text}");
         assert!(!text.contains("worker-01"), "{text}");
     }
 
     #[test]
-    fn losses_messages_and_the_filter_have_their_line() {
+    fn lost_data_messages_and_the_filter_are_shown() {
         let mut state = late();
-        let facts = Facts { message: Some("[WARN observer] careful".into()), ..Facts::default() };
-        assert!(screen(&mut state, (80, 24), &facts, &[]).contains("careful"));
+        let extras = Extras { message: Some("[WARN observer] careful".into()), ..Extras::default() };
+        assert!(screen(&mut state, (80, 24), &extras, &[]).contains("careful"));
         let mut snapshot = testing::snapshot(3.0, |_| {});
         snapshot.own.lost.push(Lost { cause: "stall_dropped", count: 3 });
-        state.look(snapshot);
-        assert!(screen(&mut state, (80, 24), &facts, &[]).contains("stall_dropped (3 times)"));
+        state.update(snapshot);
+        assert!(screen(&mut state, (80, 24), &extras, &[]).contains("stall_dropped (3 times)"));
         let typed = [KeyCode::Char('/'), KeyCode::Char('x')];
-        let text = screen(&mut state, (80, 24), &facts, &typed);
-        assert!(text.contains("filter: x_") && text.contains("none found"), "{text}");
+        let text = screen(&mut state, (80, 24), &extras, &typed);
+        assert!(text.contains("filter: x_") && text.contains("no match"), "{text}");
     }
 
     #[test]
-    fn names_with_control_characters_do_no_harm() {
+    fn names_cannot_steer_the_terminal() {
         let mut state = State::default();
-        state.look(testing::snapshot(1.0, |reactor| reactor.name = "\u{1b}[2Jev\u{202e}il\u{9b}\n".into()));
-        let text = screen(&mut state, (80, 24), &Facts::default(), &[]);
+        state.update(testing::snapshot(1.0, |reactor| reactor.name = "\u{1b}[2Jev\u{202e}il\u{9b}\n".into()));
+        let text = screen(&mut state, (80, 24), &Extras::default(), &[]);
         assert!(text.contains("[2Jevil") && text.lines().count() == 24, "{text:?}");
         assert!(text.lines().all(|line| line.chars().all(is_shown)), "{text:?}");
     }

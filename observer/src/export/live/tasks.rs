@@ -1,5 +1,5 @@
-//! What the first lines say of deferred work: that it is late only where it was to be done soon, for timers are put off on
-//! purpose; and that it was forgotten only where that is no cancelled timer.
+//! Findings about deferred tasks. Timers wait on purpose, and cancelled timers are dropped on purpose: tasks are late only
+//! if their kind usually starts soon, and dropped tasks are reported only of kinds that are known.
 
 use std::cmp::Reverse;
 
@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// Deferred work that starts later than it should, worst first.
+/// Kinds of deferred tasks that start later than they usually do, the longest wait first.
 pub(super) fn late(state: &State) -> Vec<Finding> {
     let mut late: Vec<_> = state
         .all_kinds()
@@ -23,7 +23,7 @@ pub(super) fn late(state: &State) -> Vec<Finding> {
             if kind.is_overdue() {
                 return Some((kind.oldest_seconds.unwrap_or(0.0), overdue(row, target, kind)));
             }
-            let lag = lag_of(state, target.pid);
+            let lag = max_lag(state, target.pid);
             let is_late = is_held_up(&row.window.wait, lag);
             is_late.then(|| (row.window.wait.max(), held_up(row, target, kind, lag)))
         })
@@ -32,22 +32,22 @@ pub(super) fn late(state: &State) -> Vec<Finding> {
     late.into_iter().map(|(_, finding)| finding).collect()
 }
 
-/// How late the event loops of a process were of late, at most.
-fn lag_of(state: &State, pid: u32) -> f64 {
+/// The highest lag of the event loops of a process in the window, in seconds.
+fn max_lag(state: &State, pid: u32) -> f64 {
     let of_process = state.all_loops().filter(|(_, target, _)| target.pid == pid);
     of_process.map(|(row, _, reactor)| row.window.lag.max().max(age(reactor))).fold(0.0, f64::max)
 }
 
-/// `mail of app (10)`.
+/// `tasks mail of app (10)`.
 fn kind_name(target: &Target, kind: &Deferred) -> String {
-    format!("{} of {} ({})", kind.task, target.comm, target.pid)
+    format!("tasks {} of {} ({})", kind.task, target.comm, target.pid)
 }
 
 fn overdue(row: &KindRow, target: &Target, kind: &Deferred) -> Finding {
     let oldest = span(kind.oldest_seconds.unwrap_or(0.0));
-    let what = format!("{}: put off {oldest} ago and not started", kind_name(target, kind));
+    let what = format!("{}: oldest pending task enqueued {oldest} ago", kind_name(target, kind));
     let why = format!(
-        "no other waited for more than {}; {} are pending, {} start",
+        "tasks that started had waited at most {}; {} pending, {} started",
         span(kind.wait.max()),
         kind.pending,
         rate(row.window.started, row.window.seconds)
@@ -57,16 +57,16 @@ fn overdue(row: &KindRow, target: &Target, kind: &Deferred) -> Finding {
 
 fn held_up(row: &KindRow, target: &Target, kind: &Deferred, lag: f64) -> Finding {
     let wait = &row.window.wait;
-    let what = format!("{}: up to {} until started", kind_name(target, kind), span(wait.max()));
+    let what = format!("{}: waited up to {} to start", kind_name(target, kind), span(wait.max()));
     let why = format!(
-        "half of it starts within {}; event loops of its process were up to {} late",
+        "median wait {}; the event loops of the process had a lag of up to {}",
         span(wait.quantile(0.5).unwrap_or(0.0)),
         span(lag)
     );
     Finding { is_late: true, what, why }
 }
 
-/// Deferred work that was forgotten, most first.
+/// Kinds with tasks that were dropped in the window, most first.
 pub(super) fn dropped(state: &State) -> Vec<Finding> {
     let mut kinds: Vec<_> = state
         .all_kinds()
@@ -74,13 +74,13 @@ pub(super) fn dropped(state: &State) -> Vec<Finding> {
         .filter(|(dropped, ..)| *dropped > 0)
         .collect();
     kinds.sort_by_key(|(dropped, ..)| Reverse(*dropped));
-    let told = kinds.into_iter().map(|(dropped, row, target, kind)| {
-        let what = format!("{}: {dropped} forgotten before they started", kind_name(target, kind));
+    let findings = kinds.into_iter().map(|(dropped, row, target, kind)| {
+        let what = format!("{}: {dropped} dropped before they started", kind_name(target, kind));
         let (started, seconds) = (row.window.started, row.window.seconds);
-        let why = format!("{started} started in the last {seconds:.0} s; {} are pending", kind.pending);
+        let why = format!("{started} started in the last {seconds:.0} s; {} pending", kind.pending);
         Finding { is_late: false, what, why }
     });
-    told.collect()
+    findings.collect()
 }
 
 #[cfg(test)]
@@ -93,11 +93,11 @@ mod tests {
 
     fn of(snapshot: Snapshot) -> State {
         let mut state = State::default();
-        state.look(snapshot);
+        state.update(snapshot);
         state
     }
 
-    /// A snapshot whose loop was up to 120 ms late, with this kind of work.
+    /// A snapshot with an event loop that had a lag of up to 120 ms, and this kind of tasks.
     fn with_kind(kind: Deferred) -> Snapshot {
         let mut snapshot = testing::snapshot(1.0, |reactor| testing::slept(reactor, 3));
         snapshot.targets[0].deferred = vec![kind];
@@ -105,14 +105,14 @@ mod tests {
     }
 
     #[test]
-    fn work_that_a_late_loop_holds_up_is_late() {
+    fn tasks_that_a_late_loop_held_up_are_late() {
         let mut kind = testing::kind("mail", 0);
         kind.wait = testing::histogram(&[(1, 90), (110, 10)]);
         let found = findings(&of(with_kind(kind.clone())));
         assert_eq!(found.len(), 2);
-        assert_eq!(found[1].what, "mail of app (10): up to 110 ms until started");
-        assert!(found[1].why.ends_with("event loops of its process were up to 120 ms late"), "{found:?}");
-        // Timers, with or without others of their kind that are not to wait, and work of loops that are not late.
+        assert_eq!(found[1].what, "tasks mail of app (10): waited up to 110 ms to start");
+        assert!(found[1].why.ends_with("lag of up to 120 ms"), "{found:?}");
+        // Timers, alone or with tasks of their kind that start soon, and tasks of loops that are not late.
         for waits in [&[(110, 100)][..], &[(1, 90), (5000, 10)]] {
             kind.wait = testing::histogram(waits);
             assert_eq!(findings(&of(with_kind(kind.clone()))).len(), 1, "{waits:?}");
@@ -124,13 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_is_late_where_no_other_waits_as_long() {
+    fn a_task_is_late_if_it_waits_far_longer_than_its_kind() {
         let mut kind = testing::kind("mail", 50);
         (kind.orphaned, kind.pending, kind.oldest_seconds) = (0, 3, Some(4.0));
         let found = findings(&of(with_kind(kind.clone())));
-        assert_eq!(found[1].what, "mail of app (10): put off 4.00 s ago and not started");
-        assert_eq!(found[1].why, "no other waited for more than 2.00 ms; 3 are pending, 50.0/s start");
-        // A timer that waits as others of its kind do; and what nobody knows the usual wait of.
+        assert_eq!(found[1].what, "tasks mail of app (10): oldest pending task enqueued 4.00 s ago");
+        assert_eq!(found[1].why, "tasks that started had waited at most 2.00 ms; 3 pending, 50.0/s started");
+        // A timer that waits as long as others of its kind, and a kind whose usual wait is not known yet.
         kind.wait = testing::histogram(&[(3000, 50)]);
         assert_eq!(findings(&of(with_kind(kind.clone()))).len(), 1);
         kind.wait = testing::histogram(&[(1, 3)]);
@@ -138,12 +138,12 @@ mod tests {
     }
 
     #[test]
-    fn forgotten_work_is_told_and_cancelled_timers_are_not() {
+    fn dropped_tasks_are_found_and_cancelled_timers_are_not() {
         let mut kind = testing::kind("mail", 50);
         let found = findings(&of(with_kind(kind.clone())));
         assert!(found[0].is_late && !found[1].is_late);
-        assert_eq!(found[1].what, "mail of app (10): 10 forgotten before they started");
-        assert_eq!(found[1].why, "50 started in the last 1 s; 0 are pending");
+        assert_eq!(found[1].what, "tasks mail of app (10): 10 dropped before they started");
+        assert_eq!(found[1].why, "50 started in the last 1 s; 0 pending");
         (kind.task, kind.is_kind_known) = ("asyncio work".into(), false);
         assert_eq!(findings(&of(with_kind(kind))).len(), 1);
     }

@@ -157,7 +157,7 @@ pub(crate) struct Observe {
     /// Maximum number of event loops and listeners tracked, with four times as many processes; from 16 to 65536
     ///
     /// The kernel memory for this (about 49 MiB for 1024) is printed at the start, allocated at once and never grows.
-    /// What exceeds the maximum is not observed, and counted (observer_self_lost_total, "Not seen here" in reports).
+    /// What exceeds the maximum is not observed, and counted (observer_self_lost_total, "Not observed" in reports).
     #[arg(help_heading = HEADING, long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]

@@ -1,5 +1,6 @@
-//! What observer is made of: crates whose licences and sources `deny.toml` allows, none of which asks for a newer Rust than
-//! observer does. Advisories are left out, for they come from elsewhere: `cargo deny check advisories` where that can be reached.
+//! Checks the dependencies: licences and sources must be allowed by `deny.toml`, and no crate may require a newer Rust
+//! than observer does. Advisories are not checked, because the database has to be downloaded: run `cargo deny check
+//! advisories` where it can be reached.
 
 use anyhow::{Context, Result, ensure};
 use cargo_metadata::MetadataCommand;
@@ -11,10 +12,10 @@ use crate::shell::{ask, quietly};
 use crate::toolchain;
 use crate::workspace::{host, plain_cargo, root};
 
-/// Finds fault with what should not be there.
+/// Runs all checks of dependencies.
 pub(crate) fn check(findings: &mut Findings) -> Result<()> {
     check_oldest_rust(findings)?;
-    // The fuzzer is no member of the workspace and has a lock file of its own, which must know observer's dependencies.
+    // The fuzzer is not a member of the workspace. Its own lock file must be up to date with observer's dependencies.
     let fuzzer = "metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml";
     quietly("reading fuzz/Cargo.lock", &plain_cargo(fuzzer.split(' ')))?;
     let path = format!("{}:{}", toolchain::deny()?, std::env::var("PATH")?);
@@ -22,23 +23,33 @@ pub(crate) fn check(findings: &mut Findings) -> Result<()> {
     quietly("cargo deny", &deny.env("PATH", path))
 }
 
-/// That observer can be built with the Rust that its manifest states: what it uses of the standard library clippy compares
-/// (`incompatible_msrv`), what crates say of themselves is compared here, and where this is that Rust, the builds prove it.
+/// Checks that no dependency requires a newer Rust than `rust-version`. Clippy checks the use of the standard library
+/// (`incompatible_msrv`). A build with that exact Rust is the proof; if another one is installed, the check is reported
+/// as skipped.
 fn check_oldest_rust(findings: &mut Findings) -> Result<()> {
     let metadata = MetadataCommand::new()
         .manifest_path(root().join("Cargo.toml"))
         .other_options(["--locked".to_owned(), "--filter-platform".to_owned(), host()?])
         .exec()?;
-    let ours = metadata.workspace_packages().iter().filter_map(|package| package.rust_version.clone()).max();
-    let ours = ours.context("Cargo.toml states no rust-version")?;
-    let newer = metadata.packages.iter().filter(|package| package.rust_version.as_ref() > Some(&ours));
+    let oldest =
+        metadata.workspace_packages().iter().filter_map(|package| package.rust_version.clone()).max();
+    let oldest = oldest.context("Cargo.toml states no rust-version")?;
+    let newer = metadata.packages.iter().filter(|package| package.rust_version.as_ref() > Some(&oldest));
     let newer: Vec<_> = newer.map(|package| format!("{} {}", package.name, package.version)).collect();
-    ensure!(newer.is_empty(), "rust-version is {ours}, but newer is asked for by {}", newer.join(", "));
+    ensure!(
+        newer.is_empty(),
+        "rust-version is {oldest}, but these crates require a newer one: {}",
+        newer.join(", ")
+    );
 
-    let here = ask(&cmd!("rustc", "--version")).context("rustc cannot be run")?;
-    let here = here.split(' ').nth(1).context("rustc tells no version")?.parse::<Version>()?;
-    if (here.major, here.minor) != (ours.major, ours.minor) {
-        findings.skipped.push(format!("building with Rust {ours}, for this is {here}"));
+    let installed = ask(&cmd!("rustc", "--version")).context("cannot run rustc")?;
+    let installed = installed
+        .split(' ')
+        .nth(1)
+        .context("cannot find the version in the output of `rustc --version`")?
+        .parse::<Version>()?;
+    if (installed.major, installed.minor) != (oldest.major, oldest.minor) {
+        findings.skipped.push(format!("building with Rust {oldest}: Rust {installed} is installed"));
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! `xtask dist`: what is handed out. An archive with the static program and all that is read or applied beside it, a bill of
-//! materials, and checksums. The same sources make the same archive.
+//! `xtask dist`: the release archive with the static binary, documents, manifests and dashboards, a bill of materials
+//! (SBOM) for each program, and checksums. The build is reproducible: the same sources give the same archive.
 
 use std::fs;
 use std::path::Path;
@@ -15,8 +15,8 @@ use crate::shell::{ask, quietly};
 use crate::workspace::{host, kept, plain_cargo, root};
 use crate::{observer, toolchain};
 
-/// What goes along with the program, as it is in the repository.
-const ALONG: [&str; 9] = [
+/// Files and folders of the repository that are packed beside the binary.
+const PACKED: [&str; 9] = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "LICENSE-APACHE",
@@ -28,22 +28,23 @@ const ALONG: [&str; 9] = [
     "docs",
 ];
 
-/// Checksums of what is handed out.
-const SUMS: &str = "SHA256SUMS";
+/// File with the checksums of the archive and the binary.
+const CHECKSUMS: &str = "SHA256SUMS";
 
-/// Name of a bill of materials while it is made.
-const BILL: &str = "bill-of-materials";
+/// File name, without extension, under which cargo-cyclonedx writes an SBOM.
+const SBOM_NAME: &str = "bill-of-materials";
 
-/// The packages whose code is in the program, and all that a bill is made of along with them.
-const DESCRIBED: [&str; 2] = ["observer", "observer-ebpf"];
-const PACKAGES: [&str; 4] = ["observer", "observer-common", "observer-ebpf", "xtask"];
+/// The packages that are in the binary and get an SBOM, and all packages for which cargo-cyclonedx writes one.
+const SBOM_PACKAGES: [&str; 2] = ["observer", "observer-ebpf"];
+const ALL_PACKAGES: [&str; 4] = ["observer", "observer-common", "observer-ebpf", "xtask"];
 
 /// `xtask dist`.
 pub(crate) fn make() -> Result<()> {
     let binary = observer::build()?;
     ensure_static(&binary)?;
-    let answer = ask(&cmd!(&binary, "--version")).context("the program does not tell its version")?;
-    let version = answer.strip_prefix("observer ").context("the program has another name")?;
+    let answer = ask(&cmd!(&binary, "--version")).context("`observer --version` failed")?;
+    let version =
+        answer.strip_prefix("observer ").context("`observer --version` did not print `observer VERSION`")?;
     let target = host()?;
     let architecture = target.split('-').next().unwrap_or_default();
     let name = format!("observer-{version}-{architecture}-linux");
@@ -55,34 +56,36 @@ pub(crate) fn make() -> Result<()> {
     }
     fs::create_dir_all(&folder)?;
     fs::copy(&binary, folder.join("observer"))?;
-    for path in ALONG {
+    for path in PACKED {
         copy(Path::new(path), &folder)?;
     }
-    bills_of_materials(&target, &folder)?;
+    write_sboms(&target, &folder)?;
 
     let archive = format!("{name}.tar.gz");
     pack(&out, &name, &archive)?;
     let sums = cmd!("sha256sum", &archive, format!("{name}/observer")).dir(&out).read()?;
-    fs::write(out.join(SUMS), sums + "\n")?;
-    for file in [&archive, SUMS] {
+    fs::write(out.join(CHECKSUMS), sums + "\n")?;
+    for file in [&archive, CHECKSUMS] {
         println!("{}", out.join(file).display());
     }
-    println!(
-        "aarch64: not built, for the programs in the kernel read x86-64 registers; see docs/deployment.md"
-    );
+    println!("aarch64: not built, because the eBPF programs read x86-64 registers; see docs/deployment.md");
     Ok(())
 }
 
-/// A program that needs nothing of the machine it is taken to.
+/// Fails unless a program is static: no dynamic loader, no shared libraries.
 fn ensure_static(binary: &Path) -> Result<()> {
     let bytes = fs::read(binary)?;
     let header = FileHeader64::<Endianness>::parse(&*bytes)?;
     let endian = header.endian()?;
     for segment in header.program_headers(endian, &*bytes)? {
-        ensure!(segment.p_type(endian) != PT_INTERP, "{} asks for a dynamic loader", binary.display());
+        ensure!(
+            segment.p_type(endian) != PT_INTERP,
+            "{} is not static: it has a program interpreter",
+            binary.display()
+        );
         let entries = segment.dynamic(endian, &*bytes)?.unwrap_or_default();
         let needs = entries.iter().any(|entry| entry.d_tag(endian) == DT_NEEDED);
-        ensure!(!needs, "{} asks for libraries", binary.display());
+        ensure!(!needs, "{} is not static: it needs shared libraries", binary.display());
     }
     Ok(())
 }
@@ -101,31 +104,32 @@ fn copy(path: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What the program and the programs in the kernel are made of, in CycloneDX: each crate, with version, licence and checksum.
-fn bills_of_materials(target: &str, folder: &Path) -> Result<()> {
+/// Writes an SBOM in CycloneDX format for observer and for the eBPF programs: each crate with version, licence and
+/// checksum.
+fn write_sboms(target: &str, folder: &Path) -> Result<()> {
     let path = format!("{}:{}", toolchain::cyclonedx()?, std::env::var("PATH")?);
-    // It writes beside the manifest of each package of the workspace, and nowhere else.
-    let made = |package: &str| root().join(package).join(BILL).with_extension("json");
+    // cargo-cyclonedx always writes beside the manifest of each package of the workspace.
+    let sbom_path = |package: &str| root().join(package).join(SBOM_NAME).with_extension("json");
     let what =
-        format!("cyclonedx --format json --spec-version 1.5 --no-build-deps --override-filename {BILL}");
+        format!("cyclonedx --format json --spec-version 1.5 --no-build-deps --override-filename {SBOM_NAME}");
     let command = plain_cargo(what.split(' ').chain(["--target", target])).env("PATH", path);
     let outcome = quietly("cargo cyclonedx", &command.env("SOURCE_DATE_EPOCH", commit_time()?));
     let copied = outcome.and_then(|()| {
-        for package in DESCRIBED {
-            // Where it was made is nobody's business, and would make each one different.
-            let bill = fs::read_to_string(made(package))?
+        for package in SBOM_PACKAGES {
+            // Local paths would leak into the archive and break reproducibility.
+            let sbom = fs::read_to_string(sbom_path(package))?
                 .replace(&format!("file://{}", root().display()), "file://");
-            fs::write(folder.join(package).with_extension("cdx.json"), bill)?;
+            fs::write(folder.join(package).with_extension("cdx.json"), sbom)?;
         }
         Ok(())
     });
-    for package in PACKAGES {
-        let _not_made = fs::remove_file(made(package));
+    for package in ALL_PACKAGES {
+        let _ignored = fs::remove_file(sbom_path(package));
     }
     copied
 }
 
-/// Packs a folder, reproducibly.
+/// Packs a folder reproducibly.
 fn pack(out: &Path, name: &str, archive: &str) -> Result<()> {
     let time = format!("--mtime=@{}", commit_time()?);
     let how = ["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mode=go-w", &time];
@@ -133,10 +137,10 @@ fn pack(out: &Path, name: &str, archive: &str) -> Result<()> {
     quietly("tar", &cmd("tar", how.into_iter().chain(what)).dir(out))
 }
 
-/// When the sources were committed, in seconds since 1970.
+/// Time of the last commit, in seconds since the Unix epoch.
 fn commit_time() -> Result<String> {
     let time = ask(&cmd!("git", "log", "-1", "--format=%ct").dir(root()));
-    time.context("git does not tell when this was committed\nby hand: make it in a clone of the repository")
+    time.context("cannot read the time of the last commit\nby hand: run this in a clone of the repository")
 }
 
 #[cfg(test)]
@@ -144,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_needs_a_loader_is_not_static() {
+    fn dynamically_linked_program_is_rejected() {
         assert!(ensure_static(Path::new("/bin/busybox")).is_ok(), "the tests' busybox is static");
         assert!(ensure_static(Path::new("/usr/bin/python3")).is_err());
     }

@@ -1,5 +1,5 @@
-//! What is generated into the repository: the page of metrics and the dashboards. That they are up to date, unit tests
-//! check; that Grafana understands the dashboards, its own published model of them does.
+//! Generates docs/metrics.md and the dashboards. Unit tests check that they are up to date. This module also checks the
+//! dashboards against Grafana's published model.
 
 use std::fs;
 
@@ -15,12 +15,11 @@ use crate::{dashboards, observer};
 pub(crate) fn write() -> Result<()> {
     dashboards::write()?;
     let page = root().join("docs/metrics.md");
-    let text =
-        cmd!(observer::build()?, "metrics").read().context("observer does not write its page of metrics")?;
+    let text = cmd!(observer::build()?, "metrics").read().context("`observer metrics` failed")?;
     fs::write(&page, text + "\n").with_context(|| format!("cannot write {}", page.display()))
 }
 
-/// Reads the dashboards with Grafana's model and finds fault with whatever that does not know.
+/// Fails if a dashboard has a field that Grafana's model does not define.
 pub(crate) fn check() -> Result<()> {
     let model = DASHBOARD_MODEL.install()?;
     let script = root().join("xtask/src/dashboards/check.py");

@@ -1,5 +1,5 @@
-//! Feeds each parser of foreign bytes with what a fuzzer makes up. Needs a C++ compiler for the fuzzer (libFuzzer) and
-//! nothing else: what it wants to know of the code, stable compilers can be told to note.
+//! Fuzzes the parsers of untrusted input with libFuzzer. Besides a C++ compiler, for libFuzzer, it needs only a stable
+//! Rust: stable compilers support the coverage instrumentation.
 
 use std::fmt;
 use std::fs;
@@ -14,18 +14,18 @@ use crate::shell::{find, show};
 use crate::toolchain;
 use crate::workspace::{host, kept, plain_cargo, root};
 
-/// What has the compiler note which code is reached and what is compared there.
+/// Compiler flags that record code coverage and the operands of comparisons.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing";
 
-/// Beyond these an input is a finding: how long it takes, in seconds, and how much memory, in MiB.
+/// Per-input limits beyond which an input is a finding: time in seconds and memory in MiB.
 const LIMITS: [&str; 2] = ["-timeout=5", "-rss_limit_mb=512"];
 
-/// Largest inputs, in bytes: enough for a small program with its tables.
-const LARGEST: &str = "-max_len=65536";
+/// Maximum size of an input, in bytes: enough for a small ELF file with its tables.
+const MAX_INPUT: &str = "-max_len=65536";
 
-/// What one run has come to.
+/// Result of fuzzing one target.
 struct Run {
     target: String,
     executions: String,
@@ -37,15 +37,15 @@ impl fmt::Display for Run {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { target, executions, coverage, found } = self;
         let outcome = if *found { "FOUND something" } else { "found nothing" };
-        write!(f, "{target}: {outcome} in {executions} executions, {coverage} places of code reached")
+        write!(f, "{target}: {outcome} in {executions} executions, {coverage} edges covered")
     }
 }
 
-/// Fuzzes these targets for so long each, or all.
+/// Fuzzes the given targets, or all if none is given, for `seconds` each.
 pub(crate) fn run(targets: &[String], seconds: u32) -> Result<ExitCode> {
-    let all = all()?;
+    let all = target_names()?;
     if let Some(unknown) = targets.iter().find(|target| !all.contains(target)) {
-        bail!("there is no target {unknown}\nby hand: choose among {}", all.join(", "));
+        bail!("unknown fuzz target {unknown}\nby hand: choose one of {}", all.join(", "));
     }
     let fuzzer = build()?;
     let chosen = if targets.is_empty() { &all } else { targets };
@@ -55,9 +55,9 @@ pub(crate) fn run(targets: &[String], seconds: u32) -> Result<ExitCode> {
     Ok(if runs.iter().any(|run| run.found) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Every target has a corpus, as a test makes sure.
-fn all() -> Result<Vec<String>> {
-    let folders = fs::read_dir(root().join("fuzz/corpus")).context("there is no corpus")?;
+/// Names of all targets. Each target has a corpus, which a test checks.
+fn target_names() -> Result<Vec<String>> {
+    let folders = fs::read_dir(root().join("fuzz/corpus")).context("cannot read fuzz/corpus")?;
     let names = folders.map(|folder| Ok(folder?.file_name().to_string_lossy().into_owned()));
     let mut names = names.collect::<Result<Vec<_>>>()?;
     names.sort();
@@ -80,21 +80,21 @@ fn build() -> Result<PathBuf> {
 }
 
 fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32) -> Result<Run> {
-    let kept_there = root().join("fuzz/corpus").join(target);
+    let seeds = root().join("fuzz/corpus").join(target);
     let [corpus, findings] =
         ["corpus", "findings"].map(|folder| kept("fuzz").join(folder).join(target).join(""));
     for folder in [&corpus, &findings] {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }
-    let of_run = [
+    let run_args = [
         format!("-max_total_time={seconds}"),
         format!("-artifact_prefix={}", findings.display()),
         "-print_final_stats=1".into(),
-        LARGEST.into(),
+        MAX_INPUT.into(),
     ];
     let limits = LIMITS.map(str::to_owned);
-    let folders = [&corpus, &kept_there].map(|folder| folder.display().to_string());
-    let args = of_run.iter().chain(&limits).chain(&folders);
+    let folders = [&corpus, &seeds].map(|folder| folder.display().to_string());
+    let args = run_args.iter().chain(&limits).chain(&folders);
     let shown = show(&cmd(fuzzer, args).env("FUZZ_TARGET", target), &format!("{target}: "))?;
     let word_after = |mark: &str| {
         let (_, rest) = shown.output.rsplit_once(mark)?;
@@ -107,7 +107,10 @@ fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32) -> Result<Run> {
         found: shown.code != Some(0),
     };
     if run.found {
-        eprintln!("by hand: mend it, and put its file from {} into fuzz/corpus/{target}", findings.display());
+        eprintln!(
+            "by hand: fix the bug, and add the input from {} to fuzz/corpus/{target}",
+            findings.display()
+        );
     }
     Ok(run)
 }

@@ -1,5 +1,5 @@
-//! What a test guest has aboard: the programs that tests observe, observer itself, the repository's
-//! sources (tests read files there) and the little that makes a system out of a kernel.
+//! Contents of a test guest: the programs that the tests observe, observer itself, the sources of the repository (tests
+//! read files there) and a minimal user space.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -32,17 +32,17 @@ const PROGRAMS: &[&str] = &[
     "prlimit",
 ];
 
-/// Debian's own: a version manager's Python lies in many places.
+/// Debian's Python: one that a version manager installed is spread over many folders.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// Where Debian has gunicorn and what that imports, and uvloop; of what else is installed there no server needs anything.
+/// Debian's gunicorn with its dependency, and uvloop. The servers of the tests need no other installed package.
 const PYTHON_PACKAGES: &[&str] = &[
     "/usr/lib/python3/dist-packages/gunicorn",
     "/usr/lib/python3/dist-packages/pkg_resources",
     "/usr/lib/python3/dist-packages/uvloop",
 ];
 
-/// Debian's Ruby, and where the packages have their files that it is asked to load.
+/// Debian's Ruby, and the folders of its libraries and gems.
 const RUBY: &str = "/usr/bin/ruby";
 const RUBY_LIBRARIES: &[&str] = &[
     "/usr/lib/ruby",
@@ -59,7 +59,7 @@ nobody:x:65534:65534:nobody:/nonexistent:/bin/false
 
 const GROUP: &str = "root:x:0:\nwww-data:x:33:\nredis:x:110:\nnogroup:x:65534:\n";
 
-/// A guest with nothing to run yet, which therefore gives a shell.
+/// Builds the image of a guest that boots to a shell; `set_command` makes it run a command instead.
 pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
     let mut image = Image::default();
     for link in ["/bin", "/sbin", "/lib", "/lib64"] {
@@ -68,7 +68,7 @@ pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
     for program in PROGRAMS {
         let path = find(program).ok_or_else(|| {
             anyhow!(
-                "a guest needs {program}, which is not here\nby hand: install {program}, or put it on PATH"
+                "a guest needs {program}, which is not installed\nby hand: install {program}, or put it on PATH"
             )
         })?;
         image.add_program(&path);
@@ -106,8 +106,8 @@ pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
     Ok(image)
 }
 
-/// What the guest runs, instead of a shell, before it ends: shell commands, begun in the repository. A file that they
-/// leave there is handed out.
+/// Makes the guest run shell commands, in the repository, instead of a shell. If they write `file`, the guest sends it
+/// back before it powers off.
 pub(crate) fn set_command(image: &mut Image, commands: &str, file: Option<&Path>) -> Result<()> {
     let root = root().to_str().context("the repository's path is not UTF-8")?;
     let text = format!("cd {}\n{commands}\n", shlex::try_quote(root)?);
@@ -118,15 +118,16 @@ pub(crate) fn set_command(image: &mut Image, commands: &str, file: Option<&Path>
     Ok(())
 }
 
-/// Python with its standard library, less what no server needs.
+/// Adds Python and its standard library, without the parts that no server uses.
 fn add_python(image: &mut Image) -> Result<()> {
     let places = "from sysconfig import *; print(get_path('stdlib'), get_config_var('LIBPL'))";
     let places = ask(&cmd!(PYTHON, "-c", places)).context("Debian's python3 does not run")?;
-    let (library, for_linking) = places.split_once(' ').context("python3 does not know its folders")?;
-    let for_linking = Path::new(for_linking).file_name().unwrap_or_default();
+    let (library, link_folder) =
+        places.split_once(' ').context("python3 did not print the folders of its library")?;
+    let link_folder = Path::new(link_folder).file_name().unwrap_or_default();
     let without = ["dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter"];
     image.add_program(Path::new(PYTHON));
-    image.add_tree(Path::new(library), &[&without.map(OsStr::new)[..], &[for_linking]].concat());
+    image.add_tree(Path::new(library), &[&without.map(OsStr::new)[..], &[link_folder]].concat());
     for package in PYTHON_PACKAGES {
         image.add_tree(Path::new(package), &[]);
     }

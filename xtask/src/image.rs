@@ -1,5 +1,5 @@
-//! Makes an initramfs out of files of this machine, under the very paths they have here, so that what was
-//! built and configured for the machine runs in a guest unchanged. Nothing is copied but into the archive.
+//! Builds an initramfs from files of this machine. Files keep their paths, so that programs that were built and
+//! configured for this machine run unchanged in a guest. Files are copied only into the archive.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -19,24 +19,24 @@ use crate::workspace::kept;
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 
-/// What will be in the archive.
+/// The entries of an archive.
 #[derive(Default)]
 pub(crate) struct Image {
-    /// Sorted, so that a folder comes before what is in it.
+    /// Sorted, so that a folder comes before its contents.
     entries: BTreeMap<PathBuf, Source>,
-    /// Programs and libraries, whose own libraries are to be added.
+    /// Programs and libraries whose shared libraries have to be added.
     dynamic: BTreeSet<PathBuf>,
 }
 
 enum Source {
-    /// Taken from this machine as it is there, links as links.
+    /// Read from this machine when the archive is written; symbolic links stay links.
     Machine,
     Folder(u32),
     Text(u32, String),
 }
 
 impl Image {
-    /// Adds a file or folder, the folders above it and whatever links lead there.
+    /// Adds a file or folder, its parent folders and the targets of all symbolic links on the way.
     pub(crate) fn add(&mut self, path: &Path) {
         let mut at = PathBuf::new();
         for component in path.components() {
@@ -60,13 +60,13 @@ impl Image {
         }
     }
 
-    /// Adds a program with the libraries it is linked to.
+    /// Adds a program and the shared libraries that it is linked to.
     pub(crate) fn add_program(&mut self, path: &Path) {
         self.add(path);
         self.dynamic.insert(path.to_owned());
     }
 
-    /// Adds a folder with all that is in it, but for files and folders of these names.
+    /// Adds a folder and its contents, except files and folders with one of the names in `without`.
     pub(crate) fn add_tree(&mut self, folder: &Path, without: &[&OsStr]) {
         let walk = WalkDir::new(folder).into_iter();
         for entry in walk.filter_entry(|entry| !without.contains(&entry.file_name())).flatten() {
@@ -77,7 +77,7 @@ impl Image {
         }
     }
 
-    /// Adds a file with this content, whatever is there on this machine.
+    /// Adds a file with this content instead of the file that this machine has at that path.
     pub(crate) fn add_text(&mut self, path: &str, mode: u32, content: impl Into<String>) {
         self.entries.insert(path.into(), Source::Text(REGULAR | mode, content.into()));
     }
@@ -87,8 +87,8 @@ impl Image {
         self.entries.insert(path.into(), Source::Folder(DIRECTORY | mode));
     }
 
-    /// Writes the archive to a file without a name. Not compressed: an emulated processor unpacks slower
-    /// than QEMU loads.
+    /// Writes the archive to an unnamed temporary file. It is not compressed, because an emulated CPU takes longer to
+    /// decompress it than QEMU takes to load it.
     pub(crate) fn write(mut self) -> Result<File> {
         for library in libraries(&self.dynamic)? {
             self.add(&library);
@@ -96,29 +96,30 @@ impl Image {
         let mut out = BufWriter::new(tempfile::tempfile_in(kept(""))?);
         for (path, source) in &self.entries {
             match source {
-                Source::Machine => write_from_machine(&mut out, path),
+                Source::Machine => write_file(&mut out, path),
                 Source::Folder(mode) => write_entry(&mut out, Builder::new(&name(path)).mode(*mode), &[]),
                 Source::Text(mode, text) => {
                     write_entry(&mut out, Builder::new(&name(path)).mode(*mode), text.as_bytes())
                 }
             }
-            .with_context(|| format!("{} cannot be packed", path.display()))?;
+            .with_context(|| format!("cannot pack {}", path.display()))?;
         }
         Ok(trailer(out)?.into_inner()?)
     }
 }
 
-/// What the dynamic loader would load for these files. One call for all: `ldd` is a slow shell script.
+/// Shared libraries that the dynamic loader would load for these files. One call of `ldd` for all of them, because it
+/// is a slow shell script.
 fn libraries(files: &BTreeSet<PathBuf>) -> Result<Vec<PathBuf>> {
-    // Static programs make it fail, yet it answers for the others.
-    let answer = cmd("ldd", files).stderr_null().unchecked().read().context("ldd cannot be run")?;
+    // ldd fails for static programs, but still lists the libraries of the others.
+    let answer = cmd("ldd", files).stderr_null().unchecked().read().context("cannot run ldd")?;
     let words = answer.split_whitespace().filter(|word| word.starts_with('/') && !word.ends_with(':'));
     Ok(words.map(PathBuf::from).collect())
 }
 
-fn write_from_machine(out: &mut impl Write, path: &Path) -> Result<()> {
+fn write_file(out: &mut impl Write, path: &Path) -> Result<()> {
     let metadata = fs::symlink_metadata(path)?;
-    // Times matter: Python compiles anew what is not as old as it was.
+    // Python recompiles a module whose modification time has changed.
     let builder = Builder::new(&name(path)).mode(metadata.mode()).mtime(u32::try_from(metadata.mtime())?);
     if metadata.is_symlink() {
         write_entry(out, builder, fs::read_link(path)?.as_os_str().as_bytes())
@@ -139,7 +140,7 @@ fn write_entry(out: &mut impl Write, builder: Builder, content: &[u8]) -> Result
     Ok(())
 }
 
-/// Names in an archive are relative; the root itself is called `.`.
+/// Name of an entry: relative to the root, which is called `.`.
 fn name(path: &Path) -> String {
     let relative = path.strip_prefix("/").unwrap_or(path).to_string_lossy();
     if relative.is_empty() { ".".to_owned() } else { relative.into_owned() }

@@ -1,10 +1,10 @@
 #!/bin/busybox sh
-# The whole user space of a test guest: mounts what a machine has, runs /command (or a shell where there is
-# none) and reports its exit status on the second serial port. An empty report means a crash on the way.
-# tracefs stays unmounted, as it is in most containers.
+# Init of a test guest: mounts the usual file systems, runs /command (or a shell if there is none) and writes its exit
+# status to the second serial port. If nothing is written there, the guest crashed. tracefs is not mounted, as in most
+# containers.
 
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp OBSERVER_TEST_EMULATED=1
-# Never replaces a real program by an applet of its name, but complains about each.
+# Does not overwrite real programs with applets of the same name, but prints an error for each.
 /bin/busybox --install -s 2>/dev/null
 
 mount -t proc proc /proc

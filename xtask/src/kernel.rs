@@ -1,5 +1,5 @@
-//! The kernels of the test matrix: Debian's own, fetched from the mirror this machine already uses.
-//! Apt checks their signatures; its lists and cache for that are ours and do not touch the machine's.
+//! The kernels of the test matrix: Debian packages, fetched from the mirror that this machine uses. apt checks their
+//! signatures. Its lists and cache are kept apart from those of the machine.
 
 use std::env::consts::ARCH;
 use std::fmt;
@@ -15,34 +15,34 @@ use crate::pins;
 use crate::shell::{ask, quietly};
 use crate::workspace::kept;
 
-/// The file beside a kernel that names its package.
+/// File beside a kernel with the name and version of its package.
 const PACKAGE: &str = "package";
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Debian's kernels answer questions about sockets (those of `ss`, and observer's) only with these, and a
-/// guest has nothing that would load them when asked. In the order of their dependence.
+/// Modules that answer sock_diag requests (of `ss` and observer) on Debian's kernels. A guest cannot load modules on
+/// demand, so init loads them, in the order of their dependencies.
 const MODULES: [&str; 3] = ["inet_diag.ko", "tcp_diag.ko", "unix_diag.ko"];
 
-/// What a guest boots.
+/// A kernel that a guest can boot.
 pub(crate) struct Kernel {
     pub(crate) image: PathBuf,
     pub(crate) modules: [PathBuf; MODULES.len()],
-    /// The package it is from, as `name=version`.
+    /// Package of the kernel, as `name=version`.
     pub(crate) package: String,
 }
 
-/// A kernel that some Debian release carries.
+/// A kernel series of a Debian release.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Series {
-    /// The oldest that observer supports.
+    /// The oldest kernel that observer supports.
     #[value(name = "5.10")]
     V5_10,
     #[value(name = "6.1")]
     V6_1,
     #[value(name = "6.12")]
     V6_12,
-    /// The newest that Debian has: it changes from week to week.
+    /// The newest kernel in Debian: it changes from week to week.
     #[value(name = "newest")]
     Newest,
 }
@@ -57,7 +57,7 @@ impl Series {
         }
     }
 
-    /// The package that the tests depend on, if they depend on a certain one.
+    /// The pinned package, as `name=version`; `None` for the newest series.
     pub(crate) fn pinned(self) -> Option<&'static str> {
         match self {
             Self::V5_10 => Some(pins::LINUX_5_10),
@@ -67,12 +67,12 @@ impl Series {
         }
     }
 
-    /// How the names of its packages begin.
+    /// Prefix of the names of its packages.
     fn prefix(self) -> String {
         if self == Self::Newest { "linux-image-".to_owned() } else { format!("linux-image-{self}.") }
     }
 
-    /// Fetches the kernel unless the pinned one is here. Where that fails, one that is here will do.
+    /// Fetches the kernel unless the pinned one is present. If that fails, another version that is present is used.
     pub(crate) fn fetch_kernel(self) -> Result<()> {
         let folder = self.folder();
         let present = present(&folder);
@@ -84,7 +84,7 @@ impl Series {
         match (fetch(self, &folder), present) {
             (Ok(()), _) => Ok(()),
             (Err(error), Some(package)) => {
-                eprintln!("setup: {error:#}; goes on with {package}");
+                eprintln!("setup: {error:#}; using {package} instead");
                 Ok(())
             }
             (Err(error), None) => Err(anyhow!(
@@ -96,11 +96,11 @@ impl Series {
         }
     }
 
-    /// The kernel, fetched unless one is here.
+    /// Returns the kernel, after fetching it if none is present.
     pub(crate) fn kernel(self) -> Result<Kernel> {
         if ARCH != "x86_64" {
             bail!(
-                "guests are x86-64 and run this machine's own programs\nby hand: leave it at `--kernel host`"
+                "guests are x86-64 and run programs of this machine, whose architecture differs\nby hand: use `--kernel host`"
             );
         }
         let folder = self.folder();
@@ -108,7 +108,7 @@ impl Series {
             self.fetch_kernel()?;
         }
         let modules = MODULES.map(|module| folder.join(module));
-        let package = present(&folder).context("a kernel that was fetched is gone")?;
+        let package = present(&folder).context("the fetched kernel has disappeared")?;
         Ok(Kernel { image: folder.join("vmlinuz"), modules, package })
     }
 
@@ -117,7 +117,7 @@ impl Series {
     }
 }
 
-/// The package of the kernel in a folder, if there is one.
+/// The package of the kernel in a folder, or `None` if there is no kernel.
 fn present(folder: &Path) -> Option<String> {
     Some(fs::read_to_string(folder.join(PACKAGE)).ok()?.trim().to_owned())
 }
@@ -142,7 +142,7 @@ fn fetch(series: Series, to: &Path) -> Result<()> {
     fs::write(folder.join("sources.list"), sources(series.release())?)?;
 
     quietly("apt-get update", &apt("apt-get", folder, &["update", "-q"]))?;
-    // The pinned package if the mirror still has it, else the newest.
+    // The pinned package if the mirror still has it, otherwise the newest.
     let download = |package: &str| apt("apt-get", folder, &["download", "-q", package]);
     let pinned = series.pinned().filter(|pinned| ask(&download(pinned)).is_some());
     let package = match pinned {
@@ -169,7 +169,7 @@ fn fetch(series: Series, to: &Path) -> Result<()> {
         )?;
     }
     fs::write(kept.join(PACKAGE), package)?;
-    // Last and at once, so that what is there is whole.
+    // Rename last, so that a folder is always complete.
     if to.exists() {
         fs::remove_dir_all(to)?;
     }
@@ -177,25 +177,25 @@ fn fetch(series: Series, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The newest package of a series that the mirror has, as `name=version`.
+/// The newest package of a series on the mirror, as `name=version`.
 fn newest(series: Series, folder: &Path) -> Result<String> {
     let names = apt("apt-cache", folder, &["pkgnames", &series.prefix()]).read()?;
-    // The ending leaves out what is not a kernel of its own (`-unsigned`, `-dbg`), the number what only points to one.
+    // The suffix excludes variants (`-unsigned`, `-dbg`); the count of numbers excludes meta packages.
     let is_kernel = |name: &&str| name.ends_with("-cloud-amd64") && numbers(name).len() > 3;
     let newest = names.lines().filter(is_kernel).max_by_key(|name| numbers(name));
-    let newest = newest.context("the mirror has none")?;
+    let newest = newest.context("the mirror has no such kernel package")?;
     let versions = apt("apt-cache", folder, &["madison", newest]).read()?;
     let version = versions.lines().next().and_then(|line| line.split('|').nth(1));
-    Ok(format!("{newest}={}", version.context("apt names no version")?.trim()))
+    Ok(format!("{newest}={}", version.context("apt-cache printed no version")?.trim()))
 }
 
 fn find_file(folder: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<PathBuf> {
     let mut files = WalkDir::new(folder).into_iter().flatten();
     let wanted = files.find(|file| file.file_name().to_str().is_some_and(&is_wanted));
-    Ok(wanted.context("a file expected in the package is missing")?.into_path())
+    Ok(wanted.context("a file is missing in the kernel package")?.into_path())
 }
 
-/// An apt tool that knows only the sources in this folder and works as the present user.
+/// An apt command that uses only the sources in this folder and runs as the current user.
 fn apt(program: &str, folder: &Path, args: &[&str]) -> Expression {
     let option = |name: &str, value: &Path| format!("-o{name}={}", value.display());
     let options = [
@@ -209,22 +209,22 @@ fn apt(program: &str, folder: &Path, args: &[&str]) -> Expression {
     cmd(program, options.iter().map(String::as_str).chain(args.iter().copied())).dir(folder)
 }
 
-/// The release and its security updates, from the mirrors in this machine's own configuration.
+/// apt sources for a release and its security updates, from the mirrors that this machine is configured with.
 fn sources(release: &str) -> Result<String> {
     let format = "$(ORIGIN) $(LABEL) $(REPO_URI)";
     let targets = ask(&cmd!("apt-get", "indextargets", "--format", format, "Created-By: Packages"))
-        .context("this machine has no apt")?;
+        .context("cannot run apt-get")?;
     let source = |label: &str, suite: &str| {
         let mirror = targets.lines().find_map(|line| line.strip_prefix(&format!("Debian {label} ")))?;
         Some(format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"))
     };
     let main = source("Debian", release)
-        .context("this machine's apt knows no Debian mirror; `apt-get update` may help")?;
+        .context("apt is configured with no Debian mirror; `apt-get update` may help")?;
     let security = source("Debian-Security", &format!("{release}-security")).filter(|_| release != "sid");
     Ok(main + &security.unwrap_or_default())
 }
 
-/// What orders versions: the numbers in a name, one after the other.
+/// Sort key for versions: the numbers in a name, in order.
 fn numbers(name: &str) -> Vec<u64> {
     name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
 }

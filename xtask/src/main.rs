@@ -1,6 +1,5 @@
-//! `cargo xtask`: everything about this repository that is not plain `cargo build`.
-//! One subcommand each; the modules below hold the work, this file only the command line. A module uses only those declared
-//! before it.
+//! `cargo xtask`: build, test, package and benchmark tasks that plain `cargo build` does not cover.
+//! This file is the command line; each subcommand has a module. A module may use only the modules declared before it.
 
 mod workspace;
 mod shell;
@@ -33,7 +32,7 @@ use clap::{Parser, Subcommand};
 use crate::kernel::Series;
 use crate::suite::{Machine, Options};
 
-/// Builds, tests and tries out observer.
+/// Builds, tests and benchmarks observer.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
@@ -43,53 +42,53 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Find or install what building eBPF programs needs.
+    /// Find or install the toolchain that builds the eBPF programs.
     Setup,
     /// Build the static observer binary.
     Build,
-    /// Make what is handed out: a static binary with documents, manifests and dashboards, checksums, a bill of materials.
+    /// Build the release archive: static binary, documents, manifests, dashboards, checksums and SBOM.
     Dist,
     /// Build observer and run its demo (as root, through sudo where needed).
     Demo {
-        /// Passed on to `observer demo`.
+        /// Arguments for `observer demo`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Boot a Debian kernel in QEMU with observer aboard; without a command, to a shell.
+    /// Boot a Debian kernel in QEMU with observer installed and run a command there, or a shell if none is given.
     Vm {
-        /// Which kernel.
+        /// Kernel to boot.
         kernel: Series,
-        /// What to run there, as root; its exit code becomes this command's.
+        /// Command to run in the guest as root; its exit code becomes the exit code of xtask.
         #[arg(last = true)]
         command: Vec<String>,
     },
-    /// Write docs/metrics.md and the dashboards anew.
+    /// Regenerate docs/metrics.md and the dashboards.
     Docs,
-    /// Measure what observer costs and write docs/benchmarks.md (as root; half an hour, more on a busy machine).
+    /// Measure the overhead of observer and write docs/benchmarks.md (as root; takes half an hour or more).
     Bench {
-        /// What to measure; everything if nothing is named.
+        /// Benchmarks to run; all if omitted.
         parts: Vec<bench::Part>,
-        /// Only try out that it works: few and short rounds, whose figures are printed and not kept.
+        /// Smoke test: run few and short rounds, print the results and do not write them to disk.
         #[arg(long)]
         quick: bool,
     },
-    /// Feed the parsers of foreign bytes with what a fuzzer makes up.
+    /// Fuzz the parsers of untrusted input.
     Fuzz {
-        /// Which parsers; all if none is named.
+        /// Fuzz targets to run; all if omitted.
         targets: Vec<String>,
-        /// How long each is fed.
+        /// Seconds to fuzz each target.
         #[arg(long, default_value_t = 600)]
         seconds: u32,
     },
-    /// Run what CI runs: lints, the tests against real servers here, a short contract on each kernel.
+    /// Run what CI runs: lints, the tests on this machine, and the kernel contract tests on each kernel.
     Test {
-        /// Run every test on every kernel, on the newest one that Debian has as well.
+        /// Run every test on every kernel, including the newest kernel in Debian.
         #[arg(long)]
         full: bool,
         /// Repeat the tests N times without reruns and print how often each failed.
         #[arg(long, value_name = "N")]
         soak: Option<u32>,
-        /// Where to run the tests; may be repeated.
+        /// Where to run the tests; can be given several times.
         #[arg(long = "kernel", value_name = "KERNEL")]
         machines: Vec<Machine>,
         /// Run only the tests whose names contain one of these, and no lints.

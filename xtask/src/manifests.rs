@@ -1,5 +1,5 @@
-//! The manifests in `deploy/kubernetes`. That a pod made of them works, observer's own tests show; that an API server takes
-//! them, the schemas of Kubernetes do.
+//! Validates the manifests in `deploy/kubernetes` against the schemas of Kubernetes. Tests of observer run a pod made
+//! from them.
 
 use anyhow::Result;
 use duct::cmd;
@@ -8,10 +8,10 @@ use crate::python::{PYTHON, SCHEMAS};
 use crate::shell::quietly;
 use crate::workspace::root;
 
-/// The first release that has all fields, and the latest that the schemas are of.
+/// Oldest supported release of Kubernetes, the first with all fields used, and the newest release with a schema.
 const RELEASES: [&str; 2] = ["1.30", "1.37"];
 
-/// Finds fault with whatever these releases do not know.
+/// Fails if a manifest does not match the schema of one of these releases.
 pub(crate) fn check() -> Result<()> {
     let schemas = SCHEMAS.install()?;
     let script = root().join("xtask/src/manifests/check.py");

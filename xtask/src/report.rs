@@ -1,5 +1,5 @@
-//! Times the stages of `xtask test` and closes with tables: what was checked where and how long that took, the slowest
-//! tests, and each test that was skipped, was flaky or failed.
+//! Runs and times the stages of `xtask test`, and prints the final report: the result and duration of each stage, the
+//! slowest tests, and each test that was skipped, was flaky or failed.
 
 use std::fmt::Write as _;
 use std::num::NonZero;
@@ -13,19 +13,19 @@ use anyhow::Result;
 
 use crate::results::{Counts, Results, Test, Verdict};
 
-/// With more flaky tests than these a run has failed.
-const MOST_FLAKY: usize = 3;
+/// A run with more flaky tests than this has failed.
+const MAX_FLAKY: usize = 3;
 
 /// How many of the slowest tests are listed.
-const SLOWEST: usize = 10;
+const SLOWEST_LISTED: usize = 10;
 
-/// What a stage found besides success or failure.
+/// Results of a stage besides success or failure.
 #[derive(Default)]
 pub(crate) struct Findings {
     pub(crate) results: Results,
-    /// Checks that could not be made, and why.
+    /// Checks that could not be made, with the reason.
     pub(crate) skipped: Vec<String>,
-    /// Versions other than the pinned ones. With any of these a failed test of the stage does not fail the run.
+    /// Versions other than the pinned ones. If there are any, a failed test of the stage does not fail the run.
     pub(crate) unpinned: Vec<String>,
 }
 
@@ -61,7 +61,7 @@ impl Stage {
         self.error.is_some() || self.findings.results.failed().next().is_some()
     }
 
-    /// Whether the run fails with it.
+    /// Whether the stage fails the run.
     fn is_fatal(&self) -> bool {
         self.error.is_some() || (self.has_failed() && self.findings.unpinned.is_empty())
     }
@@ -75,22 +75,22 @@ impl Stage {
     }
 }
 
-/// A stage that runs beside others.
-pub(crate) struct Work<'a> {
+/// A stage that runs concurrently with others.
+pub(crate) struct ConcurrentStage<'a> {
     name: String,
     act: Act<'a>,
 }
 
 type Act<'a> = Box<dyn FnOnce(&mut Findings) -> Result<()> + Send + 'a>;
 
-impl<'a> Work<'a> {
+impl<'a> ConcurrentStage<'a> {
     pub(crate) fn new(name: String, act: impl FnOnce(&mut Findings) -> Result<()> + Send + 'a) -> Self {
         Self { name, act: Box::new(act) }
     }
 }
 
 impl Report {
-    /// Does a stage's work, and says what went wrong if something did.
+    /// Runs a stage, and prints its error if it fails.
     pub(crate) fn stage<T>(
         &mut self,
         name: &str,
@@ -101,11 +101,11 @@ impl Report {
         outcome
     }
 
-    /// Does the work of several stages, in their order: one more at a time than there are processors, for some of them
+    /// Runs several stages concurrently, started in this order. One more runs than there are CPUs, because some of them
     /// mostly wait.
-    pub(crate) fn at_once<'a>(&mut self, works: impl Iterator<Item = Work<'a>> + Send) {
-        let works = Mutex::new(works);
-        let next = || works.lock().unwrap_or_else(PoisonError::into_inner).next();
+    pub(crate) fn run_concurrently<'a>(&mut self, stages: impl Iterator<Item = ConcurrentStage<'a>> + Send) {
+        let stages = Mutex::new(stages);
+        let next = || stages.lock().unwrap_or_else(PoisonError::into_inner).next();
         let workers = thread::available_parallelism().map_or(1, NonZero::get) + 1;
         let done = thread::scope(|scope| {
             let worker = || {
@@ -121,9 +121,9 @@ impl Report {
         self.stages.extend(done);
     }
 
-    /// Prints the tables and the sum; the exit code says whether the run has passed.
+    /// Prints the report; the exit code says whether the run has passed.
     pub(crate) fn finish(self) -> ExitCode {
-        let (text, has_passed) = self.close();
+        let (text, has_passed) = self.render();
         println!("\n{text}");
         if has_passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
@@ -134,14 +134,14 @@ impl Report {
             .flat_map(|stage| stage.findings.results.0.iter().map(|test| (stage.name.as_str(), test)))
     }
 
-    /// What is printed at the end, and whether the run has passed.
-    fn close(&self) -> (String, bool) {
+    /// Renders the report. Returns it with whether the run has passed.
+    fn render(&self) -> (String, bool) {
         let mut text = String::new();
         let mut sum = Counts::default();
         for stage in &self.stages {
             let mut counts = stage.findings.results.counts();
             counts.skipped += stage.findings.skipped.len();
-            // A stage without tests that failed must not leave the sum looking well.
+            // A failed stage without tests counts as a failure, too.
             counts.failed += usize::from(stage.error.is_some());
             let shown = if counts == Counts::default() { String::new() } else { show(counts) };
             let seconds = stage.took.as_secs_f64();
@@ -153,7 +153,7 @@ impl Report {
         if !slowest.is_empty() {
             text.push_str("\nslowest tests\n");
         }
-        for (stage, test) in slowest.iter().take(SLOWEST) {
+        for (stage, test) in slowest.iter().take(SLOWEST_LISTED) {
             let _ = writeln!(text, "{:>7.1} s  {stage}: {test}", test.took.as_secs_f64());
         }
         text.push('\n');
@@ -171,21 +171,21 @@ impl Report {
             }
         }
         for (stage, test) in self.tests() {
-            let (word, said) = match &test.verdict {
-                Verdict::Flaky(said) => ("flaky", said),
-                Verdict::Failed(said) => ("FAILED", said),
+            let (word, output) = match &test.verdict {
+                Verdict::Flaky(output) => ("flaky", output),
+                Verdict::Failed(output) => ("FAILED", output),
                 Verdict::Passed | Verdict::Skipped(_) => continue,
             };
-            let _ = writeln!(text, "{stage}: {word} {test}\n    {}", said.replace('\n', "\n    "));
+            let _ = writeln!(text, "{stage}: {word} {test}\n    {}", output.replace('\n', "\n    "));
         }
         for stage in &self.stages {
             if let Some(error) = &stage.error {
                 let _ = writeln!(text, "{}: FAILED {error}", stage.name);
             }
         }
-        let is_too_flaky = sum.flaky > MOST_FLAKY;
+        let is_too_flaky = sum.flaky > MAX_FLAKY;
         if is_too_flaky {
-            let _ = writeln!(text, "FAILED: {} tests are flaky, more than {MOST_FLAKY}", sum.flaky);
+            let _ = writeln!(text, "FAILED: {} tests are flaky, more than {MAX_FLAKY}", sum.flaky);
         }
         let failed = sum.failed + usize::from(is_too_flaky);
         if sum.flaky > 0 {
@@ -203,7 +203,7 @@ fn show(counts: Counts) -> String {
     format!("{} passed, {} failed, {} skipped{flaky}", counts.passed, counts.failed, counts.skipped)
 }
 
-/// Failures count only where they fail the run.
+/// Adds counts; failures are added only if `with_failures`, that is, if they fail the run.
 fn add(sum: Counts, counts: Counts, with_failures: bool) -> Counts {
     Counts {
         passed: sum.passed + counts.passed,
@@ -222,7 +222,7 @@ mod tests {
     use super::{Findings, Report};
     use crate::results::{Results, Test, Verdict};
 
-    fn found(verdicts: impl IntoIterator<Item = Verdict>) -> Results {
+    fn results_of(verdicts: impl IntoIterator<Item = Verdict>) -> Results {
         let test = |(number, verdict)| Test {
             binary: "observer::real".to_owned(),
             name: format!("test_{number}"),
@@ -232,19 +232,19 @@ mod tests {
         Results(verdicts.into_iter().enumerate().map(test).collect())
     }
 
-    fn closed(verdicts: Vec<Verdict>, unpinned: &[&str]) -> (String, bool) {
+    fn rendered(verdicts: Vec<Verdict>, unpinned: &[&str]) -> (String, bool) {
         let mut report = Report::default();
         report.stage("tests", |findings: &mut Findings| {
-            findings.results = found(verdicts);
+            findings.results = results_of(verdicts);
             findings.unpinned = unpinned.iter().map(|&version| version.to_owned()).collect();
             Ok(())
         });
-        report.close()
+        report.render()
     }
 
     #[test]
-    fn one_failure_fails_the_run_and_is_told_with_its_output() {
-        let (text, has_passed) = closed(vec![Verdict::Passed, Verdict::Failed("3 are left".into())], &[]);
+    fn failure_fails_the_run_and_is_reported_with_its_output() {
+        let (text, has_passed) = rendered(vec![Verdict::Passed, Verdict::Failed("3 are left".into())], &[]);
         assert!(!has_passed);
         assert!(text.contains("tests: FAILED observer::real test_1\n    3 are left\n"), "{text}");
         assert!(text.ends_with("\n1 passed, 1 failed, 0 skipped"), "{text}");
@@ -254,44 +254,44 @@ mod tests {
     fn up_to_three_flaky_tests_pass_and_are_listed() {
         for (count, passes) in [(3, true), (4, false)] {
             let verdicts = vec![Verdict::Flaky("3 are left".into()); count];
-            let (text, has_passed) = closed(verdicts, &[]);
+            let (text, has_passed) = rendered(verdicts, &[]);
             assert_eq!(has_passed, passes, "{text}");
             assert!(text.contains("tests: flaky observer::real test_0\n    3 are left\n"), "{text}");
         }
     }
 
     #[test]
-    fn skipped_tests_did_not_pass() {
-        let (text, has_passed) = closed(vec![Verdict::Skipped("no tmux".into())], &[]);
+    fn run_with_only_skipped_tests_fails() {
+        let (text, has_passed) = rendered(vec![Verdict::Skipped("no tmux".into())], &[]);
         assert!(!has_passed, "nothing ran: {text}");
-        let (text, has_passed) = closed(vec![Verdict::Skipped("no tmux".into()), Verdict::Passed], &[]);
+        let (text, has_passed) = rendered(vec![Verdict::Skipped("no tmux".into()), Verdict::Passed], &[]);
         assert!(has_passed, "{text}");
         assert!(text.contains("tests: skipped observer::real test_0: no tmux\n"), "{text}");
         assert!(text.ends_with("\n1 passed, 0 failed, 1 skipped"), "{text}");
     }
 
     #[test]
-    fn a_failure_on_a_version_that_is_not_pinned_is_printed_only() {
+    fn failure_on_unpinned_version_is_reported_but_not_fatal() {
         let (text, has_passed) =
-            closed(vec![Verdict::Passed, Verdict::Failed("3 are left".into())], &["6.99"]);
+            rendered(vec![Verdict::Passed, Verdict::Failed("3 are left".into())], &["6.99"]);
         assert!(has_passed, "{text}");
         assert!(text.contains("tests: not pinned: 6.99\n"), "{text}");
         assert!(text.contains("tests: FAILED observer::real test_1\n    3 are left\n"), "{text}");
     }
 
     #[test]
-    fn a_stage_that_breaks_off_fails_the_run() {
+    fn stage_with_an_error_fails_the_run() {
         let mut report = Report::default();
         report.stage("tests", |findings| {
-            findings.results = found([Verdict::Passed]);
+            findings.results = results_of([Verdict::Passed]);
             Ok(())
         });
         report.stage("lint", |findings| -> anyhow::Result<()> {
-            // Whatever the versions are.
+            // Errors are fatal even with an unpinned version.
             findings.unpinned.push("6.99".to_owned());
             bail!("clippy found something")
         });
-        let (text, has_passed) = report.close();
+        let (text, has_passed) = report.render();
         assert!(!has_passed, "{text}");
         assert!(text.contains("lint: FAILED clippy found something\n"), "{text}");
     }

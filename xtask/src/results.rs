@@ -1,4 +1,4 @@
-//! What tests came to: read from the JUnit files that nextest writes, and put together over reruns.
+//! Results of tests: parsed from the JUnit files that nextest writes, and merged over reruns.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,30 +6,30 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use quick_junit::{Report, TestCase, TestCaseStatus};
 
-/// The test executable with the tests against real servers; the others hold unit tests.
+/// Test executable with the tests against real servers; all others contain unit tests.
 const REAL: &str = "real";
 
-/// What a test prints, at the beginning of a line, that cannot run here. To nextest it has passed.
+/// Prefix of the line that a test prints if it cannot run here. nextest counts such a test as passed.
 const SKIPPED: &str = "skipped: ";
 
-/// How much of a failure's output is kept.
-const LINES: usize = 12;
+/// Maximum number of lines of a failure's output that are kept.
+const MAX_LINES: usize = 12;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Verdict {
     Passed,
     /// Why it could not run.
     Skipped(String),
-    /// What its first run printed last.
+    /// Last output of the first run.
     Failed(String),
-    /// It failed, as this tells, and passed when it ran again by itself.
+    /// Output of the first run, which failed. A rerun of the test passed.
     Flaky(String),
 }
 
-/// A test and how it ended.
+/// A test and its result.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Test {
-    /// The test executable, as nextest names it.
+    /// Binary id of nextest.
     pub(crate) binary: String,
     pub(crate) name: String,
     pub(crate) took: Duration,
@@ -48,27 +48,27 @@ impl Test {
             TestCaseStatus::Skipped { .. } => Verdict::Skipped("ignored".to_owned()),
             TestCaseStatus::NonSuccess { message, .. } => {
                 let message = message.as_ref().map_or("", |message| message.as_str());
-                Verdict::Failed(essence(message, &output.join("\n")))
+                Verdict::Failed(failure_excerpt(message, &output.join("\n")))
             }
         };
         let took = case.time.unwrap_or_default();
         Self { binary: binary.to_owned(), name: case.name.as_str().to_owned(), took, verdict }
     }
 
-    /// Whether the test declares this word, as in `[alone contract] reactor::sleeps`.
+    /// Whether the name of the test has this word in its brackets, as in `[alone contract] reactor::sleeps`.
     fn declares(&self, word: &str) -> bool {
         let words = self.name.strip_prefix('[').and_then(|rest| rest.split_once(']'));
         words.is_some_and(|(words, _)| words.split(' ').any(|declared| declared == word))
     }
 
-    /// How often it may run again after a failure. What does not depend on the machine gets no second try, and neither
-    /// does a wrong link.
+    /// How often the test may be rerun after a failure. Tests that do not depend on the machine are not rerun, and
+    /// neither are tests of links: a wrong link is always a bug.
     fn reruns(&self) -> u32 {
         let is_real = self.binary.rsplit("::").next() == Some(REAL);
         if is_real && !self.declares("links") { 2 } else { 0 }
     }
 
-    /// nextest's expression for this test alone.
+    /// Filter expression of nextest for only this test.
     fn filter(&self) -> String {
         format!("(binary_id(={}) & test(={}))", self.binary, self.name)
     }
@@ -86,20 +86,20 @@ pub(crate) struct Results(pub(crate) Vec<Test>);
 
 impl Results {
     pub(crate) fn from_junit(xml: &str) -> Result<Self> {
-        let report = Report::deserialize_from_str(xml).context("nextest's JUnit file cannot be read")?;
+        let report = Report::deserialize_from_str(xml).context("cannot parse nextest's JUnit file")?;
         let suites = report.test_suites.iter();
         let tests = suites.flat_map(|suite| suite.test_cases.iter().map(|case| (suite.name.as_str(), case)));
         Ok(Self(tests.map(|(suite, case)| Test::of(suite, case)).collect()))
     }
 
-    /// nextest's expression for the failed tests that may run for the `time`th time again; `None` if there are none.
+    /// Filter expression for the failed tests that are eligible for rerun number `time`; `None` if there are none.
     pub(crate) fn to_rerun(&self, time: u32, limit: u32) -> Option<String> {
         let failed = self.failed().filter(|test| test.reruns().min(limit) >= time);
         let filters: Vec<_> = failed.map(Test::filter).collect();
         (!filters.is_empty()).then(|| filters.join(" | "))
     }
 
-    /// What passed when it ran again is flaky from now on.
+    /// Marks failed tests that passed in the rerun as flaky.
     pub(crate) fn merge_rerun(&mut self, again: &Self) {
         for test in &mut self.0 {
             let is_same = |other: &&Test| (&other.binary, &other.name) == (&test.binary, &test.name);
@@ -129,30 +129,30 @@ impl Results {
     }
 }
 
-/// How many tests ended how.
+/// Number of tests by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Counts {
     pub(crate) passed: usize,
     pub(crate) failed: usize,
     pub(crate) skipped: usize,
-    /// Failed at first, and passed by themselves.
+    /// Failed at first and passed in a rerun.
     pub(crate) flaky: usize,
 }
 
-/// The reason in a line by which a test says that it cannot run. A harness may have begun the line.
+/// The reason in a line with which a test reports that it cannot run. A test harness may have started the line.
 fn skip_reason(line: &str) -> Option<&str> {
     let line =
         line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")).map_or(line, |(_, rest)| rest);
     line.strip_prefix(SKIPPED)
 }
 
-/// The panic and what follows it, or the end of what was printed.
-fn essence(message: &str, output: &str) -> String {
+/// The panic message and the lines after it, or the last lines if there was no panic.
+fn failure_excerpt(message: &str, output: &str) -> String {
     let lines: Vec<&str> = output.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     let panic = lines.iter().position(|line| line.starts_with("thread '") && line.contains("panicked at"));
-    let start = panic.unwrap_or_else(|| lines.len().saturating_sub(LINES));
+    let start = panic.unwrap_or_else(|| lines.len().saturating_sub(MAX_LINES));
     let is_over = |line: &&&str| line.starts_with("stack backtrace:") || line.starts_with("note: ");
-    let kept = lines[start..].iter().take_while(|line| !is_over(line)).take(LINES);
+    let kept = lines[start..].iter().take_while(|line| !is_over(line)).take(MAX_LINES);
     let text = kept.copied().collect::<Vec<_>>().join("\n");
     if text.is_empty() { message.to_owned() } else { text }
 }
@@ -195,7 +195,7 @@ stack backtrace:
 </testsuites>"#;
 
     #[test]
-    fn a_test_that_passes_again_is_flaky_and_keeps_its_first_failure() {
+    fn test_that_passes_on_rerun_is_flaky_and_keeps_its_first_failure() {
         let mut results = Results::from_junit(FIRST).unwrap();
         assert_eq!(results.counts(), Counts { passed: 1, failed: 3, skipped: 1, flaky: 0 });
         results.merge_rerun(&Results::from_junit(AGAIN).unwrap());

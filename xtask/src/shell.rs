@@ -1,5 +1,5 @@
-//! How commands are run: silently unless they fail, or shown live while a copy is kept.
-//! Errors say what happened and, in a second line that begins `by hand:`, what a person can do about it.
+//! Runs commands: silently unless they fail, or with output that is shown live and captured.
+//! Error messages state the problem and, in a second line that begins with `by hand:`, what the user can do about it.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -11,13 +11,13 @@ use duct::{Expression, cmd};
 
 use crate::workspace::root;
 
-/// What a command that was shown live printed, and its exit code unless a signal ended it.
+/// Output of a command that was shown live, and its exit code unless a signal ended it.
 pub(crate) struct Shown {
     pub(crate) output: String,
     pub(crate) code: Option<i32>,
 }
 
-/// Runs a command whose output only matters when it fails.
+/// Runs a command and shows its output only if it fails.
 pub(crate) fn quietly(what: &str, command: &Expression) -> Result<()> {
     let output = command
         .stdin_null()
@@ -25,7 +25,7 @@ pub(crate) fn quietly(what: &str, command: &Expression) -> Result<()> {
         .stdout_capture()
         .unchecked()
         .run()
-        .with_context(|| format!("{what} could not be started"))?;
+        .with_context(|| format!("cannot start {what}"))?;
     if !output.status.success() {
         eprint!("{}", String::from_utf8_lossy(&output.stdout));
         bail!("{what} failed ({})", output.status);
@@ -33,12 +33,12 @@ pub(crate) fn quietly(what: &str, command: &Expression) -> Result<()> {
     Ok(())
 }
 
-/// Reads what a command prints; `None` if it is missing or fails, whatever it complains about.
+/// Returns the output of a command; `None` if it is missing or fails. Its standard error is discarded.
 pub(crate) fn ask(command: &Expression) -> Option<String> {
     Some(command.stdin_null().stderr_null().read().ok()?.trim().to_owned())
 }
 
-/// Runs a command with its output shown as it comes, line by line behind a prefix if there is one, and kept as well.
+/// Runs a command, shows its output line by line with the prefix, and captures it.
 pub(crate) fn show(command: &Expression, prefix: &str) -> Result<Shown> {
     let mut reader = BufReader::new(command.stdin_null().stderr_to_stdout().unchecked().reader()?);
     let mut output = Vec::new();
@@ -53,7 +53,7 @@ pub(crate) fn show(command: &Expression, prefix: &str) -> Result<Shown> {
     Ok(Shown { output: String::from_utf8_lossy(&output).into_owned(), code })
 }
 
-/// A command that is killed when it takes too long. In the foreground, so that Ctrl-C still reaches it.
+/// A command that is killed after a time limit. It stays in the foreground, so that Ctrl-C still reaches it.
 pub(crate) fn limited<I>(limit: Duration, program: impl Into<OsString>, args: I) -> Expression
 where
     I: IntoIterator<Item: Into<OsString>>,
@@ -64,7 +64,7 @@ where
     cmd("timeout", timeout.into_iter().chain(args.into_iter().map(Into::into)))
 }
 
-/// Where a program is, if it is anywhere; root's own folders count even when PATH lacks them.
+/// Finds a program on PATH or in root's folders, which PATH may lack.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     which::which_in(program, Some(path), root()).ok()

@@ -1,5 +1,5 @@
-//! `xtask test`, which is also what CI runs: style, lints, then the tests here and on each kernel.
-//! A stage that fails does not stop those that can do without it; the closing table tells.
+//! `xtask test`, which CI runs as well: formatting, lints, then the tests on this machine and on each kernel. A failed
+//! stage does not stop stages that do not depend on it; the final report lists all failures.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,18 +12,18 @@ use duct::Expression;
 
 use crate::kernel::Series;
 use crate::nextest::{
-    ALONE, BESIDE_OTHERS, CONTRACT, FULL_ONLY, Nextest, OF_THE_KERNEL, QUIET, Selection, Threads, USERSPACE,
+    ALONE, CONTRACT, FULL_ONLY, KERNEL_PACKAGES, Nextest, PARALLEL, QUIET, Selection, Threads, USERSPACE,
 };
 use crate::python::{COLLECTOR, TRACER};
-use crate::report::{Findings, Report, Work};
+use crate::report::{ConcurrentStage, Findings, Report};
 use crate::results::{Results, Verdict};
 use crate::workspace::{Executable, build, cargo, plain_cargo};
 use crate::{dependencies, documents, guest, manifests, nextest, packages, toolchain, vm};
 
-/// Packages whose programs the tests in guests run.
+/// Packages whose test executables run in guests.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
 
-/// How variables begin that tests read, and that guests get as well.
+/// Prefix of environment variables for tests; they are passed on to guests.
 const VARIABLES: &str = "OBSERVER_TEST_";
 
 /// Where tests run.
@@ -52,15 +52,15 @@ impl ValueEnum for Machine {
     }
 }
 
-/// What is asked for.
+/// Options of `xtask test`.
 pub(crate) struct Options {
-    /// Everything on every kernel, the newest as well.
+    /// Run every test on every kernel, including the newest.
     pub(crate) full: bool,
-    /// How often to repeat the tests, to see how often each fails.
+    /// How often to repeat the tests to find flaky ones.
     pub(crate) soak: Option<u32>,
-    /// Where; by default here and on the kernels of the contract.
+    /// Where to run; by default this machine and the pinned kernels.
     pub(crate) machines: Vec<Machine>,
-    /// Parts of names of tests; all if there are none.
+    /// Substrings of the names of tests; all tests if empty.
     pub(crate) names: Vec<String>,
 }
 
@@ -79,31 +79,32 @@ impl Options {
         self.machines().into_iter().filter_map(series).collect()
     }
 
-    /// Which tests run on a kernel: the contract, or all that depend on it where all or certain ones are asked for.
+    /// Filter expression for a kernel: the contract tests, or with `--full` or names all tests that depend on the
+    /// kernel.
     fn expression(&self, series: Series) -> String {
         if !self.full && self.names.is_empty() {
-            format!("{OF_THE_KERNEL} & {CONTRACT}")
+            format!("{KERNEL_PACKAGES} & {CONTRACT}")
         } else if series == Series::V5_10 || !self.names.is_empty() {
-            OF_THE_KERNEL.to_owned()
+            KERNEL_PACKAGES.to_owned()
         } else {
-            format!("{OF_THE_KERNEL} - {USERSPACE}")
+            format!("{KERNEL_PACKAGES} - {USERSPACE}")
         }
     }
 
-    /// Whether this is a part of a run that somebody wants to see quickly.
+    /// Whether lints are skipped, because only some tests or a soak are requested.
     fn is_partial(&self) -> bool {
         self.soak.is_some() || !self.names.is_empty()
     }
 }
 
-/// Runs what is asked for.
+/// Runs the requested stages.
 pub(crate) fn run(options: &Options) -> ExitCode {
     let mut report = Report::default();
     stages(&mut report, options);
     report.finish()
 }
 
-/// Leaves early where going on makes no sense.
+/// Runs the stages. Returns early if a stage fails that all later ones depend on.
 fn stages(report: &mut Report, options: &Options) -> Option<()> {
     let guests = options.guests();
     report.stage("setup", |findings| {
@@ -124,16 +125,18 @@ fn stages(report: &mut Report, options: &Options) -> Option<()> {
         report.stage("soak", |findings| soak(&built, options, rounds, findings))?;
         return None;
     }
-    // Guests keep the processors busy, which only some tests do not mind.
-    let beside = has_host.then(|| {
+    // Guests keep the CPUs busy, so only tests that tolerate load run concurrent them.
+    let concurrent = has_host.then(|| {
         let built = &built;
-        Work::new("host".to_owned(), move |findings| built.on_host(&PHASES[0], options, findings))
+        ConcurrentStage::new("host".to_owned(), move |findings| built.on_host(&PHASES[0], options, findings))
     });
     let guests = guests.iter().map(|&series| {
         let built = &built;
-        Work::new(format!("Linux {series}"), move |findings| built.on_guest(series, options, findings))
+        ConcurrentStage::new(format!("Linux {series}"), move |findings| {
+            built.on_guest(series, options, findings)
+        })
     });
-    report.at_once(beside.into_iter().chain(guests));
+    report.run_concurrently(concurrent.into_iter().chain(guests));
     if has_host {
         for phase in &PHASES[1..] {
             report.stage(phase.name, |findings| built.on_host(phase, options, findings));
@@ -142,7 +145,7 @@ fn stages(report: &mut Report, options: &Options) -> Option<()> {
     None
 }
 
-/// Tests here that go together.
+/// A group of tests on this machine.
 struct Phase {
     name: &'static str,
     expression: &'static str,
@@ -150,7 +153,7 @@ struct Phase {
 }
 
 impl Phase {
-    /// Without what takes long, unless everything or certain tests are asked for.
+    /// The tests of the phase, without long ones unless `--full` or names are given.
     fn selection(&self, options: &Options) -> Selection {
         let has_long = options.full || !options.names.is_empty();
         let expression = self.expression;
@@ -164,20 +167,20 @@ impl Phase {
     }
 }
 
-/// One after the other.
+/// These run one after the other.
 const PHASES: [Phase; 3] = [
-    Phase { name: "host", expression: BESIDE_OTHERS, threads: Threads::AsConfigured },
+    Phase { name: "host", expression: PARALLEL, threads: Threads::AsConfigured },
     Phase { name: "host, quiet", expression: QUIET, threads: Threads::AsConfigured },
     Phase { name: "host, alone", expression: ALONE, threads: Threads::One },
 ];
 
-/// All that is looked at without running a test.
+/// All checks that do not run tests.
 fn checks(report: &mut Report) {
     report.stage("format", |_| check("cargo fmt", &plain_cargo(["fmt", "--all", "--check"])));
     report.stage("lint", |_| {
         let rest = ["--workspace", "--exclude", "observer-ebpf", "--all-targets", "--", "-D", "warnings"];
         check("cargo clippy", &cargo("clippy", &rest)?)?;
-        // By itself, or it would share features with the others that need std; and without std no unwinding.
+        // Apart from the others, because feature unification would enable std. Without std there is no unwinding.
         let abort = "profile.release.panic='abort'";
         let ebpf = ["--package", "observer-ebpf", "--config", abort, "--", "-D", "warnings"];
         check("cargo clippy for observer-ebpf", &cargo("clippy", &ebpf)?)?;
@@ -191,12 +194,12 @@ fn checks(report: &mut Report) {
 
 fn check(what: &str, command: &Expression) -> Result<()> {
     if !command.unchecked().run()?.status.success() {
-        bail!("{what} found fault, see above");
+        bail!("{what} reported errors, see above");
     }
     Ok(())
 }
 
-/// All that tests run, built once for this machine and all guests.
+/// All executables that tests need, built once for this machine and all guests.
 struct Built {
     observer: PathBuf,
     executables: Vec<Executable>,
@@ -208,7 +211,7 @@ impl Built {
         let executables = build("test", &["--workspace", "--exclude", "observer-ebpf", "--no-run"])?;
         let is_observer = |executable: &&Executable| executable.name == "observer" && !executable.is_test;
         let observer = executables.iter().find(is_observer).context("package observer has no binary")?;
-        Ok(Self { observer: observer.path.clone(), nextest: Nextest::of_repository()?, executables })
+        Ok(Self { observer: observer.path.clone(), nextest: Nextest::build_repository()?, executables })
     }
 
     fn on_host(&self, phase: &Phase, options: &Options, findings: &mut Findings) -> Result<()> {
@@ -225,11 +228,11 @@ impl Built {
             findings.unpinned.push(package);
         }
         let label = format!("Linux {series}");
-        let mut results = self.in_guest(series, &label, &options.expression(series), &options.names)?;
-        // Afresh, so that nothing of the first run is in the way.
+        let mut results = self.run_in_guest(series, &label, &options.expression(series), &options.names)?;
+        // A new guest, so that state left by the first run cannot interfere.
         if let Some(failed) = results.to_rerun(1, 1) {
-            eprintln!("{series} | what failed runs again in another guest");
-            results.merge_rerun(&self.in_guest(series, &format!("{label}, again 1"), &failed, &[])?);
+            eprintln!("{series} | rerunning failed tests in a new guest");
+            results.merge_rerun(&self.run_in_guest(series, &format!("{label}, again 1"), &failed, &[])?);
         }
         if results.0.is_empty() && options.names.is_empty() {
             bail!("no test ran");
@@ -238,8 +241,14 @@ impl Built {
         Ok(())
     }
 
-    /// Boots a guest for these tests.
-    fn in_guest(&self, series: Series, label: &str, expression: &str, names: &[String]) -> Result<Results> {
+    /// Runs tests in a new guest.
+    fn run_in_guest(
+        &self,
+        series: Series,
+        label: &str,
+        expression: &str,
+        names: &[String],
+    ) -> Result<Results> {
         let kernel = series.kernel()?;
         let mut image = guest::image(&self.observer, &kernel)?;
         let of_guests = |executable: &&Executable| GUEST_PACKAGES.contains(&executable.package());
@@ -247,12 +256,12 @@ impl Built {
             image.add_program(&executable.path);
         }
         image.add_program(&self.nextest.program);
-        for about in [&self.nextest.cargo_metadata, &self.nextest.binaries_metadata] {
-            image.add(about);
+        for metadata in [&self.nextest.cargo_metadata, &self.nextest.binaries_metadata] {
+            image.add(metadata);
         }
-        let words = self.nextest.words("guest", expression, names);
-        let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
-        let run = shlex::try_join(words.iter().map(AsRef::as_ref))?;
+        let command_line = self.nextest.command_line("guest", expression, names);
+        let command_line: Vec<_> = command_line.iter().map(|word| word.to_string_lossy()).collect();
+        let run = shlex::try_join(command_line.iter().map(AsRef::as_ref))?;
         let variables = std::env::vars().filter(|(name, _)| name.starts_with(VARIABLES));
         let run = variables
             .map(|(name, value)| shlex::try_quote(&value).map(|value| format!("{name}={value} ")))
@@ -261,13 +270,13 @@ impl Built {
         guest::set_command(&mut image, &run, Some(Path::new("target/nextest/guest/junit.xml")))?;
         let outcome = vm::run(&kernel, &image.write()?, &format!("{series} | "))?;
         let Some(status) = outcome.status else {
-            bail!("the guest with Linux {series} did not come to its end, see above")
+            bail!("the guest with Linux {series} crashed, hung or timed out, see above")
         };
         self.nextest.read(label, Some(status.into()), &outcome.output, &outcome.file)
     }
 }
 
-/// Repeats the tests and prints how often each failed; nothing is rerun.
+/// Repeats the tests without reruns and prints how often each failed.
 fn soak(built: &Built, options: &Options, rounds: u32, findings: &mut Findings) -> Result<()> {
     let mut failures: BTreeMap<String, (u32, String)> = BTreeMap::new();
     for round in 1..=rounds {
@@ -282,22 +291,22 @@ fn soak(built: &Built, options: &Options, rounds: u32, findings: &mut Findings) 
                 }
                 Machine::Guest(series) => {
                     let (label, expression) = (format!("Linux {series}"), options.expression(series));
-                    results.push(built.in_guest(series, &label, &expression, &options.names)?);
+                    results.push(built.run_in_guest(series, &label, &expression, &options.names)?);
                 }
             }
         }
         for test in results.iter().flat_map(Results::failed) {
-            let Verdict::Failed(said) = &test.verdict else { continue };
-            failures.entry(test.to_string()).or_insert((0, said.clone())).0 += 1;
+            let Verdict::Failed(output) = &test.verdict else { continue };
+            failures.entry(test.to_string()).or_insert((0, output.clone())).0 += 1;
         }
         findings.results.0.extend(results.into_iter().flat_map(|results| results.0));
     }
     println!("\nfailures in {rounds} rounds");
-    for (test, (count, said)) in &failures {
+    for (test, (count, output)) in &failures {
         println!(
             "{count} of {rounds} ({:.0} %): {test}\n    {}",
             percent(*count, rounds),
-            said.replace('\n', "\n    ")
+            output.replace('\n', "\n    ")
         );
     }
     if failures.is_empty() {

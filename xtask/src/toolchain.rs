@@ -1,5 +1,5 @@
-//! What compiles eBPF: a Rust toolchain with the source of `core`, and bpf-linker on the same LLVM.
-//! Found or installed once, and recorded in a file that observer's build script reads.
+//! The toolchain for eBPF: a Rust compiler with the source of `core`, and a bpf-linker with the same LLVM. It is found
+//! or installed once, and recorded in a file that observer's build script reads.
 
 use std::fmt;
 use std::fs;
@@ -15,15 +15,15 @@ use crate::shell::{ask, find, is_root, limited, quietly};
 use crate::workspace::{kept, plain_cargo, share};
 
 struct Toolchain {
-    /// A name that rustup knows, or the absolute path of a sysroot.
+    /// Name of a rustup toolchain, or absolute path of a sysroot.
     name: String,
-    /// A stable compiler must be told to accept unstable features.
+    /// Whether `RUSTC_BOOTSTRAP` is needed, because the compiler is a stable one.
     bootstrap: bool,
-    /// The folder of our own bpf-linker; empty if the one on PATH serves.
+    /// Folder of the bpf-linker that xtask built; empty if the one on PATH is used.
     path: String,
 }
 
-/// Makes sure that eBPF programs can be built. Silent and quick when they can.
+/// Makes sure that eBPF programs can be built. Silent and fast if they can.
 pub(crate) fn setup() -> Result<()> {
     share()?;
     let record = kept("ebpf-toolchain");
@@ -62,7 +62,7 @@ impl fmt::Display for Toolchain {
     }
 }
 
-/// The compiler of eBPF programs where it is not the pinned one.
+/// Version of the compiler for eBPF programs, if it is not the pinned one.
 pub(crate) fn unpinned() -> Option<String> {
     let toolchain = Toolchain::read(&kept("ebpf-toolchain"))?;
     let rustc = sysroot(&toolchain.name)?.join("bin/rustc");
@@ -88,7 +88,7 @@ fn install() -> Result<Toolchain> {
 }
 
 fn with_rustup() -> Result<Toolchain> {
-    find("rustup").context("it is not installed")?;
+    find("rustup").context("rustup is not installed")?;
     if !has_core("nightly") {
         eprintln!("setup: asking rustup for rust-src (up to a minute)");
         let args = if sysroot("nightly").is_some() {
@@ -97,24 +97,24 @@ fn with_rustup() -> Result<Toolchain> {
             "toolchain install nightly --profile minimal --component rust-src --no-self-update"
         };
         ask(&limited(Duration::from_secs(60), "rustup", args.split(' ')))
-            .context("rust-src did not arrive")?;
+            .context("rustup could not install rust-src")?;
     }
     let version = ask(&cmd!("rustup", "run", "nightly", "rustc", "-vV")).context("nightly does not run")?;
     let llvm = version.lines().find_map(|line| line.strip_prefix("LLVM version: ")?.split('.').next());
-    let path = build_linker(llvm.context("nightly names no LLVM")?)?;
+    let path = build_linker(llvm.context("the nightly compiler does not print its LLVM version")?)?;
     Ok(Toolchain { name: "nightly".to_owned(), bootstrap: false, path })
 }
 
 fn with_debian() -> Result<Toolchain> {
     if !packages::is_debian() || !is_root() {
-        bail!("that takes Debian, and root");
+        bail!("this requires Debian and root");
     }
     packages::install(&packages::for_ebpf())?;
     let path = build_linker(&DEBIAN_LLVM.to_string())?;
     Ok(Toolchain { name: "/usr".to_owned(), bootstrap: true, path })
 }
 
-/// Builds bpf-linker with the LLVM of the compiler whose output it is to read; answers its folder.
+/// Builds bpf-linker with the LLVM of the compiler whose output it has to read. Returns the folder.
 fn build_linker(llvm: &str) -> Result<String> {
     let bin = kept("tools/bin");
     if !is_pinned_linker(&bin) {
@@ -127,19 +127,19 @@ fn build_linker(llvm: &str) -> Result<String> {
         let what = format!("install bpf-linker --version {BPF_LINKER} --locked --force");
         let how = format!("--no-default-features --features llvm-{llvm} --root target/tools");
         let install = plain_cargo(what.split(' ').chain(how.split(' ')));
-        // Flags meant for observer, such as a static C library, would break the search for LLVM.
+        // Flags for observer, such as a static C library, would break the search for LLVM.
         let install = install.env("PATH", path).env("LLVM_PREFIX", prefix).env_remove("RUSTFLAGS");
         quietly("building bpf-linker", &install)?;
     }
     bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))
 }
 
-/// Builds what writes bills of materials, unless an earlier run did; answers its folder.
+/// Installs cargo-cyclonedx unless it is installed. Returns the folder.
 pub(crate) fn cyclonedx() -> Result<String> {
     subcommand("cyclonedx", CYCLONEDX)
 }
 
-/// The same with what judges dependencies.
+/// Installs cargo-deny unless it is installed. Returns the folder.
 pub(crate) fn deny() -> Result<String> {
     subcommand("deny", DENY)
 }
@@ -147,10 +147,10 @@ pub(crate) fn deny() -> Result<String> {
 fn subcommand(name: &str, version: &str) -> Result<String> {
     let bin = kept("tools/bin");
     let installed = ask(&cmd!(bin.join(format!("cargo-{name}")), name, "--version"));
-    if installed.is_none_or(|told| told.rsplit(' ').next() != Some(version)) {
+    if installed.is_none_or(|output| output.rsplit(' ').next() != Some(version)) {
         eprintln!("setup: building cargo-{name} {version} (about two minutes)");
         let what = format!("install cargo-{name} --version {version} --locked --force --root target/tools");
-        // Quick to build matters more than quick to run.
+        // Optimised for a short build: the tool itself runs only briefly.
         let install =
             plain_cargo(what.split(' ')).env_remove("RUSTFLAGS").env("CARGO_PROFILE_RELEASE_LTO", "off");
         let install =

@@ -1,4 +1,4 @@
-//! Boots a guest in QEMU and hands its exit status back. Emulated where the machine offers no KVM.
+//! Boots a guest in QEMU and returns its exit status. Emulated if KVM is unavailable.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -15,20 +15,20 @@ use crate::shell::{find, limited, show};
 use crate::{guest, observer, packages};
 
 const QEMU: &str = "qemu-system-x86_64";
-/// Longer than any test run takes when emulated.
+/// Longer than any test run takes in an emulated guest.
 const LIMIT: Duration = Duration::from_secs(75 * 60);
 
-/// What became of a guest.
+/// Result of running a guest.
 pub(crate) struct Outcome {
-    /// Of the command; none if the guest crashed, hung or ran out of time.
+    /// Exit status of the command; `None` if the guest crashed, hung or timed out.
     pub(crate) status: Option<u8>,
-    /// What was on its console.
+    /// Console output.
     pub(crate) output: String,
-    /// What the command left in the file that was asked for; empty if it left none.
+    /// Content of the requested file; empty if the command did not write it.
     pub(crate) file: String,
 }
 
-/// `xtask vm`: one command, or a shell, in a guest.
+/// `xtask vm`: runs a command, or a shell, in a guest.
 pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
     let observer = observer::build()?;
     packages::install(&packages::for_guests())?;
@@ -39,7 +39,7 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
             image.add_program(&path);
         }
         let words = command.iter().map(String::as_str);
-        let line = shlex::try_join(words).context("a word of the command holds a NUL")?;
+        let line = shlex::try_join(words).context("an argument contains a NUL byte")?;
         guest::set_command(&mut image, &line, None)?;
     }
     let image = image.write()?;
@@ -53,18 +53,18 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
     };
     match status {
         Some(status) => Ok(status.into()),
-        None => bail!("the guest did not come to its end\nby hand: see what it printed last"),
+        None => bail!("the guest crashed, hung or timed out\nby hand: see the last lines of its console"),
     }
 }
 
-/// Boots a guest that runs the command in its image; its console is shown live, each line behind the prefix.
+/// Boots a guest that runs the command in its image. Its console is shown live, with a prefix for each line.
 pub(crate) fn run(kernel: &Kernel, image: &File, prefix: &str) -> Result<Outcome> {
     let report = tempfile::tempfile()?;
     let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")), prefix)?;
     Ok(Outcome { output: shown.output, ..read(report) })
 }
 
-/// The guest writes the file, if one was asked for, and then the exit status on a line of its own.
+/// Parses what the guest sent: the requested file, if any, then the exit status on a line of its own.
 fn read(report: File) -> Outcome {
     let text = io::read_to_string(report).unwrap_or_default();
     let (file, status) = text.trim_end().rsplit_once('\n').unwrap_or(("", text.trim()));
@@ -72,13 +72,13 @@ fn read(report: File) -> Outcome {
 }
 
 fn arguments(kernel: &Kernel, image: &File, report: &File, console: &str) -> Vec<OsString> {
-    // No graphics, network card or disks: each costs a guest time to look for.
+    // No graphics, network card or disks, because probing each takes boot time.
     let machine = "-no-user-config -nodefaults -display none -no-reboot -M q35 -cpu max -smp 2 -m 2048";
     let mut arguments: Vec<OsString> = machine.split(' ').map(Into::into).collect();
     if has_kvm() {
         arguments.extend(["-accel", "kvm"].map(Into::into));
     }
-    // A guest that is stuck ends with a stack trace instead of keeping everyone waiting for the time limit.
+    // A guest that hangs panics with a stack trace instead of blocking the run until the time limit.
     let options = "console=ttyS0 quiet panic=-1 softlockup_panic=1";
     arguments.extend(["-accel", "tcg,thread=single", "-append", options].map(Into::into));
     arguments.extend(["-kernel".into(), (&kernel.image).into(), "-initrd".into(), name(image).into()]);
@@ -91,12 +91,12 @@ fn arguments(kernel: &Kernel, image: &File, report: &File, console: &str) -> Vec
     arguments
 }
 
-/// The files have no name of their own, so that nothing is left of them however we end.
+/// Path of an unnamed file. Such files disappear however this process ends.
 fn name(file: &File) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
 }
 
-/// KVM inside a virtual machine may look usable and then stop at some instruction: not worth the try.
+/// KVM inside a virtual machine may appear to work and then fail at some instruction, so it is not used there.
 fn has_kvm() -> bool {
     let is_usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
     let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -1,7 +1,7 @@
-"""Reads manifests with the schemas of Kubernetes: every field must be known, every value be of its type.
+"""Validates manifests against the schemas of Kubernetes: unknown fields and wrong types are errors.
 
-Arguments: a folder, and releases of Kubernetes. Prints what is wrong, with its place, and exits with 1. What
-kustomize reads itself, and kinds that Kubernetes does not have, have to be known here by name.
+Arguments: a folder, and releases of Kubernetes. Prints each error with its location, and exits with 1 if there is
+one. Fields of kustomize files and kinds that are not part of Kubernetes are listed here by name.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ import sys
 import kubernetes_validate
 import yaml
 
-OTHERS = {
+CUSTOM_KINDS = {
     "kustomize.config.k8s.io/v1beta1": {
         "Kustomization": {
             "apiVersion", "kind", "namespace", "resources", "configMapGenerator", "labels", "images"
@@ -21,11 +21,11 @@ OTHERS = {
 }
 
 folder, releases = pathlib.Path(sys.argv[1]), sys.argv[2:]
-faults, looked_at, named, generators, mounted = [], 0, set(), set(), set()
+faults, validated, named, generators, mounted = [], 0, set(), set(), set()
 for file in sorted(folder.rglob("*.yaml")):
     manifest = yaml.safe_load(file.read_text())
     place = file.relative_to(folder)
-    others = OTHERS.get(manifest["apiVersion"])
+    others = CUSTOM_KINDS.get(manifest["apiVersion"])
     if others:
         known = others.get(manifest["kind"], set())
         faults += [f"{place}: {key}: unknown" for key in manifest if key not in known]
@@ -38,7 +38,7 @@ for file in sorted(folder.rglob("*.yaml")):
         volumes = manifest["spec"]["template"]["spec"]["volumes"]
         mounted |= {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}
     for release in releases:
-        looked_at += 1
+        validated += 1
         try:
             kubernetes_validate.validate(manifest, release, strict=True)
         except kubernetes_validate.ValidationError as fault:
@@ -48,8 +48,8 @@ for file in sorted(folder.rglob("*.yaml")):
             faults.append(f"{place}: {fault.message}")
 for file in folder.rglob("*.yaml"):
     if file.name != "kustomization.yaml" and file.resolve() not in named:
-        faults.append(f"{file.relative_to(folder)}: no kustomization.yaml has it")
-faults += [f"{file}: is not there" for file in named if not file.exists()]
-faults += [f"ConfigMap {name}: is not both mounted and made" for name in generators ^ mounted]
+        faults.append(f"{file.relative_to(folder)}: not listed in any kustomization.yaml")
+faults += [f"{file}: does not exist" for file in named if not file.exists()]
+faults += [f"ConfigMap {name}: must be both generated and mounted" for name in generators ^ mounted]
 print(*faults, sep="\n")
-sys.exit(1 if faults or not looked_at else 0)
+sys.exit(1 if faults or not validated else 0)

@@ -1,6 +1,7 @@
-//! The modules of a crate import in one direction: a file declares its modules from the lowest to the highest, a module uses only
-//! those declared before it, and none uses the file that declares it. So imports never go in circles, and the declarations in
-//! `lib.rs` are the architecture. Code that only tests compile may import anything.
+//! Checks that the modules of each crate import in one direction. A file declares its modules from the lowest layer to
+//! the highest. A module may use only modules that are declared before it, and not the file that declares it. So
+//! imports have no cycles, and the declarations in `lib.rs` show the architecture. Code that is compiled only for tests
+//! may import anything.
 
 use std::{
     collections::BTreeSet,
@@ -14,7 +15,7 @@ use proc_macro2::{Span, TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 use syn::{Attribute, File, Item, ItemMod, ItemUse, Macro, UseTree};
 
-/// The crates, by the files that they begin with.
+/// Root files of the crates.
 const CRATES: [&str; 4] =
     ["observer-common/src/lib.rs", "observer-ebpf/src/main.rs", "observer/src/lib.rs", "xtask/src/main.rs"];
 
@@ -22,12 +23,12 @@ const CRATES: [&str; 4] =
 fn modules_import_in_one_direction() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let found: Vec<_> = CRATES.iter().flat_map(|start| violations(&root.join(start)).unwrap()).collect();
-    let list: BTreeSet<_> = found.iter().map(|violation| violation.below(root)).collect();
+    let list: BTreeSet<_> = found.iter().map(|violation| violation.format(root)).collect();
     let list = list.into_iter().collect::<Vec<_>>().join("\n");
-    assert!(list.is_empty(), "move what both need to a module declared before them:\n{list}");
+    assert!(list.is_empty(), "move what both use to a module that is declared before them:\n{list}");
 }
 
-/// All imports of a crate that go the wrong way.
+/// All imports of a crate that violate the order.
 fn violations(start: &Path) -> Result<Vec<Violation>> {
     let tree = Module::read(start, Vec::new())?;
     let mut found = Vec::new();
@@ -35,19 +36,19 @@ fn violations(start: &Path) -> Result<Vec<Violation>> {
     Ok(found)
 }
 
-/// A module that has a file of its own.
+/// A module with a file of its own.
 struct Module {
-    /// Its names from the crate's root on.
+    /// Path from the root of the crate.
     path: Vec<String>,
     file: PathBuf,
-    /// In the order in which they are declared.
+    /// In the order of their declarations.
     children: Vec<Module>,
-    /// Paths that begin in this crate, as names from its root on, and the line of each.
+    /// Imports from this crate: the path from its root, and the line.
     imports: Vec<(Vec<String>, usize)>,
 }
 
 impl Module {
-    /// Reads a file and those of the modules that it declares.
+    /// Reads a file and the modules that it declares.
     fn read(file: &Path, path: Vec<String>) -> Result<Self> {
         let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let syntax = syn::parse_file(&text).with_context(|| format!("cannot parse {}", file.display()))?;
@@ -57,12 +58,12 @@ impl Module {
             Self::read(&find(file, name)?, path)
         });
         let children = children.collect::<Result<_>>()?;
-        let mut reader = Reader { module: path.clone(), names, inside: Vec::new(), imports: Vec::new() };
+        let mut reader = Reader { module: path.clone(), names, inline: Vec::new(), imports: Vec::new() };
         reader.visit_file(&syntax);
         Ok(Self { path, file: file.to_owned(), children, imports: reader.imports })
     }
 
-    /// The module that a path leads to: the rest of the path names something in it.
+    /// The module that contains what the path names; the last names of the path may be an item in it.
     fn resolve(&self, path: &[String]) -> &Self {
         let child = path.first().and_then(|name| self.children.iter().find(|child| child.is_named(name)));
         child.map_or(self, |child| child.resolve(&path[1..]))
@@ -72,7 +73,7 @@ impl Module {
         self.path.last().is_some_and(|last| last == name)
     }
 
-    /// The position among the modules that this one declares.
+    /// Position among the modules that this one declares.
     fn position(&self, name: &str) -> Option<usize> {
         self.children.iter().position(|child| child.is_named(name))
     }
@@ -80,7 +81,7 @@ impl Module {
     fn check(&self, tree: &Self, found: &mut Vec<Violation>) {
         for (path, line) in &self.imports {
             let imported = tree.resolve(path);
-            if let Some(why) = tree.objection(&self.path, &imported.path) {
+            if let Some(why) = tree.why_forbidden(&self.path, &imported.path) {
                 let imported =
                     imported.path.iter().fold("crate".to_owned(), |path, name| format!("{path}::{name}"));
                 let file = self.file.clone();
@@ -90,14 +91,14 @@ impl Module {
         self.children.iter().for_each(|child| child.check(tree, found));
     }
 
-    /// Why one module must not use another.
-    fn objection(&self, from: &[String], to: &[String]) -> Option<Why> {
+    /// Why the module `from` must not use the module `to`; `None` if it may.
+    fn why_forbidden(&self, from: &[String], to: &[String]) -> Option<Why> {
         match (from.split_first(), to.split_first()) {
-            // A module uses itself, or what it declares.
+            // A module may use itself and the modules that it declares.
             (None, _) => None,
             (Some(_), None) => Some(Why::Declares),
-            (Some((from, below)), Some((to, rest))) if from == to => {
-                self.children[self.position(from)?].objection(below, rest)
+            (Some((from, format)), Some((to, rest))) if from == to => {
+                self.children[self.position(from)?].why_forbidden(format, rest)
             }
             (Some((from, _)), Some((to, _))) => {
                 (self.position(from) < self.position(to)).then(|| Why::Later(from.clone()))
@@ -114,15 +115,15 @@ struct Violation {
 }
 
 enum Why {
-    /// The imported module declares the one that imports it.
+    /// The imported module declares the importing one.
     Declares,
-    /// The imported module is declared after this one.
+    /// The imported module is declared after this module.
     Later(String),
 }
 
 impl Violation {
-    /// As a line, with the file relative to a folder.
-    fn below(&self, folder: &Path) -> String {
+    /// Formats the violation as a line, with the file relative to `folder`.
+    fn format(&self, folder: &Path) -> String {
         let file = self.file.strip_prefix(folder).unwrap_or(&self.file).display();
         let why = match &self.why {
             Why::Declares => "declares this module".to_owned(),
@@ -132,7 +133,7 @@ impl Violation {
     }
 }
 
-/// Where a module declared in a file is.
+/// File of a module that is declared in `file`.
 fn find(file: &Path, name: &str) -> Result<PathBuf> {
     let folder = file.parent().context("a file has a folder")?;
     let folder = match file.file_stem().and_then(|stem| stem.to_str()) {
@@ -144,7 +145,7 @@ fn find(file: &Path, name: &str) -> Result<PathBuf> {
     found.with_context(|| format!("{} declares `{name}`, which has no file", file.display()))
 }
 
-/// The modules that a file declares and that have files of their own.
+/// Names of the modules that a file declares and that have files of their own.
 fn declared(syntax: &File) -> Vec<String> {
     let modules = syntax.items.iter().filter_map(|item| match item {
         Item::Mod(module) if module.content.is_none() && !is_for_tests(&module.attrs) => Some(module),
@@ -153,7 +154,7 @@ fn declared(syntax: &File) -> Vec<String> {
     modules.map(|module| module.ident.to_string()).collect()
 }
 
-/// Whether only tests compile this.
+/// Whether an item is compiled only for tests.
 fn is_for_tests(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| {
         let condition = attribute.path().is_ident("cfg").then(|| attribute.parse_args::<syn::Path>());
@@ -165,15 +166,15 @@ fn is_for_tests(attributes: &[Attribute]) -> bool {
 struct Reader {
     module: Vec<String>,
     names: Vec<String>,
-    /// Modules inside this file that stand around what is being read.
-    inside: Vec<String>,
+    /// Inline modules around the current item.
+    inline: Vec<String>,
     imports: Vec<(Vec<String>, usize)>,
 }
 
 impl Reader {
-    /// Takes note of a path if it begins in this crate.
+    /// Records a path if it is in this crate.
     fn add(&mut self, path: &[String], span: Span) {
-        let here = [&self.module[..], &self.inside].concat();
+        let here = [&self.module[..], &self.inline].concat();
         let Some(first) = path.first() else { return };
         let whole = match first.as_str() {
             "crate" => path[1..].to_vec(),
@@ -182,7 +183,7 @@ impl Reader {
                 let levels = path.iter().take_while(|name| *name == "super").count();
                 [&here[..here.len().saturating_sub(levels)], &path[levels..]].concat()
             }
-            name if self.inside.is_empty() && self.names.iter().any(|child| child == name) => {
+            name if self.inline.is_empty() && self.names.iter().any(|child| child == name) => {
                 [&here, path].concat()
             }
             _ => return,
@@ -201,7 +202,7 @@ impl Reader {
         }
     }
 
-    /// Paths in what is given to a macro, whose grammar is its own.
+    /// Records paths in the arguments of a macro. They are found by token, because their grammar is unknown.
     fn add_tokens(&mut self, tokens: TokenStream) {
         let mut path: Vec<(String, Span)> = Vec::new();
         let mut colons = 0;
@@ -210,26 +211,26 @@ impl Reader {
                 TokenTree::Punct(punct) if punct.as_char() == ':' => colons += 1,
                 TokenTree::Ident(name) => {
                     if colons != 2 {
-                        self.add_all(&mut path);
+                        self.add_tokens_as_path(&mut path);
                     }
                     colons = 0;
                     path.push((name.to_string(), name.span()));
                 }
                 other => {
                     colons = 0;
-                    self.add_all(&mut path);
+                    self.add_tokens_as_path(&mut path);
                     if let TokenTree::Group(group) = other {
                         self.add_tokens(group.stream());
                     }
                 }
             }
         }
-        self.add_all(&mut path);
+        self.add_tokens_as_path(&mut path);
     }
 
-    fn add_all(&mut self, path: &mut Vec<(String, Span)>) {
+    fn add_tokens_as_path(&mut self, path: &mut Vec<(String, Span)>) {
         let (names, spans): (Vec<_>, Vec<_>) = path.drain(..).unzip();
-        // A single name is something that is in reach already.
+        // A single name is in scope already.
         if let [span, _, ..] = spans[..] {
             self.add(&names, span);
         }
@@ -253,9 +254,9 @@ impl Visit<'_> for Reader {
     }
 
     fn visit_item_mod(&mut self, module: &ItemMod) {
-        self.inside.push(module.ident.to_string());
+        self.inline.push(module.ident.to_string());
         visit::visit_item_mod(self, module);
-        self.inside.pop();
+        self.inline.pop();
     }
 
     fn visit_item_use(&mut self, item: &ItemUse) {
@@ -276,8 +277,8 @@ impl Visit<'_> for Reader {
     }
 }
 
-/// A crate of two modules, the first of which has this text: what is wrong with it.
-fn faults(lower: &str) -> Vec<String> {
+/// Violations in a crate of two modules, where `lower` is the source of the first.
+fn violations_in(lower: &str) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("lib.rs"), "mod lower;\nmod upper;\npub struct Item;\n").unwrap();
     fs::write(folder.path().join("lower.rs"), lower).unwrap();
@@ -285,11 +286,11 @@ fn faults(lower: &str) -> Vec<String> {
     fs::write(folder.path().join("upper/mod.rs"), "mod part;\nuse part::Part;\nuse crate::lower;\n").unwrap();
     fs::write(folder.path().join("upper/part.rs"), "use crate::lower::Thing;\npub struct Part;\n").unwrap();
     let found = violations(&folder.path().join("lib.rs")).unwrap();
-    found.iter().map(|violation| violation.below(folder.path())).collect()
+    found.iter().map(|violation| violation.format(folder.path())).collect()
 }
 
 #[test]
-fn imports_of_later_modules_are_found() {
+fn import_of_a_later_module_is_reported() {
     let message = "lower.rs:1: uses `crate::upper::part`, which is declared after `lower`";
     for text in [
         "use crate::upper::part::Part;",
@@ -298,17 +299,17 @@ fn imports_of_later_modules_are_found() {
         "fn f() { println!(\"{}\", crate::upper::part::X); }",
         "mod inner { use crate::upper::part::*; }",
     ] {
-        assert_eq!(faults(text), [message], "{text}");
+        assert_eq!(violations_in(text), [message], "{text}");
     }
 }
 
 #[test]
-fn imports_of_the_declaring_module_are_found() {
-    assert_eq!(faults("\nuse super::Item;"), ["lower.rs:2: uses `crate`, which declares this module"]);
+fn import_of_the_declaring_module_is_reported() {
+    assert_eq!(violations_in("\nuse super::Item;"), ["lower.rs:2: uses `crate`, which declares this module"]);
 }
 
 #[test]
-fn what_only_tests_compile_and_other_crates_are_no_fault() {
+fn code_for_tests_and_other_crates_are_ignored() {
     for text in [
         "",
         "use std::fs;",
@@ -317,6 +318,6 @@ fn what_only_tests_compile_and_other_crates_are_no_fault() {
         "#[cfg(test)]\nuse crate::upper::part::Part;",
         "pub(crate) fn f() { self::g(); }",
     ] {
-        assert_eq!(faults(text), Vec::<String>::new(), "{text}");
+        assert_eq!(violations_in(text), Vec::<String>::new(), "{text}");
     }
 }

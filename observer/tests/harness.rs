@@ -1,8 +1,8 @@
-//! What runs the tests in this folder: each declares at its head what it needs and how it may be run, so that a runner
-//! can put together what goes together and a test that cannot run is reported as skipped, with its reason.
+//! The harness of the tests in this folder. Each test declares its requirements and how it may be run, and is reported
+//! as skipped, with the reason, if it cannot run.
 //!
-//! Declarations that a runner must know are words in brackets before the test's name, as `[alone contract]`.
-//! `.config/nextest.toml` and `cargo xtask test` select by them.
+//! Declarations that the test runner needs are words in brackets before the name of the test, as `[alone contract]`.
+//! `.config/nextest.toml` and `cargo xtask test` select tests by these words.
 
 use std::{
     env,
@@ -27,13 +27,13 @@ pub(crate) struct Test {
     full: bool,
     userspace: bool,
     links: bool,
-    place: Option<(Place, &'static str)>,
+    machine: Option<(Machine, &'static str)>,
     programs: &'static [&'static str],
 }
 
-/// Where a test can run if it cannot run everywhere.
+/// Type of machine that a test is restricted to.
 #[derive(Clone, Copy, PartialEq)]
-enum Place {
+enum Machine {
     Host,
     Guest,
 }
@@ -50,43 +50,44 @@ impl Test {
             full: false,
             userspace: false,
             links: false,
-            place: None,
+            machine: None,
             programs: &[],
         }
     }
 
-    /// Measures time that other work on this machine would change, or looks at the whole machine: runs by itself.
+    /// Runs with no other test, because it measures times that other load would change, or inspects the whole machine.
     pub(crate) const fn alone(mut self) -> Self {
         self.alone = true;
         self
     }
 
-    /// Measures time that other work on this machine would change, and works little itself: runs beside others of its
-    /// kind only.
+    /// Runs only beside other quiet tests, because it measures times that other load would change, and causes little
+    /// load itself.
     pub(crate) const fn quiet(mut self) -> Self {
         self.quiet = true;
         self
     }
 
-    /// Belongs to the kernel contract: one exact count or time of a probe, short enough for emulated kernels.
+    /// Belongs to the kernel contract: checks an exact count or time of a probe, and is short enough for emulated
+    /// kernels.
     pub(crate) const fn contract(mut self) -> Self {
         self.contract = true;
         self
     }
 
-    /// Takes too long to be run each time: only when everything is.
+    /// Runs only with `--full`, because it takes long.
     pub(crate) const fn full(mut self) -> Self {
         self.full = true;
         self
     }
 
-    /// No kernel takes part in what it tests: one emulated kernel is enough.
+    /// Does not depend on the kernel, so it runs on one emulated kernel only.
     pub(crate) const fn userspace(mut self) -> Self {
         self.userspace = true;
         self
     }
 
-    /// Asserts that no link is wrong, which is never tried a second time.
+    /// Asserts that no link is wrong. Such a test is never rerun after a failure.
     pub(crate) const fn links(mut self) -> Self {
         self.links = true;
         self
@@ -94,32 +95,32 @@ impl Test {
 
     /// Cannot run in a guest.
     pub(crate) const fn host_only(mut self, reason: &'static str) -> Self {
-        self.place = Some((Place::Host, reason));
+        self.machine = Some((Machine::Host, reason));
         self
     }
 
-    /// Changes the whole machine, and so must have one of its own.
+    /// Changes the whole machine, so it runs only in a guest.
     pub(crate) const fn guest_only(mut self, reason: &'static str) -> Self {
-        self.place = Some((Place::Guest, reason));
+        self.machine = Some((Machine::Guest, reason));
         self
     }
 
-    /// Needs these programs on the PATH.
+    /// Needs these programs on PATH.
     pub(crate) const fn programs(mut self, programs: &'static [&'static str]) -> Self {
         self.programs = programs;
         self
     }
 
-    /// What is missing here, if anything is.
-    fn unmet(&self) -> Option<String> {
-        let here = if is_emulated() { Place::Guest } else { Place::Host };
-        if let Some((place, reason)) = self.place
-            && place != here
+    /// Reason why the test cannot run here; `None` if it can.
+    fn unmet_requirement(&self) -> Option<String> {
+        let here = if is_emulated() { Machine::Guest } else { Machine::Host };
+        if let Some((machine, reason)) = self.machine
+            && machine != here
         {
             return Some(reason.to_owned());
         }
         let missing = self.programs.iter().find(|program| !is_on_path(program))?;
-        Some(format!("there is no {missing} here"))
+        Some(format!("{missing} is not installed"))
     }
 
     fn kind(&self) -> String {
@@ -138,14 +139,14 @@ impl Test {
     fn trial(&'static self) -> Trial {
         let module = self.module.split_once("::").map_or("", |(_, module)| module);
         Trial::ignorable_test(format!("{module}::{}", self.name), || {
-            let skipped = match self.unmet() {
+            let skipped = match self.unmet_requirement() {
                 Some(reason) => Skip(reason),
                 None => match catch_unwind(AssertUnwindSafe(self.run)) {
                     Ok(()) => return Ok(Completion::Completed),
                     Err(payload) => *payload.downcast::<Skip>().unwrap_or_else(|panic| resume_unwind(panic)),
                 },
             };
-            // The runner reads it here: to it, a test that ends without a failure has passed.
+            // xtask reads this line, because nextest counts a test that does not fail as passed.
             eprintln!("skipped: {}", skipped.0);
             Ok(Completion::ignored_with(skipped.0))
         })
@@ -153,10 +154,10 @@ impl Test {
     }
 }
 
-/// What a test unwinds with that finds out, while it runs, that it cannot.
+/// Panic payload of a test that cannot run.
 struct Skip(String);
 
-/// Ends a test that cannot run here for a reason that only shows while it runs.
+/// Ends a test that detects at run time that it cannot run here.
 pub(crate) fn skip(reason: impl Into<String>) -> ! {
     resume_unwind(Box::new(Skip(reason.into())))
 }
@@ -165,7 +166,7 @@ fn is_on_path(program: &str) -> bool {
     env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|folder| folder.join(program).is_file())
 }
 
-/// Runs what the command line selects.
+/// Runs the tests that the command line selects.
 pub(crate) fn run() -> ExitCode {
     let mut tests: Vec<_> = inventory::iter::<Test>.into_iter().map(Test::trial).collect();
     tests.sort_by(|left, right| left.name().cmp(right.name()));

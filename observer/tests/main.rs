@@ -1,5 +1,5 @@
-//! Tests that drive the real binary against real servers; they need root. One file a probe, and one each for the
-//! command line and for what comes out. They run one at a time, because they share the machine's scheduler.
+//! Tests that run the observer binary against real servers, as root. There is a file for each probe, for the command
+//! line and for each output. How many run concurrently is configured in `.config/nextest.toml`.
 
 #[macro_use]
 extern crate real_test;

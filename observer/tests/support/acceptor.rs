@@ -1,4 +1,4 @@
-//! A server that accepts only when told to; see `servers/acceptor.py` and `servers/ring_acceptor.rs`.
+//! A server that accepts connections only on request; see `servers/acceptor.py` and `servers/ring_acceptor.rs`.
 
 use std::{
     path::Path,
@@ -14,27 +14,27 @@ use crate::harness::skip;
 
 use super::{example, observer::Observer, told::Told};
 
-/// The server, its place and its commands.
+/// The server and its address.
 pub(crate) struct Acceptor {
     program: Told,
     place: String,
     in_own_namespace: bool,
-    /// For its socket, if that has a path.
+    /// Folder of its socket, if the socket has a path.
     _files: TempDir,
 }
 
 impl Acceptor {
-    /// Listens on one socket of this kind, accepting by this method.
+    /// Listens on one socket of this kind, and accepts with this method.
     pub(crate) fn new(kind: &str, method: &str, backlog: u32) -> Self {
         Self::start(Command::new("/usr/bin/python3"), kind, method, backlog, 1)
     }
 
-    /// The same by io_uring. Skips the test where the kernel does not have this method.
+    /// Accepts with io_uring. Skips the test if the kernel does not support the method.
     pub(crate) fn ring(kind: &str, method: &str, backlog: u32) -> Self {
         let mut program = Command::new(example("ring_acceptor"));
         program.args([kind, method, &backlog.to_string()]);
         let mut acceptor = Self::serve(program);
-        // One for itself, before anybody looks.
+        // Accept one connection before observation starts.
         acceptor.tell("connect 1");
         if acceptor.tell("accept 1") == 0 {
             skip(format!("this kernel's io_uring does not accept by {method}"));
@@ -42,12 +42,12 @@ impl Acceptor {
         acceptor
     }
 
-    /// An SO_REUSEPORT group.
+    /// Listens on an SO_REUSEPORT group.
     pub(crate) fn group(members: u32) -> Self {
         Self::start(Command::new("/usr/bin/python3"), "v4", "accept4", 128, members)
     }
 
-    /// In a network namespace of its own, where nobody else drops connections.
+    /// Listens in a new network namespace, where nothing else drops connections.
     pub(crate) fn in_own_namespace(backlog: u32) -> Self {
         let mut command = Command::new("unshare");
         command.args(["-n", "sh", "-c", "ip link set lo up; exec /usr/bin/python3 \"$@\"", "sh"]);
@@ -55,7 +55,7 @@ impl Acceptor {
         Self { in_own_namespace: true, ..acceptor }
     }
 
-    /// In the network namespace of another one.
+    /// Listens in the network namespace of another acceptor.
     pub(crate) fn beside(other: &Self, backlog: u32) -> Self {
         let mut command = Command::new("nsenter");
         command.args(["-t", &other.pid().to_string(), "-n", "/usr/bin/python3"]);
@@ -69,7 +69,7 @@ impl Acceptor {
         Self::serve(command)
     }
 
-    /// Starts a program that takes commands.
+    /// Starts a program that reads commands.
     fn serve(mut command: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
         let mut program = Told::start(command.env("TMPDIR", files.path()));
@@ -81,18 +81,18 @@ impl Acceptor {
         self.program.pid()
     }
 
-    /// Its port, or its path.
+    /// Port or path.
     pub(crate) fn place(&self) -> &str {
         &self.place
     }
 
-    /// Runs a command and returns the number that it answers.
+    /// Runs a command and returns the number that it replies with.
     pub(crate) fn tell(&mut self, command: &str) -> u32 {
         let answer = self.program.tell(command);
         answer.parse().unwrap_or_else(|_| panic!("{command} is answered by {answer:?}"))
     }
 
-    /// Connections that wait and the most that may, as `ss` shows them; summed up over an SO_REUSEPORT group.
+    /// Length and limit of the accept queue according to `ss`, summed over an SO_REUSEPORT group.
     pub(crate) fn ss(&self) -> (u32, u32) {
         let output = self.tool("ss", &["-Hltn"]) + &self.tool("ss", &["-Hlx"]);
         let here = |line: &&str| {
@@ -106,14 +106,14 @@ impl Acceptor {
         rows.fold((0, 0), |sum, row| (sum.0 + row.0, sum.1 + row.1))
     }
 
-    /// A counter of its network namespace, as `nstat` shows it.
+    /// A counter of the acceptor's network namespace according to `nstat`.
     pub(crate) fn nstat(&self, name: &str) -> u64 {
         let output = self.tool("nstat", &["-asz", name]);
         let line = output.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{output}"));
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// What a tool prints in the acceptor's network namespace.
+    /// Output of a tool in the acceptor's network namespace.
     pub(crate) fn tool(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = if self.in_own_namespace {
             let mut command = Command::new("nsenter");
@@ -126,12 +126,13 @@ impl Acceptor {
     }
 }
 
-/// Known operations, and how long each connection is kept waiting.
+/// A fixed number of connections, and how long they stay in the queue.
 pub(crate) const CONNECTIONS: u32 = 23;
 const HOLD: Duration = Duration::from_millis(200);
 
-/// Keeps connections waiting, looks at the queue meanwhile and accepts them all. Returns the listener as reported.
-/// `client` is the family to connect by, `address` what observer calls the listener, with PLACE for the acceptor's.
+/// Leaves connections in the queue, reads the queue with `ss`, and accepts all of them. Returns the listener as
+/// reported. `client` is the address family of the client. `address` is the expected address of the listener, in which
+/// PLACE stands for the acceptor's port or path.
 pub(crate) fn hold_and_accept(mut acceptor: Acceptor, what: &str, client: &str, address: &str) -> Value {
     let observer = Observer::of(acceptor.pid());
     let before_connect = Instant::now();

@@ -1,4 +1,4 @@
-//! Servers that put work off and write down for whom, and the comparison of that with what observer links, one by one.
+//! Servers that defer tasks and log the request of each, and the comparison of that log with observer's links.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -25,52 +25,52 @@ use super::{
     wait_for,
 };
 
-/// Clients at a time.
+/// Number of concurrent clients.
 pub(crate) const CLIENTS: usize = 16;
 
-/// How far a start that observer saw may be from the one that the server writes down: of any piece, which another thread
-/// may have kept from its CPU in between, and of half of them; in seconds.
+/// Maximum difference between the start of a task as observed and as logged, in seconds: for all tasks, whose thread
+/// may have lost its CPU in between, and for half of them.
 const SLACK: f64 = 0.1;
 const SLACK_OF_HALF: f64 = 0.002;
 
-/// What a server's file with what it does is called.
+/// Name of the file that a server logs its tasks to.
 pub(crate) const TRUTH: &str = "truth";
 
-/// A server that defers work and writes down for whom.
+/// A server that defers tasks and logs the request of each.
 pub(crate) struct Deferring {
     process: Process,
-    /// Kept open: what the server prints has to go somewhere.
+    /// Kept open, because the server may print to it.
     _output: BufReader<ChildStdout>,
     pub(crate) port: u16,
     files: Arc<TempDir>,
 }
 
-/// What a server wrote down of one piece of work.
+/// A task as the server logged it.
 #[derive(Clone, Debug)]
 pub(crate) struct Piece {
     pub(crate) request: String,
     pub(crate) task: String,
-    /// How many pieces led to it, itself included, where the server tells.
+    /// Number of tasks in its chain including itself, if the server logs it.
     depth: Option<u64>,
-    /// What the runtime itself calls the request, where the server tells.
+    /// The runtime's own id of the request, if the server logs it.
     pub(crate) request_id: Option<String>,
-    /// Whether the profile of its runtime says that it cannot follow such work.
+    /// Whether the profile of the runtime documents that such tasks cannot be followed.
     pub(crate) is_lost: bool,
     pub(crate) start_ns: f64,
-    /// How long it waited and ran, where the server tells.
+    /// Time in the queue and run time, if the server logs them.
     wait_ns: Option<f64>,
     run_ns: Option<f64>,
 }
 
 impl Deferring {
-    /// Starts a server that takes the name of a file and prints its port.
+    /// Starts a server that takes the path of its log as an argument and prints its port.
     pub(crate) fn start(mut command: Command) -> Self {
         let files = Arc::new(tempfile::tempdir().unwrap());
         command.arg(files.path().join(TRUTH));
         Self::start_in(files, command)
     }
 
-    /// Starts a server that prints its port and writes what it does to a file of this name in a folder of its own.
+    /// Starts a server that prints its port and logs to a file with this name in the folder.
     pub(crate) fn start_in(files: Arc<TempDir>, mut command: Command) -> Self {
         let mut child: Child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("a runtime");
@@ -92,7 +92,7 @@ impl Deferring {
         self.process.pid()
     }
 
-    /// Observes it by this profile, at any cost.
+    /// Observes the server with this profile, without the limit on overhead.
     pub(crate) fn observe(&self, profile: &str) -> Observer {
         Observer::start(&["--pid", &self.pid().to_string(), "--no-listen", "--profile", profile])
     }
@@ -104,25 +104,25 @@ impl Deferring {
         Observer::start(&["--pid", &pid, "--no-listen", "--snapshot", snapshot, "--restore", restore])
     }
 
-    /// The folder it writes to.
+    /// Folder of its log.
     pub(crate) fn folder(&self) -> &Path {
         self.files.path()
     }
 
-    /// Ends it as nobody can prepare for; the folder stays.
+    /// Kills the server with SIGKILL; the folder stays.
     pub(crate) fn kill(mut self) -> Arc<TempDir> {
         self.process.signal(Signal::SIGKILL);
         self.process.0.wait().unwrap();
         Arc::clone(&self.files)
     }
 
-    /// What it has written down so far.
+    /// All tasks logged so far.
     pub(crate) fn pieces(&self) -> Vec<Piece> {
         let text = fs::read_to_string(self.folder().join(TRUTH)).unwrap_or_default();
         let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         lines
             .map(|line| Piece {
-                // Servers that write down the query know more than observer may.
+                // observer does not report the query string, so it is removed.
                 request: line["request"].as_str().unwrap().split('?').next().unwrap().to_owned(),
                 task: line["class"].as_str().or(line["name"].as_str()).unwrap_or_default().to_owned(),
                 is_lost: line["through"].as_str().is_some_and(|through| through != "native"),
@@ -135,13 +135,13 @@ impl Deferring {
             .collect()
     }
 
-    /// Sends so many jobs, from many clients at once, and waits until all that they left behind has started.
+    /// Sends jobs from several clients at once, and waits until all of their tasks have started.
     pub(crate) fn load(&self, jobs: usize, pieces_of_job: usize) {
         self.send(0..jobs, CLIENTS, |_| "");
         self.wait_for_pieces(jobs * pieces_of_job);
     }
 
-    /// Sends jobs of these numbers, each of the kind that `kind_of` tells, from so many clients at once.
+    /// Sends the jobs with these numbers from several clients at once; `kind_of` returns the kind of a job.
     pub(crate) fn send(
         &self,
         jobs: Range<usize>,
@@ -155,7 +155,7 @@ impl Deferring {
                 scope.spawn(move || {
                     let mut connection = BufReader::new(http::connect(port));
                     for job in jobs.skip(client).step_by(clients) {
-                        // Whatever else is asked in between has no part in it.
+                        // Unrelated requests in between must not be linked.
                         ask(&mut connection, &format!("/job/{job}?how={}&secret=1", kind_of(job)));
                         if job % 7 == 0 {
                             ask(&mut connection, "/nothing");
@@ -166,10 +166,10 @@ impl Deferring {
         });
     }
 
-    /// Waits until so many pieces have started, and what has started has ended.
+    /// Waits until this number of tasks has started, and for the last ones to finish.
     pub(crate) fn wait_for_pieces(&self, pieces: usize) {
         let mut seen = 0;
-        wait_for("the work that was put off", || {
+        wait_for("the deferred tasks to start", || {
             seen = self.pieces().len();
             (seen >= pieces).then_some(())
         });
@@ -178,20 +178,20 @@ impl Deferring {
     }
 }
 
-/// Workers do not end with those who started them.
+/// Workers do not end with their parent.
 impl Drop for Deferring {
     fn drop(&mut self) {
         end(&mut self.process);
     }
 }
 
-/// One request on a connection that is kept alive.
+/// Sends a request on a keep-alive connection and reads the response.
 pub(crate) fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
     write!(connection.get_mut(), "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
     read_answer(connection);
 }
 
-/// The whole of the next answer.
+/// Reads a whole response.
 pub(crate) fn read_answer(connection: &mut BufReader<TcpStream>) {
     let mut length = 0;
     loop {
@@ -208,17 +208,17 @@ pub(crate) fn read_answer(connection: &mut BufReader<TcpStream>) {
     connection.read_exact(&mut vec![0; length]).unwrap();
 }
 
-/// What came of a comparison.
+/// Result of a comparison.
 #[derive(Debug, Default)]
 pub(crate) struct Verdict {
     pub(crate) matched: usize,
     pub(crate) wrong: usize,
     pub(crate) unmatched: usize,
-    /// Request ids that are those of the request, that are others, and that are missing.
+    /// Links with the right, a wrong, and no request id.
     pub(crate) request_ids: usize,
     pub(crate) wrong_request_ids: usize,
     pub(crate) missing_request_ids: usize,
-    /// How far what observer saw is from what was written down.
+    /// Differences between observed and logged times.
     pub(crate) starts: Errors,
     pub(crate) waits: Errors,
     pub(crate) runs: Errors,
@@ -233,7 +233,7 @@ impl Errors {
         self.0.push((seen_ns - true_ns).abs() / 1e9);
     }
 
-    /// The error that such a share of all errors is below.
+    /// The error that this share of all errors is below.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
         let mut errors = self.0.clone();
         errors.sort_by(f64::total_cmp);
@@ -255,10 +255,10 @@ impl fmt::Debug for Errors {
     }
 }
 
-/// What tells pieces apart: request, task, and how many pieces led to it.
+/// Identifies a task: request, kind of task and, if compared, depth of its chain.
 type Identity = (String, String, Option<u64>);
 
-/// A link, as observer saw it.
+/// A link as observer reported it.
 #[derive(Debug)]
 struct Seen {
     start_ns: f64,
@@ -267,8 +267,9 @@ struct Seen {
     request_id: Option<String>,
 }
 
-/// Compares every link of these processes with what the server wrote down, one by one: those of the tasks that it names,
-/// or all of them where `task_of` names none; where `by_depth`, pieces have to be as deep in a chain as well.
+/// Compares each link of these processes with the server's log. `task_of` maps the name of a task in the log to the
+/// name that observer reports; if it returns `None`, links are compared regardless of their task. With `by_depth`, the
+/// depth of the chain must match, too.
 pub(crate) fn compare(
     report: &Report,
     pids: &[u32],
@@ -292,7 +293,7 @@ pub(crate) fn compare(
         let mut is_whole = found.len() == pieces.len();
         for piece in pieces {
             let off = |at: usize| -> f64 { (found[at].start_ns - piece.start_ns).abs() };
-            // Where all are there, they are in the same order.
+            // If all links are present, they are in the same order.
             let nearest =
                 if is_whole { Some(0) } else { (0..found.len()).min_by(|&a, &b| off(a).total_cmp(&off(b))) };
             match nearest.filter(|&at| off(at) <= limit) {
@@ -312,7 +313,7 @@ pub(crate) fn compare(
         }
         verdict.wrong += found.len();
     }
-    // Links of these tasks to requests that know nothing of them.
+    // Links of these tasks to requests that did not cause them.
     for (identity, links) in &seen {
         eprintln!("wrong: {identity:?} {links:?}");
         verdict.wrong += links.len();
@@ -320,7 +321,7 @@ pub(crate) fn compare(
     verdict
 }
 
-/// All links of these tasks, or of all where there are none.
+/// All links of tasks with these names, or of all tasks if there are no names.
 fn links(
     report: &Report,
     pids: &[u32],
@@ -377,11 +378,11 @@ impl Verdict {
     }
 }
 
-/// Asserts that no link is wrong and hardly any is missing.
+/// Asserts that no link is wrong and at most 0.1 % are missing.
 pub(crate) fn assert_true(what: &str, report: &Report, pids: &[u32], verdict: &Verdict, pieces: usize) {
-    eprintln!("| {what} | {pieces} pieces | {verdict:?} |");
+    eprintln!("| {what} | {pieces} tasks | {verdict:?} |");
     for target in pids.iter().map(|&pid| report.target(pid)) {
-        eprintln!("| {} | {} not known | {:#} |", target["pid"], target["unmatched"], target["hooks"]);
+        eprintln!("| {} | {} unmatched | {:#} |", target["pid"], target["unmatched"], target["hooks"]);
     }
     report.assert_complete();
     assert_eq!((verdict.wrong, verdict.wrong_request_ids), (0, 0), "{verdict:?}");
@@ -390,7 +391,7 @@ pub(crate) fn assert_true(what: &str, report: &Report, pids: &[u32], verdict: &V
     assert!(is_emulated() || verdict.starts.quantile(0.5) <= SLACK_OF_HALF, "{verdict:?}");
 }
 
-/// How many jobs make for so many pieces, fewer where everything is slow.
+/// Number of jobs that defer this number of tasks; fewer on slow machines.
 pub(crate) fn jobs_for(pieces: usize, of_job: usize) -> usize {
     let pieces = match (is_emulated(), is_full()) {
         (true, _) => pieces / 20,

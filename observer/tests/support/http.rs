@@ -1,4 +1,4 @@
-//! A client that opens one connection for each request, so that connections can be counted.
+//! An HTTP client that opens a connection for each request, so that connections can be counted.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-/// Opens a connection that gives up rather than hang.
+/// Opens a connection with timeouts.
 pub(crate) fn connect(port: u16) -> TcpStream {
     let connection = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
     connection.set_read_timeout(Some(super::LIMIT)).unwrap();
@@ -14,12 +14,12 @@ pub(crate) fn connect(port: u16) -> TcpStream {
     connection
 }
 
-/// One request on a connection of its own; returns the body.
+/// Sends a request on a new connection; returns the body.
 pub(crate) fn get(port: u16, path: &str) -> String {
     request(connect(port), path)
 }
 
-/// One request on this connection, which is closed by it; returns the body.
+/// Sends a request on this connection and closes it; returns the body.
 pub(crate) fn request(mut connection: TcpStream, path: &str) -> String {
     write!(connection, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
@@ -30,7 +30,7 @@ pub(crate) fn request(mut connection: TcpStream, path: &str) -> String {
     body.to_owned()
 }
 
-/// Several requests on one connection that is kept alive.
+/// Sends several requests on one keep-alive connection.
 pub(crate) fn get_many(port: u16, path: &str, requests: usize) {
     let mut connection = BufReader::new(connect(port));
     for _ in 0..requests {

@@ -1,4 +1,4 @@
-//! Load on real servers, and the comparison that matters most: what observer saw accepted, the server accepted.
+//! Load on real servers, and the central check: observer must count the same accepts as the server.
 
 use std::process::{Command, Stdio};
 
@@ -10,8 +10,8 @@ use super::{
     servers::Server,
 };
 
-/// Runs a load and compares observer's accepts with the server's own count, which is taken before and after. All
-/// that has arrived must have been accepted by then. Returns that count and the report.
+/// Runs a load and compares observer's accepts with the server's own count of connections. Every connection that
+/// arrived must have been accepted by then. Returns the count and the report.
 #[track_caller]
 pub(crate) fn observe(
     server: &Server,
@@ -26,8 +26,8 @@ pub(crate) fn observe(
     let report = observer.finish();
     report.assert_complete();
     let listeners = report.listeners(&format!("127.0.0.1:{}", server.port));
-    let sum = |figure: fn(&Value) -> &Value| -> u64 {
-        listeners.iter().map(|listener| figure(listener).as_u64().unwrap()).sum()
+    let sum = |field: fn(&Value) -> &Value| -> u64 {
+        listeners.iter().map(|listener| field(listener).as_u64().unwrap()).sum()
     };
     assert_eq!(sum(|l| &l["accepts"]), connections, "{listeners:#?}");
     assert_eq!(sum(|l| &l["arrivals"]), connections, "{listeners:#?}");
@@ -37,8 +37,8 @@ pub(crate) fn observe(
     (connections, report)
 }
 
-/// HTTP requests from 32 clients, bounded in time: in runs of some seconds until there were enough, and only one
-/// run where everything is slow.
+/// Sends HTTP requests from 32 clients, in runs of a few seconds until `is_enough`, but only one run on an emulated
+/// machine.
 pub(crate) fn wrk(port: u16, headers: &[&str], is_enough: impl Fn() -> bool) {
     let seconds = if is_full() && !is_emulated() { "5" } else { "2" };
     for _ in 0..12 {
@@ -57,7 +57,7 @@ pub(crate) fn wrk(port: u16, headers: &[&str], is_enough: impl Fn() -> bool) {
     panic!("not enough connections in a minute");
 }
 
-/// Commands to a redis server from 50 clients, each command on a connection of its own.
+/// Sends commands to a redis server from 50 clients, each command on a new connection.
 pub(crate) fn redis_benchmark(port: u16, commands: u32) {
     let status = Command::new("redis-benchmark")
         .args(["-p", &port.to_string(), "-n", &commands.to_string()])

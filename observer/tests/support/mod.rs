@@ -1,5 +1,5 @@
-//! What the tests share: observer as a process, real servers, a small HTTP client. Everything started here is
-//! ended when it is dropped, and every wait has a limit.
+//! Support for the tests: observer as a process, real servers, a small HTTP client. Processes end when they are
+//! dropped, and every wait has a time limit.
 
 pub(crate) mod acceptor;
 pub(crate) mod deferred;
@@ -21,38 +21,38 @@ use std::{
 
 use procfs::{CurrentSI as _, KernelStats};
 
-/// How long anything may take before it is taken to hang. An emulated kernel that shares its processors with other guests takes a
-/// minute to start observer.
+/// Time limit of every wait. An emulated kernel that shares its CPUs with other guests takes a minute to start
+/// observer.
 pub(crate) const LIMIT: Duration = Duration::from_secs(150);
 
-/// A program of ours that tests observe, built together with them.
+/// Path of an example program that tests observe; it is built together with the tests.
 pub(crate) fn example(name: &str) -> PathBuf {
     Path::new(observer::BINARY).with_file_name("examples").join(name)
 }
 
-/// Whether this runs on an emulated machine, where work takes ten times as long.
+/// Whether this is an emulated machine, which is ten times slower.
 pub(crate) fn is_emulated() -> bool {
     std::env::var_os("OBSERVER_TEST_EMULATED").is_some()
 }
 
-/// Whether tests take all the load and all the rounds that they were made for: `cargo xtask test --full`.
+/// Whether tests run their full load and all rounds: `cargo xtask test --full`.
 pub(crate) fn is_full() -> bool {
     std::env::var_os("OBSERVER_TEST_FULL").is_some()
 }
 
-/// Asks again and again until there is an answer. Panics with `what` when it takes too long.
-pub(crate) fn wait_for<T>(what: &str, mut question: impl FnMut() -> Option<T>) -> T {
+/// Polls until there is a result. Panics with `what` after the time limit.
+pub(crate) fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + LIMIT;
     loop {
-        if let Some(answer) = question() {
-            return answer;
+        if let Some(result) = poll() {
+            return result;
         }
         assert!(Instant::now() < end, "waited too long for {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// Waits for a process to exit, for so long; `None` if it does not.
+/// Waits for a process to exit; `None` if it does not exit within the limit.
 pub(crate) fn exit_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let end = Instant::now() + limit;
     loop {
@@ -63,7 +63,7 @@ pub(crate) fn exit_within(child: &mut Child, limit: Duration) -> Option<ExitStat
     }
 }
 
-/// A process that does not outlive its test.
+/// A process that is killed when it is dropped.
 pub(crate) struct Process(pub(crate) Child);
 
 impl Process {
@@ -83,7 +83,7 @@ impl Drop for Process {
     }
 }
 
-/// Whether a thread is in a wait for events now, as the kernel shows it.
+/// Whether a thread is blocked in `epoll_wait` or `epoll_pwait`, according to `/proc`.
 pub(crate) fn waits_for_events(pid: u32, tid: u32) -> bool {
     const EPOLL_WAIT: &str = "232";
     const EPOLL_PWAIT: &str = "281";
@@ -97,21 +97,21 @@ pub(crate) fn send(pid: u32, signal: nix::sys::signal::Signal) {
     nix::sys::signal::kill(pid, signal).unwrap();
 }
 
-/// How long a process's main thread was on a CPU, and runnable without one, in seconds, as the scheduler counts it.
+/// Time that the main thread of a process was on a CPU and in the run queue, in seconds, as the scheduler counts it.
 pub(crate) fn schedstat(pid: u32) -> (f64, f64) {
     let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
     let mut times = text.split(' ').map(|ns| Duration::from_nanos(ns.trim().parse().unwrap()).as_secs_f64());
     (times.next().unwrap(), times.next().unwrap())
 }
 
-/// How long a hypervisor has had the processors for others, in seconds, all together.
+/// Time that the hypervisor took from all CPUs, in seconds.
 pub(crate) fn stolen() -> f64 {
     KernelStats::current().unwrap().total.steal_duration().unwrap_or_default().as_secs_f64()
 }
 
-/// Asserts that a figure is within a share of what an independent source says, or within `slack` of it.
+/// Asserts that a value differs from the expected one by at most `share` of it plus `slack`.
 #[track_caller]
-pub(crate) fn assert_close(what: &str, figure: f64, truth: f64, share: f64, slack: f64) {
-    let error = (figure - truth).abs();
-    assert!(error <= truth * share + slack, "{what}: {figure} where {truth} is true, off by {error}");
+pub(crate) fn assert_close(what: &str, value: f64, expected: f64, share: f64, slack: f64) {
+    let error = (value - expected).abs();
+    assert!(error <= expected * share + slack, "{what}: {value}, expected {expected}, off by {error}");
 }

@@ -1,4 +1,4 @@
-//! Runs the real binary and understands its report.
+//! Runs the observer binary and parses its report.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use super::{LIMIT, Process, exit_within, http, wait_for};
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_observer");
 
-/// A copy of the binary where every user may run it: the repository may be in a home that only root can enter.
+/// A copy of the binary that every user can run: the repository may be in a home directory that only root can read.
 pub(crate) struct PublicBinary(tempfile::TempDir);
 
 impl PublicBinary {
@@ -28,7 +28,7 @@ impl PublicBinary {
         Self(folder)
     }
 
-    /// A command that runs it as a user without rights.
+    /// A command that runs it as an unprivileged user.
     pub(crate) fn as_nobody(&self) -> Command {
         const NOBODY: u32 = 65_534;
         let mut command = Command::new(self.0.path().join("observer"));
@@ -37,32 +37,32 @@ impl PublicBinary {
     }
 }
 
-/// observer at work, writing a JSON report.
+/// A running observer that will write a JSON report.
 pub(crate) struct Observer {
     process: Process,
-    /// Lines it wrote to standard error until it was ready.
+    /// Lines on standard error until it was ready.
     pub(crate) announcement: Vec<String>,
-    /// Those that it wrote after that.
+    /// Later lines on standard error.
     messages: mpsc::Receiver<String>,
 }
 
 impl Observer {
-    /// Observes a process without a scrape endpoint; returns when the programs are attached.
+    /// Observes a process without a scrape endpoint. Returns when all programs are attached.
     pub(crate) fn of(pid: u32) -> Self {
         Self::start(&["--pid", &pid.to_string(), "--no-listen"])
     }
 
-    /// Starts with these arguments; returns when the programs are attached.
+    /// Starts observer with these arguments. Returns when all programs are attached.
     pub(crate) fn start(arguments: &[&str]) -> Self {
         Self::start_with(arguments, &[])
     }
 
-    /// The same with these variables in its environment.
+    /// Starts observer with these arguments and environment variables.
     pub(crate) fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         Self::start_by(Command::new(BINARY), arguments, variables)
     }
 
-    /// The same by a command that takes its arguments and becomes observer.
+    /// Starts observer through a command that executes it with the arguments.
     pub(crate) fn start_by(mut command: Command, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut child = command
             .args(arguments)
@@ -78,7 +78,7 @@ impl Observer {
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 eprintln!("observer: {line}");
-                let _nobody_listens_any_more = sender.send(line);
+                let _receiver_dropped = sender.send(line);
             }
         });
         let mut announcement = Vec::new();
@@ -95,7 +95,7 @@ impl Observer {
         self.messages.recv_timeout(LIMIT).expect("a message")
     }
 
-    /// Those that have come and nobody has looked at.
+    /// Messages that have arrived and were not read yet.
     pub(crate) fn messages(&self) -> Vec<String> {
         self.messages.try_iter().collect()
     }
@@ -111,15 +111,15 @@ impl Observer {
         address.parse::<std::net::SocketAddr>().unwrap().port()
     }
 
-    /// Memory that it occupies now, in bytes.
+    /// Resident memory, in bytes.
     pub(crate) fn memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
-    /// How often the kernel has skipped a program because it was running on that CPU already; kernels that never do so do
-    /// not say.
+    /// How often the kernel skipped a program because it was already running on that CPU. 0 on kernels that do not
+    /// report it.
     pub(crate) fn skipped_runs(&self) -> u64 {
         let folder = fs::read_dir(format!("/proc/{}/fdinfo", self.pid())).unwrap().flatten();
         let texts = folder.filter_map(|entry| fs::read_to_string(entry.path()).ok());
@@ -129,7 +129,7 @@ impl Observer {
         texts.filter_map(|text| count(&text)).sum()
     }
 
-    /// A scrape of values that are no older than this call.
+    /// A scrape whose values were refreshed after this call.
     pub(crate) fn scrape(&self) -> String {
         let called = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
         wait_for("a fresh scrape", || {
@@ -140,19 +140,19 @@ impl Observer {
         })
     }
 
-    /// A figure of the only series of this name, as scraped now.
+    /// Value of the only series with this name, in a fresh scrape.
     #[track_caller]
     pub(crate) fn figure(&self, name: &str) -> f64 {
         only_value(&self.scrape(), name)
     }
 
-    /// The same of a scrape that may be a second old.
+    /// Value of the only series with this name, in a scrape that may be a second old.
     #[track_caller]
     pub(crate) fn latest(&self, name: &str) -> f64 {
         only_value(&http::get(self.port(), "/metrics"), name)
     }
 
-    /// Ctrl-C.
+    /// Sends SIGINT, like Ctrl-C.
     pub(crate) fn interrupt(&self) {
         self.signal(Signal::SIGINT);
     }
@@ -161,23 +161,23 @@ impl Observer {
         self.process.signal(signal);
     }
 
-    /// Ctrl-C, then the report.
+    /// Interrupts observer and returns its report.
     pub(crate) fn finish(self) -> Report {
         self.interrupt();
         self.report()
     }
 
-    /// The same with what it said besides.
+    /// Interrupts observer and returns its report and all remaining messages.
     pub(crate) fn finish_talking(mut self) -> (Report, Vec<String>) {
         let messages = std::mem::replace(&mut self.messages, mpsc::channel().1);
         let report = self.finish();
         (report, messages.iter().collect())
     }
 
-    /// The report of one that ends by itself.
+    /// Waits until observer ends without a signal, and returns its report.
     pub(crate) fn report(mut self) -> Report {
         let mut stdout = self.process.0.stdout.take().unwrap();
-        // Read beside waiting: a report larger than a pipe holds would never be finished otherwise.
+        // Read concurrently, because a report that does not fit into the pipe would block observer.
         let reader = std::thread::spawn(move || {
             let mut text = String::new();
             stdout.read_to_string(&mut text).map(|_| text)
@@ -188,7 +188,7 @@ impl Observer {
         Report(serde_json::from_str(&text).unwrap())
     }
 
-    /// The kind of end that nobody can prepare for.
+    /// Kills observer with SIGKILL.
     pub(crate) fn kill(mut self) -> ExitStatus {
         self.process.signal(Signal::SIGKILL);
         self.process.0.wait().unwrap()
@@ -207,7 +207,7 @@ impl Report {
         targets.iter().find(|t| t["pid"] == pid).unwrap_or_else(|| panic!("no target {pid} in {:#}", self.0))
     }
 
-    /// All listeners of all targets at this address.
+    /// All listeners of all targets with this address.
     pub(crate) fn listeners(&self, address: &str) -> Vec<&Value> {
         let targets = self.0["targets"].as_array().unwrap().iter();
         let listeners = targets.flat_map(|t| t["listeners"].as_array().unwrap());
@@ -222,7 +222,7 @@ impl Report {
         found[0]
     }
 
-    /// The reactor in the main thread of this process.
+    /// The event loop in the main thread of this process.
     #[track_caller]
     pub(crate) fn reactor(&self, pid: u32) -> &Value {
         let reactors = self.target(pid)["reactors"].as_array().unwrap();
@@ -231,14 +231,14 @@ impl Report {
         main[0]
     }
 
-    /// How often the programs could not keep something for this cause.
+    /// Number of events lost for this cause.
     #[track_caller]
     pub(crate) fn lost(&self, cause: &str) -> u64 {
         let lost = self.0["self"]["lost"].as_array().unwrap().iter().find(|lost| lost["cause"] == cause);
         lost.unwrap_or_else(|| panic!("no cause {cause}"))["count"].as_u64().unwrap()
     }
 
-    /// Asserts that nothing was lost on the way.
+    /// Asserts that no events were lost.
     #[track_caller]
     pub(crate) fn assert_complete(&self) {
         for lost in self.0["self"]["lost"].as_array().unwrap() {
@@ -247,7 +247,7 @@ impl Report {
     }
 }
 
-/// How many durations of a histogram are in `(above, up_to]` seconds; both have to be bounds of buckets.
+/// Number of durations in `(above, up_to]` seconds; both have to be bounds of buckets.
 pub(crate) fn count_between(histogram: &Value, above: f64, up_to: f64) -> u64 {
     let at = |bound: f64| {
         let buckets = histogram["buckets"].as_array().unwrap().iter();
@@ -257,12 +257,12 @@ pub(crate) fn count_between(histogram: &Value, above: f64, up_to: f64) -> u64 {
     at(up_to) - at(above)
 }
 
-/// The value of a metric without labels in a scrape.
+/// Value of a metric without labels in a scrape.
 pub(crate) fn value(scrape: &str, name: &str) -> Option<f64> {
     scrape.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?.parse().ok()
 }
 
-/// The value of the only series of this name in a scrape.
+/// Value of the only series with this name in a scrape.
 #[track_caller]
 pub(crate) fn only_value(scrape: &str, name: &str) -> f64 {
     let series: Vec<_> = scrape.lines().filter(|line| line.starts_with(&format!("{name}{{"))).collect();

@@ -1,5 +1,4 @@
-//! A collector nobody here wrote (rotel), receivers at the end of the line, and figures in a form that those of a scrape
-//! can be compared with.
+//! A third-party collector (rotel), OTLP receivers behind it, and samples in a form that can be compared with a scrape.
 
 use std::{
     collections::BTreeMap,
@@ -16,14 +15,14 @@ use serde_json::Value;
 
 use super::{LIMIT, Process, servers::free_port, wait_for};
 
-/// Where xtask keeps what these need.
+/// Folder with the Python packages that xtask installs for these tests.
 fn packages() -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("target/tools/otlp");
     assert!(folder.exists(), "`cargo xtask test` fetches what this test needs");
     folder
 }
 
-/// Takes requests, decodes them and shows them; see `servers/otlp_receiver.py`.
+/// Receives requests, decodes them and prints them; see `servers/otlp_receiver.py`.
 pub(crate) struct Receiver {
     pub(crate) port: u16,
     process: Process,
@@ -31,12 +30,12 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    /// At any port.
+    /// Listens on any free port.
     pub(crate) fn start(protocol: &str, rest: &[&str]) -> Self {
         Self::start_at(0, protocol, rest)
     }
 
-    /// At this port.
+    /// Listens on this port.
     pub(crate) fn start_at(port: u16, protocol: &str, rest: &[&str]) -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/otlp_receiver.py");
         let mut child = Command::new("/usr/bin/python3")
@@ -54,33 +53,33 @@ impl Receiver {
         let (sender, requests) = mpsc::channel();
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
-                let _nobody_listens_any_more = sender.send(serde_json::from_str(&line).unwrap());
+                let _receiver_dropped = sender.send(serde_json::from_str(&line).unwrap());
             }
         });
         Self { port, process, requests }
     }
 
-    /// The next request, and the headers that it came with.
+    /// The next request with its headers.
     #[track_caller]
     pub(crate) fn next(&self) -> Value {
         self.requests.recv_timeout(LIMIT).expect("a request")
     }
 
-    /// All requests that come until this time is up.
+    /// All requests that arrive within this time.
     pub(crate) fn within(&self, time: Duration) -> Vec<Value> {
         let end = Instant::now() + time;
         std::iter::from_fn(|| self.requests.recv_timeout(end.saturating_duration_since(Instant::now())).ok())
             .collect()
     }
 
-    /// Those that have come when nobody is left to take more.
+    /// Stops the receiver, and returns the remaining requests.
     pub(crate) fn stop(self) -> Vec<Value> {
         drop(self.process);
         self.requests.iter().collect()
     }
 }
 
-/// A collector, and the ports at which it takes what it hands on to a receiver.
+/// A collector that forwards to a receiver, and the ports that it listens on.
 pub(crate) struct Rotel {
     pub(crate) grpc: u16,
     pub(crate) http: u16,
@@ -88,7 +87,7 @@ pub(crate) struct Rotel {
 }
 
 impl Rotel {
-    /// Hands on to this port.
+    /// Starts a collector that forwards to this port.
     pub(crate) fn before(receiver: u16) -> Self {
         let (grpc, http) = (free_port(), free_port());
         let child = Command::new(packages().join("rotel/rotel-agent"))
@@ -112,7 +111,7 @@ impl Rotel {
     }
 }
 
-/// A certificate for 127.0.0.1 with its key, in one file.
+/// A certificate for 127.0.0.1 and its key, in one file.
 pub(crate) fn certificate(folder: &Path) -> PathBuf {
     let (key, file) = (folder.join("key"), folder.join("collector.pem"));
     let made = Command::new("openssl")
@@ -139,10 +138,10 @@ pub(crate) fn certificate(folder: &Path) -> PathBuf {
     file
 }
 
-/// Figures by the name and the labels that Prometheus has for them.
+/// Samples by name and labels, as in Prometheus.
 pub(crate) type Figures = BTreeMap<(String, BTreeMap<String, String>), f64>;
 
-/// The figures of a scrape, but for names of processes, which OTLP has elsewhere.
+/// Samples of a scrape without the label `comm`, which OTLP has as an attribute of the resource.
 pub(crate) fn scraped(text: &str) -> Figures {
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     lines
@@ -159,7 +158,7 @@ pub(crate) fn scraped(text: &str) -> Figures {
         .collect()
 }
 
-/// `name="value",name="value"`, quotes in values escaped.
+/// Parses `name="value",name="value"`, with escaped quotes in values.
 fn labels_of(mut text: &str) -> BTreeMap<String, String> {
     let mut labels = BTreeMap::new();
     while let Some((name, rest)) = text.split_once("=\"") {
@@ -182,7 +181,7 @@ fn bound(le: f64) -> String {
     format!("{le:e}")
 }
 
-/// The figures of requests by the moment they are of, in nanoseconds.
+/// Samples of requests by their timestamp, in nanoseconds.
 pub(crate) fn pushed(requests: &[Value]) -> BTreeMap<u64, Figures> {
     let mut all = BTreeMap::<u64, Figures>::new();
     for_each_point(requests, |resource, metric, kind, point| {
@@ -196,10 +195,10 @@ pub(crate) fn pushed(requests: &[Value]) -> BTreeMap<u64, Figures> {
             _ => {}
         }
         let moment = point["timeUnixNano"].as_str().unwrap().parse().unwrap();
-        let figures = all.entry(moment).or_default();
+        let samples = all.entry(moment).or_default();
         let mut add = |name: String, labels: BTreeMap<String, String>, value: f64| {
-            let last = figures.insert((name, labels), value);
-            assert_eq!(last, None, "twice at once: {point:#}");
+            let last = samples.insert((name, labels), value);
+            assert_eq!(last, None, "two samples at the same time: {point:#}");
         };
         match kind {
             "gauge" => add(name, labels, value(point)),
@@ -225,14 +224,14 @@ pub(crate) fn pushed(requests: &[Value]) -> BTreeMap<u64, Figures> {
     all
 }
 
-/// Shows each data point with the attributes of its resource, its metric and what kind that is.
+/// Calls `see` for each data point, with the attributes of its resource, its metric and the kind of the metric.
 pub(crate) fn for_each_point(
     requests: &[Value],
-    mut see: impl FnMut(&BTreeMap<String, String>, &Value, &str, &Value),
+    mut visit: impl FnMut(&BTreeMap<String, String>, &Value, &str, &Value),
 ) {
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     for resource in requests.iter().flat_map(|request| list(&request["request"]["resourceMetrics"])) {
-        let whose = attributes(&resource["resource"]["attributes"]);
+        let resource_attributes = attributes(&resource["resource"]["attributes"]);
         for metric in list(&resource["scopeMetrics"]).iter().flat_map(|scope| list(&scope["metrics"])) {
             let kind =
                 ["gauge", "sum", "histogram"].into_iter().find(|kind| metric.get(kind).is_some()).unwrap();
@@ -242,13 +241,13 @@ pub(crate) fn for_each_point(
             );
             assert!(!metric["description"].as_str().unwrap().is_empty());
             for point in list(&metric[kind]["dataPoints"]) {
-                see(&whose, &metric, kind, &point);
+                visit(&resource_attributes, &metric, kind, &point);
             }
         }
     }
 }
 
-/// What Prometheus has as labels.
+/// Labels that the data point has in Prometheus.
 fn labels(
     resource: &BTreeMap<String, String>,
     attributes: &BTreeMap<String, String>,
@@ -296,7 +295,7 @@ fn value(point: &Value) -> f64 {
     number(point.get("asInt").unwrap_or(&point["asDouble"]))
 }
 
-/// Large integers come as text, and a zero may be left out.
+/// Protobuf JSON has 64-bit integers as strings, and may omit a zero.
 fn number(value: &Value) -> f64 {
     value.as_f64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! A real Prometheus that scrapes every second, with the repository's rules made quick.
+//! A Prometheus that scrapes every second, with the repository's rules changed to short time ranges.
 
 use std::{
     fs,
@@ -13,16 +13,16 @@ use tempfile::TempDir;
 
 use super::{Process, http, servers::free_port, wait_for};
 
-/// What the time ranges of rules and dashboards are replaced by, and the times that alerts wait.
+/// Replacement for the time ranges of rules and dashboards, and for the `for` of alerts.
 pub(crate) const RANGE: &str = "10s";
-const PATIENCE: &str = "2s";
+const ALERT_FOR: &str = "2s";
 
-/// The folder of dashboards and rules.
+/// Folder of the dashboards and rules.
 pub(crate) fn dashboards() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("dashboards")
 }
 
-/// Prometheus, and the port of its interface.
+/// Prometheus and the port of its API.
 pub(crate) struct Prometheus {
     _process: Process,
     port: u16,
@@ -35,11 +35,11 @@ impl Prometheus {
         let files = tempfile::tempdir().unwrap();
         let rules = fs::read_to_string(dashboards().join("rules.yml")).unwrap();
         let rules = rules.replace("[5m]", &format!("[{RANGE}]")).replace("[2m]", &format!("[{RANGE}]"));
-        let rules = rules.replace("for: 5m", &format!("for: {PATIENCE}"));
-        let rules = rules.replace("for: 1m", &format!("for: {PATIENCE}"));
+        let rules = rules.replace("for: 5m", &format!("for: {ALERT_FOR}"));
+        let rules = rules.replace("for: 1m", &format!("for: {ALERT_FOR}"));
         assert!(
             !rules.contains("m]") && !rules.contains("m\n        labels"),
-            "a time that is not quick: {rules}"
+            "a time range that was not replaced: {rules}"
         );
         fs::write(files.path().join("rules.yml"), rules).unwrap();
         let targets: Vec<_> = ports.iter().map(|port| format!("'127.0.0.1:{port}'")).collect();
@@ -77,11 +77,11 @@ impl Prometheus {
             serde_json::from_str(&body).unwrap_or_else(|_| panic!("{query} is answered by {head} {body}"));
         assert_eq!(answer["status"], "success", "{query}: {answer:#}");
         let result = answer["data"]["result"].as_array().unwrap().iter();
-        let figure = |one: &Value| one["value"][1].as_str().unwrap().parse().unwrap();
-        result.map(|one| (one["metric"].clone(), figure(one))).collect()
+        let value = |one: &Value| one["value"][1].as_str().unwrap().parse().unwrap();
+        result.map(|one| (one["metric"].clone(), value(one))).collect()
     }
 
-    /// Names of the alerts that fire now.
+    /// Names of the alerts that are firing now.
     pub(crate) fn firing(&self) -> Vec<String> {
         let alerts = self.query("ALERTS{alertstate='firing'}");
         let mut names: Vec<_> =
@@ -91,7 +91,7 @@ impl Prometheus {
         names
     }
 
-    /// Without HTTP/1.1 there are no chunks to put together.
+    /// HTTP/1.0 avoids chunked responses.
     fn get(&self, path: &str) -> (String, String) {
         let mut connection = http::connect(self.port);
         write!(connection, "GET {path} HTTP/1.0\r\n\r\n").unwrap();

@@ -1,4 +1,4 @@
-//! Real servers on loopback ports of their own, each with its own count of connections.
+//! Real servers on free loopback ports, each with its own count of connections.
 
 use std::{
     fs,
@@ -17,26 +17,26 @@ use tempfile::TempDir;
 
 use super::{Process, example, http, wait_for};
 
-/// A port that was free a moment ago.
+/// A port that is currently free.
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// Name of the file that an asyncio server counts its waits in.
+/// Name of the file in which an asyncio server counts its waits.
 const WAITS: &str = "waits";
 
-/// Name of the file that a server of several processes counts its connections in.
+/// Name of the file in which a server of several processes counts its connections.
 const ACCEPTED: &str = "accepted";
 
-/// A count of connections when it no longer changes, but for what each question adds itself: several processes do
-/// not finish in the order of arrival.
-fn settled(who: &str, added_by_asking: u64, count: impl Fn() -> u64) -> u64 {
+/// A count of connections that no longer changes, apart from what reading it adds: several processes do not accept in
+/// the order of arrival.
+fn stable_count(who: &str, added_by_reading: u64, count: impl Fn() -> u64) -> u64 {
     wait_for(&format!("{who} to finish"), || {
         let mut last = count();
         for _ in 0..3 {
             thread::sleep(Duration::from_millis(100));
             let before = mem::replace(&mut last, count());
-            if last != before + added_by_asking {
+            if last != before + added_by_reading {
                 return None;
             }
         }
@@ -44,7 +44,7 @@ fn settled(who: &str, added_by_asking: u64, count: impl Fn() -> u64) -> u64 {
     })
 }
 
-/// What runs the event loop of a server whose blocks have causes.
+/// Runtime of a server that blocks its event loop for given causes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Runtime {
     Native,
@@ -52,7 +52,7 @@ pub(crate) enum Runtime {
     Ruby,
 }
 
-/// A server and the port it listens on.
+/// A server and its port.
 pub(crate) struct Server {
     pub(crate) process: Process,
     pub(crate) port: u16,
@@ -64,7 +64,7 @@ impl Server {
         self.process.pid()
     }
 
-    /// nginx: a master and so many workers that share one listener.
+    /// nginx: a master and workers that share one listener.
     pub(crate) fn nginx(workers: usize) -> Self {
         Self::nginx_listening(workers, "")
     }
@@ -101,24 +101,24 @@ impl Server {
             .expect("nginx is installed");
         let server = Self { process: Process(child), port, files: Some(files) };
         wait_for("nginx", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok());
-        // Workers accept in the order of arrival: when this is answered, nobody else waits.
+        // Workers accept in the order of arrival, so the queue is empty when this returns.
         http::get(port, "/");
         wait_for("nginx's workers", || (children(server.pid()).len() >= workers).then_some(()));
         server
     }
 
-    /// nginx's own count of accepted connections, the one that asks included.
+    /// nginx's own count of accepted connections, including the one of this request.
     pub(crate) fn nginx_accepts(&self) -> u64 {
         let status = http::get(self.port, "/status");
         status.lines().nth(2).unwrap().split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    /// The same where each worker has a listener of its own: one has accepted those before it, another maybe not yet.
+    /// The same with a listener for each worker: another worker may not have accepted its connections yet.
     pub(crate) fn nginx_accepts_of_all(&self) -> u64 {
-        settled("nginx", 1, || self.nginx_accepts())
+        stable_count("nginx", 1, || self.nginx_accepts())
     }
 
-    /// haproxy, which answers by itself.
+    /// haproxy, which responds without a backend.
     pub(crate) fn haproxy() -> Self {
         let files = tempfile::tempdir().unwrap();
         let port = free_port();
@@ -136,14 +136,14 @@ impl Server {
             .spawn()
             .expect("haproxy is installed");
         let server = Self { process: Process(child), port, files: Some(files) };
-        // In its place when all else is.
+        // The socket for statistics appears last.
         wait_for("haproxy", || server.haproxy_statistics());
         server
     }
 
-    /// haproxy's own count of accepted connections, asked for on another socket.
+    /// haproxy's own count of accepted connections, read from its socket for statistics.
     pub(crate) fn haproxy_accepts(&self) -> u64 {
-        settled("haproxy", 0, || {
+        stable_count("haproxy", 0, || {
             let mut connection = self.haproxy_statistics().unwrap();
             connection.write_all(b"show stat here 1 -1\n").unwrap();
             let mut answer = String::new();
@@ -183,7 +183,7 @@ impl Server {
         server
     }
 
-    /// redis' own count of accepted connections, the one that asks included.
+    /// redis' own count of accepted connections, including the one of this request.
     pub(crate) fn redis_accepts(&self) -> u64 {
         let mut connection = http::connect(self.port);
         connection.write_all(b"INFO stats\r\nQUIT\r\n").unwrap();
@@ -193,40 +193,40 @@ impl Server {
         line.trim().parse().unwrap()
     }
 
-    /// CPython's event loop; see `servers/asyncio_server.py`.
+    /// An asyncio server; see `servers/asyncio_server.py`.
     pub(crate) fn asyncio() -> Self {
-        // Not whatever `python3` a developer has in front: the system's.
-        Self::asyncio_by(Command::new("/usr/bin/python3"))
+        // Debian's Python, not one that a version manager installed.
+        Self::asyncio_command(Command::new("/usr/bin/python3"))
     }
 
-    /// The same with these variables in its environment.
+    /// An asyncio server with these environment variables.
     pub(crate) fn asyncio_with(variables: &[(&str, &str)]) -> Self {
         let mut command = Command::new("/usr/bin/python3");
         command.envs(variables.iter().copied());
-        Self::asyncio_by(command)
+        Self::asyncio_command(command)
     }
 
-    /// The same pinned to one CPU.
+    /// An asyncio server that is pinned to one CPU.
     pub(crate) fn asyncio_on_cpu(cpu: usize) -> Self {
         let mut command = Command::new("taskset");
         command.args(["-c", &cpu.to_string(), "/usr/bin/python3"]);
-        Self::asyncio_by(command)
+        Self::asyncio_command(command)
     }
 
-    fn asyncio_by(command: Command) -> Self {
+    fn asyncio_command(command: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
         let mut server = Self::script(command, "asyncio_server.py", &[&files.path().join(WAITS)]);
         server.files = Some(files);
         server
     }
 
-    /// How often the asyncio loop's wait has returned, by its own count.
+    /// How often the wait of the asyncio loop has returned, by its own count.
     pub(crate) fn waits(&self) -> u64 {
         let counter = fs::read(self.files.as_ref().unwrap().path().join(WAITS)).unwrap();
         u64::from_ne_bytes(counter.try_into().unwrap())
     }
 
-    /// Returns when the asyncio loop has nothing to do any more.
+    /// Waits until the asyncio loop has nothing to do.
     pub(crate) fn wait_until_idle(&self) {
         wait_for("the loop to be idle", || {
             let before = self.waits();
@@ -235,12 +235,12 @@ impl Server {
         });
     }
 
-    /// Node's event loop; see `servers/node_server.js`.
+    /// A Node.js server; see `servers/node_server.js`.
     pub(crate) fn node() -> Self {
         Self::script(Command::new("node"), "node_server.js", &[])
     }
 
-    /// Node processes that share a port; see `servers/cluster_server.js`.
+    /// Node.js processes that share a port; see `servers/cluster_server.js`.
     pub(crate) fn node_cluster(policy: &str) -> Self {
         let files = tempfile::tempdir().unwrap();
         let accepted = files.path().join(ACCEPTED);
@@ -261,12 +261,12 @@ impl Server {
         server
     }
 
-    /// Connections that the workers of gunicorn or of a Node cluster were given, by their own count.
+    /// Connections that workers of gunicorn or of a Node.js cluster accepted, by their own count.
     pub(crate) fn connections(&self) -> u64 {
-        settled("the workers", 0, || self.length_of(ACCEPTED))
+        stable_count("the workers", 0, || self.length_of(ACCEPTED))
     }
 
-    /// How often a worker of gunicorn was woken for a connection that another one got, by their own count.
+    /// How often a worker of gunicorn woke up for a connection that another worker accepted, by their own count.
     pub(crate) fn races_lost(&self) -> u64 {
         self.length_of(&format!("{ACCEPTED}.lost"))
     }
@@ -275,32 +275,32 @@ impl Server {
         fs::metadata(self.files.as_ref().unwrap().path().join(file)).unwrap().len()
     }
 
-    /// A server that blocks its event loop for the cause it is told; see `servers/causes_server.py`.
+    /// A server that blocks its event loop for the requested cause; see `servers/causes_server.py`.
     pub(crate) fn causes(runtime: Runtime) -> Self {
-        Self::causes_by(runtime, &[])
+        Self::causes_with_launcher(runtime, &[])
     }
 
-    /// The same pinned to one CPU.
+    /// A server of causes that is pinned to one CPU.
     pub(crate) fn causes_on_cpu(runtime: Runtime, cpu: usize) -> Self {
-        Self::causes_by(runtime, &["taskset", "-c", &cpu.to_string()])
+        Self::causes_with_launcher(runtime, &["taskset", "-c", &cpu.to_string()])
     }
 
-    fn causes_by(runtime: Runtime, launcher: &[&str]) -> Self {
+    fn causes_with_launcher(runtime: Runtime, launcher: &[&str]) -> Self {
         let program = match runtime {
             Runtime::Native => vec![example("causes_server")],
-            Runtime::Python => vec!["/usr/bin/python3".into(), path_of("causes_server.py")],
-            Runtime::Ruby => vec!["/usr/bin/ruby".into(), path_of("causes_server.rb")],
+            Runtime::Python => vec!["/usr/bin/python3".into(), script_path("causes_server.py")],
+            Runtime::Ruby => vec!["/usr/bin/ruby".into(), script_path("causes_server.rb")],
         };
         let mut words = launcher.iter().map(PathBuf::from).chain(program);
         let files = tempfile::tempdir().unwrap();
         let mut command = Command::new(words.next().unwrap());
         command.args(words).env("TMPDIR", files.path());
-        let mut server = Self::of_ours(command);
+        let mut server = Self::spawn_server(command);
         server.files = Some(files);
         server
     }
 
-    /// The Python one of these under uvloop instead of asyncio's own loop.
+    /// The Python server of causes with uvloop instead of asyncio's loop.
     pub(crate) fn uvloop() -> Self {
         let run =
             "import runpy, sys, uvloop; uvloop.install(); runpy.run_path(sys.argv[1], run_name='__main__')";
@@ -309,19 +309,19 @@ impl Server {
         Self::script(command, "causes_server.py", &[])
     }
 
-    /// A server on tokio; see `servers/tokio_server.rs`.
+    /// A tokio server; see `servers/tokio_server.rs`.
     pub(crate) fn tokio() -> Self {
-        Self::of_ours(Command::new(example("tokio_server")))
+        Self::spawn_server(Command::new(example("tokio_server")))
     }
 
-    /// A server of ours that is a script.
+    /// Starts a script of this repository.
     fn script(mut command: Command, name: &str, arguments: &[&Path]) -> Self {
-        command.arg(path_of(name)).args(arguments);
-        Self::of_ours(command)
+        command.arg(script_path(name)).args(arguments);
+        Self::spawn_server(command)
     }
 
-    /// A server of ours that prints its port.
-    fn of_ours(mut command: Command) -> Self {
+    /// Starts a server that prints its port.
+    fn spawn_server(mut command: Command) -> Self {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -333,7 +333,7 @@ impl Server {
         Self { process: Process(child), port, files: None }
     }
 
-    /// Makes a scripted server block; returns what it measured itself.
+    /// Makes a scripted server block; returns the server's own measurements.
     pub(crate) fn block(&self, kind: &str, milliseconds: u32) -> Value {
         serde_json::from_str(&http::get(self.port, &format!("/{kind}/{milliseconds}"))).unwrap()
     }
@@ -345,7 +345,7 @@ impl Drop for Server {
     }
 }
 
-/// Ends a server with its workers, which some leave alone when they are killed; it is asked first.
+/// Ends a server and its workers. SIGTERM comes first, because some workers outlive a parent that is killed.
 pub(crate) fn end(server: &mut Process) {
     if matches!(server.0.try_wait(), Ok(None)) {
         for pid in children(server.pid()) {
@@ -361,8 +361,8 @@ pub(crate) fn end(server: &mut Process) {
     }
 }
 
-/// A script of ours.
-fn path_of(name: &str) -> PathBuf {
+/// Path of a script in `tests/servers`.
+fn script_path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name)
 }
 

@@ -1,4 +1,4 @@
-//! A process's code as it is in its memory, compared with the files that it was mapped from: a breakpoint is a difference.
+//! Compares the code of a process in memory with the files that it is mapped from: a breakpoint is a difference.
 
 use std::{
     fs::{File, OpenOptions},
@@ -9,7 +9,7 @@ use std::{
 use nix::libc;
 use procfs::process::{MMPermissions, MMapPath, Process};
 
-/// Places where a process's code differs from its file, as `path+offset`.
+/// Addresses at which the code differs from its file, as `path+offset`.
 pub(crate) fn altered_code(pid: u32) -> Vec<String> {
     let process = Process::new(pid.cast_signed()).unwrap();
     let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
@@ -20,14 +20,14 @@ pub(crate) fn altered_code(pid: u32) -> Vec<String> {
             continue;
         }
         let (start, end) = map.address;
-        // A library that was loaded or unloaded meanwhile is looked at the next time.
+        // A library that was loaded or unloaded in between is checked the next time.
         let Ok(file) = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}")) else { continue };
         let length = usize::try_from(end - start).unwrap();
         let (mut in_memory, mut in_file) = (vec![0; length], vec![0; length]);
         if memory.read_exact_at(&mut in_memory, start).is_err() {
             continue;
         }
-        // The last page may go beyond the file's end.
+        // The last page may extend beyond the end of the file.
         let mut read = 0;
         while read < length {
             let more = file.read_at(&mut in_file[read..], map.offset + read as u64).unwrap();
@@ -42,11 +42,11 @@ pub(crate) fn altered_code(pid: u32) -> Vec<String> {
     altered
 }
 
-/// What the kernel logs from now on.
+/// The kernel log from now on.
 pub(crate) struct KernelLog(File);
 
 impl KernelLog {
-    /// Skips what is there already.
+    /// Skips existing records.
     pub(crate) fn from_now_on() -> Self {
         let log = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg");
         let mut log = Self(log.unwrap());
@@ -54,14 +54,14 @@ impl KernelLog {
         log
     }
 
-    /// Lines since the last time.
+    /// Lines since the last call.
     pub(crate) fn lines(&mut self) -> Vec<String> {
         let mut lines = Vec::new();
         let mut record = [0; 8192];
         loop {
             match self.0.read(&mut record) {
                 Ok(length) => lines.push(String::from_utf8_lossy(&record[..length]).into_owned()),
-                // Some were overwritten before they were read.
+                // Records were overwritten before they were read.
                 Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return lines,
                 Err(error) => panic!("/dev/kmsg: {error}"),

@@ -1,4 +1,4 @@
-//! The accept probe against real servers: every connection counted once, every wait as long as it was.
+//! The accept probe against real servers: every connection is counted once, and waits are measured.
 
 use std::{
     process::Command,
@@ -16,7 +16,7 @@ use crate::support::{
 };
 use nix::sys::signal::Signal;
 
-/// Known operations.
+/// Number of connections of a test.
 const CONNECTIONS: u64 = 23;
 
 /// Runs a load on a server with one listener and compares counts; returns the server's.
@@ -42,7 +42,7 @@ fn keep_alive(port: u16) {
 #[real_test]
 fn nginx_23_connections_one_worker() {
     let server = Server::nginx(1);
-    // The one that asks for the count is accepted under observation as well.
+    // The connection of the second count is accepted under observation as well.
     assert_eq!(assert_counts_equal(&server, Server::nginx_accepts, open_each), CONNECTIONS + 1);
 }
 
@@ -103,12 +103,12 @@ fn node_23_connections() {
     assert_eq!(assert_counts_equal(&server, own_count, open_each), CONNECTIONS + 1);
 }
 
-/// A stopped server accepts nothing: a connection waits as long as the stop lasts, and the queue shows it.
+/// A stopped server accepts nothing: a connection waits as long as the server is stopped, and is in the queue.
 #[real_test(contract)]
-fn a_known_wait_is_measured() {
+fn wait_for_a_stopped_server_is_measured() {
     let server = Server::nginx(1);
     let worker = children(server.pid())[0];
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
 
     send(worker, Signal::SIGSTOP);
     let before_connect = Instant::now();
@@ -127,20 +127,20 @@ fn a_known_wait_is_measured() {
     assert_eq!(listener["peak"], 1, "{listener:#}");
     let wait = listener["wait"]["max"].as_f64().unwrap();
     eprintln!("wait {wait:.6} s, truth between {shortest:.6} and {longest:.6} s");
-    // Both ends were taken around the wait, so it lies between them whatever the machine's load; the clocks
-    // are the same, so a millisecond is generous.
+    // Both times were taken around the wait, so the wait lies between them regardless of load. The clocks are the same,
+    // so a tolerance of one millisecond is generous.
     assert!((shortest - 0.001..=longest + 0.001).contains(&wait), "{wait} not in {shortest}..={longest}");
 }
 
-/// Connections that waited before observer came are counted, and nobody invents how long they waited.
+/// Connections that were queued before observer attached are counted, but their wait is unknown.
 #[real_test]
-fn what_was_queued_before_is_counted_without_a_wait() {
+fn connections_queued_before_attach_have_unknown_wait() {
     let server = Server::nginx(1);
     let worker = children(server.pid())[0];
     send(worker, Signal::SIGSTOP);
     let early: Vec<_> = (0..5).map(|_| http::connect(server.port)).collect();
 
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     let late: Vec<_> = (0..7).map(|_| http::connect(server.port)).collect();
     send(worker, Signal::SIGCONT);
     for connection in early.into_iter().chain(late) {
@@ -157,12 +157,12 @@ fn what_was_queued_before_is_counted_without_a_wait() {
     assert_eq!(listener["peak"], 12, "{listener:#}");
 }
 
-/// Depth and limit are what `ss` shows.
+/// Depth and limit agree with `ss`.
 #[real_test]
 fn depth_and_limit_agree_with_ss() {
     let server = Server::nginx(1);
     let worker = children(server.pid())[0];
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     send(worker, Signal::SIGSTOP);
     let waiting: Vec<_> = (0..9).map(|_| http::connect(server.port)).collect();
 
@@ -177,26 +177,26 @@ fn depth_and_limit_agree_with_ss() {
     assert_eq!(listener["accepts"], 0);
 }
 
-/// A connection made from a SYN cookie has no request that waits for the handshake's end, and its wait all the same.
+/// The handshake of a connection from a SYN cookie has no request socket; its wait is measured all the same.
 #[real_test]
-fn connections_by_syn_cookie_have_their_wait_measured() {
+fn wait_of_syn_cookie_connections_is_measured() {
     const HOLD: Duration = Duration::from_millis(200);
     let mut acceptor = Acceptor::in_own_namespace(128);
     acceptor.tool("sh", &["-c", "echo 2 >/proc/sys/net/ipv4/tcp_syncookies"]);
-    let observer = Observer::of(acceptor.pid());
+    let observer = Observer::attach(acceptor.pid());
     let before_connect = Instant::now();
-    assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS}")), u32::try_from(CONNECTIONS).unwrap());
+    assert_eq!(acceptor.request(&format!("connect {CONNECTIONS}")), u32::try_from(CONNECTIONS).unwrap());
     let after_connect = Instant::now();
     thread::sleep(HOLD);
     let shortest = after_connect.elapsed().as_secs_f64();
-    assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), u32::try_from(CONNECTIONS).unwrap());
+    assert_eq!(acceptor.request(&format!("accept {CONNECTIONS}")), u32::try_from(CONNECTIONS).unwrap());
     let longest = before_connect.elapsed().as_secs_f64();
     assert_eq!(acceptor.nstat("TcpExtSyncookiesRecv"), CONNECTIONS, "made from cookies");
 
-    assert_eq!(observer.in_flight(), 0, "connections remembered though none waits");
+    assert_eq!(observer.queued_connections(), 0, "connections remembered though none waits");
     let report = observer.finish();
     report.assert_complete();
-    let listener = report.listeners(&format!("127.0.0.1:{}", acceptor.place()))[0];
+    let listener = report.listeners(&format!("127.0.0.1:{}", acceptor.address()))[0];
     assert_eq!(listener["accepts"], CONNECTIONS, "{listener:#}");
     assert_eq!(listener["arrivals"], CONNECTIONS, "{listener:#}");
     assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");

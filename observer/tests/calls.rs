@@ -1,4 +1,4 @@
-//! The calls that event loops wait with: each is seen where it is asked for, and counted exactly.
+//! The calls that event loops wait with: each is observed only if it is enabled, and counted exactly.
 
 use std::{
     io::Write as _,
@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use crate::support::{Process, acceptor::Acceptor, observer::Observer};
 
-/// Known operations.
+/// Number of waits of a test.
 const WAITS: u32 = 23;
 
-/// Reactors of a loop that waits 23 times with this selector, as seen by observer with these arguments.
+/// Event loops of a program that waits 23 times with this selector, as reported by observer with these arguments.
 fn reactors(selector: &str, arguments: &[&str]) -> Vec<Value> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/selector_loop.py");
     let child =
@@ -23,7 +23,7 @@ fn reactors(selector: &str, arguments: &[&str]) -> Vec<Value> {
     let observer = Observer::start(&[&["--no-listen", "--pid", &pid], arguments].concat());
     program.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
     program.0.wait().unwrap();
-    // It ends by itself, for its only target has.
+    // observer ends because its only target has exited.
     let report = observer.report();
     report.assert_complete();
     report.target(program.pid())["reactors"].as_array().unwrap().clone()
@@ -37,29 +37,29 @@ fn assert_one_loop(reactors: &[Value]) {
 }
 
 #[real_test]
-fn epoll_is_seen_unasked() {
+fn epoll_is_observed_by_default() {
     assert_one_loop(&reactors("EpollSelector", &[]));
 }
 
 #[real_test]
-fn poll_is_seen_on_request() {
+fn poll_is_observed_on_request() {
     assert_one_loop(&reactors("PollSelector", &["--reactor-calls", "poll"]));
     assert!(reactors("PollSelector", &[]).is_empty());
 }
 
 #[real_test]
-fn select_is_seen_on_request() {
+fn select_is_observed_on_request() {
     assert_one_loop(&reactors("SelectSelector", &["--reactor-calls", "epoll,select"]));
     assert!(reactors("SelectSelector", &["--reactor-calls", "epoll,poll"]).is_empty());
 }
 
-/// Each connection takes one call that submits alone, and one that waits for the result.
+/// Each connection takes one call that only submits, and one that waits for the completion.
 #[real_test(contract)]
-fn io_uring_is_seen_where_it_waits() {
+fn io_uring_counts_only_calls_that_wait() {
     let mut acceptor = Acceptor::ring("v4", "single", 128);
-    let observer = Observer::of(acceptor.pid());
-    acceptor.tell(&format!("connect {WAITS}"));
-    acceptor.tell(&format!("accept {WAITS}"));
+    let observer = Observer::attach(acceptor.pid());
+    acceptor.request(&format!("connect {WAITS}"));
+    acceptor.request(&format!("accept {WAITS}"));
     let report = observer.finish();
     report.assert_complete();
     assert_one_loop(report.target(acceptor.pid())["reactors"].as_array().unwrap());

@@ -1,6 +1,6 @@
-//! Endurance: processes of many kinds come and go at random for a long time, ids are given away again, and in the middle
-//! of it some that stay are counted exactly. Nothing of those that are gone is kept: not in the kernel's maps, not in
-//! observer's descriptors, not in its memory. For how long is said by OBSERVER_TEST_CHURN.
+//! Endurance: processes of many kinds start and exit at random, and process ids are reused. Meanwhile, servers that
+//! stay are counted exactly. After that, observer must not keep anything of processes that have exited: no entries in
+//! maps, no descriptors, no memory. OBSERVER_TEST_CHURN sets the duration.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -28,19 +28,20 @@ use serde_json::Value;
 use crate::support::{
     LIMIT,
     acceptor::Acceptor,
-    example, exit_within, http, is_emulated, is_full,
+    example, exit_within, http,
+    interactive::Interactive,
+    is_emulated, is_full,
     observer::Observer,
     servers::{Server, free_port},
-    told::Told,
     wait_for,
 };
 
-/// How much at once, and for how long.
+/// Load and duration of the test.
 struct Scale {
     time: Duration,
-    /// Processes that come and go at a time.
+    /// Number of concurrent processes that start and exit.
     crowd: usize,
-    /// Event loops of the one process that has many.
+    /// Number of event loops of the process that has many.
     loops: u64,
 }
 
@@ -59,7 +60,7 @@ impl Scale {
     }
 }
 
-/// Connects to itself a few times, waits for events with a few threads, then does so for ever.
+/// Serves and connects to itself for ever.
 const PYTHON: &str = "
 import asyncio, gc, threading, select, socket
 async def main():
@@ -97,7 +98,7 @@ for _ in range(30): threading.Thread(target=wait, daemon=True).start()
 time.sleep(1000)
 ";
 
-/// Kinds of those that come and go. The last three are gone at once.
+/// Number of kinds of processes that start and exit.
 const KINDS: usize = 10;
 
 fn start(kind: usize, folder: &Path, number: u64) -> Child {
@@ -132,7 +133,7 @@ fn start(kind: usize, folder: &Path, number: u64) -> Child {
         5 => Command::new(example("tokio_server")),
         6 => script(python, "-c", MANY_LOOPS),
         7 => script("sh", "-c", "for i in 1 2 3 4 5 6 7 8; do (true) & done; wait"),
-        // New programs in an old process, the last of which serves.
+        // A process that replaces its program several times; the last program is a server.
         8 => {
             let mut chain = script("sh", "-c", "exec sh -c 'exec \"$0\" \"$@\"' \"$0\" \"$@\"");
             chain.args([python, "-c", PYTHON]);
@@ -141,8 +142,8 @@ fn start(kind: usize, folder: &Path, number: u64) -> Child {
         _ => Command::new("true"),
     };
     let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // In a group of its own, so that it ends with all that it started; and with this thread, however that ends.
-    // SAFETY: between fork and exec it makes one system call.
+    // In a process group of its own, so that all of its descendants can be killed. It is killed when this thread ends.
+    // SAFETY: makes one system call between fork and exec.
     unsafe { quiet.process_group(0).pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
     quiet.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
@@ -153,10 +154,10 @@ fn script(program: &str, flag: &str, text: &str) -> Command {
     command
 }
 
-/// Ends one with all its children: asked for it, or as nobody can prepare for.
-fn end(mut child: Child, is_asked: bool) {
+/// Ends a process with all of its children: with SIGTERM if `is_graceful`, otherwise with SIGKILL.
+fn end(mut child: Child, is_graceful: bool) {
     let group = Pid::from_raw(i32::try_from(child.id()).unwrap());
-    let is_over = is_asked && {
+    let is_over = is_graceful && {
         let _gone = killpg(group, Signal::SIGTERM);
         exit_within(&mut child, Duration::from_secs(3)).is_some()
     };
@@ -166,16 +167,16 @@ fn end(mut child: Child, is_asked: bool) {
     }
 }
 
-/// What came and went.
+/// Counts of processes that were started.
 #[derive(Default)]
 struct Tally {
     started: AtomicU64,
-    /// Started with an id that one before had.
+    /// Started with a process id that was used before.
     reused: AtomicU64,
     ids: Mutex<HashSet<u32>>,
 }
 
-/// Starts and ends processes at random, so many at a time, until it is told to stop.
+/// Starts and ends processes at random until `stop`, up to `crowd` at a time.
 fn churn(crowd: usize, folder: &Path, stop: &AtomicBool, tally: &Tally) {
     let mut alive: Vec<Child> = Vec::new();
     while !stop.load(Relaxed) {
@@ -183,7 +184,7 @@ fn churn(crowd: usize, folder: &Path, stop: &AtomicBool, tally: &Tally) {
         if number.is_multiple_of(4)
             && let Some(id) = tally.ids.lock().unwrap().iter().next().copied()
         {
-            // The next process gets the id of one that is gone, if nobody else is quicker.
+            // Makes the next process reuse a process id, unless another process takes it first.
             let _not_here = fs::write("/proc/sys/kernel/ns_last_pid", (id - 1).to_string());
         }
         let child = start(fastrand::usize(..KINDS), folder, number);
@@ -199,9 +200,9 @@ fn churn(crowd: usize, folder: &Path, stop: &AtomicBool, tally: &Tally) {
     alive.into_iter().for_each(|child| end(child, false));
 }
 
-/// A process of many event loops, each of which does as many slices as it is told.
+/// A process with many event loops, each of which runs one slice per request.
 struct Loops {
-    program: Told,
+    program: Interactive,
 }
 
 impl Loops {
@@ -228,27 +229,27 @@ for line in sys.stdin:
     print(flush=True)
 "
         );
-        let mut program = Told::python(&script);
-        program.said();
+        let mut program = Interactive::python(&script);
+        program.next_line();
         Self { program }
     }
 
-    /// One slice in each.
-    fn turn(&mut self) {
-        self.program.tell("");
+    /// Runs one slice in each loop.
+    fn run_slices(&mut self) {
+        self.program.request("");
     }
 }
 
-/// What observer holds.
+/// Resources that observer holds.
 #[derive(Debug)]
-struct Held {
-    /// Entries of each map that fills.
+struct Resources {
+    /// Number of entries by map, for maps that grow with observed processes.
     maps: BTreeMap<String, usize>,
     descriptors: usize,
     memory: u64,
 }
 
-impl Held {
+impl Resources {
     fn by(observer: &Observer) -> Self {
         let maps = maps().map(|(name, id)| (name, keys(id).len())).collect();
         let descriptors = fs::read_dir(format!("/proc/{}/fd", observer.pid())).unwrap().count();
@@ -261,8 +262,8 @@ fn bpftool(arguments: &[&str]) -> Vec<Value> {
     serde_json::from_slice(&output.stdout).unwrap_or_default()
 }
 
-/// Names and numbers of the maps that fill with what is observed. Who was turned down is not among them: those who were so
-/// last are remembered, as many as there is room for.
+/// Names and ids of the maps that grow with observed processes. The map of rejected processes is not included, because
+/// it is an LRU map that stays full.
 fn maps() -> impl Iterator<Item = (String, String)> {
     bpftool(&["map", "show"]).into_iter().filter(|map| map["type"] == "hash").map(|map| {
         let name = map["name"].as_str().unwrap_or_default().to_owned();
@@ -270,7 +271,7 @@ fn maps() -> impl Iterator<Item = (String, String)> {
     })
 }
 
-/// The first number of each key: of many maps that is the id of a process or thread.
+/// First 32 bits of each key, which is the id of a process or thread in many maps.
 fn keys(map: String) -> Vec<u32> {
     let byte = |text: &Value| u8::from_str_radix(&text.as_str().unwrap()[2..], 16).unwrap();
     let entries = bpftool(&["map", "dump", "id", &map]).into_iter();
@@ -293,14 +294,14 @@ const BY_ID: &[&str] = &[
     "FOLLOWED",
 ];
 
-/// Entries of maps that belong to nobody who is there.
-fn of_the_dead() -> Vec<(String, u32)> {
+/// Entries of maps whose process or thread no longer exists.
+fn stale_entries() -> Vec<(String, u32)> {
     let by_id = maps().filter(|(name, _)| BY_ID.contains(&name.as_str()));
     let all = by_id.flat_map(|(name, id)| keys(id).into_iter().map(move |key| (name.clone(), key)));
     all.filter(|(_, key)| !Path::new(&format!("/proc/{key}")).exists()).collect()
 }
 
-/// Seconds that observer was on a CPU.
+/// CPU time of observer, in seconds.
 fn cpu(observer: &Observer) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{}/stat", observer.pid())).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
@@ -308,13 +309,13 @@ fn cpu(observer: &Observer) -> f64 {
     f64::from(ticks) / 100.0
 }
 
-/// What may be there besides: others on this machine come and go as well, and figures of those that are gone are kept for
-/// the report, of so many.
-const OTHERS: usize = 20;
-const MEMORY: u64 = 96 << 20;
+/// Tolerated growth: other processes of this machine start and exit as well, and the counters of a limited number of
+/// exited processes are kept for the report.
+const OTHER_PROCESSES: usize = 20;
+const MEMORY_GROWTH: u64 = 96 << 20;
 
 #[real_test(alone, userspace)]
-fn who_comes_and_goes_leaves_nothing_behind() {
+fn process_churn_leaks_nothing() {
     let scale = Scale::chosen();
     let files = tempfile::tempdir().unwrap();
     let observer = Observer::start(&["--all", "--capacity", "4096", "--listen", "127.0.0.1:0"]);
@@ -326,7 +327,7 @@ fn who_comes_and_goes_leaves_nothing_behind() {
         scrape().contains(&format!("pid=\"{}\"", loops.program.pid())).then_some(())
     });
     thread::sleep(Duration::from_secs(6));
-    let (before, cpu_before) = (Held::by(&observer), cpu(&observer));
+    let (before, cpu_before) = (Resources::by(&observer), cpu(&observer));
     eprintln!("before: {before:?}");
 
     let (stop, tally, begin) = (AtomicBool::new(false), Tally::default(), Instant::now());
@@ -339,15 +340,15 @@ fn who_comes_and_goes_leaves_nothing_behind() {
         let mut shown = Instant::now();
         while begin.elapsed() < scale.time {
             for acceptor in &mut acceptors {
-                assert_eq!(acceptor.tell("connect 5"), 5);
-                assert_eq!(acceptor.tell("accept 5"), 5);
-                acceptor.tell("hang_up");
+                assert_eq!(acceptor.request("connect 5"), 5);
+                assert_eq!(acceptor.request("accept 5"), 5);
+                acceptor.request("hang_up");
             }
             http::connect(redis.port);
             http::get(nginx.port, "/");
             http::get(node.port, "/");
             node_connections += 1;
-            loops.turn();
+            loops.run_slices();
             rounds += 1;
             if shown.elapsed() > scale.time / 20 {
                 shown = Instant::now();
@@ -371,47 +372,52 @@ fn who_comes_and_goes_leaves_nothing_behind() {
         "{started} processes and their children in {elapsed:.0} s, {reused} of them with an id of one before"
     );
 
-    // Each probe in a runtime takes the kernel a while to let go. Others on this machine end meanwhile, too.
-    let (patience, gone) = (Instant::now() + 2 * LIMIT, of_the_dead());
+    // The kernel takes a while to remove the uprobes of each runtime. Other processes of this machine exit meanwhile,
+    // too.
+    let (patience, gone) = (Instant::now() + 2 * LIMIT, stale_entries());
     loop {
-        let kept: Vec<_> = of_the_dead().into_iter().filter(|entry| gone.contains(entry)).collect();
+        let kept: Vec<_> = stale_entries().into_iter().filter(|entry| gone.contains(entry)).collect();
         if kept.is_empty() {
             break;
         }
         assert!(Instant::now() < patience, "kept of those that are gone: {kept:?}");
         thread::sleep(Duration::from_secs(1));
     }
-    // A kernel under load takes up to a third of a second for each, and a long churn leaves a thousand.
+    // A kernel under load takes up to a third of a second for each descriptor, and a long churn leaves a thousand.
     let mut held = usize::MAX;
-    while held > before.descriptors + OTHERS {
+    while held > before.descriptors + OTHER_PROCESSES {
         held = wait_for("the next of their probes to be detached", || {
             let descriptors = fs::read_dir(format!("/proc/{}/fd", observer.pid())).unwrap().count();
             (descriptors < held).then_some(descriptors)
         });
     }
     eprintln!("all forgotten {:.1} s after the last was ended", begin.elapsed().as_secs_f64() - elapsed);
-    // This test listens, so it is observed, and so is each bpftool that it starts, until observer looks again.
+    // This test listens, so it is observed itself. So is each bpftool that it starts, until the next refresh.
     let after = wait_for("maps of their size before", || {
-        let after = Held::by(&observer);
+        let after = Resources::by(&observer);
         eprintln!("after: {after:?}");
-        after.maps.iter().all(|(map, entries)| *entries <= before.maps[map] + OTHERS).then_some(after)
+        after
+            .maps
+            .iter()
+            .all(|(map, entries)| *entries <= before.maps[map] + OTHER_PROCESSES)
+            .then_some(after)
     });
-    assert!(after.descriptors <= before.descriptors + OTHERS, "{} descriptors", after.descriptors);
-    assert!(after.memory <= before.memory + MEMORY, "{} bytes", after.memory);
+    assert!(after.descriptors <= before.descriptors + OTHER_PROCESSES, "{} descriptors", after.descriptors);
+    assert!(after.memory <= before.memory + MEMORY_GROWTH, "{} bytes", after.memory);
 
     let (redis_accepts, nginx_accepts) = (redis.redis_accepts(), nginx.nginx_accepts());
-    // Threads that have done their slice may still be on their way to the next wait.
+    // Threads that have finished their slice may still be about to wait.
     thread::sleep(Duration::from_millis(500));
     let report = observer.finish();
     for lost in report.0["self"]["lost"].as_array().unwrap() {
-        // Whoever gets the id of a thread that has just gone takes its place.
+        // A thread that reuses the id of a thread that has just exited replaces its entry.
         assert!(lost["count"] == 0 || lost["cause"] == "reactors_replaced", "{lost}");
     }
     assert_eq!(report.listener(redis.port)["accepts"], redis_accepts);
     assert_eq!(report.listener(nginx.port)["accepts"], nginx_accepts);
     assert_eq!(report.listener(node.port)["accepts"], node_connections);
     for (acceptor, before) in acceptors.iter().zip(["127.0.0.1:", "[::1]:", "unix:"]) {
-        let address = format!("{before}{}", acceptor.place());
+        let address = format!("{before}{}", acceptor.address());
         let listeners = report.listeners(&address);
         assert_eq!(listeners.len(), 1, "{address}");
         assert_eq!(listeners[0]["accepts"], rounds * 5, "{address}");
@@ -424,7 +430,7 @@ fn who_comes_and_goes_leaves_nothing_behind() {
     );
 }
 
-/// Lets those that churn come to an end when a test fails, too.
+/// Stops the churn when the test fails.
 struct StopOnDrop<'s>(&'s AtomicBool);
 
 impl Drop for StopOnDrop<'_> {

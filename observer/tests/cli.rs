@@ -1,5 +1,5 @@
-//! The command line: what goes wrong says so in one clear line with the right exit code, and whatever ends
-//! observer leaves nothing behind.
+//! The command line: errors have a clear message and the right exit code, and observer leaves nothing behind however it
+//! ends.
 
 use std::{
     io::Read as _,
@@ -20,9 +20,9 @@ fn observer(arguments: &[&str]) -> Output {
     Command::new(BINARY).args(arguments).output().unwrap()
 }
 
-/// One line why, one line what to do, nothing else.
+/// Asserts that standard error has one line with the reason and one with the solution.
 #[track_caller]
-fn assert_refused(output: &Output, why: &str) {
+fn assert_error(output: &Output, why: &str) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     let lines: Vec<&str> = stderr.lines().collect();
@@ -33,57 +33,57 @@ fn assert_refused(output: &Output, why: &str) {
 }
 
 #[real_test(userspace)]
-fn a_missing_pid() {
-    assert_refused(&observer(&["--pid", "4194304"]), "no process has the id 4194304");
+fn missing_pid_is_an_error() {
+    assert_error(&observer(&["--pid", "4194304"]), "no process has the id 4194304");
 }
 
 #[real_test(userspace)]
-fn a_kernel_thread() {
-    assert_refused(&observer(&["--pid", "2"]), "process 2 (kthreadd) is a kernel thread");
+fn kernel_thread_is_an_error() {
+    assert_error(&observer(&["--pid", "2"]), "process 2 (kthreadd) is a kernel thread");
 }
 
 #[real_test(userspace)]
-fn a_thread_instead_of_a_process() {
+fn thread_id_is_an_error() {
     let server = Server::node();
     let threads = std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
     let thread = threads
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .find(|tid| *tid != server.pid().to_string())
         .unwrap();
-    assert_refused(
+    assert_error(
         &observer(&["--pid", &thread]),
         &format!("{thread} is a thread of process {}", server.pid()),
     );
 }
 
 #[real_test(userspace)]
-fn without_root() {
+fn missing_capabilities_are_an_error() {
     let binary = PublicBinary::new();
     let output = binary.as_nobody().args(["--pid", "1", "--no-listen"]).output().unwrap();
-    assert_refused(&output, "missing rights: CAP_BPF, CAP_PERFMON");
+    assert_error(&output, "missing rights: CAP_BPF, CAP_PERFMON");
 }
 
 #[real_test(userspace)]
-fn a_busy_port() {
+fn port_in_use_is_an_error() {
     let server = Server::asyncio();
     let port = free_port();
     let _busy = TcpListener::bind(("127.0.0.1", port)).unwrap();
     let pid = server.pid().to_string();
     let output = observer(&["--pid", &pid, "--listen", &format!("127.0.0.1:{port}"), "--duration", "5s"]);
-    assert_refused(&output, &format!("cannot listen on 127.0.0.1:{port}"));
+    assert_error(&output, &format!("cannot listen on 127.0.0.1:{port}"));
 }
 
 #[real_test(userspace)]
-fn a_flame_graph_in_no_folder() {
+fn flame_graph_in_missing_folder_is_an_error() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
     let output =
         observer(&["--pid", &pid, "--no-listen", "--duration", "1s", "--flame", "/no/such/folder/x.svg"]);
-    assert_refused(&output, "cannot write the flame graph to /no/such/folder/x.svg");
+    assert_error(&output, "cannot write the flame graph to /no/such/folder/x.svg");
 }
 
 #[real_test(userspace)]
-fn wrong_usage() {
+fn invalid_arguments_exit_with_status_2() {
     for arguments in [
         &[][..],
         &["--pid", "1", "--stall-threshold", "10us"],
@@ -95,7 +95,7 @@ fn wrong_usage() {
     }
 }
 
-/// What observer prints about itself.
+/// Output of a successful command.
 fn printed(arguments: &[&str]) -> String {
     let output = observer(arguments);
     assert!(output.status.success() && output.stderr.is_empty(), "{arguments:?}: {output:?}");
@@ -104,7 +104,7 @@ fn printed(arguments: &[&str]) -> String {
 
 #[real_test(userspace, programs(&["bash"]))]
 fn bash_completes_options_and_commands() {
-    // Asks the function that the script has registered, as bash does when somebody presses Tab.
+    // Calls the completion function as bash does when the user presses Tab.
     let script = printed(&["completions", "bash"])
         + r#"
             word=$(complete -p observer); word=${word##*-F }; function=${word%% *}
@@ -120,7 +120,7 @@ fn bash_completes_options_and_commands() {
 }
 
 #[real_test(userspace, programs(&["man"]))]
-fn man_finds_no_fault_with_the_page() {
+fn man_page_has_no_warnings() {
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("observer.8");
     std::fs::write(&page, printed(&["man"])).unwrap();
@@ -132,7 +132,7 @@ fn man_finds_no_fault_with_the_page() {
 }
 
 #[real_test(userspace)]
-fn check_says_yes_here() {
+fn check_succeeds_as_root() {
     let output = observer(&["check"]);
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{stdout}");
@@ -140,7 +140,7 @@ fn check_says_yes_here() {
 }
 
 #[real_test(userspace)]
-fn check_says_no_without_rights() {
+fn check_fails_without_capabilities() {
     let binary = PublicBinary::new();
     let output = binary.as_nobody().arg("check").output().unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -148,9 +148,9 @@ fn check_says_no_without_rights() {
     assert!(stdout.contains("NO   CAP_BPF") && stdout.contains("cure:"), "{stdout}");
 }
 
-/// A process is called what would change a terminal's title and colours, and begin a line.
+/// The name of this process contains sequences that change the title and colours of a terminal and start a new line.
 #[real_test(userspace)]
-fn names_do_not_steer_the_terminal() {
+fn control_characters_in_names_are_replaced() {
     let script = "import select; open('/proc/self/comm', 'w').write('\\x1b]0;x\\x07\\x9bm\\nLATE'); print(flush=True); \
                   select.epoll().poll()";
     let mut child =
@@ -173,7 +173,7 @@ fn names_do_not_steer_the_terminal() {
 }
 
 #[real_test(userspace)]
-fn a_duration_ends_by_itself() {
+fn duration_ends_the_observation() {
     let server = Server::asyncio();
     let report =
         Observer::start(&["--pid", &server.pid().to_string(), "--no-listen", "--duration", "1s"]).report();
@@ -183,7 +183,7 @@ fn a_duration_ends_by_itself() {
 }
 
 #[real_test(userspace)]
-fn a_kill_leaves_nothing_behind_and_the_server_untouched() {
+fn killed_observer_leaves_nothing_and_server_continues() {
     let server = Server::nginx(1);
     let done = AtomicBool::new(false);
     let served = thread::scope(|scope| {
@@ -195,7 +195,7 @@ fn a_kill_leaves_nothing_behind_and_the_server_untouched() {
             }
             served
         });
-        let observer = Observer::of(server.pid());
+        let observer = Observer::attach(server.pid());
         let has_all = observer.has_all_programs();
         observer.kill();
         wait_until_clean();

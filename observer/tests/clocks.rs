@@ -1,5 +1,5 @@
-//! What changes under a machine that runs on: its wall clock is set, a processor goes and comes back. Both are done on
-//! machines of our own only.
+//! Changes to a running machine: its wall clock is set, and a CPU goes offline and online again. These tests run only
+//! in guests.
 
 use std::{
     fs,
@@ -12,28 +12,28 @@ use std::{
 use crate::harness::skip;
 use crate::support::{http, observer::Observer, servers::Server};
 
-/// Known operations.
+/// Number of connections of a test.
 const CONNECTIONS: u64 = 23;
 
-/// Sets the wall clock by so many seconds.
-fn step(seconds: i64) {
+/// Moves the wall clock by this number of seconds.
+fn step_clock(seconds: i64) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
     let then = format!("@{}", now + seconds);
     let status = Command::new("busybox").args(["date", "-s", &then]).stdout(Stdio::null()).status().unwrap();
     assert!(status.success());
 }
 
-/// An hour forward in the middle of a stall, and back in the middle of the next: all durations are what they were.
-#[real_test(guest_only("the clock of this machine is others' too"))]
-fn a_clock_that_is_set_changes_no_duration() {
+/// Sets the clock an hour forward during one stall, and back during the next. Durations must not change.
+#[real_test(guest_only("it sets the clock of the machine"))]
+fn setting_the_wall_clock_changes_no_duration() {
     let server = Server::asyncio();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     let mut longest = 0.0_f64;
     for hour in [3_600, -3_600] {
         thread::scope(|scope| {
             let block = scope.spawn(|| server.block("sleep", 400));
             thread::sleep(Duration::from_millis(200));
-            step(hour);
+            step_clock(hour);
             longest = longest.max(block.join().unwrap()["wall"].as_f64().unwrap());
         });
     }
@@ -54,16 +54,16 @@ fn a_clock_that_is_set_changes_no_duration() {
     assert!(report.0["duration_seconds"].as_f64().unwrap() < 600.0);
 }
 
-/// A processor that goes takes nothing with it, and what happens on it when it is back is seen.
-#[real_test(guest_only("the processors of this machine are others' too"))]
-fn a_processor_may_go_and_come_back() {
+/// No counts are lost when a CPU goes offline, and events on it are observed when it is online again.
+#[real_test(guest_only("it takes a CPU of the machine offline"))]
+fn cpu_hotplug_loses_no_events() {
     let switch = Path::new("/sys/devices/system/cpu/cpu1/online");
     if !switch.exists() {
-        skip("this machine has one processor, or none that can go");
+        skip("this machine has no CPU that can go offline");
     }
     let server = Server::nginx(2);
     let before = server.nginx_accepts_of_all();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     for state in ["0", "1", "0", "1"] {
         fs::write(switch, state).unwrap();
         for _ in 0..CONNECTIONS {

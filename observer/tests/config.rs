@@ -1,5 +1,5 @@
-//! A configuration file: it chooses as the command line does, is read again on SIGHUP, and breaks nothing if it is broken.
-//! And the kill switch, which takes everything out of the kernel.
+//! The configuration file: it selects like the command line, is reloaded on SIGHUP, and changes nothing if it is
+//! invalid. Also the kill switch, which removes all programs from the kernel.
 
 use std::{
     fs,
@@ -14,18 +14,18 @@ use tempfile::TempDir;
 
 use crate::support::{
     LIMIT, Process, http,
+    interactive::Interactive,
     kernel::wait_until_clean,
     observer::{BINARY, Observer, Report},
     send,
     servers::{Server, free_port},
-    told::Told,
     wait_for,
 };
 
-/// Known operations.
+/// Number of connections of a test.
 const CONNECTIONS: u32 = 23;
 
-/// A configuration in a folder of its own.
+/// A configuration file in a folder of its own.
 struct Config(TempDir);
 
 impl Config {
@@ -48,7 +48,7 @@ impl Config {
     }
 }
 
-fn of_ports(ports: &[u16]) -> String {
+fn config_for_ports(ports: &[u16]) -> String {
     format!("listen = \"127.0.0.1:0\"\n[include]\nport = {ports:?}\n")
 }
 
@@ -64,16 +64,16 @@ fn reloads(observer: &Observer, outcome: &str) -> u32 {
 }
 
 #[real_test]
-fn a_file_chooses_and_is_read_again() {
+fn config_file_selects_targets_and_is_reloaded_on_sighup() {
     let (stays, goes, comes) = (Server::redis(), Server::redis(), Server::redis());
-    let config = Config::new(&of_ports(&[stays.port, goes.port]));
+    let config = Config::new(&config_for_ports(&[stays.port, goes.port]));
     let before = (stays.redis_accepts(), comes.redis_accepts());
     let observer = config.observe();
     for _ in 0..CONNECTIONS {
         http::connect(stays.port);
         http::connect(goes.port);
     }
-    config.write(&of_ports(&[stays.port, comes.port]));
+    config.write(&config_for_ports(&[stays.port, comes.port]));
     observer.signal(Signal::SIGHUP);
     wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
     for _ in 0..CONNECTIONS {
@@ -84,16 +84,16 @@ fn a_file_chooses_and_is_read_again() {
     let scrape = observer.scrape();
     assert!(!scrape.contains(&format!("pid=\"{}\"", goes.pid())), "{scrape}");
 
-    // What is broken changes nothing.
+    // An invalid file changes nothing.
     config.write("[include]\nport = [\"http\"]\n");
     observer.signal(Signal::SIGHUP);
-    let told = format!("{}:2:9: ", config.path().display());
-    wait_for("the message", || observer.message().contains(&told).then_some(()));
+    let message = format!("{}:2:9: ", config.path().display());
+    wait_for("the message", || observer.message().contains(&message).then_some(()));
     wait_for("it to be counted", || (reloads(&observer, "refused") == 1).then_some(()));
     let accepted = (stays.redis_accepts() - before.0, comes.redis_accepts() - before.1);
     let report = observer.finish();
     report.assert_complete();
-    // Those that asked included.
+    // Including the connections that read the counts.
     assert_eq!(accepted, (u64::from(2 * CONNECTIONS) + 1, u64::from(CONNECTIONS) + 1));
     assert_eq!(report.listener(stays.port)["accepts"].as_u64(), Some(accepted.0));
     assert_eq!(report.listener(comes.port)["accepts"].as_u64(), Some(accepted.1));
@@ -101,7 +101,7 @@ fn a_file_chooses_and_is_read_again() {
 }
 
 #[real_test]
-fn an_accept_that_goes_on_when_its_server_is_chosen_is_counted() {
+fn accept_in_progress_when_its_target_is_added_is_counted() {
     let first = Server::redis();
     let port = free_port();
     let program = format!(
@@ -112,9 +112,9 @@ fn an_accept_that_goes_on_when_its_server_is_chosen_is_counted() {
     let call = format!("/proc/{}/syscall", server.pid());
     let accepts = || fs::read_to_string(&call).unwrap().starts_with(&format!("{SYS_accept4} ")).then_some(());
     wait_for("it to accept", accepts);
-    let config = Config::new(&of_ports(&[first.port]));
+    let config = Config::new(&config_for_ports(&[first.port]));
     let observer = config.observe();
-    config.write(&of_ports(&[first.port, port]));
+    config.write(&config_for_ports(&[first.port, port]));
     observer.signal(Signal::SIGHUP);
     wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
     wait_for("it to accept", accepts);
@@ -129,7 +129,7 @@ fn an_accept_that_goes_on_when_its_server_is_chosen_is_counted() {
     observer.finish().assert_complete();
 }
 
-/// A server, a child of its, and a grandchild that serves as well. The child ends when it is told to.
+/// A server, its child, and a grandchild that serves as well. The child exits on request.
 const FAMILY: &str = "
 import os, socket, sys
 server = socket.create_server(('127.0.0.1', 0))
@@ -148,21 +148,21 @@ while True: server.accept()[0].close()
 ";
 
 #[real_test]
-fn whoever_is_followed_stays_when_those_before_it_are_gone() {
+fn descendant_stays_a_target_after_its_ancestors_exit() {
     let other = Server::redis();
-    let mut family = Told::python(FAMILY);
-    let said: Vec<u32> = family.said().split(' ').map(|word| word.parse().unwrap()).collect();
+    let mut family = Interactive::python(FAMILY);
+    let said: Vec<u32> = family.next_line().split(' ').map(|word| word.parse().unwrap()).collect();
     let [port, parent, child, port_of_child] = said[..] else { panic!("{said:?}") };
     let port = u16::try_from(port).unwrap();
-    let config = Config::new(&of_ports(&[port, other.port]));
+    let config = Config::new(&config_for_ports(&[port, other.port]));
     let observer = config.observe();
     let sees = |pid: u32| observer.scrape().contains(&format!("pid=\"{pid}\""));
     wait_for("the family to be seen", || (sees(child) && sees(other.pid())).then_some(()));
     send(parent, Signal::SIGKILL);
-    assert_eq!(family.said(), "gone");
+    assert_eq!(family.next_line(), "gone");
 
-    // Somebody else is taken away; then the file is the same, and the one that was chosen is gone as well.
-    config.write(&of_ports(&[port]));
+    // First another server is deselected. Then the file stays the same, and the selected parent exits, too.
+    config.write(&config_for_ports(&[port]));
     observer.signal(Signal::SIGHUP);
     wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
     assert!(sees(child) && !sees(other.pid()));
@@ -172,8 +172,8 @@ fn whoever_is_followed_stays_when_those_before_it_are_gone() {
     wait_for("the file to be read again", || (reloads(&observer, "accepted") == 2).then_some(()));
     assert!(sees(child));
 
-    // Nobody of those that are chosen now is before it.
-    config.write(&of_ports(&[other.port]));
+    // No ancestor of the grandchild is selected any more.
+    config.write(&config_for_ports(&[other.port]));
     observer.signal(Signal::SIGHUP);
     wait_for("the file to be read again", || (reloads(&observer, "accepted") == 3).then_some(()));
     assert!(!sees(child) && sees(other.pid()));
@@ -182,37 +182,37 @@ fn whoever_is_followed_stays_when_those_before_it_are_gone() {
 }
 
 #[real_test]
-fn settings_take_a_restart() {
+fn changed_setting_requires_a_restart() {
     let server = Server::redis();
-    let config = Config::new(&of_ports(&[server.port]));
+    let config = Config::new(&config_for_ports(&[server.port]));
     let observer = config.observe();
-    config.write(&format!("stall_threshold = \"5ms\"\n{}", of_ports(&[server.port])));
+    config.write(&format!("stall_threshold = \"5ms\"\n{}", config_for_ports(&[server.port])));
     observer.signal(Signal::SIGHUP);
-    let told = "restart: stall_threshold";
-    wait_for("the message", || observer.message().contains(told).then_some(()));
+    let message = "restart: stall_threshold";
+    wait_for("the message", || observer.message().contains(message).then_some(()));
     assert!(is_target(&observer.finish(), server.pid()));
 }
 
 #[real_test]
-fn what_is_wrong_is_told_with_its_place() {
+fn config_error_reports_line_and_column() {
     let config = Config::new("[include]\nall = true\n[exclude]\nexe = [\"[a\"]\n");
     let output = Command::new(BINARY).arg("--config").arg(config.path()).output().unwrap();
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.starts_with(&format!("observer: {}:4:7: ", config.path().display())), "{told}");
-    assert!(told.contains("docs/configuration.md"), "{told}");
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.starts_with(&format!("observer: {}:4:7: ", config.path().display())), "{message}");
+    assert!(message.contains("docs/configuration.md"), "{message}");
 }
 
 #[real_test]
-fn without_a_file_a_closed_terminal_ends_it_in_good_order() {
+fn sighup_without_config_file_ends_with_a_report() {
     let server = Server::redis();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     observer.signal(Signal::SIGHUP);
     assert!(is_target(&observer.report(), server.pid()));
 }
 
 #[real_test(alone)]
-fn whoever_is_excluded_is_left_alone() {
+fn excluded_processes_are_not_observed() {
     let (wanted, other) = (Server::redis(), Server::asyncio());
     let program = fs::read_link(format!("/proc/{}/exe", other.pid())).unwrap();
     let arguments = ["--all", "--no-listen", "--exclude-exe", program.to_str().unwrap()];
@@ -228,14 +228,14 @@ fn whoever_is_excluded_is_left_alone() {
     http::connect(other.port);
     let report = observer.finish();
     let targets: Vec<_> = report.0["targets"].as_array().unwrap().iter().map(|t| t["pid"].as_u64()).collect();
-    // Those that are asked for by their ids alone: the workers are called as their master is.
+    // Only the processes that are selected by pid: the workers have the same name as their master.
     let asked_for = [children.pid(), other.pid()].map(u64::from).map(Some);
     assert_eq!(targets.len(), 2, "{targets:?}");
     assert!(asked_for.iter().all(|pid| targets.contains(pid)), "{targets:?}");
 }
 
 #[real_test]
-fn a_kill_switch_takes_everything_out_of_the_kernel() {
+fn kill_switch_removes_all_programs() {
     let server = Server::redis();
     let folder = tempfile::tempdir().unwrap();
     let switch = folder.path().join("observer.off");
@@ -251,7 +251,7 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     let scrape = observer.scrape();
     assert!(!scrape.contains(&format!("pid=\"{pid}\"")), "{scrape}");
     assert_eq!(http::get(observer.port(), "/healthz"), "ok\n");
-    // As a kubelet has it, who may not take it for a failure.
+    // A kubelet must not take this for a failure.
     let answer = http::get(observer.port(), "/readyz");
     assert_eq!(answer, "turned off: the --kill-switch file exists\n");
     fs::remove_file(&switch).unwrap();
@@ -269,11 +269,12 @@ fn a_kill_switch_takes_everything_out_of_the_kernel() {
     assert!(is_target(&observer.finish(), server.pid()));
 }
 
-/// What was chosen anew before observer was turned off stays chosen, and so does what the file says by the time it is on again.
+/// A selection that was reloaded before the kill switch is kept, and a file that was changed meanwhile is used
+/// afterwards.
 #[real_test]
-fn a_kill_switch_undoes_no_choice() {
+fn kill_switch_keeps_the_selection() {
     let (first, second, third) = (Server::redis(), Server::redis(), Server::redis());
-    let config = Config::new(&of_ports(&[first.port]));
+    let config = Config::new(&config_for_ports(&[first.port]));
     let switch = config.0.path().join("observer.off");
     let file = config.path();
     let arguments = ["--config", file.to_str().unwrap(), "--kill-switch", switch.to_str().unwrap()];
@@ -291,22 +292,22 @@ fn a_kill_switch_undoes_no_choice() {
         fs::remove_file(&switch).unwrap();
         wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
     };
-    config.write(&of_ports(&[second.port]));
+    config.write(&config_for_ports(&[second.port]));
     observer.signal(Signal::SIGHUP);
     wait_for("the file to be read again", || (observed() == [false, true, false]).then_some(()));
-    // With a file that nobody understands any more, what was chosen last is.
+    // If the file is invalid by then, the last selection stays.
     cycle(&|| config.write("[include]\nport = [\"http\"]\n"));
     wait_for("the same to be observed", || (observed() == [false, true, false]).then_some(()));
     cycle(&|| {
-        config.write(&of_ports(&[third.port]));
+        config.write(&config_for_ports(&[third.port]));
         observer.signal(Signal::SIGHUP);
     });
     wait_for("what the file says by now", || (observed() == [false, false, true]).then_some(()));
 }
 
-/// One that takes connections and never answers keeps nothing in the kernel.
+/// A collector that accepts connections and never responds does not delay the removal.
 #[real_test]
-fn a_kill_switch_waits_for_no_collector() {
+fn kill_switch_does_not_wait_for_the_collector() {
     let server = Server::redis();
     let collector = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     collector.set_nonblocking(true).unwrap();
@@ -324,8 +325,8 @@ fn a_kill_switch_waits_for_no_collector() {
     fs::write(&switch, "").unwrap();
     wait_for("the programs to be gone", || (observer.programs() == 0).then_some(()));
     wait_until_clean();
-    // Only then is it given up.
-    let given_up = |told: &String| told.contains("were not delivered");
+    // Only then is the push abandoned.
+    let given_up = |message: &String| message.contains("were not delivered");
     let before = observer.messages();
     assert!(!before.iter().any(given_up), "{before:?}");
     wait_for("the collector to be given up", || given_up(&observer.message()).then_some(()));

@@ -1,5 +1,5 @@
-//! A server in a real container: another root, another network, its own cgroup, and no idea of observer. What runs
-//! pods and services is recognised by how it names cgroups and logs, as containers and folders here are named.
+//! A server in a real container, with another root, network and cgroup. Container runtimes and service managers are
+//! recognised by the names of cgroups and logs, so the containers and folders here have such names.
 
 use std::{
     fs,
@@ -23,28 +23,28 @@ use crate::{
     },
 };
 
-/// Known operations.
+/// Number of connections of a test.
 pub(crate) const CONNECTIONS: u32 = 23;
 
 pub(crate) const ADDRESS: &str = "127.0.0.1:8080";
 
-/// A container made by `runc`.
+/// A container created by `runc`.
 pub(crate) struct Container {
-    /// `runc`, which ends with its container.
+    /// `runc`, which exits with its container.
     process: Process,
     pub(crate) id: String,
-    /// The bundle, and the file that `runc` writes the process id of the first process to.
+    /// The bundle, and the file that `runc` writes the pid of the first process to.
     files: TempDir,
 }
 
-/// The container's id; tests run one at a time.
+/// Id of the container, unique to this process: each test is a process of its own.
 fn id() -> String {
     format!("{:064x}", u128::from(std::process::id()) << 64 | 0x0b5e)
 }
 
 impl Container {
-    /// One with a root of its own, the machine's programs in it, a folder of ours at `/data`, and the server that this
-    /// starts: by a shell, in a network that is on.
+    /// Starts a container with a root of its own that has the programs of this machine, a folder of the host at
+    /// `/data`, and a server that a shell starts once the network is up.
     pub(crate) fn running(serve: &str, data: &Path) -> Self {
         let mut mounts = vec![(data.to_owned(), "/data".to_owned(), "rw")];
         let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers");
@@ -68,7 +68,7 @@ impl Container {
         container
     }
 
-    /// What this command prints in the container's network.
+    /// Output of a command in the network namespace of the container.
     pub(crate) fn tool(&self, arguments: &[&str], input: &str) -> String {
         let pid = self.pid().unwrap().to_string();
         let mut command = Command::new("nsenter");
@@ -79,12 +79,14 @@ impl Container {
         String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
     }
 
-    /// In a cgroup named as containerd would, without a folder above it, which would stay behind.
+    /// Starts a container in a cgroup that is named as by containerd. The cgroup has no parent folder, which would be
+    /// left behind.
     fn new() -> Self {
         Self::in_cgroup(&format!("/cri-containerd-{}.scope", id()), Command::new("runc"))
     }
 
-    /// In this cgroup, with a root of busybox alone, where busybox serves its root folder; by this command that becomes `runc`.
+    /// Starts a container in this cgroup, with only busybox in its root, where busybox serves the root folder. `runc`
+    /// is a command that executes runc.
     pub(crate) fn in_cgroup(cgroup: &str, runc: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
         let bin = files.path().join("rootfs/bin");
@@ -98,11 +100,11 @@ impl Container {
         container
     }
 
-    /// By this command that becomes `runc`, from a bundle.
+    /// Runs a container from a bundle. `runc` is a command that executes runc.
     fn run(files: TempDir, mut runc: Command) -> Self {
         let id = id();
         let child = runc
-            // A guest's root is an initramfs, which cannot be pivoted away from.
+            // The root of a guest is an initramfs, which does not support pivot_root.
             .args(["run", "--no-pivot", "--pid-file", "pid", &id])
             .current_dir(files.path())
             .stdin(Stdio::null())
@@ -111,12 +113,12 @@ impl Container {
         Self { process: Process(child), id, files }
     }
 
-    /// Process id of its first process, once it has one.
+    /// Pid of the first process, once it has started.
     pub(crate) fn pid(&self) -> Option<u32> {
         fs::read_to_string(self.files.path().join("pid")).ok()?.parse().ok()
     }
 
-    /// One request in the container's network; whether it is answered.
+    /// Sends a request in the network namespace of the container; returns whether it succeeds.
     pub(crate) fn get(&self) -> bool {
         let Some(pid) = self.pid().map(|pid| pid.to_string()) else { return false };
         let url = format!("http://{ADDRESS}/");
@@ -126,7 +128,7 @@ impl Container {
     }
 }
 
-/// `runc` takes what it made away when its container ends.
+/// `runc` removes what it created when its container ends.
 impl Drop for Container {
     fn drop(&mut self) {
         let _gone_already = Command::new("runc").args(["delete", "--force", &self.id]).status();
@@ -134,8 +136,8 @@ impl Drop for Container {
     }
 }
 
-/// Writes the configuration that `runc spec` proposes, with a server, the right to turn its network on, a cgroup, and
-/// folders from outside.
+/// Writes the configuration of `runc spec`, changed to run a server with the capability to configure its network, in
+/// this cgroup and with these mounts.
 fn configure(bundle: &Path, cgroup: &str, arguments: &[&str], mounts: &[(PathBuf, String, &str)]) {
     let spec =
         Command::new("runc").args(["spec", "--bundle"]).arg(bundle).status().expect("runc is installed");
@@ -156,7 +158,7 @@ fn configure(bundle: &Path, cgroup: &str, arguments: &[&str], mounts: &[(PathBuf
 }
 
 #[real_test]
-fn a_server_in_a_container_is_found_with_its_container() {
+fn container_id_is_reported() {
     let container = Container::new();
     let pid = container.pid().unwrap();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
@@ -185,15 +187,15 @@ fn a_server_in_a_container_is_found_with_its_container() {
 }
 
 #[real_test]
-fn a_server_in_no_container_has_none() {
+fn server_outside_of_containers_has_no_container_id() {
     let server = Server::asyncio();
-    let report = Observer::of(server.pid()).finish();
+    let report = Observer::attach(server.pid()).finish();
     assert_eq!(report.target(server.pid())["container"], Value::Null);
     assert_eq!(report.target(server.pid())["kubernetes"], Value::Null);
 }
 
 #[real_test]
-fn a_server_of_systemd_s_has_a_service() {
+fn systemd_unit_is_reported() {
     let container = Container::in_cgroup("/observer-test.service", Command::new("runc"));
     let pid = container.pid().unwrap();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
@@ -207,12 +209,12 @@ fn a_server_of_systemd_s_has_a_service() {
 
 pub(crate) const UID: &str = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
 
-/// The cgroup of a container in a pod, as containerd names it without systemd.
+/// Cgroup of a container in a pod, as containerd names it without systemd.
 pub(crate) fn pod_cgroup() -> String {
     format!("/kubepods-besteffort-pod{}.slice:cri-containerd:{}", UID.replace('-', "_"), id())
 }
 
-/// A node's logs, with a pod of two containers.
+/// The log folder of a node, with a pod of two containers.
 pub(crate) struct Logs(TempDir);
 
 impl Logs {
@@ -225,13 +227,13 @@ impl Logs {
         logs
     }
 
-    /// The container's link, which a kubelet makes once the container runs.
+    /// Creates the container's link, as a kubelet does once the container runs.
     pub(crate) fn link(&self) {
         let link = self.0.path().join(format!("containers/web-0_shop_web-{}.log", id()));
         symlink(format!("/var/log/pods/shop_web-0_{UID}/web/0.log"), link).unwrap();
     }
 
-    /// Runs a program that finds these at `/var/log`.
+    /// Runs a program that sees this folder at `/var/log`.
     pub(crate) fn seen_by(&self, program: &str) -> Command {
         let mut command = Command::new("unshare");
         let script = "mkdir -p /var/log && mount --bind \"$0\" /var/log && exec \"$@\"";
@@ -245,12 +247,12 @@ fn names() -> Value {
 }
 
 #[real_test]
-fn a_server_in_a_pod_has_its_names() {
+fn kubernetes_names_are_reported() {
     let logs = Logs::new();
     let container = Container::in_cgroup(&pod_cgroup(), Command::new("runc"));
     let pid = container.pid().unwrap();
     let flags = ["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"];
-    let observer = Observer::start_by(logs.seen_by(BINARY), &flags, &[]);
+    let observer = Observer::start_command(logs.seen_by(BINARY), &flags, &[]);
     let labels =
         |container: &str| format!("namespace=\"shop\",container_name=\"{container}\",pod_uid=\"{UID}\"");
     let scrape = || observer.scrape();
@@ -259,7 +261,7 @@ fn a_server_in_a_pod_has_its_names() {
     let of_listener = format!("container=\"{}\",pod=\"web-0\",listener=\"{ADDRESS}\"}}", container.id);
     assert!(first.contains(&of_listener), "{first}");
     logs.link();
-    // A process is asked as long as it is young, which may be over before a slow machine comes here.
+    // Names are looked up only while a process is young, which may be over on a slow machine.
     if !is_emulated() {
         wait_for("the container's name", || scrape().contains(&labels("web")).then_some(()));
         let report = observer.finish();
@@ -275,19 +277,19 @@ fn a_server_in_a_pod_has_its_names() {
     assert!(text.contains(&name), "{name} in {text}");
 }
 
-/// As where the node is a container itself, or observer is in one.
+/// As on a node that is a container itself, or with observer in a container.
 #[real_test]
-fn a_pod_s_names_are_those_of_whoever_runs_it() {
+fn kubernetes_names_are_found_in_the_mount_namespace_of_the_runtime() {
     let logs = Logs::new();
     logs.link();
     let container = Container::in_cgroup(&pod_cgroup(), logs.seen_by("runc"));
     let pid = container.pid().unwrap();
-    let report = Observer::of(pid).finish();
+    let report = Observer::attach(pid).finish();
     assert_eq!(report.target(pid)["kubernetes"], names(), "{:#}", report.target(pid));
 }
 
-#[real_test(host_only("guests have no collector"))]
-fn a_collector_is_told_which_pod_it_is() {
+#[real_test(host_only("guests have no OTLP collector"))]
+fn kubernetes_names_are_exported_as_resource_attributes() {
     let logs = Logs::new();
     logs.link();
     let container = Container::in_cgroup(&pod_cgroup(), Command::new("runc"));
@@ -296,7 +298,7 @@ fn a_collector_is_told_which_pod_it_is() {
     let collector = url(receiver.port);
     let flags =
         ["--pid", &pid, "--no-listen", "--otlp-endpoint", &collector, "--otlp-protocol", "http/protobuf"];
-    Observer::start_by(logs.seen_by(BINARY), &flags, &[("OTEL_TRACES_EXPORTER", "none")]).finish();
+    Observer::start_command(logs.seen_by(BINARY), &flags, &[("OTEL_TRACES_EXPORTER", "none")]).finish();
     let mut points = 0;
     for_each_point(&receiver.stop(), |resource, _, _, _| {
         if resource.get("process.pid") != Some(&pid) {

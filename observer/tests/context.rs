@@ -1,22 +1,22 @@
-//! The trace contexts that a process publishes, link by link against what its tracer told the process itself. One tracer is
-//! one that nobody here wrote.
+//! Trace contexts that processes publish: each link is compared with the context that the tracer gave the process. One
+//! of the tracers is a third-party one.
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use serde_json::Value;
 
 use crate::support::{
-    deferred::{Deferring, TRUTH},
+    deferred::{DeferringServer, GROUND_TRUTH},
     example,
 };
 
-/// Pieces of work that each job of the server makes.
-const OF_JOB: usize = 10;
+/// Number of tasks of each job of the server.
+const TASKS_PER_JOB: usize = 10;
 
-/// How long before the server writes down a piece of work its link may start, in nanoseconds.
+/// Maximum time from the start of a task, according to its link, until the server logs it, in nanoseconds.
 const SLACK: f64 = 1e8;
 
-/// A piece of work that is over, as observer has it.
+/// A finished task, as observer reports it.
 struct Link {
     request: String,
     task: String,
@@ -31,7 +31,7 @@ fn text(value: &Value) -> Option<String> {
 fn links(target: &Value) -> Vec<Link> {
     let mut all = Vec::new();
     for kind in target["deferred"].as_array().unwrap() {
-        // What never started was no piece of work of the server's.
+        // A task that never ran is not one of the server's.
         let links = kind["links"].as_array().unwrap().iter();
         for link in links.filter(|link| link["run_seconds"].is_f64()) {
             let path = link["origin"]["path"].as_str().unwrap_or_default();
@@ -47,10 +47,10 @@ fn links(target: &Value) -> Vec<Link> {
     all
 }
 
-/// The server is the program itself, and says by the trace's number which job it is.
+/// The server publishes contexts itself, and the number of the trace is the number of the job.
 #[real_test(links)]
-fn a_programs_own_variable_is_read_on_every_kernel() {
-    let server = Deferring::start(Command::new(example("deferred_library")));
+fn context_of_a_native_program_is_linked() {
+    let server = DeferringServer::start(Command::new(example("deferred_library")));
     let observer = server.observe_library();
     let jobs = 100;
     server.load(jobs, 4);
@@ -65,7 +65,7 @@ fn a_programs_own_variable_is_read_on_every_kernel() {
         *spans.entry((job, span)).or_default() += 1;
     }
     for job in 0..jobs as u64 {
-        // A trace of number 0 is none; neither is one that is not valid.
+        // Trace number 0 means no trace, and an invalid context means none either.
         let [one, two] = ["0000000000000001", "0000000000000002"].map(|span| Some(span.to_owned()));
         let expected = if job == 0 { vec![(None, 4)] } else { vec![(None, 1), (one, 2), (two, 1)] };
         let found = spans.iter().filter(|((of, _), _)| *of == job);
@@ -74,23 +74,23 @@ fn a_programs_own_variable_is_read_on_every_kernel() {
     }
 }
 
-/// The server's tracer wraps whatever its event loop calls, so that all of it has one name; what runs in other threads keeps
-/// its own. In the event loop's thread a piece has started last when it writes itself down.
-#[real_test(links, host_only("guests have no tracer"))]
-fn links_have_the_context_of_the_place_where_work_was_put_off() {
+/// The server's tracer wraps all callbacks of its event loop, so all of them have one name; those of other threads keep
+/// their own. In the thread of the event loop, the task that logs itself is the one that started last.
+#[real_test(links, host_only("guests do not have ddtrace"))]
+fn links_have_the_trace_context_of_their_enqueue() {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut command = Command::new("/usr/bin/python3");
     command.arg(manifest.join("tests/servers/context_ddtrace.py"));
     command.env("PYTHONPATH", manifest.parent().unwrap().join("target/tools/ddtrace"));
-    let server = Deferring::start(command);
+    let server = DeferringServer::start(command);
     let observer = server.observe("asyncio");
     let jobs = 300;
-    server.load(jobs, OF_JOB);
+    server.load(jobs, TASKS_PER_JOB);
     let report = observer.finish();
     report.assert_complete();
     let links = links(report.target(server.pid()));
 
-    let truth = fs::read_to_string(server.folder().join(TRUTH)).unwrap();
+    let truth = fs::read_to_string(server.folder().join(GROUND_TRUTH)).unwrap();
     let (mut matched, mut without, mut wrong, mut unmatched) = (0, 0, 0, 0);
     for line in truth.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()) {
         let request = line["request"].as_str().unwrap().split('?').next().unwrap();
@@ -114,23 +114,23 @@ fn links_have_the_context_of_the_place_where_work_was_put_off() {
             }
         }
     }
-    let pieces = jobs * OF_JOB;
+    let tasks = jobs * TASKS_PER_JOB;
     eprintln!(
-        "| context | {pieces} pieces | {matched} matched, {without} of them without a context | {wrong} wrong | {unmatched} unmatched |"
+        "| context | {tasks} tasks | {matched} matched, {without} of them without a context | {wrong} wrong | {unmatched} unmatched |"
     );
     assert_eq!(wrong, 0);
-    assert!(matched * 1000 >= pieces * 999);
-    // One of each job is put off outside of any span.
-    assert!(without * OF_JOB >= matched - matched / 100);
+    assert!(matched * 1000 >= tasks * 999);
+    // One task of each job is enqueued outside of any span.
+    assert!(without * TASKS_PER_JOB >= matched - matched / 100);
 
-    // Whatever else has a context, it is one of a trace of its own request.
-    let mut strangers = 0;
+    // Any other link with a context must have one of a trace of its own request.
+    let mut foreign_links = 0;
     for link in &links {
         let Some((trace, _)) = &link.context else { continue };
         let is_own = truth
             .lines()
             .any(|line| line.contains(trace.as_str()) && line.contains(&format!("\"{}?", link.request)));
-        strangers += usize::from(!is_own);
+        foreign_links += usize::from(!is_own);
     }
-    assert_eq!(strangers, 0, "links of traces of other requests");
+    assert_eq!(foreign_links, 0, "links of traces of other requests");
 }

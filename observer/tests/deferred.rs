@@ -1,4 +1,4 @@
-//! Deferred work, link by link against what the servers themselves write down: which request each piece belongs to.
+//! Deferred tasks: each link is compared with the server's own log of which request the task belongs to.
 
 use std::{
     io::{BufReader, Write as _},
@@ -10,7 +10,7 @@ use std::{
 use serde_json::json;
 
 use crate::support::{
-    deferred::{CLIENTS, Deferring, ask, assert_true, compare, jobs_for},
+    deferred::{CLIENTS, DeferringServer, assert_links_correct, compare, jobs_for, send_request},
     example, http,
     observer::Observer,
     servers::Server,
@@ -18,60 +18,60 @@ use crate::support::{
 };
 
 #[real_test(alone, links)]
-fn asyncio_links_each_piece_to_its_request() {
-    let of_job = 15;
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+fn asyncio_tasks_are_linked_to_their_requests() {
+    let per_job = 15;
+    let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     let observer = server.observe("asyncio");
-    let jobs = jobs_for(10_000, of_job);
-    server.load(jobs, of_job);
+    let jobs = jobs_for(10_000, per_job);
+    server.load(jobs, per_job);
     let report = observer.finish();
-    let pieces = server.pieces();
-    let verdict = compare(&report, &[server.pid()], &pieces, false, |task| Some(task.to_owned()));
-    assert_true("asyncio", &report, &[server.pid()], &verdict, pieces.len());
+    let records = server.records();
+    let comparison = compare(&report, &[server.pid()], &records, false, |task| Some(task.to_owned()));
+    assert_links_correct("asyncio", &report, &[server.pid()], &comparison, records.len());
 }
 
-/// Of tokio only the types of futures tell tasks apart, which programs without debug information do not name: requests
-/// are compared.
-fn tokio_links(flavour: &str) {
-    let of_job = 7;
+/// tokio's tasks are told apart only by the types of their futures, which programs without debug information do not
+/// name. So only requests are compared.
+fn assert_tokio_links(flavour: &str) {
+    let per_job = 7;
     let mut command = Command::new(example("deferred_tokio"));
     command.arg(flavour);
-    let server = Deferring::start(command);
+    let server = DeferringServer::start(command);
     let observer = server.observe("tokio");
-    server.load(jobs_for(10_000, of_job), of_job);
+    server.load(jobs_for(10_000, per_job), per_job);
     let report = observer.finish();
-    let pieces = server.pieces();
-    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
-    assert_true(flavour, &report, &[server.pid()], &verdict, pieces.len());
+    let records = server.records();
+    let comparison = compare(&report, &[server.pid()], &records, false, |_| None);
+    assert_links_correct(flavour, &report, &[server.pid()], &comparison, records.len());
 }
 
 #[real_test(alone, links)]
-fn tokio_links_each_task_of_one_thread() {
-    tokio_links("current");
+fn tokio_tasks_of_a_current_thread_runtime_are_linked() {
+    assert_tokio_links("current");
 }
 
 #[real_test(alone, links)]
-fn tokio_links_each_task_of_several_threads() {
-    tokio_links("multi");
+fn tokio_tasks_of_a_multi_thread_runtime_are_linked() {
+    assert_tokio_links("multi");
 }
 
 #[real_test(alone, links)]
-fn node_links_what_its_pool_of_threads_does() {
-    let of_job = 17;
-    let server = Deferring::script("node", "deferred_node.js");
+fn node_thread_pool_jobs_are_linked() {
+    let per_job = 17;
+    let server = DeferringServer::script("node", "deferred_node.js");
     let observer = server.observe("node");
-    server.load(jobs_for(20_000, of_job), of_job);
+    server.load(jobs_for(20_000, per_job), per_job);
     let report = observer.finish();
-    // What timers and promises handed on has no link to anything.
-    let pieces: Vec<_> = server.pieces().into_iter().filter(|piece| !piece.is_lost).collect();
-    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
-    assert_true("node", &report, &[server.pid()], &verdict, pieces.len());
+    // Callbacks of timers and promises are not linked.
+    let records: Vec<_> = server.records().into_iter().filter(|record| !record.is_lost).collect();
+    let comparison = compare(&report, &[server.pid()], &records, false, |_| None);
+    assert_links_correct("node", &report, &[server.pid()], &comparison, records.len());
 }
 
 #[real_test]
-fn a_server_without_a_known_runtime_is_left_alone() {
+fn server_without_a_known_runtime_has_no_hooks() {
     let server = Server::nginx(1);
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     http::get_many(server.port, "/", 50);
     let report = observer.finish();
     report.assert_complete();
@@ -87,56 +87,56 @@ fn a_server_without_a_known_runtime_is_left_alone() {
 }
 
 #[real_test(alone, links)]
-fn a_library_of_ones_own_is_named_on_the_command_line() {
-    let of_job = 4;
-    let server = Deferring::start(Command::new(example("deferred_library")));
+fn custom_library_is_hooked_with_flags() {
+    let per_job = 4;
+    let server = DeferringServer::start(Command::new(example("deferred_library")));
     let observer = server.observe_library();
-    server.load(jobs_for(10_000, of_job), of_job);
+    server.load(jobs_for(10_000, per_job), per_job);
     let report = observer.finish();
-    let pieces = server.pieces();
-    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
-    assert_true("a library", &report, &[server.pid()], &verdict, pieces.len());
+    let records = server.records();
+    let comparison = compare(&report, &[server.pid()], &records, false, |_| None);
+    assert_links_correct("a library", &report, &[server.pid()], &comparison, records.len());
     let kind = &report.target(server.pid())["deferred"][0];
-    assert_eq!(kind["enqueued"], pieces.len(), "{kind:#}");
+    assert_eq!(kind["enqueued"], records.len(), "{kind:#}");
     assert_eq!((&kind["started"], &kind["finished"]), (&kind["enqueued"], &kind["enqueued"]), "{kind:#}");
 }
 
 #[real_test(contract, links)]
-fn connections_from_before_are_known_as_well() {
-    let server = Deferring::start(Command::new(example("deferred_library")));
+fn requests_on_connections_older_than_observer_are_linked() {
+    let server = DeferringServer::start(Command::new(example("deferred_library")));
     let mut connection = BufReader::new(http::connect(server.port));
-    ask(&mut connection, "/job/before");
+    send_request(&mut connection, "/job/before");
     let observer = server.observe_library();
-    ask(&mut connection, "/job/after");
-    wait_for("the tasks", || (server.pieces().len() == 8).then_some(()));
+    send_request(&mut connection, "/job/after");
+    wait_for("the tasks", || (server.records().len() == 8).then_some(()));
     let report = observer.finish();
-    let pieces: Vec<_> = server.pieces().into_iter().filter(|piece| piece.request == "after").collect();
-    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
-    assert_eq!((verdict.matched, verdict.wrong, verdict.unmatched), (4, 0, 0));
+    let records: Vec<_> = server.records().into_iter().filter(|record| record.request == "after").collect();
+    let comparison = compare(&report, &[server.pid()], &records, false, |_| None);
+    assert_eq!((comparison.matched, comparison.wrong, comparison.unmatched), (4, 0, 0));
 }
 
 #[real_test(links)]
-fn requests_that_overlap_are_nobodys() {
-    let server = Deferring::start(Command::new(example("deferred_library")));
+fn pipelined_requests_have_no_path() {
+    let server = DeferringServer::start(Command::new(example("deferred_library")));
     let observer = server.observe_library();
     let mut connection = http::connect(server.port);
-    // Two in one go: the server, which looks at the first alone, works for one of them.
+    // Two pipelined requests: the server, which reads only the first one, works for one of them.
     let two = "GET /job/1 HTTP/1.1\r\nHost: test\r\n\r\n".repeat(2);
     connection.write_all(two.as_bytes()).unwrap();
-    wait_for("the tasks", || (server.pieces().len() >= 4).then_some(()));
+    wait_for("the tasks", || (server.records().len() >= 4).then_some(()));
     let report = observer.finish();
     let links = &report.target(server.pid())["deferred"][0]["links"];
     let links = links.as_array().unwrap();
     assert_eq!(links.len(), 4, "{links:?}");
-    // It is known when they came, but not which it was.
+    // Their time of arrival is known, but not which of them the tasks belong to.
     assert!(links.iter().all(|link| link["origin"]["path"].is_null()), "{links:?}");
 }
 
-#[real_test(alone, host_only("an emulated machine is too slow to cost so much"))]
-fn what_costs_too_much_is_no_longer_followed_unless_it_is_asked_for() {
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
-    let observer = Observer::of(server.pid());
-    // Far more than 25,000 traps a second, for longer than three seconds.
+#[real_test(alone, host_only("an emulated machine is too slow to reach the limit on overhead"))]
+fn costly_profile_is_detached_unless_requested() {
+    let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
+    let observer = Observer::attach(server.pid());
+    // Far more than 25,000 traps per second, for longer than three seconds.
     let end = Instant::now() + Duration::from_secs(8);
     while Instant::now() < end {
         thread::scope(|scope| {

@@ -1,5 +1,5 @@
-//! Deferred tasks of a real application of Rage, which is not part of this: OBSERVER_RAGE names a folder with a program
-//! `run` that becomes Ruby and runs the application it is given, with its arguments, where /tmp is the same as here.
+//! Deferred tasks of an application of Rage, which is not part of this repository. OBSERVER_RAGE names a folder with an
+//! executable `run` that executes Ruby with the application and its arguments, and has the same /tmp as this process.
 
 use std::{
     fs,
@@ -18,38 +18,38 @@ use tempfile::TempDir;
 
 use crate::harness::skip;
 use crate::support::{
-    deferred::{CLIENTS, Deferring, Piece, TRUTH, assert_true, compare},
+    deferred::{CLIENTS, DeferringServer, GROUND_TRUTH, TaskRecord, assert_links_correct, compare},
     http,
     observer::{Observer, Report},
     servers::{children, free_port},
     wait_for,
 };
 
-/// How far waits and runs that observer saw may be from those that the application writes down, in seconds: those of
-/// half of the tasks, and of nearly all, whose thread another may have kept from its CPU in between.
+/// Maximum differences between observed and logged waits and runs, in seconds: for half of the tasks, and for 99 % of
+/// them, whose thread may have lost its CPU in between.
 const SLACK: f64 = 0.002;
-const SLACK_OF_MOST: f64 = 0.02;
+const SLACK_P99: f64 = 0.02;
 
-/// Tasks that a job of kind `hold` leaves behind.
+/// Number of tasks of a job of kind `hold`.
 const HELD: usize = 500;
 
-/// Folder of Rage; without it the test is skipped.
+/// Folder of Rage; skips the test if there is none.
 fn folder() -> PathBuf {
     let folder = std::env::var_os("OBSERVER_RAGE").map(PathBuf::from);
-    folder.unwrap_or_else(|| skip("OBSERVER_RAGE names no folder of Rage"))
+    folder.unwrap_or_else(|| skip("OBSERVER_RAGE is not set"))
 }
 
-/// Starts the application with so many workers, and with what it had left in its folder.
-fn start(rage: &Path, files: Arc<TempDir>, workers: usize, options: &[(&str, String)]) -> Deferring {
+/// Starts the application with this number of workers, and with the state that a previous run left in its folder.
+fn start(rage: &Path, files: Arc<TempDir>, workers: usize, options: &[(&str, String)]) -> DeferringServer {
     let mut command = Command::new(rage.join("run"));
     command
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/deferred_rage.rb"))
         .arg(free_port().to_string())
-        .arg(files.path().join(TRUTH))
+        .arg(files.path().join(GROUND_TRUTH))
         .arg(workers.to_string())
         .arg(files.path().join("application"))
         .envs(options.iter().map(|(name, value)| (name, value)));
-    let server = Deferring::start_in(files, command);
+    let server = DeferringServer::start_in(files, command);
     wait_for("Rage", || TcpStream::connect(("127.0.0.1", server.port)).ok());
     if workers > 1 {
         wait_for("Rage's workers", || (children(server.pid()).len() >= workers).then_some(()));
@@ -57,23 +57,23 @@ fn start(rage: &Path, files: Arc<TempDir>, workers: usize, options: &[(&str, Str
     server
 }
 
-fn start_new(rage: &Path, workers: usize) -> Deferring {
+fn start_new(rage: &Path, workers: usize) -> DeferringServer {
     start(rage, Arc::new(tempfile::tempdir().unwrap()), workers, &[])
 }
 
-/// Whether it works as it is meant to: before Ruby 3.2 what Rage needs is there by halves, and it stops in bursts.
-fn takes_bursts(server: &Deferring) -> bool {
+/// Whether Rage supports bursts: before Ruby 3.2, features that it needs are incomplete, and it hangs in bursts.
+fn supports_bursts(server: &DeferringServer) -> bool {
     let version = http::get(server.port, "/version");
     eprintln!("Rage on Ruby {version}");
     !version.starts_with("3.1")
 }
 
-/// Whether Rage's ids of requests are where the profile knows them: from Ruby 3.2 on.
-fn has_request_ids(server: &Deferring) -> bool {
+/// Whether Rage's request ids are where the profile expects them, which is the case from Ruby 3.2 on.
+fn has_request_ids(server: &DeferringServer) -> bool {
     !http::get(server.port, "/version").starts_with("3.1")
 }
 
-/// Kinds of jobs, and how many tasks each leaves behind.
+/// Kinds of jobs, and how many tasks each defers.
 const KINDS: [(&str, usize); 10] = [
     ("now", 1),
     ("delay", 1),
@@ -87,7 +87,7 @@ const KINDS: [(&str, usize); 10] = [
     ("none", 0),
 ];
 
-/// Of which kind a job is: now and then a burst, or memory is compacted.
+/// Kind of a job: some are bursts, or compact memory.
 fn kind_of(job: usize, bursts: bool) -> (&'static str, usize) {
     if job % 97 == 13 {
         ("compact", 2)
@@ -98,34 +98,34 @@ fn kind_of(job: usize, bursts: bool) -> (&'static str, usize) {
     }
 }
 
-/// Sends as many jobs as leave so many tasks behind, or a tenth of that, one by one, where bursts are too much.
-fn load(server: &Deferring, tasks: usize) {
-    let bursts = takes_bursts(server);
+/// Sends jobs that defer this number of tasks. If bursts are not supported, sends a tenth of that, one job at a time.
+fn load(server: &DeferringServer, tasks: usize) {
+    let bursts = supports_bursts(server);
     let wanted = if bursts { tasks } else { tasks / 10 };
-    let (mut jobs, mut pieces) = (0, 0);
-    while pieces < wanted {
-        pieces += kind_of(jobs, bursts).1;
+    let (mut jobs, mut records) = (0, 0);
+    while records < wanted {
+        records += kind_of(jobs, bursts).1;
         jobs += 1;
     }
     server.send(0..jobs, if bursts { CLIENTS } else { 1 }, |job| kind_of(job, bursts).0);
-    server.wait_for_pieces(pieces);
+    server.wait_for_tasks(records);
 }
 
-/// Compares with what the application wrote down.
-fn assert_links(what: &str, report: &Report, pids: &[u32], server: &Deferring) {
-    let pieces = server.pieces();
-    let verdict = compare(report, pids, &pieces, true, |task| Some(task.to_owned()));
-    assert_true(what, report, pids, &verdict, pieces.len());
-    let told = if has_request_ids(server) { verdict.matched } else { 0 };
-    assert_eq!(verdict.request_ids, told, "{verdict:?}");
-    for errors in [&verdict.waits, &verdict.runs] {
-        assert!(errors.quantile(0.5) <= SLACK, "{verdict:?}");
-        assert!(errors.quantile(0.99) <= SLACK_OF_MOST, "{verdict:?}");
+/// Compares links with the application's log.
+fn assert_links(what: &str, report: &Report, pids: &[u32], server: &DeferringServer) {
+    let records = server.records();
+    let comparison = compare(report, pids, &records, true, |task| Some(task.to_owned()));
+    assert_links_correct(what, report, pids, &comparison, records.len());
+    let expected = if has_request_ids(server) { comparison.matched } else { 0 };
+    assert_eq!(comparison.request_ids, expected, "{comparison:?}");
+    for errors in [&comparison.waits, &comparison.runs] {
+        assert!(errors.quantile(0.5) <= SLACK, "{comparison:?}");
+        assert!(errors.quantile(0.99) <= SLACK_P99, "{comparison:?}");
     }
 }
 
 #[real_test(alone, links)]
-fn links_each_task_to_its_request() {
+fn tasks_are_linked_to_their_requests() {
     let rage = folder();
     let server = start_new(&rage, 1);
     let observer = server.observe("rage");
@@ -134,7 +134,7 @@ fn links_each_task_to_its_request() {
 }
 
 #[real_test(alone, links)]
-fn request_ids_of_clients_are_told_whole_or_not_at_all() {
+fn client_request_ids_are_complete_or_missing() {
     let rage = folder();
     let server = start_new(&rage, 1);
     if !has_request_ids(&server) {
@@ -150,17 +150,17 @@ fn request_ids_of_clients_are_told_whole_or_not_at_all() {
         write!(connection, "{head}{id}\r\n\r\n").unwrap();
         connection.read_to_end(&mut Vec::new()).unwrap();
     }
-    server.wait_for_pieces(ids.len());
+    server.wait_for_tasks(ids.len());
     let report = observer.finish();
-    let pieces = server.pieces();
-    let verdict = compare(&report, &[server.pid()], &pieces, true, |task| Some(task.to_owned()));
-    assert_true("Rage's clients' request ids", &report, &[server.pid()], &verdict, ids.len());
-    assert!(pieces.iter().any(|piece| piece.request_id.as_ref() == Some(&ids[0])), "{pieces:?}");
-    assert_eq!((verdict.request_ids, verdict.missing_request_ids), (3, 3), "{verdict:?}");
+    let records = server.records();
+    let comparison = compare(&report, &[server.pid()], &records, true, |task| Some(task.to_owned()));
+    assert_links_correct("Rage's clients' request ids", &report, &[server.pid()], &comparison, ids.len());
+    assert!(records.iter().any(|record| record.request_id.as_ref() == Some(&ids[0])), "{records:?}");
+    assert_eq!((comparison.request_ids, comparison.missing_request_ids), (3, 3), "{comparison:?}");
 }
 
 #[real_test(alone, links)]
-fn links_the_tasks_of_several_workers() {
+fn tasks_of_several_workers_are_linked() {
     let rage = folder();
     let server = start_new(&rage, 2);
     let workers = children(server.pid());
@@ -173,7 +173,7 @@ fn links_the_tasks_of_several_workers() {
 fn two_runtimes_do_not_disturb_each_other() {
     let folder = folder();
     let rage = start_new(&folder, 1);
-    let python = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let python = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     let (pid, other) = (rage.pid().to_string(), python.pid().to_string());
     let observer =
         Observer::start(&["--pid", &pid, "--pid", &other, "--no-listen", "--profile", "rage,asyncio"]);
@@ -182,50 +182,50 @@ fn two_runtimes_do_not_disturb_each_other() {
         scope.spawn(move || (0..200).for_each(|job| http::get_many(port, &format!("/job/{job}"), 1)));
         load(&rage, 2000);
     });
-    python.wait_for_pieces(200 * 15);
+    python.wait_for_tasks(200 * 15);
     let report = observer.finish();
     assert_links("Rage beside asyncio", &report, &[rage.pid()], &rage);
-    let pieces = python.pieces();
-    let verdict = compare(&report, &[python.pid()], &pieces, false, |task| Some(task.to_owned()));
-    assert_true("asyncio beside Rage", &report, &[python.pid()], &verdict, pieces.len());
+    let records = python.records();
+    let comparison = compare(&report, &[python.pid()], &records, false, |task| Some(task.to_owned()));
+    assert_links_correct("asyncio beside Rage", &report, &[python.pid()], &comparison, records.len());
 }
 
-/// Waits until the application stands still for the so-manieth time; returns its own count of what it has to do then.
-fn backlog(server: &Deferring, time: usize) -> u64 {
+/// Waits until the application pauses for the given time; returns its own count of pending tasks then.
+fn backlog(server: &DeferringServer, time: usize) -> u64 {
     wait_for("the application to stand still", || {
-        let text = fs::read_to_string(server.folder().join(format!("{TRUTH}.backlog"))).ok()?;
+        let text = fs::read_to_string(server.folder().join(format!("{GROUND_TRUTH}.backlog"))).ok()?;
         text.lines().nth(time)?.parse().ok()
     })
 }
 
-/// All tasks that wait, as scraped now.
+/// Sum of all pending tasks in a fresh scrape.
 fn pending(observer: &Observer) -> u64 {
-    // A page may be a little old.
+    // Metrics may be slightly out of date.
     thread::sleep(Duration::from_millis(300));
     let scrape = observer.scrape();
     let series = scrape.lines().filter(|line| line.starts_with("observer_deferred_pending{"));
     series.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
-/// Starts an application that is asked for a burst of tasks next; where that is too much the test is skipped.
-fn start_for_burst() -> (PathBuf, Deferring) {
+/// Starts an application that a test will request a burst of tasks from; skips the test if bursts are not supported.
+fn start_for_burst() -> (PathBuf, DeferringServer) {
     let rage = folder();
     let server = start_new(&rage, 1);
-    if !takes_bursts(&server) {
-        skip("Rage stops in bursts on this Ruby, with or without observer");
+    if !supports_bursts(&server) {
+        skip("Rage hangs in bursts on this Ruby, with or without observer");
     }
     (rage, server)
 }
 
-/// Asks for a burst of tasks; the answer comes on the connection.
-fn burst(server: &Deferring) -> TcpStream {
+/// Requests a burst of tasks; the response arrives on the connection.
+fn burst(server: &DeferringServer) -> TcpStream {
     let mut connection = http::connect(server.port);
     connection.write_all(b"GET /job/0?how=hold HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
     connection
 }
 
 #[real_test(alone, links)]
-fn pending_is_the_backlog() {
+fn pending_tasks_equal_the_backlog_of_rage() {
     let (_, server) = start_for_burst();
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     let _connection = burst(&server);
@@ -236,25 +236,25 @@ fn pending_is_the_backlog() {
     eprintln!("| pending | {all} when all were put off, {rest} in the middle | both as Rage counts them |");
     assert_eq!(all, HELD as u64);
     assert!((1..all).contains(&rest), "{rest}");
-    server.wait_for_pieces(HELD);
+    server.wait_for_tasks(HELD);
     assert_eq!(pending(&observer), 0);
     assert_links("a burst of Rage's", &observer.finish(), &[server.pid()], &server);
 }
 
-/// Sum of a figure over all kinds of tasks.
-fn sum(report: &Report, pid: u32, figure: &str) -> u64 {
+/// Sum of a field over all kinds of tasks.
+fn sum(report: &Report, pid: u32, field: &str) -> u64 {
     let kinds = report.target(pid)["deferred"].as_array().unwrap();
-    kinds.iter().map(|kind| kind[figure].as_u64().unwrap()).sum()
+    kinds.iter().map(|kind| kind[field].as_u64().unwrap()).sum()
 }
 
 #[real_test(alone, links)]
-fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
+fn tasks_that_never_start_are_orphaned_and_have_no_link_after_a_restart() {
     let (rage, server) = start_for_burst();
     let observer = server.observe("rage");
     for job in LATER {
         http::get(server.port, &format!("/job/{job}?how=later"));
     }
-    // Until that is on the disk.
+    // Until they are stored on disk.
     thread::sleep(Duration::from_secs(1));
     let _connection = burst(&server);
     backlog(&server, 0);
@@ -264,7 +264,7 @@ fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
     let report = observer.report();
     report.assert_complete();
     let orphaned = sum(&report, pid, "orphaned");
-    // Those that are to wait are in no backlog.
+    // Tasks with a delay are not in the backlog.
     let never_started = rest + LATER.count() as u64;
     eprintln!("| killed | {orphaned} orphans, {never_started} had not started |");
     assert_eq!(orphaned, never_started);
@@ -274,20 +274,20 @@ fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
     let never_ran = links.filter(|link| link["run_seconds"].is_null()).count();
     assert_eq!(never_ran as u64, never_started);
 
-    // What it had written to the disk is done now; whom that is for is in nobody's memory any more.
+    // Tasks that were stored on disk run now. Their requests are not known any more.
     let again = start(&rage, files, 1, &[]);
     let observer = again.observe("rage");
     again.send(NEW, CLIENTS, |_| "now");
     wait_for("the last task of before", || {
-        let pieces = again.pieces();
-        let is_done = |job| pieces.iter().any(|piece: &Piece| piece.request == format!("{job}"));
+        let records = again.records();
+        let is_done = |job| records.iter().any(|record: &TaskRecord| record.request == format!("{job}"));
         LATER.chain(NEW).all(is_done).then_some(())
     });
     thread::sleep(Duration::from_millis(500));
     let report = observer.finish();
-    let new: Vec<_> = again.pieces().into_iter().filter(|piece| is_among(piece, NEW)).collect();
-    let verdict = compare(&report, &[again.pid()], &new, true, |task| Some(task.to_owned()));
-    assert_true("Rage started again", &report, &[again.pid()], &verdict, NEW.count());
+    let new: Vec<_> = again.records().into_iter().filter(|record| is_among(record, NEW)).collect();
+    let comparison = compare(&report, &[again.pid()], &new, true, |task| Some(task.to_owned()));
+    assert_links_correct("Rage started again", &report, &[again.pid()], &comparison, NEW.count());
     let unmatched = report.target(again.pid())["unmatched"].as_u64().unwrap();
     eprintln!("| started again | {unmatched} tasks of before known to be of nobody known |");
     assert!(unmatched >= LATER.count() as u64, "{unmatched}");
@@ -295,16 +295,16 @@ fn tasks_that_never_start_are_orphans_and_link_nothing_later() {
     assert!(names.iter().all(|kind| kind["task"] == "Short" || kind["links"] == json!([])), "{names:?}");
 }
 
-/// Jobs whose tasks are left to the next run, and those of that run itself.
+/// Jobs whose tasks are left for the next run, and jobs of the next run.
 const LATER: Range<usize> = 1..6;
 const NEW: Range<usize> = 100..116;
 
-fn is_among(piece: &Piece, jobs: Range<usize>) -> bool {
-    piece.request.parse().is_ok_and(|job| jobs.contains(&job))
+fn is_among(record: &TaskRecord, jobs: Range<usize>) -> bool {
+    record.request.parse().is_ok_and(|job| jobs.contains(&job))
 }
 
 #[real_test(alone, programs(&["strip"]))]
-fn without_symbols_all_but_deferred_work_is_seen() {
+fn without_symbols_only_deferred_tasks_are_missing() {
     let rage = folder();
     let files = Arc::new(tempfile::tempdir().unwrap());
     let whole = start_new(&rage, 1);

@@ -1,5 +1,6 @@
-//! What deploy/ says, done: the image as its Containerfile makes it, run as the DaemonSet wants it, sees what root sees.
-//! A kubelet and a builder of images are not to be had; what they would tell `runc` is derived from the same files.
+//! Runs what deploy/ describes: the image is built from its Containerfile, runs as the DaemonSet specifies, and
+//! observes what root observes. There is no kubelet and no image builder; their input for `runc` is derived from the
+//! same files.
 
 use std::{
     fs,
@@ -28,34 +29,34 @@ fn read(file: &str) -> String {
     fs::read_to_string(root().join(file)).unwrap()
 }
 
-/// The DaemonSet's pod.
+/// Pod of the DaemonSet.
 fn pod() -> Value {
     let manifest: Value = serde_saphyr::from_str(&read(MANIFEST)).unwrap();
     manifest["spec"]["template"]["spec"].clone()
 }
 
-/// Names of capabilities as the kernel has them.
+/// Names of the pod's capabilities, as the kernel has them.
 fn capabilities(pod: &Value) -> Vec<String> {
     let added = pod["containers"][0]["securityContext"]["capabilities"]["add"].as_array().unwrap();
     added.iter().map(|name| format!("CAP_{}", name.as_str().unwrap())).collect()
 }
 
 #[real_test(userspace)]
-fn the_manifest_and_the_unit_give_the_same_rights() {
+fn manifest_and_systemd_unit_grant_the_same_capabilities() {
     let unit = read(UNIT);
     let in_unit = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
     let in_manifest = capabilities(&pod());
     assert_eq!(in_unit.split(' ').collect::<Vec<_>>(), in_manifest);
     let check = Command::new(BINARY).arg("check").output().unwrap();
     let check = String::from_utf8(check.stdout).unwrap();
-    // One line each: a verdict, the name, what for.
+    // One line each: result, name, purpose.
     let names = check.lines().filter_map(|line| line.split_whitespace().nth(1));
-    let asked_for: Vec<_> = names.filter(|name| name.starts_with("CAP_")).collect();
-    assert_eq!(asked_for, in_manifest, "{check}");
+    let required: Vec<_> = names.filter(|name| name.starts_with("CAP_")).collect();
+    assert_eq!(required, in_manifest, "{check}");
 }
 
 #[real_test(userspace)]
-fn the_component_takes_the_right_away_that_it_is_named_after() {
+fn component_without_sys_admin_removes_that_capability() {
     let place = capabilities(&pod()).iter().position(|name| name == "CAP_SYS_ADMIN").unwrap();
     let component: Value =
         serde_saphyr::from_str(&read("deploy/kubernetes/without-sys-admin/kustomization.yaml")).unwrap();
@@ -78,7 +79,7 @@ impl Deployed {
         let entrypoint = build(&files.path().join("rootfs"));
         configure(files.path(), pod, &entrypoint);
         let id = format!("observer-test-{}", std::process::id());
-        // On a node, systemd has mounted what the pod asks for.
+        // On a node, systemd has mounted the tracefs that the pod mounts.
         let script =
             "mount -t tracefs nodev /sys/kernel/tracing && exec runc run --no-pivot --pid-file pid \"$0\"";
         let runc = Command::new("unshare")
@@ -94,24 +95,24 @@ impl Deployed {
                 exit_within(&mut deployed.runc.0, std::time::Duration::ZERO),
                 None,
                 "{}",
-                deployed.said()
+                deployed.log()
             );
             (deployed.get("/readyz")? == "ready\n").then_some(())
         });
         deployed
     }
 
-    /// What the pod wrote to its log.
-    fn said(&self) -> String {
+    /// The pod's log.
+    fn log(&self) -> String {
         fs::read_to_string(self.files.path().join("said")).unwrap()
     }
 
-    /// Of its first process.
+    /// Pid of the first process.
     fn pid(&self) -> Option<String> {
         fs::read_to_string(self.files.path().join("pid")).ok()
     }
 
-    /// Asks in the pod's network, at another address than the one meant for oneself.
+    /// Sends a request in the pod's network namespace, to another address than 127.0.0.1.
     fn get(&self, path: &str) -> Option<String> {
         let url = format!("http://127.1.2.3:9464{path}");
         let arguments = ["-t", &self.pid()?, "-n", "busybox", "wget", "-q", "-O", "-", &url];
@@ -119,12 +120,12 @@ impl Deployed {
         output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
     }
 
-    /// As a kubelet ends it; what it said.
+    /// Ends the pod as a kubelet does; returns its log.
     fn finish(mut self) -> String {
         assert!(Command::new("runc").args(["kill", &self.id, "TERM"]).status().unwrap().success());
         let status = exit_within(&mut self.runc.0, LIMIT).expect("observer does not end");
-        assert!(status.success(), "{status}: {}", self.said());
-        self.said()
+        assert!(status.success(), "{status}: {}", self.log());
+        self.log()
     }
 }
 
@@ -136,7 +137,7 @@ impl Drop for Deployed {
     }
 }
 
-/// Makes a root file system as the Containerfile says; answers the entry point.
+/// Builds a root file system as the Containerfile says; returns the entry point.
 fn build(rootfs: &Path) -> Value {
     let containerfile = read("deploy/Containerfile").replace("\\\n", "");
     let mut entrypoint = Value::Null;
@@ -156,13 +157,13 @@ fn build(rootfs: &Path) -> Value {
             }
             ("ENTRYPOINT", words) => entrypoint = serde_json::from_str(words).unwrap(),
             ("LABEL" | "EXPOSE", _) | ("USER", "0:0") => {}
-            _ => panic!("what is {line}?"),
+            _ => panic!("unsupported instruction: {line}"),
         }
     }
     entrypoint
 }
 
-/// Makes a folder of a ConfigMap, as a kubelet does, from the files that the kustomization makes it of.
+/// Creates the folder of a ConfigMap, as a kubelet does, from the files that the kustomization lists.
 fn config_map(name: &str, bundle: &Path) -> Value {
     let kustomization: Value = serde_saphyr::from_str(&read(KUSTOMIZATION)).unwrap();
     let mut generators = kustomization["configMapGenerator"].as_array().unwrap().iter();
@@ -176,7 +177,7 @@ fn config_map(name: &str, bundle: &Path) -> Value {
     json!(folder)
 }
 
-/// Writes the configuration that a container runtime would for this pod.
+/// Writes the configuration that a container runtime would generate for this pod.
 fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
     let spec = Command::new("runc").args(["spec", "--bundle"]).arg(bundle).status();
     assert!(spec.expect("runc is installed").success());
@@ -193,17 +194,18 @@ fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
     process["user"] = json!({ "uid": rights["runAsUser"], "gid": 0 });
     assert_eq!(rights["privileged"], false);
     assert_eq!(rights["capabilities"]["drop"], json!(["ALL"]));
-    // Root of a machine that is a guest itself may lack some.
+    // Root may lack some capabilities if this machine is a container.
     let held = caps::read(None, CapSet::Permitted).unwrap();
     let mut granted = capabilities(pod);
     granted.retain(|name| held.contains(&name.parse().unwrap()));
     process["capabilities"] = json!({ "bounding": granted, "effective": granted, "permitted": granted });
     config["root"]["readonly"] = rights["readOnlyRootFilesystem"].clone();
 
-    let of_host = [("pid", "hostPID"), ("network", "hostNetwork"), ("ipc", "hostIPC")];
+    let host_namespaces = [("pid", "hostPID"), ("network", "hostNetwork"), ("ipc", "hostIPC")];
     let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-    namespaces
-        .retain(|kind| !of_host.iter().any(|(name, field)| kind["type"] == *name && pod[field] == true));
+    namespaces.retain(|kind| {
+        !host_namespaces.iter().any(|(name, field)| kind["type"] == *name && pod[field] == true)
+    });
     for mount in container["volumeMounts"].as_array().unwrap() {
         let mut volumes = pod["volumes"].as_array().unwrap().iter();
         let volume = volumes.find(|volume| volume["name"] == mount["name"]).unwrap();
@@ -225,7 +227,7 @@ fn configure(bundle: &Path, pod: &Value, entrypoint: &Value) {
 }
 
 #[real_test(alone, userspace)]
-fn a_pod_of_the_daemonset_sees_every_connection_of_a_node_with_its_names() {
+fn daemonset_pod_observes_all_connections_and_names_of_a_node() {
     let logs = Logs::new();
     logs.link();
     let container = Container::in_cgroup(&pod_cgroup(), logs.seen_by("runc"));
@@ -249,7 +251,7 @@ fn a_pod_of_the_daemonset_sees_every_connection_of_a_node_with_its_names() {
         let mut lines = scrape.lines().filter(|line| line.starts_with(name) && line.contains(of));
         lines.next()?.rsplit(' ').next().map(str::to_owned)
     };
-    // A scrape may be of some age.
+    // A scrape may be out of date.
     let wait_for_accepts = |of: &str, accepts: u32| {
         let accepts = Some(accepts.to_string());
         wait_for(of, || (series("observer_accept_queue_accepts_total", of) == accepts).then_some(()));
@@ -260,10 +262,10 @@ fn a_pod_of_the_daemonset_sees_every_connection_of_a_node_with_its_names() {
     let names = format!("namespace=\"shop\",container_name=\"web\",pod_uid=\"{UID}\"");
     assert!(series("observer_target_info", &names).is_some(), "no target of these names");
 
-    let said = deployed.finish();
-    assert!(said.contains("container web (") && said.contains("of pod shop/web-0"), "{said}");
-    // With the language's functions, for which the process's memory and files were read.
-    assert!(said.contains("in  block (servers/asyncio_server.py"), "{said}");
-    let mut unseen = said.lines().filter(|line| line.starts_with("Not observed: "));
-    assert!(unseen.all(|line| line.ends_with("(this kernel has no such tracepoint)")), "{said}");
+    let log = deployed.finish();
+    assert!(log.contains("container web (") && log.contains("of pod shop/web-0"), "{log}");
+    // Functions of the server's language, which are read from the process's memory and files.
+    assert!(log.contains("in  block (servers/asyncio_server.py"), "{log}");
+    let mut unseen = log.lines().filter(|line| line.starts_with("Not observed: "));
+    assert!(unseen.all(|line| line.ends_with("(this kernel has no such tracepoint)")), "{log}");
 }

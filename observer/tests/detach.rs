@@ -1,6 +1,6 @@
-//! However an observation ends, nothing of it stays in its targets: their code is what their files hold, the kernel reports
-//! no probe that it could not remove, and every request is answered meanwhile. `OBSERVER_TEST_DETACH=200` sets how often each
-//! kind of end is tried.
+//! However an observation ends, it leaves nothing in its targets: their code equals their files, the kernel reports no
+//! uprobe that it could not remove, and every request is served meanwhile. `OBSERVER_TEST_DETACH=200` sets how often
+//! each kind of end is tested.
 
 use std::{
     env, fs,
@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 
 use crate::support::{
     LIMIT, Process,
-    deferred::{Deferring, ask},
+    deferred::{DeferringServer, send_request},
     example, exit_within, http, is_emulated,
     observer::BINARY,
     servers::{Runtime, Server},
@@ -38,7 +38,7 @@ enum End {
 const ENDS: [End; 6] =
     [End::Duration, End::Interrupt, End::Terminate, End::Kill, End::KillSwitch, End::TargetExits];
 
-/// How often each kind of end is tried.
+/// How often each kind of end is tested.
 fn rounds(by_default: usize) -> usize {
     let by_default = if is_emulated() { 1 } else { by_default };
     env::var("OBSERVER_TEST_DETACH").map_or(by_default, |rounds| rounds.parse().unwrap())
@@ -48,11 +48,11 @@ fn rounds(by_default: usize) -> usize {
 trait Target {
     fn pid(&self) -> u32;
     fn port(&self) -> u16;
-    /// Asks again and again until it is over.
-    fn ask(port: u16, is_over: &AtomicBool, served: &AtomicU64);
+    /// Sends requests until `is_over`.
+    fn send_requests(port: u16, is_over: &AtomicBool, served: &AtomicU64);
 }
 
-impl Target for Deferring {
+impl Target for DeferringServer {
     fn pid(&self) -> u32 {
         Self::pid(self)
     }
@@ -61,10 +61,10 @@ impl Target for Deferring {
         self.port
     }
 
-    fn ask(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
+    fn send_requests(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
         let mut connection = BufReader::new(http::connect(port));
         while !is_over.load(Relaxed) {
-            ask(&mut connection, "/job/1");
+            send_request(&mut connection, "/job/1");
             served.fetch_add(1, Relaxed);
         }
     }
@@ -79,7 +79,7 @@ impl Target for Server {
         self.port
     }
 
-    fn ask(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
+    fn send_requests(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
         while !is_over.load(Relaxed) {
             http::get(port, "/none/0");
             served.fetch_add(1, Relaxed);
@@ -87,7 +87,7 @@ impl Target for Server {
     }
 }
 
-/// Starts observer on a process; returns when it has attached to functions, with whatever it says meanwhile.
+/// Starts observer on a process; returns once it has attached. Its messages are shown.
 fn observe(pid: u32, end: End, arguments: &[&str], switch: &Path) -> Process {
     let mut command = Command::new(BINARY);
     command.args(["--pid", &pid.to_string(), "--no-listen", "--format", "json"]).args(arguments);
@@ -100,7 +100,7 @@ fn observe(pid: u32, end: End, arguments: &[&str], switch: &Path) -> Process {
     let mut observer = Process(child);
     let mut lines = BufReader::new(observer.0.stderr.take().unwrap()).lines().map_while(Result::ok);
     assert!(lines.any(|line| line.starts_with("report ")), "observer does not start");
-    // Or what it says later would have nowhere to go.
+    // Keep reading, so that the pipe stays open.
     thread::spawn(move || lines.for_each(|line| eprintln!("observer: {line}")));
     observer
 }
@@ -111,7 +111,7 @@ fn wait_for_exit(observer: &mut Child, end: End) {
     assert_eq!((status.success(), is_killed), (end != End::Kill, end == End::Kill), "{end:?}: {status}");
 }
 
-/// Ends one observation of a target in one way, and looks for what it left behind. Returns the target unless it was to exit.
+/// Ends one observation of a target, and checks what it left behind. Returns the target unless it has exited.
 fn end_once<T: Target>(target: T, end: End, arguments: &[&str], log: &mut KernelLog) -> Option<T> {
     let folder = tempfile::tempdir().unwrap();
     let switch = folder.path().join("off");
@@ -134,7 +134,7 @@ fn end_once<T: Target>(target: T, end: End, arguments: &[&str], log: &mut Kernel
     }
     wait_for_exit(&mut observer.0, end);
     if target.is_some() {
-        // What has ended well has waited for that. A process that is killed is gone before its descriptors are.
+        // observer waits for the removal before it exits. If it is killed, its descriptors are closed after its exit.
         if end == End::Kill {
             wait_for("breakpoints to be removed", || is_clean().then_some(()));
         }
@@ -145,8 +145,8 @@ fn end_once<T: Target>(target: T, end: End, arguments: &[&str], log: &mut Kernel
     target
 }
 
-/// Tries all kinds of ends on a server that is asked all the time.
-fn assert_nothing_stays<T: Target + Send>(start: impl Fn() -> T, arguments: &[&str], rounds: usize) {
+/// Tests all kinds of ends on a server that is under load.
+fn assert_code_is_restored<T: Target + Send>(start: impl Fn() -> T, arguments: &[&str], rounds: usize) {
     let mut log = KernelLog::from_now_on();
     for end in ENDS {
         let mut target = Some(start());
@@ -156,9 +156,9 @@ fn assert_nothing_stays<T: Target + Send>(start: impl Fn() -> T, arguments: &[&s
             let port = server.port();
             target = thread::scope(|scope| {
                 let _stop = StopOnDrop(is_over);
-                // What exits first need not answer.
+                // A target that exits need not respond.
                 if end != End::TargetExits {
-                    scope.spawn(move || T::ask(port, is_over, served));
+                    scope.spawn(move || T::send_requests(port, is_over, served));
                 }
                 end_once(server, end, arguments, &mut log)
             });
@@ -168,7 +168,7 @@ fn assert_nothing_stays<T: Target + Send>(start: impl Fn() -> T, arguments: &[&s
     }
 }
 
-/// Has the others come to an end when one fails.
+/// Stops the load when a test fails.
 struct StopOnDrop<'s>(&'s AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -178,22 +178,22 @@ impl Drop for StopOnDrop<'_> {
 }
 
 #[real_test]
-fn nothing_stays_in_python() {
-    let start = || Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
-    assert_nothing_stays(start, &["--profile", "asyncio,CPython"], rounds(2));
+fn code_of_python_is_restored() {
+    let start = || DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
+    assert_code_is_restored(start, &["--profile", "asyncio,CPython"], rounds(2));
 }
 
 #[real_test]
-fn nothing_stays_in_node() {
-    let start = || Deferring::script("node", "deferred_node.js");
-    assert_nothing_stays(start, &["--profile", "node"], rounds(1));
+fn code_of_node_is_restored() {
+    let start = || DeferringServer::script("node", "deferred_node.js");
+    assert_code_is_restored(start, &["--profile", "node"], rounds(1));
 }
 
-/// Without Rage, by functions of the interpreter's own.
+/// Uses functions of the interpreter, because Rage is not available.
 #[real_test]
-fn nothing_stays_in_ruby() {
+fn code_of_ruby_is_restored() {
     let (snapshot, restore) = ("libruby:rb_fiber_new:arg0", "libruby:rb_io_wait:arg0");
-    assert_nothing_stays(
+    assert_code_is_restored(
         || Server::causes(Runtime::Ruby),
         &["--snapshot", snapshot, "--restore", restore],
         rounds(1),
@@ -201,11 +201,11 @@ fn nothing_stays_in_ruby() {
 }
 
 #[real_test]
-fn nothing_stays_in_tokio() {
+fn code_of_tokio_is_restored() {
     let start = || {
         let mut command = Command::new(example("deferred_tokio"));
         command.arg("multi");
-        Deferring::start(command)
+        DeferringServer::start(command)
     };
-    assert_nothing_stays(start, &["--profile", "tokio"], rounds(1));
+    assert_code_is_restored(start, &["--profile", "tokio"], rounds(1));
 }

@@ -1,4 +1,5 @@
-//! The kernel counts overflows for a whole network namespace: they are a listener's only where that is certain.
+//! The kernel counts overflows for a whole network namespace: observer reports them for a listener only where that is
+//! certain.
 
 use std::path::Path;
 
@@ -23,16 +24,16 @@ fn listener<'r>(report: &'r Report, acceptor: &Acceptor) -> &'r Value {
     &listeners[0]
 }
 
-/// Of two that overflow nobody can tell which one's an overflow was; one that dropped nothing has none.
+/// If two listeners overflow, it is unknown whose an overflow was. A listener without drops has no overflows.
 #[real_test]
-fn overflows_of_two_listeners_are_told_for_neither() {
+fn overflows_are_unknown_if_two_listeners_overflow() {
     let mut first = Acceptor::in_own_namespace(8);
-    let mut second = Acceptor::beside(&first, 8);
-    let mut silent = Acceptor::beside(&first, 8);
+    let mut second = Acceptor::in_namespace_of(&first, 8);
+    let mut silent = Acceptor::in_namespace_of(&first, 8);
     let observer = observe(&[&first, &second, &silent]);
-    first.tell("connect 50");
-    second.tell("connect 30");
-    assert_eq!(silent.tell("connect 3"), 3);
+    first.request("connect 50");
+    second.request("connect 30");
+    assert_eq!(silent.request("connect 3"), 3);
     let report = observer.finish();
     for acceptor in [&first, &second] {
         let listener = listener(&report, acceptor);
@@ -44,13 +45,13 @@ fn overflows_of_two_listeners_are_told_for_neither() {
     assert_eq!(silent["overflows"], 0, "{silent:#}");
 }
 
-/// Beside listeners that drop nothing an overflow can only be this one's, however fast they come.
+/// If other listeners drop nothing, all overflows belong to this one, however fast they occur.
 #[real_test]
-fn overflows_beside_silent_listeners_are_certain() {
+fn overflows_are_exact_if_one_listener_overflows() {
     let mut full = Acceptor::in_own_namespace(8);
-    let silent = Acceptor::beside(&full, 8);
+    let silent = Acceptor::in_namespace_of(&full, 8);
     let observer = observe(&[&full, &silent]);
-    full.tell("connect 600");
+    full.request("connect 600");
     let before = full.nstat("TcpExtListenOverflows");
     let report = observer.finish();
     let after = full.nstat("TcpExtListenOverflows");
@@ -59,14 +60,14 @@ fn overflows_beside_silent_listeners_are_certain() {
     assert_eq!(listener(&report, &silent)["overflows"], 0);
 }
 
-/// A listener drops segments that begin no connection, which its namespace does not count as drops of listeners.
+/// A listener drops segments that begin no connection. The kernel does not count these as drops of listeners.
 #[real_test]
-fn stray_segments_are_drops_but_no_overflows() {
+fn stray_segments_are_drops_but_not_overflows() {
     const SEGMENTS: u32 = 23;
     let acceptor = Acceptor::in_own_namespace(8);
     let observer = observe(&[&acceptor]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/stray_segments.py");
-    acceptor.tool("/usr/bin/python3", &[script.to_str().unwrap(), acceptor.place(), &SEGMENTS.to_string()]);
+    acceptor.tool("/usr/bin/python3", &[script.to_str().unwrap(), acceptor.address(), &SEGMENTS.to_string()]);
     let report = observer.finish();
     let listener = listener(&report, &acceptor);
     assert_eq!(acceptor.nstat("TcpExtListenDrops"), 0);

@@ -1,4 +1,4 @@
-//! The scrape endpoint as clients meet it, the hostile ones among them.
+//! The scrape endpoint, with well-behaved and hostile clients.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -13,23 +13,23 @@ use flate2::read::GzDecoder;
 
 use crate::support::{acceptor::Acceptor, http, is_emulated, observer::Observer, servers::Server, wait_for};
 
-/// Memory that answering may take for good: what the allocator keeps. A kilobyte a scrape would be more.
-const MEMORY: u64 = 4 << 20;
+/// Memory growth that is tolerated for what the allocator keeps. A leak of one kilobyte per scrape would exceed it.
+const MEMORY_GROWTH: u64 = 4 << 20;
 
-/// Without stalls: naming the functions that one is in takes memory, whoever scrapes.
+/// Observes without stalls, because the symbols of their stacks take memory.
 fn observe(pid: u32) -> Observer {
     let pid = pid.to_string();
     Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--stall-threshold", "1h"])
 }
 
-/// An answer: its head in small letters, and its body.
-struct Answer {
+/// A response: its head in lower case, and its body.
+struct Response {
     head: String,
     body: Vec<u8>,
 }
 
-/// Sends a request on a connection that may go on; `None` if the connection ends before the answer begins.
-fn ask(connection: &mut BufReader<TcpStream>, request: &str) -> Option<Answer> {
+/// Sends a request on a keep-alive connection; `None` if the connection is closed before the response begins.
+fn exchange(connection: &mut BufReader<TcpStream>, request: &str) -> Option<Response> {
     connection.get_mut().write_all(request.as_bytes()).ok()?;
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
@@ -43,27 +43,28 @@ fn ask(connection: &mut BufReader<TcpStream>, request: &str) -> Option<Answer> {
     let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
     let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
     connection.read_exact(&mut body).unwrap();
-    Some(Answer { head, body })
+    Some(Response { head, body })
 }
 
-fn ask_once(port: u16, request: &str) -> Answer {
-    ask(&mut BufReader::new(http::connect(port)), request).expect("an answer")
+fn exchange_once(port: u16, request: &str) -> Response {
+    exchange(&mut BufReader::new(http::connect(port)), request).expect("an answer")
 }
 
 const SCRAPE: &str = "GET /metrics HTTP/1.1\r\nHost: test\r\nAccept-Encoding: gzip\r\n\r\n";
 
 #[real_test(userspace)]
-fn there_are_pages_for_people_and_machines() {
+fn pages_are_served_plain_and_compressed() {
     let server = Server::nginx(1);
     let observer = observe(server.pid());
-    let page = |path: &str| ask_once(observer.port(), &format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n"));
+    let page =
+        |path: &str| exchange_once(observer.port(), &format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n"));
     let plain = page("/metrics");
     assert!(plain.head.contains("content-type: text/plain; version=0.0.4"), "{}", plain.head);
     assert!(!plain.head.contains("content-encoding"), "{}", plain.head);
     assert!(String::from_utf8(page("/").body).unwrap().contains("href=\"/metrics\""));
     assert_eq!((page("/healthz").body, page("/readyz").body), (b"ok\n".to_vec(), b"ready\n".to_vec()));
     assert!(page("/secrets").head.starts_with("http/1.1 404 "));
-    let compressed = ask_once(observer.port(), SCRAPE);
+    let compressed = exchange_once(observer.port(), SCRAPE);
     assert!(compressed.head.contains("content-encoding: gzip"), "{}", compressed.head);
     let mut text = String::new();
     GzDecoder::new(&*compressed.body).read_to_string(&mut text).unwrap();
@@ -73,27 +74,27 @@ fn there_are_pages_for_people_and_machines() {
 }
 
 #[real_test(userspace)]
-fn the_series_of_a_dead_process_are_gone() {
+fn series_of_an_exited_process_end() {
     let (dying, living) = (Server::asyncio(), Server::asyncio());
     let pids = [dying.pid().to_string(), living.pid().to_string()];
     let observer = Observer::start(&["--pid", &pids[0], "--pid", &pids[1], "--listen", "127.0.0.1:0"]);
-    let tells_of =
+    let has_series_of =
         |pid: &String| observer.scrape().lines().any(|line| line.contains(&format!("pid=\"{pid}\"")));
-    assert!(tells_of(&pids[0]) && tells_of(&pids[1]));
+    assert!(has_series_of(&pids[0]) && has_series_of(&pids[1]));
     drop(dying);
-    // Figures may have some age, the more the longer it takes to read them.
-    wait_for("the series to end", || (!tells_of(&pids[0])).then_some(()));
-    assert!(tells_of(&pids[1]));
+    // Metrics may be out of date, by more on slow machines.
+    wait_for("the series to end", || (!has_series_of(&pids[0])).then_some(()));
+    assert!(has_series_of(&pids[1]));
     observer.finish();
 }
 
-/// Of a crowd of listeners the first are told one by one, the others together; nothing is missing from the sum.
+/// The first listeners have series of their own, all others share one, and the sum is complete.
 #[real_test(userspace)]
-fn a_crowd_is_told_together() {
+fn listeners_beyond_the_limit_share_a_series() {
     let mut crowd = Acceptor::group(250);
     let observer = observe(crowd.pid());
-    let connections = crowd.tell("connect 400");
-    assert_eq!(crowd.tell(&format!("accept {connections}")), connections);
+    let connections = crowd.request("connect 400");
+    assert_eq!(crowd.request(&format!("accept {connections}")), connections);
     let scrape = observer.scrape();
     let series: Vec<_> =
         scrape.lines().filter(|line| line.starts_with("observer_accept_queue_accepts_total{")).collect();
@@ -104,14 +105,14 @@ fn a_crowd_is_told_together() {
     observer.finish();
 }
 
-/// Clients that say nothing, half of something, too much, nonsense, or do not read what they asked for: whoever
-/// scrapes meanwhile does not notice, and observer does not grow.
+/// Clients that send nothing, half a request, too much or garbage, or do not read the response: other scrapes are not
+/// affected, and the memory of observer does not grow.
 #[real_test(userspace)]
-fn hostile_clients_do_no_harm() {
+fn hostile_clients_do_not_affect_scrapes_or_memory() {
     let server = Server::nginx(1);
     let observer = observe(server.pid());
     let port = observer.port();
-    ask_once(port, SCRAPE);
+    exchange_once(port, SCRAPE);
     let before = observer.memory();
     let too_long = format!("GET /metrics HTTP/1.1\r\nX: {}", "x".repeat(1 << 20));
     let too_many = format!("GET /metrics HTTP/1.1\r\n{}\r\n", "X: x\r\n".repeat(1000));
@@ -130,22 +131,22 @@ fn hostile_clients_do_no_harm() {
         for request in requests {
             let mut connection = http::connect(port);
             connection.set_nonblocking(true).unwrap();
-            // It hangs up, or takes no more.
+            // The server closes the connection, or stops reading.
             let _refused = connection.write_all(request.as_bytes());
             held.push(connection);
         }
         if round % 10 == 0 {
-            let answer = ask_once(port, SCRAPE);
-            assert!(answer.head.starts_with("http/1.1 200 "), "{}", answer.head);
+            let response = exchange_once(port, SCRAPE);
+            assert!(response.head.starts_with("http/1.1 200 "), "{}", response.head);
         }
     }
     let grown = observer.memory().saturating_sub(before);
     eprintln!("{} hostile connections: {} KiB more", held.len(), grown >> 10);
-    assert!(grown < MEMORY, "{grown} bytes more");
-    // Those that it still has open are ended in time.
+    assert!(grown < MEMORY_GROWTH, "{grown} bytes more");
+    // Connections that are still open are closed after a time limit.
     let open = || {
         let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
-        // State 01, established, at our port.
+        // State 01 is an established connection.
         sockets
             .lines()
             .filter(|line| line.contains(&format!("0100007F:{port:04X} 0100007F:")) && line.contains(" 01 "))
@@ -155,7 +156,7 @@ fn hostile_clients_do_no_harm() {
     observer.finish();
 }
 
-/// So many scrapes a second, for so long, while a server takes all the machine has: none fails, nothing grows.
+/// Scrapes at this rate for this time, while a server is under full load: none fails, and memory does not grow.
 #[real_test(alone, userspace)]
 fn a_thousand_scrapes_a_second_are_served() {
     const CLIENTS: u64 = 8;
@@ -168,32 +169,32 @@ fn a_thousand_scrapes_a_second_are_served() {
         .stdout(Stdio::null())
         .spawn()
         .expect("wrk is installed");
-    // With everything in place that lasts.
+    // Warm up, so that all permanent allocations are made.
     let warm = Instant::now() + Duration::from_secs(3);
     while Instant::now() < warm {
-        ask_once(observer.port(), SCRAPE);
+        exchange_once(observer.port(), SCRAPE);
     }
     let before = observer.memory();
-    let (start, again) = (Instant::now(), AtomicU64::new(0));
+    let (start, reconnects) = (Instant::now(), AtomicU64::new(0));
     thread::scope(|scope| {
         for client in 0..CLIENTS {
-            let (again, port) = (&again, observer.port());
+            let (reconnects, port) = (&reconnects, observer.port());
             scope.spawn(move || {
                 let mut connection = BufReader::new(http::connect(port));
                 for n in (client..rate * seconds).step_by(usize::try_from(CLIENTS).unwrap()) {
                     let due = start
                         + Duration::from_secs(1) * u32::try_from(n).unwrap() / u32::try_from(rate).unwrap();
                     thread::sleep(due.saturating_duration_since(Instant::now()));
-                    // A connection may end while it is idle; every client takes a new one then.
-                    let answer = ask(&mut connection, SCRAPE).unwrap_or_else(|| {
-                        again.fetch_add(1, Ordering::Relaxed);
+                    // An idle connection may be closed; a client opens a new one then.
+                    let response = exchange(&mut connection, SCRAPE).unwrap_or_else(|| {
+                        reconnects.fetch_add(1, Ordering::Relaxed);
                         connection = BufReader::new(http::connect(port));
-                        ask(&mut connection, SCRAPE).expect("an answer")
+                        exchange(&mut connection, SCRAPE).expect("an answer")
                     });
                     assert!(
-                        answer.head.starts_with("http/1.1 200 ") && !answer.body.is_empty(),
+                        response.head.starts_with("http/1.1 200 ") && !response.body.is_empty(),
                         "{}",
-                        answer.head
+                        response.head
                     );
                 }
             });
@@ -204,18 +205,18 @@ fn a_thousand_scrapes_a_second_are_served() {
     let scrapes = rate * seconds;
     eprintln!(
         "{scrapes} scrapes in {took:.1} s on {} connections: {} KiB more",
-        CLIENTS + again.into_inner(),
+        CLIENTS + reconnects.into_inner(),
         grown >> 10
     );
     load.wait().unwrap();
     observer.finish().assert_complete();
-    assert!(grown < MEMORY, "{grown} bytes more");
+    assert!(grown < MEMORY_GROWTH, "{grown} bytes more");
     #[expect(clippy::cast_precision_loss, reason = "seconds")]
     let limit = 1.5 * seconds as f64;
     assert!(took < limit, "{scrapes} scrapes took {took} s");
 }
 
-/// How long; as long as one likes by hand.
+/// Duration of the test in seconds; OBSERVER_TEST_SCRAPE_SECONDS overrides it.
 fn seconds() -> u64 {
     std::env::var("OBSERVER_TEST_SCRAPE_SECONDS").map_or(5, |seconds| seconds.parse().unwrap())
 }

@@ -1,4 +1,4 @@
-//! What comes out: the same figures in the scrape, the JSON report and the text for people.
+//! Outputs: the scrape, the JSON report and the text report have the same values.
 
 use std::process::Command;
 
@@ -8,7 +8,7 @@ use crate::support::{
     servers::Server,
 };
 
-/// The figure of the one series with this name and these labels.
+/// Value of the only series with this name and these labels.
 fn series(scrape: &str, name: &str, labels: &[&str]) -> f64 {
     let found: Vec<&str> = scrape
         .lines()
@@ -21,7 +21,7 @@ fn series(scrape: &str, name: &str, labels: &[&str]) -> f64 {
 }
 
 #[real_test(userspace)]
-fn the_scrape_and_the_report_agree() {
+fn scrape_and_report_agree() {
     let server = Server::asyncio();
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     for _ in 0..5 {
@@ -43,7 +43,7 @@ fn the_scrape_and_the_report_agree() {
     let pid = format!("pid=\"{}\"", server.pid());
     let slices =
         |le: &str| series(&scrape, "observer_reactor_slice_seconds_bucket", &[&pid, &format!("le=\"{le}\"")]);
-    // An emulated machine takes its time for what is around the sleep.
+    // An emulated machine takes longer for the work around the sleep.
     let longest = if is_emulated() { "1.073741824" } else { "0.134217728" };
     assert_eq!(slices(longest) - slices("0.067108864"), 5.0);
     assert_eq!(slices("+Inf"), series(&scrape, "observer_reactor_slice_seconds_count", &[&pid]));
@@ -52,9 +52,9 @@ fn the_scrape_and_the_report_agree() {
     assert_eq!(series(&scrape, "observer_self_lost_total", &["cause=\"reactors_full\""]), 0.0);
 }
 
-/// With all bounds that there are, the scrape has the report's own.
+/// With the highest resolution, the scrape has the same bounds of buckets as the report.
 #[real_test(userspace)]
-fn a_scrape_is_as_fine_as_was_asked_for() {
+fn resolution_flag_sets_the_buckets_of_a_scrape() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
     let observer = Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--resolution", "8"]);
@@ -74,9 +74,9 @@ fn a_scrape_is_as_fine_as_was_asked_for() {
     }
 }
 
-/// HELP and TYPE once for each family, no series twice.
+/// Each metric has one HELP and one TYPE line, and no series appears twice.
 #[real_test(userspace)]
-fn the_scrape_is_well_formed() {
+fn scrape_is_well_formed() {
     let server = Server::nginx(2);
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     http::get(server.port, "/");
@@ -91,9 +91,9 @@ fn the_scrape_is_well_formed() {
     assert!(scrape.contains("# TYPE observer_accept_queue_accepts_total counter"), "{scrape}");
 }
 
-/// The demonstration shows what it promises, in figures.
+/// The demo shows the problems that it announces.
 #[real_test(alone, userspace)]
-fn the_demo_shows_its_misbehaviour() {
+fn demo_reports_its_spins_sleeps_and_waits() {
     let output = Command::new(BINARY)
         .args(["demo", "--duration", "5s", "--no-listen", "--format", "json"])
         .output()
@@ -104,10 +104,11 @@ fn the_demo_shows_its_misbehaviour() {
     let target = &report.0["targets"][0];
     let reactor = &target["reactors"][0];
     assert_eq!(reactor["name"], "reactor");
-    // Once a second each, the first and the last may fall outside; an emulated machine takes longer than five seconds.
+    // Each occurs once a second, and the first and the last may be missed. An emulated machine takes longer than five
+    // seconds.
     let seconds = report.0["duration_seconds"].as_f64().unwrap();
     assert!(seconds >= 5.0, "{seconds} s");
-    // There now and then other work takes as long.
+    // On an emulated machine, other work sometimes takes as long.
     let expected = seconds - 2.0..=seconds + if is_emulated() { 3.0 } else { 1.0 };
     let spins = crate::support::observer::count_between(&reactor["slice"], 0.075_497_472, 0.117_440_512);
     let sleeps = crate::support::observer::count_between(&reactor["slice"], 0.117_440_512, f64::MAX);
@@ -120,13 +121,14 @@ fn the_demo_shows_its_misbehaviour() {
     assert!(waits.iter().any(|&wait| wait > 0.25), "{waits:?}");
 }
 
-/// The first line a person reads says whether it is late, and where the time went.
+/// The first line of a report says whether a loop is late, and where the time went.
 #[real_test(userspace)]
-fn the_text_names_the_late_loop() {
+fn text_report_names_the_late_loop() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
     let mut observer = Command::new(BINARY)
-        // Without hooks in runtimes, which take seconds on an emulated machine: nobody looks at stalls meanwhile.
+        // Without profiles: attaching to runtimes takes seconds on an emulated machine, and stalls are not sampled
+        // meanwhile.
         .args(["--pid", &pid, "--no-listen", "--duration", "2s", "--profile", "none"])
         .stdout(std::process::Stdio::piped())
         .spawn()

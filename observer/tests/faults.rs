@@ -1,6 +1,6 @@
-//! What goes wrong around observer: a kernel that refuses in the middle, a disk that is full, a `/proc` that cannot be
-//! read, a target that dies while it is looked at. Each ends in one clear line or in a figure that says so, the target
-//! never notices, and nothing of ours stays in the kernel.
+//! Failures around observer: the kernel refuses a call, the disk is full, `/proc` cannot be read, a target exits while
+//! observer attaches. Each results in one clear error or in a counter, does not affect the target, and leaves nothing
+//! in the kernel.
 
 use std::{
     io::Read as _,
@@ -20,32 +20,33 @@ use seccompiler::{
 use serde_json::Value;
 
 use crate::support::{
-    LIMIT, Process, exit_within, http, is_emulated, is_full,
+    LIMIT, Process, exit_within, http,
+    interactive::Interactive,
+    is_emulated, is_full,
     kernel::wait_until_clean,
     observer::{BINARY, Observer, Report},
     send,
     servers::Server,
-    told::Told,
     wait_for, waits_for_events,
 };
 
-/// What became of an observer that ended by itself.
-struct End {
+/// Exit status and output of an observer that has ended.
+struct Outcome {
     status: ExitStatus,
     stdout: String,
     stderr: String,
 }
 
-impl End {
-    /// Of this command, run to its end.
-    fn of(command: &mut Command) -> Self {
+impl Outcome {
+    /// Runs a command until it exits.
+    fn run(command: &mut Command) -> Self {
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        Self::when_over(Process(child.unwrap()))
+        Self::wait(Process(child.unwrap()))
     }
 
-    fn when_over(mut process: Process) -> Self {
+    fn wait(mut process: Process) -> Self {
         let (mut stdout, mut stderr) = (process.0.stdout.take().unwrap(), process.0.stderr.take().unwrap());
-        // Read beside waiting: what does not fit into a pipe would never be written otherwise.
+        // Read concurrently, because output that does not fit into the pipe would block observer.
         let reader = thread::spawn(move || {
             let mut text = String::new();
             stdout.read_to_string(&mut text).unwrap();
@@ -60,7 +61,7 @@ impl End {
         Self { status, stdout: reader.join().unwrap(), stderr: errors.join().unwrap() }
     }
 
-    /// What it failed with: one line why, perhaps further ones below it, and nothing in place of a report.
+    /// The error: one line with the reason, perhaps with further lines below, and no report.
     #[track_caller]
     fn failure(&self) -> &str {
         assert_eq!(self.status.code(), Some(1), "{}{}", self.stdout, self.stderr);
@@ -77,20 +78,20 @@ impl End {
     }
 }
 
-/// A short look at a process, by this command that becomes observer.
-fn look_at(command: &mut Command, pid: u32) -> &mut Command {
+/// Arguments for a short observation of a process, added to a command that executes observer.
+fn short_observation(command: &mut Command, pid: u32) -> &mut Command {
     command.args(["--pid", &pid.to_string(), "--no-listen", "--duration", "1s", "--format", "json"])
 }
 
-/// A system call that is refused, and what its first argument has to be for that.
-struct Refused {
+/// A system call that is refused, if its first argument is `command`.
+struct RefusedCall {
     what: &'static str,
     call: c_long,
     command: Option<u64>,
     answer: i32,
 }
 
-impl Refused {
+impl RefusedCall {
     const fn bpf(what: &'static str, command: u64, answer: i32) -> Self {
         Self { what, call: libc::SYS_bpf, command: Some(command), answer }
     }
@@ -106,11 +107,11 @@ impl Refused {
         SeccompFilter::new(calls, SeccompAction::Allow, answer, architecture).unwrap().try_into().unwrap()
     }
 
-    /// observer as it is where this is refused.
+    /// observer in a sandbox that refuses the call.
     fn observer(&self) -> Command {
         let filter = self.filter();
         let mut command = Command::new(BINARY);
-        // SAFETY: between fork and exec it makes two system calls, which allocate nothing and take no lock.
+        // SAFETY: makes two system calls between fork and exec, which allocate nothing and take no lock.
         unsafe {
             command.pre_exec(move || seccompiler::apply_filter(&filter).map_err(std::io::Error::other));
         }
@@ -118,33 +119,38 @@ impl Refused {
     }
 }
 
-/// Where a sandbox, a limit or a lack of memory stops observer halfway.
-const REFUSED: &[Refused] = &[
-    Refused::bpf("a map", 0, libc::ENOMEM),
-    Refused::bpf("an entry of a map", 2, libc::ENOMEM),
-    Refused::bpf("a program", 5, libc::EPERM),
-    Refused::bpf("a run of a program", 10, libc::EPERM),
-    Refused::bpf("a BTF tracepoint", 17, libc::EPERM),
-    Refused::bpf("types of a program", 18, libc::EPERM),
-    Refused::bpf("a link", 28, libc::EPERM),
-    Refused::bpf("an iterator", 33, libc::EPERM),
-    Refused {
+/// Calls that a sandbox, a limit or a lack of memory may refuse.
+const REFUSED: &[RefusedCall] = &[
+    RefusedCall::bpf("a map", 0, libc::ENOMEM),
+    RefusedCall::bpf("an entry of a map", 2, libc::ENOMEM),
+    RefusedCall::bpf("a program", 5, libc::EPERM),
+    RefusedCall::bpf("a run of a program", 10, libc::EPERM),
+    RefusedCall::bpf("a BTF tracepoint", 17, libc::EPERM),
+    RefusedCall::bpf("types of a program", 18, libc::EPERM),
+    RefusedCall::bpf("a link", 28, libc::EPERM),
+    RefusedCall::bpf("an iterator", 33, libc::EPERM),
+    RefusedCall {
         what: "a plain tracepoint",
         call: libc::SYS_perf_event_open,
         command: None,
         answer: libc::EMFILE,
     },
-    Refused { what: "an event queue", call: libc::SYS_epoll_create1, command: None, answer: libc::ENFILE },
+    RefusedCall {
+        what: "an event queue",
+        call: libc::SYS_epoll_create1,
+        command: None,
+        answer: libc::ENFILE,
+    },
 ];
 
 #[real_test]
-fn what_the_kernel_refuses_halfway_is_told() {
+fn calls_that_the_kernel_refuses_are_reported() {
     let server = Server::redis();
     for refused in REFUSED {
-        let end = End::of(look_at(&mut refused.observer(), server.pid()));
+        let end = Outcome::run(short_observation(&mut refused.observer(), server.pid()));
         let why = if end.status.success() {
             end.report().target(server.pid());
-            "it does without"
+            "continues without it"
         } else {
             end.failure()
         };
@@ -154,12 +160,12 @@ fn what_the_kernel_refuses_halfway_is_told() {
     assert!(server.redis_accepts() > 0, "the server does not answer any more");
 }
 
-/// Whatever number of descriptors it may have, it works or says that there are too few.
+/// With any limit on descriptors, observer works or reports that the limit is too low.
 #[real_test]
-fn too_few_descriptors_are_told() {
+fn low_descriptor_limit_is_reported() {
     let server = Server::redis();
     let enough = {
-        let observer = Observer::of(server.pid());
+        let observer = Observer::attach(server.pid());
         let count = std::fs::read_dir(format!("/proc/{}/fd", observer.pid())).unwrap().count();
         observer.finish();
         count
@@ -168,7 +174,10 @@ fn too_few_descriptors_are_told() {
     for step in 1..=steps {
         let limit = 8 + enough * step / steps;
         let mut command = Command::new("prlimit");
-        let end = End::of(look_at(command.arg(format!("--nofile={limit}")).arg(BINARY), server.pid()));
+        let end = Outcome::run(short_observation(
+            command.arg(format!("--nofile={limit}")).arg(BINARY),
+            server.pid(),
+        ));
         let why = if end.status.success() { "works" } else { end.failure() };
         eprintln!("| {limit} of {enough} | {why} |");
         assert!(end.status.success() || why.contains("Too many open files"), "{}", end.stderr);
@@ -177,14 +186,17 @@ fn too_few_descriptors_are_told() {
     assert!(server.redis_accepts() > 0, "the server does not answer any more");
 }
 
-/// Kernels before 5.11 count what is in maps and programs as locked memory of the user.
+/// Kernels before 5.11 count maps and programs as locked memory of the user.
 #[real_test]
-fn too_little_locked_memory_is_told() {
+fn low_locked_memory_limit_is_reported() {
     let server = Server::redis();
-    // Not even root may raise it everywhere.
+    // Even root may not always raise the limit.
     for limit in ["65536", "4000000", "8000000"] {
         let mut command = Command::new("prlimit");
-        let end = End::of(look_at(command.arg(format!("--memlock={limit}")).arg(BINARY), server.pid()));
+        let end = Outcome::run(short_observation(
+            command.arg(format!("--memlock={limit}")).arg(BINARY),
+            server.pid(),
+        ));
         let why = if end.status.success() { "works" } else { end.failure() };
         eprintln!("| {limit} bytes | {why} |");
         wait_until_clean();
@@ -192,17 +204,17 @@ fn too_little_locked_memory_is_told() {
 }
 
 /// Waits for events until it is killed.
-fn victim() -> Told {
-    let mut victim = Told::python("import select; e = select.epoll(); print(flush=True); e.poll()");
-    victim.said();
+fn victim() -> Interactive {
+    let mut victim = Interactive::python("import select; e = select.epoll(); print(flush=True); e.poll()");
+    victim.next_line();
     victim
 }
 
 #[real_test]
-fn a_target_may_die_while_observer_comes() {
+fn target_that_exits_during_attach_is_reported() {
     let start = Instant::now();
-    Observer::of(victim().pid()).interrupt();
-    let time_to_come = start.elapsed();
+    Observer::attach(victim().pid()).interrupt();
+    let attach_time = start.elapsed();
     let rounds = if is_full() && !is_emulated() { 20 } else { 6 };
     let mut reported = 0;
     for round in 0..rounds {
@@ -213,12 +225,12 @@ fn a_target_may_die_while_observer_comes() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        thread::sleep(time_to_come * round / rounds);
+        thread::sleep(attach_time * round / rounds);
         victim.process.signal(Signal::SIGKILL);
         let pid = victim.pid();
-        // Half of them stay as zombies for a moment.
+        // Every other process stays a zombie for a moment.
         let kept = (round % 2 == 0).then_some(victim);
-        let end = End::when_over(Process(observer));
+        let end = Outcome::wait(Process(observer));
         drop(kept);
         if end.status.success() {
             reported += 1;
@@ -229,29 +241,29 @@ fn a_target_may_die_while_observer_comes() {
         }
     }
     eprintln!(
-        "{rounds} targets died within {time_to_come:?}: {reported} were reported, of the others it was said"
+        "{rounds} targets exited within {attach_time:?}: {reported} are in a report, the others in an error"
     );
     wait_until_clean();
 }
 
-/// observer where something is put over places in `/proc`.
-fn with_covered(covers: &str) -> Command {
+/// observer with mounts over paths in `/proc`.
+fn observer_with_mounts(mounts: &str) -> Command {
     let mut command = Command::new("unshare");
-    command.args(["-m", "sh", "-c", &format!("{covers} && exec \"$@\""), "sh", BINARY]);
+    command.args(["-m", "sh", "-c", &format!("{mounts} && exec \"$@\""), "sh", BINARY]);
     command
 }
 
 #[real_test]
-fn a_process_that_cannot_be_read_is_not_observed() {
+fn unreadable_process_is_an_error() {
     let server = Server::redis();
-    let cover = format!("mount -t tmpfs none /proc/{}", server.pid());
-    let end = End::of(look_at(&mut with_covered(&cover), server.pid()));
+    let mount = format!("mount -t tmpfs none /proc/{}", server.pid());
+    let end = Outcome::run(short_observation(&mut observer_with_mounts(&mount), server.pid()));
     assert!(end.failure().contains(&format!("no process has the id {}", server.pid())), "{}", end.stderr);
 }
 
-/// Of a process of which only this and that can be read, this and that is told, and what the programs count is exact.
+/// If parts of `/proc/PID` cannot be read, everything else is reported, and the counts of the programs are exact.
 #[real_test]
-fn what_cannot_be_read_of_a_process_harms_nothing_else() {
+fn unreadable_files_of_a_process_affect_nothing_else() {
     const CONNECTIONS: u64 = 23;
     let server = Server::asyncio();
     let pid = server.pid();
@@ -259,11 +271,14 @@ fn what_cannot_be_read_of_a_process_harms_nothing_else() {
     let files = files.map(|file| format!("mount --bind /dev/null /proc/{pid}/{file}"));
     let folders =
         ["fd", "task", "ns", "map_files"].map(|folder| format!("mount -t tmpfs none /proc/{pid}/{folder}"));
-    let covers = files.into_iter().chain(folders).collect::<Vec<_>>().join(" && ");
+    let mounts = files.into_iter().chain(folders).collect::<Vec<_>>().join(" && ");
     for selector in [["--pid".to_owned(), pid.to_string()], ["--comm".into(), "python3".into()]] {
         let selector: Vec<&str> = selector.iter().map(String::as_str).collect();
-        let observer =
-            Observer::start_by(with_covered(&covers), &[&selector[..], &["--no-listen"]].concat(), &[]);
+        let observer = Observer::start_command(
+            observer_with_mounts(&mounts),
+            &[&selector[..], &["--no-listen"]].concat(),
+            &[],
+        );
         for _ in 0..CONNECTIONS {
             http::get(server.port, "/");
         }
@@ -277,9 +292,9 @@ fn what_cannot_be_read_of_a_process_harms_nothing_else() {
     }
 }
 
-/// A report that nobody can write down is no success.
+/// A report that cannot be written is a failure.
 #[real_test]
-fn a_full_disk_is_told() {
+fn full_disk_is_an_error() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
     for format in ["text", "json"] {
@@ -296,9 +311,9 @@ fn a_full_disk_is_told() {
     }
 }
 
-/// The report is printed all the same: it is all there is of what was observed.
+/// The report is printed anyway, because it is the only result of the observation.
 #[real_test]
-fn a_full_disk_under_the_flame_graph_is_told() {
+fn full_disk_for_the_flame_graph_is_an_error() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
     let folder = tempfile::tempdir().unwrap();
@@ -308,7 +323,7 @@ fn a_full_disk_under_the_flame_graph_is_told() {
     command.args(["-m", "sh", "-c", &run, "sh", BINARY, "--pid", &pid, "--no-listen", "--duration", "3s"]);
     let command = command.args(["--format", "json", "--flame"]).arg(&file);
     let end = thread::scope(|scope| {
-        let end = scope.spawn(|| End::of(command));
+        let end = scope.spawn(|| Outcome::run(command));
         for _ in 0..20 {
             server.block("sleep", 60);
             server.block("spin", 60);
@@ -322,9 +337,10 @@ fn a_full_disk_under_the_flame_graph_is_told() {
     assert_eq!(report["targets"][0]["pid"], server.pid());
 }
 
-/// Stalls that end while observer is held up find no room: they are counted, and all figures but theirs stay exact.
+/// Stalls that do not fit into the ring buffer while observer is stopped are counted as lost, and all other values stay
+/// exact.
 #[real_test]
-fn what_finds_no_room_in_a_ring_is_counted() {
+fn stalls_lost_in_a_full_ring_buffer_are_counted() {
     let blocks = if is_emulated() { 2_500_u64 } else { 5_000 };
     let script = format!(
         "import select, socket, sys, time\n\
@@ -333,23 +349,23 @@ fn what_finds_no_room_in_a_ring_is_counted() {
          for _ in range({blocks}):\n    e.poll(); time.sleep(0.0012)\n\
          print(flush=True); e.unregister(b); e.poll()"
     );
-    let mut server = Told::python(&script);
-    server.said();
+    let mut server = Interactive::python(&script);
+    server.next_line();
     let pid = server.pid().to_string();
     let observer = Observer::start(&["--pid", &pid, "--no-listen", "--stall-threshold", "1ms"]);
     send(observer.pid(), Signal::SIGSTOP);
-    server.tell("");
-    // The last slice ends where the next wait begins.
+    server.request("");
+    // The last slice ends when the next wait begins.
     wait_for("the last wait", || waits_for_events(server.pid(), server.pid()).then_some(()));
     send(observer.pid(), Signal::SIGCONT);
     let report = observer.finish();
     let lost = report.lost("stalls_full");
     let reactor = report.reactor(server.pid());
-    let told = reactor["stalls"]["count"].as_u64().unwrap();
-    eprintln!("{blocks} stalls: {told} told, {lost} counted as lost");
+    let reported = reactor["stalls"]["count"].as_u64().unwrap();
+    eprintln!("{blocks} stalls: {reported} reported, {lost} counted as lost");
     assert_eq!(reactor["slices"], blocks, "{reactor:#}");
-    assert!(lost > 0 && told > 0, "{reactor:#}");
-    assert_eq!(told + lost, blocks, "{reactor:#}");
+    assert!(lost > 0 && reported > 0, "{reactor:#}");
+    assert_eq!(reported + lost, blocks, "{reactor:#}");
     assert!(
         report.0["self"]["lost"]
             .as_array()
@@ -359,7 +375,7 @@ fn what_finds_no_room_in_a_ring_is_counted() {
     );
 }
 
-/// Starts more of everything than there is room for, when it is told to.
+/// On request, creates more threads, listeners and processes than the maps can hold.
 const CROWD: &str = "
 import os, select, socket, sys, threading
 epoll = select.epoll(); print(flush=True); sys.stdin.readline()
@@ -375,11 +391,12 @@ for child in children: os.kill(child, 9)
 print(flush=True)
 ";
 
-/// What finds no room is counted, what found some is exact, and what all the room takes of the kernel is told beforehand.
+/// What exceeds the capacity is counted as lost, all other counts are exact, and the memory that the capacity takes is
+/// announced.
 #[real_test]
-fn more_than_there_is_room_for_is_counted() {
-    let mut crowd = Told::python(CROWD);
-    crowd.said();
+fn objects_beyond_the_capacity_are_counted_as_lost() {
+    let mut crowd = Interactive::python(CROWD);
+    crowd.next_line();
     let pid = crowd.pid().to_string();
     let start =
         |capacity: &str| Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0", "--capacity", capacity]);
@@ -387,10 +404,10 @@ fn more_than_there_is_room_for_is_counted() {
         let scrape = observer.scrape();
         let line =
             scrape.lines().find_map(|line| line.strip_prefix("observer_self_map_memory_bytes ")).unwrap();
-        let told: u64 = line.parse().unwrap();
+        let reported: u64 = line.parse().unwrap();
         let of_all = observer.map_bytes();
-        assert!(told > 0 && told <= of_all, "{told} of {of_all} bytes");
-        told
+        assert!(reported > 0 && reported <= of_all, "{reported} of {of_all} bytes");
+        reported
     };
     let large = start("1024");
     let usual = memory(&large);
@@ -402,9 +419,9 @@ fn more_than_there_is_room_for_is_counted() {
     let least = memory(&observer);
     eprintln!("{} KiB for 1024 event loops, {} KiB for 16", usual >> 10, least >> 10);
     assert!(least < usual / 4);
-    crowd.tell("");
+    crowd.request("");
     let report = observer.finish();
-    crowd.tell("");
+    crowd.request("");
     let lost = ["reactors_full", "listeners_full", "targets_full"].map(|cause| report.lost(cause));
     eprintln!("lost: {lost:?}");
     assert!(lost.iter().all(|&count| count > 0), "{lost:?}");

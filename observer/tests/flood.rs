@@ -1,4 +1,4 @@
-//! A million connections, most of which their clients give up: all are counted, and none is remembered for ever.
+//! A million connections, most of which their clients reset: all are counted, and no entries of them stay.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,21 +15,21 @@ use nix::{
 
 use crate::support::{http, is_emulated, is_full, observer::Observer, servers::Server};
 
-/// Threads of clients, and connections of each until it waits for an answer: so many fit into nginx' queue of 511,
-/// and whoever is answered was the last of its thread in the queue.
+/// Number of client threads, and connections of each until it waits for a response. They fit into nginx's queue of 511.
+/// A connection with a response was the last one of its thread in the queue.
 const THREADS: u64 = 4;
 const BATCH: u64 = 64;
 
-/// What became of the clients' connections, by their own count.
+/// What happened to the clients' connections, by their own count.
 #[derive(Default)]
 struct Clients {
     connected: AtomicU64,
-    /// Reset at once. As many are reset when the server has surely accepted them.
+    /// Reset immediately. As many are reset after the server has accepted them.
     reset: AtomicU64,
 }
 
 impl Clients {
-    /// Makes batches of connections of every fate.
+    /// Opens batches of connections, and closes them in different ways.
     fn run(&self, port: u16, batches: u64) {
         let mut kept = Vec::new();
         for number in 0..batches * BATCH {
@@ -37,7 +37,7 @@ impl Clients {
             self.connected.fetch_add(1, Ordering::Relaxed);
             let request = b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
             match number % BATCH {
-                // Closed in order, without a word: one in many, for it keeps its port for a minute.
+                // Closed without data: only one in 64, because it keeps its port for a minute.
                 31 => continue,
                 63 => {
                     connection.write_all(request).unwrap();
@@ -55,13 +55,13 @@ impl Clients {
     }
 }
 
-/// Closes a connection by a reset, whatever is still to be sent or read.
+/// Closes a connection with a reset.
 fn reset(connection: TcpStream) {
     setsockopt(&connection, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 }).unwrap();
 }
 
 #[real_test]
-fn a_million_connections_leave_nothing_behind() {
+fn connection_flood_is_counted_and_leaks_nothing() {
     let batches = match (is_emulated(), is_full()) {
         (true, _) => 80,
         (_, false) => 400,
@@ -69,7 +69,7 @@ fn a_million_connections_leave_nothing_behind() {
     };
     let server = Server::nginx(1);
     let before = server.nginx_accepts();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     let (clients, start) = (Clients::default(), Instant::now());
     thread::scope(|scope| {
         for _ in 0..THREADS {
@@ -77,32 +77,33 @@ fn a_million_connections_leave_nothing_behind() {
         }
     });
     let elapsed = start.elapsed().as_secs_f64();
-    // The one that asks stands behind all others in the queue.
+    // The connection that reads the count is the last one in the queue.
     let connections = server.nginx_accepts() - before;
     let (connected, reset) = (clients.connected.into_inner(), clients.reset.into_inner());
     assert_eq!(connected, THREADS * batches * BATCH);
-    // A client may believe in a connection that the kernel has dropped when its queue was full or memory short.
+    // A client may consider a connection established that the kernel has dropped because its queue was full or memory
+    // was short.
     assert!(
         (connected - connected / 10_000..=connected + 1).contains(&connections),
         "the server accepted {connections} of {connected}"
     );
-    assert_eq!(observer.in_flight(), 0, "connections remembered though none waits");
+    assert_eq!(observer.queued_connections(), 0, "connections remembered though none waits");
 
     let report = observer.finish();
     report.assert_complete();
     let listener = report.listener(server.port);
-    let figure = |name: &str| listener[name].as_u64().unwrap();
+    let counter = |name: &str| listener[name].as_u64().unwrap();
     let (waits, aborted, unknown) =
-        (listener["wait"]["count"].as_u64().unwrap(), figure("aborted"), figure("accepts_unknown_wait"));
+        (listener["wait"]["count"].as_u64().unwrap(), counter("aborted"), counter("accepts_unknown_wait"));
     eprintln!(
         "{connected} connections in {elapsed:.1} s, {reset} reset: {waits} waits, {aborted} reset in the queue, \
          {unknown} unknown"
     );
-    assert_eq!(figure("accepts"), connections, "{listener:#}");
-    assert_eq!(figure("arrivals"), connections, "{listener:#}");
-    assert_eq!(figure("depth"), 0, "{listener:#}");
+    assert_eq!(counter("accepts"), connections, "{listener:#}");
+    assert_eq!(counter("arrivals"), connections, "{listener:#}");
+    assert_eq!(counter("depth"), 0, "{listener:#}");
     assert!(aborted > 0 && aborted <= reset, "{listener:#}");
-    // A reset may come while accept returns: then there is neither an arrival nor an end.
+    // A reset may arrive while accept returns: then neither a wait nor an abort is counted.
     assert_eq!(waits + aborted + unknown, connections, "{listener:#}");
     assert!(unknown <= connections / 10_000, "{listener:#}");
 }

@@ -1,4 +1,4 @@
-//! Garbage collections, against what real runtimes count and measure themselves.
+//! Garbage collections, compared with the counts and times of the runtimes themselves.
 
 use std::{
     env, fs,
@@ -13,33 +13,33 @@ use serde_json::Value;
 
 use crate::harness::skip;
 use crate::support::{
+    interactive::Interactive,
     is_emulated,
     kernel::wait_until_clean,
     observer::{BINARY, Observer, Report},
     send,
     servers::Server,
-    told::Told,
     wait_for,
 };
 
-/// How often the runtimes are told to collect.
+/// Number of collections that the runtimes are asked for.
 const COLLECTIONS: u32 = 23;
 
-/// How far observer's sum may be from the runtime's own: a share, and seconds for each collection, in which the two are
-/// told that it begins one after the other.
+/// Maximum difference between observer's total and the runtime's own: a share, and seconds for each collection, because
+/// the two probes at its begin run one after the other.
 fn tolerance() -> (f64, f64) {
     if is_emulated() { (0.25, 0.002) } else { (0.10, 0.0001) }
 }
 
-/// A process that collects garbage when told to; see `servers/gc_loop.*`.
-struct Loop(Told);
+/// A process that collects garbage on request; see `servers/gc_loop.*`.
+struct Loop(Interactive);
 
 impl Loop {
     fn start(mut command: Command, script: &str) -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(script);
-        let mut started = Self(Told::start(command.arg(script)));
-        // When it has answered, it is where it will be waiting.
-        started.tell("collect 0");
+        let mut started = Self(Interactive::start(command.arg(script)));
+        // After the response, it is in the wait that it will be observed in.
+        started.request("collect 0");
         started
     }
 
@@ -47,8 +47,8 @@ impl Loop {
         Self::start(Command::new("/usr/bin/python3"), "gc_loop.py")
     }
 
-    fn tell(&mut self, command: &str) -> Value {
-        let answer = self.0.tell(command);
+    fn request(&mut self, command: &str) -> Value {
+        let answer = self.0.request(command);
         serde_json::from_str(&answer).unwrap_or_else(|_| panic!("{command} is answered by {answer:?}"))
     }
 
@@ -57,23 +57,23 @@ impl Loop {
     }
 }
 
-/// A runtime that tests need, and those whose paths a variable lists.
+/// The runtime that a test requires, and those whose paths a variable lists.
 fn runtimes(needed: &str, more: &str) -> Vec<PathBuf> {
     let more = env::var_os(more).unwrap_or_default();
     [needed.into()].into_iter().chain(env::split_paths(&more).filter(|path| path.is_file())).collect()
 }
 
-/// Lets a loop collect under observation and compares. Returns the report on it.
-fn assert_as_counted_inside(
+/// Makes an observed process collect garbage, and compares. Returns the target of the report.
+fn assert_matches_runtime(
     what: &str,
     command: &str,
     mut collecting: Loop,
     observe: impl FnOnce(u32) -> Observer,
 ) -> Value {
-    let earlier = collecting.tell("collect 0");
+    let earlier = collecting.request("collect 0");
     let observer = observe(collecting.pid());
-    let before = collecting.tell("collect 0");
-    let after = collecting.tell(&format!("{command} {COLLECTIONS}"));
+    let before = collecting.request("collect 0");
+    let after = collecting.request(&format!("{command} {COLLECTIONS}"));
     let report = observer.finish();
     report.assert_complete();
     let target = report.target(collecting.pid());
@@ -93,34 +93,35 @@ fn assert_as_counted_inside(
         in_slices * 1e3,
         busy * 1e3
     );
-    // Of what the loop collected by itself while observer started, observer has seen some, all or nothing.
+    // Collections of the loop's own while observer started may be partly counted.
     let seen = target["gc"]["count"].as_u64().unwrap();
     assert!((counts[0]..=counts[1]).contains(&seen), "{seen} seen, {counts:?} done: {after}");
     let (share, each) = tolerance();
     let slack = share * inside + f64::from(COLLECTIONS) * each;
     let allowed = seconds[0] - slack..=seconds[1] + slack;
     assert!(allowed.contains(&outside), "{outside} s outside, {seconds:?} s inside");
-    // All of them are in slices, and nothing else is.
+    // All collections are in slices, and nothing else is.
     assert!((in_slices - outside).abs() <= 0.001 + 0.01 * outside, "{in_slices} s of {outside} s in slices");
     assert!(in_slices <= busy, "{in_slices} of {busy}");
     target.clone()
 }
 
 #[real_test(contract)]
-fn collections_of_cpython() {
-    let target = assert_as_counted_inside("CPython", "collect", Loop::python(), Observer::of);
+fn collections_of_cpython_are_counted() {
+    let target = assert_matches_runtime("CPython", "collect", Loop::python(), Observer::attach);
     assert_eq!(target["gc"]["count"], COLLECTIONS);
     assert_eq!(target["gc"]["pause"]["count"], COLLECTIONS);
 }
 
 #[real_test]
-fn collections_of_node() {
+fn collections_of_node_are_counted() {
     for node in runtimes("node", "OBSERVER_TEST_NODES") {
         for command in ["collect", "churn"] {
             let mut program = Command::new(&node);
             program.args(["--expose-gc", "--no-memory-reducer"]);
             let collecting = Loop::start(program, "gc_loop.js");
-            let target = assert_as_counted_inside(&node.to_string_lossy(), command, collecting, Observer::of);
+            let target =
+                assert_matches_runtime(&node.to_string_lossy(), command, collecting, Observer::attach);
             assert!(target["gc"]["count"].as_u64().unwrap() > 10);
             assert_eq!(target["gc"]["pause"]["count"], target["gc"]["count"]);
         }
@@ -128,7 +129,7 @@ fn collections_of_node() {
 }
 
 #[real_test]
-fn collections_of_ruby() {
+fn collections_of_ruby_are_counted() {
     for ruby in runtimes("/usr/bin/ruby", "OBSERVER_TEST_RUBIES") {
         let mut command = Command::new(&ruby);
         command.arg("--disable=gems,error_highlight,did_you_mean");
@@ -136,16 +137,16 @@ fn collections_of_ruby() {
         let observe = |pid: u32| {
             Observer::start(&["--pid", &pid.to_string(), "--no-listen", "--reactor-calls", "poll,select"])
         };
-        let target = assert_as_counted_inside(&ruby.to_string_lossy(), "collect", collecting, observe);
+        let target = assert_matches_runtime(&ruby.to_string_lossy(), "collect", collecting, observe);
         assert_eq!(target["gc"]["count"], COLLECTIONS);
-        // Nobody knows how long each of them took.
+        // Ruby does not publish the time of each collection.
         assert_eq!(target["gc"]["pause"], Value::Null);
     }
 }
 
-/// A CPython that is built without probes cannot be seen, and it is said so.
+/// A CPython that was built without probes cannot be observed, which the report says.
 #[real_test]
-fn a_python_without_probes_is_said_to_be_unseen() {
+fn python_without_probes_is_reported_as_missing() {
     const PROBES: &str =
         "import sys, sysconfig; print(sysconfig.get_config_var('WITH_DTRACE') or sys.executable)";
     let asked = Command::new("python3").args(["-c", PROBES]).output();
@@ -155,85 +156,85 @@ fn a_python_without_probes_is_said_to_be_unseen() {
         skip("the python3 on the PATH has probes");
     }
     let mut collecting = Loop::start(Command::new(python.trim()), "gc_loop.py");
-    let observer = Observer::of(collecting.pid());
-    collecting.tell("collect 1");
+    let observer = Observer::attach(collecting.pid());
+    collecting.request("collect 1");
     let report = observer.finish();
     assert_eq!(report.target(collecting.pid())["gc"], Value::Null);
     let missing = report.0["self"]["missing"].to_string();
     assert!(missing.contains("python:gc__start"), "{missing}");
 }
 
-/// Where the probes of Debian's python3, which is no position-independent executable, count those who watch.
-fn semaphore() -> u64 {
+/// Address of the semaphore of the probe `gc__start` in Debian's python3, which is not position-independent.
+fn semaphore_address() -> u64 {
     let file = fs::read("/usr/bin/python3").unwrap();
     let name = b"python\0gc__start\0";
     let at = file.windows(name.len()).position(|window| window == name).expect("a probe");
-    // The last of three numbers before the names.
+    // The last of three addresses before the names.
     u64::from_le_bytes(*file[at - 8..].first_chunk().unwrap())
 }
 
-/// How many watch a process's collections, as itself sees it.
-fn watchers(pid: u32) -> u16 {
+/// The value of that semaphore in a process.
+fn semaphore_value(pid: u32) -> u16 {
     let mut count = [0; 2];
     let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
-    memory.read_exact_at(&mut count, semaphore()).unwrap();
+    memory.read_exact_at(&mut count, semaphore_address()).unwrap();
     u16::from_le_bytes(count)
 }
 
-/// An observer that is killed can tidy up nothing. The kernel does: the process no longer asks for its probes.
+/// A killed observer cannot clean up. The kernel does: the semaphore of the process is 0 again.
 #[real_test]
-fn nobody_watches_when_observer_is_killed() {
+fn kernel_resets_the_semaphore_when_observer_is_killed() {
     let mut collecting = Loop::python();
-    assert_eq!(watchers(collecting.pid()), 0);
-    let observer = Observer::of(collecting.pid());
-    assert_eq!(watchers(collecting.pid()), 1);
-    // A child has a copy of all that, and is observed itself as soon as observer has looked.
-    let child = u32::try_from(collecting.tell("fork").as_u64().unwrap()).unwrap();
+    assert_eq!(semaphore_value(collecting.pid()), 0);
+    let observer = Observer::attach(collecting.pid());
+    assert_eq!(semaphore_value(collecting.pid()), 1);
+    // A forked child has a copy of the semaphore, and is observed itself from the next refresh on.
+    let child = u32::try_from(collecting.request("fork").as_u64().unwrap()).unwrap();
     thread::sleep(Duration::from_secs(3));
-    assert_eq!(watchers(child), 1);
+    assert_eq!(semaphore_value(child), 1);
     observer.kill();
     for pid in [collecting.pid(), child] {
-        wait_for("the kernel to tidy up", || (watchers(pid) == 0).then_some(()));
+        wait_for("the kernel to tidy up", || (semaphore_value(pid) == 0).then_some(()));
     }
-    assert_eq!(collecting.tell("collect 1")["count"], 1);
+    assert_eq!(collecting.request("collect 1")["count"], 1);
     send(child, nix::sys::signal::Signal::SIGKILL);
 }
 
 #[real_test]
-fn a_child_that_comes_later_is_seen_too() {
+fn collections_of_a_child_forked_later_are_counted() {
     let mut collecting = Loop::python();
-    let observer = Observer::of(collecting.pid());
-    let child = u32::try_from(collecting.tell("fork").as_u64().unwrap()).unwrap();
+    let observer = Observer::attach(collecting.pid());
+    let child = u32::try_from(collecting.request("fork").as_u64().unwrap()).unwrap();
     thread::sleep(Duration::from_secs(4));
     let report = observer.finish();
     send(child, nix::sys::signal::Signal::SIGKILL);
     report.assert_complete();
     assert!(report.target(child)["gc"]["count"].as_u64().unwrap() > 0, "{:#}", report.0);
-    // The child's are not its parent's.
+    // The collections of the child do not count for its parent.
     assert_eq!(report.target(collecting.pid())["gc"]["count"], 0);
 }
 
-/// A shell that becomes the server, as many are started: what it was before has no collector.
+/// A shell that executes the server, as many are started. The shell has no garbage collector.
 #[real_test]
-fn a_program_started_in_place_is_seen() {
+fn collections_after_an_exec_are_counted() {
     let mut shell = Command::new("sh");
     shell.args(["-c", "read go; exec /usr/bin/python3 \"$@\"", "sh"]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/gc_loop.py");
-    let mut collecting = Loop(Told::start(shell.arg(script)));
+    let mut collecting = Loop(Interactive::start(shell.arg(script)));
     let pid = collecting.pid().to_string();
     let observer = Observer::start(&["--pid", &pid, "--listen", "127.0.0.1:0"]);
-    // Longer than it goes on looking for a runtime in the shell.
+    // Longer than observer retries to find a runtime in the shell.
     thread::sleep(Duration::from_secs(7));
-    collecting.tell("go\ncollect 0");
-    wait_for("observer to attach", || (watchers(collecting.pid()) == 1).then_some(()));
-    // If that was while it started, it has seen some already.
-    let before = observer.figure("observer_gc_total");
-    collecting.tell(&format!("collect {COLLECTIONS}"));
-    assert_eq!(observer.figure("observer_gc_total") - before, f64::from(COLLECTIONS));
+    collecting.request("go\ncollect 0");
+    wait_for("observer to attach", || (semaphore_value(collecting.pid()) == 1).then_some(()));
+    // If observer attached during start-up, it has counted collections already.
+    let before = observer.metric("observer_gc_total");
+    collecting.request(&format!("collect {COLLECTIONS}"));
+    assert_eq!(observer.metric("observer_gc_total") - before, f64::from(COLLECTIONS));
     observer.finish().assert_complete();
 }
 
-/// What an observer has attached to functions, as bpftool finds it.
+/// Number of uprobes of an observer, according to bpftool.
 fn uprobes(observer: &Observer) -> usize {
     let output = Command::new("bpftool").args(["-j", "perf", "show"]).output().unwrap();
     let entries: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
@@ -242,9 +243,9 @@ fn uprobes(observer: &Observer) -> usize {
 }
 
 #[real_test]
-fn only_processes_with_a_runtime_are_probed() {
+fn only_processes_with_a_runtime_get_uprobes() {
     let redis = Server::redis();
-    let observer = Observer::of(redis.pid());
+    let observer = Observer::attach(redis.pid());
     assert_eq!(uprobes(&observer), 0);
     let report: Report = observer.finish();
     assert_eq!(report.target(redis.pid())["gc"], Value::Null);
@@ -258,7 +259,7 @@ fn only_processes_with_a_runtime_are_probed() {
 }
 
 #[real_test]
-fn the_text_tells_of_collections() {
+fn text_report_shows_collections() {
     let mut collecting = Loop::python();
     let pid = collecting.pid().to_string();
     let mut observer = Command::new(BINARY)
@@ -267,7 +268,7 @@ fn the_text_tells_of_collections() {
         .spawn()
         .unwrap();
     while observer.try_wait().unwrap().is_none() {
-        collecting.tell("collect 1");
+        collecting.request("collect 1");
     }
     let text = String::from_utf8(observer.wait_with_output().unwrap().stdout).unwrap();
     assert!(text.contains("; of which GC "), "{text}");

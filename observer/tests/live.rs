@@ -1,4 +1,4 @@
-//! The live view of the real binary in a real terminal: what its first screen tells, and how it leaves.
+//! The live view in a real terminal: its first screen, and how it restores the terminal.
 
 use std::{
     io::BufReader,
@@ -10,7 +10,7 @@ use std::{
 use nix::sys::signal::Signal;
 
 use crate::support::{
-    deferred::{Deferring, ask},
+    deferred::{DeferringServer, send_request},
     http,
     observer::BINARY,
     send,
@@ -18,10 +18,10 @@ use crate::support::{
     wait_for,
 };
 
-/// Requests that the view is to count the deferred work of.
+/// Number of requests whose tasks the view counts.
 const JOBS: usize = 23;
 
-/// A terminal of its own, with observer in it and a look at its state after that.
+/// A terminal that runs observer and prints the state of the terminal after that.
 struct Terminal {
     socket: String,
 }
@@ -57,14 +57,14 @@ impl Terminal {
         self.tmux(&["send-keys", key]);
     }
 
-    /// The screen, when it is as wanted.
+    /// Waits until the screen is as wanted, and returns it.
     fn wait(&self, what: &str, is_wanted: impl Fn(&str) -> bool) -> String {
         wait_for(what, || Some(self.screen()).filter(|screen| is_wanted(screen)))
     }
 
-    /// Asserts that observer has printed its report on a terminal as good as new.
+    /// Asserts that observer has printed its report and restored the terminal.
     #[track_caller]
-    fn assert_given_back(&self) {
+    fn assert_restored(&self) {
         self.wait("observer to end", |screen| screen.contains("icanon"));
         let state = self.tmux(&["display-message", "-p", "#{alternate_on} #{cursor_flag}"]);
         assert_eq!(state, "0 1\n");
@@ -85,7 +85,7 @@ impl Drop for Terminal {
     }
 }
 
-/// While a server's loop sleeps 150 ms again and again.
+/// Runs an action while the loop of a server keeps sleeping for 150 ms at a time.
 fn while_late(server: &Server, action: impl FnOnce()) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -106,7 +106,7 @@ fn is_late(screen: &str) -> bool {
 }
 
 #[real_test(programs(&["tmux"]))]
-fn the_first_screen_names_the_late_loop_and_its_culprit() {
+fn first_screen_shows_the_late_loop_and_its_cause() {
     let server = Server::asyncio();
     let terminal = Terminal::start("the_first_screen", "LANG=C.UTF-8", server.pid());
     while_late(&server, || {
@@ -115,7 +115,7 @@ fn the_first_screen_names_the_late_loop_and_its_culprit() {
         assert!(screen.contains(&format!("127.0.0.1:{}", server.port)), "{screen}");
         assert!(screen.trim_end().lines().last().unwrap().starts_with("q quit"), "{screen}");
         terminal.tmux(&["resize-window", "-x", "120", "-y", "40"]);
-        // A look may come while it is being drawn.
+        // The screen may be captured while it is being drawn.
         terminal.wait("the view to take the room", |screen| {
             screen.trim_end().lines().count() == 40 && is_late(screen) && screen.contains("of process")
         });
@@ -127,23 +127,23 @@ fn the_first_screen_names_the_late_loop_and_its_culprit() {
         terminal.press("Escape");
         terminal.wait("the overview", |screen| is_late(screen) && screen.contains("q quit"));
         terminal.press("q");
-        terminal.assert_given_back();
+        terminal.assert_restored();
     });
 }
 
-/// Kinds of deferred work are counted as the server has put them off, in the list and by themselves.
+/// The list and the details show the number of deferred tasks that the server enqueued.
 #[real_test(programs(&["tmux"]))]
-fn deferred_work_is_listed() {
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+fn deferred_tasks_are_listed() {
+    let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     let terminal = Terminal::start("deferred_work", "LANG=C.UTF-8", server.pid());
     terminal.wait("the first screen", |screen| screen.contains("q quit"));
     let mut connection = BufReader::new(http::connect(server.port));
     for job in 0..JOBS {
-        ask(&mut connection, &format!("/job/{job}"));
+        send_request(&mut connection, &format!("/job/{job}"));
     }
     terminal.tmux(&["resize-window", "-x", "120", "-y", "60"]);
     terminal.wait("its kinds", |screen| screen.contains("DEFERRED TASKS"));
-    // To the accept queues, on to deferred work, and to one kind of all that there are.
+    // Focuses the accept queues, then deferred tasks, and opens one kind.
     for key in ["Tab", "Tab", "/", "thumbnail", "Enter", "Enter"] {
         terminal.press(key);
     }
@@ -156,7 +156,7 @@ fn deferred_work_is_listed() {
 }
 
 #[real_test(programs(&["tmux"]))]
-fn ctrl_c_gives_the_terminal_back_and_colours_can_be_off() {
+fn ctrl_c_restores_the_terminal_and_no_color_is_respected() {
     let server = Server::asyncio();
     let terminal = Terminal::start("ctrl_c", "NO_COLOR=1 LC_ALL=C", server.pid());
     while_late(&server, || {
@@ -168,12 +168,12 @@ fn ctrl_c_gives_the_terminal_back_and_colours_can_be_off() {
         assert!(!codes.flat_map(|code| code.split(';')).any(is_colour), "{styled:?}");
         assert!(terminal.screen().is_ascii(), "{}", terminal.screen());
         terminal.press("C-c");
-        terminal.assert_given_back();
+        terminal.assert_restored();
     });
 }
 
 #[real_test(programs(&["tmux"]))]
-fn a_signal_gives_the_terminal_back() {
+fn sigterm_restores_the_terminal() {
     let server = Server::asyncio();
     let terminal = Terminal::start("a_signal", "LANG=C.UTF-8", server.pid());
     while_late(&server, || {
@@ -181,12 +181,12 @@ fn a_signal_gives_the_terminal_back() {
         let shell = terminal.tmux(&["display-message", "-p", "#{pane_pid}"]).trim().parse().unwrap();
         let observer = *crate::support::servers::children(shell).first().expect("observer is there");
         send(observer, Signal::SIGTERM);
-        terminal.assert_given_back();
+        terminal.assert_restored();
     });
 }
 
 #[real_test(programs(&["tmux"]))]
-fn a_dumb_terminal_gets_text() {
+fn dumb_terminal_gets_text() {
     let server = Server::asyncio();
     let terminal = Terminal::start("a_dumb_terminal", "TERM=dumb", server.pid());
     while_late(&server, || {

@@ -1,5 +1,5 @@
-//! Targets that see another world than observer does, or become somebody else: in namespaces and containers, with other
-//! programs in an old process, with new names, with ids that others had.
+//! Targets in other namespaces and containers than observer, and targets that change: with another program after an
+//! exec, with other names, with reused ids.
 
 use std::{
     fs,
@@ -16,37 +16,37 @@ use crate::{
     container::Container,
     support::{
         http,
+        interactive::Interactive,
         observer::{Observer, Report},
         servers::{Server, children},
-        told::Told,
         wait_for,
     },
 };
 
-/// Known operations.
+/// Number of connections of a test.
 const CONNECTIONS: usize = 23;
 
-/// Functions on the stacks of a target's main thread, of the stall that took most.
+/// Functions on the stack of the site with the largest share of the lag, in the main thread of a target.
 fn functions(report: &Report, pid: u32) -> Vec<String> {
     let frames = report.reactor(pid)["stalls"]["sites"][0]["frames"].as_array().cloned().unwrap_or_default();
     frames.iter().map(|frame| frame["function"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
-/// The port that a server in a container has written down.
+/// Port that a server in a container has written to a file.
 fn port(folder: &tempfile::TempDir) -> u16 {
     wait_for("a port", || fs::read_to_string(folder.path().join("port")).ok()?.trim().parse().ok())
 }
 
-/// CPython with asyncio, whose files and ids are its container's own: all is told as of any other process.
+/// CPython with asyncio in a container, with files and ids of its own, is observed like any other process.
 #[real_test]
-fn a_runtime_in_a_container_is_seen_through() {
+fn runtime_in_a_container_is_observed() {
     let folder = tempfile::tempdir().unwrap();
     let container = Container::running(
         "/usr/bin/python3 /scripts/asyncio_server.py /data/waits > /data/port",
         folder.path(),
     );
     let (port, pid) = (port(&folder), container.pid().unwrap());
-    let observer = Observer::of(pid);
+    let observer = Observer::attach(pid);
     let get = |path: &str| {
         let url = format!("http://127.0.0.1:{port}/{path}");
         container.tool(&["busybox", "wget", "-q", "-O", "-", &url], "")
@@ -56,7 +56,7 @@ fn a_runtime_in_a_container_is_seen_through() {
         assert_eq!(answer["connections"], number);
     }
     get("sleep/1000");
-    // When this is answered, that slice is over.
+    // This response shows that the slice has ended.
     get("");
     let report = observer.finish();
     report.assert_complete();
@@ -73,9 +73,9 @@ fn a_runtime_in_a_container_is_seen_through() {
     assert!(functions.iter().any(|function| function.contains("run_until_complete")), "{functions:?}");
 }
 
-/// Work that is put off there is followed by the same profile, and collections are counted.
+/// Deferred tasks of a server in a container are linked with the same profile, and its collections are counted.
 #[real_test(links)]
-fn deferred_work_in_a_container_is_followed() {
+fn deferred_tasks_in_a_container_are_linked() {
     const JOBS: usize = 5;
     let folder = tempfile::tempdir().unwrap();
     let container = Container::running(
@@ -102,34 +102,34 @@ fn deferred_work_in_a_container_is_followed() {
     let of_jobs =
         links.iter().filter(|link| link["origin"]["path"].as_str().is_some_and(|p| p.starts_with("/job/")));
     let of_jobs = of_jobs.count();
-    eprintln!("{truth} pieces by the server's own word, {of_jobs} links");
+    eprintln!("{truth} tasks by the server's own count, {of_jobs} links");
     assert!(of_jobs >= truth, "{deferred:#?}");
     assert!(report.target(pid)["gc"]["count"].as_u64().is_some(), "{:#}", report.target(pid)["gc"]);
 }
 
 #[real_test]
-fn redis_in_a_container_is_exact() {
+fn redis_in_a_container_is_counted_exactly() {
     let folder = tempfile::tempdir().unwrap();
     let container =
         Container::running("/usr/bin/redis-server --port 6379 --save '' --appendonly no", folder.path());
     let pid = container.pid().unwrap();
-    let ask =
+    let send_command =
         |what: &str| container.tool(&["busybox", "nc", "127.0.0.1", "6379"], &format!("{what}\r\nQUIT\r\n"));
-    wait_for("redis", || ask("PING").contains("PONG").then_some(()));
+    wait_for("redis", || send_command("PING").contains("PONG").then_some(()));
     let count = || -> u64 {
-        let answer = ask("INFO stats");
+        let answer = send_command("INFO stats");
         let line = answer.lines().find_map(|line| line.strip_prefix("total_connections_received:")).unwrap();
         line.trim().parse().unwrap()
     };
-    let observer = Observer::of(pid);
+    let observer = Observer::attach(pid);
     let before = count();
     for _ in 0..CONNECTIONS {
-        ask("PING");
+        send_command("PING");
     }
     let after = count();
     let report = observer.finish();
     report.assert_complete();
-    // The one that asked first as well.
+    // Includes the connection of the first count.
     let listeners = report.target(pid)["listeners"].as_array().unwrap();
     let accepts: u64 = listeners.iter().map(|listener| listener["accepts"].as_u64().unwrap()).sum();
     assert_eq!(accepts, after - before + 1, "{listeners:#?}");
@@ -137,9 +137,9 @@ fn redis_in_a_container_is_exact() {
     assert_eq!(report.target(pid)["comm"], "redis-server");
 }
 
-/// Ids, networks, names of hosts and mounts of its own, without any container.
+/// pid, network, UTS, IPC and mount namespaces of its own, without a container.
 #[real_test]
-fn a_target_in_namespaces_of_its_own_is_exact() {
+fn target_in_its_own_namespaces_is_counted_exactly() {
     let script = "ip link set lo up; exec /usr/bin/python3 \"$@\"";
     let server = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/asyncio_server.py");
     let folder = tempfile::tempdir().unwrap();
@@ -160,8 +160,8 @@ fn a_target_in_namespaces_of_its_own_is_exact() {
         ])
         .arg(server)
         .arg(folder.path().join("waits"));
-    let mut unshare = Told::start(&mut command);
-    let port: u16 = unshare.said().parse().unwrap();
+    let mut unshare = Interactive::start(&mut command);
+    let port: u16 = unshare.next_line().parse().unwrap();
     let pid = children(unshare.pid())[0];
     let get = |path: &str| {
         let url = format!("http://127.0.0.1:{port}/{path}");
@@ -172,7 +172,7 @@ fn a_target_in_namespaces_of_its_own_is_exact() {
         let selector: Vec<&str> = selector.iter().map(String::as_str).collect();
         let observer = Observer::start(&[&selector[..], &["--no-listen"]].concat());
         get("spin/150");
-        // When the first of these is answered, that slice is over.
+        // The first of these responses shows that the slice has ended.
         for _ in 1..CONNECTIONS {
             get("");
         }
@@ -186,10 +186,9 @@ fn a_target_in_namespaces_of_its_own_is_exact() {
     }
 }
 
-/// The second program has other names, another collector and other functions, and what was known of the first does not
-/// get in its way.
+/// The second program has another name, garbage collector and functions. State of the first one does not interfere.
 #[real_test]
-fn another_program_in_an_old_process_is_known_as_that() {
+fn program_after_an_exec_is_recognised() {
     const NODE: &str = "const http = require('node:http'); let n = 0; \
         const s = http.createServer((q, r) => { for (let i = 0; i < 3; i++) gc(); r.end(String(++n)); }); \
         s.listen(0, '127.0.0.1', () => console.log(s.address().port));";
@@ -200,11 +199,11 @@ fn another_program_in_an_old_process_is_known_as_that() {
          \x20   gc.collect(); os.execvp('node', ['node', '--expose-gc', '-e', {NODE:?}])\n\
          asyncio.run(main())"
     );
-    let mut told = Told::python(&script);
-    told.said();
-    let pid = told.pid();
+    let mut process = Interactive::python(&script);
+    process.next_line();
+    let pid = process.pid();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
-    let port: u16 = told.tell("").parse().unwrap();
+    let port: u16 = process.request("").parse().unwrap();
     wait_for("its runtime to be known", || {
         let scrape = observer.scrape();
         let start = format!("observer_gc_pause_seconds_count{{pid=\"{pid}\",comm=\"node\"");
@@ -220,13 +219,13 @@ fn another_program_in_an_old_process_is_known_as_that() {
     assert!(target["exe"].as_str().unwrap().ends_with("node"), "{target:#}");
     assert_eq!(report.reactor(pid)["name"], "node");
     assert_eq!(report.listener(port)["accepts"], CONNECTIONS);
-    // Only its own collections, and all of those it was told to.
+    // Only the collections of the second program, and at least those that were requested.
     let collections = target["gc"]["count"].as_u64().unwrap_or_else(|| panic!("no gc: {target:#}"));
     assert!(collections >= 3 * CONNECTIONS as u64, "{collections} collections");
 }
 
 #[real_test]
-fn a_thread_is_known_by_its_latest_name() {
+fn thread_has_its_latest_name() {
     let script = "
 import select, socket, sys, threading
 a, b = socket.socketpair()
@@ -239,18 +238,18 @@ def rename(name):
 rename('first'); print(thread.native_id, flush=True); sys.stdin.readline()
 rename('second'); print(flush=True); sys.stdin.readline()
 ";
-    let mut told = Told::python(script);
-    let tid: u32 = told.said().parse().unwrap();
-    let pid = told.pid();
+    let mut process = Interactive::python(script);
+    let tid: u32 = process.next_line().parse().unwrap();
+    let pid = process.pid();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
-    let is_called = |name: &str| {
+    let has_name = |name: &str| {
         let scrape = observer.scrape();
         scrape.lines().any(|line| line.contains(&format!("tid=\"{tid}\",reactor=\"{name}\"")))
     };
-    wait_for("its first name", || is_called("first").then_some(()));
-    told.tell("");
-    wait_for("its second name", || is_called("second").then_some(()));
-    assert!(!is_called("first"));
+    wait_for("its first name", || has_name("first").then_some(()));
+    process.request("");
+    wait_for("its second name", || has_name("second").then_some(()));
+    assert!(!has_name("first"));
     let report = observer.finish();
     let reactors = report.target(pid)["reactors"].as_array().unwrap();
     assert!(
@@ -259,15 +258,15 @@ rename('second'); print(flush=True); sys.stdin.readline()
     );
 }
 
-/// A second process with the id of one that is gone: each has its own figures, and what the second does is told as it does it.
+/// Two processes with the same pid, one after the other, have separate counts.
 #[real_test(alone)]
-fn a_second_process_with_the_same_id_is_another() {
+fn process_with_a_reused_pid_is_a_new_target() {
     const LAST: &str = "/proc/sys/kernel/ns_last_pid";
     let observer = Observer::start(&["--all", "--listen", "127.0.0.1:0"]);
     let first = Server::asyncio();
     let (pid, first_port) = (first.pid(), first.port);
     http::get(first_port, "/");
-    let is_told = |port: u16, accepts: u64| {
+    let is_reported = |port: u16, accepts: u64| {
         let scrape = observer.scrape();
         let end = format!("listener=\"127.0.0.1:{port}\"}} {accepts}");
         let family = "observer_accept_queue_accepts_total{";
@@ -275,14 +274,14 @@ fn a_second_process_with_the_same_id_is_another() {
             line.starts_with(family) && line.contains(&format!("pid=\"{pid}\"")) && line.ends_with(&end)
         })
     };
-    wait_for("the first to be told", || is_told(first_port, 1).then_some(()));
+    wait_for("the first to be reported", || is_reported(first_port, 1).then_some(()));
     first.process.signal(Signal::SIGKILL);
     drop(first);
-    // Whoever else starts a process meanwhile may be quicker.
+    // Another process may take the pid first.
     let mut tries = 0;
     let second = loop {
         if fs::write(LAST, (pid - 1).to_string()).is_err() {
-            skip(format!("{LAST} cannot be written"));
+            skip(format!("cannot write {LAST}"));
         }
         let second = Server::asyncio();
         if second.pid() == pid {
@@ -293,9 +292,9 @@ fn a_second_process_with_the_same_id_is_another() {
     };
     http::get(second.port, "/");
     second.block("sleep", 100);
-    wait_for("the second to be told", || is_told(second.port, 2).then_some(()));
-    // A series ends with its process, whoever has its id.
-    assert!(!is_told(first_port, 1));
+    wait_for("the second to be reported", || is_reported(second.port, 2).then_some(()));
+    // The series of a process end with it, even if its pid is reused.
+    assert!(!is_reported(first_port, 1));
     let report = observer.finish();
     let all = report.0["targets"].as_array().unwrap().iter().filter(|target| target["pid"] == pid);
     let (gone, there): (Vec<_>, Vec<_>) = all.partition(|target| target["exited"] == true);

@@ -1,5 +1,5 @@
-//! What is pushed to OpenTelemetry collectors: that it is what a scrape tells, and what becomes of it when a collector is
-//! slow, away or will not have it.
+//! Metrics pushed to OpenTelemetry collectors: they have the values of a scrape, and survive a collector that is slow,
+//! away or refuses them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,16 +13,16 @@ use serde_json::Value;
 use crate::support::{
     http,
     observer::{BINARY, Observer},
-    otlp::{Figures, Receiver, Rotel, certificate, for_each_point, pushed, scraped},
+    otlp::{Receiver, Rotel, Samples, certificate, for_each_point, parse_pushes, parse_scrape},
     servers::{Server, free_port},
 };
 
 pub(crate) const PROTOCOLS: [&str; 2] = ["grpc", "http/protobuf"];
 
-/// Between two pushes.
+/// Interval of pushes.
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// observer at work on a server, pushing metrics often.
+/// observer on a server, with short intervals between pushes of metrics.
 fn push(server: &Server, address: &str, protocol: &str, variables: &[(&str, &str)]) -> Observer {
     let pid = server.pid().to_string();
     let flags =
@@ -40,10 +40,10 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos().try_into().unwrap()
 }
 
-/// A collector that nobody here wrote takes what observer pushes between two scrapes and hands it on. Whatever is the
-/// same in both scrapes must be the same in between, and whatever grows must be between the two.
+/// A third-party collector forwards what observer pushes between two scrapes. Values that are the same in both scrapes
+/// must be the same in between, and growing values must be between the two.
 #[real_test(userspace, host_only("guests have no collector"))]
-fn a_collector_gets_the_figures_of_a_scrape() {
+fn collector_gets_the_values_of_a_scrape() {
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);
         let rotel = Rotel::before(receiver.port);
@@ -54,27 +54,27 @@ fn a_collector_gets_the_figures_of_a_scrape() {
             server.block("sleep", 60);
         }
         server.wait_until_idle();
-        // Longer than a scrape's figures may be old.
+        // Longer than the metrics of a scrape may be out of date.
         thread::sleep(INTERVAL * 2);
-        let first = scraped(&observer.scrape());
+        let first = parse_scrape(&observer.scrape());
         let begin = now();
         thread::sleep(INTERVAL * 4);
         let end = now();
         thread::sleep(INTERVAL);
-        let second = scraped(&observer.scrape());
+        let second = parse_scrape(&observer.scrape());
         let report = observer.finish();
         thread::sleep(INTERVAL * 4);
         let requests = receiver.stop();
-        let pushed = pushed(&requests);
-        let between: Vec<_> = pushed.range(begin..end).map(|(_, figures)| figures).collect();
-        assert!(between.len() >= 2, "{protocol}: {:?}", pushed.keys());
+        let pushes = parse_pushes(&requests);
+        let between: Vec<_> = pushes.range(begin..end).map(|(_, samples)| samples).collect();
+        assert!(between.len() >= 2, "{protocol}: {:?}", pushes.keys());
         let (mut compared, mut equal) = (0, 0);
-        for figures in between {
-            let series = |figures: &Figures| figures.keys().cloned().collect::<BTreeSet<_>>();
-            assert_eq!(series(figures), series(&first), "{protocol}");
-            for (key, value) in figures {
+        for samples in between {
+            let series = |samples: &Samples| samples.keys().cloned().collect::<BTreeSet<_>>();
+            assert_eq!(series(samples), series(&first), "{protocol}");
+            for (key, value) in samples {
                 let (least, most) = (first[key].min(second[key]), first[key].max(second[key]));
-                // JSON is read to some digits less.
+                // Parsing JSON may lose the last digits.
                 let rounding = most * 1e-14;
                 assert!(
                     (least - rounding..=most + rounding).contains(value),
@@ -84,12 +84,12 @@ fn a_collector_gets_the_figures_of_a_scrape() {
                 equal += u32::from(least == most);
             }
         }
-        eprintln!("{protocol}: {compared} figures compared, {equal} of them exactly");
+        eprintln!("{protocol}: {compared} samples compared, {equal} of them exactly");
         assert!(equal > compared / 2, "{protocol}: {equal} of {compared} did not change");
 
-        // The last push is of the moment of the report.
+        // The last push has the timestamp of the report.
         let lag = &report.reactor(server.pid())["lag"];
-        let (_, last) = pushed.last_key_value().unwrap();
+        let (_, last) = pushes.last_key_value().unwrap();
         let mut of_lag =
             last.iter().filter(|((name, _), _)| name.starts_with("observer_reactor_lag_seconds_"));
         assert!(of_lag.clone().count() > 20);
@@ -121,7 +121,7 @@ fn a_collector_gets_the_figures_of_a_scrape() {
 }
 
 #[real_test(userspace, host_only("guests have no collector"))]
-fn headers_and_secrets_arrive() {
+fn headers_compression_and_certificates_are_used() {
     let files = tempfile::tempdir().unwrap();
     let pem = certificate(files.path());
     let pem = pem.to_str().unwrap();
@@ -142,13 +142,13 @@ fn headers_and_secrets_arrive() {
         assert_eq!((&headers["authorization"], &headers["x-tenant"]), (&"Bearer x".into(), &"a".into()));
         assert!(headers["user-agent"].as_str().unwrap().starts_with("observer/"), "{headers}");
         let encoding = if protocol == "grpc" { "grpc-encoding" } else { "content-encoding" };
-        // grpcio keeps the encoding to itself.
+        // grpcio does not expose the encoding.
         assert!(protocol == "grpc" || headers[encoding] == "gzip", "{headers}");
         for_each_point(&[request], |resource, _, _, _| {
             assert_eq!(resource["deployment.environment.name"], "test")
         });
 
-        // Whoever cannot be trusted gets nothing.
+        // Nothing is sent to a server whose certificate is not trusted.
         let observer = push(&server, &address, protocol, &variables[..2]);
         let message = observer.message();
         assert!(message.contains("invalid peer certificate"), "{message}");
@@ -156,11 +156,11 @@ fn headers_and_secrets_arrive() {
     }
 }
 
-/// What a collector asks to send again arrives, and not before the time that it asked for.
+/// A push that a collector asks to retry arrives, and not before the requested time.
 #[real_test(quiet, userspace, host_only("guests have no collector"))]
-fn a_collector_may_ask_to_wait() {
+fn retry_delay_of_the_collector_is_respected() {
     let server = Server::asyncio();
-    // Unavailable, and exhausted with a time to wait, without which that would be for good.
+    // Unavailable; and exhausted with a delay, which without one would be final.
     for (protocol, answers) in [("grpc", ["14=2", "8=2"]), ("http/protobuf", ["503=2", "429=2"])] {
         let receiver = Receiver::start(protocol, &answers);
         let observer = push(&server, &url(receiver.port), protocol, &[]);
@@ -170,29 +170,29 @@ fn a_collector_may_ask_to_wait() {
         let first = receiver.next();
         assert!(begin.elapsed() >= Duration::from_millis(3900), "{protocol}: after {:?}", begin.elapsed());
         assert!(observer.message().contains("takes metrics again"));
-        let figures = figures_of(&observer);
-        assert_eq!(figures["observer_self_otlp_failures_total"], 2.0);
-        assert_eq!(figures["observer_self_otlp_dropped_total"], 0.0);
+        let metrics = metrics_of(&observer);
+        assert_eq!(metrics["observer_self_otlp_failures_total"], 2.0);
+        assert_eq!(metrics["observer_self_otlp_dropped_total"], 0.0);
         observer.finish();
         thread::sleep(INTERVAL);
         let all = [vec![first], receiver.stop()].concat();
-        assert_unbroken(&all, begin);
+        assert_no_push_missing(&all, begin);
     }
 }
 
-/// observer's own figures by name; those of several reasons added up.
-pub(crate) fn figures_of(observer: &Observer) -> BTreeMap<String, f64> {
-    let mut figures = BTreeMap::new();
-    for ((name, _), value) in scraped(&observer.scrape()) {
-        *figures.entry(name).or_default() += value;
+/// observer's own metrics by name, summed over labels.
+pub(crate) fn metrics_of(observer: &Observer) -> BTreeMap<String, f64> {
+    let mut metrics = BTreeMap::new();
+    for ((name, _), value) in parse_scrape(&observer.scrape()) {
+        *metrics.entry(name).or_default() += value;
     }
-    figures
+    metrics
 }
 
 /// Asserts that no push is missing.
 #[track_caller]
-fn assert_unbroken(requests: &[Value], since: Instant) {
-    let moments: Vec<_> = pushed(requests).into_keys().collect();
+fn assert_no_push_missing(requests: &[Value], since: Instant) {
+    let moments: Vec<_> = parse_pushes(requests).into_keys().collect();
     for pair in moments.windows(2) {
         let gap = Duration::from_nanos(pair[1] - pair[0]);
         assert!(gap < INTERVAL * 3, "nothing for {gap:?}");
@@ -202,7 +202,7 @@ fn assert_unbroken(requests: &[Value], since: Instant) {
 }
 
 #[real_test(userspace, host_only("guests have no collector"))]
-fn what_a_collector_refuses_is_counted() {
+fn refused_pushes_are_counted() {
     let server = Server::asyncio();
     for (protocol, answers) in [("grpc", ["3", "8"]), ("http/protobuf", ["400", "500"])] {
         let receiver = Receiver::start(protocol, &answers);
@@ -210,16 +210,16 @@ fn what_a_collector_refuses_is_counted() {
         let message = observer.message();
         assert!(message.contains("refused"), "{message}");
         receiver.next();
-        let figures = figures_of(&observer);
-        assert!(figures["observer_self_otlp_dropped_total"] > 0.0, "{protocol}: {figures:?}");
-        assert_eq!(figures["observer_self_otlp_failures_total"], 2.0);
+        let metrics = metrics_of(&observer);
+        assert!(metrics["observer_self_otlp_dropped_total"] > 0.0, "{protocol}: {metrics:?}");
+        assert_eq!(metrics["observer_self_otlp_failures_total"], 2.0);
         observer.finish();
     }
 }
 
-/// A collector that is not there at first, and killed later, gets all in the end.
+/// A collector that starts late and is killed later gets all pushes in the end.
 #[real_test(quiet, userspace, host_only("guests have no collector"))]
-fn a_collector_may_come_and_go() {
+fn pushes_are_retried_while_the_collector_is_away() {
     let server = Server::asyncio();
     for protocol in PROTOCOLS {
         let port = free_port();
@@ -236,24 +236,24 @@ fn a_collector_may_come_and_go() {
         let receiver = Receiver::start_at(port, protocol, &[]);
         assert!(observer.message().contains("takes metrics again"));
         all.extend(receiver.within(INTERVAL * 4));
-        let figures = figures_of(&observer);
-        assert_eq!(figures["observer_self_otlp_dropped_total"], 0.0);
+        let metrics = metrics_of(&observer);
+        assert_eq!(metrics["observer_self_otlp_dropped_total"], 0.0);
         let report = observer.finish();
         thread::sleep(INTERVAL);
         all.extend(receiver.stop());
-        assert_unbroken(&all, begin);
-        let told = &report.0["self"]["otlp"][0];
-        assert!(told["failures"].as_u64().unwrap() > 0, "{told}");
-        assert!(told["delivered"].as_f64().unwrap() >= figures["observer_self_otlp_delivered_total"]);
+        assert_no_push_missing(&all, begin);
+        let stats = &report.0["self"]["otlp"][0];
+        assert!(stats["failures"].as_u64().unwrap() > 0, "{stats}");
+        assert!(stats["delivered"].as_f64().unwrap() >= metrics["observer_self_otlp_delivered_total"]);
     }
 }
 
-/// Nobody who observes waits for a collector: not at the start, not in between, and at the end only so long.
+/// observer never waits for a collector: not at the start, not in between, and at the end only for a limited time.
 #[real_test(quiet, userspace, host_only("guests have no collector"))]
-fn a_collector_that_says_nothing_holds_nobody_up() {
+fn unresponsive_collector_delays_nothing() {
     let server = Server::asyncio();
     for protocol in PROTOCOLS {
-        // Connections are made by the kernel, and nobody accepts them.
+        // The kernel establishes connections, but no process accepts them.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let observer = push(&server, &url(port), protocol, &[("OTEL_EXPORTER_OTLP_TIMEOUT", "400")]);
@@ -270,7 +270,7 @@ fn a_collector_that_says_nothing_holds_nobody_up() {
 }
 
 #[real_test(userspace)]
-fn what_is_wrong_with_an_address_is_told_at_once() {
+fn invalid_endpoint_is_an_error() {
     let fails = |arguments: &[&str], variables: &[(&str, &str)], what: &str| {
         let me = std::process::id().to_string();
         let output = Command::new(BINARY)
@@ -279,10 +279,10 @@ fn what_is_wrong_with_an_address_is_told_at_once() {
             .envs(variables.iter().copied())
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert_eq!(said.lines().count(), 2, "{said}");
-        assert!(said.contains(what), "{said}");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert_eq!(stderr.lines().count(), 2, "{stderr}");
+        assert!(stderr.contains(what), "{stderr}");
     };
     let me = std::process::id().to_string();
     let flag = ["--pid", &me, "--no-listen", "--duration", "1s", "--otlp-endpoint", "localhost:4317"];

@@ -1,4 +1,4 @@
-//! Traces that are pushed to OpenTelemetry collectors, against what servers themselves write down.
+//! Traces pushed to OpenTelemetry collectors, compared with the logs of the servers.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,9 +12,9 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
 use crate::{
-    otlp::{PROTOCOLS, figures_of, url},
+    otlp::{PROTOCOLS, metrics_of, url},
     support::{
-        deferred::{Deferring, Piece, ask, read_answer},
+        deferred::{DeferringServer, TaskRecord, read_response, send_request},
         http,
         observer::Observer,
         otlp::{Receiver, Rotel, attributes, certificate, for_each_point},
@@ -25,14 +25,14 @@ use crate::{
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const SENDER: &str = "b7ad6b7169203331";
 
-/// Pieces of work that each job of the server leaves behind.
-const PIECES: usize = 15;
+/// Number of tasks of each job of the server.
+const TASKS_PER_JOB: usize = 15;
 
-/// How far from the truth a time may be, and how far half of them.
+/// Maximum error of a time, and of half of them.
 const SLACK: Duration = Duration::from_millis(100);
-const SLACK_OF_HALF: Duration = Duration::from_millis(2);
+const SLACK_MEDIAN: Duration = Duration::from_millis(2);
 
-/// Between two pushes.
+/// Interval of pushes, in milliseconds.
 const DELAY: &str = "200";
 
 fn trace(pid: u32, address: &str, protocol: &str, variables: &[(&str, &str)]) -> Observer {
@@ -43,20 +43,20 @@ fn trace(pid: u32, address: &str, protocol: &str, variables: &[(&str, &str)]) ->
     Observer::start_with(&flags, &[variables, &often].concat())
 }
 
-/// The same of processes whose runtimes are not looked at: stalls are all there is to tell.
+/// Exports only stalls: the runtimes of the processes are not hooked.
 fn trace_stalls(which: [&str; 2], address: &str, protocol: &str) -> Observer {
     let flags = ["--no-listen", "--profile", "none", "--otlp-endpoint", address, "--otlp-protocol", protocol];
     Observer::start(&[&which[..], &flags].concat())
 }
 
-/// One request on a connection that is kept alive, within a trace.
-fn ask_within(connection: &mut BufReader<std::net::TcpStream>, path: &str, traceparent: &str) {
+/// Sends a request within a trace on a keep-alive connection.
+fn send_request_in_trace(connection: &mut BufReader<std::net::TcpStream>, path: &str, traceparent: &str) {
     write!(
         connection.get_mut(),
         "GET {path} HTTP/1.1\r\nHost: test\r\ntraceparent: {traceparent}\r\nCookie: secret\r\n\r\n"
     )
     .unwrap();
-    read_answer(connection);
+    read_response(connection);
 }
 
 /// All spans, each with the attributes of its resource.
@@ -64,9 +64,9 @@ fn spans(requests: &[Value]) -> Vec<(BTreeMap<String, String>, Value)> {
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let mut all = Vec::new();
     for resource in requests.iter().flat_map(|request| list(&request["request"]["resourceSpans"])) {
-        let whose = attributes(&resource["resource"]["attributes"]);
+        let resource_attributes = attributes(&resource["resource"]["attributes"]);
         for span in list(&resource["scopeSpans"]).iter().flat_map(|scope| list(&scope["spans"])) {
-            all.push((whose.clone(), span));
+            all.push((resource_attributes.clone(), span));
         }
     }
     all
@@ -80,14 +80,14 @@ fn time(span: &Value, key: &str) -> u64 {
     text(span, key).parse().unwrap()
 }
 
-/// Wall time when the monotonic clock began.
+/// Wall-clock time at which the monotonic clock was 0.
 fn offset() -> Duration {
     let monotonic: Duration = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap().into();
     let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     wall - monotonic
 }
 
-/// What must have put each task of the server off; `None` for what the request itself did.
+/// The task that enqueues each task of the server; `None` for those that the request enqueues itself.
 fn parent_of(task: &str) -> Option<&'static str> {
     match task {
         "receipt" => Some("mail"),
@@ -99,27 +99,27 @@ fn parent_of(task: &str) -> Option<&'static str> {
     }
 }
 
-/// Asserts that these are the spans of one request, as the server wrote it down. Returns by how much each start is off.
+/// Asserts that these are the spans of one request, according to the server's log. Returns the error of each start.
 #[track_caller]
-fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&str>) -> Vec<Duration> {
+fn assert_trace(spans: &[&Value], path: &str, records: &[TaskRecord], sender: Option<&str>) -> Vec<Duration> {
     let by_id: BTreeMap<&str, &Value> = spans.iter().map(|span| (text(span, "spanId"), *span)).collect();
     assert_eq!(by_id.len(), spans.len(), "a span came twice");
     let servers: Vec<_> = spans.iter().filter(|span| span["kind"] == "SPAN_KIND_SERVER").collect();
     assert_eq!(servers.len(), 1, "{servers:#?}");
     let server = servers[0];
     assert_eq!(server["name"], "GET");
-    let told = attributes(&server["attributes"]);
-    assert_eq!((told["http.request.method"].as_str(), told["url.path"].as_str()), ("GET", path));
-    assert_eq!(told.len(), 2, "{told:?}");
+    let reported = attributes(&server["attributes"]);
+    assert_eq!((reported["http.request.method"].as_str(), reported["url.path"].as_str()), ("GET", path));
+    assert_eq!(reported.len(), 2, "{reported:?}");
     assert_eq!(server.get("parentSpanId").and_then(Value::as_str), sender, "{server:#}");
-    // Recorded; whether the parent is another process's is known, and so it is, if there is one.
+    // Flags: sampled; whether the parent is remote is known, and it is, if there is one.
     assert_eq!(server["flags"], if sender.is_some() { 0x301 } else { 0x101 });
     let (begin, end) = (time(server, "startTimeUnixNano"), time(server, "endTimeUnixNano"));
     assert!(begin < end && end - begin < 100_000_000, "{server:#}");
 
-    let tasks: BTreeSet<_> = pieces.iter().map(|piece| piece.task.as_str()).collect();
+    let tasks: BTreeSet<_> = records.iter().map(|record| record.task.as_str()).collect();
     let mut starts = BTreeMap::<&str, Vec<u64>>::new();
-    // Where others keep it from its CPU, it stalls.
+    // Contention for the CPU may cause a stall.
     let is_own = |span: &&&Value| span["kind"] != "SPAN_KIND_SERVER" && span["name"] != "stall";
     for span in spans.iter().filter(is_own) {
         assert_eq!(span["kind"], "SPAN_KIND_CONSUMER", "{span:#}");
@@ -129,10 +129,10 @@ fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&
         assert_eq!(links.len(), 1);
         assert_eq!((&links[0]["traceId"], &links[0]["spanId"]), (&span["traceId"], &parent["spanId"]));
         match parent_of(name) {
-            // The library's own, of which the server knows nothing.
+            // A task of the library itself, which the server does not log.
             _ if !tasks.contains(name) => continue,
             Some(expected) => assert_eq!(parent["name"], expected, "{span:#}"),
-            // It may be tried again by itself.
+            // The task may re-enqueue itself to retry.
             None => {
                 assert!(parent["name"] == "GET" || (name == "charge" && parent["name"] == name), "{span:#}")
             }
@@ -146,10 +146,10 @@ fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&
     }
     let offset = offset();
     let mut off = Vec::new();
-    for piece in pieces {
-        let start = offset + Duration::from_secs_f64(piece.start_ns / 1e9);
+    for record in records {
+        let start = offset + Duration::from_secs_f64(record.start_ns / 1e9);
         let start = u64::try_from(start.as_nanos()).unwrap();
-        let found = starts.get_mut(piece.task.as_str()).unwrap_or_else(|| panic!("no {}", piece.task));
+        let found = starts.get_mut(record.task.as_str()).unwrap_or_else(|| panic!("no {}", record.task));
         let nearest = (0..found.len()).min_by_key(|&at| found[at].abs_diff(start)).expect("one for each");
         off.push(Duration::from_nanos(found.remove(nearest).abs_diff(start)));
     }
@@ -158,20 +158,24 @@ fn assert_trace(spans: &[&Value], path: &str, pieces: &[Piece], sender: Option<&
 }
 
 #[real_test(userspace, links, host_only("guests have no collector"))]
-fn a_request_and_what_it_put_off_are_one_trace() {
+fn request_and_its_deferred_tasks_are_one_trace() {
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);
         let rotel = Rotel::before(receiver.port);
-        let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+        let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
         let observer = trace(server.pid(), &url(rotel.port(protocol)), protocol, &[]);
         let mut connection = BufReader::new(http::connect(server.port));
-        ask(&mut connection, "/job/0?token=secret");
-        ask_within(&mut connection, "/job/1?token=secret", &format!("00-{TRACE}-{SENDER}-01"));
-        // Who sent this does not want it recorded.
-        ask_within(&mut connection, "/job/2", &format!("00-{}-{SENDER}-00", TRACE.replace("0a", "0b")));
-        ask(&mut connection, "/nothing");
-        server.wait_for_pieces(3 * PIECES);
-        // An exemplar is pushed once, with the figures after it.
+        send_request(&mut connection, "/job/0?token=secret");
+        send_request_in_trace(&mut connection, "/job/1?token=secret", &format!("00-{TRACE}-{SENDER}-01"));
+        // The sender of this request does not want it recorded.
+        send_request_in_trace(
+            &mut connection,
+            "/job/2",
+            &format!("00-{}-{SENDER}-00", TRACE.replace("0a", "0b")),
+        );
+        send_request(&mut connection, "/nothing");
+        server.wait_for_tasks(3 * TASKS_PER_JOB);
+        // An exemplar is pushed once, with the next push of metrics.
         thread::sleep(Duration::from_millis(1500));
         let pid = server.pid();
         observer.finish();
@@ -188,9 +192,9 @@ fn a_request_and_what_it_put_off_are_one_trace() {
         let given = traces.remove(TRACE).expect("the trace that was begun");
         assert_eq!(traces.len(), 1, "{:?}", traces.keys());
         let drawn = traces.into_values().next().unwrap();
-        let pieces = server.pieces();
+        let records = server.records();
         let of = |request: &str| -> Vec<_> {
-            pieces.iter().filter(|piece| piece.request == request).cloned().collect()
+            records.iter().filter(|record| record.request == request).cloned().collect()
         };
         let mut off = assert_trace(&drawn, "/job/0", &of("0"), None);
         off.extend(assert_trace(&given, "/job/1", &of("1"), Some(SENDER)));
@@ -201,9 +205,9 @@ fn a_request_and_what_it_put_off_are_one_trace() {
             off[off.len() / 2],
             off.last()
         );
-        assert!(off[off.len() / 2] <= SLACK_OF_HALF && *off.last().unwrap() <= SLACK, "{off:?}");
+        assert!(off[off.len() / 2] <= SLACK_MEDIAN && *off.last().unwrap() <= SLACK, "{off:?}");
 
-        // Figures lead to these spans.
+        // Exemplars of metrics refer to these spans.
         let known: BTreeMap<_, _> =
             all.iter().map(|(_, span)| ((text(span, "traceId"), text(span, "spanId")), span)).collect();
         let mut found = BTreeSet::new();
@@ -232,7 +236,7 @@ fn a_request_and_what_it_put_off_are_one_trace() {
                 found.insert((name.to_owned(), text(span, "name").to_owned()));
             }
         });
-        for task in pieces.iter().map(|piece| &piece.task) {
+        for task in records.iter().map(|record| &record.task) {
             for name in ["observer.deferred.wait", "observer.deferred.run"] {
                 assert!(found.contains(&(name.to_owned(), task.clone())), "{name} of {task}");
             }
@@ -240,45 +244,45 @@ fn a_request_and_what_it_put_off_are_one_trace() {
     }
 }
 
-/// Those of requests come in the end, whenever a collector is there to take them.
+/// Spans of requests are delivered even if the collector starts late.
 #[real_test(links, userspace, host_only("guests have no collector"))]
-fn a_collector_may_come_late() {
+fn spans_are_kept_until_the_collector_is_available() {
     for protocol in PROTOCOLS {
         let port = free_port();
-        let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+        let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
         let observer = trace(server.pid(), &url(port), protocol, &[("OTEL_METRICS_EXPORTER", "none")]);
         let mut connection = BufReader::new(http::connect(server.port));
-        ask(&mut connection, "/job/0");
+        send_request(&mut connection, "/job/0");
         assert!(observer.message().contains("no traces to"));
         let mut receiver = Receiver::start_at(port, protocol, &[]);
         assert!(observer.message().contains("takes traces again"));
         let mut all = receiver.within(Duration::from_secs(1));
         all.extend(receiver.stop());
-        ask(&mut connection, "/job/1");
+        send_request(&mut connection, "/job/1");
         assert!(observer.message().contains("no traces to"));
-        ask(&mut connection, "/job/2");
-        server.wait_for_pieces(3 * PIECES);
+        send_request(&mut connection, "/job/2");
+        server.wait_for_tasks(3 * TASKS_PER_JOB);
         thread::sleep(Duration::from_secs(2));
         receiver = Receiver::start_at(port, protocol, &[]);
         assert!(observer.message().contains("takes traces again"));
         all.extend(receiver.within(Duration::from_secs(1)));
-        let figures = figures_of(&observer);
-        assert_eq!(figures["observer_self_otlp_dropped_total"], 0.0);
+        let metrics = metrics_of(&observer);
+        assert_eq!(metrics["observer_self_otlp_dropped_total"], 0.0);
         let report = observer.finish();
-        let told = &report.0["self"]["otlp"];
+        let reported = &report.0["self"]["otlp"];
         all.extend(receiver.within(Duration::from_secs(1)));
         let spans = spans(&all);
-        assert_eq!(told[0]["signal"], "traces");
-        assert_eq!(told[0]["delivered"].as_u64(), Some(spans.len() as u64), "{protocol}: {told}");
-        let pieces = server.pieces();
+        assert_eq!(reported[0]["signal"], "traces");
+        assert_eq!(reported[0]["delivered"].as_u64(), Some(spans.len() as u64), "{protocol}: {reported}");
+        let records = server.records();
         for request in ["0", "1", "2"] {
             let path = format!("/job/{request}");
             let is_asked = |span: &Value| attributes(&span["attributes"]).get("url.path") == Some(&path);
             let (_, asked) = spans.iter().find(|(_, span)| is_asked(span)).expect("each request");
             let trace = spans.iter().map(|(_, span)| span).filter(|span| span["traceId"] == asked["traceId"]);
-            let of_request = |piece: &&Piece| piece.request == request;
-            let pieces: Vec<_> = pieces.iter().filter(of_request).cloned().collect();
-            assert_eq!(assert_trace(&trace.collect::<Vec<_>>(), &path, &pieces, None).len(), PIECES);
+            let of_request = |record: &&TaskRecord| record.request == request;
+            let records: Vec<_> = records.iter().filter(of_request).cloned().collect();
+            assert_eq!(assert_trace(&trace.collect::<Vec<_>>(), &path, &records, None).len(), TASKS_PER_JOB);
         }
     }
 }
@@ -289,7 +293,7 @@ fn spans_have_headers_and_a_trusted_connection() {
     let files = tempfile::tempdir().unwrap();
     let pem = certificate(files.path());
     let pem = pem.to_str().unwrap();
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     for protocol in PROTOCOLS {
         let receiver = Receiver::start(protocol, &[pem]);
         let variables = [
@@ -301,7 +305,7 @@ fn spans_have_headers_and_a_trusted_connection() {
         ];
         let address = format!("https://127.0.0.1:{}", receiver.port);
         let observer = trace(server.pid(), &address, protocol, &variables);
-        ask(&mut BufReader::new(http::connect(server.port)), "/job/0");
+        send_request(&mut BufReader::new(http::connect(server.port)), "/job/0");
         let request = receiver.next();
         observer.finish();
         let headers = &request["headers"];
@@ -317,7 +321,7 @@ fn spans_have_headers_and_a_trusted_connection() {
 /// Spans that a collector refuses or rejects are counted, and so is a failure that was retried.
 #[real_test(links, userspace, host_only("guests have no collector"))]
 fn spans_that_are_not_accepted_are_counted() {
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     for (protocol, answers) in
         [("grpc", ["14", "3", "partial=2"]), ("http/protobuf", ["503", "400", "partial=2"])]
     {
@@ -325,13 +329,13 @@ fn spans_that_are_not_accepted_are_counted() {
         let observer =
             trace(server.pid(), &url(receiver.port), protocol, &[("OTEL_METRICS_EXPORTER", "none")]);
         let mut connection = BufReader::new(http::connect(server.port));
-        ask(&mut connection, "/job/0");
+        send_request(&mut connection, "/job/0");
         let message = observer.message();
         assert!(message.contains("no traces to") && message.contains("refused"), "{message}");
         // The first request is sent twice, and refused at last.
-        let figures = figures_of(&observer);
-        assert_eq!(figures["observer_self_otlp_failures_total"], 2.0, "{protocol}");
-        ask(&mut connection, "/job/1");
+        let metrics = metrics_of(&observer);
+        assert_eq!(metrics["observer_self_otlp_failures_total"], 2.0, "{protocol}");
+        send_request(&mut connection, "/job/1");
         let mut all = vec![receiver.next()];
         let report = observer.finish();
         all.extend(receiver.stop());
@@ -348,31 +352,32 @@ fn spans_that_are_not_accepted_are_counted() {
     }
 }
 
-/// What nobody takes in time is told, and the end does not wait for it.
+/// Spans that are not delivered in time are reported, and observer ends without waiting for them.
 #[real_test(quiet, userspace, host_only("guests have no collector"))]
-fn what_is_not_delivered_is_told() {
-    let server = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+fn undelivered_spans_are_reported() {
+    let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     let none = [("OTEL_METRICS_EXPORTER", "none")];
     let observer = trace(server.pid(), &url(free_port()), "http/protobuf", &none);
     let mut connection = BufReader::new(http::connect(server.port));
-    ask(&mut connection, "/job/0");
-    server.wait_for_pieces(PIECES);
+    send_request(&mut connection, "/job/0");
+    server.wait_for_tasks(TASKS_PER_JOB);
     assert!(observer.message().contains("no traces to"));
     thread::sleep(Duration::from_secs(1));
     let begin = Instant::now();
-    let (report, messages) = observer.finish_talking();
+    let (report, messages) = observer.finish_with_messages();
     assert!(begin.elapsed() < Duration::from_secs(5));
     assert_eq!(report.0["self"]["otlp"][0]["delivered"], 0);
-    let told =
+    let reported =
         messages.iter().find_map(|message| message.strip_suffix(": the collector did not take them in time"));
-    let told = told.unwrap_or_else(|| panic!("{messages:?}"));
-    let lost = told.strip_suffix(" spans were not delivered").unwrap().rsplit(' ').next().unwrap();
-    assert!(lost.parse::<usize>().unwrap() > PIECES, "{told}");
+    let reported = reported.unwrap_or_else(|| panic!("{messages:?}"));
+    let lost = reported.strip_suffix(" spans were not delivered").unwrap().rsplit(' ').next().unwrap();
+    assert!(lost.parse::<usize>().unwrap() > TASKS_PER_JOB, "{reported}");
 }
 
-/// A collector that takes connections and never answers is waited for, but not by whoever asks twice.
+/// observer waits at its end for a collector that accepts connections and never responds, but not after a second
+/// signal.
 #[real_test(quiet, userspace)]
-fn a_second_signal_waits_for_no_collector() {
+fn second_signal_ends_without_waiting_for_the_collector() {
     let server = Server::asyncio();
     let deaf = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let address = url(deaf.local_addr().unwrap().port());
@@ -382,15 +387,15 @@ fn a_second_signal_waits_for_no_collector() {
     observer.interrupt();
     thread::sleep(Duration::from_secs(1));
     let begin = Instant::now();
-    let (_, messages) = observer.finish_talking();
-    // Nearly four seconds more without the second one.
+    let (_, messages) = observer.finish_with_messages();
+    // Without the second signal, it would take nearly four seconds more.
     assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
     assert!(messages.iter().any(|message| message.contains("spans were not delivered")), "{messages:?}");
 }
 
-/// A stall is an event of the request that it hit.
+/// A stall is an event of the request that it affected.
 #[real_test(links, quiet, userspace, host_only("guests have no collector"))]
-fn a_stall_is_told_with_its_request() {
+fn stall_is_an_event_of_its_request() {
     let server = Server::asyncio();
     let receiver = Receiver::start("http", &[]);
     let observer = trace(server.pid(), &url(receiver.port), "http/protobuf", &[]);
@@ -401,11 +406,11 @@ fn a_stall_is_told_with_its_request() {
     let all = spans(&requests);
     let (_, server) = all.iter().find(|(_, span)| span["kind"] == "SPAN_KIND_SERVER").expect("a request");
     let own = all.iter().map(|(_, span)| span).find(|span| span["name"] == "stall");
-    let (begin, seconds, told) = match (&server["events"][0], own) {
+    let (begin, seconds, reported) = match (&server["events"][0], own) {
         (event, None) => {
             assert_eq!(event["name"], "stall", "{all:#?}");
-            let told = event["attributes"].as_array().unwrap();
-            let seconds = told.iter().find(|one| one["key"] == "observer.stall.duration").unwrap();
+            let reported = event["attributes"].as_array().unwrap();
+            let seconds = reported.iter().find(|one| one["key"] == "observer.stall.duration").unwrap();
             (
                 time(event, "timeUnixNano"),
                 seconds["value"]["doubleValue"].as_f64().unwrap(),
@@ -420,7 +425,7 @@ fn a_stall_is_told_with_its_request() {
         }
     };
     assert!((0.12..0.2).contains(&seconds), "{seconds}");
-    assert_eq!(attributes(told)["observer.stall.cause"], "sleep");
+    assert_eq!(attributes(reported)["observer.stall.cause"], "sleep");
     assert!(begin.abs_diff(time(server, "startTimeUnixNano")) < 100_000_000, "{server:#}");
     let mut exemplars = 0;
     for_each_point(&requests, |_, metric, _, point| {
@@ -438,9 +443,9 @@ fn a_stall_is_told_with_its_request() {
     assert_eq!(exemplars, 1);
 }
 
-/// One that is due to no request, for nobody looks for requests, is a trace by itself.
+/// Without profiles, requests are not followed, so a stall is a trace of its own.
 #[real_test(quiet, userspace, host_only("guests have no collector"))]
-fn a_stall_without_a_request_is_told_alone() {
+fn stall_without_a_request_is_a_trace_of_its_own() {
     let server = Server::asyncio();
     let receiver = Receiver::start("grpc", &[]);
     let observer = trace_stalls(["--pid", &server.pid().to_string()], &url(receiver.port), "grpc");
@@ -457,9 +462,9 @@ fn a_stall_without_a_request_is_told_alone() {
     assert_eq!(attributes(&stall["attributes"])["observer.stall.cause"], "sleep");
 }
 
-/// Whoever comes up for selection is observed until it is decided about; what it did meanwhile is told to nobody.
+/// A candidate is observed until it has been evaluated. Its stalls until then are not exported if it is rejected.
 #[real_test(quiet, userspace, host_only("guests have no collector"))]
-fn a_stall_of_whom_nobody_wants_is_not_told() {
+fn stall_of_a_rejected_candidate_is_not_exported() {
     let receiver = Receiver::start("http", &[]);
     let port = free_port().to_string();
     let observer = trace_stalls(["--port", &port], &url(receiver.port), "http/protobuf");
@@ -467,6 +472,6 @@ fn a_stall_of_whom_nobody_wants_is_not_told() {
     server.block("sleep", 120);
     thread::sleep(Duration::from_secs(2));
     observer.finish();
-    let told = spans(&receiver.stop());
-    assert!(told.is_empty(), "{told:#?}");
+    let reported = spans(&receiver.stop());
+    assert!(reported.is_empty(), "{reported:#?}");
 }

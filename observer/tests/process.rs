@@ -1,34 +1,34 @@
-//! The process probe: children of the past and of the future, exits, and the end of all targets.
+//! The process probe: existing and later children, exits, and the exit of the last target.
 
 use std::process::{Command, Stdio};
 
 use crate::support::{
     Process, http,
+    interactive::Interactive,
     observer::Observer,
     send,
     servers::{Server, children},
-    told::Told,
     wait_for,
 };
 use nix::sys::signal::Signal;
 
 #[real_test]
-fn nginx_master_given_workers_found() {
+fn workers_of_an_nginx_master_are_targets() {
     let server = Server::nginx(2);
     let workers = children(server.pid());
-    let report = Observer::of(server.pid()).finish();
+    let report = Observer::attach(server.pid()).finish();
     for worker in workers {
         assert_eq!(report.target(worker)["comm"], "nginx");
         report.reactor(worker);
     }
 }
 
-/// nginx replaces its worker on SIGHUP: a child that did not exist when observer came.
+/// nginx replaces its worker on SIGHUP, so the new one is forked while observer runs.
 #[real_test(contract)]
-fn a_child_forked_later_is_followed() {
+fn child_forked_later_is_followed() {
     let server = Server::nginx(1);
     let first = children(server.pid());
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     server.process.signal(Signal::SIGHUP);
     let second = wait_for("a new worker", || {
         let now = children(server.pid());
@@ -43,7 +43,7 @@ fn a_child_forked_later_is_followed() {
 }
 
 #[real_test]
-fn children_are_left_out_on_request() {
+fn no_follow_excludes_children() {
     let server = Server::nginx(1);
     let report =
         Observer::start(&["--pid", &server.pid().to_string(), "--no-follow", "--no-listen"]).finish();
@@ -51,9 +51,9 @@ fn children_are_left_out_on_request() {
     report.target(server.pid());
 }
 
-/// Two targets at once, each with its own figures.
+/// Two targets at once have separate counts.
 #[real_test]
-fn several_pids() {
+fn several_pids_have_separate_counts() {
     let (asyncio, redis) = (Server::asyncio(), Server::redis());
     let arguments = ["--pid", &asyncio.pid().to_string(), "--pid", &redis.pid().to_string(), "--no-listen"];
     let observer = Observer::start(&arguments);
@@ -65,11 +65,11 @@ fn several_pids() {
     assert_eq!(report.listener(redis.port)["accepts"], 2);
 }
 
-/// Nobody has to press Ctrl-C when there is nothing left to observe, and figures of the dead are kept.
+/// observer ends when no target is left, and reports those that have exited.
 #[real_test]
-fn the_end_of_the_last_target_ends_observer() {
+fn exit_of_the_last_target_ends_observer() {
     let server = Server::asyncio();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     http::get(server.port, "/");
     send(server.pid(), Signal::SIGKILL);
     let report = observer.report();
@@ -78,9 +78,9 @@ fn the_end_of_the_last_target_ends_observer() {
     assert_eq!(report.listener(server.port)["accepts"], 1);
 }
 
-/// Hundreds of short-lived children: followed, forgotten, nothing left over.
+/// Hundreds of short-lived children are followed, and no entries of them stay.
 #[real_test]
-fn a_storm_of_forks_is_survived() {
+fn fork_storm_loses_no_exit() {
     const FORKS: usize = 500;
     let files = tempfile::tempdir().unwrap();
     let (start, end) = (files.path().join("start"), files.path().join("end"));
@@ -90,7 +90,7 @@ fn a_storm_of_forks_is_survived() {
         end = end.display()
     );
     let storm = Process(Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).spawn().unwrap());
-    let observer = Observer::of(storm.pid());
+    let observer = Observer::attach(storm.pid());
     std::fs::write(&start, "").unwrap();
     wait_for("the end of the storm", || end.exists().then_some(()));
     let report = observer.finish();
@@ -99,18 +99,18 @@ fn a_storm_of_forks_is_survived() {
     assert!(exited >= FORKS, "{exited} exits seen");
 }
 
-/// A server that puts itself in the background: the process that opened the listener is gone, the listener is not.
+/// A server that daemonizes: the process that opened the listener has exited, but the listener is still open.
 #[real_test]
-fn a_listener_is_inherited() {
+fn inherited_listener_belongs_to_the_child() {
     let script = "import os, socket, time\n\
         s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()\n\
         child = os.fork()\n\
         if child: print(child, flush=True); os._exit(0)\n\
         time.sleep(60)";
-    let mut parent = Told::python(script);
-    let port = parent.said().parse().unwrap();
-    let observer = Observer::of(parent.pid());
-    let child: u32 = parent.tell("").parse().unwrap();
+    let mut parent = Interactive::python(script);
+    let port = parent.next_line().parse().unwrap();
+    let observer = Observer::attach(parent.pid());
+    let child: u32 = parent.request("").parse().unwrap();
     parent.process.0.wait().unwrap();
     let _waiting = http::connect(port);
     let report = observer.finish();

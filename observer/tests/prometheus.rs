@@ -1,4 +1,4 @@
-//! A real Prometheus scrapes observer: what it makes of the metrics, of the dashboards' queries and of the rules.
+//! observer scraped by a real Prometheus: its metrics, the queries of the dashboards, and the rules.
 
 use std::{
     collections::BTreeMap,
@@ -14,12 +14,12 @@ use serde_json::Value;
 
 use crate::support::{
     acceptor::Acceptor,
-    deferred::{Deferring, ask},
+    deferred::{DeferringServer, send_request},
     example, http,
+    interactive::Interactive,
     observer::Observer,
     prometheus::{Prometheus, RANGE, dashboards},
     servers::Server,
-    told::Told,
     wait_for,
 };
 
@@ -35,14 +35,13 @@ fn promtool(arguments: &[&str], input: &str) -> String {
         .expect("promtool is installed");
     tool.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = tool.wait_with_output().unwrap();
-    let said =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "promtool {arguments:?}: {said}");
-    said
+    let log = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "promtool {arguments:?}: {log}");
+    log
 }
 
 #[real_test(host_only("guests have no Prometheus"))]
-fn promtool_finds_no_fault() {
+fn promtool_accepts_metrics_and_rules() {
     let server = Server::asyncio();
     let observer = Observer::start(&["--pid", &server.pid().to_string(), "--listen", "127.0.0.1:0"]);
     server.block("sleep", 60);
@@ -53,7 +52,7 @@ fn promtool_finds_no_fault() {
     assert!(promtool(&["test", "rules", "rules.test.yml"], "").contains("SUCCESS"));
 }
 
-/// A server that is asked again and again, and blocks for so many milliseconds each time, then pauses as long.
+/// A load that blocks a server for a number of milliseconds at a time, with pauses of the same length.
 struct Load<'s> {
     server: &'s Server,
     milliseconds: AtomicU32,
@@ -74,23 +73,23 @@ impl<'s> Load<'s> {
     }
 }
 
-/// Asks for a few jobs a second, each of which leaves work behind.
-fn defer(server: &Deferring, is_over: &AtomicBool) {
+/// Sends a few jobs per second, each of which defers tasks.
+fn send_jobs(server: &DeferringServer, is_over: &AtomicBool) {
     for job in 0.. {
         if is_over.load(Ordering::Relaxed) {
             break;
         }
         let mut connection = BufReader::new(http::connect(server.port));
-        ask(&mut connection, &format!("/job/{job}"));
+        send_request(&mut connection, &format!("/job/{job}"));
         thread::sleep(Duration::from_millis(250));
     }
 }
 
-/// A program with a library of its own for deferred work: see `servers/scripted_library.rs`.
-struct Library(Told);
+/// A program with a custom library for deferred tasks; see `servers/scripted_library.rs`.
+struct Library(Interactive);
 
 impl Library {
-    /// What observer has to be told of it.
+    /// Flags that describe its functions to observer.
     const HOOKS: [&str; 6] = [
         "--snapshot",
         "scripted_library:task_submit:arg0",
@@ -101,27 +100,27 @@ impl Library {
     ];
 
     fn start() -> Self {
-        let mut library = Told::start(&mut Command::new(example("scripted_library")));
-        assert_eq!(library.said(), "ready");
+        let mut library = Interactive::start(&mut Command::new(example("scripted_library")));
+        assert_eq!(library.next_line(), "ready");
         Self(library)
     }
 
     #[track_caller]
-    fn tell(&mut self, command: &str) {
-        assert_eq!(self.0.tell(command), "ok");
+    fn request(&mut self, command: &str) {
+        assert_eq!(self.0.request(command), "ok");
     }
 }
 
-/// Ends a load, come what may: the scope it runs in waits for it.
-struct EndOf<'a>(&'a AtomicBool);
+/// Ends a load when it is dropped, because the scope of its thread waits for it.
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for EndOf<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// One query of a panel.
+/// A query of a panel.
 struct Query {
     panel: String,
     unit: String,
@@ -157,22 +156,22 @@ fn queries() -> Vec<Query> {
     queries
 }
 
-/// The loop blocks for 20 ms out of some 40, and nothing else happens to it; that of another process hardly works, and
-/// puts off a little: each figure has to be in the order of magnitude that follows, in the unit that its panel shows.
+/// The loop blocks for about 20 of every 40 ms and does nothing else. The loop of a second process is mostly idle and
+/// defers a few tasks. Each value must have the order of magnitude that follows from this, in the unit of its panel.
 #[real_test(host_only("guests have no Prometheus"))]
 fn every_panel_and_rule_has_data_in_its_unit() {
     let server = Server::asyncio();
-    let deferring = Deferring::script("/usr/bin/python3", "deferred_asyncio.py");
+    let deferring = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     let pids = [server.pid(), deferring.pid()].map(|pid| pid.to_string());
     let observer = Observer::start(&["--pid", &pids[0], "--pid", &pids[1], "--listen", "127.0.0.1:0"]);
     let prometheus = Prometheus::scraping(&[observer.port()]);
     let load = Load::on(&server);
-    let (queries, mut figures) = (queries(), BTreeMap::new());
+    let (queries, mut values) = (queries(), BTreeMap::new());
     thread::scope(|scope| {
-        let _end = EndOf(&load.is_over);
+        let _end = StopOnDrop(&load.is_over);
         scope.spawn(|| load.run());
-        scope.spawn(|| defer(&deferring, &load.is_over));
-        // So long that all samples in the range are of the load.
+        scope.spawn(|| send_jobs(&deferring, &load.is_over));
+        // Until all samples in the range were taken under load.
         thread::sleep(Duration::from_secs(12));
         for query in &queries {
             let result = wait_for(&format!("data for {}: {}", query.panel, query.expression), || {
@@ -181,11 +180,11 @@ fn every_panel_and_rule_has_data_in_its_unit() {
             });
             let most = match query.unit.as_str() {
                 "percentunit" => 1.0,
-                // Work that waits for 200 ms on purpose; bounds are octaves, and a load that begins may be late.
+                // Tasks that wait for 200 ms on purpose. Buckets are powers of two, and a load that starts may be late.
                 "s" if query.panel.contains("Deferred") => 0.6,
                 // Nothing here takes longer.
                 "s" => 0.2,
-                // 25 requests a second, one connection and few events each.
+                // 25 requests a second, with one connection and a few events each.
                 "cps" => 500.0,
                 "cpm" => 60.0 * 50.0,
                 "short" => 4096.0,
@@ -194,7 +193,7 @@ fn every_panel_and_rule_has_data_in_its_unit() {
             for (labels, value) in &result {
                 assert!((0.0..=most).contains(value), "{} is {value} of {labels}", query.panel);
             }
-            figures.insert(query.panel.clone(), result[0].1);
+            values.insert(query.panel.clone(), result[0].1);
         }
         let rules = fs::read_to_string(dashboards().join("rules.yml")).unwrap();
         let recorded: Vec<_> =
@@ -216,18 +215,18 @@ fn every_panel_and_rule_has_data_in_its_unit() {
         assert_eq!(prometheus.firing(), Vec::<String>::new());
     });
     observer.finish();
-    let figure = |panel: &str| {
-        let found: Vec<_> = figures.iter().filter(|(name, _)| name.starts_with(panel)).collect();
-        assert_eq!(found.len(), 1, "{panel} in {figures:#?}");
+    let value_of = |panel: &str| {
+        let found: Vec<_> = values.iter().filter(|(name, _)| name.starts_with(panel)).collect();
+        assert_eq!(found.len(), 1, "{panel} in {values:#?}");
         *found[0].1
     };
     let between = |panel: &str, least: f64, most: f64| {
-        let figure = figure(panel);
-        assert!((least..=most).contains(&figure), "{panel} is {figure}");
+        let value = value_of(panel);
+        assert!((least..=most).contains(&value), "{panel} is {value}");
     };
-    // Half of all instants meet a block that has 0 to 20 ms to go: 5 ms on average. Buckets are octaves.
+    // Half of all instants are in a block with 0 to 20 ms left: 5 ms on average. Buckets are powers of two.
     between("observer / Reactor: Lag: p99", 0.010, 0.080);
-    // The loop that hardly works has as many instants.
+    // The mostly idle loop counts with the same weight.
     between("observer / Reactor: Lag: mean", 0.001, 0.020);
     between("observer / Reactor: Slices: p99", 0.016, 0.080);
     between("observer / Reactor: Utilisation by loop", 0.25, 0.75);
@@ -235,21 +234,21 @@ fn every_panel_and_rule_has_data_in_its_unit() {
     between("observer / Fleet: Lag, 99th percentile", 0.010, 0.080);
     between("observer / Accept queue: Arrivals and accepts: accepts", 10.0, 40.0);
     between("observer / Accept queue: Turned away and given up: overflows", 0.0, 0.0);
-    // Four jobs a second, each with fifteen pieces, and what asyncio puts off by itself.
+    // Four jobs a second with fifteen tasks each, and the tasks of asyncio itself.
     between("observer / Deferred work: Put off, started, ended: started", 30.0, 400.0);
     between("observer / Deferred work: Put off, started, ended: ended", 30.0, 400.0);
     between("observer / Deferred work: Started by kind", 4.0, 400.0);
     between("observer / Fleet: Deferred work that starts", 30.0, 400.0);
-    eprintln!("{figures:#?}");
+    eprintln!("{values:#?}");
 }
 
-/// Makes each cause happen, waits for its alert, takes the cause away and waits for the alert to end.
+/// Creates the condition of each alert, waits until it fires, removes the condition and waits until it resolves.
 #[real_test(host_only("guests have no Prometheus"))]
 fn every_alert_fires_and_resolves() {
     let server = Server::asyncio();
     let mut library = Library::start();
     let mut acceptor = Acceptor::in_own_namespace(8);
-    // More than observer has room for.
+    // More listeners than the capacity of observer.
     let mut crowd = Acceptor::group(40);
     let start = |pids: &[u32], more: &[&'static str]| {
         let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
@@ -275,12 +274,12 @@ fn every_alert_fires_and_resolves() {
     };
     assert_eq!(prometheus.firing(), Vec::<String>::new());
 
-    acceptor.tell("connect 50");
+    acceptor.request("connect 50");
     for alert in ["ObserverAcceptQueueOverflow", "ObserverAcceptQueueOverflowing", "ObserverConnectionWaits"]
     {
         fires(alert);
     }
-    acceptor.tell("reset");
+    acceptor.request("reset");
     for alert in ["ObserverAcceptQueueOverflow", "ObserverAcceptQueueOverflowing", "ObserverConnectionWaits"]
     {
         resolves(alert);
@@ -289,30 +288,30 @@ fn every_alert_fires_and_resolves() {
     let load = Load::on(&server);
     load.milliseconds.store(300, Ordering::Relaxed);
     thread::scope(|scope| {
-        let _end = EndOf(&load.is_over);
+        let _end = StopOnDrop(&load.is_over);
         scope.spawn(|| load.run());
         fires("ObserverLoopLate");
     });
     resolves("ObserverLoopLate");
 
-    library.tell("strange 1000");
+    library.request("unmatched 1000");
     fires("ObserverDeferredNeverMatches");
     for _ in 0..50 {
-        library.tell("submit 1");
-        library.tell("execute 1");
+        library.request("submit 1");
+        library.request("execute 1");
     }
     resolves("ObserverDeferredNeverMatches");
-    library.tell("submit 5");
-    library.tell("drop 5");
+    library.request("submit 5");
+    library.request("drop 5");
     fires("ObserverDeferredOrphans");
     resolves("ObserverDeferredOrphans");
-    library.tell("submit 1");
+    library.request("submit 1");
     fires("ObserverDeferredStuck");
-    library.tell("execute 1");
+    library.request("execute 1");
     resolves("ObserverDeferredStuck");
 
-    crowd.tell("close");
-    crowd.tell("listen");
+    crowd.request("close");
+    crowd.request("listen");
     fires("ObserverLosesEvents");
     resolves("ObserverLosesEvents");
     assert_eq!(prometheus.firing(), Vec::<String>::new());

@@ -1,4 +1,4 @@
-//! The reactor probe against real event loops: every block seen once, and its time put where it belongs.
+//! The reactor probe with real event loops: every block is seen once, and its time is attributed correctly.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -8,39 +8,40 @@ use std::{
 };
 
 use crate::support::{
-    Process, assert_close, is_emulated,
+    Process, assert_close,
+    interactive::Interactive,
+    is_emulated,
     observer::{Observer, count_between},
     schedstat,
     servers::Server,
     stolen,
-    told::Told,
 };
 use serde_json::Value;
 
-/// Known operations.
+/// Number of blocks of a test.
 const BLOCKS: u64 = 23;
 
-/// Length of a block in milliseconds: longer than what else may take an emulated processor away.
+/// Length of a block in milliseconds: longer than other interruptions of an emulated CPU.
 fn block_ms() -> u32 {
     if is_emulated() { 400 } else { 100 }
 }
 
-/// Bounds of the scraped buckets that hold such a block, and what a busy machine adds to that.
+/// Bounds of the buckets that such a block falls into, with an upper bound for busy machines.
 fn bucket() -> (f64, f64) {
     const LEAST: f64 = 0.067_108_864;
     if is_emulated() { (4.0 * LEAST, 32.0 * LEAST) } else { (LEAST, 8.0 * LEAST) }
 }
 
-/// Blocks a server's loop and returns its reactor's figures with what the server measured: wall and CPU seconds.
+/// Blocks a server's loop. Returns its event loop as reported, and the wall and CPU seconds that the server measured.
 fn block(server: &Server, kind: &str, times: u64) -> (Value, f64, f64) {
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     let (mut wall, mut cpu) = (0.0, 0.0);
     for _ in 0..times {
         let measured = server.block(kind, block_ms());
         wall += measured["wall"].as_f64().unwrap();
         cpu += measured["cpu"].as_f64().unwrap();
     }
-    // Whoever answers this has ended the slice that the last block was in.
+    // This response shows that the slice of the last block has ended.
     server.block("none", 0);
     let report = observer.finish();
     report.assert_complete();
@@ -53,28 +54,29 @@ fn seconds(reactor: &Value, state: &str) -> f64 {
     part.as_f64().unwrap_or_else(|| blocks(part))
 }
 
-/// It was blocked in this for as long as it had asked to sleep, less what passes before it does, and not longer than that
-/// took by its own clock, which counts waiting for a CPU afterwards as well. No sleep was told as something without a name.
+/// Asserts that the loop was blocked with this cause for at least the requested sleep, less a little before it, and at
+/// most for the time that the server measured, which includes the wait for a CPU afterwards. No sleep may have an
+/// unknown cause.
 #[track_caller]
 fn assert_slept(reactor: &Value, wall: f64, cause: &str) {
     let sleep = Duration::from_millis(u64::from(block_ms())).as_secs_f64();
-    let asked = Duration::from_millis(u64::from(block_ms()) * BLOCKS).as_secs_f64();
+    let stdin = Duration::from_millis(u64::from(block_ms()) * BLOCKS).as_secs_f64();
     let [slept, other] = [cause, "other"].map(|cause| &reactor["split_seconds"]["blocked"][cause]);
     let (slept, other) = (slept.as_f64().unwrap(), other.as_f64().unwrap());
-    assert!((0.95 * asked..=wall + 0.01).contains(&slept), "{slept} s, {asked} asked for, {wall} taken");
+    assert!((0.95 * stdin..=wall + 0.01).contains(&slept), "{slept} s, {stdin} asked for, {wall} taken");
     assert!(other < 0.5 * sleep, "{other} s: {reactor:#}");
 }
 
-/// Cost of the requests around the blocks, which is real work of the same loop.
+/// Tolerance for the work of the requests around the blocks, in seconds.
 fn slack(times: u64) -> f64 {
     let each = if is_emulated() { 0.050 } else { 0.002 };
     each * f64::from(u32::try_from(times).unwrap())
 }
 
 #[real_test(quiet, contract)]
-fn asyncio_23_sleeps_are_23_slices_and_blocked() {
+fn asyncio_sleeps_are_blocked_slices() {
     let server = Server::asyncio();
-    // So that files which its first answer needs are not looked for in the first block.
+    // Keeps files that the first response loads out of the first block.
     server.block("sleep", 1);
     let (computed_before, _) = schedstat(server.pid());
     let stolen_before = stolen();
@@ -83,46 +85,47 @@ fn asyncio_23_sleeps_are_23_slices_and_blocked() {
     assert_eq!(count_between(&reactor["slice"], bucket().0, bucket().1), BLOCKS, "{reactor:#}");
     assert_slept(&reactor, wall, "sleep");
     assert_eq!(reactor["split_seconds"]["blocked"]["other"], 0.0, "{reactor:#}");
-    // The scheduler's own account, which has the computing around the waits as well.
-    // What a hypervisor takes comes on top; it is known to a tick of 10 ms.
+    // The scheduler's own account, which includes the work around the waits. The time of a hypervisor comes on top; its
+    // resolution is a tick of 10 ms.
     let disturbed = 0.010 + stolen() - stolen_before;
     assert!(seconds(&reactor, "cpu") < 1.05 * computed + disturbed, "{computed} s computed: {reactor:#}");
 }
 
 #[real_test(alone)]
-fn asyncio_23_spins_are_23_slices_on_a_cpu() {
+fn asyncio_spins_are_slices_on_a_cpu() {
     let server = Server::asyncio();
     let (reactor, _, cpu) = block(&server, "spin", BLOCKS);
     let slices = &reactor["slice"];
-    // Computing 100 ms takes longer when somebody else computes, too.
+    // 100 ms of CPU time take longer on a busy machine.
     assert_eq!(count_between(slices, bucket().0, f64::MAX), BLOCKS, "{reactor:#}");
     assert_close("on a CPU", seconds(&reactor, "cpu"), cpu, 0.05, slack(BLOCKS));
     assert!(seconds(&reactor, "blocked") < 0.05 * cpu, "{reactor:#}");
 }
 
 #[real_test(quiet)]
-fn node_23_sleeps_are_23_slices_and_blocked() {
+fn node_sleeps_are_blocked_slices() {
     let server = Server::node();
-    // So that compiling the handler is not part of the first block.
+    // Keeps compiling of the handler out of the first block.
     server.block("sleep", 1);
     let (reactor, wall, _) = block(&server, "sleep", BLOCKS);
     let long = count_between(&reactor["slice"], bucket().0, f64::MAX);
-    // Emulated, compiling a function can take as long.
+    // On an emulated machine, compiling a function may take as long.
     assert!(long == BLOCKS || (is_emulated() && long > BLOCKS), "{reactor:#}");
-    // What its threads do beside each other, as they collect garbage, is not all known.
+    // Other causes are possible, because some activities of Node's threads, such as concurrent garbage collection, are
+    // unknown.
     assert_slept(&reactor, wall, "lock");
 }
 
-/// Somebody else who computes on the first CPU.
+/// A process that keeps the first CPU busy.
 fn hog() -> Process {
     let mut hog = Command::new("taskset");
     hog.args(["-c", "0", "/usr/bin/python3", "-c", "while True: pass"]).stdin(Stdio::null());
     Process(hog.spawn().unwrap())
 }
 
-/// A neighbour that computes on the same CPU is told apart from the server's own work.
+/// Time that another process takes from the CPU is not counted as the server's own work.
 #[real_test(alone)]
-fn a_hog_on_the_same_cpu_shows_as_time_waiting_for_a_cpu() {
+fn competing_process_causes_time_in_the_run_queue() {
     let _hog = hog();
     let server = Server::asyncio_on_cpu(0);
     let (_, delay_before) = schedstat(server.pid());
@@ -132,18 +135,18 @@ fn a_hog_on_the_same_cpu_shows_as_time_waiting_for_a_cpu() {
     assert!(waited > 0.25 * wall, "the hog got in nobody's way: {waited} of {wall} s");
     assert_close("waiting for a CPU", seconds(&reactor, "runqueue"), waited, 0.05, slack(BLOCKS));
     assert_close("on a CPU", seconds(&reactor, "cpu"), cpu, 0.05, slack(BLOCKS));
-    // The scheduler's own account of all delays, those after a wake-up included.
+    // The scheduler's own account of all delays, including those after a wake-up.
     let delays = seconds(&reactor, "runqueue") + reactor["wakeup"]["sum"].as_f64().unwrap();
     assert_close("delays as the scheduler counts them", delays, delay, 0.05, slack(BLOCKS));
 }
 
-/// Every wait and every slice is counted once, by the loop's own count.
+/// Every wait and every slice is counted once, compared with the loop's own count.
 #[real_test(contract)]
 fn waits_and_slices_are_counted_exactly() {
     let server = Server::asyncio();
     server.wait_until_idle();
     let before = server.waits();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     for _ in 0..BLOCKS {
         server.block("none", 0);
     }
@@ -152,15 +155,17 @@ fn waits_and_slices_are_counted_exactly() {
     let report = observer.finish();
     let reactor = report.reactor(server.pid());
     assert_eq!(reactor["waits"], waits, "{reactor:#}");
-    // Idle again, the loop has ended every slice that it began.
+    // The idle loop has ended all slices that it began.
     assert_eq!(reactor["slices"], waits, "{reactor:#}");
     assert!(waits >= BLOCKS);
 }
 
-/// A wait is time off a CPU: all that a loop has of one is in its slices, however short, by the scheduler's own account.
+/// A wait is time off the CPU: all CPU time of a loop is in its slices, however short, compared with the scheduler's
+/// account.
 #[real_test(alone)]
-fn all_time_on_a_cpu_is_in_slices() {
-    // Both on one CPU, so that it never sleeps: the scheduler counts what it takes a CPU to wake up as its thread's.
+fn all_cpu_time_is_in_slices() {
+    // Both processes share a CPU, so that it never goes idle: the scheduler counts the wake-up of an idle CPU as time
+    // of its thread.
     const LOOP: &str = "
 import os, select, sys
 asks, answers = os.pipe(), os.pipe()
@@ -181,33 +186,33 @@ while events.poll() and sys.stdin.readline():
     let mut program = Command::new("taskset");
     program.args(["-c", "0", "/usr/bin/python3", "-c", LOOP]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut program = Process(program.spawn().unwrap());
-    let (pid, mut asked) = (program.pid(), program.0.stdin.take().unwrap());
-    let mut told = BufReader::new(program.0.stdout.take().unwrap());
-    let mut ask = || {
-        asked.write_all(b"go\n").unwrap();
-        told.read_line(&mut String::new()).unwrap();
+    let (pid, mut stdin) = (program.pid(), program.0.stdin.take().unwrap());
+    let mut output = BufReader::new(program.0.stdout.take().unwrap());
+    let mut run_batch = || {
+        stdin.write_all(b"go\n").unwrap();
+        output.read_line(&mut String::new()).unwrap();
     };
-    ask();
+    run_batch();
     let mut round = || {
-        let observer = Observer::of(pid);
+        let observer = Observer::attach(pid);
         let (before, _) = schedstat(pid);
-        ask();
+        run_batch();
         let cpu = schedstat(pid).0 - before;
         let report = observer.finish();
         let seen = seconds(report.reactor(pid), "cpu");
         eprintln!("on a CPU: {seen} s where {cpu} s is true");
         seen / cpu
     };
-    // What interrupts and a hypervisor take is on a CPU as seen from outside, and not as the scheduler counts it: it comes on top,
-    // and not in every round.
+    // Time of interrupts and of a hypervisor counts as CPU time from outside, but not in the scheduler's account. It
+    // comes on top, and not in every round.
     let ratios: Vec<f64> = (0..5).map(|_| round()).collect();
     assert!(ratios.iter().all(|ratio| *ratio > 0.85), "{ratios:?}");
     assert!(ratios.iter().any(|ratio| *ratio < 1.15), "{ratios:?}");
 }
 
-/// A wait that returns at once is no idle time, and who is pushed off its CPU there wants it back.
+/// A wait that returns immediately is not idle time, and a loop that is preempted in it is in the run queue.
 #[real_test(alone)]
-fn a_loop_that_never_has_to_wait_is_busy_all_the_time() {
+fn loop_that_never_blocks_is_always_busy() {
     const LOOP: &str = "
 import os, select
 readable, writable = os.pipe()
@@ -223,7 +228,7 @@ while True: events.poll()
     program.0.stdout.take().unwrap().read_exact(&mut [0; b"ready\n".len()]).unwrap();
     let _hog = hog();
     let (cpu_before, delay_before) = schedstat(program.pid());
-    let observer = Observer::of(program.pid());
+    let observer = Observer::attach(program.pid());
     thread::sleep(Duration::from_secs(1));
     let report = observer.finish();
     let (cpu, delay) = schedstat(program.pid());
@@ -236,21 +241,21 @@ while True: events.poll()
     assert!(reactor["waits"].as_u64().unwrap() > BLOCKS && reactor["wakeup"]["count"] == 0, "{reactor:#}");
 }
 
-/// The parts are the whole.
+/// The parts add up to the total.
 #[real_test(quiet)]
-fn the_split_adds_up_to_busy_time() {
+fn parts_add_up_to_busy_time() {
     let server = Server::asyncio();
     let (reactor, ..) = block(&server, "sleep", 5);
     let parts: f64 = ["cpu", "runqueue", "blocked"].iter().map(|state| seconds(&reactor, state)).sum();
     assert_close("the parts", parts, reactor["busy_seconds"].as_f64().unwrap(), 0.01, 0.000_1);
 }
 
-/// A loop with nothing to do never returns from its wait, and is shown all the same.
+/// A loop without events never returns from its wait, but is reported.
 #[real_test(quiet)]
-fn an_idle_loop_is_seen_and_idle() {
+fn idle_loop_is_reported_as_idle() {
     let server = Server::asyncio();
-    let observer = Observer::of(server.pid());
-    // Emulated, it takes half a second from the first program to the last question at start.
+    let observer = Observer::attach(server.pid());
+    // On an emulated machine, start-up takes half a second from the first program to the last one.
     thread::sleep(Duration::from_millis(if is_emulated() { 4_000 } else { 500 }));
     let report = observer.finish();
     let reactor = report.reactor(server.pid());
@@ -260,11 +265,11 @@ fn an_idle_loop_is_seen_and_idle() {
     assert_close("waiting", waited, report.0["duration_seconds"].as_f64().unwrap(), 0.2, 0.1);
 }
 
-/// A loop that is stuck when the report is written counts with the age of its slice so far.
+/// A slice that has not ended when the report is written counts with its current age.
 #[real_test(quiet)]
-fn a_slice_in_progress_is_reported() {
+fn slice_in_progress_is_reported() {
     let server = Server::asyncio();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     thread::scope(|scope| {
         scope.spawn(|| server.block("sleep", 3000));
         thread::sleep(Duration::from_millis(1000));
@@ -276,9 +281,9 @@ fn a_slice_in_progress_is_reported() {
     });
 }
 
-/// More event loops than there is room for: the others are seen, and that some are not is said.
+/// More event loops than the capacity: the first ones are reported, and the report says that some are missing.
 #[real_test]
-fn more_reactors_than_fit() {
+fn event_loops_beyond_the_capacity_are_reported_as_missing() {
     const THREADS: usize = 1100;
     let script = format!(
         "import select, threading\n\
@@ -286,9 +291,9 @@ fn more_reactors_than_fit() {
          for _ in range({THREADS}): threading.Thread(target=epoll.poll, daemon=True).start()\n\
          print(flush=True); input()"
     );
-    let mut server = Told::python(&script);
-    server.said();
-    let report = Observer::of(server.pid()).finish();
+    let mut server = Interactive::python(&script);
+    server.next_line();
+    let report = Observer::attach(server.pid()).finish();
     assert_eq!(report.target(server.pid())["reactors"].as_array().unwrap().len(), 1024);
     let missing = report.0["self"]["missing"].to_string();
     assert!(missing.contains(&format!("some threads of process {}", server.pid())), "{missing}");

@@ -1,4 +1,5 @@
-//! Which threads are event loops: of each program the right ones, and no others, whatever else its threads wait for.
+//! Which threads count as event loops: the right ones of each program and no others, whatever else its threads wait
+//! for.
 
 use std::{
     collections::BTreeSet,
@@ -21,7 +22,7 @@ use crate::support::{
     waits_for_events,
 };
 
-/// Rounds of whatever a program is made to do.
+/// Number of requests of a test.
 const ROUNDS: u32 = 23;
 
 /// Thread ids of all event loops of all targets.
@@ -31,9 +32,9 @@ fn reactors(report: &Report) -> BTreeSet<u32> {
     reactors.map(|reactor| u32::try_from(reactor["tid"].as_u64().unwrap()).unwrap()).collect()
 }
 
-/// Observes a server while it works.
+/// Observes a server during `work`.
 fn observe(server: &Server, work: impl FnOnce()) -> Report {
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     work();
     let report = observer.finish();
     report.assert_complete();
@@ -46,7 +47,7 @@ fn threads(pid: u32) -> BTreeSet<u32> {
     tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
 }
 
-/// The main thread has to be the only event loop, of several threads.
+/// Asserts that the main thread is the only event loop of a process with several threads.
 #[track_caller]
 fn assert_only_main(report: &Report, pid: u32) {
     let threads = threads(pid);
@@ -54,17 +55,17 @@ fn assert_only_main(report: &Report, pid: u32) {
     assert_eq!(reactors(report), BTreeSet::from([pid]), "of {threads:?}: {:#}", report.0["targets"]);
 }
 
-/// The master waits for signals.
+/// The master waits only for signals.
 #[real_test]
-fn nginx_has_one_in_each_worker() {
+fn each_nginx_worker_has_one_event_loop() {
     let server = Server::nginx(2);
     let report = observe(&server, || (0..ROUNDS).for_each(|_| drop(http::get(server.port, "/"))));
     assert_eq!(reactors(&report), children(server.pid()).into_iter().collect(), "{:#}", report.0["targets"]);
 }
 
-/// Its other threads close files and free memory. Commands that take long are slices as long as they take.
+/// redis's other threads close files and free memory. Long commands are slices of the same length.
 #[real_test(alone)]
-fn redis_has_one() {
+fn redis_has_one_event_loop() {
     let keys = if is_emulated() { 100_000 } else { 1_000_000 };
     let server = Server::redis();
     let run = |commands: &str| {
@@ -88,14 +89,14 @@ fn redis_has_one() {
     let slice = &report.reactor(server.pid())["slice"];
     let (longest, sum) = (slice["max"].as_f64().unwrap(), slice["sum"].as_f64().unwrap());
     assert!((1.0..1.5).contains(&longest), "{slice:#}");
-    // Some of the time goes to sending them, in further slices.
+    // Part of the time is spent on sending the keys, in other slices.
     assert!(sum - longest > 0.25 * listing.as_secs_f64(), "listing took {listing:?}: {slice:#}");
 }
 
-/// The threads of its pool wait for work, not for events. V8 has a thread with a loop of its own, for what it wants to be
-/// done later: that is an event loop, and an idle one.
+/// The threads of Node's pool wait for work, not for events. V8 has a thread with an event loop for delayed tasks,
+/// which is idle.
 #[real_test]
-fn node_has_one_that_runs() {
+fn node_has_one_active_event_loop() {
     let server = Server::node();
     let report = observe(&server, || (0..ROUNDS).for_each(|_| drop(server.block("pool", 4))));
     let mut waiting = threads(server.pid());
@@ -106,29 +107,29 @@ fn node_has_one_that_runs() {
     assert_eq!((running.next().unwrap(), running.next()), (&server.pid().into(), None));
 }
 
-/// A second thread holds the lock that the first one waits for.
-fn assert_has_one(server: &Server) {
+/// Asserts that the main thread is the only event loop while it waits for a lock that another thread holds.
+fn assert_one_event_loop(server: &Server) {
     let report = observe(server, || (0..ROUNDS).for_each(|_| drop(server.block("futex", 20))));
     assert_eq!(reactors(&report), BTreeSet::from([server.pid()]), "{:#}", report.0["targets"]);
 }
 
 /// epoll itself, asyncio, and Ruby's async.
 #[real_test]
-fn native_python_and_ruby_loops_have_one() {
+fn native_python_and_ruby_servers_have_one_event_loop() {
     for runtime in [Runtime::Native, Runtime::Python, Runtime::Ruby] {
-        assert_has_one(&Server::causes(runtime));
+        assert_one_event_loop(&Server::causes(runtime));
     }
 }
 
 #[real_test]
-fn uvloop_has_one() {
-    assert_has_one(&Server::uvloop());
+fn uvloop_has_one_event_loop() {
+    assert_one_event_loop(&Server::uvloop());
 }
 
-/// Workers take turns in waiting for events; the others sleep, as does the main thread. The pool for blocking calls
-/// waits for work.
+/// Workers take turns in waiting for events; the other workers and the main thread are parked. The pool for blocking
+/// calls waits for work.
 #[real_test]
-fn tokio_has_those_workers_that_wait_for_events() {
+fn tokio_event_loops_are_workers() {
     let server = Server::tokio();
     let mut blocking = BTreeSet::new();
     let report = observe(&server, || {
@@ -145,19 +146,19 @@ fn tokio_has_those_workers_that_wait_for_events() {
 }
 
 #[real_test]
-fn an_io_uring_loop_has_one() {
+fn io_uring_server_has_one_event_loop() {
     let mut acceptor = Acceptor::ring("v4", "single", 128);
-    let observer = Observer::of(acceptor.pid());
-    acceptor.tell(&format!("connect {ROUNDS}"));
-    acceptor.tell(&format!("accept {ROUNDS}"));
+    let observer = Observer::attach(acceptor.pid());
+    acceptor.request(&format!("connect {ROUNDS}"));
+    acceptor.request(&format!("accept {ROUNDS}"));
     let report = observer.finish();
     report.assert_complete();
     assert_eq!(reactors(&report), BTreeSet::from([acceptor.pid()]), "{:#}", report.0["targets"]);
 }
 
-/// Where that is asked for.
+/// `poll` counts as a wait only with `--reactor-calls poll`.
 #[real_test]
-fn a_loop_that_polls_has_one() {
+fn poll_loop_is_an_event_loop_on_request() {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/selector_loop.py");
     let mut command = Command::new("/usr/bin/python3");
     let child = command.arg(script).arg("PollSelector").stdin(Stdio::piped()).spawn().unwrap();
@@ -166,19 +167,19 @@ fn a_loop_that_polls_has_one() {
     let observer = Observer::start(&["--no-listen", "--pid", &pid, "--reactor-calls", "poll"]);
     program.0.stdin.take().unwrap().write_all(b"go\n").unwrap();
     program.0.wait().unwrap();
-    // It ends by itself, for its only target has.
+    // observer ends because its only target has exited.
     let report = observer.report();
     report.assert_complete();
     assert_eq!(reactors(&report), BTreeSet::from([program.pid()]), "{:#}", report.0["targets"]);
 }
 
-/// The most ids there can be, until it is dropped.
-struct MoreIds(String);
+/// Raises the maximum pid until it is dropped.
+struct PidMax(String);
 
-impl MoreIds {
+impl PidMax {
     const FILE: &str = "/proc/sys/kernel/pid_max";
 
-    /// At least so many, if that can be changed here.
+    /// Raises the maximum to at least `ids`.
     fn at_least(ids: u32) -> io::Result<Self> {
         let before = fs::read_to_string(Self::FILE)?;
         if before.trim().parse::<u32>().is_ok_and(|most| most < ids) {
@@ -188,20 +189,21 @@ impl MoreIds {
     }
 }
 
-impl Drop for MoreIds {
+impl Drop for PidMax {
     fn drop(&mut self) {
-        let _there_was_one = fs::write(Self::FILE, &self.0);
+        let _ignored = fs::write(Self::FILE, &self.0);
     }
 }
 
-/// Programs look for a thread by the lower half of its id. Two that have that in common are two, also when one is gone.
+/// Programs find a thread by the lower half of its id. Two threads with the same lower half are told apart, also after
+/// one has exited.
 #[real_test(alone)]
-fn threads_whose_ids_have_half_in_common_are_told_apart() {
+fn threads_with_the_same_lower_id_bits_are_distinguished() {
     const LAST: &str = "/proc/sys/kernel/ns_last_pid";
     let first = Server::asyncio();
     let id = first.pid() + 0x1_0000;
-    let _more = MoreIds::at_least(id + 0x1000)
-        .unwrap_or_else(|why| skip(format!("{} cannot be changed: {why}", MoreIds::FILE)));
+    let _more = PidMax::at_least(id + 0x1000)
+        .unwrap_or_else(|why| skip(format!("{} cannot be changed: {why}", PidMax::FILE)));
     let mut tries = 0;
     let second = loop {
         fs::write(LAST, (id - 1).to_string()).unwrap();
@@ -210,7 +212,7 @@ fn threads_whose_ids_have_half_in_common_are_told_apart() {
             break second;
         }
         tries += 1;
-        // Whoever else starts a process meanwhile may be quicker.
+        // Another process may take the pid first.
         assert!(tries < 50, "others are always quicker");
     };
     let servers = [&first, &second];
@@ -232,6 +234,6 @@ fn threads_whose_ids_have_half_in_common_are_told_apart() {
     let report = observer.finish();
     report.assert_complete();
     assert_eq!(report.reactor(first.pid())["waits"], of_first, "{:#}", report.0["targets"]);
-    // It was ended in one more wait.
+    // It was killed during one more wait.
     assert_eq!(report.reactor(id)["slices"], of_second, "{:#}", report.0["targets"]);
 }

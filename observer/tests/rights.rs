@@ -1,4 +1,5 @@
-//! What observer may do: it goes on with no more than it needs, says what it cannot do without, and does the rest exactly.
+//! Capabilities: observer drops those that it does not need, reports what it cannot do without the others, and does the
+//! rest exactly.
 
 use std::{fs, process::Command};
 
@@ -10,14 +11,14 @@ use crate::support::{
     servers::Server,
 };
 
-/// Known operations.
+/// Number of connections of a test.
 const CONNECTIONS: u32 = 23;
 
-/// Numbers of the capabilities that may be left: `CAP_DAC_READ_SEARCH`, `CAP_SYS_PTRACE`, `CAP_SYS_ADMIN`, `CAP_PERFMON`,
-/// `CAP_BPF`, `CAP_SYSLOG`.
+/// Numbers of the capabilities that observer may keep: `CAP_DAC_READ_SEARCH`, `CAP_SYS_PTRACE`, `CAP_SYS_ADMIN`,
+/// `CAP_PERFMON`, `CAP_BPF`, `CAP_SYSLOG`.
 const KEPT: [u32; 6] = [2, 19, 21, 38, 39, 34];
 
-/// A command in a mount namespace of its own, after `preparation`, with these capabilities and no way to others.
+/// observer in a new mount namespace, after `preparation`, with only these capabilities.
 fn with_only(capabilities: &str, preparation: &str) -> Command {
     let mut command = Command::new("unshare");
     let run = format!(
@@ -27,13 +28,13 @@ fn with_only(capabilities: &str, preparation: &str) -> Command {
     command
 }
 
-/// Where nobody has mounted it, whoever has no right to needs it mounted.
+/// Mounts tracefs if it is not mounted, because a process without `CAP_SYS_ADMIN` cannot.
 const TRACEFS: &str = "{ mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing; }";
 
 #[real_test]
-fn what_is_not_needed_is_given_up() {
+fn unneeded_capabilities_are_dropped() {
     let server = Server::asyncio();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     let allowed = KEPT.iter().fold(0_u64, |mask, number| mask | 1 << number);
     for thread in fs::read_dir(format!("/proc/{}/task", observer.pid())).unwrap() {
         let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
@@ -48,12 +49,11 @@ fn what_is_not_needed_is_given_up() {
     assert_eq!(observer.finish().listener(server.port)["accepts"], 1);
 }
 
-/// As where a platform team grants no `CAP_SYS_ADMIN`, which kernels ask for since July 2025 before they attach to
-/// functions.
+/// Without `CAP_SYS_ADMIN`, as some platform teams require. Since July 2025, kernels require it to attach to functions.
 #[real_test(programs(&["setpriv", "unshare"]))]
-fn without_the_right_to_attach_to_functions_the_rest_is_exact() {
+fn without_sys_admin_all_but_uprobes_works() {
     let server = Server::asyncio();
-    // Before 5.11, maps are locked memory.
+    // Kernels before 5.11 count maps as locked memory.
     let rights = || {
         with_only(
             "+bpf,+perfmon,+sys_ptrace,+dac_read_search",
@@ -61,16 +61,16 @@ fn without_the_right_to_attach_to_functions_the_rest_is_exact() {
         )
     };
     let flags = ["--pid", &server.pid().to_string(), "--no-listen"];
-    // Debian's kernels ask for it before they attach to anything, unless told otherwise.
+    // By default, Debian's kernels require it to attach to anything.
     let paranoid = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid").unwrap();
     if paranoid.trim().parse::<i32>().unwrap() > 2 {
         let (code, output) = check(rights());
         assert_eq!(code, Some(1), "{output}");
-        let said = said_of(&output, "perf_event_open()");
-        assert!(said.starts_with("NO ") && said.contains("kernel.perf_event_paranoid is"), "{said}");
+        let item = item_of(&output, "perf_event_open()");
+        assert!(item.starts_with("NO ") && item.contains("kernel.perf_event_paranoid is"), "{item}");
         return;
     }
-    let observer = Observer::start_by(rights(), &flags, &[]);
+    let observer = Observer::start_command(rights(), &flags, &[]);
     for _ in 0..CONNECTIONS {
         http::get(server.port, "/");
     }
@@ -80,14 +80,14 @@ fn without_the_right_to_attach_to_functions_the_rest_is_exact() {
     assert_eq!(listener["wait"]["count"], CONNECTIONS);
     assert!(report.target(server.pid())["reactors"][0]["slices"].as_u64() >= Some(1));
     let missing = report.0["self"]["missing"].as_array().unwrap();
-    let is_told = |what: &str| missing.iter().any(|m| m["source"].as_str().unwrap().contains(what));
+    let is_missing = |what: &str| missing.iter().any(|m| m["source"].as_str().unwrap().contains(what));
     let is_followed = report.target(server.pid())["deferred"] != Value::Array(Vec::new());
-    assert!(is_followed || is_told("deferred work of asyncio"), "{missing:?}");
+    assert!(is_followed || is_missing("deferred work of asyncio"), "{missing:?}");
 }
 
-/// What `check` says of one thing, its reason and cure included.
+/// What `check` prints about one item, including its reason and cure.
 #[track_caller]
-fn said_of(output: &str, name: &str) -> String {
+fn item_of(output: &str, name: &str) -> String {
     let lines: Vec<_> = output.lines().collect();
     let at = lines.iter().position(|line| line.get(5..).is_some_and(|rest| rest.starts_with(name)));
     let at = at.unwrap_or_else(|| panic!("{name} in {output}"));
@@ -101,7 +101,7 @@ fn check(mut command: Command) -> (Option<i32>, String) {
 }
 
 #[real_test]
-fn a_user_without_rights_is_told_of_each() {
+fn check_lists_each_missing_capability() {
     let binary = PublicBinary::new();
     let (code, output) = check(binary.as_nobody());
     assert_eq!(code, Some(1), "{output}");
@@ -112,11 +112,11 @@ fn a_user_without_rights_is_told_of_each() {
         ("bpf()", "kernel.unprivileged_bpf_disabled"),
         ("perf_event_open()", "kernel.perf_event_paranoid"),
     ] {
-        let said = said_of(&output, name);
-        assert!(said.starts_with("NO ") && said.contains(reason), "{said}");
-        assert!(said.contains("cure: "), "{said}");
+        let item = item_of(&output, name);
+        assert!(item.starts_with("NO ") && item.contains(reason), "{item}");
+        assert!(item.contains("cure: "), "{item}");
     }
-    // Nobody has looked whether the kernel has it.
+    // Whether the kernel supports these is unknown without the capabilities.
     for (name, cure) in [
         ("eBPF programs", "see CAP_BPF"),
         ("ring buffer", "see CAP_BPF"),
@@ -125,15 +125,15 @@ fn a_user_without_rights_is_told_of_each() {
         ("BTF tracepoints", "see tracefs above"),
         ("io_uring tracepoints", "see tracefs above"),
     ] {
-        let said = said_of(&output, name);
-        // With tracefs mounted for all, there is nothing to mend in it.
-        assert!(said.starts_with("yes ") || said.contains(&format!("cure: {cure}")), "{said}");
+        let item = item_of(&output, name);
+        // If tracefs is mounted for all users, nothing has to be fixed.
+        assert!(item.starts_with("yes ") || item.contains(&format!("cure: {cure}")), "{item}");
     }
     assert!(!output.contains("upgrade to Linux"), "{output}");
 }
 
 #[real_test(programs(&["setpriv", "unshare"]))]
-fn what_this_machine_lacks_is_named() {
+fn check_names_what_the_machine_lacks() {
     let all = "+bpf,+perfmon,+sys_ptrace,+dac_read_search,+sys_resource";
     let lockdown = "mount -t tmpfs none /sys/kernel/security 2>/dev/null && \
                     echo 'none integrity [confidentiality]' > /sys/kernel/security/lockdown";
@@ -148,14 +148,14 @@ fn what_this_machine_lacks_is_named() {
         ("mount -t tmpfs -o mode=700 none /proc/1", "/proc shows all processes", "cannot access /proc/1/ns"),
     ] {
         let (code, output) = check(with_only(all, &format!("{TRACEFS} && {preparation}")));
-        let said = said_of(&output, name);
+        let item = item_of(&output, name);
         assert_eq!(code, Some(1), "{output}");
-        assert!(said.starts_with("NO ") && said.contains(reason), "{said}");
+        assert!(item.starts_with("NO ") && item.contains(reason), "{item}");
     }
 }
 
 #[real_test]
-fn a_process_is_looked_at_before_it_is_observed() {
+fn check_describes_a_process() {
     let server = Server::asyncio();
     let check = |pid: u32| {
         let output = Command::new(BINARY).args(["check", "--pid", &pid.to_string()]).output().unwrap();
@@ -164,10 +164,10 @@ fn a_process_is_looked_at_before_it_is_observed() {
     let (code, output) = check(server.pid());
     assert_eq!(code, Some(0), "{output}");
     for name in [&format!("process {}", server.pid()), "serves", "64-bit program", "memory", "CPython 3.1"] {
-        assert!(said_of(&output, name).starts_with("yes "), "{output}");
+        assert!(item_of(&output, name).starts_with("yes "), "{output}");
     }
     let (code, output) = check(2);
     assert_eq!(code, Some(1), "{output}");
-    let said = said_of(&output, "process 2");
-    assert!(said.starts_with("NO ") && said.contains("kernel thread"), "{said}");
+    let item = item_of(&output, "process 2");
+    assert!(item.starts_with("NO ") && item.contains("kernel thread"), "{item}");
 }

@@ -1,4 +1,4 @@
-//! Processes that are not given by their ids: found when they are there, noticed when they come, let go if nobody wants them.
+//! Selection of processes by criteria: existing ones are found, new ones are noticed, and others are released.
 
 use std::{
     fs,
@@ -18,7 +18,7 @@ use crate::support::{
     wait_for,
 };
 
-/// Known operations.
+/// Number of connections of a test.
 const CONNECTIONS: u32 = 23;
 
 fn select(criteria: &[&str]) -> Observer {
@@ -29,16 +29,16 @@ fn is_target(report: &Report, pid: u32) -> bool {
     report.0["targets"].as_array().unwrap().iter().any(|target| target["pid"] == pid)
 }
 
-/// A cgroup of our own, empty again when it ends.
+/// A new cgroup that is removed when it is dropped.
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Skips the test where there are no cgroups of version 2.
+    /// Skips the test if cgroup v2 is not mounted.
     fn new() -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
         let root = mounts.find(|mount| mount[2] == "cgroup2").map(|mount| mount[1].to_owned());
-        let root = root.unwrap_or_else(|| skip("no cgroups of version 2 are mounted"));
+        let root = root.unwrap_or_else(|| skip("cgroup v2 is not mounted"));
         let path = Path::new(&root).join(format!("observer-test-{}", std::process::id()));
         fs::create_dir_all(path.join("inner")).unwrap();
         Self(path)
@@ -48,7 +48,7 @@ impl Cgroup {
         fs::write(self.0.join("inner/cgroup.procs"), pid.to_string()).unwrap();
     }
 
-    /// As `/proc` names it.
+    /// Its path in `/proc/PID/cgroup`.
     fn name(&self) -> String {
         format!("/{}", self.0.file_name().unwrap().to_string_lossy())
     }
@@ -64,7 +64,7 @@ impl Drop for Cgroup {
 }
 
 #[real_test]
-fn whoever_is_there_is_found() {
+fn existing_processes_are_selected() {
     let (wanted, other) = (Server::redis(), Server::asyncio());
     let port = wanted.port.to_string();
     let executable = fs::read_link(format!("/proc/{}/exe", wanted.pid())).unwrap();
@@ -83,13 +83,14 @@ fn whoever_is_there_is_found() {
         let report = observer.finish();
         assert!(is_target(&report, wanted.pid()) && !is_target(&report, other.pid()), "{criteria:?}");
         let seen = report.listener(wanted.port)["accepts"].as_u64().unwrap();
-        // One by which it was asked; those from before observer are its own count's alone.
+        // Including the connection of the count. Connections from before observer attached are only in the server's own
+        // count.
         assert_eq!(seen, u64::from(CONNECTIONS) + 1, "{criteria:?}, {accepts} by its own count");
     }
 }
 
 #[real_test]
-fn whoever_is_in_a_cgroup_is_found() {
+fn processes_in_a_cgroup_are_selected() {
     let cgroup = Cgroup::new();
     let (wanted, other) = (Server::asyncio(), Server::asyncio());
     cgroup.take(wanted.pid());
@@ -100,33 +101,33 @@ fn whoever_is_in_a_cgroup_is_found() {
     assert_eq!(report.listener(wanted.port)["accepts"], 1);
 }
 
-/// From its very first connection, whatever it is selected by.
+/// A new process is observed from its first connection on, whatever the criterion.
 #[real_test(alone)]
-fn whoever_comes_is_observed_at_once() {
+fn new_process_is_observed_from_its_first_connection() {
     for criteria in [&["--all"][..], &["--exe", "/usr/bin/python3*"]] {
         let observer = select(criteria);
         let mut acceptor = Acceptor::new("v4", "accept4", 64);
-        assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS}")), CONNECTIONS);
-        assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), CONNECTIONS);
-        // Until it is decided about.
+        assert_eq!(acceptor.request(&format!("connect {CONNECTIONS}")), CONNECTIONS);
+        assert_eq!(acceptor.request(&format!("accept {CONNECTIONS}")), CONNECTIONS);
+        // Until the process has been evaluated.
         thread::sleep(Duration::from_secs(2));
         let report = observer.finish();
         report.assert_complete();
-        let port = acceptor.place().parse().unwrap();
+        let port = acceptor.address().parse().unwrap();
         assert_eq!(report.listener(port)["accepts"], CONNECTIONS, "{criteria:?}");
         assert_eq!(report.listener(port)["wait"]["count"], CONNECTIONS, "{criteria:?}");
     }
 }
 
-/// It is observed until observer has looked at it, and leaves nothing behind.
+/// A candidate is observed until it has been evaluated. No entries of it stay.
 #[real_test(alone)]
-fn whoever_is_not_wanted_is_let_go() {
+fn rejected_process_is_released() {
     let observer = select(&["--port", &free_port().to_string()]);
-    let kept = || ["TARGETS", "THREADS", "LISTENERS"].map(|map| observer.entries_of(map));
+    let kept = || ["TARGETS", "THREADS", "LISTENERS"].map(|map| observer.map_entries(map));
     let server = Server::asyncio();
     server.block("sleep", 60);
     wait_for("it to be let go", || (kept() == [0; 3]).then_some(()));
-    // What it does later does not bring it back.
+    // Later activity does not make it a candidate again.
     for _ in 0..5 {
         server.block("sleep", 60);
     }
@@ -135,9 +136,9 @@ fn whoever_is_not_wanted_is_let_go() {
     assert_eq!(report.0["targets"].as_array().unwrap().len(), 0, "{:#}", report.0);
 }
 
-/// A child of one that is selected is a target, though it would not be selected by itself.
+/// Children of selected processes are targets, even if they do not match.
 #[real_test]
-fn children_of_those_selected_are_followed() {
+fn children_of_selected_processes_are_targets() {
     let server = Server::nginx(2);
     let observer = select(&["--port", &server.port.to_string()]);
     http::get(server.port, "/");
@@ -147,8 +148,8 @@ fn children_of_those_selected_are_followed() {
     assert!(workers.iter().all(|&worker| is_target(&report, worker)), "{:#}", report.0);
 }
 
-/// What comes and goes: the shell's children, servers that are killed, programs that start others in their place.
-fn storm(until: &AtomicBool) -> u64 {
+/// Starts and ends processes: children of a shell, servers that are killed, and processes that exec other programs.
+fn churn(until: &AtomicBool) -> u64 {
     let mut rounds = 0_u64;
     let quiet = |command: &mut Command| -> Child {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
@@ -170,7 +171,7 @@ fn storm(until: &AtomicBool) -> u64 {
     rounds
 }
 
-/// Listens, waits for events with several threads, and is gone.
+/// Listens, waits for events with several threads, and exits.
 const SHORT_LIVED: &str = "
 import select, socket, threading, time
 s = socket.create_server(('127.0.0.1', 0))
@@ -181,14 +182,14 @@ for _ in range(4):
 time.sleep(0.01)
 ";
 
-/// Those that stay are counted exactly in the middle of it, and nothing of the others is kept.
+/// Servers that stay are counted exactly meanwhile, and no entries of the others stay.
 #[real_test(alone)]
-fn survivors_of_a_storm_are_exact() {
+fn remaining_servers_are_exact_during_process_churn() {
     let time = Duration::from_secs(if is_emulated() { 20 } else { 12 });
     let observer = Observer::start(&["--all", "--listen", "127.0.0.1:0"]);
     let end = AtomicBool::new(false);
     let (rounds, mut acceptors, redis, connections) = thread::scope(|scope| {
-        let storms = [scope.spawn(|| storm(&end)), scope.spawn(|| storm(&end))];
+        let churns = [scope.spawn(|| churn(&end)), scope.spawn(|| churn(&end))];
         let begin = Instant::now();
         let mut acceptors: Vec<_> =
             ["v4", "v6", "unix"].map(|kind| Acceptor::new(kind, "accept4", 64)).into();
@@ -196,36 +197,36 @@ fn survivors_of_a_storm_are_exact() {
         let mut connections = 0;
         while begin.elapsed() < time {
             for acceptor in &mut acceptors {
-                assert_eq!(acceptor.tell("connect 5"), 5);
-                assert_eq!(acceptor.tell("accept 5"), 5);
+                assert_eq!(acceptor.request("connect 5"), 5);
+                assert_eq!(acceptor.request("accept 5"), 5);
             }
             connections += 5;
             http::connect(redis.port);
             thread::sleep(Duration::from_millis(100));
         }
         end.store(true, Ordering::Relaxed);
-        (storms.map(|storm| storm.join().unwrap()), acceptors, redis, connections)
+        (churns.map(|churn| churn.join().unwrap()), acceptors, redis, connections)
     });
     eprintln!("{rounds:?} rounds of processes that came and went, {connections} connections each");
-    // Whoever asks for them is observed for a moment as well.
-    let then = observed();
+    // The processes that read the map are observed for a moment as well.
+    let then = target_pids();
     wait_for("those that are gone to be forgotten", || {
-        let now = observed();
+        let now = target_pids();
         let is_there = |pid: &u32| Path::new(&format!("/proc/{pid}")).exists();
         then.iter().all(|pid| !now.contains(pid) || is_there(pid)).then_some(())
     });
-    assert!(!observed().contains(&observer.pid()), "it observes itself");
+    assert!(!target_pids().contains(&observer.pid()), "it observes itself");
     let accepts = redis.redis_accepts();
     let report = observer.finish();
     report.assert_complete();
     for acceptor in &mut acceptors {
-        let place = acceptor.place();
-        let address = match place.parse::<u16>() {
-            Ok(_) if report.listeners(&format!("127.0.0.1:{place}")).len() == 1 => {
-                format!("127.0.0.1:{place}")
+        let port_or_path = acceptor.address();
+        let address = match port_or_path.parse::<u16>() {
+            Ok(_) if report.listeners(&format!("127.0.0.1:{port_or_path}")).len() == 1 => {
+                format!("127.0.0.1:{port_or_path}")
             }
-            Ok(_) => format!("[::1]:{place}"),
-            Err(_) => format!("unix:{place}"),
+            Ok(_) => format!("[::1]:{port_or_path}"),
+            Err(_) => format!("unix:{port_or_path}"),
         };
         let listeners = report.listeners(&address);
         assert_eq!(listeners.len(), 1, "{address} in {:#}", report.0);
@@ -234,8 +235,8 @@ fn survivors_of_a_storm_are_exact() {
     assert_eq!(report.listener(redis.port)["accepts"].as_u64(), Some(accepts));
 }
 
-/// Ids of the processes that the programs keep.
-fn observed() -> Vec<u32> {
+/// Pids in the map of targets.
+fn target_pids() -> Vec<u32> {
     let output = Command::new("bpftool").args(["-j", "map", "dump", "name", "TARGETS"]).output().unwrap();
     let entries: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
     let byte = |text: &serde_json::Value| u8::from_str_radix(&text.as_str().unwrap()[2..], 16).unwrap();

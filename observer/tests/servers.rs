@@ -1,4 +1,4 @@
-//! Servers of every build under load: whoever accepts, in how many processes, observer's count is the server's own.
+//! Servers of many kinds under load: whichever process accepts, observer's count equals the server's own.
 
 use serde_json::Value;
 
@@ -8,13 +8,13 @@ use crate::support::{
     servers::{Server, children},
 };
 
-/// Known operations.
+/// Number of connections of a test.
 const CONNECTIONS: u64 = 23;
 
-/// One connection for each request, so that there are many.
+/// Makes each request use a new connection.
 const CLOSE: &[&str] = &["Connection: close"];
 
-/// More than this many connections on real hardware.
+/// Minimum number of connections on real hardware.
 const MANY: u64 = 10_000;
 
 #[track_caller]
@@ -23,22 +23,22 @@ fn assert_many(what: &str, connections: u64) {
     assert!(connections > if is_emulated() { 10 } else { MANY });
 }
 
-/// Accepts that met a queue this deep, for each bucket of `depth_on_accept`.
+/// Number of accepts for each bucket of `depth_on_accept`.
 fn depths(listener: &Value) -> Vec<u64> {
     let counts = listener["depth_on_accept"]["counts"].as_array().unwrap();
     counts.iter().map(|count| count.as_u64().unwrap()).collect()
 }
 
-/// Each connection wakes every worker that waits; all but one of them come too late, and none of those is counted.
+/// Each connection wakes all waiting workers. All but one fail to accept, and none of these attempts is counted.
 #[real_test(userspace)]
-fn gunicorn_workers_that_lose_the_race_count_nothing() {
-    /// How often to try until some worker has lost a race: how many do is the scheduler's choice.
+fn failed_accepts_of_gunicorn_workers_are_not_counted() {
+    /// Maximum number of rounds until a worker has lost a race, which depends on the scheduler.
     const ROUNDS: u64 = 20;
     let server = Server::gunicorn();
     let lost_before = server.races_lost();
     let mut rounds = 0;
     let (connections, report) = observe(&server, Server::connections, |port| {
-        // Once in any case: who has lost the race for the last connection before may say so late.
+        // At least one round: a worker may report late that it lost the race for the last connection before.
         while rounds == 0 || (rounds < ROUNDS && server.races_lost() == lost_before) {
             (0..CONNECTIONS).for_each(|_| drop(http::get(port, "/")));
             rounds += 1;
@@ -51,13 +51,13 @@ fn gunicorn_workers_that_lose_the_race_count_nothing() {
     let listener = report.listener(server.port);
     let depths = depths(listener);
     assert_eq!(depths.iter().sum::<u64>(), connections, "{listener:#}");
-    // One client, who waits for each answer: never more than its one connection.
+    // The client waits for each response, so there is never more than one connection.
     assert_eq!(depths[0] + depths[1], connections, "{listener:#}");
     assert_eq!(listener["peak"], 1, "{listener:#}");
 }
 
 #[real_test(userspace)]
-fn gunicorn_under_load() {
+fn gunicorn_under_load_is_counted() {
     let server = Server::gunicorn();
     let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
     let (connections, report) = observe(&server, Server::connections, load);
@@ -68,16 +68,16 @@ fn gunicorn_under_load() {
 }
 
 #[real_test(userspace)]
-fn haproxy_under_load() {
+fn haproxy_under_load_is_counted() {
     let server = Server::haproxy();
     let load = |port| wrk(port, CLOSE, || server.haproxy_accepts() > MANY);
     let (connections, _) = observe(&server, Server::haproxy_accepts, load);
     assert_many("haproxy", connections);
 }
 
-/// The first process accepts and hands connections on: the listener is its.
+/// The primary process accepts and hands connections to workers, so the listener belongs to it.
 #[real_test(full, userspace)]
-fn node_cluster_whose_first_process_accepts() {
+fn node_cluster_with_accepting_primary_is_counted() {
     let server = Server::node_cluster("rr");
     let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
     let (connections, report) = observe(&server, Server::connections, load);
@@ -86,16 +86,16 @@ fn node_cluster_whose_first_process_accepts() {
 }
 
 #[real_test(userspace)]
-fn node_cluster_whose_workers_accept() {
+fn node_cluster_with_accepting_workers_is_counted() {
     let server = Server::node_cluster("none");
     let load = |port| wrk(port, CLOSE, || server.connections() > MANY);
     let (connections, _) = observe(&server, Server::connections, load);
     assert_many("node cluster, workers accept", connections);
 }
 
-/// One listener for each worker: together they accept what nginx counts, and each is listed with its worker.
+/// One listener for each worker: their accepts add up to nginx's count, and each is listed with its worker.
 #[real_test(userspace)]
-fn nginx_with_a_listener_for_each_worker() {
+fn nginx_with_a_listener_per_worker_is_counted() {
     let server = Server::nginx_reuseport(2);
     let load = |port| wrk(port, CLOSE, || server.nginx_accepts() > MANY);
     let (connections, report) = observe(&server, Server::nginx_accepts_of_all, load);
@@ -108,7 +108,7 @@ fn nginx_with_a_listener_for_each_worker() {
 }
 
 #[real_test(userspace)]
-fn redis_under_load_without_keep_alive() {
+fn redis_without_keep_alive_is_counted() {
     let server = Server::redis();
     let commands = match (is_emulated(), is_full()) {
         (true, _) => 2_000,

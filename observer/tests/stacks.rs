@@ -1,4 +1,4 @@
-//! Loops that are stuck at the moment of the report: it names the functions they are stuck in.
+//! Event loops that are stuck when the report is written: it has the stack that they are stuck in.
 
 use std::{
     io::Write as _,
@@ -14,12 +14,12 @@ use crate::support::{
     servers::Server,
 };
 
-/// Longer than it takes to ask for a report, so that the loop is stuck when that is written.
+/// Longer than it takes to request a report, so that the loop is still stuck when it is written.
 const BLOCK: Duration = Duration::from_secs(8);
 
-/// The report of a server whose loop has been told to block and has been doing so for a second.
+/// Report of a server whose loop has been blocked for a second.
 fn stuck(server: &Server, request: &str) -> Report {
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     let mut client = http::connect(server.port);
     let began = Instant::now();
     client.write_all(request.as_bytes()).unwrap();
@@ -37,34 +37,34 @@ fn functions(report: &Report, pid: u32) -> Vec<&str> {
 }
 
 #[real_test(quiet, userspace)]
-fn a_stuck_asyncio_loop_names_its_functions_asleep_or_busy() {
+fn stack_of_a_stuck_asyncio_loop_is_reported() {
     for kind in ["sleep", "spin"] {
         let server = Server::asyncio();
         let request = format!("GET /{kind}/{} HTTP/1.1\r\nHost: test\r\n\r\n", BLOCK.as_millis());
         let report = stuck(&server, &request);
-        let look = &report.reactor(server.pid())["current_stack"];
-        assert_eq!(look["missing"], Value::Null, "{kind}: {look:#}");
-        assert_eq!(functions(&report, server.pid())[..2], ["block", "serve"], "{kind}: {look:#}");
-        assert!(look["frames"][0]["file"].as_str().unwrap().ends_with("asyncio_server.py"), "{look:#}");
+        let stack = &report.reactor(server.pid())["current_stack"];
+        assert_eq!(stack["missing"], Value::Null, "{kind}: {stack:#}");
+        assert_eq!(functions(&report, server.pid())[..2], ["block", "serve"], "{kind}: {stack:#}");
+        assert!(stack["frames"][0]["file"].as_str().unwrap().ends_with("asyncio_server.py"), "{stack:#}");
     }
 }
 
-/// Native code, without a symbol of its own as distributions build it: at least the call it sleeps in has a name.
+/// Native code, stripped as in distributions: at least the call that it sleeps in has a name.
 #[real_test(quiet, userspace)]
-fn a_stuck_redis_names_the_call_it_sleeps_in() {
+fn stack_of_a_sleeping_redis_is_reported() {
     let server = Server::redis();
     let report = stuck(&server, &format!("DEBUG SLEEP {}\r\n", BLOCK.as_secs()));
-    let look = &report.reactor(server.pid())["current_stack"];
+    let stack = &report.reactor(server.pid())["current_stack"];
     let functions = functions(&report, server.pid());
-    assert!(functions[0].contains("nanosleep"), "{look:#}");
-    assert!(functions.len() > 3, "{look:#}");
+    assert!(functions[0].contains("nanosleep"), "{stack:#}");
+    assert!(functions.len() > 3, "{stack:#}");
 }
 
-/// A loop that waits is not stuck, and nobody looks into it.
+/// A waiting loop is not stuck, and its stack is not read.
 #[real_test(quiet, userspace)]
-fn a_loop_that_waits_is_left_alone() {
+fn waiting_loop_has_no_stack() {
     let server = Server::asyncio();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     server.block("none", 0);
     server.wait_until_idle();
     let report = observer.finish();

@@ -1,4 +1,4 @@
-//! Stalls of real servers: each is told once, with the cause that was provoked and the code that was at it.
+//! Stalls of real servers: each is reported once, with the cause that was provoked and the code that caused it.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -16,10 +16,10 @@ use crate::support::{
     wait_for,
 };
 
-/// Known operations.
+/// Number of stalls of a test.
 const STALLS: u64 = 23;
 
-/// Sends redis commands one after another, each answered by one line.
+/// Sends redis commands one after another, each of which is answered by one line.
 fn command(server: &Server, commands: impl Iterator<Item = String>) {
     let mut connection = BufReader::new(http::connect(server.port));
     for command in commands {
@@ -35,32 +35,32 @@ fn stalls(report: &Report, pid: u32) -> &Value {
     &report.reactor(pid)["stalls"]
 }
 
-/// How many of the stalls one by one have this cause.
+/// Number of recent stalls with this cause.
 fn count_of(stalls: &Value, cause: &str) -> usize {
     let recent = stalls["recent"].as_array().unwrap();
     recent.iter().filter(|stall| stall["cause"] == cause).count()
 }
 
 #[real_test(quiet, contract)]
-fn redis_told_to_sleep_is_asleep() {
+fn sleeping_redis_has_cause_sleep() {
     let server = Server::redis();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     command(&server, (0..STALLS).map(|_| "DEBUG SLEEP 0.15".into()));
     command(&server, ["PING".into()].into_iter());
     let report = observer.finish();
     let stalls = stalls(&report, server.pid());
     assert_eq!(stalls["count"], STALLS, "{stalls:#}");
     assert_eq!(count_of(stalls, "sleep"), 23, "{stalls:#}");
-    // Nearly all the lag there was.
+    // These cause nearly all of the lag.
     let site = &stalls["sites"][0];
     assert!(site["lag_share"].as_f64().unwrap() > 0.5, "{stalls:#}");
     assert!(site["frames"][0]["function"].as_str().unwrap().contains("nanosleep"), "{stalls:#}");
     assert_eq!(site["syscall"], "clock_nanosleep", "{stalls:#}");
 }
 
-/// Native code that computes: the kernel's clock sees it, whatever the distribution has stripped.
+/// Native code that uses the CPU is sampled by the kernel's clock, even if it is stripped.
 #[real_test(alone)]
-fn redis_with_a_million_keys_computes_while_it_lists_them() {
+fn redis_listing_a_million_keys_has_cause_cpu() {
     let keys = if is_emulated() { 100_000 } else { 1_000_000 };
     let server = Server::redis();
     command(&server, [format!("DEBUG POPULATE {keys}")].into_iter());
@@ -68,7 +68,7 @@ fn redis_with_a_million_keys_computes_while_it_lists_them() {
     let pid = server.pid().to_string();
     let observer = Observer::start(&["--pid", &pid, "--no-listen", "--stall-threshold", threshold]);
     for _ in 0..3 {
-        // Nobody wants the answer, a million lines.
+        // The reply to `KEYS` itself would be a million lines.
         let mut connection = http::connect(server.port);
         connection.write_all(b"EVAL \"return #redis.call('KEYS','*')\" 0\r\n").unwrap();
         BufReader::new(connection).read_line(&mut String::new()).unwrap();
@@ -79,16 +79,16 @@ fn redis_with_a_million_keys_computes_while_it_lists_them() {
     assert!(stalls["count"].as_u64().unwrap() >= 3, "{stalls:#}");
     let computing = count_of(stalls, "cpu") + count_of(stalls, "runqueue");
     assert!(computing >= 3, "{stalls:#}");
-    // Emulated, it takes longer to name functions for the first time than the next stall lasts.
+    // On an emulated machine, symbolising functions for the first time takes longer than until the next stall.
     let mut frames =
         stalls["sites"].as_array().unwrap().iter().flat_map(|site| site["frames"].as_array().unwrap());
     let is_own = |frame: &Value| frame["module"].as_str().is_some_and(|module| module.starts_with("redis"));
     assert!(frames.any(is_own), "{stalls:#}");
 }
 
-/// A loop that never comes back shows a growing lag after two refreshes, wherever one looks.
+/// The lag of a loop that never returns grows within two refreshes, in all outputs.
 #[real_test(alone)]
-fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
+fn lag_of_a_stuck_loop_grows_while_it_is_stuck() {
     let server = Server::asyncio();
     let flame = tempfile::Builder::new().suffix(".svg").tempfile().unwrap();
     let pid = server.pid().to_string();
@@ -104,7 +104,7 @@ fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
     client.write_all(b"GET /spin/600000 HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
     let began = Instant::now();
     thread::sleep(Duration::from_secs(1));
-    let sum = || observer.latest("observer_reactor_lag_seconds_sum");
+    let sum = || observer.latest_metric("observer_reactor_lag_seconds_sum");
     let first = sum();
     assert!(first > 0.0);
     wait_for("the lag to grow", || (sum() > first).then_some(()));
@@ -122,14 +122,14 @@ fn a_loop_that_is_stuck_for_ever_shows_it_at_once() {
     let site = &reactor["stalls"]["sites"][0];
     assert_eq!(site["frames"][0]["function"], "block", "{reactor:#}");
     assert!(site["lag_share"].as_f64().unwrap() > 0.9, "{reactor:#}");
-    // The lag-weighted flame graph is nearly all that function.
+    // That function is nearly all of the lag-weighted flame graph.
     let graph = std::fs::read_to_string(flame.path()).unwrap();
     assert!(graph.contains("us of mean lag") && graph.contains("block ("), "{graph}");
 }
 
-/// Slices below the threshold are none of its business.
+/// Slices below the threshold are not stalls.
 #[real_test(quiet)]
-fn a_threshold_divides() {
+fn stall_threshold_is_respected() {
     let server = Server::asyncio();
     let pid = server.pid().to_string();
     for (threshold, count) in [("1s", 0), ("60ms", 5)] {
@@ -143,16 +143,16 @@ fn a_threshold_divides() {
     }
 }
 
-/// Of tokio's workers one waits for events while the others are parked, for as long as there is nothing to do: nobody waits
-/// for those. Somebody does for one that waits for a mutex.
+/// While tokio is idle, one worker waits for events and the others are parked, which delays nothing. Waiting for a
+/// mutex does.
 #[real_test(quiet)]
-fn workers_are_late_at_a_mutex_but_not_parked() {
+fn tokio_workers_are_blocked_at_a_mutex_but_not_when_parked() {
     const PAUSES: u32 = 8;
     let pause = Duration::from_millis(300);
     let server = Server::tokio();
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     for _ in 0..PAUSES {
-        // Several at once, so that each worker takes its turn.
+        // Several at once, so that different workers run.
         thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(|| http::get(server.port, "/")))));
         thread::sleep(pause);
     }
@@ -163,8 +163,8 @@ fn workers_are_late_at_a_mutex_but_not_parked() {
     assert!(reactors.len() > 1, "workers took no turns: {reactors:#?}");
     let locked: usize = reactors.iter().map(|reactor| count_of(&reactor["stalls"], "lock")).sum();
     assert_eq!(locked as u64, STALLS, "{reactors:#?}");
-    let sum = |figure: fn(&Value) -> &Value| -> f64 {
-        reactors.iter().map(|reactor| figure(reactor).as_f64().unwrap()).sum()
+    let sum = |field: fn(&Value) -> &Value| -> f64 {
+        reactors.iter().map(|reactor| field(reactor).as_f64().unwrap()).sum()
     };
     let blocked = sum(|reactor| &reactor["split_seconds"]["blocked"]["lock"]);
     let (least, rest) = (0.15 * STALLS as f64, (PAUSES * pause).as_secs_f64() / 4.0);
@@ -176,15 +176,16 @@ fn workers_are_late_at_a_mutex_but_not_parked() {
     );
 }
 
-/// In one slice a request that is known does a little, and one of an older connection, of which nobody knows, nearly all.
+/// A stall of two requests: a known one causes little of it, and one of a connection older than observer causes nearly
+/// all.
 #[real_test(quiet, links)]
-fn a_stall_is_not_put_down_to_who_had_little_of_it() {
+fn stall_is_not_attributed_to_a_request_with_a_small_part() {
     const ROUNDS: usize = 8;
     let server = Server::asyncio();
     let mut older: Vec<_> = (0..2 * ROUNDS).map(|_| http::connect(server.port)).collect();
-    // By then they are accepted, too.
+    // This response shows that they have been accepted.
     http::get(server.port, "/");
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     let send = |mut connection: &TcpStream, path: &str| {
         write!(connection, "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
     };
@@ -193,7 +194,7 @@ fn a_stall_is_not_put_down_to_who_had_little_of_it() {
         thread::sleep(Duration::from_millis(50));
         send(&pair[0], "/sleep/300");
         thread::sleep(Duration::from_millis(100));
-        // Both are read in one slice, when that is over, and go on in the next.
+        // Both are read in one slice after that, and continue in the next one.
         send(&newer, "/sleep/20");
         send(&pair[1], "/sleep/120");
         for connection in pair.iter_mut().chain([&mut newer]) {
@@ -203,7 +204,7 @@ fn a_stall_is_not_put_down_to_who_had_little_of_it() {
     http::get(server.port, "/sleep/120");
     let report = observer.finish();
     let recent = stalls(&report, server.pid())["recent"].as_array().unwrap();
-    // What a busy machine makes stalls of besides is shorter.
+    // Other stalls of a busy machine are shorter.
     let long = || recent.iter().filter(|stall| stall["seconds"].as_f64().unwrap() >= 0.1);
     assert_eq!(long().count(), 2 * ROUNDS + 1, "{recent:#?}");
     let named: Vec<_> = long().filter_map(|stall| stall["origin"]["path"].as_str()).collect();

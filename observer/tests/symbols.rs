@@ -1,5 +1,5 @@
-//! How functions are found that a library does not export: in files with symbols that were taken out of it, also of a
-//! process with another root, and in each copy of a library that a process has loaded.
+//! Functions that a library does not export: they are found in separate debug files, also in the root of a process in
+//! another mount namespace, and in each copy of a library that a process has loaded.
 
 use std::{
     fs::{self, File},
@@ -15,13 +15,13 @@ use tempfile::TempDir;
 
 use crate::harness::skip;
 use crate::support::{
-    deferred::{Deferring, TRUTH, ask, assert_true, compare, jobs_for},
+    deferred::{DeferringServer, GROUND_TRUTH, assert_links_correct, compare, jobs_for, send_request},
     example, http,
     observer::Observer,
 };
 
-/// Pieces of each test.
-const PIECES: usize = 3_000;
+/// Number of tasks of each test.
+const TASKS: usize = 3_000;
 
 #[track_caller]
 fn run(command: &mut Command) -> Vec<u8> {
@@ -30,7 +30,7 @@ fn run(command: &mut Command) -> Vec<u8> {
     output.stdout
 }
 
-/// Moves a file's symbols to another, and has it tell which that is.
+/// Moves the symbols of a file to another file, and adds a debug link to it.
 fn strip(file: &Path, debug: &Path) {
     fs::create_dir_all(debug.parent().unwrap()).unwrap();
     let objcopy = |arguments: &[&str], files: &[&Path]| {
@@ -41,7 +41,7 @@ fn strip(file: &Path, debug: &Path) {
     objcopy(&[&format!("--add-gnu-debuglink={}", debug.display())], &[file]);
 }
 
-/// The server in a folder, stripped, with the file that has its symbols at `debug`.
+/// A copy of the server in a new folder, stripped, with its symbols in the file `debug`.
 fn stripped(debug: &str) -> (Arc<TempDir>, PathBuf) {
     let folder = Arc::new(tempfile::tempdir().unwrap());
     let server = folder.path().join("deferred_library");
@@ -51,26 +51,26 @@ fn stripped(debug: &str) -> (Arc<TempDir>, PathBuf) {
     (folder, debug)
 }
 
-fn start(folder: &Arc<TempDir>) -> Deferring {
+fn start(folder: &Arc<TempDir>) -> DeferringServer {
     let mut command = Command::new(folder.path().join("deferred_library"));
-    command.arg(folder.path().join(TRUTH));
-    Deferring::start_in(Arc::clone(folder), command)
+    command.arg(folder.path().join(GROUND_TRUTH));
+    DeferringServer::start_in(Arc::clone(folder), command)
 }
 
-/// Sends jobs of four pieces, and compares every link.
+/// Sends jobs of four tasks each, and compares all links.
 #[track_caller]
-fn assert_linked(how: &str, server: &Deferring) {
+fn assert_linked(how: &str, server: &DeferringServer) {
     let observer = server.observe_library();
-    let of_job = 4;
-    server.load(jobs_for(PIECES, of_job), of_job);
+    let per_job = 4;
+    server.load(jobs_for(TASKS, per_job), per_job);
     let report = observer.finish();
-    let pieces = server.pieces();
-    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
-    assert_true(how, &report, &[server.pid()], &verdict, pieces.len());
+    let records = server.records();
+    let comparison = compare(&report, &[server.pid()], &records, false, |_| None);
+    assert_links_correct(how, &report, &[server.pid()], &comparison, records.len());
 }
 
 #[real_test(alone, userspace, links, programs(&["objcopy"]))]
-fn a_file_with_the_symbols_is_found_by_its_link_and_believed_by_its_checksum() {
+fn debug_file_is_found_by_its_link_and_verified_by_its_checksum() {
     let (folder, debug) = stripped(".debug/deferred_library.debug");
     let server = start(&folder);
     assert_linked("a debug link", &server);
@@ -83,9 +83,9 @@ fn a_file_with_the_symbols_is_found_by_its_link_and_believed_by_its_checksum() {
     assert_eq!(report.target(server.pid())["hooks"].as_array().unwrap().len(), 0);
 }
 
-/// Another root, in a mount namespace of its own, as containers have it.
+/// Another root in a mount namespace of its own, as in containers.
 #[real_test(alone, userspace, links, programs(&["objcopy", "readelf"]))]
-fn files_with_symbols_are_looked_for_where_the_process_has_its_root() {
+fn debug_files_are_found_in_the_root_of_the_process() {
     for by_build in [false, true] {
         let (folder, debug) = stripped("usr/lib/debug/deferred_library.debug");
         let server = folder.path().join("deferred_library");
@@ -93,7 +93,7 @@ fn files_with_symbols_are_looked_for_where_the_process_has_its_root() {
             let notes = run(Command::new("readelf").arg("-n").arg(&server));
             let notes = String::from_utf8(notes).unwrap();
             let id = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: "));
-            let id = id.unwrap_or_else(|| skip("the linker leaves no build id"));
+            let id = id.unwrap_or_else(|| skip("the linker adds no build id"));
             let place = debug.with_file_name(format!(".build-id/{}/{}.debug", &id[..2], &id[2..]));
             fs::create_dir_all(place.parent().unwrap()).unwrap();
             fs::rename(&debug, place).unwrap();
@@ -102,15 +102,15 @@ fn files_with_symbols_are_looked_for_where_the_process_has_its_root() {
         let mut command = Command::new("unshare");
         let script =
             "mount --bind \"$0\" \"$0\" && cd \"$0\" && pivot_root . old && exec /deferred_library \"$1\"";
-        command.args(["--mount", "sh", "-c", script]).arg(folder.path()).arg(format!("/{TRUTH}"));
-        let server = Deferring::start_in(Arc::clone(&folder), command);
+        command.args(["--mount", "sh", "-c", script]).arg(folder.path()).arg(format!("/{GROUND_TRUTH}"));
+        let server = DeferringServer::start_in(Arc::clone(&folder), command);
         let root = fs::read_link(format!("/proc/{}/exe", server.pid())).unwrap();
         assert_eq!(root, Path::new("/deferred_library"), "it has a root of its own");
         assert_linked(if by_build { "a build id in a root" } else { "a debug link in a root" }, &server);
     }
 }
 
-/// Neither function is exported. What is the same for all calls of one may not be taken out of it.
+/// Neither function is exported. `noipa` keeps the compiler from specialising them for constant arguments.
 const LIBRARY: &str = "
     static volatile unsigned long put_off, gone_on;
     __attribute__((noipa)) static void context_snapshot(unsigned long task) { put_off += task; }
@@ -119,10 +119,10 @@ const LIBRARY: &str = "
     void execute(unsigned long task) { context_restore(task); }
 ";
 
-/// Two files of one name, of which one is linked as if it were prelinked, and stripped; the other is loaded twice, the
-/// second time when it is observed already.
+/// Two libraries of the same name. One is linked at a fixed base, as if prelinked, and stripped. The other is loaded
+/// twice, the second time while it is observed.
 #[real_test(alone, userspace, links, programs(&["gcc", "objcopy"]))]
-fn work_is_followed_through_every_copy_of_a_library() {
+fn tasks_are_followed_through_every_copy_of_a_library() {
     let folder = tempfile::tempdir().unwrap();
     let code = folder.path().join("code.c");
     fs::write(&code, LIBRARY).unwrap();
@@ -141,27 +141,27 @@ fn work_is_followed_through_every_copy_of_a_library() {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/deferred_copies.py");
     let mut command = Command::new("/usr/bin/python3");
     command.arg(script).args([&one, &other]).arg(format!("again:{}", one.display()));
-    let server = Deferring::start(command);
+    let server = DeferringServer::start(command);
     let pid = server.pid().to_string();
     let arguments =
         ["--snapshot", "libcopied:context_snapshot:arg0", "--restore", "libcopied:context_restore:arg0"];
     let observer =
         Observer::start(&[&["--pid", &pid, "--no-listen", "--profile", "none"][..], &arguments].concat());
-    ask(&mut BufReader::new(http::connect(server.port)), "/load");
-    // It looks again each second.
+    send_request(&mut BufReader::new(http::connect(server.port)), "/load");
+    // observer looks for new copies once a second.
     thread::sleep(Duration::from_millis(2_500));
-    let of_job = 6;
-    let jobs = jobs_for(PIECES, of_job);
-    server.load(jobs, of_job);
+    let per_job = 6;
+    let jobs = jobs_for(TASKS, per_job);
+    server.load(jobs, per_job);
     let report = observer.finish();
-    let pieces = server.pieces();
-    let verdict = compare(&report, &[server.pid()], &pieces, false, |_| None);
-    assert_true("copies", &report, &[server.pid()], &verdict, pieces.len());
+    let records = server.records();
+    let comparison = compare(&report, &[server.pid()], &records, false, |_| None);
+    assert_links_correct("copies", &report, &[server.pid()], &comparison, records.len());
     let hooks = report.target(server.pid())["hooks"].as_array().unwrap();
-    // Those of all copies are told as one.
+    // Hooks of all copies are reported as one.
     assert_eq!(hooks.len(), 2, "{hooks:#?}");
     for hook in hooks {
-        let each = serde_json::json!(pieces.len());
+        let each = serde_json::json!(records.len());
         assert_eq!((&hook["hits"], &hook["matches"]), (&each, &each), "{hook:#}");
     }
 }

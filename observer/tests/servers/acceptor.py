@@ -1,12 +1,12 @@
-"""Listens in a chosen way and accepts, connects or resets only when told to, so that queues are as long as a test wants.
+"""Listens in a chosen way, and accepts, connects or resets only on request, so that a test controls the accept queue.
 
-Arguments: KIND (v4, v6, dual, unix, abstract), METHOD (accept4, accept, nonblocking), BACKLOG, MEMBERS of the SO_REUSEPORT group.
-Prints where it listens: a port, or a path. Then, for each line of input, an answer in a line:
-  connect N [FAMILY]   begins N connections to itself and waits until that is done, or 0.2 s; prints how many are connected
-  accept N [MEMBER]    accepts N connections, from one member of the group alone if that is given; prints how many
-  reset                resets all its own connections that nobody has accepted
+Arguments: KIND (v4, v6, dual, unix, abstract), METHOD (accept4, accept, nonblocking), BACKLOG, MEMBERS of the
+SO_REUSEPORT group. Prints its port or path. Each line of input is a command, answered by one line:
+  connect N [FAMILY]   begins N connections to itself and waits for them, for at most 0.2 s; prints how many succeeded
+  accept N [MEMBER]    accepts N connections, only from the given member of the group if there is one; prints how many
+  reset                resets all of its own connections, accepted or not
   hang_up              closes both ends of all connections
-  close, listen        closes the listeners; listens again in the same place
+  close, listen        closes the listeners; listens again on the same port or path
 """
 
 import ctypes

@@ -1,11 +1,12 @@
-"""An asyncio loop under one of four workloads, which measures its own lag by timers that were scheduled in advance.
+"""An asyncio loop with one of four workloads that measures its own lag with timers that are all set in advance.
 
-Arguments: idle, short (2 ms of work every 8 ms), rare (a block of 200 ms every second) or saturated (timers of 10 ms of
-work, the next due when one is done); and how many seconds there are to set the timers. Begins when it reads a line: sets
-them, then runs its loop for SECONDS. Prints as JSON by how many seconds each of the `timers` was late, and each run of a
-`sleeper` that goes to sleep again when it woke.
-Timers fall due once in each of many equal stretches, somewhere in it: nobody waits for one before the next is set, as
-the sleeper does, and so long blocks are met as often as they last long.
+Arguments: the workload, and the time in seconds for setting the timers. Workloads are idle, short (2 ms of work every
+8 ms), rare (a block of 200 ms every second) and saturated (timers with 10 ms of work, each due when the one before has
+finished). Waits for a line of input, sets the timers, and then runs its loop for SECONDS. Prints JSON: how many seconds
+each of the `timers` was late, and each run of a `sleeper` that goes back to sleep when it wakes up.
+
+One timer is due at a random time in each of many equal intervals. Unlike the sleeper, a timer is set regardless of
+whether the one before has fired, so a block is measured in proportion to its length.
 """
 
 import asyncio
@@ -47,8 +48,8 @@ async def sleeper():
 
 
 def saturate(loop):
-    """As timers, because the loop calls them in the order in which they are due: work that is ready already would go
-    first, and the prober would measure the loop's queue beside its lag."""
+    """Uses timers, because the loop runs them in the order in which they are due. Callbacks that are ready already would
+    run first, and the prober would also measure the loop's queue."""
     work(0.010)
     loop.call_later(0, saturate, loop)
 
@@ -71,7 +72,8 @@ with asyncio.Runner() as runner:
     for number in range(TIMERS):
         due = start + (number + random.random()) * stretch
         loop.call_at(due, lambda due=due: late.append(loop.time() - due))
-    # Before the loop first waits: until then it is not late, for it is no loop yet. Fails where that took too long.
+    # Block before the loop waits for the first time: a loop that has not started is not late. Fails if setting timers
+    # took too long.
     time.sleep(start - loop.time() - 0.050)
     runner.run(main(start))
 print(json.dumps({"timers": late, "sleeper": overslept}), flush=True)

@@ -1,8 +1,8 @@
-"""An asyncio server that blocks its event loop on request and tells how long that really took.
+"""An asyncio server that blocks its event loop on request and reports how long each block took.
 
-GET /sleep/MS blocks in a system call, GET /spin/MS computes for MS of CPU time, anything else answers at once.
-The answer is JSON: wall and CPU seconds of the block, measured in this process, and connections accepted so far.
-The file named on the command line holds, as a 64-bit number, how often the loop's wait has returned.
+GET /sleep/MS blocks in a system call, GET /spin/MS uses MS of CPU time, any other path responds at once.
+The response is JSON: wall and CPU seconds of the block, measured in this process, and the connections accepted so far.
+The file given as argument contains, as a 64-bit number, how often the loop's wait has returned.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ connections = 0
 
 
 def count_waits(selector, path):
-    """Counts without a system call, so that counting does not show."""
+    """Counts without a system call, so that counting is not observed."""
     with open(path, "wb+") as file:
         file.truncate(8)
         counter = mmap.mmap(file.fileno(), 8)
@@ -47,8 +47,8 @@ async def serve(reader, writer):
     connections += 1
     request = await reader.readuntil(b"\r\n\r\n")
     _, kind, *amount = request.split(b" ")[1].decode().split("/")
-    figures = block(kind, int(amount[0]) / 1000 if amount else 0)
-    body = json.dumps({**figures, "connections": connections}).encode()
+    times = block(kind, int(amount[0]) / 1000 if amount else 0)
+    body = json.dumps({**times, "connections": connections}).encode()
     writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     await writer.drain()
     writer.close()

@@ -1,14 +1,14 @@
-"""An asyncio server that blocks its event loop on request, each time for one of many causes, in a function named after it.
+"""An asyncio server that blocks its event loop on request for a given cause, in a function that is named after it.
 
-GET /CAUSE/MS is answered, as JSON, by the seconds that the block took, was on a CPU and waited for one. Causes:
-  spin, hog    computes for MS of CPU time; for a hog, others compete for the CPU
+The response to GET /CAUSE/MS is JSON: how many seconds the block took, was on a CPU and was in the run queue. Causes:
+  spin, hog    uses MS of CPU time; for hog, other processes compete for the CPU
   sleep        sleeps
-  flock        waits for a file's lock, held by another thread with a descriptor of its own
-  futex        waits for a lock of the language, held by another thread
-  file         reads a file that the page cache does not hold, again and again until MS have passed
-  dns          asks a resolver that does not answer, and gives up after MS
-  gc           collects garbage in a large heap, until MS have passed
-Anything else is answered at once.
+  flock        waits for a file lock that another thread holds through another descriptor
+  futex        waits for a lock of the language that another thread holds
+  file         repeatedly reads a file that is not in the page cache, for MS
+  dns          sends a query to a resolver that does not respond, and times out after MS
+  gc           collects garbage in a large heap for MS
+Any other path responds at once.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ heap = [[number] for number in range(200_000)]
 
 
 def hold(take, release, seconds):
-    """Makes another thread hold something; returns when it does."""
+    """Makes another thread take something; returns once it has."""
     held = threading.Event()
 
     def holder():
@@ -84,7 +84,7 @@ def cause_dns(seconds):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         query.connect(resolver.getsockname())
         query.settimeout(seconds)
-        # A question for the address of `test.invalid`.
+        # A query for the address of `test.invalid`.
         query.send(b"\0\1\1\0\0\1\0\0\0\0\0\0\4test\7invalid\0\0\1\0\1")
         try:
             query.recv(512)
@@ -107,9 +107,9 @@ def prepare(cause, seconds):
 
 
 def delay():
-    """For how long the main thread has been runnable without a CPU."""
-    with open("/proc/self/schedstat") as figures:
-        return int(figures.read().split()[1]) / 1e9
+    """Seconds that the main thread was in the run queue."""
+    with open("/proc/self/schedstat") as file:
+        return int(file.read().split()[1]) / 1e9
 
 
 def block(cause, seconds):
@@ -130,7 +130,7 @@ async def serve(reader, writer):
 
 
 async def main():
-    # Only where it is asked for.
+    # Collect only on request.
     gc.disable()
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)

@@ -1,4 +1,4 @@
-# A server on Ruby's async that does what causes_server.py does, with the same paths and answers.
+# A server on Ruby's async that does the same as causes_server.py, with the same paths and responses.
 
 require "async"
 require "json"
@@ -22,7 +22,7 @@ def now(clock = Process::CLOCK_MONOTONIC)
   Process.clock_gettime(clock)
 end
 
-# Makes another thread hold something; returns when it does.
+# Makes another thread take something; returns once it has.
 def hold(take, release, seconds)
   held = Queue.new
   Thread.new do
@@ -88,7 +88,7 @@ def prepare(cause, seconds)
   end
 end
 
-# For how long the main thread has been runnable without a CPU.
+# Seconds that the main thread was in the run queue.
 def delay
   File.read("/proc/self/schedstat").split[1].to_i / 1e9
 end
@@ -102,16 +102,16 @@ end
 
 def serve(client, reactor)
   _, cause, milliseconds = client.gets("\r\n\r\n").split(" ")[1].split("/")
-  # Whoever asks when this is answered must not be served in the same round of the loop.
+  # The next request after this response must not be served in the same iteration of the loop.
   reactor.yield
-  # In an ordinary task most of these would only let the loop go on.
+  # In a non-blocking fiber, most of these would only yield to the loop.
   answer = Fiber.new(blocking: true) { block(cause, milliseconds.to_i / 1000.0) }.resume
   body = JSON.generate(answer)
   client.write("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: #{body.bytesize}\r\n\r\n#{body}")
   client.close
 end
 
-# Only where it is asked for.
+# Collect only on request.
 GC.disable
 Async::Reactor.run do |task|
   server = TCPServer.new("127.0.0.1", 0)

@@ -1,4 +1,4 @@
-//! Does what `causes_server.py` does, with the same paths and answers, as a native program on epoll: all but `gc`.
+//! Does the same as `causes_server.py`, with the same paths and responses, as a native program on epoll; has no `gc`.
 
 use std::{
     env,
@@ -26,35 +26,35 @@ use nix::{
 const SIZE: u64 = 16 << 20;
 const CHUNK: usize = 64 << 10;
 
-/// A question for the address of `test.invalid`.
+/// A query for the address of `test.invalid`.
 const QUESTION: &[u8] = b"\0\x01\x01\0\0\x01\0\0\0\0\0\0\x04test\x07invalid\0\0\x01\0\x01";
 
-/// What the causes need.
-struct Means {
+/// Resources that the causes use.
+struct Resources {
     locked: PathBuf,
     lock: Arc<Mutex<()>>,
     resolver: UdpSocket,
     large: File,
 }
 
-impl Means {
+impl Resources {
     fn new() -> io::Result<Self> {
-        let place = |name| env::temp_dir().join(name);
-        File::create(place("locked"))?;
-        let mut large = File::create_new(place("large"))?;
+        let path = |name| env::temp_dir().join(name);
+        File::create(path("locked"))?;
+        let mut large = File::create_new(path("large"))?;
         let mut content = vec![0; usize::try_from(SIZE).expect("fits into memory")];
         fastrand::fill(&mut content);
         large.write_all(&content)?;
         large.sync_all()?;
         Ok(Self {
-            locked: place("locked"),
+            locked: path("locked"),
             lock: Arc::default(),
             resolver: UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?,
-            large: File::open(place("large"))?,
+            large: File::open(path("large"))?,
         })
     }
 
-    /// Makes another thread hold what a cause will wait for; returns when it does.
+    /// Makes another thread take what a cause will wait for; returns once it has.
     fn prepare(&self, cause: &str, hold: Duration) {
         let (held, is_held) = mpsc::channel();
         match cause {
@@ -85,15 +85,15 @@ fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("every kernel has it").into()
 }
 
-/// For how long the main thread has been runnable without a CPU.
+/// Time that the main thread was in the run queue.
 fn delay() -> io::Result<Duration> {
-    let figures = fs::read_to_string("/proc/self/schedstat")?;
-    let delay = figures.split(' ').nth(1).and_then(|ns| ns.parse().ok());
+    let schedstat = fs::read_to_string("/proc/self/schedstat")?;
+    let delay = schedstat.split(' ').nth(1).and_then(|ns| ns.parse().ok());
     Ok(Duration::from_nanos(delay.ok_or_else(|| io::Error::other("no delay in schedstat"))?))
 }
 
-// Each of the following does something after what it is named for: else the compiler would jump there and leave no
-// frame of its own.
+// Each of these functions does something after its block. Otherwise the compiler would turn the call into a jump, and
+// the function would have no stack frame.
 
 #[inline(never)]
 fn cause_spin(duration: Duration) {
@@ -118,36 +118,36 @@ fn cause_sleep(duration: Duration) {
 }
 
 #[inline(never)]
-fn cause_flock(means: &Means) -> io::Result<()> {
-    let file = File::open(&means.locked)?;
+fn cause_flock(resources: &Resources) -> io::Result<()> {
+    let file = File::open(&resources.locked)?;
     file.lock()?;
     file.unlock()
 }
 
 #[inline(never)]
-fn cause_futex(means: &Means) {
-    drop(black_box(means.lock.lock().expect("nobody panics")));
+fn cause_futex(resources: &Resources) {
+    drop(black_box(resources.lock.lock().expect("nobody panics")));
 }
 
 #[inline(never)]
-fn cause_file(means: &Means, duration: Duration) -> io::Result<()> {
+fn cause_file(resources: &Resources, duration: Duration) -> io::Result<()> {
     let end = Instant::now() + duration;
     let mut chunk = vec![0; CHUNK];
     while Instant::now() < end {
-        posix_fadvise(&means.large, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        posix_fadvise(&resources.large, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
         for start in (0..SIZE).step_by(CHUNK) {
-            means.large.read_exact_at(&mut chunk, start)?;
+            resources.large.read_exact_at(&mut chunk, start)?;
         }
     }
     black_box(chunk);
     Ok(())
 }
 
-/// As the C library's resolver does it, but for asking again.
+/// Like the C library's resolver, but without a retry.
 #[inline(never)]
-fn cause_dns(means: &Means, duration: Duration) -> io::Result<()> {
+fn cause_dns(resources: &Resources, duration: Duration) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-    socket.connect(means.resolver.local_addr()?)?;
+    socket.connect(resources.resolver.local_addr()?)?;
     socket.send(QUESTION)?;
     let timeout = PollTimeout::try_from(duration).expect("a few milliseconds");
     let answered = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout)?;
@@ -155,26 +155,26 @@ fn cause_dns(means: &Means, duration: Duration) -> io::Result<()> {
     Ok(())
 }
 
-/// How long the block took, was on a CPU and waited for one.
+/// Time that the block took, was on a CPU and was in the run queue.
 #[inline(never)]
-fn block(means: &Means, cause: &str, duration: Duration) -> io::Result<[Duration; 3]> {
-    means.prepare(cause, duration);
+fn block(resources: &Resources, cause: &str, duration: Duration) -> io::Result<[Duration; 3]> {
+    resources.prepare(cause, duration);
     let (wall, cpu, before) = (Instant::now(), thread_time(), delay()?);
     match cause {
         "spin" => cause_spin(duration),
         "hog" => cause_hog(duration),
         "sleep" => cause_sleep(duration),
-        "flock" => cause_flock(means)?,
-        "futex" => cause_futex(means),
-        "file" => cause_file(means, duration)?,
-        "dns" => cause_dns(means, duration)?,
+        "flock" => cause_flock(resources)?,
+        "futex" => cause_futex(resources),
+        "file" => cause_file(resources, duration)?,
+        "dns" => cause_dns(resources, duration)?,
         _ => {}
     }
     Ok([wall.elapsed(), thread_time() - cpu, delay()? - before])
 }
 
 #[inline(never)]
-fn serve(means: &Means, client: TcpStream) -> io::Result<()> {
+fn serve(resources: &Resources, client: TcpStream) -> io::Result<()> {
     let mut client = BufReader::new(client);
     let mut request = String::new();
     while !request.ends_with("\r\n\r\n") {
@@ -185,14 +185,14 @@ fn serve(means: &Means, client: TcpStream) -> io::Result<()> {
     let mut words = request.split(['/', ' ']).skip(2);
     let (cause, milliseconds) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let duration = Duration::from_millis(milliseconds.parse().map_err(io::Error::other)?);
-    let [wall, cpu, delay] = block(means, cause, duration)?.map(|time| time.as_secs_f64());
+    let [wall, cpu, delay] = block(resources, cause, duration)?.map(|time| time.as_secs_f64());
     let body = format!("{{\"wall\": {wall}, \"cpu\": {cpu}, \"delay\": {delay}}}");
     let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}", body.len());
     client.get_mut().write_all(format!("{head}\r\n\r\n{body}").as_bytes())
 }
 
 fn main() -> io::Result<()> {
-    let means = Means::new()?;
+    let resources = Resources::new()?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let event = EpollEvent::new(EpollFlags::EPOLLIN, listener.as_raw_fd().cast_unsigned().into());
@@ -200,6 +200,6 @@ fn main() -> io::Result<()> {
     println!("{}", listener.local_addr()?.port());
     loop {
         epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::NONE)?;
-        serve(&means, listener.accept()?.0)?;
+        serve(&resources, listener.accept()?.0)?;
     }
 }

@@ -1,5 +1,5 @@
-// Node processes that share one port. First argument: who accepts, the first process for all (`rr`) or each worker for
-// itself (`none`). The file named by the second grows by a byte for each connection that a worker was given.
+// Node.js processes that share a port. First argument: `rr` if the primary process accepts, `none` if each worker does.
+// The file given as second argument grows by a byte for each connection that a worker got.
 'use strict';
 const cluster = require('node:cluster');
 const fs = require('node:fs');

@@ -1,9 +1,9 @@
-"""An asyncio server with a tracer that publishes OpenTelemetry's thread context, as OTEP 4947 has it: Datadog's.
+"""An asyncio server with a tracer (Datadog's) that publishes OpenTelemetry's thread context, as specified in OTEP 4947.
 
-GET /job/ID opens a span and defers PIECES pieces of work, some of which open spans of their own and defer more; anything
-else is only answered. Connections are kept alive. Each piece, when it starts, appends a line of JSON to the file named on
-the command line: the request's ID, when it started by CLOCK_MONOTONIC in ns, and the trace and the span that the tracer
-said were current where it was deferred. No trace leaves the process.
+GET /job/ID opens a span and defers ten tasks, some of which open spans of their own and defer more; any other path only
+responds. Connections are kept alive. When a task starts, it appends a line of JSON to the file given as argument: the ID
+of the request, the start by CLOCK_MONOTONIC in ns, and the trace and span that the tracer reported as current when the
+task was enqueued. No trace leaves the process.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ class Drop(TraceFilter):
         return None
 
 
-def note(function, piece):
-    request, trace, span = piece
+def note(function, record):
+    request, trace, span = record
     line = {
         "request": request,
         "class": function.__name__,
@@ -56,59 +56,59 @@ def start(function, request):
     task.add_done_callback(running.discard)
 
 
-async def mail(piece):
-    """The first of a chain three deep."""
-    note(mail, piece)
+async def mail(record):
+    """The first task of a chain of three."""
+    note(mail, record)
     with tracer.trace("mail"):
         await asyncio.sleep(0.01)
-        start(receipt, piece[0])
+        start(receipt, record[0])
 
 
-async def receipt(piece):
-    note(receipt, piece)
+async def receipt(record):
+    note(receipt, record)
     with tracer.trace("receipt"):
-        start(archive, piece[0])
+        start(archive, record[0])
         await asyncio.sleep(0)
 
 
-async def archive(piece):
-    note(archive, piece)
+async def archive(record):
+    note(archive, record)
 
 
-def expire(piece):
-    note(expire, piece)
+def expire(record):
+    note(expire, record)
 
 
-def charge(piece):
-    note(charge, piece)
+def charge(record):
+    note(charge, record)
     with tracer.trace("charge"):
-        asyncio.get_running_loop().call_later(0.005, refund, deferred(piece[0]))
+        asyncio.get_running_loop().call_later(0.005, refund, deferred(record[0]))
 
 
-def refund(piece):
-    note(refund, piece)
+def refund(record):
+    note(refund, record)
 
 
-async def thumbnail(piece):
-    note(thumbnail, piece)
+async def thumbnail(record):
+    note(thumbnail, record)
     with tracer.trace("thumbnail"):
-        await asyncio.to_thread(resize, deferred(piece[0]), asyncio.get_running_loop())
+        await asyncio.to_thread(resize, deferred(record[0]), asyncio.get_running_loop())
 
 
-def resize(piece, loop):
-    """Defers from another thread."""
-    note(resize, piece)
+def resize(record, loop):
+    """Enqueues from another thread."""
+    note(resize, record)
     with tracer.trace("resize"):
-        loop.call_soon_threadsafe(publish, deferred(piece[0]))
+        loop.call_soon_threadsafe(publish, deferred(record[0]))
 
 
-def publish(piece):
-    note(publish, piece)
+def publish(record):
+    note(publish, record)
 
 
-async def audit(piece):
-    """Is deferred outside of any span."""
-    note(audit, piece)
+async def audit(record):
+    """Is enqueued outside of any span."""
+    note(audit, record)
 
 
 async def job(request):

@@ -1,12 +1,13 @@
-//! Many of one kind, for `cargo xtask bench`: what observer takes grows with them, and nothing else does.
+//! Creates many objects of one kind, for `cargo xtask bench`: observer's overhead grows with them, and nothing else
+//! does.
 //!
-//! Arguments, and what is printed once it is there:
-//!   threads N            N threads that wait for events, each in an epoll set of its own; prints N
+//! Arguments, and what is printed when the objects exist:
+//!   threads N            N threads that wait for events, each with its own epoll set; prints N
 //!   listeners N          N listening sockets and one thread that waits for all of them; prints N
 //!   processes N          N processes, each with a listening socket and a thread that waits for it; prints N
 //!   acceptor             one listening socket whose connections are accepted and reset at once; prints its port
-//! All of these wait no longer than a second at a time, and end with their standard input. Then there is
-//!   connect PORT RATE SECONDS    connects RATE times a second at the most; prints how many connections there were
+//! Each wait lasts a second at most, and the program exits when its standard input is closed. There is also:
+//!   connect PORT RATE SECONDS    connects at most RATE times a second; prints the number of connections
 
 use std::{
     env,
@@ -28,13 +29,13 @@ use nix::{
 };
 use socket2::SockRef;
 
-/// How long a wait lasts without events.
+/// Timeout of a wait, in milliseconds.
 const WAIT_MS: u16 = 1000;
 
-/// Connections that may be under way at a time.
+/// Maximum number of concurrent connections.
 const CLIENTS: u32 = 8;
 
-/// Stack of a thread that does nothing but wait.
+/// Stack size of a thread that only waits, in bytes.
 const STACK: usize = 64 << 10;
 
 type Result<T> = std::io::Result<T>;
@@ -58,14 +59,14 @@ fn main() -> Result<()> {
 }
 
 fn threads(count: u32) -> Result<()> {
-    // One for all, so that there may be twice as many.
+    // One event for all threads, so that the limit on descriptors permits twice as many.
     let event = EventFd::new()?;
     for _ in 0..count {
         let epoll = waiting_for([&event])?;
         thread::Builder::new().stack_size(STACK).spawn(move || wait_for_ever(&epoll, || ()))?;
     }
     println!("{count}");
-    // The first thread waits as well, and keeps what all wait for.
+    // The first thread waits as well, and owns the event.
     thread::spawn(move || event);
     Ok(())
 }
@@ -82,18 +83,18 @@ fn listeners(count: u32) -> Result<()> {
 }
 
 fn processes(count: u32) -> Result<()> {
-    let (mut told, mut tell) = pipe()?;
+    let (mut receiver, mut sender) = pipe()?;
     for _ in 0..count {
         // SAFETY: there is no other thread.
         if let ForkResult::Child = unsafe { fork() }? {
             set_pdeathsig(Signal::SIGKILL)?;
             let listener = listener()?;
             let epoll = waiting_for([&listener])?;
-            tell.write_all(b".")?;
+            sender.write_all(b".")?;
             wait_for_ever(&epoll, || ());
         }
     }
-    told.read_exact(&mut vec![0; count as usize])?;
+    receiver.read_exact(&mut vec![0; count as usize])?;
     println!("{count}");
     Ok(())
 }
@@ -105,8 +106,8 @@ fn acceptor() -> Result<()> {
     thread::spawn(move || {
         wait_for_ever(&epoll, || {
             while let Ok((connection, _)) = listener.accept() {
-                // Reset rather than ended, so that no port has to rest afterwards.
-                let _gone = SockRef::from(&connection).set_linger(Some(Duration::ZERO));
+                // A reset leaves no socket in TIME_WAIT.
+                let _ignored = SockRef::from(&connection).set_linger(Some(Duration::ZERO));
             }
         });
     });
@@ -137,7 +138,7 @@ fn wait_for_ever(epoll: &Epoll, mut handle: impl FnMut()) -> ! {
     }
 }
 
-/// Connects again and again, each time until the other end closes.
+/// Connects repeatedly, each time until the other end closes.
 fn connect(port: u16, rate: u32, time: Duration) -> u64 {
     let clients = CLIENTS.min(rate);
     let pause = Duration::from_secs(1) * clients / rate;
@@ -153,7 +154,7 @@ fn connect(port: u16, rate: u32, time: Duration) -> u64 {
                     if let Ok(mut stream) = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
                     {
                         count += 1;
-                        // It is reset by the other end.
+                        // The other end resets the connection.
                         let _reset = stream.read(&mut [0]);
                     }
                 }

@@ -1,9 +1,9 @@
-"""An asyncio server whose requests leave work behind them, and which writes down what that work really belongs to.
+"""An asyncio server whose requests defer tasks, and that logs which request each task belongs to.
 
-GET /job/ID defers PIECES pieces of work in all the ways that asyncio has, some before it answers and some after;
-anything else is only answered. Connections are kept alive. Each piece, when it starts, appends a line of JSON to the
-file named on the command line: the request's ID, its function, how many pieces led to it, its thread, and when it was
-deferred and started by CLOCK_MONOTONIC in ns.
+GET /job/ID defers TASKS tasks in all the ways that asyncio supports, some before the response and some after it; any
+other path only responds. Connections are kept alive. When a task starts, it appends a line of JSON to the file given as
+argument: the ID of the request, its function, the depth of its chain, its thread, and when it was enqueued and started
+by CLOCK_MONOTONIC in ns.
 """
 
 import asyncio
@@ -14,15 +14,15 @@ import sys
 import threading
 import time
 
-PIECES = 15
+TASKS = 15
 truth = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 running = set()
 waiting = None
 jobs = 0
 
 
-def note(function, piece):
-    request, depth, enqueued = piece
+def note(function, record):
+    request, depth, enqueued = record
     line = {
         "request": request,
         "class": function.__qualname__,
@@ -34,8 +34,8 @@ def note(function, piece):
     os.write(truth, json.dumps(line).encode() + b"\n")
 
 
-def child(piece):
-    request, depth, _ = piece
+def child(record):
+    request, depth, _ = record
     return request, depth + 1, time.monotonic_ns()
 
 
@@ -49,68 +49,68 @@ def later(seconds, function, *args):
     asyncio.get_running_loop().call_later(seconds, function, *args)
 
 
-async def mail(piece):
-    """The first of a chain three deep."""
-    note(mail, piece)
+async def mail(record):
+    """The first task of a chain of three."""
+    note(mail, record)
     await asyncio.sleep(0.01)
-    start(receipt(child(piece)))
+    start(receipt(child(record)))
 
 
-async def receipt(piece):
-    note(receipt, piece)
-    start(archive(child(piece)))
+async def receipt(record):
+    note(receipt, record)
+    start(archive(child(record)))
     await asyncio.sleep(0)
 
 
-async def archive(piece):
-    note(archive, piece)
+async def archive(record):
+    note(archive, record)
 
 
-def expire(piece):
-    note(expire, piece)
+def expire(record):
+    note(expire, record)
 
 
-def charge(piece):
-    """Fails twice and is tried again."""
-    note(charge, piece)
-    if piece[1] < 3:
-        later(0.005, charge, child(piece))
+def charge(record):
+    """Fails twice and is retried."""
+    note(charge, record)
+    if record[1] < 3:
+        later(0.005, charge, child(record))
 
 
-async def thumbnail(piece):
-    note(thumbnail, piece)
-    await asyncio.to_thread(resize, child(piece))
+async def thumbnail(record):
+    note(thumbnail, record)
+    await asyncio.to_thread(resize, child(record))
 
 
-def resize(piece):
-    note(resize, piece)
+def resize(record):
+    note(resize, record)
     time.sleep(0.002)
 
 
-async def follow(piece, signal):
-    """Is woken by the next request, but belongs to its own."""
-    note(follow, piece)
+async def follow(record, signal):
+    """Is woken up by the next request, but belongs to its own."""
+    note(follow, record)
     await asyncio.wait([signal], timeout=0.2)
-    start(notify(child(piece)))
+    start(notify(child(record)))
 
 
-async def notify(piece):
-    note(notify, piece)
+async def notify(record):
+    note(notify, record)
 
 
-async def index(piece):
-    note(index, piece)
-    await asyncio.gather(store(child(piece)), store(child(piece)))
+async def index(record):
+    note(index, record)
+    await asyncio.gather(store(child(record)), store(child(record)))
 
 
-async def store(piece):
-    note(store, piece)
+async def store(record):
+    note(store, record)
     await asyncio.sleep(0.001)
 
 
 class Report:
-    def send(self, piece):
-        note(self.send, piece)
+    def send(self, record):
+        note(self.send, record)
 
 
 def defer_before_answer(request):

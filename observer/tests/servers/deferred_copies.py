@@ -1,8 +1,8 @@
-"""A server that has several copies of a library in C for deferred work, and puts off two pieces through each. It writes
-down itself which request each piece came from. Prints its port.
+"""A server with several copies of a C library for deferred tasks, which enqueues two tasks with each. It logs which
+request each task came from. Prints its port.
 
-Arguments: where the copies are, and the file for that, a JSON line a piece. `again:PATH` is loaded once more, with
-variables of its own. Each copy counts its pieces from 1, so copies share the numbers that those are known by.
+Arguments: the paths of the copies, and the log file, with a line of JSON for each task. `again:PATH` loads a library
+once more that is loaded already, with its own variables. Each copy numbers its tasks from 1, so copies share task keys.
 `GET /load` loads the last copy, unless it has been loaded.
 """
 
@@ -24,7 +24,7 @@ def load(path):
         return ctypes.CDLL(path)
     dlmopen = ctypes.CDLL("libdl.so.2").dlmopen
     dlmopen.restype = ctypes.c_void_p
-    # A list of loaded libraries of its own, as LM_ID_NEWLM makes it.
+    # In a new link-map namespace, LM_ID_NEWLM.
     handle = dlmopen(ctypes.c_long(-1), os.fsencode(path.removeprefix("again:")), ctypes.c_int(os.RTLD_NOW))
     return ctypes.CDLL(path, handle=handle)
 
@@ -34,7 +34,7 @@ counts = [0] * len(paths)
 queue = deque()
 
 
-def put_off(request):
+def enqueue(request):
     for number, copy in enumerate(copies):
         for _ in range(2):
             counts[number] += 1
@@ -43,11 +43,11 @@ def put_off(request):
             queue.append((copy, counts[number], request, enqueued))
 
 
-def go_on():
+def run_next():
     copy, key, request, enqueued = queue.popleft()
     copy.execute(ctypes.c_ulong(key))
-    piece = {"request": request, "depth": 1, "enqueued": enqueued, "start": time.monotonic_ns()}
-    print(json.dumps(piece), file=truth)
+    line = {"request": request, "depth": 1, "enqueued": enqueued, "start": time.monotonic_ns()}
+    print(json.dumps(line), file=truth)
 
 
 def serve(client):
@@ -61,7 +61,7 @@ def serve(client):
         head += part
     path = head.split()[1].decode()
     if path.startswith("/job/"):
-        put_off(path.removeprefix("/job/"))
+        enqueue(path.removeprefix("/job/"))
     elif path == "/load" and len(copies) < len(paths):
         copies.append(load(paths[-1]))
     client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
@@ -78,6 +78,6 @@ while True:
             selector.register(client, selectors.EVENT_READ)
         else:
             serve(key.fileobj)
-    # A few at a time, between the others.
+    # A few at a time, interleaved with requests.
     for _ in range(min(4, len(queue))):
-        go_on()
+        run_next()

@@ -1,10 +1,11 @@
-//! A server with a library of its own for deferred work, in C's manner: `context_snapshot` keeps a task in a queue,
-//! `context_restore` goes on with it. It writes down itself which request each task came from. Prints its port.
+//! A server with a custom library for deferred tasks, in the style of C: `context_snapshot` enqueues a task,
+//! `context_restore` runs it. It logs which request each task came from. Prints its port.
 //!
-//! `deferred_library TRUTH`: the file for that, a JSON line a task. One thread, which waits with `epoll_wait`. `GET /job/ID`
-//! puts off three tasks, the last of which puts off another one; they run when nothing else is to do. Where it puts one off
-//! it publishes a trace context, as OTEP 4947 has it, for a trace with the number of the job and a span with the task's
-//! depth; that of the last task is not valid.
+//! `deferred_library LOG`: the log file, with a line of JSON for each task. It has one thread, which waits with
+//! `epoll_wait`. `GET /job/ID` enqueues three tasks, the last of which enqueues another one; they run when there is
+//! nothing else to do. While it enqueues a task, it publishes a trace context as specified in OTEP 4947. The id of the
+//! trace is the number of the job, and the id of the span is the depth of the task; the context of the last task is not
+//! valid.
 
 use std::{
     arch::{asm, global_asm},
@@ -25,34 +26,34 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 
-/// A piece of deferred work.
+/// A deferred task.
 struct Task {
     request: String,
     depth: u32,
     enqueued: i64,
 }
 
-/// How many tasks there were: what tells the two functions apart, which would be one if they did the same.
-static PUT_OFF: AtomicU64 = AtomicU64::new(0);
-static GONE_ON: AtomicU64 = AtomicU64::new(0);
+/// Number of tasks. Both functions have their own counter, because the linker would merge identical functions.
+static ENQUEUED: AtomicU64 = AtomicU64::new(0);
+static STARTED: AtomicU64 = AtomicU64::new(0);
 
-/// Keeps a task for later. What it is known by is its address.
+/// Enqueues a task. The address is its key.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn context_snapshot(task: *mut c_void) -> *mut c_void {
-    PUT_OFF.fetch_add(1, Ordering::Relaxed);
+    ENQUEUED.fetch_add(1, Ordering::Relaxed);
     black_box(task)
 }
 
-/// Goes on with a task.
+/// Runs a task.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn context_restore(task: *mut c_void) -> *mut c_void {
-    GONE_ON.fetch_add(1, Ordering::Relaxed);
+    STARTED.fetch_add(1, Ordering::Relaxed);
     black_box(task)
 }
 
-/// The record that a thread publishes.
+/// Record that a thread publishes.
 #[repr(C)]
 struct Record {
     trace_id: [u8; 16],
@@ -62,7 +63,7 @@ struct Record {
     attributes: u16,
 }
 
-// Each thread's pointer to its record, which `build.rs` has the linker export.
+// Each thread's pointer to its record. `build.rs` makes the linker export it.
 global_asm!(
     ".pushsection .tbss.otel_thread_ctx_v1,\"awT\",@nobits",
     ".balign 8",
@@ -73,21 +74,21 @@ global_asm!(
     ".popsection",
 );
 
-/// Has the current thread publish a record, or none. What it points to has to stay as long as it does.
+/// Makes the current thread publish a record, or none if it is null. The record must outlive its publication.
 fn publish(record: *const Record) {
-    // SAFETY: a variable of this thread, that nobody else writes and only observers read.
+    // SAFETY: the variable belongs to this thread; nothing else writes it, and only observers read it.
     unsafe {
         asm!("mov fs:[otel_thread_ctx_v1@TPOFF], {}", in(reg) record, options(nostack));
     }
 }
 
 struct Server {
-    truth: File,
+    log: File,
     queue: VecDeque<Box<Task>>,
 }
 
 impl Server {
-    fn put_off(&mut self, request: &str, depth: u32) {
+    fn enqueue(&mut self, request: &str, depth: u32) {
         let mut task = Box::new(Task { request: request.to_owned(), depth, enqueued: now() });
         let job = request
             .split('?')
@@ -113,16 +114,16 @@ impl Server {
         let Task { request, depth, enqueued } = task;
         let start = now();
         writeln!(
-            self.truth,
+            self.log,
             r#"{{"request": "{request}", "depth": {depth}, "enqueued": {enqueued}, "start": {start}}}"#
         )?;
         if *depth == 2 {
-            self.put_off(request, 3);
+            self.enqueue(request, 3);
         }
         Ok(())
     }
 
-    /// Answers what has come; whether the client is still there.
+    /// Responds to a request; returns whether the client is still connected.
     fn serve(&mut self, client: &mut TcpStream) -> io::Result<bool> {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -135,16 +136,16 @@ impl Server {
         let head = String::from_utf8_lossy(&head).into_owned();
         let path = head.split(' ').nth(1).unwrap_or_default();
         if let Some(request) = path.strip_prefix("/job/") {
-            self.put_off(request, 1);
-            self.put_off(request, 1);
-            self.put_off(request, 2);
+            self.enqueue(request, 1);
+            self.enqueue(request, 1);
+            self.enqueue(request, 2);
         }
         client.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")?;
         Ok(true)
     }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`.
+/// `CLOCK_MONOTONIC` in nanoseconds.
 fn now() -> i64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
     now.tv_sec() * 1_000_000_000 + now.tv_nsec()
@@ -156,9 +157,9 @@ fn watch(epoll: &Epoll, fd: RawFd, what: impl std::os::fd::AsFd) -> io::Result<(
 }
 
 fn main() -> io::Result<()> {
-    let truth = env::args().nth(1).expect("usage: deferred_library TRUTH");
+    let log = env::args().nth(1).expect("usage: deferred_library LOG");
     let mut server =
-        Server { truth: File::options().create(true).append(true).open(truth)?, queue: VecDeque::new() };
+        Server { log: File::options().create(true).append(true).open(log)?, queue: VecDeque::new() };
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     println!("{}", listener.local_addr()?.port());
     let epoll = Epoll::new(EpollCreateFlags::empty())?;
@@ -178,7 +179,7 @@ fn main() -> io::Result<()> {
                 clients.remove(&fd);
             }
         }
-        // A few at a time, between the others.
+        // A few at a time, interleaved with requests.
         for _ in 0..4 {
             let Some(mut task) = server.queue.pop_front() else { break };
             server.run(&mut task)?;

@@ -1,8 +1,9 @@
-// A Node server whose requests leave work behind them, in all ways that Node has for that. It writes down itself which
-// request each piece came from, when that was enqueued and when it started. Prints its port.
+// A Node.js server whose requests defer tasks in all the ways that Node.js supports. It logs which request each task
+// came from, when it was enqueued and when it started. Prints its port.
 //
-// `node deferred_node.js TRUTH`: the file for that, a JSON line a piece. GET /job/ID starts all kinds of work and is
-// answered at once; `through` says how a piece was handed on: in one go by native callbacks, or also by timers or promises.
+// `node deferred_node.js LOG`: the log file, with a line of JSON for each task. GET /job/ID enqueues all kinds of tasks
+// and responds at once. `through` says what the chain of the task consists of: native callbacks only, or also timers or
+// promises.
 'use strict';
 const { hkdf, pbkdf2, randomBytes } = require('node:crypto');
 const { lookup } = require('node:dns');
@@ -10,10 +11,10 @@ const fs = require('node:fs');
 const http = require('node:http');
 
 const truth = fs.openSync(process.argv[2], 'a');
-// Nanoseconds of CLOCK_MONOTONIC.
+// CLOCK_MONOTONIC in nanoseconds.
 const now = process.hrtime.bigint;
 
-// Enqueues by `enqueue(callback)`; `next` is what the piece does in its turn.
+// Enqueues a task with `enqueue(callback)`. The task runs `next` when it has been logged.
 function defer(request, name, through, enqueue, depth = 1, next = () => {}) {
   const enqueued = now();
   enqueue(() => {
@@ -52,7 +53,7 @@ function enqueue(request) {
 
 const server = http.createServer((request, response) => {
   const [, kind, id] = request.url.split('/');
-  // A request with a body: the work starts when that has been read.
+  // A request with a body: tasks are enqueued when it has been read.
   if (kind === 'job' && request.method === 'POST') request.on('end', () => { enqueue(id); }).resume();
   else if (kind === 'job') enqueue(id);
   response.end('ok');

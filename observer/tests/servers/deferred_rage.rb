@@ -1,13 +1,13 @@
-# An application of Rage whose requests leave work for later, with what it did as its own truth: PORT, the file for the
-# truth, how many workers, and an application's folder to be made or found are its arguments. /job/ID?how=KIND asks for
-# work; each run of a task is a line of JSON, where depth counts the enqueuings between the request and the run.
+# An application of Rage whose requests defer tasks, and that logs them. Arguments: PORT, log file, number of workers,
+# and the folder of the application, which is created if it does not exist. /job/ID?how=KIND enqueues tasks. Each run of
+# a task is a line of JSON; depth counts the enqueues between the request and the run.
 
 require "fileutils"
 require "json"
 
 PORT, TRUTH, WORKERS, ROOT = ARGV[0].to_i, ARGV[1], ARGV[2].to_i, ARGV[3]
 
-# What Rage wants to find in the folder of an application.
+# Files and folders that Rage expects in the folder of an application.
 %w[app config/environments config/initializers storage].each { |folder| FileUtils.mkdir_p("#{ROOT}/#{folder}") }
 %w[config/environments/production config/routes].each { |file| File.write("#{ROOT}/#{file}.rb", "") }
 Dir.chdir(ROOT)
@@ -26,7 +26,7 @@ def now
   Process.clock_gettime(Process::CLOCK_MONOTONIC, :nanosecond)
 end
 
-# In an ordinary fiber it would only let the loop go on.
+# In a non-blocking fiber, this would only yield to the loop.
 def blocking(&)
   Fiber.new(blocking: true, &).resume
 end
@@ -61,10 +61,10 @@ class Job
     blocking { FILE.syswrite("#{line}\n") }
   end
 
-  # When the run that failed did so.
+  # When the failed run ended.
   RETRIED = {}
 
-  # What Rage itself calls the requests, by job.
+  # Rage's own ids of the requests, by job.
   REQUEST_IDS = {}
 end
 
@@ -105,7 +105,7 @@ class Failing < Job
   end
 end
 
-# Stops until a timer, then until a pipe has something to say; what comes later is still the same request's.
+# Waits for a timer, then for a pipe; what it enqueues after that still belongs to the same request.
 class Parked < Job
   def work(id, depth)
     sleep(0.15)
@@ -126,7 +126,7 @@ class Compacting < Job
   end
 end
 
-# Nothing else goes on for a while, and how much Rage has to do then is written down.
+# Blocks everything for a while, and logs Rage's backlog at that time.
 def hold
   blocking do
     File.write("#{TRUTH}.backlog", "#{Rage::Deferred.__queue.backlog_size}\n", mode: "a")
@@ -155,9 +155,9 @@ HOW = {
     249.times { Short.from(id, 1) }
     hold
   },
-  # Later than it takes to start the application again.
+  # Longer than it takes to restart the application.
   "later" => ->(id) { Short.from(id, 1, delay: 12) },
-  # The handler itself stops before it enqueues.
+  # The handler itself waits before it enqueues.
   "late" => lambda { |id|
     sleep(0.1)
     Short.from(id, 1)
@@ -170,7 +170,7 @@ HOW = {
     LOCK.synchronize { sleep(0.05) }
     Short.from(id, 1)
   },
-  # The answer is sent long before it enqueues.
+  # The response is sent long before this enqueues.
   "after" => lambda { |id|
     Fiber.schedule { sleep(0.2).then { Short.from(id, 1) } }
   },

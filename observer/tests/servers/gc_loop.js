@@ -1,11 +1,12 @@
-// A Node loop that collects garbage when told to, as gc_loop.py does. `churn N` makes and keeps so much N times that V8
-// collects on its own, in all the ways it has. To be run with --expose-gc, and with --no-memory-reducer lest V8 collect while there is nothing to do.
+// A Node.js loop that collects garbage on request, like gc_loop.py. `churn N` allocates and keeps so many objects N
+// times that V8 collects by its own heuristics, in all of its ways. Run it with --expose-gc, and with
+// --no-memory-reducer so that V8 does not collect while it is idle.
 'use strict';
 const { PerformanceObserver, constants } = require('node:perf_hooks');
 const readline = require('node:readline');
 
 const { NODE_PERFORMANCE_GC_MINOR: MINOR, NODE_PERFORMANCE_GC_MAJOR: MAJOR } = constants;
-// Something to walk through, so that a collection takes longer than a call.
+// A large heap, so that a collection takes longer than a call.
 globalThis.ballast = Array.from({ length: 100_000 }, (_, n) => [n]);
 const kinds = {};
 let count = 0;
@@ -14,7 +15,7 @@ let seconds = 0;
 function add(entries) {
   for (const { duration, detail } of entries) {
     kinds[detail.kind] = (kinds[detail.kind] ?? 0) + 1;
-    // The others are callbacks about a collection, not collections.
+    // The other kinds are callbacks of a collection, not collections.
     if (detail.kind === MINOR || detail.kind === MAJOR) {
       count += 1;
       seconds += duration / 1e3;
@@ -39,7 +40,7 @@ async function churn(times) {
     globalThis.kept[n % 8] = Array.from({ length: 100_000 }, (_, m) => ({ m, text: `${n} ${m}` }));
     await new Promise((resolve) => setTimeout(resolve, 5));
   }
-  // Ends what V8 has begun and would go on with later.
+  // Finishes an incremental collection that V8 would continue later.
   globalThis.gc();
 }
 

@@ -1,8 +1,8 @@
-"""An asyncio loop that collects garbage when told to and tells how long that really took.
+"""An asyncio loop that collects garbage on request and reports how long that took.
 
-Each line it reads is a command. `collect N` collects N times, each time in a slice of its own, and answers in JSON
-with the number of collections and their seconds, measured in this process. `fork` answers with the id of a child that
-does the same, but collects without being told. Nothing else collects garbage here.
+Each line of input is a command. `collect N` collects N times, each time in a separate slice, and prints JSON: the number
+of collections and their duration in seconds, measured in this process. `fork` prints the pid of a child that collects
+without being asked. Nothing else collects garbage here.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import sys
 import time
 
 gc.disable()
-# Something to walk through, so that a collection takes longer than a call.
+# A large heap, so that a collection takes longer than a call.
 ballast = [[n] for n in range(100_000)]
 began, count, seconds = 0.0, 0, 0.0
 

@@ -1,5 +1,5 @@
-# A loop of select that collects garbage when told to, as gc_loop.py does; its figures are Ruby's own.
-# Something to walk through, so that a collection takes longer than a call.
+# A loop of select that collects garbage on request, like gc_loop.py; counts and times are Ruby's own.
+# The large heap makes a collection take longer than a call.
 BALLAST = Array.new(100_000) { |n| [n] }
 GC.start
 GC.disable

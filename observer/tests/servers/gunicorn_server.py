@@ -1,7 +1,7 @@
-"""gunicorn with synchronous workers that share one listener: each connection wakes all that wait, and one gets it.
+"""gunicorn with synchronous workers that share one listener: a connection wakes all waiting workers, and one accepts it.
 
-The file named on the command line grows by a byte for each connection that a worker was given, and the one beside
-it that ends in `.lost` for each race that a worker lost.
+The file given as argument grows by a byte for each connection that a worker accepted, and the file of the same name with
+the suffix `.lost` for each race that a worker lost.
 """
 
 import os

@@ -1,7 +1,8 @@
-// A Node loop under the workloads of asyncio_prober.py, which prints the same and what `monitorEventLoopDelay` says of it.
+// A Node.js loop with the workloads of asyncio_prober.py. It prints the same, and the results of
+// `monitorEventLoopDelay`.
 //
-// Node's clock for timers has whole milliseconds, cut off: a timer is due that many after the one that was going on when
-// it was set. Lateness is counted from there, by the clock that Node cuts off.
+// Node's clock for timers is truncated to milliseconds, and a timer is due that many milliseconds after the one in
+// which it was set. Lateness is measured from then on, with the clock that Node truncates.
 'use strict';
 const { readSync } = require('node:fs');
 const { monitorEventLoopDelay } = require('node:perf_hooks');
@@ -26,8 +27,8 @@ function block(milliseconds) {
   Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, milliseconds);
 }
 
-// Work is begun by an immediate, after all timers of the round: behind work of the same round the prober would measure
-// the loop's queue beside its lag.
+// Work is started by an immediate, after all timers of the iteration. After work of the same iteration, the prober
+// would also measure the loop's queue.
 function load() {
   if (workload === 'idle') {
     setTimeout(load, 1000);
@@ -43,7 +44,8 @@ function load() {
   }
 }
 
-// Tells `callback` how late it is. Set again where the millisecond changed meanwhile: nobody knows which one Node took.
+// Passes to `callback` how late it is. Sets the timer again if the millisecond changed meanwhile, because it is unknown
+// which one Node used.
 function after(delay, callback) {
   for (;;) {
     const set = Math.floor(now());
@@ -61,7 +63,7 @@ function sleeper() {
 }
 
 function finish() {
-  // Of the time between two runs of a timer of its own, which are `resolution` apart: 10 ms unless told otherwise.
+  // Measures the time between two runs of a timer of its own with an interval of `resolution`, by default 10 ms.
   const monitor = Object.fromEntries([50, 90, 99].map((part) => [`p${part}`, histogram.percentile(part) / 1e9]));
   monitor.max = histogram.max / 1e9;
   console.log(JSON.stringify({ timers: late, sleeper: overslept, monitor }));
@@ -82,7 +84,7 @@ setTimeout(() => {
   setImmediate(load);
   setTimeout(finish, SECONDS * 1e3);
 }, start - now());
-// Before the loop first waits: until then it is not late, for it is no loop yet.
+// Block before the loop waits for the first time: a loop that has not started is not late.
 const left = start - now() - 50;
 if (!(left > 0)) throw new Error('setting the timers took too long');
 block(left);

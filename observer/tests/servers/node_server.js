@@ -1,5 +1,5 @@
-// A Node server that blocks its event loop on request, with the same paths and answers as asyncio_server.py. Besides,
-// GET /pool/N hashes in N threads of Node's pool.
+// A Node.js server that blocks its event loop on request, with the same paths and responses as asyncio_server.py. In
+// addition, GET /pool/N hashes in N threads of Node's pool.
 'use strict';
 const { pbkdf2 } = require('node:crypto');
 const http = require('node:http');

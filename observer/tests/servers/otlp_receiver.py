@@ -1,7 +1,7 @@
-"""Takes OTLP requests over gRPC (grpcio) or plain HTTP and prints each as a line of JSON: its headers and, decoded by
-OpenTelemetry's own classes, what is in it. Answers as it is told: a word and a number for each of the first requests.
+"""Receives OTLP requests over gRPC (grpcio) or HTTP and prints each as a line of JSON: its headers, and its content
+decoded by OpenTelemetry's own classes. Status codes for the first requests can be given as arguments.
 
-Arguments: grpc or http, a port or 0, and, for TLS, a file with certificate and key. Prints its port first.
+Arguments: grpc or http, a port or 0, a file with certificate and key for TLS, and status codes. Prints its port first.
 """
 
 import base64
@@ -21,20 +21,20 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as traces_service
 
 PROTOCOL, PORT, *TLS = sys.argv[1:3] + [argument for argument in sys.argv[3:] if argument.endswith(".pem")]
-# `503=1`: that status, to be tried again after a second; without a number, the answer does not say when. `partial=2`: accepted
+# `503=1`: this status, with a request to retry after a second; without a number, there is no retry delay. `partial=2`: accepted
 # but for two spans or data points.
 ANSWERS = [argument.partition("=")[::2] for argument in sys.argv[3:] if not argument.endswith(".pem")]
 
 
 def show(headers, request):
     line = json.dumps({"headers": headers, "request": readable(json_format.MessageToDict(request))})
-    # At once: several threads write.
+    # A single write, because several threads print.
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def readable(value):
-    """Ids as OpenTelemetry writes them."""
+    """Replaces base64 ids with hexadecimal ones."""
     if isinstance(value, list):
         return [readable(item) for item in value]
     if isinstance(value, dict):

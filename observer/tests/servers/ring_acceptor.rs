@@ -1,10 +1,10 @@
-//! Does what `acceptor.py` does, but accepts through io_uring, and only when told to.
+//! Does the same as `acceptor.py`, but accepts with io_uring.
 //!
-//! Arguments: KIND (v4, unix), METHOD (single, multishot, direct, sqpoll, fixed), BACKLOG. Prints where it listens: a
-//! port, or a path. Then, for each line of input, an answer in a line:
+//! Arguments: KIND (v4, unix), METHOD (single, multishot, direct, sqpoll, fixed), BACKLOG. Prints its port or path.
+//! Each line of input is a command, answered by one line:
 //!   connect N    connects N times to itself; prints how many
-//!   arm          submits what accepts from now on: a multishot request, or one for each of 64 connections
-//!   accept N     accepts N connections, by what is armed already or else by itself; prints how many
+//!   arm          submits accepts for later connections: a multishot request, or one for each of 64 connections
+//!   accept N     accepts N connections with the requests that are armed, or with new ones; prints how many
 //!   reset        closes its own clients
 
 use std::{
@@ -18,12 +18,12 @@ use io_uring::{IoUring, cqueue, opcode, squeue::Entry, types};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
-/// What all accepts are known by.
+/// User data of all accept requests.
 const ACCEPT: u64 = 7;
-/// Accepts in flight when armed without multishot.
+/// Number of requests that `arm` submits without multishot.
 const ARMED: u32 = 64;
-/// Places in the ring's own table: of the listener where it is there, else of connections that go there.
-const PLACES: usize = 128;
+/// Size of the ring's table of files, for the listener or for accepted connections.
+const SLOTS: usize = 128;
 
 struct Acceptor {
     method: String,
@@ -31,8 +31,8 @@ struct Acceptor {
     address: SockAddr,
     ring: IoUring,
     is_armed: bool,
-    /// Place for the next connection that goes to the ring's own table.
-    next_place: u32,
+    /// Slot for the next connection that is accepted into the table.
+    next_slot: u32,
     _directory: TempDir,
 }
 
@@ -47,7 +47,7 @@ impl Acceptor {
         listener.bind(&address)?;
         listener.listen(backlog)?;
         let mut builder = IoUring::builder();
-        // Room for every result of a test: the kernel tells nobody of accepts whose result it has no room for.
+        // Large enough for all results of a test: the kernel drops accepts whose result does not fit.
         builder.setup_cqsize(4096);
         if method == "sqpoll" {
             builder.setup_sqpoll(2000);
@@ -57,11 +57,11 @@ impl Acceptor {
             ring.submitter().register_files(&[listener.as_raw_fd()])?;
         }
         if method == "direct" {
-            ring.submitter().register_files(&[-1; PLACES])?;
+            ring.submitter().register_files(&[-1; SLOTS])?;
         }
         let address = listener.local_addr()?;
         let method = method.into();
-        Ok(Self { method, listener, address, ring, is_armed: false, next_place: 0, _directory: directory })
+        Ok(Self { method, listener, address, ring, is_armed: false, next_slot: 0, _directory: directory })
     }
 
     fn request(&mut self) -> Entry {
@@ -71,10 +71,10 @@ impl Acceptor {
             "multishot" => opcode::AcceptMulti::new(types::Fd(fd)).build(),
             "fixed" => opcode::AcceptMulti::new(types::Fixed(0)).build(),
             "direct" => {
-                let place = types::DestinationSlot::try_from_slot_target(self.next_place);
-                self.next_place += 1;
-                let place = place.expect("a place in the table");
-                opcode::Accept::new(types::Fd(fd), none, none.cast()).file_index(Some(place)).build()
+                let slot = types::DestinationSlot::try_from_slot_target(self.next_slot);
+                self.next_slot += 1;
+                let slot = slot.expect("a place in the table");
+                opcode::Accept::new(types::Fd(fd), none, none.cast()).file_index(Some(slot)).build()
             }
             _ => opcode::Accept::new(types::Fd(fd), none, none.cast()).build(),
         };
@@ -87,7 +87,7 @@ impl Acceptor {
 
     fn submit(&mut self) -> std::io::Result<()> {
         let request = self.request();
-        // SAFETY: the request names a listener that lives as long as the ring, and no memory.
+        // SAFETY: the request refers to a listener that lives as long as the ring, and to no memory.
         unsafe { self.ring.submission().push(&request).expect("room for a request") };
         self.ring.submit().map(drop)
     }
@@ -101,7 +101,7 @@ impl Acceptor {
         Ok(requests)
     }
 
-    /// Connections that are accepted are closed at once, but for those in the ring's own table.
+    /// Accepted connections are closed at once, except for those in the ring's table.
     fn accept(&mut self, count: u32) -> std::io::Result<u32> {
         let was_armed = self.is_armed;
         if self.is_multishot() && !was_armed {
@@ -117,12 +117,12 @@ impl Acceptor {
                 eprintln!("accept: {}", std::io::Error::from_raw_os_error(-entry.result()));
                 return Ok(accepted);
             }
-            // The kernel ends a multishot request when there is no room for its results.
+            // The kernel ends a multishot request if its results do not fit.
             if self.is_multishot() && !cqueue::more(entry.flags()) {
                 self.submit()?;
             }
             if self.method != "direct" {
-                // SAFETY: a descriptor that nobody else knows.
+                // SAFETY: the descriptor is new and has no other owner.
                 drop(unsafe { OwnedFd::from_raw_fd(entry.result()) });
             }
         }
@@ -132,12 +132,12 @@ impl Acceptor {
         Ok(count)
     }
 
-    /// Ends a multishot request, so that who comes next has to wait.
+    /// Cancels a multishot request, so that later connections stay in the queue.
     fn disarm(&mut self) -> std::io::Result<()> {
         let cancel = opcode::AsyncCancel::new(ACCEPT).build();
-        // SAFETY: the request names no memory.
+        // SAFETY: the request refers to no memory.
         unsafe { self.ring.submission().push(&cancel).expect("room for a request") };
-        // Its own result and that of the cancelled request.
+        // The results of the cancellation and of the cancelled request.
         self.ring.submit_and_wait(2)?;
         self.ring.completion().for_each(drop);
         self.is_armed = false;

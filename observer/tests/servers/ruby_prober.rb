@@ -1,5 +1,5 @@
-# A loop of Ruby's async under the workloads of asyncio_prober.py, which prints the same. Its timers are tasks that were
-# all put to sleep before the loop first waits, each until another instant.
+# A loop of Ruby's async with the workloads of asyncio_prober.py, which prints the same. Its timers are tasks that all
+# go to sleep, each until another time, before the loop waits for the first time.
 
 require "async"
 require "json"
@@ -19,13 +19,13 @@ def work(seconds)
   nil while now < finish
 end
 
-# In an ordinary task it would only let the loop go on.
+# In a non-blocking fiber, this would only yield to the loop.
 def block(seconds)
   Fiber.new(blocking: true) { sleep(seconds) }.resume
 end
 
-# Work is begun by the next round, after all timers of this one: behind work of the same round the prober would measure
-# the loop's queue beside its lag.
+# Work is started in the next iteration, after all timers of this one. After work of the same iteration, the prober
+# would also measure the loop's queue.
 def load(reactor, task)
   loop do
     reactor.yield
@@ -45,7 +45,7 @@ def load(reactor, task)
 end
 
 $stdin.gets
-# A pause between asking the time and falling asleep would look like lateness.
+# A collection between reading the clock and falling asleep would look like lateness.
 GC.disable
 reactor = Async::Reactor.new
 start, stretch = now + LEAD, SECONDS.to_f / TIMERS
@@ -70,10 +70,11 @@ reactor.async do |task|
   task.sleep(start + SECONDS - now)
   reactor.interrupt
 end
-# Before the loop first waits: until then it is not late, for it is no loop yet. Fails where that took too long.
+# Block before the loop waits for the first time: a loop that has not started is not late. Fails if setting timers took
+# too long.
 sleep(start - now - 0.050)
 reactor.run
 puts JSON.generate({ timers: late, sleeper: overslept })
-# The tasks that are left are nobody's any more.
+# Exits without cleaning up the remaining tasks.
 $stdout.flush
 exit!(0)

@@ -1,11 +1,11 @@
-//! A program with a library of its own for work to be done later, which does with it what it is told.
+//! A program with a custom library for deferred tasks, which is controlled by commands.
 //!
-//! Commands on standard input, each answered by `ok`: `submit N` puts off N tasks; `execute N` does the N oldest, `drop N`
-//! forgets them undone; `strange N` does N tasks that nobody has put off.
+//! Commands on standard input, each answered by `ok`: `submit N` enqueues N tasks; `execute N` runs the N oldest ones,
+//! `drop N` discards them; `unmatched N` runs N tasks that were never enqueued.
 
 use std::{hint::black_box, io::stdin, ops::Range};
 
-/// Each of these does something else: of functions that are the same only one may be left.
+/// Each function does something else, because the linker would merge identical functions.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn task_submit(task: u64) -> u64 {
@@ -24,14 +24,14 @@ extern "C" fn task_free(task: u64) -> u64 {
     black_box(task) + 3
 }
 
-/// The next so many tasks.
+/// The keys of the next `count` tasks.
 fn take(next: &mut u64, count: u64) -> Range<u64> {
     *next += count;
     *next - count..*next
 }
 
 fn main() {
-    let (mut submitted, mut done, mut strange) = (1, 1, 1 << 32);
+    let (mut submitted, mut done, mut unmatched) = (1, 1, 1 << 32);
     println!("ready");
     for line in stdin().lines().map_while(Result::ok) {
         let (command, count) = line.split_once(' ').expect("a command and a number");
@@ -43,7 +43,7 @@ fn main() {
                 black_box(task_free(task));
             }),
             "drop" => take(&mut done, count).for_each(|task| _ = black_box(task_free(task))),
-            "strange" => take(&mut strange, count).for_each(|task| _ = black_box(task_execute(task))),
+            "unmatched" => take(&mut unmatched, count).for_each(|task| _ = black_box(task_execute(task))),
             other => panic!("no such command: {other}"),
         }
         println!("ok");

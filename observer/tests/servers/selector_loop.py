@@ -1,6 +1,6 @@
-"""A loop that waits 23 times with one of Python's selectors, on two pipes that nobody writes to.
+"""A loop that waits 23 times with one of Python's selectors, on two pipes that are never written to.
 
-Argument: the selector's class. Begins when it reads a line; the wait that a loop begins before it ends is the last.
+Argument: the class of the selector. Starts when it reads a line, and exits after its last wait.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Sends TCP segments that begin no connection and belong to none, as a scanner does. Arguments: PORT on 127.0.0.1, N."""
+"""Sends TCP segments that neither begin nor belong to a connection, like a port scanner.
+
+Arguments: PORT on 127.0.0.1, number of segments.
+"""
 
 import socket
 import struct
@@ -10,7 +13,7 @@ raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
 
 
 def segment(source):
-    """A header of 20 bytes with no flag at all."""
+    """A header of 20 bytes without flags."""
     without = struct.pack("!HHIIBBHHH", source, port, 1, 0, 5 << 4, 0, 1024, 0, 0)
     pseudo = address * 2 + struct.pack("!BBH", 0, socket.IPPROTO_TCP, len(without)) + without
     total = sum(struct.unpack(f"!{len(pseudo) // 2}H", pseudo))

@@ -1,6 +1,6 @@
-//! A server on tokio's multi-threaded runtime. Each connection is answered, as JSON, by the ids of two threads: the worker
-//! that served it, and one of the pool for blocking calls that did some of its work; `/lock/N` first has the worker wait for
-//! a mutex that another thread holds for so many milliseconds. Prints its port.
+//! A server on tokio's multi-threaded runtime. The response is JSON with the ids of two threads: the worker that served
+//! the request, and a thread of the pool for blocking calls that did part of the work. `/lock/N` first makes the worker
+//! wait for a mutex that another thread holds for N milliseconds. Prints its port.
 
 use std::{
     fs, io,
@@ -21,7 +21,7 @@ use tokio::{
     task::spawn_blocking,
 };
 
-/// Waits for a mutex that another thread holds for so long from when this one is blocked.
+/// Waits for a mutex that another thread holds for this time after the waiting thread has blocked.
 fn wait_for_a_lock(time: Duration) {
     let lock = Mutex::new(());
     let (holds, held) = mpsc::channel();
@@ -29,21 +29,21 @@ fn wait_for_a_lock(time: Duration) {
     thread::scope(|scope| {
         scope.spawn(|| {
             let _guard = lock.lock();
-            let _unless_gone = holds.send(());
-            // A busy machine may take as long until then as it is to wait.
+            let _ignored = holds.send(());
+            // On a busy machine, blocking may be delayed by as much as the time to wait.
             let is_blocked = || is_about_to.load(Ordering::SeqCst) && is_asleep(worker);
-            (0..PATIENCE).take_while(|_| !is_blocked()).for_each(|_| thread::sleep(LOOK));
+            (0..MAX_POLLS).take_while(|_| !is_blocked()).for_each(|_| thread::sleep(POLL_INTERVAL));
             thread::sleep(time);
         });
-        let _unless_gone = held.recv();
+        let _ignored = held.recv();
         is_about_to.store(true, Ordering::SeqCst);
         let _guard = lock.lock();
     });
 }
 
-/// How often to look whether a thread is asleep, and how many times.
-const LOOK: Duration = Duration::from_millis(1);
-const PATIENCE: u32 = 10_000;
+/// How often to check whether a thread is asleep, and the maximum number of checks.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+const MAX_POLLS: u32 = 10_000;
 
 fn is_asleep(tid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
@@ -73,7 +73,7 @@ async fn serve(client: TcpStream) -> io::Result<()> {
 async fn main() -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     println!("{}", listener.local_addr()?.port());
-    // In a task, as servers do: what `main` waits for is run by its own thread, which is no worker.
+    // In a task, as in servers: the future of `main` runs in its own thread, which is not a worker.
     tokio::spawn(async move {
         loop {
             tokio::spawn(serve(listener.accept().await?.0));

@@ -12,12 +12,12 @@ use tempfile::TempDir;
 
 use crate::harness::skip;
 
-use super::{example, observer::Observer, told::Told};
+use super::{example, interactive::Interactive, observer::Observer};
 
 /// The server and its address.
 pub(crate) struct Acceptor {
-    program: Told,
-    place: String,
+    program: Interactive,
+    endpoint: String,
     in_own_namespace: bool,
     /// Folder of its socket, if the socket has a path.
     _files: TempDir,
@@ -35,8 +35,8 @@ impl Acceptor {
         program.args([kind, method, &backlog.to_string()]);
         let mut acceptor = Self::serve(program);
         // Accept one connection before observation starts.
-        acceptor.tell("connect 1");
-        if acceptor.tell("accept 1") == 0 {
+        acceptor.request("connect 1");
+        if acceptor.request("accept 1") == 0 {
             skip(format!("this kernel's io_uring does not accept by {method}"));
         }
         acceptor
@@ -56,7 +56,7 @@ impl Acceptor {
     }
 
     /// Listens in the network namespace of another acceptor.
-    pub(crate) fn beside(other: &Self, backlog: u32) -> Self {
+    pub(crate) fn in_namespace_of(other: &Self, backlog: u32) -> Self {
         let mut command = Command::new("nsenter");
         command.args(["-t", &other.pid().to_string(), "-n", "/usr/bin/python3"]);
         let acceptor = Self::start(command, "v4", "accept4", backlog, 1);
@@ -72,9 +72,9 @@ impl Acceptor {
     /// Starts a program that reads commands.
     fn serve(mut command: Command) -> Self {
         let files = tempfile::tempdir().unwrap();
-        let mut program = Told::start(command.env("TMPDIR", files.path()));
-        let place = program.said();
-        Self { program, place, in_own_namespace: false, _files: files }
+        let mut program = Interactive::start(command.env("TMPDIR", files.path()));
+        let endpoint = program.next_line();
+        Self { program, endpoint, in_own_namespace: false, _files: files }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -82,13 +82,13 @@ impl Acceptor {
     }
 
     /// Port or path.
-    pub(crate) fn place(&self) -> &str {
-        &self.place
+    pub(crate) fn address(&self) -> &str {
+        &self.endpoint
     }
 
     /// Runs a command and returns the number that it replies with.
-    pub(crate) fn tell(&mut self, command: &str) -> u32 {
-        let answer = self.program.tell(command);
+    pub(crate) fn request(&mut self, command: &str) -> u32 {
+        let answer = self.program.request(command);
         answer.parse().unwrap_or_else(|_| panic!("{command} is answered by {answer:?}"))
     }
 
@@ -97,7 +97,7 @@ impl Acceptor {
         let output = self.tool("ss", &["-Hltn"]) + &self.tool("ss", &["-Hlx"]);
         let here = |line: &&str| {
             line.split_whitespace()
-                .any(|word| word.ends_with(&format!(":{}", self.place)) || word == self.place)
+                .any(|word| word.ends_with(&format!(":{}", self.endpoint)) || word == self.endpoint)
         };
         let rows = output.lines().filter(here).map(|line| {
             let numbers: Vec<u32> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
@@ -134,19 +134,19 @@ const HOLD: Duration = Duration::from_millis(200);
 /// reported. `client` is the address family of the client. `address` is the expected address of the listener, in which
 /// PLACE stands for the acceptor's port or path.
 pub(crate) fn hold_and_accept(mut acceptor: Acceptor, what: &str, client: &str, address: &str) -> Value {
-    let observer = Observer::of(acceptor.pid());
+    let observer = Observer::attach(acceptor.pid());
     let before_connect = Instant::now();
-    assert_eq!(acceptor.tell(&format!("connect {CONNECTIONS} {client}")), CONNECTIONS);
+    assert_eq!(acceptor.request(&format!("connect {CONNECTIONS} {client}")), CONNECTIONS);
     let after_connect = Instant::now();
     thread::sleep(HOLD);
     let (depth, limit) = acceptor.ss();
     let shortest = after_connect.elapsed().as_secs_f64();
-    assert_eq!(acceptor.tell(&format!("accept {CONNECTIONS}")), CONNECTIONS);
+    assert_eq!(acceptor.request(&format!("accept {CONNECTIONS}")), CONNECTIONS);
     let longest = before_connect.elapsed().as_secs_f64();
 
     let report = observer.finish();
     report.assert_complete();
-    let found = report.listeners(&address.replace("PLACE", acceptor.place()));
+    let found = report.listeners(&address.replace("PLACE", acceptor.address()));
     assert_eq!(found.len(), 1, "{address} in {:#}", report.0);
     let listener = found[0];
     assert_eq!(listener["accepts"], CONNECTIONS, "{listener:#}");

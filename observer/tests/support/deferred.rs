@@ -31,13 +31,13 @@ pub(crate) const CLIENTS: usize = 16;
 /// Maximum difference between the start of a task as observed and as logged, in seconds: for all tasks, whose thread
 /// may have lost its CPU in between, and for half of them.
 const SLACK: f64 = 0.1;
-const SLACK_OF_HALF: f64 = 0.002;
+const SLACK_MEDIAN: f64 = 0.002;
 
 /// Name of the file that a server logs its tasks to.
-pub(crate) const TRUTH: &str = "truth";
+pub(crate) const GROUND_TRUTH: &str = "truth";
 
 /// A server that defers tasks and logs the request of each.
-pub(crate) struct Deferring {
+pub(crate) struct DeferringServer {
     process: Process,
     /// Kept open, because the server may print to it.
     _output: BufReader<ChildStdout>,
@@ -47,7 +47,7 @@ pub(crate) struct Deferring {
 
 /// A task as the server logged it.
 #[derive(Clone, Debug)]
-pub(crate) struct Piece {
+pub(crate) struct TaskRecord {
     pub(crate) request: String,
     pub(crate) task: String,
     /// Number of tasks in its chain including itself, if the server logs it.
@@ -62,11 +62,11 @@ pub(crate) struct Piece {
     run_ns: Option<f64>,
 }
 
-impl Deferring {
+impl DeferringServer {
     /// Starts a server that takes the path of its log as an argument and prints its port.
     pub(crate) fn start(mut command: Command) -> Self {
         let files = Arc::new(tempfile::tempdir().unwrap());
-        command.arg(files.path().join(TRUTH));
+        command.arg(files.path().join(GROUND_TRUTH));
         Self::start_in(files, command)
     }
 
@@ -117,11 +117,11 @@ impl Deferring {
     }
 
     /// All tasks logged so far.
-    pub(crate) fn pieces(&self) -> Vec<Piece> {
-        let text = fs::read_to_string(self.folder().join(TRUTH)).unwrap_or_default();
+    pub(crate) fn records(&self) -> Vec<TaskRecord> {
+        let text = fs::read_to_string(self.folder().join(GROUND_TRUTH)).unwrap_or_default();
         let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         lines
-            .map(|line| Piece {
+            .map(|line| TaskRecord {
                 // observer does not report the query string, so it is removed.
                 request: line["request"].as_str().unwrap().split('?').next().unwrap().to_owned(),
                 task: line["class"].as_str().or(line["name"].as_str()).unwrap_or_default().to_owned(),
@@ -136,9 +136,9 @@ impl Deferring {
     }
 
     /// Sends jobs from several clients at once, and waits until all of their tasks have started.
-    pub(crate) fn load(&self, jobs: usize, pieces_of_job: usize) {
+    pub(crate) fn load(&self, jobs: usize, tasks_per_job: usize) {
         self.send(0..jobs, CLIENTS, |_| "");
-        self.wait_for_pieces(jobs * pieces_of_job);
+        self.wait_for_tasks(jobs * tasks_per_job);
     }
 
     /// Sends the jobs with these numbers from several clients at once; `kind_of` returns the kind of a job.
@@ -156,9 +156,9 @@ impl Deferring {
                     let mut connection = BufReader::new(http::connect(port));
                     for job in jobs.skip(client).step_by(clients) {
                         // Unrelated requests in between must not be linked.
-                        ask(&mut connection, &format!("/job/{job}?how={}&secret=1", kind_of(job)));
+                        send_request(&mut connection, &format!("/job/{job}?how={}&secret=1", kind_of(job)));
                         if job % 7 == 0 {
-                            ask(&mut connection, "/nothing");
+                            send_request(&mut connection, "/nothing");
                         }
                     }
                 });
@@ -167,32 +167,32 @@ impl Deferring {
     }
 
     /// Waits until this number of tasks has started, and for the last ones to finish.
-    pub(crate) fn wait_for_pieces(&self, pieces: usize) {
+    pub(crate) fn wait_for_tasks(&self, records: usize) {
         let mut seen = 0;
         wait_for("the deferred tasks to start", || {
-            seen = self.pieces().len();
-            (seen >= pieces).then_some(())
+            seen = self.records().len();
+            (seen >= records).then_some(())
         });
-        assert_eq!(seen, pieces, "the server's own count");
+        assert_eq!(seen, records, "the server's own count");
         thread::sleep(Duration::from_millis(500));
     }
 }
 
 /// Workers do not end with their parent.
-impl Drop for Deferring {
+impl Drop for DeferringServer {
     fn drop(&mut self) {
         end(&mut self.process);
     }
 }
 
 /// Sends a request on a keep-alive connection and reads the response.
-pub(crate) fn ask(connection: &mut BufReader<TcpStream>, path: &str) {
+pub(crate) fn send_request(connection: &mut BufReader<TcpStream>, path: &str) {
     write!(connection.get_mut(), "GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
-    read_answer(connection);
+    read_response(connection);
 }
 
 /// Reads a whole response.
-pub(crate) fn read_answer(connection: &mut BufReader<TcpStream>) {
+pub(crate) fn read_response(connection: &mut BufReader<TcpStream>) {
     let mut length = 0;
     loop {
         let mut line = String::new();
@@ -210,7 +210,7 @@ pub(crate) fn read_answer(connection: &mut BufReader<TcpStream>) {
 
 /// Result of a comparison.
 #[derive(Debug, Default)]
-pub(crate) struct Verdict {
+pub(crate) struct Comparison {
     pub(crate) matched: usize,
     pub(crate) wrong: usize,
     pub(crate) unmatched: usize,
@@ -260,7 +260,7 @@ type Identity = (String, String, Option<u64>);
 
 /// A link as observer reported it.
 #[derive(Debug)]
-struct Seen {
+struct ObservedLink {
     start_ns: f64,
     wait_ns: f64,
     run_ns: Option<f64>,
@@ -273,52 +273,55 @@ struct Seen {
 pub(crate) fn compare(
     report: &Report,
     pids: &[u32],
-    pieces: &[Piece],
+    records: &[TaskRecord],
     by_depth: bool,
     task_of: impl Fn(&str) -> Option<String>,
-) -> Verdict {
-    let names: BTreeSet<_> = pieces.iter().filter_map(|piece| task_of(&piece.task)).collect();
+) -> Comparison {
+    let names: BTreeSet<_> = records.iter().filter_map(|record| task_of(&record.task)).collect();
     let mut seen = links(report, pids, &names, by_depth);
-    let mut truth = BTreeMap::<Identity, Vec<&Piece>>::new();
-    for piece in pieces {
-        let task = task_of(&piece.task).unwrap_or_default();
-        truth.entry((piece.request.clone(), task, piece.depth.filter(|_| by_depth))).or_default().push(piece);
+    let mut truth = BTreeMap::<Identity, Vec<&TaskRecord>>::new();
+    for record in records {
+        let task = task_of(&record.task).unwrap_or_default();
+        truth
+            .entry((record.request.clone(), task, record.depth.filter(|_| by_depth)))
+            .or_default()
+            .push(record);
     }
     let limit = SLACK * 1e9 * if is_emulated() { 10.0 } else { 1.0 };
-    let mut verdict = Verdict::default();
-    for (identity, pieces) in &mut truth {
+    let mut comparison = Comparison::default();
+    for (identity, records) in &mut truth {
         let mut found = seen.remove(identity).unwrap_or_default();
         found.sort_by(|one, other| one.start_ns.total_cmp(&other.start_ns));
-        pieces.sort_by(|one, other| one.start_ns.total_cmp(&other.start_ns));
-        let mut is_whole = found.len() == pieces.len();
-        for piece in pieces {
-            let off = |at: usize| -> f64 { (found[at].start_ns - piece.start_ns).abs() };
+        records.sort_by(|one, other| one.start_ns.total_cmp(&other.start_ns));
+        let mut is_whole = found.len() == records.len();
+        for record in records {
+            let off = |at: usize| -> f64 { (found[at].start_ns - record.start_ns).abs() };
             // If all links are present, they are in the same order.
             let nearest =
                 if is_whole { Some(0) } else { (0..found.len()).min_by(|&a, &b| off(a).total_cmp(&off(b))) };
             match nearest.filter(|&at| off(at) <= limit) {
                 Some(at) => {
-                    verdict.matched += 1;
-                    verdict.add(&found.remove(at), piece);
+                    comparison.matched += 1;
+                    comparison.add(&found.remove(at), record);
                 }
                 None => {
                     is_whole = false;
-                    eprintln!("unmatched: {piece:?}");
-                    verdict.unmatched += 1;
+                    eprintln!("unmatched: {record:?}");
+                    comparison.unmatched += 1;
                 }
             }
         }
         if !found.is_empty() {
             eprintln!("wrong: {identity:?} {found:?}");
         }
-        verdict.wrong += found.len();
+        comparison.wrong += found.len();
     }
     // Links of these tasks to requests that did not cause them.
     for (identity, links) in &seen {
         eprintln!("wrong: {identity:?} {links:?}");
-        verdict.wrong += links.len();
+        comparison.wrong += links.len();
     }
-    verdict
+    comparison
 }
 
 /// All links of tasks with these names, or of all tasks if there are no names.
@@ -327,7 +330,7 @@ fn links(
     pids: &[u32],
     names: &BTreeSet<String>,
     by_depth: bool,
-) -> BTreeMap<Identity, Vec<Seen>> {
+) -> BTreeMap<Identity, Vec<ObservedLink>> {
     let kinds = || pids.iter().flat_map(|&pid| report.target(pid)["deferred"].as_array().unwrap());
     let all = kinds().flat_map(|kind| kind["links"].as_array().unwrap());
     let parents: HashMap<&str, Option<&str>> =
@@ -346,7 +349,7 @@ fn links(
             let chain = iter::successors(link["id"].as_str(), |id| parents.get(id).copied().flatten());
             let depth = by_depth.then(|| chain.count() as u64);
             let wait_ns = link["wait_seconds"].as_f64().unwrap() * 1e9;
-            seen.entry((request.to_owned(), task.to_owned(), depth)).or_default().push(Seen {
+            seen.entry((request.to_owned(), task.to_owned(), depth)).or_default().push(ObservedLink {
                 start_ns: link["queued_ns"].as_f64().unwrap() + wait_ns,
                 wait_ns,
                 run_ns: link["run_seconds"].as_f64().map(|seconds| seconds * 1e9),
@@ -357,46 +360,52 @@ fn links(
     seen
 }
 
-impl Verdict {
-    fn add(&mut self, seen: &Seen, piece: &Piece) {
-        match (&seen.request_id, &piece.request_id) {
+impl Comparison {
+    fn add(&mut self, seen: &ObservedLink, record: &TaskRecord) {
+        match (&seen.request_id, &record.request_id) {
             (None, None) => {}
             (None, Some(_)) => self.missing_request_ids += 1,
             (seen, known) if seen == known => self.request_ids += 1,
             _ => {
-                eprintln!("wrong request id: {seen:?} {piece:?}");
+                eprintln!("wrong request id: {seen:?} {record:?}");
                 self.wrong_request_ids += 1;
             }
         }
-        self.starts.add(seen.start_ns, piece.start_ns);
-        if let Some(wait_ns) = piece.wait_ns {
+        self.starts.add(seen.start_ns, record.start_ns);
+        if let Some(wait_ns) = record.wait_ns {
             self.waits.add(seen.wait_ns, wait_ns);
         }
-        if let (Some(seen), Some(run_ns)) = (seen.run_ns, piece.run_ns) {
+        if let (Some(seen), Some(run_ns)) = (seen.run_ns, record.run_ns) {
             self.runs.add(seen, run_ns);
         }
     }
 }
 
 /// Asserts that no link is wrong and at most 0.1 % are missing.
-pub(crate) fn assert_true(what: &str, report: &Report, pids: &[u32], verdict: &Verdict, pieces: usize) {
-    eprintln!("| {what} | {pieces} tasks | {verdict:?} |");
+pub(crate) fn assert_links_correct(
+    what: &str,
+    report: &Report,
+    pids: &[u32],
+    comparison: &Comparison,
+    records: usize,
+) {
+    eprintln!("| {what} | {records} tasks | {comparison:?} |");
     for target in pids.iter().map(|&pid| report.target(pid)) {
         eprintln!("| {} | {} unmatched | {:#} |", target["pid"], target["unmatched"], target["hooks"]);
     }
     report.assert_complete();
-    assert_eq!((verdict.wrong, verdict.wrong_request_ids), (0, 0), "{verdict:?}");
-    assert!(verdict.matched * 1000 >= pieces * 999, "{verdict:?} of {pieces}");
-    assert_eq!(verdict.matched + verdict.unmatched, pieces);
-    assert!(is_emulated() || verdict.starts.quantile(0.5) <= SLACK_OF_HALF, "{verdict:?}");
+    assert_eq!((comparison.wrong, comparison.wrong_request_ids), (0, 0), "{comparison:?}");
+    assert!(comparison.matched * 1000 >= records * 999, "{comparison:?} of {records}");
+    assert_eq!(comparison.matched + comparison.unmatched, records);
+    assert!(is_emulated() || comparison.starts.quantile(0.5) <= SLACK_MEDIAN, "{comparison:?}");
 }
 
 /// Number of jobs that defer this number of tasks; fewer on slow machines.
-pub(crate) fn jobs_for(pieces: usize, of_job: usize) -> usize {
-    let pieces = match (is_emulated(), is_full()) {
-        (true, _) => pieces / 20,
-        (_, false) => pieces / 4,
-        (_, true) => pieces,
+pub(crate) fn jobs_for(records: usize, per_job: usize) -> usize {
+    let records = match (is_emulated(), is_full()) {
+        (true, _) => records / 20,
+        (_, false) => records / 4,
+        (_, true) => records,
     };
-    pieces.div_ceil(of_job)
+    records.div_ceil(per_job)
 }

@@ -9,13 +9,13 @@ use std::{
 use super::Process;
 
 /// The program, and the pipes to and from it.
-pub(crate) struct Told {
+pub(crate) struct Interactive {
     pub(crate) process: Process,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
 
-impl Told {
+impl Interactive {
     /// Starts a command.
     pub(crate) fn start(command: &mut Command) -> Self {
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
@@ -35,7 +35,7 @@ impl Told {
 
     /// Waits for the next line of output.
     #[track_caller]
-    pub(crate) fn said(&mut self) -> String {
+    pub(crate) fn next_line(&mut self) -> String {
         let mut line = String::new();
         let length = self.output.read_line(&mut line).unwrap();
         assert!(length > 0, "the program has closed its output");
@@ -44,8 +44,8 @@ impl Told {
 
     /// Sends a line and returns the next line of output.
     #[track_caller]
-    pub(crate) fn tell(&mut self, line: &str) -> String {
+    pub(crate) fn request(&mut self, line: &str) -> String {
         writeln!(self.input, "{line}").unwrap();
-        self.said()
+        self.next_line()
     }
 }

@@ -98,12 +98,12 @@ impl Observer {
     }
 
     /// Number of connections in its map of queued connections.
-    pub(crate) fn in_flight(&self) -> usize {
-        self.entries_of("QUEUED")
+    pub(crate) fn queued_connections(&self) -> usize {
+        self.map_entries("QUEUED")
     }
 
     /// Number of entries of one of its maps.
-    pub(crate) fn entries_of(&self, map: &str) -> usize {
+    pub(crate) fn map_entries(&self, map: &str) -> usize {
         let held = object_ids(&self.pid().to_string(), "map_id:");
         let maps = bpftool_show("map");
         let mut named = maps.iter().filter(|found| found["name"] == map && held.contains(&id(found)));

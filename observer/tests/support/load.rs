@@ -19,10 +19,10 @@ pub(crate) fn observe(
     load: impl FnOnce(u16),
 ) -> (u64, Report) {
     let before = own_count(server);
-    let observer = Observer::of(server.pid());
+    let observer = Observer::attach(server.pid());
     load(server.port);
     let connections = own_count(server) - before;
-    assert_eq!(observer.in_flight(), 0, "connections remembered though none waits");
+    assert_eq!(observer.queued_connections(), 0, "connections remembered though none waits");
     let report = observer.finish();
     report.assert_complete();
     let listeners = report.listeners(&format!("127.0.0.1:{}", server.port));

@@ -4,6 +4,7 @@
 pub(crate) mod acceptor;
 pub(crate) mod deferred;
 pub(crate) mod http;
+pub(crate) mod interactive;
 pub(crate) mod kernel;
 pub(crate) mod load;
 pub(crate) mod observer;
@@ -11,7 +12,6 @@ pub(crate) mod otlp;
 pub(crate) mod prometheus;
 pub(crate) mod servers;
 pub(crate) mod text;
-pub(crate) mod told;
 
 use std::{
     path::{Path, PathBuf},

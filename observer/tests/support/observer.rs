@@ -48,7 +48,7 @@ pub(crate) struct Observer {
 
 impl Observer {
     /// Observes a process without a scrape endpoint. Returns when all programs are attached.
-    pub(crate) fn of(pid: u32) -> Self {
+    pub(crate) fn attach(pid: u32) -> Self {
         Self::start(&["--pid", &pid.to_string(), "--no-listen"])
     }
 
@@ -59,11 +59,15 @@ impl Observer {
 
     /// Starts observer with these arguments and environment variables.
     pub(crate) fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        Self::start_by(Command::new(BINARY), arguments, variables)
+        Self::start_command(Command::new(BINARY), arguments, variables)
     }
 
     /// Starts observer through a command that executes it with the arguments.
-    pub(crate) fn start_by(mut command: Command, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+    pub(crate) fn start_command(
+        mut command: Command,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let mut child = command
             .args(arguments)
             .envs(variables.iter().copied())
@@ -142,13 +146,13 @@ impl Observer {
 
     /// Value of the only series with this name, in a fresh scrape.
     #[track_caller]
-    pub(crate) fn figure(&self, name: &str) -> f64 {
+    pub(crate) fn metric(&self, name: &str) -> f64 {
         only_value(&self.scrape(), name)
     }
 
     /// Value of the only series with this name, in a scrape that may be a second old.
     #[track_caller]
-    pub(crate) fn latest(&self, name: &str) -> f64 {
+    pub(crate) fn latest_metric(&self, name: &str) -> f64 {
         only_value(&http::get(self.port(), "/metrics"), name)
     }
 
@@ -168,7 +172,7 @@ impl Observer {
     }
 
     /// Interrupts observer and returns its report and all remaining messages.
-    pub(crate) fn finish_talking(mut self) -> (Report, Vec<String>) {
+    pub(crate) fn finish_with_messages(mut self) -> (Report, Vec<String>) {
         let messages = std::mem::replace(&mut self.messages, mpsc::channel().1);
         let report = self.finish();
         (report, messages.iter().collect())

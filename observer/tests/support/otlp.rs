@@ -139,10 +139,10 @@ pub(crate) fn certificate(folder: &Path) -> PathBuf {
 }
 
 /// Samples by name and labels, as in Prometheus.
-pub(crate) type Figures = BTreeMap<(String, BTreeMap<String, String>), f64>;
+pub(crate) type Samples = BTreeMap<(String, BTreeMap<String, String>), f64>;
 
 /// Samples of a scrape without the label `comm`, which OTLP has as an attribute of the resource.
-pub(crate) fn scraped(text: &str) -> Figures {
+pub(crate) fn parse_scrape(text: &str) -> Samples {
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     lines
         .map(|line| {
@@ -182,8 +182,8 @@ fn bound(le: f64) -> String {
 }
 
 /// Samples of requests by their timestamp, in nanoseconds.
-pub(crate) fn pushed(requests: &[Value]) -> BTreeMap<u64, Figures> {
-    let mut all = BTreeMap::<u64, Figures>::new();
+pub(crate) fn parse_pushes(requests: &[Value]) -> BTreeMap<u64, Samples> {
+    let mut all = BTreeMap::<u64, Samples>::new();
     for_each_point(requests, |resource, metric, kind, point| {
         let attributes = attributes(&point["attributes"]);
         let labels = labels(resource, &attributes, metric["name"] == "observer.target.info");

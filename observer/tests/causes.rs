@@ -94,7 +94,8 @@ fn assert_stalls(server: &Server, runtime: Runtime, injected: &str, cause: &'sta
             eprintln!("{what}: reported as {reported}, measured {:?} of {} s", truth.parts, truth.wall);
             disturbed += 1;
         }
-        let site = stall["site"].as_u64().unwrap_or_else(|| panic!("{what}: nobody is to blame: {stall:#}"));
+        let site =
+            stall["site"].as_u64().unwrap_or_else(|| panic!("{what}: the stall has no site: {stall:#}"));
         let site = &stalls["sites"][usize::try_from(site).unwrap()];
         let frames = site["frames"].as_array().unwrap();
         let is_seen = frames.iter().any(|frame| is_frame_of(frame, &function));

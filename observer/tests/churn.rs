@@ -323,7 +323,7 @@ fn process_churn_leaks_nothing() {
     let mut acceptors: Vec<_> = ["v4", "v6", "unix"].map(|kind| Acceptor::new(kind, "accept4", 64)).into();
     let mut loops = Loops::new(scale.loops);
     let scrape = || observer.scrape();
-    wait_for("those that stay to be noticed", || {
+    wait_for("the remaining servers to be observed", || {
         scrape().contains(&format!("pid=\"{}\"", loops.program.pid())).then_some(())
     });
     thread::sleep(Duration::from_secs(6));
@@ -386,14 +386,14 @@ fn process_churn_leaks_nothing() {
     // A kernel under load takes up to a third of a second for each descriptor, and a long churn leaves a thousand.
     let mut held = usize::MAX;
     while held > before.descriptors + OTHER_PROCESSES {
-        held = wait_for("the next of their probes to be detached", || {
+        held = wait_for("the next uprobe to be detached", || {
             let descriptors = fs::read_dir(format!("/proc/{}/fd", observer.pid())).unwrap().count();
             (descriptors < held).then_some(descriptors)
         });
     }
     eprintln!("all forgotten {:.1} s after the last was ended", begin.elapsed().as_secs_f64() - elapsed);
     // This test listens, so it is observed itself. So is each bpftool that it starts, until the next refresh.
-    let after = wait_for("maps of their size before", || {
+    let after = wait_for("maps to shrink to their previous size", || {
         let after = Resources::by(&observer);
         eprintln!("after: {after:?}");
         after

@@ -41,11 +41,11 @@ fn setting_the_wall_clock_changes_no_duration() {
     report.assert_complete();
     let reactor = report.reactor(server.pid());
     assert_eq!(reactor["stalls"]["count"], 2, "{reactor:#}");
-    for figure in ["slice", "lag"] {
-        let most = reactor[figure]["max"].as_f64().unwrap();
+    for field in ["slice", "lag"] {
+        let most = reactor[field]["max"].as_f64().unwrap();
         assert!(
             (0.39..longest + 0.2).contains(&most),
-            "{figure}: {most}, {longest} by the server's own clock"
+            "{field}: {most}, {longest} by the server's own clock"
         );
     }
     let waits = &report.listener(server.port)["wait"];

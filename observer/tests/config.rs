@@ -75,7 +75,7 @@ fn config_file_selects_targets_and_is_reloaded_on_sighup() {
     }
     config.write(&config_for_ports(&[stays.port, comes.port]));
     observer.signal(Signal::SIGHUP);
-    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
+    wait_for("the configuration to be reloaded", || (reloads(&observer, "accepted") == 1).then_some(()));
     for _ in 0..CONNECTIONS {
         http::connect(stays.port);
         http::connect(comes.port);
@@ -89,7 +89,7 @@ fn config_file_selects_targets_and_is_reloaded_on_sighup() {
     observer.signal(Signal::SIGHUP);
     let message = format!("{}:2:9: ", config.path().display());
     wait_for("the message", || observer.message().contains(&message).then_some(()));
-    wait_for("it to be counted", || (reloads(&observer, "refused") == 1).then_some(()));
+    wait_for("the refused reload to be counted", || (reloads(&observer, "refused") == 1).then_some(()));
     let accepted = (stays.redis_accepts() - before.0, comes.redis_accepts() - before.1);
     let report = observer.finish();
     report.assert_complete();
@@ -108,16 +108,16 @@ fn accept_in_progress_when_its_target_is_added_is_counted() {
         "import socket\nserver = socket.create_server(('127.0.0.1', {port}))\nwhile True: server.accept()[0].close()"
     );
     let server = Process(Command::new("/usr/bin/python3").args(["-c", &program]).spawn().unwrap());
-    wait_for("it to listen", || TcpStream::connect(("127.0.0.1", port)).ok());
+    wait_for("the server to listen", || TcpStream::connect(("127.0.0.1", port)).ok());
     let call = format!("/proc/{}/syscall", server.pid());
     let accepts = || fs::read_to_string(&call).unwrap().starts_with(&format!("{SYS_accept4} ")).then_some(());
-    wait_for("it to accept", accepts);
+    wait_for("the server to block in accept", accepts);
     let config = Config::new(&config_for_ports(&[first.port]));
     let observer = config.observe();
     config.write(&config_for_ports(&[first.port, port]));
     observer.signal(Signal::SIGHUP);
-    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
-    wait_for("it to accept", accepts);
+    wait_for("the configuration to be reloaded", || (reloads(&observer, "accepted") == 1).then_some(()));
+    wait_for("the server to block in accept", accepts);
     http::connect(port);
     let accepted = || {
         let scrape = observer.scrape();
@@ -151,31 +151,31 @@ while True: server.accept()[0].close()
 fn descendant_stays_a_target_after_its_ancestors_exit() {
     let other = Server::redis();
     let mut family = Interactive::python(FAMILY);
-    let said: Vec<u32> = family.next_line().split(' ').map(|word| word.parse().unwrap()).collect();
-    let [port, parent, child, port_of_child] = said[..] else { panic!("{said:?}") };
+    let ids: Vec<u32> = family.next_line().split(' ').map(|word| word.parse().unwrap()).collect();
+    let [port, parent, child, port_of_child] = ids[..] else { panic!("{ids:?}") };
     let port = u16::try_from(port).unwrap();
     let config = Config::new(&config_for_ports(&[port, other.port]));
     let observer = config.observe();
     let sees = |pid: u32| observer.scrape().contains(&format!("pid=\"{pid}\""));
-    wait_for("the family to be seen", || (sees(child) && sees(other.pid())).then_some(()));
+    wait_for("all processes to be observed", || (sees(child) && sees(other.pid())).then_some(()));
     send(parent, Signal::SIGKILL);
     assert_eq!(family.next_line(), "gone");
 
     // First another server is deselected. Then the file stays the same, and the selected parent exits, too.
     config.write(&config_for_ports(&[port]));
     observer.signal(Signal::SIGHUP);
-    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 1).then_some(()));
+    wait_for("the configuration to be reloaded", || (reloads(&observer, "accepted") == 1).then_some(()));
     assert!(sees(child) && !sees(other.pid()));
     family.process.0.kill().unwrap();
     family.process.0.wait().unwrap();
     observer.signal(Signal::SIGHUP);
-    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 2).then_some(()));
+    wait_for("the configuration to be reloaded", || (reloads(&observer, "accepted") == 2).then_some(()));
     assert!(sees(child));
 
     // No ancestor of the grandchild is selected any more.
     config.write(&config_for_ports(&[other.port]));
     observer.signal(Signal::SIGHUP);
-    wait_for("the file to be read again", || (reloads(&observer, "accepted") == 3).then_some(()));
+    wait_for("the configuration to be reloaded", || (reloads(&observer, "accepted") == 3).then_some(()));
     assert!(!sees(child) && sees(other.pid()));
     let report = observer.finish();
     assert!(report.listeners(&format!("127.0.0.1:{port_of_child}")).is_empty());
@@ -247,7 +247,7 @@ fn kill_switch_removes_all_programs() {
     fs::write(&switch, "").unwrap();
     wait_for("the programs to be gone", || (observer.programs() == 0).then_some(()));
     wait_until_clean();
-    wait_for("the endpoint to say so", || is_off().then_some(()));
+    wait_for("the endpoint to report it", || is_off().then_some(()));
     let scrape = observer.scrape();
     assert!(!scrape.contains(&format!("pid=\"{pid}\"")), "{scrape}");
     assert_eq!(http::get(observer.port(), "/healthz"), "ok\n");
@@ -255,12 +255,12 @@ fn kill_switch_removes_all_programs() {
     let answer = http::get(observer.port(), "/readyz");
     assert_eq!(answer, "turned off: the --kill-switch file exists\n");
     fs::remove_file(&switch).unwrap();
-    wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
-    wait_for("the endpoint to say so", || (!is_off()).then_some(()));
+    wait_for("the programs to be attached again", || observer.has_all_programs().then_some(()));
+    wait_for("the endpoint to report it", || (!is_off()).then_some(()));
     for _ in 0..CONNECTIONS {
         http::connect(server.port);
     }
-    wait_for("what was accepted since", || {
+    wait_for("the accepts since then", || {
         let scrape = observer.scrape();
         let accepts = format!("listener=\"127.0.0.1:{}\"}} {CONNECTIONS}", server.port);
         let mut lines = scrape.lines().filter(|l| l.starts_with("observer_accept_queue_accepts_total{"));
@@ -290,19 +290,19 @@ fn kill_switch_keeps_the_selection() {
         wait_until_clean();
         meanwhile();
         fs::remove_file(&switch).unwrap();
-        wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
+        wait_for("the programs to be attached again", || observer.has_all_programs().then_some(()));
     };
     config.write(&config_for_ports(&[second.port]));
     observer.signal(Signal::SIGHUP);
-    wait_for("the file to be read again", || (observed() == [false, true, false]).then_some(()));
+    wait_for("the configuration to be reloaded", || (observed() == [false, true, false]).then_some(()));
     // If the file is invalid by then, the last selection stays.
     cycle(&|| config.write("[include]\nport = [\"http\"]\n"));
-    wait_for("the same to be observed", || (observed() == [false, true, false]).then_some(()));
+    wait_for("the same targets to be observed", || (observed() == [false, true, false]).then_some(()));
     cycle(&|| {
         config.write(&config_for_ports(&[third.port]));
         observer.signal(Signal::SIGHUP);
     });
-    wait_for("what the file says by now", || (observed() == [false, false, true]).then_some(()));
+    wait_for("the changed configuration to be used", || (observed() == [false, false, true]).then_some(()));
 }
 
 /// A collector that accepts connections and never responds does not delay the removal.
@@ -329,8 +329,8 @@ fn kill_switch_does_not_wait_for_the_collector() {
     let given_up = |message: &String| message.contains("were not delivered");
     let before = observer.messages();
     assert!(!before.iter().any(given_up), "{before:?}");
-    wait_for("the collector to be given up", || given_up(&observer.message()).then_some(()));
+    wait_for("the push to be abandoned", || given_up(&observer.message()).then_some(()));
     fs::remove_file(&switch).unwrap();
-    wait_for("the programs to be back", || observer.has_all_programs().then_some(()));
+    wait_for("the programs to be attached again", || observer.has_all_programs().then_some(()));
     assert!(is_target(&observer.finish(), server.pid()));
 }

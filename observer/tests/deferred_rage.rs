@@ -192,7 +192,7 @@ fn two_runtimes_do_not_disturb_each_other() {
 
 /// Waits until the application pauses for the given time; returns its own count of pending tasks then.
 fn backlog(server: &DeferringServer, time: usize) -> u64 {
-    wait_for("the application to stand still", || {
+    wait_for("the application to pause", || {
         let text = fs::read_to_string(server.folder().join(format!("{GROUND_TRUTH}.backlog"))).ok()?;
         text.lines().nth(time)?.parse().ok()
     })
@@ -233,7 +233,7 @@ fn pending_tasks_equal_the_backlog_of_rage() {
     assert_eq!(pending(&observer), all);
     let rest = backlog(&server, 1);
     assert_eq!(pending(&observer), rest);
-    eprintln!("| pending | {all} when all were put off, {rest} in the middle | both as Rage counts them |");
+    eprintln!("| pending | {all} when all were enqueued, {rest} halfway | both as Rage counts them |");
     assert_eq!(all, HELD as u64);
     assert!((1..all).contains(&rest), "{rest}");
     server.wait_for_tasks(HELD);
@@ -278,7 +278,7 @@ fn tasks_that_never_start_are_orphaned_and_have_no_link_after_a_restart() {
     let again = start(&rage, files, 1, &[]);
     let observer = again.observe("rage");
     again.send(NEW, CLIENTS, |_| "now");
-    wait_for("the last task of before", || {
+    wait_for("the last task of the previous run", || {
         let records = again.records();
         let is_done = |job| records.iter().any(|record: &TaskRecord| record.request == format!("{job}"));
         LATER.chain(NEW).all(is_done).then_some(())
@@ -289,7 +289,7 @@ fn tasks_that_never_start_are_orphaned_and_have_no_link_after_a_restart() {
     let comparison = compare(&report, &[again.pid()], &new, true, |task| Some(task.to_owned()));
     assert_links_correct("Rage started again", &report, &[again.pid()], &comparison, NEW.count());
     let unmatched = report.target(again.pid())["unmatched"].as_u64().unwrap();
-    eprintln!("| started again | {unmatched} tasks of before known to be of nobody known |");
+    eprintln!("| restarted | {unmatched} tasks of the previous run are unmatched |");
     assert!(unmatched >= LATER.count() as u64, "{unmatched}");
     let names: Vec<_> = report.target(again.pid())["deferred"].as_array().unwrap().iter().collect();
     assert!(names.iter().all(|kind| kind["task"] == "Short" || kind["links"] == json!([])), "{names:?}");

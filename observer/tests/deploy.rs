@@ -86,7 +86,7 @@ impl Deployed {
             .args(["--mount", "sh", "-c", script, &id])
             .current_dir(files.path())
             .stdin(Stdio::null())
-            .stdout(fs::File::create(files.path().join("said")).unwrap())
+            .stdout(fs::File::create(files.path().join("log")).unwrap())
             .spawn()
             .unwrap();
         let mut deployed = Self { runc: Process(runc), id, files };
@@ -104,7 +104,7 @@ impl Deployed {
 
     /// The pod's log.
     fn log(&self) -> String {
-        fs::read_to_string(self.files.path().join("said")).unwrap()
+        fs::read_to_string(self.files.path().join("log")).unwrap()
     }
 
     /// Pid of the first process.

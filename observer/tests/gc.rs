@@ -194,7 +194,7 @@ fn kernel_resets_the_semaphore_when_observer_is_killed() {
     assert_eq!(semaphore_value(child), 1);
     observer.kill();
     for pid in [collecting.pid(), child] {
-        wait_for("the kernel to tidy up", || (semaphore_value(pid) == 0).then_some(()));
+        wait_for("the kernel to reset the semaphore", || (semaphore_value(pid) == 0).then_some(()));
     }
     assert_eq!(collecting.request("collect 1")["count"], 1);
     send(child, nix::sys::signal::Signal::SIGKILL);

@@ -61,7 +61,7 @@ impl Test {
         self
     }
 
-    /// Runs only beside other quiet tests, because it measures times that other load would change, and causes little
+    /// Runs only concurrently with other quiet tests, because it measures times that other load would change, and causes little
     /// load itself.
     pub(crate) const fn quiet(mut self) -> Self {
         self.quiet = true;

@@ -156,12 +156,12 @@ fn lag_of_a_saturated_asyncio_loop() {
     assert_lag(&ASYNCIO, "saturated");
 }
 
-#[real_test(full, quiet, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
+#[real_test(full, quiet, userspace, host_only("emulated machines run this workload with asyncio only"))]
 fn lag_of_an_idle_node_loop() {
     assert_lag(&NODE, "idle");
 }
 
-#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
+#[real_test(full, alone, userspace, host_only("emulated machines run this workload with asyncio only"))]
 fn lag_of_a_node_loop_with_short_slices() {
     assert_lag(&NODE, "short");
 }
@@ -171,17 +171,17 @@ fn lag_of_a_node_loop_with_rare_blocks() {
     assert_lag(&NODE, "rare");
 }
 
-#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
+#[real_test(full, alone, userspace, host_only("emulated machines run this workload with asyncio only"))]
 fn lag_of_a_saturated_node_loop() {
     assert_lag(&NODE, "saturated");
 }
 
-#[real_test(full, quiet, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
+#[real_test(full, quiet, userspace, host_only("emulated machines run this workload with asyncio only"))]
 fn lag_of_an_idle_ruby_loop() {
     assert_lag(&RUBY, "idle");
 }
 
-#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
+#[real_test(full, alone, userspace, host_only("emulated machines run this workload with asyncio only"))]
 fn lag_of_a_ruby_loop_with_short_slices() {
     assert_lag(&RUBY, "short");
 }
@@ -191,7 +191,7 @@ fn lag_of_a_ruby_loop_with_rare_blocks() {
     assert_lag(&RUBY, "rare");
 }
 
-#[real_test(full, alone, userspace, host_only("an emulated machine has asyncio under this workload alone"))]
+#[real_test(full, alone, userspace, host_only("emulated machines run this workload with asyncio only"))]
 fn lag_of_a_saturated_ruby_loop() {
     assert_lag(&RUBY, "saturated");
 }

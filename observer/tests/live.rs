@@ -110,19 +110,19 @@ fn first_screen_shows_the_late_loop_and_its_cause() {
     let server = Server::asyncio();
     let terminal = Terminal::start("the_first_screen", "LANG=C.UTF-8", server.pid());
     while_late(&server, || {
-        let screen = terminal.wait("the first screen to tell", is_late);
+        let screen = terminal.wait("the first screen to show the late loop", is_late);
         assert!(screen.lines().next().unwrap().starts_with(" observer  python3"), "{screen}");
         assert!(screen.contains(&format!("127.0.0.1:{}", server.port)), "{screen}");
         assert!(screen.trim_end().lines().last().unwrap().starts_with("q quit"), "{screen}");
         terminal.tmux(&["resize-window", "-x", "120", "-y", "40"]);
         // The screen may be captured while it is being drawn.
-        terminal.wait("the view to take the room", |screen| {
+        terminal.wait("the view to be resized", |screen| {
             screen.trim_end().lines().count() == 40 && is_late(screen) && screen.contains("of process")
         });
         terminal.press("Enter");
         terminal.wait("details", |screen| screen.contains("lag, since start") && screen.contains("STALLS"));
         terminal.tmux(&["resize-window", "-x", "40", "-y", "10"]);
-        terminal.wait("a complaint", |screen| screen.contains("too small"));
+        terminal.wait("a message", |screen| screen.contains("too small"));
         terminal.tmux(&["resize-window", "-x", "100", "-y", "30"]);
         terminal.press("Escape");
         terminal.wait("the overview", |screen| is_late(screen) && screen.contains("q quit"));
@@ -148,7 +148,7 @@ fn deferred_tasks_are_listed() {
         terminal.press(key);
     }
     let ended = format!(" {JOBS} enqueued, {JOBS} started, {JOBS} finished, 0 dropped");
-    let details = terminal.wait("a kind by itself", |screen| screen.contains(&ended));
+    let details = terminal.wait("the details of a kind", |screen| screen.contains(&ended));
     assert!(details.contains("Deferred tasks ") && details.contains("restore"), "{details}");
     terminal.press("Escape");
     terminal.press("q");
@@ -160,7 +160,7 @@ fn ctrl_c_restores_the_terminal_and_no_color_is_respected() {
     let server = Server::asyncio();
     let terminal = Terminal::start("ctrl_c", "NO_COLOR=1 LC_ALL=C", server.pid());
     while_late(&server, || {
-        terminal.wait("the first screen to tell", is_late);
+        terminal.wait("the first screen to show the late loop", is_late);
         let styled = terminal.tmux(&["capture-pane", "-p", "-e"]);
         let codes = styled.split("\u{1b}[").skip(1).filter_map(|rest| Some(rest.split_once('m')?.0));
         let is_colour =
@@ -177,9 +177,9 @@ fn sigterm_restores_the_terminal() {
     let server = Server::asyncio();
     let terminal = Terminal::start("a_signal", "LANG=C.UTF-8", server.pid());
     while_late(&server, || {
-        terminal.wait("the first screen to tell", is_late);
+        terminal.wait("the first screen to show the late loop", is_late);
         let shell = terminal.tmux(&["display-message", "-p", "#{pane_pid}"]).trim().parse().unwrap();
-        let observer = *crate::support::servers::children(shell).first().expect("observer is there");
+        let observer = *crate::support::servers::children(shell).first().expect("observer is running");
         send(observer, Signal::SIGTERM);
         terminal.assert_restored();
     });

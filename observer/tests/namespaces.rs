@@ -204,7 +204,7 @@ fn program_after_an_exec_is_recognised() {
     let pid = process.pid();
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
     let port: u16 = process.request("").parse().unwrap();
-    wait_for("its runtime to be known", || {
+    wait_for("the runtime to be recognised", || {
         let scrape = observer.scrape();
         let start = format!("observer_gc_pause_seconds_count{{pid=\"{pid}\",comm=\"node\"");
         scrape.lines().any(|line| line.starts_with(&start)).then_some(())
@@ -246,9 +246,9 @@ rename('second'); print(flush=True); sys.stdin.readline()
         let scrape = observer.scrape();
         scrape.lines().any(|line| line.contains(&format!("tid=\"{tid}\",reactor=\"{name}\"")))
     };
-    wait_for("its first name", || has_name("first").then_some(()));
+    wait_for("the first name of the thread", || has_name("first").then_some(()));
     process.request("");
-    wait_for("its second name", || has_name("second").then_some(()));
+    wait_for("the second name of the thread", || has_name("second").then_some(()));
     assert!(!has_name("first"));
     let report = observer.finish();
     let reactors = report.target(pid)["reactors"].as_array().unwrap();

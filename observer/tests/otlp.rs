@@ -42,7 +42,7 @@ fn now() -> u64 {
 
 /// A third-party collector forwards what observer pushes between two scrapes. Values that are the same in both scrapes
 /// must be the same in between, and growing values must be between the two.
-#[real_test(userspace, host_only("guests have no collector"))]
+#[real_test(userspace, host_only("guests have no OTLP collector"))]
 fn collector_gets_the_values_of_a_scrape() {
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);
@@ -120,7 +120,7 @@ fn collector_gets_the_values_of_a_scrape() {
     }
 }
 
-#[real_test(userspace, host_only("guests have no collector"))]
+#[real_test(userspace, host_only("guests have no OTLP collector"))]
 fn headers_compression_and_certificates_are_used() {
     let files = tempfile::tempdir().unwrap();
     let pem = certificate(files.path());
@@ -157,7 +157,7 @@ fn headers_compression_and_certificates_are_used() {
 }
 
 /// A push that a collector asks to retry arrives, and not before the requested time.
-#[real_test(quiet, userspace, host_only("guests have no collector"))]
+#[real_test(quiet, userspace, host_only("guests have no OTLP collector"))]
 fn retry_delay_of_the_collector_is_respected() {
     let server = Server::asyncio();
     // Unavailable; and exhausted with a delay, which without one would be final.
@@ -201,7 +201,7 @@ fn assert_no_push_missing(requests: &[Value], since: Instant) {
     assert!(moments.len() as f64 > expected / 2.0, "{} pushes instead of {expected}", moments.len());
 }
 
-#[real_test(userspace, host_only("guests have no collector"))]
+#[real_test(userspace, host_only("guests have no OTLP collector"))]
 fn refused_pushes_are_counted() {
     let server = Server::asyncio();
     for (protocol, answers) in [("grpc", ["3", "8"]), ("http/protobuf", ["400", "500"])] {
@@ -218,7 +218,7 @@ fn refused_pushes_are_counted() {
 }
 
 /// A collector that starts late and is killed later gets all pushes in the end.
-#[real_test(quiet, userspace, host_only("guests have no collector"))]
+#[real_test(quiet, userspace, host_only("guests have no OTLP collector"))]
 fn pushes_are_retried_while_the_collector_is_away() {
     let server = Server::asyncio();
     for protocol in PROTOCOLS {
@@ -249,7 +249,7 @@ fn pushes_are_retried_while_the_collector_is_away() {
 }
 
 /// observer never waits for a collector: not at the start, not in between, and at the end only for a limited time.
-#[real_test(quiet, userspace, host_only("guests have no collector"))]
+#[real_test(quiet, userspace, host_only("guests have no OTLP collector"))]
 fn unresponsive_collector_delays_nothing() {
     let server = Server::asyncio();
     for protocol in PROTOCOLS {

@@ -150,14 +150,15 @@ fn assert_trace(spans: &[&Value], path: &str, records: &[TaskRecord], sender: Op
         let start = offset + Duration::from_secs_f64(record.start_ns / 1e9);
         let start = u64::try_from(start.as_nanos()).unwrap();
         let found = starts.get_mut(record.task.as_str()).unwrap_or_else(|| panic!("no {}", record.task));
-        let nearest = (0..found.len()).min_by_key(|&at| found[at].abs_diff(start)).expect("one for each");
+        let nearest =
+            (0..found.len()).min_by_key(|&at| found[at].abs_diff(start)).expect("a start for each task");
         off.push(Duration::from_nanos(found.remove(nearest).abs_diff(start)));
     }
     assert!(starts.values().all(Vec::is_empty), "more than the server knows of: {starts:?}");
     off
 }
 
-#[real_test(userspace, links, host_only("guests have no collector"))]
+#[real_test(userspace, links, host_only("guests have no OTLP collector"))]
 fn request_and_its_deferred_tasks_are_one_trace() {
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);
@@ -189,7 +190,7 @@ fn request_and_its_deferred_tasks_are_one_trace() {
             assert!(resource["process.executable.name"].starts_with("python3"), "{resource:?}");
             traces.entry(text(span, "traceId")).or_default().push(span);
         }
-        let given = traces.remove(TRACE).expect("the trace that was begun");
+        let given = traces.remove(TRACE).expect("the trace of the client");
         assert_eq!(traces.len(), 1, "{:?}", traces.keys());
         let drawn = traces.into_values().next().unwrap();
         let records = server.records();
@@ -245,7 +246,7 @@ fn request_and_its_deferred_tasks_are_one_trace() {
 }
 
 /// Spans of requests are delivered even if the collector starts late.
-#[real_test(links, userspace, host_only("guests have no collector"))]
+#[real_test(links, userspace, host_only("guests have no OTLP collector"))]
 fn spans_are_kept_until_the_collector_is_available() {
     for protocol in PROTOCOLS {
         let port = free_port();
@@ -278,7 +279,7 @@ fn spans_are_kept_until_the_collector_is_available() {
         for request in ["0", "1", "2"] {
             let path = format!("/job/{request}");
             let is_asked = |span: &Value| attributes(&span["attributes"]).get("url.path") == Some(&path);
-            let (_, asked) = spans.iter().find(|(_, span)| is_asked(span)).expect("each request");
+            let (_, asked) = spans.iter().find(|(_, span)| is_asked(span)).expect("a span for each request");
             let trace = spans.iter().map(|(_, span)| span).filter(|span| span["traceId"] == asked["traceId"]);
             let of_request = |record: &&TaskRecord| record.request == request;
             let records: Vec<_> = records.iter().filter(of_request).cloned().collect();
@@ -353,7 +354,7 @@ fn spans_that_are_not_accepted_are_counted() {
 }
 
 /// Spans that are not delivered in time are reported, and observer ends without waiting for them.
-#[real_test(quiet, userspace, host_only("guests have no collector"))]
+#[real_test(quiet, userspace, host_only("guests have no OTLP collector"))]
 fn undelivered_spans_are_reported() {
     let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     let none = [("OTEL_METRICS_EXPORTER", "none")];
@@ -394,7 +395,7 @@ fn second_signal_ends_without_waiting_for_the_collector() {
 }
 
 /// A stall is an event of the request that it affected.
-#[real_test(links, quiet, userspace, host_only("guests have no collector"))]
+#[real_test(links, quiet, userspace, host_only("guests have no OTLP collector"))]
 fn stall_is_an_event_of_its_request() {
     let server = Server::asyncio();
     let receiver = Receiver::start("http", &[]);
@@ -444,7 +445,7 @@ fn stall_is_an_event_of_its_request() {
 }
 
 /// Without profiles, requests are not followed, so a stall is a trace of its own.
-#[real_test(quiet, userspace, host_only("guests have no collector"))]
+#[real_test(quiet, userspace, host_only("guests have no OTLP collector"))]
 fn stall_without_a_request_is_a_trace_of_its_own() {
     let server = Server::asyncio();
     let receiver = Receiver::start("grpc", &[]);
@@ -463,7 +464,7 @@ fn stall_without_a_request_is_a_trace_of_its_own() {
 }
 
 /// A candidate is observed until it has been evaluated. Its stalls until then are not exported if it is rejected.
-#[real_test(quiet, userspace, host_only("guests have no collector"))]
+#[real_test(quiet, userspace, host_only("guests have no OTLP collector"))]
 fn stall_of_a_rejected_candidate_is_not_exported() {
     let receiver = Receiver::start("http", &[]);
     let port = free_port().to_string();

@@ -60,10 +60,13 @@ fn seconds(reactor: &Value, state: &str) -> f64 {
 #[track_caller]
 fn assert_slept(reactor: &Value, wall: f64, cause: &str) {
     let sleep = Duration::from_millis(u64::from(block_ms())).as_secs_f64();
-    let stdin = Duration::from_millis(u64::from(block_ms()) * BLOCKS).as_secs_f64();
+    let requested = Duration::from_millis(u64::from(block_ms()) * BLOCKS).as_secs_f64();
     let [slept, other] = [cause, "other"].map(|cause| &reactor["split_seconds"]["blocked"][cause]);
     let (slept, other) = (slept.as_f64().unwrap(), other.as_f64().unwrap());
-    assert!((0.95 * stdin..=wall + 0.01).contains(&slept), "{slept} s, {stdin} asked for, {wall} taken");
+    assert!(
+        (0.95 * requested..=wall + 0.01).contains(&slept),
+        "{slept} s, {requested} requested, {wall} taken"
+    );
     assert!(other < 0.5 * sleep, "{other} s: {reactor:#}");
 }
 

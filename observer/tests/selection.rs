@@ -126,7 +126,7 @@ fn rejected_process_is_released() {
     let kept = || ["TARGETS", "THREADS", "LISTENERS"].map(|map| observer.map_entries(map));
     let server = Server::asyncio();
     server.block("sleep", 60);
-    wait_for("it to be let go", || (kept() == [0; 3]).then_some(()));
+    wait_for("the process to be released", || (kept() == [0; 3]).then_some(()));
     // Later activity does not make it a candidate again.
     for _ in 0..5 {
         server.block("sleep", 60);
@@ -210,7 +210,7 @@ fn remaining_servers_are_exact_during_process_churn() {
     eprintln!("{rounds:?} rounds of processes that came and went, {connections} connections each");
     // The processes that read the map are observed for a moment as well.
     let then = target_pids();
-    wait_for("those that are gone to be forgotten", || {
+    wait_for("targets that have exited to be removed", || {
         let now = target_pids();
         let is_there = |pid: &u32| Path::new(&format!("/proc/{pid}")).exists();
         then.iter().all(|pid| !now.contains(pid) || is_there(pid)).then_some(())

@@ -112,9 +112,9 @@ fn debug_files_are_found_in_the_root_of_the_process() {
 
 /// Neither function is exported. `noipa` keeps the compiler from specialising them for constant arguments.
 const LIBRARY: &str = "
-    static volatile unsigned long put_off, gone_on;
-    __attribute__((noipa)) static void context_snapshot(unsigned long task) { put_off += task; }
-    __attribute__((noipa)) static void context_restore(unsigned long task) { gone_on += task; }
+    static volatile unsigned long enqueued, started;
+    __attribute__((noipa)) static void context_snapshot(unsigned long task) { enqueued += task; }
+    __attribute__((noipa)) static void context_restore(unsigned long task) { started += task; }
     void submit(unsigned long task) { context_snapshot(task); }
     void execute(unsigned long task) { context_restore(task); }
 ";

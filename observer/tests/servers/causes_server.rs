@@ -62,22 +62,22 @@ impl Resources {
                 let path = self.locked.clone();
                 thread::spawn(move || {
                     let file = File::open(path).expect("it was created");
-                    file.lock().expect("nobody else locks it");
-                    held.send(()).expect("somebody waits for this");
+                    file.lock().expect("the lock is free");
+                    held.send(()).expect("the receiver is waiting");
                     thread::sleep(hold);
                 });
             }
             "futex" => {
                 let lock = self.lock.clone();
                 thread::spawn(move || {
-                    let _guard = lock.lock().expect("nobody panics");
-                    held.send(()).expect("somebody waits for this");
+                    let _guard = lock.lock().expect("no thread panics");
+                    held.send(()).expect("the receiver is waiting");
                     thread::sleep(hold);
                 });
             }
             _ => return,
         }
-        is_held.recv().expect("the thread tells when it holds it");
+        is_held.recv().expect("the thread reports that it holds the lock");
     }
 }
 
@@ -126,7 +126,7 @@ fn cause_flock(resources: &Resources) -> io::Result<()> {
 
 #[inline(never)]
 fn cause_futex(resources: &Resources) {
-    drop(black_box(resources.lock.lock().expect("nobody panics")));
+    drop(black_box(resources.lock.lock().expect("no thread panics")));
 }
 
 #[inline(never)]

@@ -73,7 +73,7 @@ impl Acceptor {
             "direct" => {
                 let slot = types::DestinationSlot::try_from_slot_target(self.next_slot);
                 self.next_slot += 1;
-                let slot = slot.expect("a place in the table");
+                let slot = slot.expect("a slot in the table");
                 opcode::Accept::new(types::Fd(fd), none, none.cast()).file_index(Some(slot)).build()
             }
             _ => opcode::Accept::new(types::Fd(fd), none, none.cast()).build(),
@@ -173,7 +173,7 @@ fn main() -> std::io::Result<()> {
                 let new = acceptor.connect(count)?;
                 let connected = new.len();
                 clients.extend(new);
-                u32::try_from(connected).expect("as many as asked for")
+                u32::try_from(connected).expect("at most `count`")
             }
             Some("arm") => acceptor.arm()?,
             Some("accept") => acceptor.accept(count)?,

@@ -65,7 +65,7 @@ fn orphaned_objects() -> Vec<Value> {
 /// after their last descriptor was closed.
 pub(crate) fn wait_until_clean() {
     let mut orphaned = Vec::new();
-    wait_for("the kernel to free what ended observers had in it", || {
+    wait_for("the kernel to free the objects of ended observers", || {
         orphaned = orphaned_objects();
         orphaned.is_empty().then_some(())
     });

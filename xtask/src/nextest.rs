@@ -28,7 +28,7 @@ const RERUNS: u32 = 2;
 /// Exit status of nextest when tests failed. Any other status except 0 means that it could not run them.
 const TESTS_FAILED: i32 = 100;
 
-/// Filter expressions of nextest. The command_line in brackets are defined in `observer/tests/harness.rs`.
+/// Filter expressions of nextest. The words in brackets are defined in `observer/tests/harness.rs`.
 pub(crate) const PARALLEL: &str = r"not test(/^\[[^\]]*\b(quiet|alone)\b/)";
 pub(crate) const QUIET: &str = r"test(/^\[[^\]]*\bquiet\b/)";
 pub(crate) const ALONE: &str = r"test(/^\[[^\]]*\balone\b/)";
@@ -61,7 +61,7 @@ pub(crate) struct Selection {
 /// The built test executables, and the nextest that runs them.
 pub(crate) struct Nextest {
     pub(crate) program: PathBuf,
-    /// Output of cargo and of nextest about the build, so that a guest needs neither cargo nor the sources' metadata.
+    /// Metadata of cargo and nextest about the build, so that it is not computed again for each run.
     pub(crate) cargo_metadata: PathBuf,
     pub(crate) binaries_metadata: PathBuf,
     workspace: PathBuf,

@@ -125,7 +125,7 @@ fn stages(report: &mut Report, options: &Options) -> Option<()> {
         report.stage("soak", |findings| soak(&built, options, rounds, findings))?;
         return None;
     }
-    // Guests keep the CPUs busy, so only tests that tolerate load run concurrent them.
+    // Guests keep the CPUs busy, so only tests that tolerate load run at the same time.
     let concurrent = has_host.then(|| {
         let built = &built;
         ConcurrentStage::new("host".to_owned(), move |findings| built.on_host(&PHASES[0], options, findings))

@@ -61,8 +61,8 @@ impl Test {
         self
     }
 
-    /// Runs only concurrently with other quiet tests, because it measures times that other load would change, and causes little
-    /// load itself.
+    /// Runs concurrently only with other quiet tests, because it measures times that other load would change, and
+    /// causes little load itself.
     pub(crate) const fn quiet(mut self) -> Self {
         self.quiet = true;
         self

@@ -102,13 +102,13 @@ fn kind_of(job: usize, bursts: bool) -> (&'static str, usize) {
 fn load(server: &DeferringServer, tasks: usize) {
     let bursts = supports_bursts(server);
     let wanted = if bursts { tasks } else { tasks / 10 };
-    let (mut jobs, mut records) = (0, 0);
-    while records < wanted {
-        records += kind_of(jobs, bursts).1;
+    let (mut jobs, mut count) = (0, 0);
+    while count < wanted {
+        count += kind_of(jobs, bursts).1;
         jobs += 1;
     }
     server.send(0..jobs, if bursts { CLIENTS } else { 1 }, |job| kind_of(job, bursts).0);
-    server.wait_for_tasks(records);
+    server.wait_for_tasks(count);
 }
 
 /// Compares links with the application's log.

@@ -167,13 +167,13 @@ impl DeferringServer {
     }
 
     /// Waits until this number of tasks has started, and for the last ones to finish.
-    pub(crate) fn wait_for_tasks(&self, records: usize) {
+    pub(crate) fn wait_for_tasks(&self, tasks: usize) {
         let mut seen = 0;
         wait_for("the deferred tasks to start", || {
             seen = self.records().len();
-            (seen >= records).then_some(())
+            (seen >= tasks).then_some(())
         });
-        assert_eq!(seen, records, "the server's own count");
+        assert_eq!(seen, tasks, "the server's own count");
         thread::sleep(Duration::from_millis(500));
     }
 }
@@ -387,25 +387,25 @@ pub(crate) fn assert_links_correct(
     report: &Report,
     pids: &[u32],
     comparison: &Comparison,
-    records: usize,
+    tasks: usize,
 ) {
-    eprintln!("| {what} | {records} tasks | {comparison:?} |");
+    eprintln!("| {what} | {tasks} tasks | {comparison:?} |");
     for target in pids.iter().map(|&pid| report.target(pid)) {
         eprintln!("| {} | {} unmatched | {:#} |", target["pid"], target["unmatched"], target["hooks"]);
     }
     report.assert_complete();
     assert_eq!((comparison.wrong, comparison.wrong_request_ids), (0, 0), "{comparison:?}");
-    assert!(comparison.matched * 1000 >= records * 999, "{comparison:?} of {records}");
-    assert_eq!(comparison.matched + comparison.unmatched, records);
+    assert!(comparison.matched * 1000 >= tasks * 999, "{comparison:?} of {tasks}");
+    assert_eq!(comparison.matched + comparison.unmatched, tasks);
     assert!(is_emulated() || comparison.starts.quantile(0.5) <= SLACK_MEDIAN, "{comparison:?}");
 }
 
 /// Number of jobs that defer this number of tasks; fewer on slow machines.
-pub(crate) fn jobs_for(records: usize, per_job: usize) -> usize {
-    let records = match (is_emulated(), is_full()) {
-        (true, _) => records / 20,
-        (_, false) => records / 4,
-        (_, true) => records,
+pub(crate) fn jobs_for(tasks: usize, per_job: usize) -> usize {
+    let tasks = match (is_emulated(), is_full()) {
+        (true, _) => tasks / 20,
+        (_, false) => tasks / 4,
+        (_, true) => tasks,
     };
-    records.div_ceil(per_job)
+    tasks.div_ceil(per_job)
 }

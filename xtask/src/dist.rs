@@ -36,7 +36,7 @@ const SBOM_NAME: &str = "bill-of-materials";
 
 /// The packages that are in the binary and get an SBOM, and all packages for which cargo-cyclonedx writes one.
 const SBOM_PACKAGES: [&str; 2] = ["observer", "observer-ebpf"];
-const ALL_PACKAGES: [&str; 4] = ["observer", "observer-common", "observer-ebpf", "xtask"];
+const ALL_PACKAGES: [&str; 5] = ["bench", "observer", "observer-common", "observer-ebpf", "xtask"];
 
 /// `xtask dist`.
 pub(crate) fn make() -> Result<()> {

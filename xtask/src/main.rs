@@ -64,11 +64,12 @@ enum Command {
     },
     /// Regenerate docs/metrics.md and the dashboards.
     Docs,
-    /// Measure the overhead of observer and write docs/benchmarks.md (as root; takes half an hour or more).
+    /// Measure what observer costs and write docs/benchmarks.md. Takes half an hour or more; requires root.
     Bench {
-        /// Benchmarks to run; all if omitted.
-        parts: Vec<bench::Part>,
-        /// Smoke test: run few and short rounds, print the results and do not write them to disk.
+        /// Parts to measure. Without any, all parts are measured.
+        #[arg(value_parser = bench::PARTS)]
+        parts: Vec<String>,
+        /// Run few and short rounds, print the results and write no files.
         #[arg(long)]
         quick: bool,
     },
@@ -110,7 +111,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Dist => dist::make()?,
         Command::Demo { args } => return Err(observer::demo(&args)),
         Command::Docs => documents::write()?,
-        Command::Bench { parts, quick } => bench::run(&parts, quick)?,
+        Command::Bench { parts, quick } => return Err(bench::run(&parts, quick)),
         Command::Fuzz { targets, seconds } => return fuzz::run(&targets, seconds),
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
         Command::Test { full, soak, machines, names } => {

@@ -66,8 +66,12 @@ where
 
 /// Finds a program on PATH or in root's folders, which PATH may lack.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    which::which_in(program, Some(path), root()).ok()
+    which::which_in(program, Some(search_path()), root()).ok()
+}
+
+/// `PATH` with root's own folders.
+pub(crate) fn search_path() -> String {
+    std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin"
 }
 
 /// Whether this process may install packages and load eBPF programs.

@@ -16,8 +16,13 @@ use syn::visit::{self, Visit};
 use syn::{Attribute, File, Item, ItemMod, ItemUse, Macro, UseTree};
 
 /// Root files of the crates.
-const CRATES: [&str; 4] =
-    ["observer-common/src/lib.rs", "observer-ebpf/src/main.rs", "observer/src/lib.rs", "xtask/src/main.rs"];
+const CRATES: [&str; 5] = [
+    "bench/src/main.rs",
+    "observer-common/src/lib.rs",
+    "observer-ebpf/src/main.rs",
+    "observer/src/lib.rs",
+    "xtask/src/main.rs",
+];
 
 #[test]
 fn modules_import_in_one_direction() {

@@ -1,4 +1,4 @@
-//! The servers that are measured, on loopback ports of their own, with nothing of theirs left behind.
+//! The servers that are measured. Each listens on a loopback port and keeps its files in a temporary folder.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -9,14 +9,13 @@ use std::process::{ChildStdin, ChildStdout, Stdio};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use super::process::{Process, family, program, wait_for_start};
-use crate::workspace::kept;
+use crate::process::{Process, family, program, wait_for_start};
 
-/// An HTTP server of Node.js that does nothing else.
+/// A minimal HTTP server for Node.js.
 const NODE: &str = "require('node:http').createServer((_, response) => response.end('ok'))\
 .listen(Number(process.argv[1]), '127.0.0.1')";
 
-/// An HTTP server of CPython's asyncio each of whose requests puts off one task.
+/// A minimal HTTP server for CPython's asyncio that enqueues one task per request.
 const ASYNCIO: &str = r"
 import asyncio, sys
 
@@ -35,7 +34,7 @@ async def main():
 asyncio.run(main())
 ";
 
-/// An HTTP server of Ruby's async that does nothing else.
+/// A minimal HTTP server for Ruby's async.
 const RUBY: &str = r#"
 require "async"
 require "socket"
@@ -54,33 +53,33 @@ Async do |task|
 end
 "#;
 
-/// A server that listens.
-pub(super) struct Server {
+/// A server that accepts connections.
+pub(crate) struct Server {
     process: Process,
-    pub(super) port: u16,
-    /// Where it listens besides, if it was told to.
-    pub(super) socket: PathBuf,
+    pub(crate) port: u16,
+    /// The unix socket of nginx, if it listens on one.
+    pub(crate) socket: PathBuf,
     _files: TempDir,
 }
 
 impl Server {
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// All of its processes.
-    pub(super) fn pids(&self) -> Vec<u32> {
+    /// The process and its children.
+    pub(crate) fn pids(&self) -> Vec<u32> {
         family(self.pid())
     }
 
-    /// The process whose first thread is the event loop under load.
-    pub(super) fn event_loop(&self) -> u32 {
+    /// The thread id of the event loop that serves requests, which is the main thread of its process.
+    pub(crate) fn event_loop(&self) -> u32 {
         self.pids().last().copied().unwrap_or(self.pid())
     }
 
-    /// nginx with one worker.
-    pub(super) fn nginx(cpu: Option<u32>, with_socket: bool) -> Result<Self> {
-        let (port, files, socket) = place()?;
+    /// nginx with one worker, which also listens on a unix socket if `with_socket` is set.
+    pub(crate) fn nginx(cpu: Option<u32>, with_socket: bool) -> Result<Self> {
+        let (port, files, socket) = allocate()?;
         let folder = files.path().display();
         let on_socket =
             if with_socket { format!("listen unix:{};", socket.display()) } else { String::new() };
@@ -104,8 +103,8 @@ impl Server {
     }
 
     /// Redis, without persistence.
-    pub(super) fn redis(cpu: Option<u32>) -> Result<Self> {
-        let (port, files, socket) = place()?;
+    pub(crate) fn redis(cpu: Option<u32>) -> Result<Self> {
+        let (port, files, socket) = allocate()?;
         let mut command = program("redis-server", cpu);
         command.args([
             "--port",
@@ -121,26 +120,26 @@ impl Server {
         Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("redis-server")
     }
 
-    /// Node.js.
-    pub(super) fn node(cpu: Option<u32>) -> Result<Self> {
-        let (port, files, socket) = place()?;
+    /// An HTTP server on Node.js.
+    pub(crate) fn node(cpu: Option<u32>) -> Result<Self> {
+        let (port, files, socket) = allocate()?;
         let mut command = program("node", cpu);
         command.args(["-e", NODE, &port.to_string()]);
         Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("node")
     }
 
-    /// CPython's asyncio, with a deferred task for each request.
-    pub(super) fn asyncio(cpu: Option<u32>) -> Result<Self> {
-        let (port, files, socket) = place()?;
+    /// An HTTP server on CPython's asyncio, with one deferred task per request.
+    pub(crate) fn asyncio(cpu: Option<u32>) -> Result<Self> {
+        let (port, files, socket) = allocate()?;
         let mut command = program("/usr/bin/python3", cpu);
-        // Clients that go away are told of as errors.
+        // asyncio prints an error for each connection that a client closes.
         command.args(["-c", ASYNCIO, &port.to_string()]).stderr(Stdio::null());
         Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("asyncio")
     }
 
-    /// An event loop of Ruby.
-    pub(super) fn ruby(cpu: Option<u32>) -> Result<Self> {
-        let (port, files, socket) = place()?;
+    /// An HTTP server on Ruby's async.
+    pub(crate) fn ruby(cpu: Option<u32>) -> Result<Self> {
+        let (port, files, socket) = allocate()?;
         let mut command = program("/usr/bin/ruby", cpu);
         command.args(["-e", RUBY, &port.to_string()]);
         Self { process: Process::start(&mut command)?, port, socket, _files: files }.listening("ruby")
@@ -152,50 +151,49 @@ impl Server {
     }
 }
 
-/// A port, a folder, and a path in it for a socket.
-fn place() -> Result<(u16, TempDir, PathBuf)> {
-    // In here, so that nothing is strewn about where nobody is left to tidy up.
-    let files = tempfile::tempdir_in(kept(""))?;
+/// A port, a temporary folder, and the path of a socket in it.
+fn allocate() -> Result<(u16, TempDir, PathBuf)> {
+    let files = tempfile::tempdir()?;
     let socket = files.path().join("socket");
     Ok((free_port()?, files, socket))
 }
 
-/// A port that was free a moment ago.
-pub(super) fn free_port() -> Result<u16> {
+/// A port that no socket listens on.
+pub(crate) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-/// The tests' server that accepts through io_uring, and is its own client.
-pub(super) struct RingAcceptor {
+/// observer's example `ring_acceptor`: a server that accepts through io_uring and is its own client.
+pub(crate) struct RingAcceptor {
     process: Process,
     commands: ChildStdin,
     answers: BufReader<ChildStdout>,
-    /// Where it makes its own.
+    /// Its `TMPDIR`.
     _files: TempDir,
 }
 
 impl RingAcceptor {
-    pub(super) fn start(binary: &Path) -> Result<Self> {
-        let files = tempfile::tempdir_in(kept(""))?;
+    pub(crate) fn start(binary: &Path) -> Result<Self> {
+        let files = tempfile::tempdir()?;
         let mut command = program(binary, None);
         command.args(["v4", "single", "512"]).env("TMPDIR", files.path());
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::start(&mut command)?;
-        let commands = process.child.stdin.take().context("its input")?;
-        let mut answers = BufReader::new(process.child.stdout.take().context("its output")?);
+        let commands = process.child.stdin.take().context("stdin is piped")?;
+        let mut answers = BufReader::new(process.child.stdout.take().context("stdout is piped")?);
         answers.read_line(&mut String::new())?;
         Ok(Self { process, commands, answers, _files: files })
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// Has it do something, so many times.
-    pub(super) fn tell(&mut self, what: &str) -> Result<u64> {
-        writeln!(self.commands, "{what}")?;
+    /// Runs a command, and returns the number in its answer.
+    pub(crate) fn run(&mut self, command: &str) -> Result<u64> {
+        writeln!(self.commands, "{command}")?;
         let mut answer = String::new();
         self.answers.read_line(&mut answer)?;
-        answer.trim().parse().with_context(|| format!("the io_uring server answers {answer:?} to {what}"))
+        answer.trim().parse().with_context(|| format!("the io_uring server answers {answer:?} to {command}"))
     }
 }

@@ -1,89 +1,90 @@
-//! What servers get done while they are observed and while they are not, in rounds that alternate.
+//! Throughput, latency and CPU time of servers with and without a tool, in alternating rounds.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::load::{self, Done, Wrk};
-use super::part::{Cpus, progress};
-use super::process::{cpu_seconds, fine_cpu_seconds, memory};
-use super::servers::Server;
-use super::tools::{SLICES, Tool, settle};
+use crate::load::{self, LoadResult, Wrk};
+use crate::part::{Cpus, progress};
+use crate::process::{cpu_seconds, fine_cpu_seconds, memory};
+use crate::servers::Server;
+use crate::tools::{SLICES, Tool, settle};
 
-/// Commands to try out how many Redis takes.
+/// Commands of the first load on Redis, which measures its throughput.
 const FIRST_COMMANDS: u64 = 50_000;
 
-/// How long deferred work that comes too fast is followed, and some more.
-const GIVES_UP: Duration = Duration::from_secs(5);
+/// Longer than observer follows deferred tasks whose rate is too high.
+const FOLLOWING_TIME: Duration = Duration::from_secs(5);
 
-/// What goes on beside the server.
+/// The tool that runs with the server.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Arm {
-    Nothing,
-    /// observer, on this server.
+pub(crate) enum Arm {
+    NoTool,
+    /// observer on this server.
     Observer,
-    /// The same, before it gives up to follow deferred work that comes too fast.
+    /// The same, before it stops following deferred tasks because their rate is too high.
     Following,
-    /// observer, on another server, which has nothing to do.
+    /// observer on another server, which is idle.
     Elsewhere,
-    /// bpftrace with the script for slices and run-queue delay.
+    /// bpftrace with `slices.bt`.
     Bpftrace,
 }
 
 impl Arm {
-    pub(super) fn title(self) -> &'static str {
+    pub(crate) fn title(self) -> &'static str {
         match self {
-            Self::Nothing => "nothing",
+            Self::NoTool => "no tool",
             Self::Observer => "observer",
-            Self::Following => "observer in its first seconds, following deferred work",
-            Self::Elsewhere => "observer on another, idle process",
+            Self::Following => "observer, following deferred tasks",
+            Self::Elsewhere => "observer on an idle nginx",
             Self::Bpftrace => "bpftrace",
         }
     }
 }
 
-/// One round.
-pub(super) struct Sample {
-    pub(super) per_second: f64,
-    /// Seconds that one request in a hundred takes at least.
-    pub(super) p99: f64,
-    /// CPU seconds of the server for a request.
-    pub(super) cpu: f64,
-    pub(super) tool: Option<ToolSample>,
+/// The result of a round.
+pub(crate) struct Sample {
+    pub(crate) per_second: f64,
+    /// 99th percentile of the latency, in seconds.
+    pub(crate) p99: f64,
+    /// CPU seconds of the server per request.
+    pub(crate) cpu: f64,
+    pub(crate) tool: Option<ToolSample>,
 }
 
-/// What the tool itself took in that round.
-pub(super) struct ToolSample {
-    pub(super) cpu_seconds: f64,
-    pub(super) seconds: f64,
-    pub(super) start: f64,
-    /// Bytes.
-    pub(super) memory: u64,
-    pub(super) peak: u64,
-    pub(super) maps: u64,
+/// Costs of the tool itself in a round.
+pub(crate) struct ToolSample {
+    pub(crate) cpu_seconds: f64,
+    /// Duration of the round.
+    pub(crate) seconds: f64,
+    /// Seconds that the tool took to start.
+    pub(crate) startup: f64,
+    /// Resident memory in bytes, as are the next two.
+    pub(crate) memory: u64,
+    pub(crate) peak: u64,
+    pub(crate) maps: u64,
 }
 
-pub(super) struct Figures {
-    pub(super) server: &'static str,
-    /// The n-th samples of all arms are of one round.
-    pub(super) arms: Vec<(Arm, Vec<Sample>)>,
+pub(crate) struct Results {
+    pub(crate) server: &'static str,
+    /// The samples of all arms at the same index are those of one round.
+    pub(crate) arms: Vec<(Arm, Vec<Sample>)>,
 }
 
-/// What to run, where, for how long.
-pub(super) struct Bench<'a> {
-    pub(super) observer: &'a Path,
-    pub(super) cpus: Cpus,
-    pub(super) rounds: usize,
-    pub(super) seconds: u64,
+pub(crate) struct Bench<'a> {
+    pub(crate) observer: &'a Path,
+    pub(crate) cpus: Cpus,
+    pub(crate) rounds: usize,
+    pub(crate) seconds: u64,
 }
 
 impl Bench<'_> {
-    pub(super) fn run(&self) -> Result<Vec<Figures>> {
+    pub(crate) fn run(&self) -> Result<Vec<Results>> {
         let Cpus { server: cpu, load: load_cpu } = self.cpus;
-        let all = [Arm::Nothing, Arm::Observer, Arm::Elsewhere, Arm::Bpftrace];
-        let most = [Arm::Nothing, Arm::Observer, Arm::Bpftrace];
-        let deferring = [Arm::Nothing, Arm::Observer, Arm::Following, Arm::Bpftrace];
+        let all = [Arm::NoTool, Arm::Observer, Arm::Elsewhere, Arm::Bpftrace];
+        let most = [Arm::NoTool, Arm::Observer, Arm::Bpftrace];
+        let deferring = [Arm::NoTool, Arm::Observer, Arm::Following, Arm::Bpftrace];
 
         let nginx = Server::nginx(cpu, false)?;
         let wrk = |server: &Server| Wrk::prepare(load_cpu, server.port, self.seconds, true)?.run();
@@ -101,7 +102,7 @@ impl Bench<'_> {
 
         let asyncio = Server::asyncio(cpu)?;
         let asyncio =
-            self.server("asyncio, a deferred task for each request", &asyncio, &deferring, || wrk(&asyncio))?;
+            self.server("asyncio, one deferred task per request", &asyncio, &deferring, || wrk(&asyncio))?;
 
         let ruby = Server::ruby(cpu)?;
         let ruby = self.server("Ruby's async", &ruby, &most, || wrk(&ruby))?;
@@ -113,8 +114,8 @@ impl Bench<'_> {
         name: &'static str,
         server: &Server,
         arms: &[Arm],
-        load: impl Fn() -> Result<Done>,
-    ) -> Result<Figures> {
+        load: impl Fn() -> Result<LoadResult>,
+    ) -> Result<Results> {
         progress(&format!("{name}: warming up"));
         load()?;
         let idle = Server::nginx(None, false)?;
@@ -126,39 +127,39 @@ impl Bench<'_> {
             for turn in 0..count {
                 let (arm, samples) = &mut arms[if round % 2 == 0 { turn } else { count - 1 - turn }];
                 let tool = match arm {
-                    Arm::Nothing => None,
+                    Arm::NoTool => None,
                     Arm::Observer | Arm::Following => Some(Tool::observer(self.observer, &[server.pid()])?),
                     Arm::Elsewhere => Some(Tool::observer(self.observer, &[idle.pid()])?),
                     Arm::Bpftrace => Some(Tool::bpftrace(SLICES, server.event_loop())?),
                 };
                 if *arm == Arm::Observer && follows {
                     let start = Instant::now();
-                    while start.elapsed() < GIVES_UP {
+                    while start.elapsed() < FOLLOWING_TIME {
                         load()?;
                     }
                 }
                 samples.push(sample(server, tool.as_ref(), &load)?);
             }
         }
-        Ok(Figures { server: name, arms })
+        Ok(Results { server: name, arms })
     }
 }
 
-fn sample(server: &Server, tool: Option<&Tool>, load: impl Fn() -> Result<Done>) -> Result<Sample> {
+fn sample(server: &Server, tool: Option<&Tool>, load: impl Fn() -> Result<LoadResult>) -> Result<Sample> {
     settle();
     let pids = server.pids();
     let tool_cpu = |tool: &Tool| fine_cpu_seconds(tool.pid());
     let tool_before = tool.map(tool_cpu).transpose()?;
     let (before, start) = (cpu_seconds(&pids)?, Instant::now());
-    let Done { requests, per_second, p99 } = load()?;
+    let LoadResult { requests, per_second, p99 } = load()?;
     let (used, seconds) = (cpu_seconds(&pids)? - before, start.elapsed().as_secs_f64());
     let tool = tool.zip(tool_before).map(|(tool, before)| {
         let memory = memory(tool.pid())?;
         anyhow::Ok(ToolSample {
             cpu_seconds: tool_cpu(tool)? - before,
             seconds,
-            start: tool.start.as_secs_f64(),
-            memory: memory.now,
+            startup: tool.startup.as_secs_f64(),
+            memory: memory.resident,
             peak: memory.peak,
             maps: memory.maps,
         })

@@ -134,7 +134,8 @@ fn queries() -> Vec<Query> {
         let dashboard: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
         let variables = dashboard["templating"]["list"].as_array().unwrap();
         for panel in dashboard["panels"].as_array().unwrap() {
-            for target in panel["targets"].as_array().unwrap() {
+            // Rows and text panels have none.
+            for target in panel["targets"].as_array().into_iter().flatten() {
                 let mut expression = target["expr"].as_str().unwrap().replace("$__rate_interval", RANGE);
                 for variable in variables {
                     let name = variable["name"].as_str().unwrap();
@@ -225,20 +226,20 @@ fn every_panel_and_rule_has_data_in_its_unit() {
         assert!((least..=most).contains(&value), "{panel} is {value}");
     };
     // Half of all instants are in a block with 0 to 20 ms left: 5 ms on average. Buckets are powers of two.
-    between("observer / Reactor: Lag: p99", 0.010, 0.080);
+    between("observer / Event loops: Lag: p99", 0.010, 0.080);
     // The mostly idle loop counts with the same weight.
-    between("observer / Reactor: Lag: mean", 0.001, 0.020);
-    between("observer / Reactor: Slices: p99", 0.016, 0.080);
-    between("observer / Reactor: Utilisation by loop", 0.25, 0.75);
+    between("observer / Event loops: Lag: mean", 0.001, 0.020);
+    between("observer / Event loops: Slices: p99", 0.016, 0.080);
+    between("observer / Event loops: Utilisation by loop", 0.25, 0.75);
     between("observer / Fleet: Utilisation", 0.25, 0.75);
     between("observer / Fleet: Lag, 99th percentile", 0.010, 0.080);
     between("observer / Accept queue: Arrivals and accepts: accepts", 10.0, 40.0);
-    between("observer / Accept queue: Turned away and given up: overflows", 0.0, 0.0);
+    between("observer / Accept queue: Overflows, drops and aborts: overflows", 0.0, 0.0);
     // Four jobs a second with fifteen tasks each, and the tasks of asyncio itself.
-    between("observer / Deferred work: Put off, started, ended: started", 30.0, 400.0);
-    between("observer / Deferred work: Put off, started, ended: ended", 30.0, 400.0);
-    between("observer / Deferred work: Started by kind", 4.0, 400.0);
-    between("observer / Fleet: Deferred work that starts", 30.0, 400.0);
+    between("observer / Deferred tasks: Enqueued, started and finished tasks: started", 30.0, 400.0);
+    between("observer / Deferred tasks: Enqueued, started and finished tasks: finished", 30.0, 400.0);
+    between("observer / Deferred tasks: Started tasks by kind", 4.0, 400.0);
+    between("observer / Fleet: Started deferred tasks", 30.0, 400.0);
     eprintln!("{values:#?}");
 }
 

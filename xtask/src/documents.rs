@@ -1,28 +1,16 @@
-//! Generates docs/metrics.md and the dashboards. Unit tests check that they are up to date. This module also checks the
-//! dashboards against Grafana's published model.
+//! `xtask docs`: generates `docs/metrics.md`. A unit test of observer checks that the page is up to date.
 
 use std::fs;
 
 use anyhow::{Context, Result};
 use duct::cmd;
 
-use crate::python::{DASHBOARD_MODEL, PYTHON};
-use crate::shell::quietly;
+use crate::observer;
 use crate::workspace::root;
-use crate::{dashboards, observer};
 
-/// `xtask docs`.
+/// Writes the page.
 pub(crate) fn write() -> Result<()> {
-    dashboards::write()?;
     let page = root().join("docs/metrics.md");
     let text = cmd!(observer::build()?, "metrics").read().context("`observer metrics` failed")?;
     fs::write(&page, text + "\n").with_context(|| format!("cannot write {}", page.display()))
-}
-
-/// Fails if a dashboard has a field that Grafana's model does not define.
-pub(crate) fn check() -> Result<()> {
-    let model = DASHBOARD_MODEL.install()?;
-    let script = root().join("xtask/src/dashboards/check.py");
-    let check = cmd!(PYTHON, script, root().join("dashboards")).env("PYTHONPATH", &model);
-    quietly("reading the dashboards", &check)
 }

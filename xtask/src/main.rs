@@ -10,7 +10,6 @@ mod python;
 mod observer;
 mod results;
 mod report;
-mod dashboards;
 mod documents;
 mod dependencies;
 mod manifests;
@@ -62,7 +61,7 @@ enum Command {
         #[arg(last = true)]
         command: Vec<String>,
     },
-    /// Regenerate docs/metrics.md and the dashboards.
+    /// Generate docs/metrics.md.
     Docs,
     /// Measure what observer costs and write docs/benchmarks.md. Takes half an hour or more; requires root.
     Bench {

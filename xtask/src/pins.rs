@@ -20,9 +20,6 @@ pub(crate) const LINUX_5_10: &str = "linux-image-5.10.0-46-cloud-amd64=5.10.262-
 pub(crate) const LINUX_6_1: &str = "linux-image-6.1.0-57-cloud-amd64=6.1.192-3";
 pub(crate) const LINUX_6_12: &str = "linux-image-6.12.118+deb13-cloud-amd64=6.12.118-1";
 
-/// Grafana's model of dashboards, for Grafana 11.6.
-pub(crate) const DASHBOARD_MODEL: &[&str] = &["grafana-foundation-sdk==1769699379!11.6.0"];
-
 /// Schemas of all Kubernetes releases.
 pub(crate) const SCHEMAS: &[&str] = &[
     "kubernetes-validate==1.37.0",

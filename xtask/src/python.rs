@@ -26,12 +26,6 @@ pub(crate) struct Packages {
     pub(crate) requirements: &'static [&'static str],
 }
 
-pub(crate) const DASHBOARD_MODEL: Packages = Packages {
-    folder: "grafana-foundation-sdk",
-    modules: "grafana_foundation_sdk",
-    requirements: pins::DASHBOARD_MODEL,
-};
-
 pub(crate) const SCHEMAS: Packages =
     Packages { folder: "kubernetes", modules: "kubernetes_validate, yaml", requirements: pins::SCHEMAS };
 

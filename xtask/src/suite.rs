@@ -18,7 +18,7 @@ use crate::python::{COLLECTOR, TRACER};
 use crate::report::{ConcurrentStage, Findings, Report};
 use crate::results::{Results, Verdict};
 use crate::workspace::{Executable, build, cargo, plain_cargo};
-use crate::{dependencies, documents, guest, manifests, nextest, packages, toolchain, vm};
+use crate::{dependencies, guest, manifests, nextest, packages, toolchain, vm};
 
 /// Packages whose test executables run in guests.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
@@ -188,7 +188,6 @@ fn checks(report: &mut Report) {
         check("cargo doc", &cargo("doc", &rest)?.env("RUSTDOCFLAGS", "-D warnings"))
     });
     report.stage("dependencies", dependencies::check);
-    report.stage("dashboards", |_| documents::check());
     report.stage("manifests", |_| manifests::check());
 }
 

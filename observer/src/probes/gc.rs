@@ -81,8 +81,8 @@ struct Process {
 enum Watched {
     /// Not watched: no collector was found, or it is not initialised.
     #[default]
+    Nothing,
     /// Start and end of each collection, by uprobes that are attached as long as they are kept.
-    /// The beginning and the end of each collection, by probes that are attached while these are kept.
     Pauses(#[expect(dead_code, reason = "kept, so that they stay attached")] Vec<Uprobe>),
     /// Totals that the runtime counts.
     Totals { memory: Live, places: Totals, first: Sum, last: Sum },

@@ -155,9 +155,9 @@ impl Runtimes {
 impl Module {
     fn of(profile: &Arc<Profile>, image: &Image) -> Self {
         let collector = profile.gc.as_ref().map(|collector| match collector {
-            Collector::Usdt(usdt) => usdt.find(&image.elf).map(Watchable::Probes),
             Collector::Usdt(usdt) => usdt.find(&image.elf).map(CollectorInFile::Probes),
             Collector::Functions(functions) => functions.find(image).map(CollectorInFile::Probes),
+            Collector::Totals(totals) => totals.find(image),
         });
         Self { profile: Arc::clone(profile), collector }
     }

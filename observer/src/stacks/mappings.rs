@@ -96,7 +96,7 @@ impl Mappings {
         let MMapPath::Path(path) = &map.pathname else {
             return Err(io::Error::other("the mapping has no file"));
         };
-        let file = open_inside(self.pid, path)?;
+        let file = open_of_process(self.pid, path)?;
         if file.metadata()?.ino() != map.inode {
             return Err(io::Error::other(format!(
                 "{} has been replaced since it was mapped",

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    now::{StackReader, ThreadState},
+    reader::{StackReader, ThreadState},
     sampler::Sampler,
 };
 use crate::{model::frame::Look, read::reactors::InSlice};

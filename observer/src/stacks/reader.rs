@@ -22,8 +22,8 @@ use crate::{
     read::reactors::InSlice,
 };
 
-/// How long a process is assumed to run the interpreter that was found in it. After an earlier `exec` its frames cannot
-/// be read, and the interpreter is looked up again.
+/// How long a process is assumed to run the interpreter that was found in it. If it calls `exec` before that, its frames
+/// cannot be read, and the interpreter is looked up again.
 const INTERPRETER_TTL: Duration = Duration::from_secs(10);
 /// Maximum number of processes whose interpreters are cached.
 const INTERPRETERS_MAX: usize = 64;

@@ -313,7 +313,7 @@ fn spans_have_headers_and_a_trusted_connection() {
         assert_eq!((&headers["authorization"], &headers["x-tenant"]), (&"Bearer x".into(), &"a=b".into()));
         // grpcio does not show the encoding.
         assert!(protocol == "grpc" || headers["content-encoding"] == "gzip", "{headers}");
-        for (resource, _) in spans(&[request.clone()]) {
+        for (resource, _) in spans(std::slice::from_ref(&request)) {
             assert_eq!(resource["deployment.environment.name"], "test");
         }
     }

@@ -50,11 +50,12 @@ pub(crate) fn describe(observer: &Path, cpus: Cpus) -> Result<Machine> {
     let counting = fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").unwrap_or_default();
     let counting = if counting.trim() == "0" { "off" } else { "ON: it slows all programs down" };
     let commit = version("git", &["describe", "--always", "--dirty"]);
-    let binary = fs::metadata(observer)?.len() as f64 / 1e6;
+    let binary = fs::metadata(observer).with_context(|| format!("cannot read {}", observer.display()))?;
+    let megabytes = binary.len() as f64 / 1e6;
     let observer = version(observer.to_str().context("the path of observer is not UTF-8")?, &["--version"]);
     Ok(Machine {
         date: version("date", &["-u", "+%F %H:%M UTC"]),
-        observer: format!("{observer}, commit {commit}, {binary:.1} MB"),
+        observer: format!("{observer}, commit {commit}, {megabytes:.1} MB"),
         others: vec![
             ("CPU", format!("{model}, {} CPUs{kind}", cpu.num_cores())),
             ("memory", format!("{gibibytes:.0} GiB")),

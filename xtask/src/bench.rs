@@ -35,7 +35,7 @@ fn command(parts: &[String], quick: bool) -> Result<Command> {
     command.args(parts).args(quick.then_some("--quick"));
     command.arg("--observer").arg(observer).arg("--crowd").arg(crowd);
     command.arg("--ring-acceptor").arg(ring_acceptor);
-    // Servers keep their files in the temporary folder. They stay in the repository if the benchmark is killed.
+    // Servers keep their files in TMPDIR. What a killed benchmark leaves behind is then in `target`, not in /tmp.
     command.current_dir(root()).env("PATH", search_path()).env("TMPDIR", kept(""));
     Ok(command)
 }

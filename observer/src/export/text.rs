@@ -555,7 +555,7 @@ mod tests {
         all_of(&late[0], &["event loop reactor (thread 11) of app (10)", "120 ms", "64.3 ms"]);
         all_of(&late[0], &["80.0 % of the lag", "asleep (clock_nanosleep) in sleep (app/db.py:12) < handle"]);
         all_of(&late[0], &["80.0 % asleep, 20.0 % on a CPU"]);
-        all_of(&late[1], &["deferred tasks mail of app (10)", "110 ms", "1.00 ms", "lag of up to 120 ms"]);
+        all_of(&late[1], &["deferred tasks mail of app (10)", "110 ms", "1.02 ms", "lag of up to 120 ms"]);
         all_of(&late[2], &["deferred tasks sweep of app (10)", "0 pending", "3600 s ago", "at most 110 ms"]);
         all_of(&lost[0], &["deferred tasks mail of app (10)", "10 of 60 were dropped"]);
         assert!(text.contains("100 dropped before they started; cancelled timers"), "{text}");

@@ -118,10 +118,10 @@ input()";
         assert_eq!(none, None);
     }
 
-    const OFFSET_AND_SLOTS: Variable = Variable { offset: 0x110, in_program: -8, slots: Vec::new() };
+    const EXAMPLE: Variable = Variable { offset: 0x110, in_program: -8, slots: Vec::new() };
 
     fn found(slot: Slot, words: &[(u64, u64)]) -> Option<ThreadLocal> {
-        resolve(&OFFSET_AND_SLOTS, slot, 0x1000, |address| {
+        resolve(&EXAMPLE, slot, 0x1000, |address| {
             words.iter().find(|(at, _)| *at == address).map(|(_, word)| *word)
         })
     }

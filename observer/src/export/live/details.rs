@@ -168,8 +168,8 @@ fn of_queue(
             listener.arrivals, listener.accepts, listener.aborted, listener.drops
         ),
     ));
-    let overflows = listener.overflows.map_or_else(|| "unknown".into(), |count| count.to_string());
-    text.push(row("overflows", format!("{overflows} (dropped because the queue was full)")));
+    let overflows = listener.overflows.map(|count| format!("{count} dropped because the queue was full"));
+    text.push(row("overflows", overflows.unwrap_or_else(|| "unknown".into())));
     text.push(row("handshakes", format!("{} in progress", listener.half_open)));
     if listener.accepts_unknown_wait > 0 {
         text.push(row("unknown waits", format!("{} connections", listener.accepts_unknown_wait)));

@@ -166,6 +166,11 @@ impl Report {
             }
         }
         for (stage, test) in self.tests() {
+            for disturbance in &test.disturbances {
+                let _ = writeln!(text, "{stage}: disturbed {test}: {disturbance}");
+            }
+        }
+        for (stage, test) in self.tests() {
             if let Verdict::Skipped(reason) = &test.verdict {
                 let _ = writeln!(text, "{stage}: skipped {test}: {reason}");
             }
@@ -228,6 +233,7 @@ mod tests {
             name: format!("test_{number}"),
             took: Duration::from_secs(1),
             verdict,
+            disturbances: Vec::new(),
         };
         Results(verdicts.into_iter().enumerate().map(test).collect())
     }

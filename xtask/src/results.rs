@@ -12,6 +12,9 @@ const REAL: &str = "real";
 /// Prefix of the line that a test prints if it cannot run here. nextest counts such a test as passed.
 const SKIPPED: &str = "skipped: ";
 
+/// Prefix of the line that a test prints if it starts again because other processes used the CPUs.
+const DISTURBED: &str = "disturbed: ";
+
 /// Maximum number of lines of a failure's output that are kept.
 const MAX_LINES: usize = 12;
 
@@ -34,6 +37,8 @@ pub(crate) struct Test {
     pub(crate) name: String,
     pub(crate) took: Duration,
     pub(crate) verdict: Verdict,
+    /// What disturbed each round of the test that does not count.
+    pub(crate) disturbances: Vec<String>,
 }
 
 impl Test {
@@ -52,7 +57,15 @@ impl Test {
             }
         };
         let took = case.time.unwrap_or_default();
-        Self { binary: binary.to_owned(), name: case.name.as_str().to_owned(), took, verdict }
+        let disturbances = output.iter().flat_map(|text| text.lines());
+        let disturbances = disturbances.filter_map(|line| line.strip_prefix(DISTURBED)).map(str::to_owned);
+        Self {
+            binary: binary.to_owned(),
+            name: case.name.as_str().to_owned(),
+            took,
+            verdict,
+            disturbances: disturbances.collect(),
+        }
     }
 
     /// Whether the name of the test has this word in its brackets, as in `[alone contract] reactor::sleeps`.
@@ -176,7 +189,8 @@ stack backtrace:
       <failure message="test timed out" type="test timeout"/>
     </testcase>
     <testcase name="live::screen" classname="observer::real" time="0.1">
-      <system-err>skipped: there is no tmux here</system-err>
+      <system-err>disturbed: other processes used 40 % of the CPUs
+skipped: there is no tmux here</system-err>
     </testcase>
     <testcase name="cli::usage" classname="observer::real" time="0.1"/>
   </testsuite>
@@ -204,6 +218,7 @@ stack backtrace:
         assert_eq!(results.0[0].verdict, Verdict::Flaky(failure.to_owned()));
         assert_eq!(results.0[1].verdict, Verdict::Failed("test timed out".to_owned()));
         assert_eq!(results.0[2].verdict, Verdict::Skipped("there is no tmux here".to_owned()));
+        assert_eq!(results.0[2].disturbances, ["other processes used 40 % of the CPUs"]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 pub(crate) mod acceptor;
 pub(crate) mod deferred;
+pub(crate) mod disturbance;
 pub(crate) mod http;
 pub(crate) mod interactive;
 pub(crate) mod kernel;

@@ -26,7 +26,7 @@ crate::shared::shared!(Arrival, 16);
 /// Value of `ACCEPTING`: the accept call that a thread is in. The key is the thread ID.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Accepting {
+pub struct AcceptCall {
     /// Key of the listener; 0 if no call is in progress.
     pub inode: u64,
     /// Connections in the accept queue when the call began.
@@ -34,12 +34,12 @@ pub struct Accepting {
     /// Always zero: explicit padding.
     pub reserved: u32,
 }
-crate::shared::shared!(Accepting, 16);
+crate::shared::shared!(AcceptCall, 16);
 
-impl Accepting {
+impl AcceptCall {
     /// No call in progress.
     pub const NONE: Self = Self { inode: 0, depth: 0, reserved: 0 };
 }
 
 /// Value of `accepter` for a listener that several processes accept from. No process has this ID.
-pub const SEVERAL: u32 = u32::MAX;
+pub const SEVERAL_PROCESSES: u32 = u32::MAX;

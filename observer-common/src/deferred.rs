@@ -50,7 +50,7 @@ pub enum Verb {
 /// Key of `HOOKS`: an instruction in a process.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Place {
+pub struct HookAddress {
     /// Address of the instruction in the process.
     pub address: u64,
     /// Process.
@@ -58,7 +58,7 @@ pub struct Place {
     /// Always zero: explicit padding.
     pub reserved: u32,
 }
-crate::shared::shared!(Place, 16);
+crate::shared::shared!(HookAddress, 16);
 
 /// Value of `HOOKS`: what to do when a process reaches the instruction.
 #[repr(C)]
@@ -90,7 +90,7 @@ impl Hook {
 /// What an [`Op`] does. Operations run in sequence and share one current value.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum OpCode {
     /// Ends the sequence.
     End = 0,
     /// Starts an alternative, which runs only if those before it have failed.
@@ -111,7 +111,7 @@ pub enum Action {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Op {
-    /// An [`Action`].
+    /// An [`OpCode`].
     pub action: u32,
     /// Operand; its meaning depends on the action.
     pub offset: i32,
@@ -124,7 +124,7 @@ crate::shared::shared!(Op, 24);
 
 impl Op {
     /// Ends the sequence.
-    pub const END: Self = Self { action: Action::End as u32, offset: 0, mask: 0, value: 0 };
+    pub const END: Self = Self { action: OpCode::End as u32, offset: 0, mask: 0, value: 0 };
 }
 
 /// Register numbers. Numbers 0 to 5 are the first six arguments, in order.

@@ -9,13 +9,13 @@ pub const PARTS: usize = 2;
 /// Value of `GC_BEGUN`: a collection in progress. The key is the thread ID.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Begun {
+pub struct GcInProgress {
     /// When it began, in monotonic nanoseconds.
     pub since_ns: u64,
     /// Number of nested collections in progress, including this one.
     pub depth: u64,
 }
-crate::shared::shared!(Begun, 16);
+crate::shared::shared!(GcInProgress, 16);
 
 /// Value of `GC_TOTALS`: where a runtime keeps its own totals, and their last values. The key is the process ID.
 #[repr(C)]

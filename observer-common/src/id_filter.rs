@@ -19,7 +19,7 @@ pub struct IdFilter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// No known thread.
-    Nobody,
+    None,
     /// A single thread, in this slot. Its ID may differ from the one looked up.
     One(u32),
     /// Several threads.
@@ -39,7 +39,7 @@ pub const fn share(slot: u32) -> u64 {
 #[expect(clippy::cast_possible_truncation, reason = "a slot has 32 bits")]
 pub const fn seen(word: u64) -> Seen {
     match word >> 32 {
-        0 => Seen::Nobody,
+        0 => Seen::None,
         1 => Seen::One(word as u32),
         _ => Seen::Several,
     }
@@ -64,6 +64,6 @@ mod tests {
         word -= share(7);
         assert_eq!(seen(word), Seen::One(u32::from(u16::MAX)));
         word -= share(u32::from(u16::MAX));
-        assert_eq!((seen(word), word), (Seen::Nobody, 0));
+        assert_eq!((seen(word), word), (Seen::None, 0));
     }
 }

@@ -32,12 +32,12 @@ pub const fn depth_bound(bucket: usize) -> Option<u32> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Queue {
     /// When it was read, in monotonic nanoseconds; 0 if never.
-    pub looked_ns: u64,
+    pub read_ns: u64,
     /// When the connection that has waited longest completed its handshake, in monotonic nanoseconds; 0 if that was not
     /// observed or if no connection waits.
     pub oldest_ns: u64,
     /// Address of that connection's `struct sock`; 0 if no connection waits.
-    pub longest_sk: u64,
+    pub oldest_sk: u64,
     /// Position of the walk over the queue: connections from here on have not been visited. 0 at the end of the queue.
     pub rest: u64,
     /// Connections that wait.
@@ -69,7 +69,7 @@ pub struct Listener {
     /// Process that has the socket open: the first one that was seen, replaced by another when it is no longer a
     /// target.
     pub owner: u32,
-    /// Process that accepts from it; 0 while none does, [`SEVERAL`](crate::accept::SEVERAL) if several do.
+    /// Process that accepts from it; 0 while none does, [`SEVERAL_PROCESSES`](crate::accept::SEVERAL_PROCESSES) if several do.
     pub accepter: u32,
     /// Inode number of the network namespace.
     pub netns: u32,
@@ -117,9 +117,9 @@ impl Listener {
         depths: [0; DEPTHS],
         depths_sum: 0,
         queue: Queue {
-            looked_ns: 0,
+            read_ns: 0,
             oldest_ns: 0,
-            longest_sk: 0,
+            oldest_sk: 0,
             rest: 0,
             depth: 0,
             aborted: 0,

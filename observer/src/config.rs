@@ -13,7 +13,7 @@ use toml::Value;
 
 use crate::{
     cli::{Cli, CommandLine, Observe},
-    failure::{Failure, understand},
+    failure::{Failure, parse_toml},
     process::criteria::Criteria,
     setting::HEADING,
 };
@@ -69,7 +69,7 @@ impl Config {
         let failed = |what: String| Failure::new(what, "see docs/configuration.md for what it may contain");
         let text = fs::read_to_string(file)
             .map_err(|error| failed(format!("cannot read {}: {error}", file.display())))?;
-        understand(&text).map_err(|why| failed(format!("{}:{why}", file.display())))
+        parse_toml(&text).map_err(|why| failed(format!("{}:{why}", file.display())))
     }
 
     /// The arguments of the command line, with those settings of the file that the command line does not override.
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn the_documented_example_has_every_setting() {
-        let config: Config = understand(example()).unwrap();
+        let config: Config = parse_toml(example()).unwrap();
         let table: toml::Table = example().parse().unwrap();
         let names = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
         let command = Cli::command();
@@ -221,7 +221,7 @@ mod tests {
         assert_eq!(names(table["include"].as_table().unwrap()), ["all", "cgroup", "comm", "exe", "port"]);
         assert_eq!(config.include.port, [NonZero::new(8080).unwrap()]);
         assert_eq!(config.settings["stall_threshold"], ["--stall-threshold=50ms"]);
-        assert_eq!(understand::<Config>("").unwrap(), Config::default());
+        assert_eq!(parse_toml::<Config>("").unwrap(), Config::default());
     }
 
     #[test]
@@ -243,7 +243,7 @@ mod tests {
             ("resolution = 3\n", "1:14: ", "1, 2, 4 or 8"),
             ("all = true\n", "1:1: ", "unknown field `all`"),
         ] {
-            let error = understand::<Config>(text).unwrap_err();
+            let error = parse_toml::<Config>(text).unwrap_err();
             assert!(
                 error.starts_with(place) && error.contains(why) && !error.contains('\n'),
                 "{error} for {text}"
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn the_command_line_comes_first() {
-        let config: Config = understand(example()).unwrap();
+        let config: Config = parse_toml(example()).unwrap();
         let complete = |words: &[&str]| {
             let words = ["observer", "--all"].iter().chain(words).map(Into::into);
             config.complete(&CommandLine::parse(words).unwrap().0)
@@ -265,14 +265,14 @@ mod tests {
         assert_eq!(given.output.otlp.endpoint.as_deref(), Some("http://b:1"));
         assert_eq!(given.stall_threshold.as_millis(), 5);
         assert!(given.output.no_listen);
-        let children: Config = understand("follow = false\n").unwrap();
+        let children: Config = parse_toml("follow = false\n").unwrap();
         let line = CommandLine::parse(["observer", "--all"].map(Into::into).into_iter()).unwrap().0;
         assert!(children.complete(&line).no_follow);
     }
 
     #[test]
     fn settings_that_have_changed_are_named() {
-        let config = |text: &str| understand::<Config>(text).unwrap();
+        let config = |text: &str| parse_toml::<Config>(text).unwrap();
         let before = config("follow = true\n[include]\nall = true\n");
         let (selection, children) =
             (config("follow = true\n[exclude]\ncomm = [\"sshd\"]\n"), config("follow = false\n"));

@@ -43,7 +43,7 @@ impl Failure {
 }
 
 /// Parses TOML. An error reads `LINE:COLUMN: MESSAGE`.
-pub(crate) fn understand<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(crate) fn parse_toml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     toml::from_str(text).map_err(|error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
         let line = before.matches('\n').count() + 1;

@@ -8,7 +8,7 @@ use crate::sanitize::Lines;
 const NAME_WIDTH: usize = 30;
 
 /// The result of one check.
-pub(crate) struct Finding {
+pub(crate) struct CheckResult {
     /// What was checked.
     pub(crate) name: String,
     /// What it is needed for, or what is not measured without it.
@@ -21,7 +21,7 @@ pub(crate) struct Finding {
     pub(crate) cure: String,
 }
 
-impl Finding {
+impl CheckResult {
     /// Whether observer cannot run because of this check.
     pub(crate) fn prevents(&self) -> bool {
         self.required && self.outcome.is_err()

@@ -14,8 +14,8 @@ use std::{
 use libtest_mimic::{Arguments, Completion, Trial};
 
 use crate::support::{
-    is_emulated,
     disturbance::{CpuUse, DISTURBED, wait_until_calm},
+    is_emulated,
 };
 
 inventory::collect!(Test);

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Error, Result, bail};
 
 use crate::shell::{is_root, search_path};
-use crate::workspace::{build, kept, root};
+use crate::workspace::{build, root, target_path};
 use crate::{observer, packages};
 
 /// The parts that can be measured, which are those of `bench/src/part.rs`.
@@ -36,7 +36,7 @@ fn command(parts: &[String], quick: bool) -> Result<Command> {
     command.arg("--observer").arg(observer).arg("--crowd").arg(crowd);
     command.arg("--ring-acceptor").arg(ring_acceptor);
     // Servers keep their files in TMPDIR. What a killed benchmark leaves behind is then in `target`, not in /tmp.
-    command.current_dir(root()).env("PATH", search_path()).env("TMPDIR", kept(""));
+    command.current_dir(root()).env("PATH", search_path()).env("TMPDIR", target_path(""));
     Ok(command)
 }
 

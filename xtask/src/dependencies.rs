@@ -8,7 +8,7 @@ use cargo_metadata::semver::Version;
 use duct::cmd;
 
 use crate::report::Findings;
-use crate::shell::{ask, quietly};
+use crate::shell::{ask, run_quietly};
 use crate::toolchain;
 use crate::workspace::{host, plain_cargo, root};
 
@@ -17,10 +17,10 @@ pub(crate) fn check(findings: &mut Findings) -> Result<()> {
     check_oldest_rust(findings)?;
     // The fuzzer is not a member of the workspace. Its own lock file must be up to date with observer's dependencies.
     let fuzzer = "metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml";
-    quietly("reading fuzz/Cargo.lock", &plain_cargo(fuzzer.split(' ')))?;
+    run_quietly("reading fuzz/Cargo.lock", &plain_cargo(fuzzer.split(' ')))?;
     let path = format!("{}:{}", toolchain::deny()?, std::env::var("PATH")?);
     let deny = plain_cargo("deny --locked check bans licenses sources".split(' '));
-    quietly("cargo deny", &deny.env("PATH", path))
+    run_quietly("cargo deny", &deny.env("PATH", path))
 }
 
 /// Checks that no dependency requires a newer Rust than `rust-version`. Clippy checks the use of the standard library

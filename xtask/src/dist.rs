@@ -11,8 +11,8 @@ use object::endian::Endianness;
 use object::read::elf::{Dyn, FileHeader, ProgramHeader};
 use walkdir::WalkDir;
 
-use crate::shell::{ask, quietly};
-use crate::workspace::{host, kept, plain_cargo, root};
+use crate::shell::{ask, run_quietly};
+use crate::workspace::{host, plain_cargo, root, target_path};
 use crate::{observer, toolchain};
 
 /// Files and folders of the repository that are packed beside the binary.
@@ -49,7 +49,7 @@ pub(crate) fn make() -> Result<()> {
     let architecture = target.split('-').next().unwrap_or_default();
     let name = format!("observer-{version}-{architecture}-linux");
 
-    let out = kept("dist");
+    let out = target_path("dist");
     let folder = out.join(&name);
     if out.exists() {
         fs::remove_dir_all(&out)?;
@@ -113,7 +113,7 @@ fn write_sboms(target: &str, folder: &Path) -> Result<()> {
     let what =
         format!("cyclonedx --format json --spec-version 1.5 --no-build-deps --override-filename {SBOM_NAME}");
     let command = plain_cargo(what.split(' ').chain(["--target", target])).env("PATH", path);
-    let outcome = quietly("cargo cyclonedx", &command.env("SOURCE_DATE_EPOCH", commit_time()?));
+    let outcome = run_quietly("cargo cyclonedx", &command.env("SOURCE_DATE_EPOCH", commit_time()?));
     let copied = outcome.and_then(|()| {
         for package in SBOM_PACKAGES {
             // Local paths would leak into the archive and break reproducibility.
@@ -134,7 +134,7 @@ fn pack(out: &Path, name: &str, archive: &str) -> Result<()> {
     let time = format!("--mtime=@{}", commit_time()?);
     let how = ["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mode=go-w", &time];
     let what = ["--use-compress-program=gzip -n -9", "-cf", archive, name];
-    quietly("tar", &cmd("tar", how.into_iter().chain(what)).dir(out))
+    run_quietly("tar", &cmd("tar", how.into_iter().chain(what)).dir(out))
 }
 
 /// Time of the last commit, in seconds since the Unix epoch.

@@ -12,7 +12,7 @@ use duct::cmd;
 use crate::packages;
 use crate::shell::{find, show};
 use crate::toolchain;
-use crate::workspace::{host, kept, plain_cargo, root};
+use crate::workspace::{host, plain_cargo, root, target_path};
 
 /// Compiler flags that record code coverage and the operands of comparisons.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -70,7 +70,7 @@ fn build() -> Result<PathBuf> {
         packages::install(&["g++".to_owned()])?;
     }
     let host = host()?;
-    let target = kept("fuzz");
+    let target = target_path("fuzz");
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default() + " " + FLAGS;
     let args = ["build", "--release", "--locked", "--manifest-path", "fuzz/Cargo.toml", "--target", &host];
     let folder = ["--target-dir".as_ref(), target.as_os_str()];
@@ -82,7 +82,7 @@ fn build() -> Result<PathBuf> {
 fn fuzz(fuzzer: &PathBuf, target: &str, seconds: u32) -> Result<Run> {
     let seeds = root().join("fuzz/corpus").join(target);
     let [corpus, findings] =
-        ["corpus", "findings"].map(|folder| kept("fuzz").join(folder).join(target).join(""));
+        ["corpus", "findings"].map(|folder| target_path("fuzz").join(folder).join(target).join(""));
     for folder in [&corpus, &findings] {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }

@@ -14,7 +14,7 @@ use cpio::newc::{Builder, trailer};
 use duct::cmd;
 use walkdir::WalkDir;
 
-use crate::workspace::kept;
+use crate::workspace::target_path;
 
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
@@ -93,7 +93,7 @@ impl Image {
         for library in libraries(&self.dynamic)? {
             self.add(&library);
         }
-        let mut out = BufWriter::new(tempfile::tempfile_in(kept(""))?);
+        let mut out = BufWriter::new(tempfile::tempfile_in(target_path(""))?);
         for (path, source) in &self.entries {
             match source {
                 Source::Machine => write_file(&mut out, path),

@@ -12,8 +12,8 @@ use duct::{Expression, cmd};
 use walkdir::WalkDir;
 
 use crate::pins;
-use crate::shell::{ask, quietly};
-use crate::workspace::kept;
+use crate::shell::{ask, run_quietly};
+use crate::workspace::target_path;
 
 /// File beside a kernel with the name and version of its package.
 const PACKAGE: &str = "package";
@@ -113,7 +113,7 @@ impl Series {
     }
 
     fn folder(self) -> PathBuf {
-        kept("kernels").join(self.to_string())
+        target_path("kernels").join(self.to_string())
     }
 }
 
@@ -134,14 +134,14 @@ impl fmt::Display for Series {
 }
 
 fn fetch(series: Series, to: &Path) -> Result<()> {
-    fs::create_dir_all(kept("kernels"))?;
-    let scratch = tempfile::tempdir_in(kept("kernels"))?;
+    fs::create_dir_all(target_path("kernels"))?;
+    let scratch = tempfile::tempdir_in(target_path("kernels"))?;
     let folder = scratch.path();
     fs::create_dir_all(folder.join("lists/partial"))?;
     fs::create_dir_all(folder.join("cache/archives/partial"))?;
     fs::write(folder.join("sources.list"), sources(series.release())?)?;
 
-    quietly("apt-get update", &apt("apt-get", folder, &["update", "-q"]))?;
+    run_quietly("apt-get update", &apt("apt-get", folder, &["update", "-q"]))?;
     // The pinned package if the mirror still has it, otherwise the newest.
     let download = |package: &str| apt("apt-get", folder, &["download", "-q", package]);
     let pinned = series.pinned().filter(|pinned| ask(&download(pinned)).is_some());
@@ -149,21 +149,21 @@ fn fetch(series: Series, to: &Path) -> Result<()> {
         Some(package) => package.to_owned(),
         None => {
             let package = newest(series, folder)?;
-            quietly("apt-get download", &download(&package))?;
+            run_quietly("apt-get download", &download(&package))?;
             package
         }
     };
 
     let content = folder.join("content");
     let archive = find_file(folder, |name| name.ends_with(".deb"))?;
-    quietly("dpkg-deb", &cmd!("dpkg-deb", "-x", archive, &content))?;
+    run_quietly("dpkg-deb", &cmd!("dpkg-deb", "-x", archive, &content))?;
     let kept = folder.join("kept");
     fs::create_dir(&kept)?;
     fs::rename(find_file(&content, |name| name.starts_with("vmlinuz-"))?, kept.join("vmlinuz"))?;
     for module in MODULES {
         let found = find_file(&content, |name| name.trim_end_matches(".xz") == module)?;
         // Newer releases compress modules.
-        quietly(
+        run_quietly(
             "xz",
             &cmd!("xz", "--decompress", "--force", "--stdout", found).stdout_path(kept.join(module)),
         )?;

@@ -5,7 +5,7 @@ use anyhow::Result;
 use duct::cmd;
 
 use crate::python::{PYTHON, SCHEMAS};
-use crate::shell::quietly;
+use crate::shell::run_quietly;
 use crate::workspace::root;
 
 /// Oldest supported release of Kubernetes, the first with all fields used, and the newest release with a schema.
@@ -17,5 +17,5 @@ pub(crate) fn check() -> Result<()> {
     let script = root().join("xtask/src/manifests/check.py");
     let [first, latest] = RELEASES;
     let check = cmd!(PYTHON, script, root().join("deploy/kubernetes"), first, latest);
-    quietly("reading the manifests", &check.env("PYTHONPATH", schemas))
+    run_quietly("reading the manifests", &check.env("PYTHONPATH", schemas))
 }

@@ -12,7 +12,7 @@ use crate::pins;
 use crate::python::Packages;
 use crate::results::Results;
 use crate::shell::{find, show};
-use crate::workspace::{FLAGS, cargo_in, flags, host, kept, root, without_cargo_variables};
+use crate::workspace::{FLAGS, cargo_in, flags, host, root, target_path, without_cargo_variables};
 
 const WHEEL: Packages = Packages { folder: "nextest", modules: "", requirements: pins::NEXTEST };
 
@@ -88,7 +88,7 @@ impl Nextest {
     /// Builds the tests of this repository.
     pub(crate) fn build_repository() -> Result<Self> {
         let build = ["--release", "--target", &host()?, "--workspace", "--exclude", "observer-ebpf"];
-        Self::build(root(), kept("nextest"), &build, |command| Ok(command.env(FLAGS, flags()?)))
+        Self::build(root(), target_path("nextest"), &build, |command| Ok(command.env(FLAGS, flags()?)))
     }
 
     /// Builds the tests of a workspace with the arguments `build`, and writes nextest's metadata to files in `folder`.

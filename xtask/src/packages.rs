@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow, bail};
 use duct::cmd;
 
 use crate::pins::DEBIAN_LLVM;
-use crate::shell::{find, is_root, quietly};
+use crate::shell::{find, is_root, run_quietly};
 
 /// Servers that the tests observe, and tools whose results they compare with.
 const TESTS: &[&str] = &[
@@ -86,11 +86,11 @@ pub(crate) fn install(names: &[String]) -> Result<()> {
     }
     eprintln!("setup: installing {list}");
     let by_hand = |error| anyhow!("{error:#}\nby hand: as root, apt-get install {list}");
-    quietly("apt-get update", &cmd!("apt-get", "update", "-q")).map_err(by_hand)?;
+    run_quietly("apt-get update", &cmd!("apt-get", "update", "-q")).map_err(by_hand)?;
     let mut args = vec!["install", "-q", "--yes", "--no-install-recommends"];
     args.extend(policy());
     let install = cmd("apt-get", args.into_iter().chain(names.iter().map(String::as_str)));
-    quietly("apt-get install", &install.env("DEBIAN_FRONTEND", "noninteractive")).map_err(by_hand)
+    run_quietly("apt-get install", &install.env("DEBIAN_FRONTEND", "noninteractive")).map_err(by_hand)
 }
 
 /// Options that keep apt from starting installed servers as services of this machine. apt itself creates and removes

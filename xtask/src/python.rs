@@ -7,8 +7,8 @@ use anyhow::Result;
 use duct::cmd;
 
 use crate::pins;
-use crate::shell::quietly;
-use crate::workspace::kept;
+use crate::shell::run_quietly;
+use crate::workspace::target_path;
 
 /// Debian's Python: one that a version manager installed may be too old.
 pub(crate) const PYTHON: &str = "/usr/bin/python3";
@@ -41,21 +41,21 @@ pub(crate) const TRACER: Packages =
 impl Packages {
     /// Installs the packages unless these versions are installed already. Returns their folder.
     pub(crate) fn install(&self) -> Result<PathBuf> {
-        let folder = kept("tools").join(self.folder);
+        let folder = target_path("tools").join(self.folder);
         let record = folder.join(RECORD);
         let list = self.requirements.join(" ");
         if fs::read_to_string(&record).is_ok_and(|installed| installed == list) {
             return Ok(folder);
         }
         eprintln!("setup: fetching {list}");
-        let scratch = tempfile::tempdir_in(kept("tools"))?;
+        let scratch = tempfile::tempdir_in(target_path("tools"))?;
         let args = ["-m", "pip", "install", "--quiet", "--no-deps", "--target"];
         let args = args.map(Into::into).into_iter().chain([scratch.path().as_os_str().to_owned()]);
-        quietly("pip install", &cmd(PYTHON, args.chain(self.requirements.iter().map(Into::into))))?;
+        run_quietly("pip install", &cmd(PYTHON, args.chain(self.requirements.iter().map(Into::into))))?;
         if !self.modules.is_empty() {
             let import = cmd!(PYTHON, "-c", format!("import {}", self.modules));
             let import = import.env("PYTHONPATH", scratch.path());
-            quietly("importing what pip installed", &import)?;
+            run_quietly("importing what pip installed", &import)?;
         }
         fs::write(scratch.path().join(RECORD), list)?;
         // Rename last, so that the folder is always complete: other clones share it.

@@ -18,7 +18,7 @@ pub(crate) struct Shown {
 }
 
 /// Runs a command and shows its output only if it fails.
-pub(crate) fn quietly(what: &str, command: &Expression) -> Result<()> {
+pub(crate) fn run_quietly(what: &str, command: &Expression) -> Result<()> {
     let output = command
         .stdin_null()
         .stderr_to_stdout()

@@ -11,8 +11,8 @@ use duct::cmd;
 
 use crate::packages;
 use crate::pins::{BPF_LINKER, CYCLONEDX, DEBIAN_LLVM, DENY, EBPF_RUSTC};
-use crate::shell::{ask, find, is_root, limited, quietly};
-use crate::workspace::{kept, plain_cargo, share};
+use crate::shell::{ask, find, is_root, limited, run_quietly};
+use crate::workspace::{plain_cargo, share, target_path};
 
 struct Toolchain {
     /// Name of a rustup toolchain, or absolute path of a sysroot.
@@ -26,12 +26,12 @@ struct Toolchain {
 /// Makes sure that eBPF programs can be built. Silent and fast if they can.
 pub(crate) fn setup() -> Result<()> {
     share()?;
-    let record = kept("ebpf-toolchain");
+    let record = target_path("ebpf-toolchain");
     if Toolchain::read(&record).is_some_and(|toolchain| toolchain.works()) {
         return Ok(());
     }
     let toolchain = installed().map_or_else(install, Ok)?;
-    fs::create_dir_all(kept(""))?;
+    fs::create_dir_all(target_path(""))?;
     fs::write(&record, toolchain.to_string()).with_context(|| format!("cannot write {}", record.display()))
 }
 
@@ -64,7 +64,7 @@ impl fmt::Display for Toolchain {
 
 /// Version of the compiler for eBPF programs, if it is not the pinned one.
 pub(crate) fn unpinned() -> Option<String> {
-    let toolchain = Toolchain::read(&kept("ebpf-toolchain"))?;
+    let toolchain = Toolchain::read(&target_path("ebpf-toolchain"))?;
     let rustc = sysroot(&toolchain.name)?.join("bin/rustc");
     let version = ask(&cmd!(rustc, "--version"))?;
     let is_pinned = version.split(' ').nth(1).is_some_and(|version| version.starts_with(EBPF_RUSTC));
@@ -116,7 +116,7 @@ fn with_debian() -> Result<Toolchain> {
 
 /// Builds bpf-linker with the LLVM of the compiler whose output it has to read. Returns the folder.
 fn build_linker(llvm: &str) -> Result<String> {
-    let bin = kept("tools/bin");
+    let bin = target_path("tools/bin");
     if !is_pinned_linker(&bin) {
         let prefix = format!("/usr/lib/llvm-{llvm}");
         if !Path::new(&prefix).join("bin/llvm-config").exists() {
@@ -129,7 +129,7 @@ fn build_linker(llvm: &str) -> Result<String> {
         let install = plain_cargo(what.split(' ').chain(how.split(' ')));
         // Flags for observer, such as a static C library, would break the search for LLVM.
         let install = install.env("PATH", path).env("LLVM_PREFIX", prefix).env_remove("RUSTFLAGS");
-        quietly("building bpf-linker", &install)?;
+        run_quietly("building bpf-linker", &install)?;
     }
     bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))
 }
@@ -145,7 +145,7 @@ pub(crate) fn deny() -> Result<String> {
 }
 
 fn subcommand(name: &str, version: &str) -> Result<String> {
-    let bin = kept("tools/bin");
+    let bin = target_path("tools/bin");
     let installed = ask(&cmd!(bin.join(format!("cargo-{name}")), name, "--version"));
     if installed.is_none_or(|output| output.rsplit(' ').next() != Some(version)) {
         eprintln!("setup: building cargo-{name} {version} (about two minutes)");
@@ -156,7 +156,7 @@ fn subcommand(name: &str, version: &str) -> Result<String> {
         let install =
             install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_DEBUG", "0");
         let install = install.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
-        quietly(&format!("building cargo-{name}"), &install)?;
+        run_quietly(&format!("building cargo-{name}"), &install)?;
     }
     bin.into_os_string().into_string().map_err(|bin| anyhow!("{} is not UTF-8", bin.display()))
 }

@@ -18,11 +18,11 @@ pub(crate) fn root() -> &'static Path {
 
 /// Path of a file or folder that xtask stores below `target`. It ignores CARGO_TARGET_DIR, because observer's build
 /// script has to find it.
-pub(crate) fn kept(name: &str) -> PathBuf {
+pub(crate) fn target_path(name: &str) -> PathBuf {
     root().join("target").join(name)
 }
 
-/// Folders in `kept` that all clones on this machine share, because they take minutes to fill.
+/// Folders in `target_path` that all clones on this machine share, because they take minutes to fill.
 const SHARED: [&str; 2] = ["kernels", "tools"];
 
 /// Links the shared folders to the user's cache.
@@ -30,9 +30,9 @@ pub(crate) fn share() -> Result<()> {
     let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = given.or_else(|| Some(std::env::home_dir()?.join(".cache")));
     let cache = cache.context("no home directory\nby hand: set XDG_CACHE_HOME")?.join("observer-xtask");
-    fs::create_dir_all(kept(""))?;
+    fs::create_dir_all(target_path(""))?;
     for name in SHARED {
-        let (place, shared) = (kept(name), cache.join(name));
+        let (place, shared) = (target_path(name), cache.join(name));
         fs::create_dir_all(&shared).with_context(|| format!("cannot create {}", shared.display()))?;
         if place.symlink_metadata().is_err() {
             symlink(&shared, &place).with_context(|| format!("cannot link {}", place.display()))?;

@@ -6,7 +6,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 use aya_log_ebpf::warn;
-use observer_common::{accept::Accepting, loss::Loss};
+use observer_common::{accept::AcceptCall, loss::Loss};
 
 use crate::{
     emit::count_loss,
@@ -72,7 +72,7 @@ fn record_call(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
         }
         depth
     };
-    let call = Accepting { inode, depth, reserved: 0 };
+    let call = AcceptCall { inode, depth, reserved: 0 };
     if let Some(known) = ACCEPTING.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe { *known = call };
@@ -85,7 +85,7 @@ fn record_call(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
 #[inline(always)]
 fn complete_call(ctx: &TracePointContext, tgid: u32, tid: u32) -> Option<()> {
     // SAFETY: a live map value that only this thread writes.
-    let call = ACCEPTING.get_ptr_mut(tid).map(|call| unsafe { call.replace(Accepting::NONE) });
+    let call = ACCEPTING.get_ptr_mut(tid).map(|call| unsafe { call.replace(AcceptCall::NONE) });
     let call = call.filter(|call| call.inode != 0);
     // A thread with a recorded call belonged to a target when the call began.
     if call.is_none() && !targets::is_target(tgid) {

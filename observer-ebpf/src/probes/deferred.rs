@@ -12,8 +12,8 @@ use aya_ebpf::{
 };
 use observer_common::{
     deferred::{
-        Action, CLASS_STEPS, ClassKey, DeferredTask, EXTRACTORS as MAX_EXTRACTORS, Extractor,
-        HOOKS as MAX_HOOKS, Hook, KEY_STEPS, Op, Place, REQUEST_ID_STEPS, TaskKey, ThreadLocal, Verb, Work,
+        CLASS_STEPS, ClassKey, DeferredTask, EXTRACTORS as MAX_EXTRACTORS, Extractor, HOOKS as MAX_HOOKS,
+        Hook, HookAddress, KEY_STEPS, Op, OpCode, REQUEST_ID_STEPS, TaskKey, ThreadLocal, Verb, Work,
     },
     loss::Loss,
     origin::Origin,
@@ -32,7 +32,7 @@ use crate::{
 
 /// Maps a hook's process and address to the action to take; written by the loader.
 #[map]
-static HOOKS: HashMap<Place, Hook> = HashMap::with_max_entries(MAX_HOOKS, 0);
+static HOOKS: HashMap<HookAddress, Hook> = HashMap::with_max_entries(MAX_HOOKS, 0);
 
 /// How to read tasks at hooks; written by the loader.
 #[map]
@@ -41,7 +41,7 @@ static EXTRACTORS: Array<Extractor> = Array::with_max_entries(MAX_EXTRACTORS, 0)
 #[uprobe]
 fn deferred(ctx: ProbeContext) -> u32 {
     let (tgid, tid) = kernel::current();
-    let place = Place { address: kernel::instruction(&ctx), tgid, reserved: 0 };
+    let place = HookAddress { address: kernel::instruction(&ctx), tgid, reserved: 0 };
     // There is no entry if the process has executed another program since.
     let Some(hook) = HOOKS.get_ptr_mut(place) else { return 0 };
     // SAFETY: a live map value; only the loader writes these fields.
@@ -340,23 +340,23 @@ unsafe fn extract(ops: *const Op, count: usize, ctx: &ProbeContext) -> Extracted
     for n in 0..count {
         // SAFETY: by contract.
         let op = unsafe { &*ops.add(n) };
-        if op.action == Action::End as u32 {
+        if op.action == OpCode::End as u32 {
             break;
         }
-        if op.action == Action::Case as u32 {
+        if op.action == OpCode::Case as u32 {
             has_failed = false;
         } else if has_failed {
             continue;
-        } else if op.action == Action::Register as u32 {
+        } else if op.action == OpCode::Register as u32 {
             value = kernel::register(ctx, op.value);
-        } else if op.action == Action::Add as u32 {
+        } else if op.action == OpCode::Add as u32 {
             value = value.wrapping_add_signed(op.offset.into());
-        } else if op.action == Action::Load as u32 {
+        } else if op.action == OpCode::Load as u32 {
             match kernel::read_user::<u64>(value.wrapping_add_signed(op.offset.into())) {
                 Some(word) => value = word,
                 None => has_failed = true,
             }
-        } else if op.action == Action::Test as u32 {
+        } else if op.action == OpCode::Test as u32 {
             if value & op.mask != op.value {
                 has_failed = true;
                 outcome = Extracted::Excluded;

@@ -2,7 +2,7 @@
 //! If it keeps totals, their growth during a slice is measured.
 
 use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_ktime_get_ns, macros::uprobe, programs::ProbeContext};
-use observer_common::{gc::Begun, loss::Loss};
+use observer_common::{gc::GcInProgress, loss::Loss};
 
 use crate::{
     emit::{count_loss, record},
@@ -22,7 +22,7 @@ fn gc_start(_ctx: ProbeContext) -> u32 {
         return 0;
     }
     // SAFETY: has no preconditions.
-    let begun = Begun { since_ns: unsafe { bpf_ktime_get_ns() }, depth: 1 };
+    let begun = GcInProgress { since_ns: unsafe { bpf_ktime_get_ns() }, depth: 1 };
     if GC_BEGUN.insert(tid, begun, u64::from(BPF_ANY)).is_err() {
         count_loss(Loss::GcBegunFull);
     }

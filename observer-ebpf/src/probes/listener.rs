@@ -98,7 +98,7 @@ fn walk_queue(ctx: RawTracePointContext) -> i32 {
 unsafe fn read_queue(queue: *mut Queue, socket: Socket, family: u16) -> bool {
     // SAFETY: by contract.
     unsafe {
-        (*queue).looked_ns = bpf_ktime_get_ns();
+        (*queue).read_ns = bpf_ktime_get_ns();
         (*queue).depth = socket.queue_depth(family).unwrap_or(0);
         (*queue).limit = socket.limit().unwrap_or(0);
         (*queue).drops = socket.drops().unwrap_or(0);
@@ -109,7 +109,7 @@ unsafe fn read_queue(queue: *mut Queue, socket: Socket, family: u16) -> bool {
         }
         (*queue).half_open = socket.half_open().unwrap_or(0);
         (*queue).aborted = 0;
-        (*queue).longest_sk = 0;
+        (*queue).oldest_sk = 0;
         (*queue).oldest_ns = 0;
         let first = socket.first_waiting();
         (*queue).rest = first.address();
@@ -126,7 +126,7 @@ unsafe fn read_queue(queue: *mut Queue, socket: Socket, family: u16) -> bool {
 unsafe fn walk_step(queue: *mut Queue) -> bool {
     // SAFETY: by contract.
     unsafe {
-        let (aborted, longest) = (&raw mut (*queue).aborted, &raw mut (*queue).longest_sk);
+        let (aborted, longest) = (&raw mut (*queue).aborted, &raw mut (*queue).oldest_sk);
         let mut entry = QueueEntry::at((*queue).rest);
         for _ in 0..CONNECTIONS_PER_STEP {
             let Some((connection, next)) = entry.read() else { break };

@@ -7,7 +7,7 @@ use aya_ebpf::{
     maps::HashMap,
 };
 use observer_common::{
-    accept::{Accepting, Arrival, PortKey, SEVERAL},
+    accept::{AcceptCall, Arrival, PortKey, SEVERAL_PROCESSES},
     listener::{DEPTHS, Listener, depth_bucket},
 };
 
@@ -33,7 +33,7 @@ static UNIX_NAMES: HashMap<u64, u8> = HashMap::with_max_entries(1024, 0);
 /// The accept call that each thread is in, by thread ID. An entry stays until its thread exits: creating and removing
 /// it for every call would be a sixth of the cost of an accept.
 #[map]
-pub(crate) static ACCEPTING: HashMap<u32, Accepting> = HashMap::with_max_entries(8192, 0);
+pub(crate) static ACCEPTING: HashMap<u32, AcceptCall> = HashMap::with_max_entries(8192, 0);
 
 /// Removes the call of a thread that has exited inside it.
 #[inline(always)]
@@ -61,7 +61,7 @@ pub(crate) unsafe fn count_accept(
         count_depth(listener, depth);
         match (*listener).accepter {
             0 => (*listener).accepter = tgid,
-            other if other != tgid => (*listener).accepter = SEVERAL,
+            other if other != tgid => (*listener).accepter = SEVERAL_PROCESSES,
             _ => {}
         }
         let family = (*listener).family;

@@ -5,7 +5,7 @@ use aya_ebpf::{
     maps::{Array, HashMap},
 };
 use observer_common::{
-    gc::{Begun, PROCESSES, Totals},
+    gc::{GcInProgress, PROCESSES, Totals},
     histogram::Histogram,
     loss::Loss,
     reactor::{GC_UNKNOWN, Reactor},
@@ -20,7 +20,7 @@ pub(crate) static GC_PAUSES: HashMap<u32, Histogram> = HashMap::with_max_entries
 
 /// Collections in progress, by the ID of the collecting thread.
 #[map]
-pub(crate) static GC_BEGUN: HashMap<u32, Begun> = HashMap::with_max_entries(1024, 0);
+pub(crate) static GC_BEGUN: HashMap<u32, GcInProgress> = HashMap::with_max_entries(1024, 0);
 
 /// Addresses of totals by process ID; the loader makes an entry for each process that has some.
 #[map]

@@ -13,7 +13,7 @@ static ID_FILTER: Array<IdFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[inline(always)]
 pub(crate) fn lookup_thread(tid: u32) -> Seen {
     // SAFETY: a live map value; the index is in range.
-    ID_FILTER.get_ptr(0).map_or(Seen::Nobody, |filter| unsafe {
+    ID_FILTER.get_ptr(0).map_or(Seen::None, |filter| unsafe {
         seen((&raw const (*filter).threads).cast::<u64>().add(place(tid)).read_volatile())
     })
 }

@@ -45,7 +45,7 @@ static NONE: Durations = Durations::NONE;
 #[inline(always)]
 pub(crate) fn find(tid: u32) -> Option<*mut Reactor> {
     let slot = match id_filter::lookup_thread(tid) {
-        Seen::Nobody => return None,
+        Seen::None => return None,
         Seen::One(slot) => slot,
         // SAFETY: a live map value that is written once.
         Seen::Several => THREADS.get_ptr(tid).map(|slot| unsafe { *slot })?,

@@ -76,9 +76,9 @@ fn folded_reactor(target: &Target, reactor: &Reactor) -> Vec<String> {
         .iter()
         .map(|site| {
             accounted += site.lag_share;
-            let unknown = site.look.frames.is_empty().then(|| "(stack unknown)".to_owned());
-            let frames = site.look.frames.iter().rev().map(ToString::to_string);
-            let kernel = site.look.kernel.iter().rev().map(|function| format!("{function}_[k]"));
+            let unknown = site.sample.frames.is_empty().then(|| "(stack unknown)".to_owned());
+            let frames = site.sample.frames.iter().rev().map(ToString::to_string);
+            let kernel = site.sample.kernel.iter().rev().map(|function| format!("{function}_[k]"));
             let cause = format!("({})", site.cause.name());
             (frames.chain(unknown).chain(kernel).chain([cause]).collect::<Vec<_>>(), site.lag_share * mean)
         })

@@ -209,7 +209,7 @@ mod tests {
         export::live,
         model::{
             busy::Split,
-            deferred::HookFigures,
+            deferred::HookCounters,
             place::Place,
             snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
         },
@@ -342,7 +342,7 @@ mod tests {
         let mut snapshot = live::testing::snapshot(1.0, |_| ());
         let target = &mut snapshot.targets[0];
         target.deferred.push(live::testing::kind("store", 5));
-        target.hooks.push(HookFigures {
+        target.hooks.push(HookCounters {
             profile: "mine".into(),
             verb: "restore",
             place: "libtask:task_execute".into(),

@@ -12,7 +12,7 @@ use crate::{
     model::{
         busy::Cause,
         deferred::{Deferred, is_held_up},
-        frame::Look,
+        frame::StackSample,
         histogram::Histogram,
         lag::LATE,
         snapshot::{Gc, Listener, Reactor, Snapshot, Target},
@@ -318,8 +318,8 @@ fn write_reactor(reactor: &Reactor, out: &mut Lines<'_>) -> Result<()> {
     if let Some(age) = reactor.current_slice_seconds.filter(|&age| age >= LATE) {
         writeln!(out, "                the current slice has lasted {} so far", span(age))?;
     }
-    if let Some(look) = &reactor.current_stack {
-        write_stack(look, FRAMES, out)?;
+    if let Some(sample) = &reactor.current_stack {
+        write_stack(sample, FRAMES, out)?;
     }
     write_stalls(&reactor.stalls, out)?;
     if let Some(utilization) = reactor.utilization {
@@ -356,16 +356,16 @@ fn write_gc(gc: &Gc, out: &mut Lines<'_>) -> Result<()> {
 }
 
 /// Writes a stack, one function a line, at most `limit` of them.
-fn write_stack(look: &Look, limit: usize, out: &mut Lines<'_>) -> Result<()> {
-    for (n, frame) in look.frames.iter().take(limit).enumerate() {
+fn write_stack(sample: &StackSample, limit: usize, out: &mut Lines<'_>) -> Result<()> {
+    for (n, frame) in sample.frames.iter().take(limit).enumerate() {
         let relation = if n == 0 { "in " } else { "by " };
         writeln!(out, "                {relation} {frame}")?;
     }
-    let more = look.frames.len().saturating_sub(limit);
+    let more = sample.frames.len().saturating_sub(limit);
     if more > 0 {
         writeln!(out, "                and {more} more")?;
     }
-    if let Some(reason) = words::missing_stack(look) {
+    if let Some(reason) = words::missing_stack(sample) {
         writeln!(out, "                {reason}")?;
     }
     Ok(())
@@ -429,7 +429,7 @@ fn main_causes(reactor: &Reactor) -> String {
 /// the largest share of the lag.
 fn main_site(stalls: &Stalls) -> Option<String> {
     let site = stalls.sites.first()?;
-    let stack = stack(&site.look, FRAMES_OF_FINDING);
+    let stack = stack(&site.sample, FRAMES_OF_FINDING);
     Some(format!("{} of the lag: {} {stack}", percent(site.lag_share), site_cause(site)))
 }
 
@@ -460,7 +460,7 @@ fn write_stalls(stalls: &Stalls, out: &mut Lines<'_>) -> Result<()> {
             site_cause(site),
             for_requests(&stalls.requests_of(index))
         )?;
-        write_stack(&site.look, FRAMES_OF_SITE, out)?;
+        write_stack(&site.sample, FRAMES_OF_SITE, out)?;
     }
     let others = stalls.sites.iter().skip(SITES);
     let (count, share) = others.fold((0, 0.0), |sum, site| (sum.0 + site.count, sum.1 + site.lag_share));
@@ -510,7 +510,7 @@ mod tests {
             reactor.name = EVIL.into();
             let site = &mut reactor.stalls.sites[0];
             site.syscall = Some(EVIL.into());
-            site.look.frames[0].function = EVIL.into();
+            site.sample.frames[0].function = EVIL.into();
         });
         let target = &mut snapshot.targets[0];
         (target.comm, target.exe, target.place.unit) = (EVIL.into(), EVIL.into(), Some(EVIL.into()));

@@ -4,7 +4,7 @@ use observer_common::block::Block;
 
 use crate::model::{
     busy::Cause,
-    frame::Look,
+    frame::StackSample,
     place::Place,
     request::Request,
     snapshot::{Listener, Reactor},
@@ -84,11 +84,11 @@ pub(crate) fn site_cause(site: &Site) -> String {
 /// A stack on one line, innermost function first: `in sleep (app/db.py:12) < handle (app/server.py:40)`. Shows at most
 /// `limit` functions, `...` for those left out, and `?` where the rest of the stack is unknown. Without any function it
 /// says why the stack is unknown.
-pub(crate) fn stack(look: &Look, limit: usize) -> String {
-    let mut frames: Vec<String> = look.frames.iter().take(limit).map(ToString::to_string).collect();
-    match &look.missing {
+pub(crate) fn stack(sample: &StackSample, limit: usize) -> String {
+    let mut frames: Vec<String> = sample.frames.iter().take(limit).map(ToString::to_string).collect();
+    match &sample.missing {
         Some(why) if frames.is_empty() => return format!("(stack unknown: {why})"),
-        _ if look.frames.len() > limit => frames.push("...".into()),
+        _ if sample.frames.len() > limit => frames.push("...".into()),
         Some(_) => frames.push("?".into()),
         None => {}
     }
@@ -96,9 +96,9 @@ pub(crate) fn stack(look: &Look, limit: usize) -> String {
 }
 
 /// `stack unknown: it exited`, or `stack incomplete: ...` if some functions are known; `None` if the stack is complete.
-pub(crate) fn missing_stack(look: &Look) -> Option<String> {
-    let extent = if look.frames.is_empty() { "unknown" } else { "incomplete" };
-    look.missing.as_ref().map(|why| format!("stack {extent}: {why}"))
+pub(crate) fn missing_stack(sample: &StackSample) -> Option<String> {
+    let extent = if sample.frames.is_empty() { "unknown" } else { "incomplete" };
+    sample.missing.as_ref().map(|why| format!("stack {extent}: {why}"))
 }
 
 /// `depth 5, limit 4 (FULL), peak 5`.
@@ -181,13 +181,15 @@ mod tests {
     fn stacks_say_what_is_left_out_and_what_is_unknown() {
         let frame =
             |function: &str| Frame { function: function.into(), module: None, file: None, line: None };
-        let mut look =
-            Look { frames: vec![frame("a"), frame("b"), frame("c")], ..Look::missing("no reason") };
-        assert_eq!(stack(&look, 3), "in a < b < c < ?");
-        assert_eq!(stack(&look, 2), "in a < b < ...");
-        look.missing = None;
-        assert_eq!(stack(&look, 3), "in a < b < c");
-        assert_eq!(stack(&Look::missing("it exited"), 3), "(stack unknown: it exited)");
+        let mut sample = StackSample {
+            frames: vec![frame("a"), frame("b"), frame("c")],
+            ..StackSample::missing("no reason")
+        };
+        assert_eq!(stack(&sample, 3), "in a < b < c < ?");
+        assert_eq!(stack(&sample, 2), "in a < b < ...");
+        sample.missing = None;
+        assert_eq!(stack(&sample, 3), "in a < b < c");
+        assert_eq!(stack(&StackSample::missing("it exited"), 3), "(stack unknown: it exited)");
     }
 
     #[test]

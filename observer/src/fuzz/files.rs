@@ -9,7 +9,7 @@ use observer_common::deferred::register;
 
 use super::input::{choice, file, number};
 use crate::stacks::{
-    code::Chain,
+    code::PointerChain,
     elf::{Elf, matches_pattern},
     instructions,
     mappings::Mappings,
@@ -91,7 +91,7 @@ pub(super) fn code(data: &[u8]) {
         }
     }
     let _ = instructions::jump_target(&elf, function);
-    if let Some(chain) = Chain::of(code, address) {
+    if let Some(chain) = PointerChain::of(code, address) {
         let _ = chain.follow(&StackCopy { start: 0, bytes: data }, 0);
     }
 }

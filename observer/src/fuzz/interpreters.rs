@@ -4,7 +4,7 @@ use super::input::{choice, file, number};
 use crate::{
     model::frame::Frame,
     stacks::{
-        memory::Live,
+        memory::ProcessMemory,
         python::{self, Python},
         ruby::{self, Ruby},
         unwind::DEPTH_MAX,
@@ -27,7 +27,7 @@ fn check_text(text: &str) {
 /// CPython: its minor version, followed by its memory from address 0 on, where the runtime is.
 pub(super) fn python(data: &[u8]) {
     let (minor, content) = choice(data);
-    let memory = Live::of_file(file(content));
+    let memory = ProcessMemory::of_file(file(content));
     let _ = python::version(&memory, u64::from(minor));
     let version = (3, 11 + minor % 3);
     if let Ok(python) = Python::new(&memory, 0, version) {
@@ -47,7 +47,7 @@ pub(super) fn python(data: &[u8]) {
 /// machine and to the names are.
 pub(super) fn ruby(data: &[u8]) {
     let (thread, content) = choice(data);
-    let memory = Live::of_file(file(content));
+    let memory = ProcessMemory::of_file(file(content));
     let _ = ruby::version(&memory, u64::from(thread));
     for version in ["3.1.2", "3.3.8"] {
         let ruby = Ruby::at(0, Some(8), version).expect("a supported version");

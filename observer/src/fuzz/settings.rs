@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use crate::{
     config::Config,
     export::otlp::settings as otlp,
-    failure::understand,
+    failure::parse_toml,
     profiles::{Profile, Steps, Test, generic::OwnHook},
 };
 
@@ -35,7 +35,7 @@ pub(super) fn profile(data: &[u8]) {
 /// A configuration file.
 pub(super) fn config(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else { return };
-    match understand::<Config>(text) {
+    match parse_toml::<Config>(text) {
         Ok(config) => assert!(config.settings_changed_from(&config).is_empty()),
         Err(why) => {
             let mut position = why.splitn(3, ':');
@@ -57,5 +57,5 @@ fn check(path: &Steps) {
 pub(super) fn environment(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let variables: HashMap<&str, &str> = text.lines().filter_map(|line| line.split_once('=')).collect();
-    otlp::understand(&|name| variables.get(name).map(|value| (*value).to_owned()));
+    otlp::parse(&|name| variables.get(name).map(|value| (*value).to_owned()));
 }

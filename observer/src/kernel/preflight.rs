@@ -6,7 +6,7 @@ use aya::{maps::MapType, sys};
 use perf_event::{Builder, events::Software};
 
 use super::{features::FEATURES, rights::RIGHTS};
-use crate::{failure::Failure, finding::Finding};
+use crate::{failure::Failure, finding::CheckResult};
 
 /// Inode number of the initial pid namespace, fixed in the kernel (`PROC_PID_INIT_INO`).
 const INITIAL_PID_NAMESPACE: u64 = 0xefff_fffc;
@@ -84,20 +84,20 @@ fn value_of(setting: &str) -> String {
 }
 
 /// Checks everything: capabilities, settings, features.
-pub(crate) fn findings() -> impl Iterator<Item = Finding> {
+pub(crate) fn findings() -> impl Iterator<Item = CheckResult> {
     check(|_required| true)
 }
 
 /// Checks capabilities and features that `is_asked` selects by whether they are required, and all settings.
-fn check(is_asked: fn(bool) -> bool) -> impl Iterator<Item = Finding> {
-    let rights = RIGHTS.iter().filter(move |right| is_asked(right.required)).map(|right| Finding {
+fn check(is_asked: fn(bool) -> bool) -> impl Iterator<Item = CheckResult> {
+    let rights = RIGHTS.iter().filter(move |right| is_asked(right.required)).map(|right| CheckResult {
         name: right.capability.to_string(),
         purpose: right.purpose.into(),
         required: right.required,
         outcome: right.probe(),
         cure: right.cure(),
     });
-    let settings = SETTINGS.iter().map(|setting| Finding {
+    let settings = SETTINGS.iter().map(|setting| CheckResult {
         name: setting.name.into(),
         purpose: setting.purpose.into(),
         required: true,
@@ -110,7 +110,7 @@ fn check(is_asked: fn(bool) -> bool) -> impl Iterator<Item = Finding> {
             Err((why, cure)) => (Err(why), cure),
         };
         let (name, purpose) = (feature.name.into(), feature.purpose.into());
-        Finding { name, purpose, required: feature.required, outcome, cure }
+        CheckResult { name, purpose, required: feature.required, outcome, cure }
     });
     rights.chain(settings).chain(features)
 }
@@ -128,8 +128,8 @@ pub(crate) fn ensure() -> Result<(), Failure> {
         };
         return Err(Failure::new(format!("missing rights: {}", names.join(", ")), cure));
     }
-    match check(|required| required).find(Finding::prevents) {
-        Some(Finding { name, outcome: Err(reason), cure, .. }) => {
+    match check(|required| required).find(CheckResult::prevents) {
+        Some(CheckResult { name, outcome: Err(reason), cure, .. }) => {
             let what = format!("{name} is required but unavailable: {reason}");
             Err(Failure::new(what, format!("{cure}; see `observer check`")))
         }

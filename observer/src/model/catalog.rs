@@ -3,7 +3,7 @@
 
 use super::{
     busy::Cause,
-    deferred::{Deferred, HookFigures},
+    deferred::{Deferred, HookCounters},
     own::OWN,
     place::Place,
     snapshot::{Gc, Listener, Reactor, Snapshot},
@@ -422,7 +422,7 @@ fn tasks(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'d> fn(&'d Deferre
     }
 }
 
-fn hooks(snapshot: &Snapshot, sink: &mut Sink<'_>, counter: fn(&HookFigures) -> u64) {
+fn hooks(snapshot: &Snapshot, sink: &mut Sink<'_>, counter: fn(&HookCounters) -> u64) {
     for target in live(snapshot) {
         for hook in &target.hooks {
             sink(hook_labels(target, hook), count(counter(hook)));

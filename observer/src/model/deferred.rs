@@ -115,7 +115,7 @@ fn hexadecimal_or_none<S: Serializer>(number: &Option<u64>, serializer: S) -> Re
 
 /// A hook in the runtime of a process, with its counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct HookFigures {
+pub(crate) struct HookCounters {
     /// The profile that defines it.
     pub(crate) profile: String,
     /// Its verb: `snapshot`, `restore`, `leave`, `forget` or `clear`.
@@ -128,7 +128,7 @@ pub(crate) struct HookFigures {
     pub(crate) matches: u64,
 }
 
-impl HookFigures {
+impl HookCounters {
     /// Whether both are the same hook, in two copies of a module.
     pub(crate) fn is_of_same_place(&self, other: &Self) -> bool {
         (&self.profile, self.verb, &self.place) == (&other.profile, other.verb, &other.place)
@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn a_hook_that_never_matches_is_no_fault_before_tasks_are_known() {
-        let hook = |verb, hits, matches| HookFigures {
+        let hook = |verb, hits, matches| HookCounters {
             profile: "p".into(),
             verb,
             place: "f in m".into(),

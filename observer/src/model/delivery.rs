@@ -6,14 +6,14 @@ use serde::Serialize;
 
 /// Why data was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reason {
+pub(crate) enum DropReason {
     /// The buffer was full: the collector was unavailable for too long, or too much came at once.
     BufferFull,
     /// The collector refused the data.
     Refused,
 }
 
-impl Reason {
+impl DropReason {
     const ALL: [Self; 2] = [Self::BufferFull, Self::Refused];
 
     const fn name(self) -> &'static str {
@@ -29,7 +29,7 @@ impl Reason {
 pub(crate) struct ExportStats {
     signal: &'static str,
     delivered: AtomicU64,
-    dropped: [AtomicU64; Reason::ALL.len()],
+    dropped: [AtomicU64; DropReason::ALL.len()],
     failures: AtomicU64,
 }
 
@@ -45,7 +45,7 @@ impl ExportStats {
     }
 
     /// Counts data points or spans that were dropped.
-    pub(crate) fn dropped(&self, reason: Reason, items: u64) {
+    pub(crate) fn dropped(&self, reason: DropReason, items: u64) {
         self.dropped[reason as usize].fetch_add(items, Ordering::Relaxed);
     }
 
@@ -56,11 +56,11 @@ impl ExportStats {
 
     /// The current values.
     pub(crate) fn read(&self) -> Delivery {
-        let count = |reason: Reason| self.dropped[reason as usize].load(Ordering::Relaxed);
+        let count = |reason: DropReason| self.dropped[reason as usize].load(Ordering::Relaxed);
         Delivery {
             signal: self.signal,
             delivered: self.delivered.load(Ordering::Relaxed),
-            dropped: Reason::ALL.map(|reason| Dropped { reason: reason.name(), count: count(reason) }),
+            dropped: DropReason::ALL.map(|reason| Dropped { reason: reason.name(), count: count(reason) }),
             failures: self.failures.load(Ordering::Relaxed),
         }
     }
@@ -74,7 +74,7 @@ pub(crate) struct Delivery {
     /// Data points or spans that a collector accepted.
     pub(crate) delivered: u64,
     /// Data points or spans that were dropped, by reason.
-    pub(crate) dropped: [Dropped; Reason::ALL.len()],
+    pub(crate) dropped: [Dropped; DropReason::ALL.len()],
     /// Attempts that failed. Their data was sent again unless it counts as dropped.
     pub(crate) failures: u64,
 }
@@ -96,8 +96,8 @@ mod tests {
     fn reasons_are_counted_separately() {
         let stats = ExportStats::of("metrics");
         stats.delivered(7);
-        stats.dropped(Reason::Refused, 2);
-        stats.dropped(Reason::BufferFull, 1);
+        stats.dropped(DropReason::Refused, 2);
+        stats.dropped(DropReason::BufferFull, 1);
         stats.failed();
         let delivery = stats.read();
         assert_eq!((delivery.signal, delivery.delivered, delivery.failures), ("metrics", 7, 1));

@@ -49,7 +49,7 @@ fn short(path: &str) -> &str {
 
 /// A sample of a thread's stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Look {
+pub(crate) struct StackSample {
     /// Functions of user space, innermost first.
     pub(crate) frames: Vec<Frame>,
     /// Functions of the kernel that they called, innermost first; empty if unknown.
@@ -61,7 +61,7 @@ pub(crate) struct Look {
     pub(crate) is_on_cpu: bool,
 }
 
-impl Look {
+impl StackSample {
     /// A sample without frames, and why.
     pub(crate) fn missing(why: impl Into<String>) -> Self {
         Self { frames: Vec::new(), kernel: Vec::new(), missing: Some(why.into()), is_on_cpu: false }
@@ -69,7 +69,7 @@ impl Look {
 
     /// The sample as evidence for a stall that was blocked most of the time. One taken on a CPU is marked as
     /// incomplete, because it shows nothing of the blocked time.
-    pub(crate) fn of_blocked(mut self) -> Self {
+    pub(crate) fn for_blocked_stall(mut self) -> Self {
         if self.is_on_cpu && self.missing.is_none() {
             self.missing = Some("seen only on a CPU, and it was blocked most of the time".into());
         }
@@ -77,7 +77,7 @@ impl Look {
     }
 
     /// Whether another sample has the same functions, on any lines.
-    pub(crate) fn is_alike(&self, other: &Self) -> bool {
+    pub(crate) fn has_same_functions(&self, other: &Self) -> bool {
         are_alike(&self.frames, &other.frames) && self.missing == other.missing
     }
 }

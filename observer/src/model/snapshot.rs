@@ -5,9 +5,9 @@ use serde::Serialize;
 
 use super::{
     busy::Split,
-    deferred::{Deferred, HookFigures},
+    deferred::{Deferred, HookCounters},
     delivery::Delivery,
-    frame::Look,
+    frame::StackSample,
     histogram::Histogram,
     place::Place,
     stall::Stalls,
@@ -73,7 +73,7 @@ pub(crate) struct Target {
     /// How often a task ran without a known enqueue. As a rule, it was enqueued before observer attached.
     pub(crate) unmatched: u64,
     /// Hooks in its runtime.
-    pub(crate) hooks: Vec<HookFigures>,
+    pub(crate) hooks: Vec<HookCounters>,
     /// Garbage collections of its runtime; `None` if it has none, or if no profile says how to watch them.
     pub(crate) gc: Option<Gc>,
 }
@@ -180,7 +180,7 @@ pub(crate) struct Reactor {
     /// Age of the slice in progress; `None` during a wait.
     pub(crate) current_slice_seconds: Option<f64>,
     /// Its stack, if the slice in progress is a stall already.
-    pub(crate) current_stack: Option<Look>,
+    pub(crate) current_stack: Option<StackSample>,
     /// Delay in seconds that an event arriving at a random moment would see: a count for each millisecond observed.
     pub(crate) lag: Histogram,
     /// Lengths of finished slices, in seconds.

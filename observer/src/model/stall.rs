@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     busy::{Cause, Split},
-    frame::Look,
+    frame::StackSample,
     request::Request,
 };
 
@@ -58,16 +58,17 @@ pub(crate) struct Site {
     pub(crate) split_seconds: Split,
     /// The stack that was seen in them, or why it is unknown.
     #[serde(flatten)]
-    pub(crate) look: Look,
+    pub(crate) sample: StackSample,
     /// Half the sum of their squared lengths, in seconds squared: their part of the integral of lag over time.
     #[serde(skip)]
     pub(crate) weight: f64,
 }
 
 impl Site {
-    fn is_of(&self, stall: &Stall, look: &Look) -> bool {
-        let is_seen = !look.frames.is_empty();
-        self.look.is_alike(look) && (is_seen || (self.cause == stall.cause && self.syscall == stall.syscall))
+    fn is_of(&self, stall: &Stall, sample: &StackSample) -> bool {
+        let is_seen = !sample.frames.is_empty();
+        self.sample.has_same_functions(sample)
+            && (is_seen || (self.cause == stall.cause && self.syscall == stall.syscall))
     }
 }
 
@@ -107,11 +108,11 @@ impl Stalls {
     }
 
     /// Adds a stall that has ended.
-    pub(crate) fn add(&mut self, mut stall: Stall, look: Look) {
+    pub(crate) fn add(&mut self, mut stall: Stall, sample: StackSample) {
         self.count += 1;
         self.seconds += stall.seconds;
         self.counts[stall.cause.index()] += 1;
-        stall.site = self.add_to_site(&stall, look);
+        stall.site = self.add_to_site(&stall, sample);
         if self.recent.len() == RECENT {
             self.recent.pop_front();
         }
@@ -119,15 +120,19 @@ impl Stalls {
     }
 
     /// Adds a stall in progress, only to its site.
-    pub(crate) fn add_in_progress(&mut self, stall: &Stall, look: Look) {
-        self.add_to_site(stall, look);
+    pub(crate) fn add_in_progress(&mut self, stall: &Stall, sample: StackSample) {
+        self.add_to_site(stall, sample);
     }
 
-    fn add_to_site(&mut self, stall: &Stall, look: Look) -> usize {
-        let known = self.sites.iter().position(|site| site.is_of(stall, &look));
+    fn add_to_site(&mut self, stall: &Stall, sample: StackSample) -> usize {
+        let known = self.sites.iter().position(|site| site.is_of(stall, &sample));
         let place = known.unwrap_or_else(|| {
             let is_last = self.sites.len() >= SITES - 1;
-            let look = if is_last { Look::missing("too many different stacks to report each") } else { look };
+            let sample = if is_last {
+                StackSample::missing("too many different stacks to report each")
+            } else {
+                sample
+            };
             if self.sites.len() < SITES {
                 let (cause, syscall) = (stall.cause, stall.syscall.clone());
                 self.sites.push(Site {
@@ -138,7 +143,7 @@ impl Stalls {
                     syscall,
                     behind: None,
                     split_seconds: Split::default(),
-                    look,
+                    sample,
                     weight: 0.0,
                 });
             }
@@ -195,9 +200,9 @@ mod tests {
         }
     }
 
-    fn look(function: &str, line: u32) -> Look {
+    fn sample(function: &str, line: u32) -> StackSample {
         let frame = Frame { function: function.into(), module: None, file: None, line: Some(line) };
-        Look { frames: vec![frame], kernel: Vec::new(), missing: None, is_on_cpu: false }
+        StackSample { frames: vec![frame], kernel: Vec::new(), missing: None, is_on_cpu: false }
     }
 
     #[test]
@@ -216,14 +221,14 @@ mod tests {
         let cpu = |seconds| stall(seconds, Split { cpu: seconds, ..Split::default() });
         // Ten of 60 ms take more time than two of 200 ms, and cause less lag.
         for line in 0..10 {
-            stalls.add(cpu(0.06), look("often", line));
+            stalls.add(cpu(0.06), sample("often", line));
         }
         for _ in 0..2 {
-            stalls.add(cpu(0.2), look("long", 7));
+            stalls.add(cpu(0.2), sample("long", 7));
         }
         assert_eq!((stalls.count, stalls.sites.len(), stalls.count_of(Cause::Cpu)), (12, 2, 12));
         let ranked = stalls.ranked(0.1);
-        assert_eq!(ranked.sites[0].look.frames[0].function, "long");
+        assert_eq!(ranked.sites[0].sample.frames[0].function, "long");
         assert!((ranked.sites[0].lag_share - 0.4).abs() < 1e-9);
         assert!((ranked.sites[1].lag_share - 0.18).abs() < 1e-9);
         assert_eq!((ranked.recent[0].site, ranked.recent[11].site), (1, 0));
@@ -233,10 +238,10 @@ mod tests {
     fn memory_is_bounded_and_sums_are_complete() {
         let mut stalls = Stalls::over(0.05);
         for n in 0..1000 {
-            stalls.add(stall(0.1, Split { cpu: 0.1, ..Split::default() }), look(&format!("f{n}"), 1));
+            stalls.add(stall(0.1, Split { cpu: 0.1, ..Split::default() }), sample(&format!("f{n}"), 1));
         }
         assert_eq!((stalls.sites.len(), stalls.recent.len(), stalls.count), (SITES, RECENT, 1000));
         assert_eq!(stalls.sites.iter().map(|site| site.count).sum::<u64>(), 1000);
-        assert!(stalls.sites[SITES - 1].look.missing.is_some());
+        assert!(stalls.sites[SITES - 1].sample.missing.is_some());
     }
 }

@@ -2,7 +2,7 @@
 //! reported individually is limited, and the limit applies to all families about a subject.
 
 use super::{
-    deferred::{Deferred, HookFigures},
+    deferred::{Deferred, HookCounters},
     place::Place,
     snapshot::{Listener, Missing, Reactor, Snapshot, Target},
 };
@@ -119,7 +119,7 @@ pub(super) fn task_labels(target: &Target, deferred: &Deferred) -> Vec<String> {
     labels
 }
 
-pub(super) fn hook_labels(target: &Target, hook: &HookFigures) -> Vec<String> {
+pub(super) fn hook_labels(target: &Target, hook: &HookCounters) -> Vec<String> {
     let mut labels = target_labels(target);
     labels.extend([hook.profile.clone(), hook.verb.into(), hook.place.clone()]);
     labels

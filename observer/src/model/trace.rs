@@ -4,7 +4,7 @@ use std::{collections::VecDeque, mem, sync::Arc};
 
 use super::{
     deferred::TraceContext,
-    delivery::{ExportStats, Reason},
+    delivery::{DropReason, ExportStats},
     request::Request,
     stall::Stall,
 };
@@ -17,22 +17,22 @@ const EVENTS: usize = 32_768;
 pub(crate) struct Event {
     /// Process id.
     pub(crate) pid: u32,
-    /// What happened.
-    pub(crate) what: What,
+    /// What has happened.
+    pub(crate) what: EventKind,
 }
 
-/// What an event reports.
+/// Kinds of events.
 #[derive(Clone, Debug)]
-pub(crate) enum What {
+pub(crate) enum EventKind {
     /// A deferred task is over, whose origin is this request.
-    Work(Arc<Request>, Work),
+    Task(Arc<Request>, FinishedTask),
     /// A thread stalled: the thread's id, the start of the slice in monotonic nanoseconds, and the stall.
     Stall(u32, u64, Box<Stall>),
 }
 
 /// A deferred task that is over. Times are monotonic nanoseconds.
 #[derive(Clone, Debug)]
-pub(crate) struct Work {
+pub(crate) struct FinishedTask {
     /// Id of the task.
     pub(crate) id: u64,
     /// Id of the task that enqueued it; `None` if the request itself did.
@@ -69,7 +69,7 @@ impl Events {
         if self.waiting.len() < EVENTS {
             self.waiting.push_back(event);
         } else {
-            self.stats.dropped(Reason::BufferFull, 1);
+            self.stats.dropped(DropReason::BufferFull, 1);
         }
     }
 
@@ -87,7 +87,7 @@ mod tests {
     fn events_beyond_the_limit_are_counted() {
         let stats = Arc::new(ExportStats::of("traces"));
         let mut events = Events::counted_in(Arc::clone(&stats));
-        let work = Work {
+        let work = FinishedTask {
             id: 1,
             parent: None,
             context: None,
@@ -98,7 +98,7 @@ mod tests {
             ended_ns: 3,
         };
         for _ in 0..EVENTS + 3 {
-            let what = What::Work(Arc::default(), work.clone());
+            let what = EventKind::Task(Arc::default(), work.clone());
             events.add(Event { pid: 1, what });
         }
         assert_eq!(events.take().len(), EVENTS);

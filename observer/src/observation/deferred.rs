@@ -20,7 +20,7 @@ use super::links::Links;
 use crate::{
     kernel::{clock, detach},
     model::{
-        deferred::{Deferred, HookFigures},
+        deferred::{Deferred, HookCounters},
         snapshot::Missing,
     },
     probes::deferred::{self, Attached, Shared},
@@ -78,7 +78,7 @@ pub(super) struct TaskTracker {
 #[derive(Clone, Default)]
 pub(super) struct TaskMetrics {
     pub(super) deferred: Vec<Deferred>,
-    pub(super) hooks: Vec<HookFigures>,
+    pub(super) hooks: Vec<HookCounters>,
     /// How often a task ran without a known enqueue.
     pub(super) unmatched: u64,
 }
@@ -116,8 +116,8 @@ struct Space {
 
 impl Process {
     /// Counters of its hooks, and how often a task ran without a known enqueue.
-    fn hook_counters(&self, maps: &Maps) -> (Vec<HookFigures>, u64) {
-        let mut hooks = Vec::<HookFigures>::new();
+    fn hook_counters(&self, maps: &Maps) -> (Vec<HookCounters>, u64) {
+        let mut hooks = Vec::<HookCounters>::new();
         let mut unmatched = 0;
         for hook in &self.hooks {
             let counters = hook.figures(maps);
@@ -143,7 +143,7 @@ impl Process {
         let Some(pointer) = context::published(mappings) else { return };
         self.publishes = true;
         for hook in self.hooks.iter().filter(|hook| hook.is_snapshot()) {
-            if let Err(why) = hook.take_context(maps, pointer) {
+            if let Err(why) = hook.attach_context(maps, pointer) {
                 log::debug!("cannot record the trace contexts of process {}: {why:#}", mappings.pid);
             }
         }
@@ -242,7 +242,7 @@ impl TaskTracker {
             reason: format!(
                 "its hooks fire {rate} times a second, which would cost it {} % of a CPU; {} attaches to it anyway",
                 rate / 5_000,
-                profiles::insistence(&profile)
+                profiles::flag_to_force(&profile)
             ),
         })
     }
@@ -413,7 +413,7 @@ impl TaskTracker {
     }
 
     /// Hooks of a target that have fired often and never matched.
-    pub(super) fn unmatched_hooks(&self, maps: &Maps, pid: u32) -> Vec<HookFigures> {
+    pub(super) fn unmatched_hooks(&self, maps: &Maps, pid: u32) -> Vec<HookCounters> {
         let Some(process) = self.processes.get(&pid) else { return Vec::new() };
         let (hooks, _) = process.hook_counters(maps);
         let enqueued = |profile: &str| {

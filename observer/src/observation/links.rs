@@ -12,7 +12,7 @@ use crate::{
         deferred::{Deferred, Link},
         histogram::seconds,
         request::Request,
-        trace::{Event, Events, What, Work},
+        trace::{Event, EventKind, Events, FinishedTask},
     },
     probes::{deferred, origin},
     read::maps::Maps,
@@ -76,7 +76,7 @@ impl Links {
         let waited_until = if has_started { raw.started_ns } else { raw.ended_ns };
         let parent = (raw.parent != 0).then_some(raw.parent);
         self.record_event(pid, || {
-            let work = Work {
+            let work = FinishedTask {
                 id: raw.id,
                 parent,
                 context: deferred::context(&raw.context),
@@ -86,7 +86,7 @@ impl Links {
                 started_ns: has_started.then_some(raw.started_ns),
                 ended_ns: raw.ended_ns,
             };
-            What::Work(Arc::clone(&request), work)
+            EventKind::Task(Arc::clone(&request), work)
         });
         let link = Link {
             id: raw.id,
@@ -129,7 +129,7 @@ impl Links {
     }
 
     /// Records an event of a process, if traces are exported.
-    pub(super) fn record_event(&mut self, pid: u32, what: impl FnOnce() -> What) {
+    pub(super) fn record_event(&mut self, pid: u32, what: impl FnOnce() -> EventKind) {
         if let Some(events) = &mut self.events {
             events.add(Event { pid, what: what() });
         }

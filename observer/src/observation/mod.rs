@@ -289,7 +289,7 @@ impl Observation {
                 deferred,
                 unmatched,
                 hooks,
-                gc: self.runtimes.collectors.latest_figures(&self.maps, pid, exited),
+                gc: self.runtimes.collectors.latest_metrics(&self.maps, pid, exited),
             });
         }
         targets.sort_by_key(|target| target.pid);

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use observer_common::{
-    accept::Accepting,
+    accept::AcceptCall,
     reactor::{Phase, Stall as RawStall},
 };
 
@@ -25,7 +25,7 @@ use crate::{
         lag::{PROBE_SECONDS, Prober},
         snapshot::Reactor,
         stall::Stalls,
-        trace::What,
+        trace::EventKind,
     },
     probes::{gc, reactor},
     process::{
@@ -103,7 +103,7 @@ impl Reactors {
                     }
                     Call::Accept { fd } => match process::socket_inode(pid, fd) {
                         Some(inode) => {
-                            let call = Accepting { inode, ..Accepting::default() };
+                            let call = AcceptCall { inode, ..AcceptCall::default() };
                             insert_new(&mut maps.accepting, tid, call)?
                         }
                         None => true,
@@ -136,7 +136,7 @@ impl Reactors {
         let in_progress = maps.reactors.in_slices().filter(|slice| targets.is_target(maps, slice.pid));
         let in_progress: Vec<_> = in_progress.collect();
         self.watcher
-            .glance(in_progress.into_iter(), clock::monotonic_ns(), |slice| maps.reactors.is_still_in(slice));
+            .check(in_progress.into_iter(), clock::monotonic_ns(), |slice| maps.reactors.is_still_in(slice));
     }
 
     /// Attributes each stall that has ended to the code that was seen in it.
@@ -149,12 +149,12 @@ impl Reactors {
     ) {
         for raw in stalls {
             let stall = reactor::stall(&raw, links.request(raw.request));
-            let look = self.watcher.seen(raw.tid, raw.start_ns, stall.cause.is_blocked());
+            let sample = self.watcher.seen(raw.tid, raw.start_ns, stall.cause.is_blocked());
             if !targets.is_target(maps, raw.tgid) {
                 continue;
             }
-            links.record_event(raw.tgid, || What::Stall(raw.tid, raw.start_ns, Box::new(stall.clone())));
-            self.thread(raw.tid, raw.tgid).stalls.add(stall, look);
+            links.record_event(raw.tgid, || EventKind::Stall(raw.tid, raw.start_ns, Box::new(stall.clone())));
+            self.thread(raw.tid, raw.tgid).stalls.add(stall, sample);
         }
     }
 
@@ -199,7 +199,7 @@ impl Reactors {
                 raw.now.gc.ns += gc::in_progress(maps, &raw.now, now);
                 let lag = reactor::lag(&raw, &mut thread.prober, now);
                 if let Some(slice) = self.stall_in_progress(&raw, now) {
-                    self.watcher.ensure_seen(slice, |slice| maps.reactors.is_still_in(slice));
+                    self.watcher.ensure_read(slice, |slice| maps.reactors.is_still_in(slice));
                 }
                 self.running.push((raw, lag));
             }
@@ -241,11 +241,11 @@ impl Reactors {
             let mut reactor = thread.decode(raw, lag, self.refreshed_ns);
             if let Some(slice) = self.stall_in_progress(raw, self.refreshed_ns) {
                 let stall = reactor::stall_in_progress(raw, self.refreshed_ns);
-                let look = self.watcher.seen_so_far(slice, stall.cause.is_blocked());
+                let sample = self.watcher.stack_so_far(slice, stall.cause.is_blocked());
                 let mut stalls = thread.stalls.clone();
-                stalls.add_in_progress(&stall, look.clone());
+                stalls.add_in_progress(&stall, sample.clone());
                 reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
-                reactor.current_stack = Some(look);
+                reactor.current_stack = Some(sample);
             }
             reactors.entry(pid).or_default().push(reactor);
         }

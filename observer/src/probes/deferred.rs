@@ -12,7 +12,7 @@ use aya::{Ebpf, programs::UProbe};
 use observer_common::{
     deferred::{
         Class as RawClass, ClassKey, Context as RawContext, DeferredTask, Extractor, Hook as RawHook,
-        Link as RawLink, Place, REQUEST_ID, TaskKey, ThreadLocal, Verb,
+        HookAddress, Link as RawLink, REQUEST_ID, TaskKey, ThreadLocal, Verb,
     },
     histogram::Histogram as RawHistogram,
 };
@@ -28,7 +28,7 @@ use crate::{
         uprobe::{self, Site, Uprobe},
     },
     model::{
-        deferred::{Deferred, HookFigures, TraceContext},
+        deferred::{Deferred, HookCounters, TraceContext},
         histogram::{Histogram, seconds},
     },
     process::hooks::Found,
@@ -103,7 +103,7 @@ pub(crate) struct Attached {
     verb_name: &'static str,
     name: String,
     extractors: Vec<u32>,
-    places: Vec<Place>,
+    places: Vec<HookAddress>,
     /// Kept so that they stay attached.
     probes: Vec<Arc<Uprobe>>,
 }
@@ -147,7 +147,7 @@ impl Attached {
                 }
             };
             let entry = RawHook { verb: hook.verb as u32, space, flags, extractor, hits: 0, matches: 0 };
-            let place = Place { address: point.address, tgid: pid, reserved: 0 };
+            let place = HookAddress { address: point.address, tgid: pid, reserved: 0 };
             if maps.hooks.get(&place, 0).is_ok() {
                 bail!("another hook is attached to the same instruction");
             }
@@ -167,7 +167,7 @@ impl Attached {
     }
 
     /// From now on, tasks enqueued here also take the trace context that `pointer` locates.
-    pub(crate) fn take_context(&self, maps: &mut Maps, pointer: ThreadLocal) -> Result<()> {
+    pub(crate) fn attach_context(&self, maps: &mut Maps, pointer: ThreadLocal) -> Result<()> {
         for &number in &self.extractors {
             let extractor = maps.extractors.get(&number, 0)?;
             maps.extractors.set(number, Extractor { context: pointer, ..extractor }, 0)?;
@@ -191,13 +191,13 @@ impl Attached {
     }
 
     /// How often the hook fired, and how often it matched.
-    pub(crate) fn figures(&self, maps: &Maps) -> HookFigures {
+    pub(crate) fn figures(&self, maps: &Maps) -> HookCounters {
         let (mut hits, mut matches) = (0, 0);
         for hook in self.places.iter().filter_map(|place| maps.hooks.get(place, 0).ok()) {
             hits += hook.hits;
             matches += hook.matches;
         }
-        HookFigures {
+        HookCounters {
             profile: self.profile.clone(),
             verb: self.verb_name,
             place: self.name.clone(),

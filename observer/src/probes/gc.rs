@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs::File, os::fd::AsFd as _};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Ebpf, programs::UProbe};
 use observer_common::{
-    gc::{Begun, Totals},
+    gc::{GcInProgress, Totals},
     histogram::Histogram as RawHistogram,
     reactor::{Phase, Reactor},
 };
@@ -30,7 +30,7 @@ use crate::{
     read::{entries::insert_new, maps::Maps},
     stacks::{
         mappings::Mappings,
-        memory::{Live, Memory as _},
+        memory::{Memory as _, ProcessMemory},
     },
 };
 
@@ -85,7 +85,7 @@ enum Watched {
     /// Start and end of each collection, by uprobes that are attached as long as they are kept.
     Pauses(#[expect(dead_code, reason = "kept, so that they stay attached")] Vec<Uprobe>),
     /// Totals that the runtime counts.
-    Totals { memory: Live, places: Totals, first: Sum, last: Sum },
+    Totals { memory: ProcessMemory, places: Totals, first: Sum, last: Sum },
 }
 
 /// Number of collections and their total duration in nanoseconds.
@@ -203,7 +203,7 @@ impl Collectors {
     }
 
     /// Metrics of a target's collections; the final ones if it has exited.
-    pub(crate) fn latest_figures(&self, maps: &Maps, pid: u32, has_exited: bool) -> Option<Gc> {
+    pub(crate) fn latest_metrics(&self, maps: &Maps, pid: u32, has_exited: bool) -> Option<Gc> {
         if !has_exited {
             return self.metrics(maps, pid);
         }
@@ -269,7 +269,7 @@ fn forget(maps: &mut Maps, pid: u32) {
 }
 
 /// The current totals of a process.
-fn read(memory: &Live, places: &Totals) -> Option<Sum> {
+fn read(memory: &ProcessMemory, places: &Totals) -> Option<Sum> {
     let count = memory.word(places.count_address)?;
     let parts = places.ns_addresses.iter().filter(|&&address| address != 0);
     let ns = parts.map(|&address| memory.word(address)).sum::<Option<u64>>()?;
@@ -282,5 +282,5 @@ pub(crate) fn in_progress(maps: &Maps, reactor: &Reactor, now: u64) -> u64 {
         return 0;
     }
     let begun = maps.gc_begun.get(&reactor.tid, 0);
-    begun.map_or(0, |Begun { since_ns, .. }| now.saturating_sub(since_ns.max(reactor.phase_since_ns)))
+    begun.map_or(0, |GcInProgress { since_ns, .. }| now.saturating_sub(since_ns.max(reactor.phase_since_ns)))
 }

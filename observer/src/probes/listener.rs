@@ -85,7 +85,7 @@ pub(crate) fn decode(raw: &Raw, before: Before, unix_since_ns: Option<u64>) -> L
         depth: queue.depth,
         peak: raw.peak.max(queue.depth),
         half_open: queue.half_open,
-        oldest_seconds: waits.then(|| seconds(queue.looked_ns.saturating_sub(since))),
+        oldest_seconds: waits.then(|| seconds(queue.read_ns.saturating_sub(since))),
         oldest_is_lower_bound: waits && queue.oldest_ns == 0,
         arrivals: (raw.accepts + u64::from(queue.depth)).saturating_sub(before.depth.into()),
         accepts: raw.accepts,
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn arrivals_are_accepts_and_depth_less_the_initial_depth() {
-        let queue = Queue { depth: 4, aborted: 1, looked_ns: 9_000_000_000, drops: 7, ..Queue::default() };
+        let queue = Queue { depth: 4, aborted: 1, read_ns: 9_000_000_000, drops: 7, ..Queue::default() };
         let raw = Raw { accepts: 10, accepts_aborted: 2, since_ns: 1_000_000_000, queue, ..Raw::EMPTY };
         let before = Before { depth: 3, aborted: 1, drops: 5 };
         let listener = decode(&raw, before, None);

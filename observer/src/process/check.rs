@@ -14,15 +14,15 @@ use super::{
     runtime::{Runtime, Runtimes},
 };
 use crate::{
-    finding::Finding,
-    stacks::{interpreter::Interpreter, mappings::Mappings, memory::Live},
+    finding::CheckResult,
+    stacks::{interpreter::Interpreter, mappings::Mappings, memory::ProcessMemory},
 };
 
 /// `e_ident[EI_CLASS]` of a 64-bit ELF file.
 const ELF_CLASS_64: u8 = 2;
 
 /// Checks a process. If it cannot be observed, returns that finding alone.
-pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<Finding> {
+pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<CheckResult> {
     let process = Process::of(pid);
     let place = [
         process.place.container.as_deref().map(|id| format!(", container {id}")),
@@ -36,7 +36,7 @@ pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<Finding> {
     let place: String = place.into_iter().flatten().collect();
     let observable = ensure_observable(pid);
     let is_observable = observable.is_ok();
-    let mut findings = vec![Finding {
+    let mut findings = vec![CheckResult {
         name: format!("process {pid}"),
         purpose: format!("{} {}{place}", process.comm, process.exe),
         required: true,
@@ -69,8 +69,8 @@ pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<Finding> {
 }
 
 /// A finding about something optional.
-fn optional(name: &str, purpose: &str, outcome: Result<(), String>, cure: &str) -> Finding {
-    Finding { name: name.into(), purpose: purpose.into(), required: false, outcome, cure: cure.into() }
+fn optional(name: &str, purpose: &str, outcome: Result<(), String>, cure: &str) -> CheckResult {
+    CheckResult { name: name.into(), purpose: purpose.into(), required: false, outcome, cure: cure.into() }
 }
 
 fn is_64_bit(pid: u32) -> io::Result<bool> {
@@ -80,9 +80,9 @@ fn is_64_bit(pid: u32) -> io::Result<bool> {
 }
 
 /// Checks the memory of a process, its interpreter, its runtimes and the profiles that the user asked for.
-fn code_findings(pid: u32, mut runtimes: Runtimes) -> Vec<Finding> {
+fn code_findings(pid: u32, mut runtimes: Runtimes) -> Vec<CheckResult> {
     let rights = "see CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH above";
-    let memory = Live::of(pid).map(drop).map_err(|error| error.to_string());
+    let memory = ProcessMemory::of(pid).map(drop).map_err(|error| error.to_string());
     let is_read = memory.is_ok();
     let mut findings = vec![optional("memory", "functions on the stack during a stall", memory, rights)];
     if !is_read {

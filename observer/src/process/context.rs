@@ -8,8 +8,8 @@ use observer_common::deferred::ThreadLocal;
 use crate::stacks::{
     elf::Elf,
     mappings::{Mappings, module_name},
-    memory::{Live, Memory as _},
-    variable::{Slot, Variable},
+    memory::{Memory as _, ProcessMemory},
+    variable::{Slot, TlsVariable},
 };
 
 /// The thread-local variable: a pointer to the thread's published context.
@@ -25,7 +25,7 @@ pub(crate) fn published(mappings: &Mappings) -> Option<ThreadLocal> {
 
 fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
     let program = fs::metadata(format!("/proc/{}/exe", mappings.pid)).ok()?.ino();
-    let memory = Live::of(mappings.pid).ok()?;
+    let memory = ProcessMemory::of(mappings.pid).ok()?;
     let has_glibc = ["libc.so.6", "libc-2."].iter().any(|name| mappings.modules_named(name).next().is_some());
     // The executable first, as in the dynamic loader's symbol lookup.
     let mut modules: Vec<_> = mappings.modules().collect();
@@ -55,7 +55,7 @@ fn find(mappings: &Mappings, name: &str) -> Option<ThreadLocal> {
 /// Location of the variable according to the relocation slot at `address`; `None` if the loader has not filled it in
 /// yet.
 fn resolve(
-    variable: &Variable,
+    variable: &TlsVariable,
     slot: Slot,
     address: u64,
     word: impl Fn(u64) -> Option<u64>,
@@ -118,7 +118,7 @@ input()";
         assert_eq!(none, None);
     }
 
-    const EXAMPLE: Variable = Variable { offset: 0x110, in_program: -8, slots: Vec::new() };
+    const EXAMPLE: TlsVariable = TlsVariable { offset: 0x110, in_program: -8, slots: Vec::new() };
 
     fn found(slot: Slot, words: &[(u64, u64)]) -> Option<ThreadLocal> {
         resolve(&EXAMPLE, slot, 0x1000, |address| {

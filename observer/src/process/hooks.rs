@@ -8,7 +8,7 @@ use std::{
 };
 
 use observer_common::deferred::{
-    Action, CLASS_STEPS, Extractor, KEY_STEPS, Op, REQUEST_ID_STEPS, ThreadLocal, register,
+    CLASS_STEPS, Extractor, KEY_STEPS, Op, OpCode, REQUEST_ID_STEPS, ThreadLocal, register,
 };
 use procfs::process::MemoryMap;
 
@@ -19,7 +19,7 @@ use crate::{
         image::Image,
         instructions,
         mappings::{FileId, Mappings, file_id, module_name},
-        memory::{Live, Memory as _},
+        memory::{Memory as _, ProcessMemory},
     },
 };
 
@@ -58,7 +58,7 @@ impl AttachPoint {
     pub(crate) fn extractor(self, of_hook: &Extractor) -> Extractor {
         let mut extractor = *of_hook;
         for step in extractor.key.iter_mut().chain(&mut extractor.class).chain(&mut extractor.request_id) {
-            if step.action == Action::Register as u32 && step.value == register::RESULT {
+            if step.action == OpCode::Register as u32 && step.value == register::RESULT {
                 step.value = self.result;
             }
         }
@@ -80,7 +80,7 @@ pub(crate) struct Finder<'a> {
     mappings: &'a Mappings,
     runtime: &'a Runtime,
     copy: Copy,
-    memory: Live,
+    memory: ProcessMemory,
     /// Opened files, by the address of their mapping.
     images: RefCell<HashMap<u64, Rc<Image>>>,
 }
@@ -96,7 +96,7 @@ struct Module<'a> {
 impl<'a> Finder<'a> {
     /// A finder for the hooks of this runtime. Fails if the memory of the process cannot be read.
     pub(crate) fn of(mappings: &'a Mappings, runtime: &'a Runtime, copy: Copy) -> Result<Self, String> {
-        let memory = Live::of(mappings.pid).map_err(|error| error.to_string())?;
+        let memory = ProcessMemory::of(mappings.pid).map_err(|error| error.to_string())?;
         Ok(Self { mappings, runtime, copy, memory, images: RefCell::default() })
     }
 
@@ -289,7 +289,7 @@ impl<'a> Finder<'a> {
     }
 
     fn case(&self, case: &Case) -> Result<Vec<Op>, String> {
-        let mut all = vec![Op { action: Action::Case as u32, ..Op::END }];
+        let mut all = vec![Op { action: OpCode::Case as u32, ..Op::END }];
         for test in &case.when {
             all.extend(self.test(test)?);
         }
@@ -307,7 +307,7 @@ impl<'a> Finder<'a> {
                 .ok_or_else(|| format!("the module has no symbol {name}"))?
                 .wrapping_add(*add),
         };
-        let compare = Op { action: Action::Test as u32, offset: 0, mask: test.mask, value };
+        let compare = Op { action: OpCode::Test as u32, offset: 0, mask: test.mask, value };
         Ok(steps(&test.path).chain([compare]).collect())
     }
 }
@@ -331,17 +331,17 @@ impl Module<'_> {
 
 /// Steps that compute the value of a path.
 fn steps(path: &Steps) -> impl Iterator<Item = Op> + '_ {
-    let register = Op { action: Action::Register as u32, value: path.register, ..Op::END };
+    let register = Op { action: OpCode::Register as u32, value: path.register, ..Op::END };
     let hop = |hop: &Hop| match *hop {
-        Hop::Add(offset) => Op { action: Action::Add as u32, offset, ..Op::END },
-        Hop::Load(offset) => Op { action: Action::Load as u32, offset, ..Op::END },
+        Hop::Add(offset) => Op { action: OpCode::Add as u32, offset, ..Op::END },
+        Hop::Load(offset) => Op { action: OpCode::Load as u32, offset, ..Op::END },
     };
     iter::once(register).chain(path.hops.iter().map(hop))
 }
 
 /// The final step, which takes the value as the result. `naming` says how a class is named; 0 for other results.
 fn take(naming: u32) -> Op {
-    Op { action: Action::Take as u32, value: naming.into(), ..Op::END }
+    Op { action: OpCode::Take as u32, value: naming.into(), ..Op::END }
 }
 
 #[cfg(test)]

@@ -9,12 +9,12 @@ use crate::{
     kernel::uprobe::Site,
     profiles::{Collector, Functions, Profile, Totals, Usdt},
     stacks::{
-        code::Chain,
+        code::PointerChain,
         elf::Elf,
         image::Image,
         instructions,
         mappings::{FileId, Mappings, Version, file_id, module_name},
-        memory::Live,
+        memory::ProcessMemory,
     },
 };
 
@@ -46,7 +46,7 @@ struct Module {
 /// How a collector can be watched, by addresses in a file.
 enum CollectorInFile {
     Probes(Probes),
-    Totals { totals: Totals, version: u64, count: Chain },
+    Totals { totals: Totals, version: u64, count: PointerChain },
 }
 
 /// Sites where collections start and end.
@@ -73,7 +73,7 @@ pub(crate) enum Watch {
     /// By probes in this file.
     Probes(File, Probes),
     /// By totals in the process's memory.
-    Totals(Live, TotalsAddresses),
+    Totals(ProcessMemory, TotalsAddresses),
     /// Not yet: the runtime is not initialised.
     NotYet,
 }
@@ -186,7 +186,7 @@ impl CollectorInFile {
                 let elf = mappings.open(map).map_err(text)?;
                 let elf = Elf::open(&elf).map_err(|error| error.to_string())?;
                 let bias = elf.bias(map).ok_or("its load address cannot be determined")?;
-                let memory = Live::of(mappings.pid).map_err(text)?;
+                let memory = ProcessMemory::of(mappings.pid).map_err(text)?;
                 let version = memory.c_string(version.wrapping_add(bias), "version");
                 let version = version.map_err(|error| format!("{error:#}"))?;
                 let offsets = totals.nanoseconds_of(&version);
@@ -250,7 +250,7 @@ impl Totals {
         let count = image.symbol(&self.count);
         let version = version.ok_or_else(|| format!("it has no symbol {}", self.version))?;
         let count = count.ok_or_else(|| format!("it has no function {}", self.count))?;
-        let chain = image.elf.code(count, CODE_LENGTH).and_then(|code| Chain::of(code, count));
+        let chain = image.elf.code(count, CODE_LENGTH).and_then(|code| PointerChain::of(code, count));
         let count =
             chain.ok_or_else(|| format!("the code of its function {} is not recognised", self.count))?;
         Ok(CollectorInFile::Totals { totals: self.clone(), version, count })

@@ -11,4 +11,6 @@ mod selection;
 pub(crate) use expression::{Hop, Operand, Path as Steps, Test};
 pub(crate) use hook::{At, Case, Hook, Site, Table};
 pub(crate) use profile::{Collector, Functions, Profile, Totals, Usdt, VersionKind};
-pub(crate) use selection::{PROFILES, ProfileSelection, are_automatic, insistence, is_asked_for, selected};
+pub(crate) use selection::{
+    PROFILES, ProfileSelection, are_automatic, flag_to_force, is_asked_for, selected,
+};

@@ -13,7 +13,7 @@ use super::{
     profile::Profile,
 };
 use crate::{
-    failure::{Failure, understand},
+    failure::{Failure, parse_toml},
     setting::HEADING,
 };
 
@@ -123,7 +123,7 @@ pub(crate) fn is_asked_for(profile: &Arc<Profile>, are_automatic: bool) -> bool 
 }
 
 /// The option with which a profile of this name is followed at any cost, as text for a message.
-pub(crate) fn insistence(name: &str) -> String {
+pub(crate) fn flag_to_force(name: &str) -> String {
     if name == generic::NAME {
         "`--profile none` with the flags that describe it".into()
     } else if PROFILES.iter().any(|profile| profile.name == name) {
@@ -139,7 +139,7 @@ fn read(file: &Path) -> Result<Profile, Failure> {
     let text = fs::read_to_string(file).map_err(|error| {
         Failure::new(format!("cannot read the profile {}: {error}", file.display()), cure)
     })?;
-    understand(&text).map_err(|why| Failure::new(format!("invalid profile {}:{why}", file.display()), cure))
+    parse_toml(&text).map_err(|why| Failure::new(format!("invalid profile {}:{why}", file.display()), cure))
 }
 
 #[cfg(test)]
@@ -222,13 +222,13 @@ mod tests {
     fn the_option_to_follow_a_profile_at_any_cost_selects_it() {
         let hook: OwnHook = "libtask.so:task_enqueue:arg0".parse().unwrap();
         let own = Profile::of_own_library(&hook, &hook, None);
-        assert_eq!(insistence(&own.name), "`--profile none` with the flags that describe it");
+        assert_eq!(flag_to_force(&own.name), "`--profile none` with the flags that describe it");
         for profile in PROFILES.iter() {
-            let advice = insistence(&profile.name);
+            let advice = flag_to_force(&profile.name);
             let wanted = advice.strip_prefix("`--profile ").and_then(|rest| rest.strip_suffix('`')).unwrap();
             assert!(Arc::ptr_eq(&chosen(&[wanted.to_owned()]).unwrap()[0], profile));
         }
-        assert_eq!(insistence("libtask"), "`--profile` with only the file of libtask");
+        assert_eq!(flag_to_force("libtask"), "`--profile` with only the file of libtask");
     }
 
     #[test]

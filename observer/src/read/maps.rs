@@ -13,9 +13,9 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf, Stack},
 };
 use observer_common::{
-    accept::{Accepting, Arrival, PortKey},
-    deferred::{Class, ClassKey, DeferredTask, Extractor, Hook, Link, Place, TaskKey},
-    gc::{Begun, Totals},
+    accept::{AcceptCall, Arrival, PortKey},
+    deferred::{Class, ClassKey, DeferredTask, Extractor, Hook, HookAddress, Link, TaskKey},
+    gc::{GcInProgress, Totals},
     histogram::Histogram,
     listener::Listener,
     loss::Loss,
@@ -45,14 +45,14 @@ pub(crate) struct Maps {
     /// Waiting connections, by socket address in the kernel.
     pub(crate) queued: HashMap<MapData, u64, Arrival>,
     /// Threads inside an accept call.
-    pub(crate) accepting: HashMap<MapData, u32, Accepting>,
+    pub(crate) accepting: HashMap<MapData, u32, AcceptCall>,
     /// Offset of a thread's saved registers on its kernel stack; 0 if unknown.
     pub(crate) registers: Array<MapData, u32>,
     stalls: RingBuf<MapData>,
     /// Pauses by garbage collections, by process id.
     pub(crate) gc_pauses: HashMap<MapData, u32, Histogram>,
     /// Collections in progress, by thread id.
-    pub(crate) gc_begun: HashMap<MapData, u32, Begun>,
+    pub(crate) gc_begun: HashMap<MapData, u32, GcInProgress>,
     /// Totals that runtimes count, by process id.
     pub(crate) gc_totals: HashMap<MapData, u32, Totals>,
     /// 1 once `gc_totals` has had an entry.
@@ -62,7 +62,7 @@ pub(crate) struct Maps {
     /// Connections that these processes have accepted.
     pub(crate) connections: HashMap<MapData, Descriptor, Connection>,
     /// Attached hooks, by process and address.
-    pub(crate) hooks: HashMap<MapData, Place, Hook>,
+    pub(crate) hooks: HashMap<MapData, HookAddress, Hook>,
     /// How hooks read key, class and request id.
     pub(crate) extractors: Array<MapData, Extractor>,
     /// Pending and running deferred tasks.

@@ -201,7 +201,7 @@ impl Reactors {
 
     fn is_in(&self, tid: u32, slot: u32) -> bool {
         match self.id_filter.slot_of(tid) {
-            Seen::Nobody => false,
+            Seen::None => false,
             Seen::One(only) => only == slot,
             Seen::Several => self.threads.get(&tid, 0).is_ok_and(|found| found == slot),
         }

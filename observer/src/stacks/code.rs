@@ -11,7 +11,7 @@ const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 
 /// A chain of pointers that leads to a number.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Chain {
+pub(crate) struct PointerChain {
     /// Address in the file where the chain starts.
     start: u64,
     /// Offsets, in bytes, that are added in turn: each but the last gives the address of the next pointer, the last the
@@ -19,7 +19,7 @@ pub(crate) struct Chain {
     offsets: Vec<u64>,
 }
 
-impl Chain {
+impl PointerChain {
     /// Decodes a function's code. `address` is its address in the file. `None` if it does anything but follow pointers.
     pub(crate) fn of(code: &[u8], address: u64) -> Option<Self> {
         let plain = code.strip_prefix(&ENDBR64).unwrap_or(code);
@@ -91,8 +91,8 @@ mod tests {
 
     #[test]
     fn a_chain_of_pointers_is_decoded() {
-        let chain = Chain::of(THROUGH_GOT, 0xcf500).unwrap();
-        assert_eq!(chain, Chain { start: 0x3a_ec88, offsets: vec![0, 0, 0x450, 0x1b8] });
+        let chain = PointerChain::of(THROUGH_GOT, 0xcf500).unwrap();
+        assert_eq!(chain, PointerChain { start: 0x3a_ec88, offsets: vec![0, 0, 0x450, 0x1b8] });
         let memory = Words([(0x13a_ec88, 0x100), (0x100, 0x2000), (0x2450, 0x3000)].into());
         assert_eq!(chain.follow(&memory, 0x100_0000), Some(0x31b8));
         let not_started = Words([(0x13a_ec88, 0x100), (0x100, 0)].into());
@@ -102,17 +102,20 @@ mod tests {
     #[test]
     fn a_relative_address_saves_a_pointer() {
         let code = [&ENDBR64[..], &[0x48, 0x8d, 0x05, 0xf5, 0xff, 0xff, 0xff, 0x48, 0x8b, 0x40, 0x08, 0xc3]];
-        assert_eq!(Chain::of(&code.concat(), 0x1000), Some(Chain { start: 0x1000, offsets: vec![8] }));
+        assert_eq!(
+            PointerChain::of(&code.concat(), 0x1000),
+            Some(PointerChain { start: 0x1000, offsets: vec![8] })
+        );
     }
 
     #[test]
     fn other_code_is_not_decoded() {
         for length in 0..25 {
-            assert_eq!(Chain::of(&THROUGH_GOT[..length], 0), None, "cut at {length}");
+            assert_eq!(PointerChain::of(&THROUGH_GOT[..length], 0), None, "cut at {length}");
         }
         let mut endless = THROUGH_GOT[..7].to_vec();
         endless.extend([0x48, 0x8b, 0x00].repeat(100));
-        assert_eq!(Chain::of(&endless, 0), None);
-        assert_eq!(Chain::of(&[0x55, 0x48, 0x89, 0xe5, 0xc3, 0, 0, 0], 0), None);
+        assert_eq!(PointerChain::of(&endless, 0), None);
+        assert_eq!(PointerChain::of(&[0x55, 0x48, 0x89, 0xe5, 0xc3, 0, 0, 0], 0), None);
     }
 }

@@ -316,7 +316,7 @@ mod tests {
     use crate::stacks::{
         instructions,
         mappings::Mappings,
-        memory::Live,
+        memory::ProcessMemory,
         testing::{Program, find, run, source, wait_for},
     };
 
@@ -383,7 +383,7 @@ mod tests {
                 let address = elf.symbols([function])[0].unwrap();
                 let code = elf.code(address, 12).unwrap();
                 let start = address.wrapping_add(elf.bias(map).unwrap());
-                let running = Live::of(process.pid()).unwrap().bytes(start, 12, "code").unwrap();
+                let running = ProcessMemory::of(process.pid()).unwrap().bytes(start, 12, "code").unwrap();
                 assert_eq!(running, code, "{how}");
                 let mut in_file = [0; 12];
                 file.read_exact_at(&mut in_file, elf.file_offset(address).unwrap()).unwrap();

@@ -8,7 +8,7 @@ use procfs::process::MemoryMap;
 use super::{
     elf::Elf,
     mappings::Mappings,
-    memory::Live,
+    memory::ProcessMemory,
     naming::Naming,
     python::{self, Python},
     ruby::{self, Ruby},
@@ -21,7 +21,7 @@ pub(crate) struct Interpreter {
     /// Name, with the version where that is known: `CPython 3.11.2`.
     pub(crate) name: String,
     pid: u32,
-    memory: Live,
+    memory: ProcessMemory,
     /// Reads its frames; else why they cannot be read.
     reader: Result<Reader, String>,
 }
@@ -34,7 +34,7 @@ enum Reader {
 impl Interpreter {
     /// Detects the interpreter of a process; `None` if it runs native code only.
     pub(crate) fn of(pid: u32) -> io::Result<Option<Self>> {
-        let (mappings, memory) = (Mappings::of(pid)?, Live::of(pid)?);
+        let (mappings, memory) = (Mappings::of(pid)?, ProcessMemory::of(pid)?);
         for map in mappings.modules() {
             let Some(elf) = mappings.open(map).ok().and_then(|file| Elf::open(&file).ok()) else { continue };
             if let Some((name, reader)) = detect(&elf, map, &memory) {
@@ -78,7 +78,7 @@ impl Interpreter {
 }
 
 /// Name and reader of the interpreter that a file is; `None` for any other file.
-fn detect(elf: &Elf, map: &MemoryMap, memory: &Live) -> Option<(String, Result<Reader>)> {
+fn detect(elf: &Elf, map: &MemoryMap, memory: &ProcessMemory) -> Option<(String, Result<Reader>)> {
     let [python, python_version, ruby, v8] =
         elf.symbols(["_PyRuntime", "Py_Version", "ruby_version", "_ZN2v82V810GetVersionEv"]);
     let bias = elf.bias(map)?;

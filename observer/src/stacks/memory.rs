@@ -22,9 +22,9 @@ pub(crate) trait Memory {
 
 /// The live address space of a process. It stays with the program that it was opened for: after an `exec` or exit every
 /// read fails, even if another process gets the same id.
-pub(crate) struct Live(File);
+pub(crate) struct ProcessMemory(File);
 
-impl Live {
+impl ProcessMemory {
     /// Opens a process's memory. This takes the right to trace the process.
     pub(crate) fn of(pid: u32) -> io::Result<Self> {
         File::open(format!("/proc/{pid}/mem")).map(Self)
@@ -62,14 +62,14 @@ impl Live {
 }
 
 #[cfg(any(test, feature = "fuzz"))]
-impl Live {
+impl ProcessMemory {
     /// An address space that has only a file's content, from address 0 on.
     pub(crate) const fn of_file(file: File) -> Self {
         Self(file)
     }
 }
 
-impl Memory for Live {
+impl Memory for ProcessMemory {
     fn read(&self, address: u64, into: &mut [u8]) -> Option<()> {
         self.0.read_exact_at(into, address).ok()
     }
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn this_process_reads_itself() {
-        let memory = Live::of(std::process::id()).unwrap();
+        let memory = ProcessMemory::of(std::process::id()).unwrap();
         let (number, string) = (0x1234_5678_9abc_def0_u64, c"a string with an end");
         assert_eq!(memory.word(&raw const number as u64), Some(number));
         let read = memory.c_string(string.as_ptr() as u64, "a string").unwrap();

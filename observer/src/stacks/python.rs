@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    memory::{Live, checked_length, text, u32_in, word_in},
+    memory::{ProcessMemory, checked_length, text, u32_in, word_in},
     raw_frames::{self, RawFrame},
     unwind::DEPTH_MAX,
 };
@@ -112,7 +112,7 @@ pub(crate) struct Python {
 }
 
 /// Reads the version from the address of `Py_Version`: as `(major, minor)`, and as text.
-pub(crate) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)> {
+pub(crate) fn version(memory: &ProcessMemory, address: u64) -> Result<((u8, u8), String)> {
     let bytes = memory.bytes(address, 4, "version")?;
     let [level, micro, minor, major] = bytes[..] else { bail!("the version is not 4 bytes long") };
     let suffix = match level >> 4 {
@@ -126,7 +126,7 @@ pub(crate) fn version(memory: &Live, address: u64) -> Result<((u8, u8), String)>
 
 impl Python {
     /// Prepares to read a runtime. Fails if its version or build is not supported.
-    pub(crate) fn new(memory: &Live, runtime: u64, version: (u8, u8)) -> Result<Self> {
+    pub(crate) fn new(memory: &ProcessMemory, runtime: u64, version: (u8, u8)) -> Result<Self> {
         let offsets = match version {
             (3, 11) => V3_11,
             (3, 12) => V3_12,
@@ -137,14 +137,14 @@ impl Python {
     }
 
     /// Reads the frames of a thread, innermost first. `tid` is its id in the process's own PID namespace.
-    pub(crate) fn frames(&self, memory: &Live, tid: u32) -> Result<Vec<Frame>> {
+    pub(crate) fn frames(&self, memory: &ProcessMemory, tid: u32) -> Result<Vec<Frame>> {
         let thread = self.find_thread(memory, tid)?;
         let raw = raw_frames::read_consistent(|| self.raw_frames(memory, thread))?;
         raw.iter().take(DEPTH_MAX).map(|raw| self.resolve(memory, raw)).collect()
     }
 
     /// Finds the address of a thread's `PyThreadState`.
-    fn find_thread(&self, memory: &Live, tid: u32) -> Result<u64> {
+    fn find_thread(&self, memory: &ProcessMemory, tid: u32) -> Result<u64> {
         let at = &self.offsets;
         let mut interpreter = memory.field(self.runtime, at.runtime_interpreters, "list of interpreters")?;
         let mut left = LIST_MAX;
@@ -166,7 +166,7 @@ impl Python {
     }
 
     /// Reads a thread's frames as addresses, innermost first.
-    fn raw_frames(&self, memory: &Live, thread: u64) -> Result<Vec<RawFrame>> {
+    fn raw_frames(&self, memory: &ProcessMemory, thread: u64) -> Result<Vec<RawFrame>> {
         let at = &self.offsets;
         let mut frame = memory.field(thread, at.thread_frame, "current frame")?;
         if let Some(offset) = at.cframe_frame {
@@ -191,7 +191,7 @@ impl Python {
     }
 
     /// Resolves a frame to its function, file and line.
-    fn resolve(&self, memory: &Live, raw: &RawFrame) -> Result<Frame> {
+    fn resolve(&self, memory: &ProcessMemory, raw: &RawFrame) -> Result<Frame> {
         let at = &self.offsets;
         self.check_type(memory, raw.code, "code")?;
         let size = usize::try_from(at.code_instructions)?;
@@ -214,20 +214,20 @@ impl Python {
     }
 
     /// Qualified name of a code object's function.
-    pub(crate) fn code_name(&self, memory: &Live, code: u64) -> Result<String> {
+    pub(crate) fn code_name(&self, memory: &ProcessMemory, code: u64) -> Result<String> {
         self.check_type(memory, code, "code")?;
         let name = memory.field(code, self.offsets.code_qualname, "function name")?;
         self.string(memory, name, "function name")
     }
 
     /// Name of a type.
-    pub(crate) fn type_name(&self, memory: &Live, kind: u64) -> Result<String> {
+    pub(crate) fn type_name(&self, memory: &ProcessMemory, kind: u64) -> Result<String> {
         self.check_type(memory, kind, "type")?;
         memory.c_string(memory.field(kind, self.offsets.type_name, "type name")?, "type name")
     }
 
     /// Checks that an object has the expected type.
-    fn check_type(&self, memory: &Live, object: u64, expected: &str) -> Result<()> {
+    fn check_type(&self, memory: &ProcessMemory, object: u64, expected: &str) -> Result<()> {
         let kind = memory.field(object, self.offsets.object_type, "type")?;
         let name = memory.c_string(memory.field(kind, self.offsets.type_name, "type name")?, "type name")?;
         ensure!(name == expected, "an object is of type {name} instead of {expected}");
@@ -235,7 +235,7 @@ impl Python {
     }
 
     /// Content of a `bytes` object.
-    fn bytes(&self, memory: &Live, object: u64) -> Result<Vec<u8>> {
+    fn bytes(&self, memory: &ProcessMemory, object: u64) -> Result<Vec<u8>> {
         self.check_type(memory, object, "bytes")?;
         let size = memory.field(object, self.offsets.bytes_size, "size of bytes")?;
         ensure!(size <= TABLE_MAX, "implausible size of a location table: {size}");
@@ -243,7 +243,7 @@ impl Python {
     }
 
     /// Content of a `str` object.
-    fn string(&self, memory: &Live, object: u64, what: &str) -> Result<String> {
+    fn string(&self, memory: &ProcessMemory, object: u64, what: &str) -> Result<String> {
         /// Bits of `state`: bytes per character; whether the characters follow the header; whether all are ASCII.
         const KIND: u64 = 0b111 << 2;
         const COMPACT: u64 = 1 << 5;
@@ -278,7 +278,7 @@ impl Python {
 }
 
 /// Reads the offsets of version 3.13 from `_Py_DebugOffsets`.
-fn debug_offsets(memory: &Live, runtime: u64) -> Result<Offsets> {
+fn debug_offsets(memory: &ProcessMemory, runtime: u64) -> Result<Offsets> {
     let table = memory.bytes(runtime, DEBUG_OFFSETS_SIZE, "_Py_DebugOffsets")?;
     ensure!(table.starts_with(COOKIE), "_PyRuntime does not begin with _Py_DebugOffsets");
     let offset = |at: u64| word_in(&table, at).context("_Py_DebugOffsets is too short");

@@ -12,13 +12,13 @@ use anyhow::{Context as _, Result};
 use super::{
     interpreter::Interpreter,
     mappings::Mappings,
-    memory::Live,
+    memory::ProcessMemory,
     sampler::Sampler,
     symbols::Symbols,
     unwind::{Registers, Unwinder},
 };
 use crate::{
-    model::frame::{Frame, Look},
+    model::frame::{Frame, StackSample},
     read::reactors::InSlice,
 };
 
@@ -40,7 +40,7 @@ pub(crate) struct StackReader {
 /// The state in which a thread was found.
 pub(super) enum ThreadState {
     /// Its stack could be read from outside, or the stack says why not.
-    Stack(Look),
+    Stack(StackSample),
     /// It runs native code, so that only a `perf_event` sample can show its stack. With the reason why its interpreter's
     /// frames could not be read, if it has an interpreter.
     Running(Option<String>),
@@ -51,7 +51,7 @@ impl StackReader {
     pub(super) fn read(&mut self, slice: InSlice) -> ThreadState {
         let InSlice { pid, tid, .. } = slice;
         match self.interpreter_frames(pid, tid) {
-            Ok(Some(frames)) => ThreadState::Stack(Look {
+            Ok(Some(frames)) => ThreadState::Stack(StackSample {
                 frames,
                 kernel: kernel_functions(pid, tid),
                 missing: None,
@@ -63,14 +63,19 @@ impl StackReader {
     }
 
     /// The stack in the latest sample; `None` without a new sample.
-    pub(super) fn sampled(&mut self, pid: u32, sampler: &mut Sampler) -> Option<Look> {
+    pub(super) fn sampled(&mut self, pid: u32, sampler: &mut Sampler) -> Option<StackSample> {
         let mappings = Mappings::of(pid).ok()?;
         let Self { unwinder, symbols, .. } = self;
         let (stack, kernel) = sampler.latest(|registers, stack, kernel| {
             (unwinder.unwind(registers, stack, &mappings), kernel.to_vec())
         })?;
         let frames = symbols.of_process(&mappings, &stack.addresses);
-        Some(Look { frames, kernel: symbols.of_kernel(&kernel), missing: stack.truncated, is_on_cpu: true })
+        Some(StackSample {
+            frames,
+            kernel: symbols.of_kernel(&kernel),
+            missing: stack.truncated,
+            is_on_cpu: true,
+        })
     }
 
     /// Frames from the process's interpreter, innermost first; `None` if it has no interpreter.
@@ -99,7 +104,7 @@ impl StackReader {
             Ok(None) => return ThreadState::Running(interpreter_error),
             Err(why) => (Vec::new(), Some(format!("{why:#}"))),
         };
-        ThreadState::Stack(Look {
+        ThreadState::Stack(StackSample {
             frames,
             kernel: kernel_functions(slice.pid, slice.tid),
             missing: interpreter_error.or(truncated),
@@ -113,7 +118,7 @@ impl StackReader {
         let path = format!("/proc/{pid}/task/{tid}/syscall");
         let call = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
         let Some(registers) = blocked_registers(&call, frame_pointer) else { return Ok(None) };
-        let (mappings, memory) = (Mappings::of(pid)?, Live::of(pid)?);
+        let (mappings, memory) = (Mappings::of(pid)?, ProcessMemory::of(pid)?);
         let stack = self.unwinder.unwind(registers, &memory, &mappings);
         Ok(Some((self.symbols.of_process(&mappings, &stack.addresses), stack.truncated)))
     }

@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
     elf::Elf,
-    memory::{Live, Memory as _, checked_length, text, word_in},
+    memory::{Memory as _, ProcessMemory, checked_length, text, word_in},
     raw_frames::{self, RawFrame},
     unwind::DEPTH_MAX,
 };
@@ -127,7 +127,7 @@ pub(crate) struct Ruby {
 }
 
 /// Reads the interpreter's version from the address of `ruby_version`.
-pub(crate) fn version(memory: &Live, address: u64) -> Result<String> {
+pub(crate) fn version(memory: &ProcessMemory, address: u64) -> Result<String> {
     memory.c_string(address, "version")
 }
 
@@ -163,7 +163,7 @@ impl Ruby {
 
     /// Reads the frames of a thread, innermost first. `tid` is its id in the process's own PID namespace, `main`
     /// whether it is the main thread.
-    pub(crate) fn frames(&self, memory: &Live, tid: u32, main: bool) -> Result<Vec<Frame>> {
+    pub(crate) fn frames(&self, memory: &ProcessMemory, tid: u32, main: bool) -> Result<Vec<Frame>> {
         let thread = self.find_thread(memory, tid, main)?;
         let raw = raw_frames::read_consistent(|| self.raw_frames(memory, thread))?;
         let frames = raw.iter().filter_map(|raw| self.resolve(memory, raw).transpose());
@@ -171,7 +171,7 @@ impl Ruby {
     }
 
     /// Finds the address of a thread's `rb_thread_t`.
-    fn find_thread(&self, memory: &Live, tid: u32, main: bool) -> Result<u64> {
+    fn find_thread(&self, memory: &ProcessMemory, tid: u32, main: bool) -> Result<u64> {
         let vm = memory.field(self.vm, 0, "virtual machine")?;
         ensure!(vm != 0, "its virtual machine has not started");
         if main {
@@ -198,7 +198,7 @@ impl Ruby {
     }
 
     /// Reads a thread's frames as addresses, innermost first.
-    fn raw_frames(&self, memory: &Live, thread: u64) -> Result<Vec<RawFrame>> {
+    fn raw_frames(&self, memory: &ProcessMemory, thread: u64) -> Result<Vec<RawFrame>> {
         let context = memory.field(thread, self.offsets.thread_context, "context")?;
         let stack = memory.field(context, CONTEXT_STACK, "stack")?;
         let words = memory.field(context, CONTEXT_STACK_WORDS, "size of the stack")?;
@@ -221,7 +221,7 @@ impl Ruby {
     }
 
     /// Resolves a frame to its function, file and line; `None` for Ruby's internal frames.
-    fn resolve(&self, memory: &Live, raw: &RawFrame) -> Result<Option<Frame>> {
+    fn resolve(&self, memory: &ProcessMemory, raw: &RawFrame) -> Result<Option<Frame>> {
         if raw.code & C_FRAME != 0 {
             return self.c_frame(memory, raw.code & !C_FRAME);
         }
@@ -246,7 +246,7 @@ impl Ruby {
     }
 
     /// Path of the file that a method is in, as it was given to Ruby.
-    fn path(&self, memory: &Live, body: u64) -> Result<String> {
+    fn path(&self, memory: &ProcessMemory, body: u64) -> Result<String> {
         let path = memory.field(body, BODY_PATH, "path")?;
         // Either a string, or an array of the given and the absolute path.
         let path = if kind(memory, path)? == T_ARRAY { element(memory, path, 0)? } else { path };
@@ -254,7 +254,7 @@ impl Ruby {
     }
 
     /// Name of a block, from its `rb_iseq_t`, with file and line, which distinguish the blocks of a method.
-    pub(crate) fn block_name(&self, memory: &Live, code: u64) -> Result<String> {
+    pub(crate) fn block_name(&self, memory: &ProcessMemory, code: u64) -> Result<String> {
         check_imemo(memory, code, IMEMO_ISEQ)?;
         let body = memory.field(code, ISEQ_BODY, "block")?;
         let label = self.string(memory, memory.field(body, BODY_LABEL, "label")?, "label")?;
@@ -266,7 +266,7 @@ impl Ruby {
     }
 
     /// Name of a class.
-    pub(crate) fn class_name(&self, memory: &Live, class: u64) -> Result<String> {
+    pub(crate) fn class_name(&self, memory: &ProcessMemory, class: u64) -> Result<String> {
         // Compaction leaves the new address at the old one until that is reused.
         let class = match kind(memory, class)? {
             T_MOVED => memory.field(class, MOVED_TO, "class")?,
@@ -282,7 +282,7 @@ impl Ruby {
     }
 
     /// Value of the internal variable that holds a class's name; 0 if the class has no such variable.
-    fn class_path_variable(&self, memory: &Live, class: u64) -> Result<u64> {
+    fn class_path_variable(&self, memory: &ProcessMemory, class: u64) -> Result<u64> {
         /// A name that Ruby code cannot give to a variable.
         const NAME: &str = "__classpath__";
         const CLASS_EXTENSION: u64 = 24;
@@ -313,7 +313,7 @@ impl Ruby {
     }
 
     /// The frame of a method that is written in C, with its Ruby name; `None` for frames of other types.
-    fn c_frame(&self, memory: &Live, environment: u64) -> Result<Option<Frame>> {
+    fn c_frame(&self, memory: &ProcessMemory, environment: u64) -> Result<Option<Frame>> {
         let flags = memory.field(environment, 0, "environment")?;
         if flags & FRAME_MAGIC != FRAME_MAGIC_CFUNC {
             return Ok(None);
@@ -330,7 +330,7 @@ impl Ruby {
     }
 
     /// Resolves an id to its name.
-    fn name(&self, memory: &Live, names: u64, id: u64) -> Result<String> {
+    fn name(&self, memory: &ProcessMemory, names: u64, id: u64) -> Result<String> {
         let serial = if id > LAST_OPERATOR { id >> ID_SCOPE_BITS } else { id };
         let arrays = memory.field(names, 0, "table of symbols")?;
         let array = element(memory, arrays, serial / NAMES_IN_ARRAY)?;
@@ -339,7 +339,7 @@ impl Ruby {
     }
 
     /// Content of a string.
-    fn string(&self, memory: &Live, object: u64, what: &str) -> Result<String> {
+    fn string(&self, memory: &ProcessMemory, object: u64, what: &str) -> Result<String> {
         ensure!(kind(memory, object)? == T_STRING, "{what} is not a string");
         let flags = memory.field(object, 0, what)?;
         let is_on_heap = flags & USER_1 != 0;
@@ -357,7 +357,7 @@ impl Ruby {
     }
 
     /// Line of an instruction pointer.
-    fn line(&self, memory: &Live, body: u64, pc: u64) -> Result<u32> {
+    fn line(&self, memory: &ProcessMemory, body: u64, pc: u64) -> Result<u32> {
         /// Size of an entry of the line table, which begins with the line.
         const ENTRY: u64 = 12;
 
@@ -386,7 +386,7 @@ impl Ruby {
 const C_FRAME: u64 = 1;
 
 /// Number of entries of a method's line table that start at or before a position: Ruby's `succ_index_lookup`.
-fn rank(memory: &Live, index: u64, position: u64) -> Result<u64> {
+fn rank(memory: &ProcessMemory, index: u64, position: u64) -> Result<u64> {
     /// Number of positions at the beginning of the index whose ranks are stored directly, nine of seven bits per word.
     const IMMEDIATE: u64 = 54;
     /// Number of positions of each block that follows. A block has the rank before it, the ranks of its eight words,
@@ -410,7 +410,7 @@ fn rank(memory: &Live, index: u64, position: u64) -> Result<u64> {
 }
 
 /// Addresses of the links of all members of a linked list.
-fn list(memory: &Live, head: u64) -> Result<Vec<u64>> {
+fn list(memory: &ProcessMemory, head: u64) -> Result<Vec<u64>> {
     let mut members = Vec::new();
     let mut link = memory.field(head, 0, "list")?;
     while link != head {
@@ -422,12 +422,12 @@ fn list(memory: &Live, head: u64) -> Result<Vec<u64>> {
 }
 
 /// Type of an object.
-fn kind(memory: &Live, object: u64) -> Result<u64> {
+fn kind(memory: &ProcessMemory, object: u64) -> Result<u64> {
     Ok(memory.field(object, 0, "object")? & TYPE)
 }
 
 /// Checks that an object is an internal object of the expected kind.
-fn check_imemo(memory: &Live, object: u64, expected: u64) -> Result<()> {
+fn check_imemo(memory: &ProcessMemory, object: u64, expected: u64) -> Result<()> {
     let flags = memory.field(object, 0, "internal object")?;
     ensure!(
         flags & TYPE == T_IMEMO && flags >> 12 & 0xf == expected,
@@ -437,7 +437,7 @@ fn check_imemo(memory: &Live, object: u64, expected: u64) -> Result<()> {
 }
 
 /// An element of an array.
-fn element(memory: &Live, array: u64, index: u64) -> Result<u64> {
+fn element(memory: &ProcessMemory, array: u64, index: u64) -> Result<u64> {
     ensure!(kind(memory, array)? == T_ARRAY, "an object is not an array");
     let is_embedded = memory.field(array, 0, "array")? & USER_1 != 0;
     let data = if is_embedded { array.wrapping_add(16) } else { memory.field(array, 32, "array")? };

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use super::{
     interpreter::Interpreter,
     mappings::Mappings,
-    memory::{Live, Memory as _},
+    memory::{Memory as _, ProcessMemory},
     naming::Naming,
     symbols::Symbols,
 };
@@ -29,12 +29,12 @@ impl TaskNames {
             }
             Naming::Function => self.function(pid, value),
             Naming::Vtable => {
-                let function = Live::of(pid)?.word(value).context("its table cannot be read")?;
+                let function = ProcessMemory::of(pid)?.word(value).context("its table cannot be read")?;
                 let name = self.function(pid, function)?;
                 // Without type parameters the symbol is the same for all types, so the table's address tells them apart.
                 Ok(if name.contains('<') { name } else { format!("{name} by {:#x}", value & 0xff_ffff) })
             }
-            Naming::String => Live::of(pid)?.c_string(value, "name"),
+            Naming::String => ProcessMemory::of(pid)?.c_string(value, "name"),
             Naming::SameWork => bail!("it continues another task and has no kind"),
         }
     }

@@ -17,7 +17,7 @@ use framehop::x86_64::{CacheX86_64 as Rules, UnwindRegsX86_64, UnwinderX86_64 as
 use super::{
     elf::{Bytes, Elf},
     mappings::{FileId, Mappings, file_id},
-    memory::{Live, Memory},
+    memory::{Memory, ProcessMemory},
 };
 
 /// Maximum number of frames of a stack.
@@ -177,7 +177,7 @@ fn vdso() -> Result<Elf> {
     let pid = std::process::id();
     let mappings = Mappings::of(pid)?;
     let (start, end) = mappings.vdso().context("the kernel maps no vDSO")?;
-    Elf::from_bytes(&Live::of(pid)?.bytes(start, usize::try_from(end - start)?, "vdso")?)
+    Elf::from_bytes(&ProcessMemory::of(pid)?.bytes(start, usize::try_from(end - start)?, "vdso")?)
 }
 
 #[cfg(test)]
@@ -238,7 +238,7 @@ mod tests {
         let pid = program.pid();
         wait_for("the sleep", || is_asleep(pid, pid));
         let mappings = Mappings::of(pid).unwrap();
-        let live = Live::of(pid).unwrap();
+        let live = ProcessMemory::of(pid).unwrap();
         let registers = registers(pid);
 
         let mut unwinder = Unwinder::default();
@@ -273,13 +273,13 @@ mod tests {
             let mut in_vdso = false;
             let reached = |found: &[String]| found.iter().any(|name| name == "inner").then_some(());
             wait_for("the loop", || {
-                let (mappings, live) = (Mappings::of(pid).ok()?, Live::of(pid).ok()?);
+                let (mappings, live) = (Mappings::of(pid).ok()?, ProcessMemory::of(pid).ok()?);
                 let stack = while_stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
                 reached(&names(&stack, &mappings))
             });
             for _ in 0..50 {
                 let mappings = Mappings::of(pid).unwrap();
-                let live = Live::of(pid).unwrap();
+                let live = ProcessMemory::of(pid).unwrap();
                 let stack = while_stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
                 let found = names(&stack, &mappings);
                 assert_eq!(from_inner(&found), ["inner", "middle", "outer", "main"], "{found:?}");
@@ -306,7 +306,7 @@ mod tests {
         let pid = program.pid();
         let mut unwinder = Unwinder::default();
         let found = wait_for("node's functions", || {
-            let (mappings, live) = (Mappings::of(pid).ok()?, Live::of(pid).ok()?);
+            let (mappings, live) = (Mappings::of(pid).ok()?, ProcessMemory::of(pid).ok()?);
             let stack = while_stopped(pid, |registers| unwinder.unwind(registers, &live, &mappings));
             let found = names(&stack, &mappings);
             found.iter().any(|name| name.contains("outer")).then_some(found)
@@ -338,7 +338,7 @@ mod tests {
         let (mut unwinder, mut symbols) = (Unwinder::default(), Symbols::default());
         let before = resident();
         for round in ["first", "again"] {
-            let (mappings, live) = (Mappings::of(pid).unwrap(), Live::of(pid).unwrap());
+            let (mappings, live) = (Mappings::of(pid).unwrap(), ProcessMemory::of(pid).unwrap());
             let registers = registers(pid);
             let begun = Instant::now();
             let stack = unwinder.unwind(registers, &live, &mappings);
@@ -358,7 +358,7 @@ mod tests {
         let pid = std::process::id();
         let mappings = Mappings::of(pid).unwrap();
         let registers = Registers { ip: 8, sp: 16, bp: 24 };
-        let stack = Unwinder::default().unwind(registers, &Live::of(pid).unwrap(), &mappings);
+        let stack = Unwinder::default().unwind(registers, &ProcessMemory::of(pid).unwrap(), &mappings);
         assert!(stack.addresses.is_empty());
         assert_eq!(stack.truncated.as_deref(), Some("0x8 is not in executable memory"));
     }

@@ -11,7 +11,7 @@ use super::elf::Elf;
 
 /// A thread-local variable that a file exports.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Variable {
+pub(crate) struct TlsVariable {
     /// Offset in the file's TLS block, in bytes.
     pub(crate) offset: u64,
     /// Offset from the thread pointer, in bytes, if the file is the program that a process runs.
@@ -33,7 +33,7 @@ pub(crate) enum Slot {
 
 impl Elf {
     /// Finds an exported thread-local variable by its name.
-    pub(crate) fn variable(&self, name: &str) -> Option<Variable> {
+    pub(crate) fn variable(&self, name: &str) -> Option<TlsVariable> {
         let file = self.parsed();
         let symbol = file.dynamic_symbols().find(|symbol| {
             !symbol.is_undefined() && symbol.kind() == SymbolKind::Tls && symbol.name() == Ok(name)
@@ -64,6 +64,6 @@ impl Elf {
             };
             is_match.then_some((slot, address))
         });
-        Some(Variable { offset, in_program, slots: slots.collect() })
+        Some(TlsVariable { offset, in_program, slots: slots.collect() })
     }
 }

@@ -10,7 +10,7 @@ use super::{
     reader::{StackReader, ThreadState},
     sampler::Sampler,
 };
-use crate::{model::frame::Look, read::reactors::InSlice};
+use crate::{model::frame::StackSample, read::reactors::InSlice};
 
 /// Share of the stall threshold after which the stack of a slice is read, as (numerator, denominator): early enough to
 /// read it before the threshold, late enough to skip ordinary slices.
@@ -45,7 +45,7 @@ pub(crate) struct Watcher {
 struct SlowSlice {
     slice: InSlice,
     /// The stacks that were read, each with how often.
-    stacks: Vec<(Look, u32)>,
+    stacks: Vec<(StackSample, u32)>,
     /// Samples its thread, if that was found running native code.
     sampler: Option<Sampler>,
     /// Why samples have native frames only although the process has an interpreter.
@@ -68,7 +68,7 @@ impl Watcher {
         }
     }
 
-    /// The time between two calls of [`glance`](Self::glance).
+    /// The time between two calls of [`check`](Self::check).
     pub(crate) const fn period(&self) -> Duration {
         self.period
     }
@@ -76,7 +76,7 @@ impl Watcher {
     /// Reads the stacks of the long ones among the slices in progress. `is_still` says whether a slice is still in
     /// progress: a stack that was read after the end of its slice belongs to what the thread did next, and is
     /// discarded.
-    pub(crate) fn glance(
+    pub(crate) fn check(
         &mut self,
         in_progress: impl Iterator<Item = InSlice>,
         now_ns: u64,
@@ -111,7 +111,7 @@ impl Watcher {
 
     /// The stack that was read most often of a slice that has ended. `was_blocked` says whether it was blocked most of
     /// the time.
-    pub(crate) fn seen(&mut self, tid: u32, since_ns: u64, was_blocked: bool) -> Look {
+    pub(crate) fn seen(&mut self, tid: u32, since_ns: u64, was_blocked: bool) -> StackSample {
         match self.slow_slices.remove(&tid) {
             Some(mut slow) if slow.slice.since_ns == since_ns => {
                 slow.take_sample(&mut self.reader);
@@ -126,7 +126,7 @@ impl Watcher {
     }
 
     /// Reads the stack of a slice in progress unless one has been read already, and takes the latest sample.
-    pub(crate) fn ensure_seen(&mut self, slice: InSlice, is_still: impl Fn(&InSlice) -> bool) {
+    pub(crate) fn ensure_read(&mut self, slice: InSlice, is_still: impl Fn(&InSlice) -> bool) {
         let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));
         if !slow.slice.is(&slice) {
             *slow = SlowSlice::of(slice);
@@ -138,10 +138,10 @@ impl Watcher {
     }
 
     /// The stack that was read most often of a slice in progress.
-    pub(crate) fn seen_so_far(&self, slice: InSlice, was_blocked: bool) -> Look {
+    pub(crate) fn stack_so_far(&self, slice: InSlice, was_blocked: bool) -> StackSample {
         let slow = self.slow_slices.get(&slice.tid).filter(|slow| slow.slice.is(&slice));
         slow.map_or_else(
-            || Look::missing("its stack has not been read yet"),
+            || StackSample::missing("its stack has not been read yet"),
             |slow| slow.most_frequent(was_blocked),
         )
     }
@@ -164,7 +164,7 @@ impl SlowSlice {
         self.take_sample(reader);
         let tid = self.slice.tid;
         match reader.read(self.slice) {
-            ThreadState::Stack(look) if is_still(&self.slice) => self.add(look),
+            ThreadState::Stack(sample) if is_still(&self.slice) => self.add(sample),
             ThreadState::Stack(_) => {}
             ThreadState::Running(interpreter_error) => {
                 self.interpreter_error = interpreter_error;
@@ -172,7 +172,7 @@ impl SlowSlice {
                     match Sampler::of(tid, SAMPLE_PERIOD) {
                         Ok(sampler) => self.sampler = Some(sampler),
                         Err(why) => {
-                            self.add(Look::missing(format!(
+                            self.add(StackSample::missing(format!(
                                 "the thread runs native code and cannot be sampled: {why}"
                             )));
                         }
@@ -186,35 +186,36 @@ impl SlowSlice {
     fn take_sample(&mut self, reader: &mut StackReader) {
         let pid = self.slice.pid;
         let latest = self.sampler.as_mut().and_then(|sampler| reader.sampled(pid, sampler));
-        if let Some(mut look) = latest {
-            look.missing = look.missing.or_else(|| self.interpreter_error.clone());
-            self.add(look);
+        if let Some(mut sample) = latest {
+            sample.missing = sample.missing.or_else(|| self.interpreter_error.clone());
+            self.add(sample);
         }
     }
 
     /// Counts a stack.
-    fn add(&mut self, look: Look) {
-        if let Some((_, count)) = self.stacks.iter_mut().find(|(known, _)| known.is_alike(&look)) {
+    fn add(&mut self, sample: StackSample) {
+        if let Some((_, count)) = self.stacks.iter_mut().find(|(known, _)| known.has_same_functions(&sample))
+        {
             *count += 1;
         } else if self.stacks.len() < STACKS_MAX {
-            self.stacks.push((look, 1));
+            self.stacks.push((sample, 1));
         }
     }
 
     /// The stack that was read most often. Stacks with frames come first; of a slice that was blocked most of the time,
     /// then those that were read while it was blocked; then complete ones. Among equals it is the stack that appeared
     /// last, when the slice was longest.
-    fn most_frequent(&self, was_blocked: bool) -> Look {
-        let rank = |(look, count): &&(Look, u32)| {
-            let is_wrong_state = was_blocked && look.is_on_cpu;
-            (!look.frames.is_empty(), !is_wrong_state, look.missing.is_none(), *count)
+    fn most_frequent(&self, was_blocked: bool) -> StackSample {
+        let rank = |(sample, count): &&(StackSample, u32)| {
+            let is_wrong_state = was_blocked && sample.is_on_cpu;
+            (!sample.frames.is_empty(), !is_wrong_state, sample.missing.is_none(), *count)
         };
-        let Some((look, _)) = self.stacks.iter().max_by_key(rank) else { return not_read() };
-        if was_blocked { look.clone().of_blocked() } else { look.clone() }
+        let Some((sample, _)) = self.stacks.iter().max_by_key(rank) else { return not_read() };
+        if was_blocked { sample.clone().for_blocked_stall() } else { sample.clone() }
     }
 }
 
 /// The missing stack of a slice that ended before a stack was read.
-fn not_read() -> Look {
-    Look::missing("the slice ended before observer read its stack")
+fn not_read() -> StackSample {
+    StackSample::missing("the slice ended before observer read its stack")
 }

@@ -15,7 +15,7 @@ use crate::{
     model::{
         busy::Cause,
         deferred::Deferred,
-        frame::Look,
+        frame::StackSample,
         histogram::Histogram,
         snapshot::{Listener, Reactor, Target},
     },
@@ -120,7 +120,7 @@ fn of_loop(
         if !requests.is_empty() {
             text.push(Line::raw(format!("    {requests}")));
         }
-        text.extend(stack_lines(&site.look));
+        text.extend(stack_lines(&site.sample));
     }
     if !reactor.stalls.recent.is_empty() {
         text.push(Line::raw(""));
@@ -130,7 +130,7 @@ fn of_loop(
         let call = stall.syscall.as_ref().map(|call| format!(" ({call})")).unwrap_or_default();
         let length =
             format!(" {}  {:>8}  {}{call}", stall.start, span(stall.seconds), cause_name(stall.cause));
-        let code = reactor.stalls.sites.get(stall.site).and_then(|site| site.look.frames.first());
+        let code = reactor.stalls.sites.get(stall.site).and_then(|site| site.sample.frames.first());
         let code = code.map(|frame| format!(" in {frame}")).unwrap_or_default();
         let request = for_requests(stall.origin.as_deref().as_slice());
         text.push(Line::raw(length + &request + &code));
@@ -323,11 +323,11 @@ fn bar(share: f64, width: usize, theme: Theme) -> String {
 }
 
 /// A stack, one function a line.
-fn stack_lines(look: &Look) -> impl Iterator<Item = Line<'static>> {
-    let frames = look.frames.iter().enumerate();
+fn stack_lines(sample: &StackSample) -> impl Iterator<Item = Line<'static>> {
+    let frames = sample.frames.iter().enumerate();
     let frames = frames.map(|(n, frame)| format!("     {} {frame}", if n == 0 { "in" } else { "by" }));
-    let kernel = (!look.kernel.is_empty()).then(|| format!("     kernel: {}", look.kernel.join(" < ")));
-    let missing = words::missing_stack(look).map(|reason| format!("     {reason}"));
+    let kernel = (!sample.kernel.is_empty()).then(|| format!("     kernel: {}", sample.kernel.join(" < ")));
+    let missing = words::missing_stack(sample).map(|reason| format!("     {reason}"));
     frames.chain(kernel).chain(missing).map(Line::raw).collect::<Vec<_>>().into_iter()
 }
 
@@ -336,7 +336,7 @@ mod tests {
     use ratatui::crossterm::event::KeyCode;
 
     use super::{super::testing, *};
-    use crate::model::deferred::HookFigures;
+    use crate::model::deferred::HookCounters;
 
     const PLAIN: Theme = Theme { has_colours: false, has_blocks: false };
 
@@ -375,7 +375,7 @@ mod tests {
         let mut kind = testing::kind("mail", 50);
         (kind.pending, kind.oldest_seconds) = (3, Some(0.5));
         snapshot.targets[0].deferred = vec![kind];
-        snapshot.targets[0].hooks = vec![HookFigures {
+        snapshot.targets[0].hooks = vec![HookCounters {
             profile: "generic".into(),
             verb: "restore",
             place: "task_run in libtask.so".into(),

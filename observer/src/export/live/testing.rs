@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::model::{
     busy::{Cause, Split},
     deferred::Deferred,
-    frame::{Frame, Look},
+    frame::{Frame, StackSample},
     histogram::Histogram,
     place::Place,
     request::Request,
@@ -39,7 +39,7 @@ pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
         file: Some(file.into()),
         line: Some(line),
     };
-    let look = Look {
+    let sample = StackSample {
         frames: vec![frame("sleep", "/app/db.py", 12), frame("handle", "/app/server.py", 40)],
         kernel: vec!["do_nanosleep".into()],
         missing: None,
@@ -57,7 +57,7 @@ pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
             origin: Some(Arc::new(request())),
             site: 0,
         };
-        stalls.add(stall, look.clone());
+        stalls.add(stall, sample.clone());
     }
     reactor.stalls = stalls.ranked(reactor.lag.sum() * 0.001);
 }

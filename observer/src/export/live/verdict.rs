@@ -62,7 +62,7 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
     // The current slice is the finding if it has already added more to the lag than the worst site of the window.
     let is_worst = |age: f64| worst_site.is_none_or(|(weight, _)| age * age / 2.0 > weight);
     if let Some(age) = stuck.filter(|&age| is_worst(age)) {
-        let why = reactor.current_stack.as_ref().map(|look| stack(look, usize::MAX));
+        let why = reactor.current_stack.as_ref().map(|sample| stack(sample, usize::MAX));
         let what = format!("{who}: stuck for {} so far", span(age));
         return Finding { is_late: true, what, why: why.unwrap_or_default() };
     }
@@ -71,7 +71,7 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
         || without_stalls(reactor, &row.window),
         |(weight, site)| {
             let share = weight / (lag.sum() * PROBE_SECONDS).max(weight);
-            let stack = stack(&site.look, usize::MAX);
+            let stack = stack(&site.sample, usize::MAX);
             format!("{} of the lag: {} {stack}", percent(share), site_cause(site))
         },
     );
@@ -146,7 +146,7 @@ fn main_causes(window: &LoopWindow) -> String {
 #[cfg(test)]
 mod tests {
     use super::{super::testing, *};
-    use crate::model::{frame::Look, snapshot::Snapshot};
+    use crate::model::{frame::StackSample, snapshot::Snapshot};
 
     fn of(snapshots: impl IntoIterator<Item = Snapshot>) -> State {
         let mut state = State::default();
@@ -181,7 +181,7 @@ mod tests {
         let state = of([testing::snapshot(9.0, |reactor| {
             testing::slept(reactor, 3);
             reactor.current_slice_seconds = Some(2.5);
-            reactor.current_stack = Some(Look::missing("it ran away"));
+            reactor.current_stack = Some(StackSample::missing("it ran away"));
         })]);
         let found = findings(&state);
         assert_eq!(found[0].what, "reactor (11) of app (10): stuck for 2.50 s so far");

@@ -273,7 +273,7 @@ fn stall_lines(stalls: &Stalls, theme: Theme) -> impl Iterator<Item = Line<'stat
         let requests = for_requests(&stalls.requests_of(place));
         [
             Line::from(vec![share, Span::raw(site_total(site))]),
-            Line::styled(format!("        {requests} {}", stack(&site.look, usize::MAX)), theme.quiet()),
+            Line::styled(format!("        {requests} {}", stack(&site.sample, usize::MAX)), theme.quiet()),
         ]
     })
 }

@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::signal::{Accepted, Batch, Client, Failed, Retry};
-use crate::model::delivery::{ExportStats, Reason};
+use crate::model::delivery::{DropReason, ExportStats};
 
 /// Maximum size of the buffer of a signal in bytes.
 pub(crate) const BUFFER: usize = 16 << 20;
@@ -79,7 +79,7 @@ impl<C: Client> Queue<C> {
     pub(super) fn push(&self, batch: Batch<C::Request>) {
         let lost = self.shared.lock().push(batch);
         if lost > 0 {
-            self.shared.stats.dropped(Reason::BufferFull, lost);
+            self.shared.stats.dropped(DropReason::BufferFull, lost);
         }
         self.shared.added.notify_one();
     }
@@ -191,7 +191,7 @@ impl<C: Client> Shared<C> {
             self.stats.failed();
             let after = match retry {
                 Retry::Never => {
-                    self.stats.dropped(Reason::Refused, batch.items);
+                    self.stats.dropped(DropReason::Refused, batch.items);
                     self.warn(&format!("refused: {why}"));
                     return true;
                 }
@@ -217,7 +217,7 @@ impl<C: Client> Shared<C> {
         let lost = accepted.rejected.min(items);
         self.stats.delivered(items - lost);
         if lost > 0 {
-            self.stats.dropped(Reason::Refused, lost);
+            self.stats.dropped(DropReason::Refused, lost);
             self.warn(&format!("{lost} of {items} refused: {}", accepted.why));
         } else {
             self.recovered();

@@ -180,7 +180,7 @@ impl Endpoint {
 
 /// Makes sure of what must hold whatever variables there are.
 #[cfg(any(test, feature = "fuzz"))]
-pub(crate) fn understand(lookup: Lookup<'_>) {
+pub(crate) fn parse(lookup: Lookup<'_>) {
     use clap::Parser as _;
 
     #[derive(clap::Parser)]

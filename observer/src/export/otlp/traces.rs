@@ -27,7 +27,7 @@ use crate::{
         histogram::seconds,
         request::Request as Asked,
         stall::Stall,
-        trace::{Event, What, Work},
+        trace::{Event, EventKind, FinishedTask},
     },
     process::Process,
 };
@@ -99,7 +99,7 @@ impl Tracer {
         let mut spans = Spans::new();
         for Event { pid, what } in events {
             let span = match what {
-                What::Work(request, work) => {
+                EventKind::Task(request, work) => {
                     let Some(context) = self.remember(pid, &request, &mut spans) else { continue };
                     let span = work_span(&self.ids, &context, &work);
                     add_exemplars(exemplars, pid, &work, &span);
@@ -108,7 +108,7 @@ impl Tracer {
                     }
                     Some(span)
                 }
-                What::Stall(tid, start_ns, stall) => {
+                EventKind::Stall(tid, start_ns, stall) => {
                     let context = match &stall.origin {
                         Some(request) => self.remember(pid, request, &mut spans),
                         None => Some(self.ids.own_context(tid, start_ns)),
@@ -255,7 +255,7 @@ fn span(
 }
 
 /// The span of a deferred task.
-fn work_span(ids: &Ids, context: &Context, work: &Work) -> SpanData {
+fn work_span(ids: &Ids, context: &Context, work: &FinishedTask) -> SpanData {
     let parent = work.parent.map_or(context.top, |parent| ids.work(parent));
     let start_ns = work.started_ns.unwrap_or(work.queued_ns);
     let waited_until = work.started_ns.unwrap_or(work.ended_ns);
@@ -281,7 +281,7 @@ fn work_span(ids: &Ids, context: &Context, work: &Work) -> SpanData {
 }
 
 /// Adds the wait and the run of a task that has started.
-fn add_exemplars(exemplars: &mut Exemplars, pid: u32, work: &Work, span: &SpanData) {
+fn add_exemplars(exemplars: &mut Exemplars, pid: u32, work: &FinishedTask, span: &SpanData) {
     let Some(started) = work.started_ns else { return };
     let wait = seconds(started.saturating_sub(work.queued_ns));
     exemplars.add((WAIT, pid, Arc::clone(&work.task)), &span.span_context, wait, span.start_time);
@@ -391,8 +391,9 @@ mod tests {
         let task = "task".into();
         let (queued_ns, ended_ns) = (2_000_000, 9_000_000);
         let request_id = Some(format!("request-{}", request.id));
-        let work = Work { id, parent, context: None, request_id, task, queued_ns, started_ns, ended_ns };
-        Event { pid: 7, what: What::Work(Arc::clone(request), work) }
+        let work =
+            FinishedTask { id, parent, context: None, request_id, task, queued_ns, started_ns, ended_ns };
+        Event { pid: 7, what: EventKind::Task(Arc::clone(request), work) }
     }
 
     fn stall(request: &Arc<Asked>) -> Event {
@@ -410,7 +411,7 @@ mod tests {
             origin,
             site: 0,
         };
-        Event { pid: 7, what: What::Stall(9, 3_000_000, Box::new(stall)) }
+        Event { pid: 7, what: EventKind::Stall(9, 3_000_000, Box::new(stall)) }
     }
 
     fn spans(tracer: &mut Tracer, events: impl IntoIterator<Item = Event>, are_last: bool) -> Vec<SpanData> {

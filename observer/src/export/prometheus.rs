@@ -6,7 +6,7 @@ use prometheus::{
     proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
-use super::series::{Distribution, Figure, Series, SeriesLimiter};
+use super::series::{Distribution, Sample, Series, SeriesLimiter};
 use crate::model::{
     family::{Family, Kind},
     snapshot::Snapshot,
@@ -22,7 +22,7 @@ pub(crate) fn encode(snapshot: &Snapshot, limiter: &mut SeriesLimiter) -> Result
     Ok(text)
 }
 
-fn family(family: &Family, series: Vec<Series>) -> MetricFamily {
+fn family(family: &Family, series: Vec<Series<'_>>) -> MetricFamily {
     let mut proto = MetricFamily::default();
     proto.set_name(family.name.into());
     proto.set_help(family.help.into());
@@ -35,26 +35,26 @@ fn family(family: &Family, series: Vec<Series>) -> MetricFamily {
     proto
 }
 
-fn metric(family: &Family, series: Series) -> Metric {
-    let labels = family.labels.iter().zip(series.labels).map(|(name, value)| {
+fn metric(family: &Family, series: Series<'_>) -> Metric {
+    let labels = series.labels.all().map(|(name, value)| {
         let mut pair = LabelPair::default();
-        pair.set_name((*name).into());
-        pair.set_value(value);
+        pair.set_name(name.into());
+        pair.set_value(value.into_owned());
         pair
     });
     let mut metric = Metric::from_label(labels.collect());
-    match series.figure {
-        Figure::Number(number) if family.kind == Kind::Counter => {
+    match series.sample {
+        Sample::Number(number) if family.kind == Kind::Counter => {
             let mut counter = Counter::default();
             counter.set_value(number);
             metric.set_counter(counter);
         }
-        Figure::Number(number) => {
+        Sample::Number(number) => {
             let mut gauge = Gauge::default();
             gauge.set_value(number);
             metric.set_gauge(gauge);
         }
-        Figure::Distribution(distribution) => metric.set_histogram(histogram(&distribution)),
+        Sample::Distribution(distribution) => metric.set_histogram(histogram(&distribution)),
     }
     metric
 }

@@ -6,12 +6,12 @@ use anyhow::Result;
 
 use super::{
     endpoint::{MAX_CONNECTIONS, MAX_LIFETIME, RESPONSE_GRACE},
-    series::{OTHER, SHOWN},
+    series::MAX_SUBJECTS,
 };
 use crate::model::{
     catalog::families,
     family::{Aggregation, Kind},
-    subject::Subject,
+    subject::{OTHER, SubjectKind},
 };
 
 const HEAD: &str = "\
@@ -43,7 +43,7 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
     write!(out, "{HEAD}")?;
     writeln!(
         out,
-        "- The first {SHOWN} listeners, event loops and processes have series of their own. All further ones share the series with\n  \
+        "- The first {MAX_SUBJECTS} listeners, event loops and processes have series of their own. All further ones share the series with\n  \
          the label `{OTHER}`: counters and histograms are added up, those of subjects that have exited included; gauges are the\n  \
          sum or the maximum, as stated below.\n\
          - observer refreshes its metrics once a second. It makes a page at most ten times a second, and less often if that takes\n  \
@@ -59,13 +59,13 @@ pub(crate) fn write(out: &mut impl Write) -> Result<()> {
             Kind::Histogram => "histogram",
         };
         let aggregation = match family.kind {
-            Kind::Gauge(aggregation) if family.subject() != Subject::Own => match aggregation {
+            Kind::Gauge(aggregation) if family.subject != SubjectKind::Own => match aggregation {
                 Aggregation::Sum => " Of `other`: the sum.",
                 Aggregation::Max => " Of `other`: the maximum.",
             },
             _ => "",
         };
-        let labels: Vec<_> = family.labels.iter().map(|label| format!("`{label}`")).collect();
+        let labels: Vec<_> = family.labels().map(|label| format!("`{label}`")).collect();
         let unit = if family.unit.is_empty() { String::new() } else { format!(" in `{}`", family.unit) };
         writeln!(
             out,

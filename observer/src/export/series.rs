@@ -1,48 +1,41 @@
-//! The series of a scrape, and their cap: of each kind of thing only so many are told one by one, so that a server with
-//! thousands of threads does not flood whoever scrapes it. The surplus is told together.
+//! The series of a scrape. Only a limited number of subjects of each kind have series of their own, so that a server with
+//! thousands of threads does not overload the database; the series of all others are aggregated.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::model::{
     catalog::families,
-    family::{Aggregation, Family, Kind, Value},
+    family::{Aggregation, Family, Kind, Sink, Value},
     histogram::Resolution,
     snapshot::Snapshot,
-    subject::{Subject, subjects},
+    subject::{Identity, Label, Labels, Subject, SubjectKind, subjects},
 };
 
-/// Listeners, event loops, processes and missing sources told one by one, of each so many.
-pub(crate) const SHOWN: usize = 200;
-
-/// What names the others in labels.
-pub(crate) const OTHER: &str = "other";
+/// Maximum number of subjects of each kind that have series of their own.
+pub(crate) const MAX_SUBJECTS: usize = 200;
 
 /// One series.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Series {
-    /// In the order of the family's labels.
-    pub(crate) labels: Vec<String>,
-    /// Its figure.
-    pub(crate) figure: Figure,
+#[derive(Clone, Debug)]
+pub(crate) struct Series<'s> {
+    pub(crate) labels: Labels<'s>,
+    pub(crate) sample: Sample,
 }
 
-/// What a series tells.
+/// The value of a series.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Figure {
-    /// A counter's or a gauge's.
+pub(crate) enum Sample {
+    /// Of a counter or a gauge.
     Number(f64),
-    /// A histogram's.
+    /// Of a histogram.
     Distribution(Distribution),
 }
 
-/// A histogram at the bounds that are scraped.
+/// A histogram at the bounds that are exported.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Distribution {
-    /// Of all.
     pub(crate) count: u64,
-    /// Of all.
     pub(crate) sum: f64,
-    /// Upper bounds, and how many do not exceed each.
+    /// Upper bounds, each with the number of values that do not exceed it.
     pub(crate) buckets: Vec<(f64, u64)>,
 }
 
@@ -51,8 +44,8 @@ impl Distribution {
         Self { count, sum, buckets: buckets.collect() }
     }
 
-    /// Adds what another one has grown by.
-    fn add_growth(&mut self, now: &Self, last: Option<&Self>) {
+    /// Adds the increase of another distribution between two readings.
+    fn add_increase(&mut self, now: &Self, last: Option<&Self>) {
         self.count += now.count.saturating_sub(last.map_or(0, |last| last.count));
         self.sum += (now.sum - last.map_or(0.0, |last| last.sum)).max(0.0);
         if self.buckets.is_empty() {
@@ -64,7 +57,7 @@ impl Distribution {
     }
 }
 
-impl Figure {
+impl Sample {
     fn of(value: &Value<'_>, resolution: Resolution) -> Self {
         match value {
             Value::Number(number) => Self::Number(*number),
@@ -78,128 +71,132 @@ impl Figure {
         }
     }
 
-    /// Adds what another one of the same family has grown by.
-    fn add_growth(&mut self, now: &Self, last: Option<&Self>) {
+    /// The value of the same type before anything was counted.
+    fn zero(&self) -> Self {
+        match self {
+            Self::Number(_) => Self::Number(0.0),
+            Self::Distribution(_) => Self::Distribution(Distribution::default()),
+        }
+    }
+
+    /// Adds the increase of another sample of the same metric between two readings.
+    fn add_increase(&mut self, now: &Self, last: Option<&Self>) {
         match (self, now, last) {
             (Self::Number(sum), Self::Number(now), Some(Self::Number(last))) => *sum += (now - last).max(0.0),
             (Self::Number(sum), Self::Number(now), _) => *sum += now,
             (Self::Distribution(sum), Self::Distribution(now), Some(Self::Distribution(last))) => {
-                sum.add_growth(now, Some(last));
+                sum.add_increase(now, Some(last));
             }
-            (Self::Distribution(sum), Self::Distribution(now), _) => sum.add_growth(now, None),
+            (Self::Distribution(sum), Self::Distribution(now), _) => sum.add_increase(now, None),
             (Self::Number(_), Self::Distribution(_), _) | (Self::Distribution(_), Self::Number(_), _) => {}
         }
     }
 }
 
-/// A listener, event loop, process or source, by the labels that last as long as it does.
-type Key = (Subject, Vec<String>);
+/// Labels that distinguish the series of a subject, by name.
+type OwnLabels = Vec<(&'static str, String)>;
 
-/// A series of the others: its family's place in the catalog, and the labels that do not say whose it is.
-type Shared = (usize, Vec<String>);
+/// An aggregated series: the position of its family in the catalog, and its own labels.
+type Aggregated = (usize, OwnLabels);
 
-/// Who is told one by one, and what the others have counted together.
+/// Decides which subjects have series of their own, and aggregates the series of the others.
 ///
-/// Whoever was told one by one remains so until it is gone, and whoever was told with the others remains with them:
-/// no figure is told twice. What the others counted remains when one of them is gone: counters only grow.
+/// A subject with series of its own keeps them until it is gone, and an aggregated subject stays aggregated: nothing is
+/// counted twice. What the aggregated subjects have counted remains when one of them is gone: counters only grow.
 #[derive(Debug)]
 pub(crate) struct SeriesLimiter {
     /// Of histograms.
     resolution: Resolution,
-    shown: HashSet<Key>,
-    /// The others, each with its figures as they were last added.
-    others: HashMap<Key, HashMap<Shared, Figure>>,
-    /// What all the others counted, those that are gone included.
-    counted: HashMap<Shared, Figure>,
+    individual: HashSet<Identity>,
+    /// The aggregated subjects, each with its samples as they were last added.
+    others: HashMap<Identity, HashMap<Aggregated, Sample>>,
+    /// Sums over all aggregated subjects, including those that are gone.
+    sums: HashMap<Aggregated, Sample>,
 }
 
 impl SeriesLimiter {
-    /// Nobody yet, and how finely histograms are told.
+    /// A limiter without subjects. Histograms have this resolution.
     pub(crate) fn at(resolution: Resolution) -> Self {
-        Self { resolution, shown: HashSet::new(), others: HashMap::new(), counted: HashMap::new() }
+        Self { resolution, individual: HashSet::new(), others: HashMap::new(), sums: HashMap::new() }
     }
 
-    /// All series of a snapshot, by family in the order of the catalog. One family after the other: all of a thousand targets
-    /// at a time would be many megabytes.
-    pub(crate) fn gather(
+    /// All series of a snapshot, by family in the order of the catalog. They are made one family at a time, because those of
+    /// a thousand targets together take many megabytes.
+    pub(crate) fn gather<'s>(
         &mut self,
-        snapshot: &Snapshot,
-    ) -> impl Iterator<Item = (&'static Family, Vec<Series>)> {
-        self.assign(subjects(snapshot).map(|(subject, labels)| key(subject, &labels)).collect());
-        families().enumerate().map(|(place, family)| (family, self.of_family(place, family, snapshot)))
+        snapshot: &'s Snapshot,
+    ) -> impl Iterator<Item = (&'static Family, Vec<Series<'s>>)> {
+        self.assign(snapshot);
+        families().enumerate().map(|(position, family)| (family, self.of_family(position, family, snapshot)))
     }
 
-    /// Decides who is told one by one.
-    fn assign(&mut self, present: Vec<Key>) {
-        let all: HashSet<&Key> = present.iter().collect();
-        self.shown.retain(|key| all.contains(key));
-        self.others.retain(|key, _| all.contains(key));
-        let mut taken = HashMap::<Subject, usize>::new();
-        for (subject, _) in &self.shown {
-            *taken.entry(*subject).or_default() += 1;
+    /// Decides which subjects have series of their own.
+    fn assign(&mut self, snapshot: &Snapshot) {
+        let of_kind = |subject: Subject<'_>| Some((subject.kind(), subject.identity()?));
+        let present: Vec<_> = subjects(snapshot).filter_map(of_kind).collect();
+        let kinds: HashMap<&Identity, SubjectKind> =
+            present.iter().map(|(kind, identity)| (identity, *kind)).collect();
+        self.individual.retain(|identity| kinds.contains_key(identity));
+        self.others.retain(|identity, _| kinds.contains_key(identity));
+        let mut counts = HashMap::<SubjectKind, usize>::new();
+        for identity in &self.individual {
+            *counts.entry(kinds[identity]).or_default() += 1;
         }
-        for key in present {
-            if self.shown.contains(&key) || self.others.contains_key(&key) {
+        for (kind, identity) in present {
+            if self.individual.contains(&identity) || self.others.contains_key(&identity) {
                 continue;
             }
-            let taken = taken.entry(key.0).or_default();
-            if *taken < SHOWN {
-                *taken += 1;
-                self.shown.insert(key);
+            let count = counts.entry(kind).or_default();
+            if *count < MAX_SUBJECTS {
+                *count += 1;
+                self.individual.insert(identity);
             } else {
-                self.others.insert(key, HashMap::new());
+                self.others.insert(identity, HashMap::new());
             }
         }
     }
 
-    /// The series of one family, those of the others merged.
-    fn of_family(&mut self, place: usize, family: &Family, snapshot: &Snapshot) -> Vec<Series> {
-        let subject = family.subject();
-        let named = subject.labels();
-        let mut merged = Vec::new();
-        let mut gauges = HashMap::<Vec<String>, f64>::new();
-        (family.collect)(snapshot, &mut |mut labels, value| {
-            let figure = Figure::of(&value, self.resolution);
-            let Some(last) = self.others.get_mut(&key(subject, &labels)) else {
-                merged.push(Series { labels, figure });
+    /// The series of one family, the aggregated ones last.
+    fn of_family<'s>(&mut self, position: usize, family: &Family, snapshot: &'s Snapshot) -> Vec<Series<'s>> {
+        let mut series = Vec::new();
+        let mut gauges = HashMap::<OwnLabels, f64>::new();
+        let mut add = |labels: Labels<'s>, value: Value<'s>| {
+            let sample = Sample::of(&value, self.resolution);
+            let identity = labels.subject.identity();
+            let Some(last) = identity.and_then(|identity| self.others.get_mut(&identity)) else {
+                series.push(Series { labels, sample });
                 return;
             };
-            let rest = labels.split_off(named);
-            match (family.kind, figure) {
-                (Kind::Gauge(together), Figure::Number(number)) => {
-                    let gauge = gauges.entry(rest).or_default();
-                    *gauge = match together {
+            let own: OwnLabels =
+                labels.own.into_iter().map(|(name, value)| (name, value.into_owned())).collect();
+            match (family.kind, sample) {
+                (Kind::Gauge(aggregation), Sample::Number(number)) => {
+                    let gauge = gauges.entry(own).or_default();
+                    *gauge = match aggregation {
                         Aggregation::Sum => *gauge + number,
                         Aggregation::Max => gauge.max(number),
                     };
                 }
-                (_, figure) => {
-                    let shared = (place, rest);
-                    let nothing = match figure {
-                        Figure::Number(_) => Figure::Number(0.0),
-                        Figure::Distribution(_) => Figure::Distribution(Distribution::default()),
-                    };
-                    let counted = self.counted.entry(shared.clone()).or_insert(nothing);
-                    counted.add_growth(&figure, last.get(&shared));
-                    last.insert(shared, figure);
+                (_, sample) => {
+                    let aggregated = (position, own);
+                    let sum = self.sums.entry(aggregated.clone()).or_insert_with(|| sample.zero());
+                    sum.add_increase(&sample, last.get(&aggregated));
+                    last.insert(aggregated, sample);
                 }
             }
-        });
-        let counted = self.counted.iter().filter(|((family, _), _)| *family == place);
-        let counted = counted.map(|((_, rest), figure)| (rest.clone(), figure.clone()));
-        let gauges = gauges.into_iter().map(|(rest, number)| (rest, Figure::Number(number)));
-        let mut others: Vec<_> = counted.chain(gauges).collect();
+        };
+        (family.collect)(snapshot, Sink(&mut add));
+        let sums = self.sums.iter().filter(|((family, _), _)| *family == position);
+        let sums = sums.map(|((_, own), sample)| (own.clone(), sample.clone()));
+        let gauges = gauges.into_iter().map(|(own, number)| (own, Sample::Number(number)));
+        let mut others: Vec<_> = sums.chain(gauges).collect();
         others.sort_by(|a, b| a.0.cmp(&b.0));
-        merged.extend(others.into_iter().map(|(rest, figure)| {
-            let labels = std::iter::repeat_n(OTHER.to_owned(), named).chain(rest).collect();
-            Series { labels, figure }
+        series.extend(others.into_iter().map(|(own, sample)| {
+            let own = own.into_iter().map(|(name, value)| -> Label<'s> { (name, value.into()) }).collect();
+            Series { labels: Labels { subject: Subject::Other(family.subject), own }, sample }
         }));
-        merged
+        series
     }
-}
-
-fn key(subject: Subject, labels: &[String]) -> Key {
-    (subject, subject.lasting_labels().iter().map(|&label| labels[label].clone()).collect())
 }
 
 #[cfg(test)]
@@ -212,6 +209,7 @@ mod tests {
             deferred::HookCounters,
             place::Place,
             snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+            subject::OTHER,
         },
     };
 
@@ -261,11 +259,12 @@ mod tests {
         Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets: vec![target], own }
     }
 
-    /// The series of a family, the other's last.
-    fn series(cap: &mut SeriesLimiter, name: &str, reactors: Vec<Reactor>) -> Vec<Series> {
+    /// The label values and the sample of each series of a family, the aggregated ones last.
+    fn series(limiter: &mut SeriesLimiter, name: &str, reactors: Vec<Reactor>) -> Vec<(Vec<String>, Sample)> {
         let snapshot = snapshot(reactors);
-        let found = cap.gather(&snapshot).find(|(family, _)| family.name == name);
-        found.unwrap().1
+        let (_, series) = limiter.gather(&snapshot).find(|(family, _)| family.name == name).unwrap();
+        let values = |labels: Labels<'_>| labels.all().map(|(_, value)| value.into_owned()).collect();
+        series.into_iter().map(|series| (values(series.labels), series.sample)).collect()
     }
 
     fn tids(count: usize) -> impl Iterator<Item = u32> {
@@ -273,50 +272,48 @@ mod tests {
     }
 
     #[test]
-    fn up_to_the_cap_each_is_told_by_itself() {
-        let reactors: Vec<_> = tids(SHOWN).map(|tid| reactor(tid, 7, 0.5)).collect();
+    fn up_to_the_limit_each_subject_has_its_own_series() {
+        let reactors: Vec<_> = tids(MAX_SUBJECTS).map(|tid| reactor(tid, 7, 0.5)).collect();
         let all =
             series(&mut SeriesLimiter::at(Resolution::LOWEST), "observer_reactor_waits_total", reactors);
-        assert_eq!(all.len(), SHOWN);
-        assert!(all.iter().all(|series| series.figure == Figure::Number(7.0) && series.labels[0] == "1"));
+        assert_eq!(all.len(), MAX_SUBJECTS);
+        assert!(all.iter().all(|(labels, sample)| *sample == Sample::Number(7.0) && labels[0] == "1"));
     }
 
     #[test]
-    fn the_surplus_is_added_up_and_only_grows() {
-        let mut cap = SeriesLimiter::at(Resolution::LOWEST);
-        let waits = |cap: &mut SeriesLimiter, reactors| {
-            let mut all = series(cap, "observer_reactor_waits_total", reactors);
-            let other = all.pop().unwrap();
-            assert_eq!(other.labels, [OTHER; 6]);
-            (all.len(), other.figure)
+    fn sums_over_the_other_subjects_only_grow() {
+        let mut limiter = SeriesLimiter::at(Resolution::LOWEST);
+        let waits = |limiter: &mut SeriesLimiter, reactors| {
+            let mut all = series(limiter, "observer_reactor_waits_total", reactors);
+            let (labels, sample) = all.pop().unwrap();
+            assert_eq!(labels, [OTHER; 6]);
+            (all.len(), sample)
         };
-        let reactors: Vec<_> = tids(SHOWN + 3).map(|tid| reactor(tid, 7, 0.5)).collect();
-        assert_eq!(waits(&mut cap, reactors.clone()), (SHOWN, Figure::Number(21.0)));
-        assert_eq!(waits(&mut cap, reactors.clone()), (SHOWN, Figure::Number(21.0)));
+        let reactors: Vec<_> = tids(MAX_SUBJECTS + 3).map(|tid| reactor(tid, 7, 0.5)).collect();
+        assert_eq!(waits(&mut limiter, reactors.clone()), (MAX_SUBJECTS, Sample::Number(21.0)));
+        assert_eq!(waits(&mut limiter, reactors.clone()), (MAX_SUBJECTS, Sample::Number(21.0)));
         // One of the others counts on, another one is gone: what it has counted remains.
         let mut later = reactors;
         later.pop();
-        later[SHOWN].waits = 17;
-        assert_eq!(waits(&mut cap, later.clone()), (SHOWN, Figure::Number(31.0)));
+        later[MAX_SUBJECTS].waits = 17;
+        assert_eq!(waits(&mut limiter, later.clone()), (MAX_SUBJECTS, Sample::Number(31.0)));
         // One that was told is gone: its place goes to a new one, not to one of the others.
         later.remove(0);
         later.push(reactor(9999, 1, 0.5));
-        assert_eq!(waits(&mut cap, later), (SHOWN, Figure::Number(31.0)));
+        assert_eq!(waits(&mut limiter, later), (MAX_SUBJECTS, Sample::Number(31.0)));
     }
 
     #[test]
-    fn histograms_and_gauges_of_the_surplus_are_merged() {
+    fn histograms_and_gauges_of_the_others_are_aggregated() {
         let reactors: Vec<_> =
-            tids(SHOWN + 2).map(|tid| reactor(tid, u64::from(tid), f64::from(tid) / 1000.0)).collect();
-        let most = u64::try_from(SHOWN).unwrap();
+            tids(MAX_SUBJECTS + 2).map(|tid| reactor(tid, u64::from(tid), f64::from(tid) / 1000.0)).collect();
+        let most = u64::try_from(MAX_SUBJECTS).unwrap();
         let merged = series(
             &mut SeriesLimiter::at(Resolution::LOWEST),
             "observer_reactor_lag_seconds",
             reactors.clone(),
         );
-        let Some(Series { figure: Figure::Distribution(merged), .. }) = merged.last() else {
-            panic!("{merged:?}")
-        };
+        let Some((_, Sample::Distribution(merged))) = merged.last() else { panic!("{merged:?}") };
         assert_eq!(merged.count, 2 * most + 3);
         assert_eq!(merged.buckets.last().unwrap().1, 2 * most + 3);
         let busiest = series(
@@ -324,21 +321,21 @@ mod tests {
             "observer_reactor_utilization_ratio",
             reactors,
         );
-        assert_eq!(busiest.last().unwrap().figure, Figure::Number(0.202));
+        assert_eq!(busiest.last().unwrap().1, Sample::Number(0.202));
     }
 
     #[test]
-    fn whose_a_series_is_does_not_depend_on_names() {
-        let mut cap = SeriesLimiter::at(Resolution::LOWEST);
-        let mut reactors: Vec<_> = tids(SHOWN + 1).map(|tid| reactor(tid, 7, 0.5)).collect();
-        series(&mut cap, "observer_reactor_waits_total", reactors.clone());
-        reactors[SHOWN].name = "renamed".into();
-        let all = series(&mut cap, "observer_reactor_waits_total", reactors);
-        assert_eq!(all.last().unwrap().figure, Figure::Number(7.0));
+    fn an_identity_does_not_depend_on_names() {
+        let mut limiter = SeriesLimiter::at(Resolution::LOWEST);
+        let mut reactors: Vec<_> = tids(MAX_SUBJECTS + 1).map(|tid| reactor(tid, 7, 0.5)).collect();
+        series(&mut limiter, "observer_reactor_waits_total", reactors.clone());
+        reactors[MAX_SUBJECTS].name = "renamed".into();
+        let all = series(&mut limiter, "observer_reactor_waits_total", reactors);
+        assert_eq!(all.last().unwrap().1, Sample::Number(7.0));
     }
 
     #[test]
-    fn everything_that_has_series_may_be_told_with_the_others() {
+    fn all_subjects_with_series_are_limited() {
         let mut snapshot = live::testing::snapshot(1.0, |_| ());
         let target = &mut snapshot.targets[0];
         target.deferred.push(live::testing::kind("store", 5));
@@ -352,15 +349,20 @@ mod tests {
         target.gc = Some(Gc { count: 1, seconds: None, pause: None });
         snapshot.own.missing.push(Missing { source: "wakeups".into(), reason: "no tracepoint".into() });
 
-        let told = subjects(&snapshot).map(|(subject, labels)| key(subject, &labels)).collect();
+        let limited: HashSet<_> = subjects(&snapshot).filter_map(Subject::identity).collect();
         let mut present = HashSet::new();
-        for family in families().filter(|family| family.subject() != Subject::Own) {
-            let subject = family.subject();
-            (family.collect)(&snapshot, &mut |labels, _| {
-                present.insert(key(subject, &labels));
-            });
+        for family in families() {
+            let mut add = |labels: Labels<'_>, _: Value<'_>| {
+                assert_eq!(labels.subject.kind(), family.subject, "{}", family.name);
+                let own: Vec<_> = labels.own.iter().map(|(name, _)| *name).collect();
+                assert_eq!(own, family.own_labels, "{}", family.name);
+                let names: Vec<_> = labels.subject.labels().into_iter().map(|(name, _)| name).collect();
+                assert_eq!(names, family.subject.labels(), "{}", family.name);
+                present.extend(labels.subject.identity());
+            };
+            (family.collect)(&snapshot, Sink(&mut add));
         }
-        assert_eq!(present, told);
-        assert_eq!(present.len(), 7, "one of each subject: {present:?}");
+        assert_eq!(present, limited);
+        assert_eq!(present.len(), 7, "one of each kind: {present:?}");
     }
 }

@@ -5,12 +5,8 @@ use super::{
     busy::Cause,
     deferred::{Deferred, HookCounters},
     own::OWN,
-    place::Place,
     snapshot::{Gc, Listener, Reactor, Snapshot},
-    subject::{
-        HOOK, LISTENER, PROGRAM, REACTOR, TARGET, TASK, hook_labels, listener_labels, live, live_listeners,
-        live_reactors, reactor_labels, target_labels, task_labels,
-    },
+    subject::{Subject, SubjectKind, live, live_listeners, live_reactors},
 };
 use crate::model::family::{Aggregation, Family, Kind, Sink, Value, count};
 
@@ -26,7 +22,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Number of connections in the accept queue.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.depth.into())),
     },
     Family {
@@ -35,7 +32,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Maximum number of connections in the accept queue: the smaller of the backlog of listen and somaxconn.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.limit.into())),
     },
     Family {
@@ -44,7 +42,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Highest number of connections seen in the accept queue.",
         kind: Kind::Gauge(Aggregation::Max),
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.peak.into())),
     },
     Family {
@@ -53,7 +52,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds that the first connection in the accept queue has waited; 0 if there is none. A lower bound if it was queued before observer attached.",
         kind: Kind::Gauge(Aggregation::Max),
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.oldest_seconds.unwrap_or(0.0))),
     },
     Family {
@@ -62,7 +62,8 @@ const CATALOG: &[Family] = &[
         unit: "{handshake}",
         help: "Number of handshakes in progress.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.half_open.into())),
     },
     Family {
@@ -71,7 +72,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Number of connections that were added to the accept queue.",
         kind: Kind::Counter,
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| count(l.arrivals)),
     },
     Family {
@@ -80,7 +82,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Number of connections that were accepted.",
         kind: Kind::Counter,
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| count(l.accepts)),
     },
     Family {
@@ -89,7 +92,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Number of accepted connections that were queued before observer attached. Their wait is unknown and not in the histogram of waits.",
         kind: Kind::Counter,
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| count(l.accepts_unknown_wait)),
     },
     Family {
@@ -98,7 +102,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Number of connections that their clients reset while they were in the accept queue.",
         kind: Kind::Counter,
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| count(l.aborted)),
     },
     Family {
@@ -107,7 +112,8 @@ const CATALOG: &[Family] = &[
         unit: "{segment}",
         help: "Number of connections and segments that the kernel dropped because of this listener, for any reason.",
         kind: Kind::Counter,
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Number(l.drops.into())),
     },
     Family {
@@ -116,11 +122,12 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Number of connections that were dropped because the accept queue was full. Absent where another listener may have dropped them.",
         kind: Kind::Counter,
-        labels: LISTENER,
-        collect: |s, sink| {
+        subject: SubjectKind::Listener,
+        own_labels: &[],
+        collect: |s, mut sink| {
             for (target, listener) in live_listeners(s) {
                 if let Some(overflows) = listener.overflows {
-                    sink(listener_labels(target, listener), count(overflows));
+                    sink.add(Subject::Listener(target, listener), count(overflows));
                 }
             }
         },
@@ -131,7 +138,8 @@ const CATALOG: &[Family] = &[
         unit: "{connection}",
         help: "Number of connections in the accept queue when one was accepted, including that one.",
         kind: Kind::Histogram,
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Depths(&l.depth_on_accept)),
     },
     Family {
@@ -140,7 +148,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds from the end of a connection's handshake until accept returned it.",
         kind: Kind::Histogram,
-        labels: LISTENER,
+        subject: SubjectKind::Listener,
+        own_labels: &[],
         collect: |s, sink| listeners(s, sink, |l| Value::Histogram(&l.wait)),
     },
     Family {
@@ -149,7 +158,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Delay in seconds that an event arriving at a random moment would see, with one count for each millisecond observed.",
         kind: Kind::Histogram,
-        labels: REACTOR,
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
         collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.lag)),
     },
     Family {
@@ -158,7 +168,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Length of slices in seconds: the time between two waits for events, from being back on a CPU until blocking again. Nothing else runs on the event loop meanwhile.",
         kind: Kind::Histogram,
-        labels: REACTOR,
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
         collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.slice)),
     },
     Family {
@@ -167,7 +178,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds from when a waiting event loop became runnable until it ran.",
         kind: Kind::Histogram,
-        labels: REACTOR,
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
         collect: |s, sink| reactors(s, sink, |r| Value::Histogram(&r.wakeup)),
     },
     Family {
@@ -176,7 +188,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds spent waiting for events, or parked while other threads waited on the same epoll set.",
         kind: Kind::Counter,
-        labels: REACTOR,
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
         collect: |s, sink| reactors(s, sink, |r| Value::Number(r.wait_seconds)),
     },
     Family {
@@ -185,13 +198,14 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds spent in slices, by state of the thread (on a CPU, in the run queue or blocked) and by cause.",
         kind: Kind::Counter,
-        labels: &["pid", "comm", "container", "pod", "tid", "reactor", "state", "cause"],
-        collect: |s, sink| {
+        subject: SubjectKind::Reactor,
+        own_labels: &["state", "cause"],
+        collect: |s, mut sink| {
             for (target, reactor) in live_reactors(s) {
                 for cause in Cause::PARTS {
-                    let mut labels = reactor_labels(target, reactor);
-                    labels.extend([cause.state().into(), cause.name().into()]);
-                    sink(labels, Value::Number(reactor.split_seconds.of(cause)));
+                    let labels = [("state", cause.state()), ("cause", cause.name())];
+                    let seconds = reactor.split_seconds.of(cause);
+                    sink.add_with(Subject::Reactor(target, reactor), labels, Value::Number(seconds));
                 }
             }
         },
@@ -202,13 +216,13 @@ const CATALOG: &[Family] = &[
         unit: "{stall}",
         help: "Number of slices of the stall threshold or more, by the cause that took most of their time.",
         kind: Kind::Counter,
-        labels: &["pid", "comm", "container", "pod", "tid", "reactor", "cause"],
-        collect: |s, sink| {
+        subject: SubjectKind::Reactor,
+        own_labels: &["cause"],
+        collect: |s, mut sink| {
             for (target, reactor) in live_reactors(s) {
                 for cause in Cause::all() {
-                    let mut labels = reactor_labels(target, reactor);
-                    labels.push(cause.name().into());
-                    sink(labels, count(reactor.stalls.count_of(cause)));
+                    let stalls = count(reactor.stalls.count_of(cause));
+                    sink.add_with(Subject::Reactor(target, reactor), [("cause", cause.name())], stalls);
                 }
             }
         },
@@ -219,7 +233,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds of slices that were spent in garbage collections. They are part of the busy time, in any state.",
         kind: Kind::Counter,
-        labels: REACTOR,
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
         collect: |s, sink| reactors(s, sink, |r| Value::Number(r.split_seconds.gc)),
     },
     Family {
@@ -228,7 +243,8 @@ const CATALOG: &[Family] = &[
         unit: "{wait}",
         help: "Number of waits for events.",
         kind: Kind::Counter,
-        labels: REACTOR,
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
         collect: |s, sink| reactors(s, sink, |r| count(r.waits)),
     },
     Family {
@@ -237,7 +253,8 @@ const CATALOG: &[Family] = &[
         unit: "{event}",
         help: "Number of events that waits returned. Not counted for io_uring, which does not report it.",
         kind: Kind::Counter,
-        labels: REACTOR,
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
         collect: |s, sink| reactors(s, sink, |r| count(r.events)),
     },
     Family {
@@ -246,11 +263,12 @@ const CATALOG: &[Family] = &[
         unit: "1",
         help: "Busy time divided by busy and waiting time since observer attached, from 0 to 1.",
         kind: Kind::Gauge(Aggregation::Max),
-        labels: REACTOR,
-        collect: |s, sink| {
+        subject: SubjectKind::Reactor,
+        own_labels: &[],
+        collect: |s, mut sink| {
             for (target, reactor) in live_reactors(s) {
                 if let Some(utilization) = reactor.utilization {
-                    sink(reactor_labels(target, reactor), Value::Number(utilization));
+                    sink.add(Subject::Reactor(target, reactor), Value::Number(utilization));
                 }
             }
         },
@@ -261,7 +279,8 @@ const CATALOG: &[Family] = &[
         unit: "{task}",
         help: "Number of tasks that were enqueued. Tasks whose kind is known only at their start are counted when they start.",
         kind: Kind::Counter,
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| count(d.enqueued)),
     },
     Family {
@@ -270,7 +289,8 @@ const CATALOG: &[Family] = &[
         unit: "{task}",
         help: "Number of tasks that were started.",
         kind: Kind::Counter,
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| count(d.started)),
     },
     Family {
@@ -279,7 +299,8 @@ const CATALOG: &[Family] = &[
         unit: "{task}",
         help: "Number of tasks that were finished.",
         kind: Kind::Counter,
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| count(d.finished)),
     },
     Family {
@@ -288,7 +309,8 @@ const CATALOG: &[Family] = &[
         unit: "{task}",
         help: "Number of tasks that were dropped, or whose process exited, before they started.",
         kind: Kind::Counter,
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| count(d.orphaned)),
     },
     Family {
@@ -297,7 +319,8 @@ const CATALOG: &[Family] = &[
         unit: "{task}",
         help: "Number of tasks that are enqueued and have not started.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| count(d.pending)),
     },
     Family {
@@ -306,7 +329,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds that the longest waiting task has waited to start; 0 if none waits.",
         kind: Kind::Gauge(Aggregation::Max),
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| Value::Number(d.oldest_seconds.unwrap_or(0.0))),
     },
     Family {
@@ -315,7 +339,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds from the enqueue of a task to its start.",
         kind: Kind::Histogram,
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| Value::Histogram(&d.wait)),
     },
     Family {
@@ -324,7 +349,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds from the start of a finished task until it last ran, including pauses.",
         kind: Kind::Histogram,
-        labels: TASK,
+        subject: SubjectKind::Task,
+        own_labels: &[],
         collect: |s, sink| tasks(s, sink, |d| Value::Histogram(&d.run)),
     },
     Family {
@@ -333,10 +359,11 @@ const CATALOG: &[Family] = &[
         unit: "{time}",
         help: "Number of times that a task ran without a known enqueue. Its origin is unknown.",
         kind: Kind::Counter,
-        labels: TARGET,
-        collect: |s, sink| {
+        subject: SubjectKind::Target,
+        own_labels: &[],
+        collect: |s, mut sink| {
             for target in live(s).filter(|target| !target.hooks.is_empty()) {
-                sink(target_labels(target), count(target.unmatched));
+                sink.add(Subject::Target(target), count(target.unmatched));
             }
         },
     },
@@ -346,7 +373,8 @@ const CATALOG: &[Family] = &[
         unit: "{hit}",
         help: "Number of times that a hook of the profile fired.",
         kind: Kind::Counter,
-        labels: HOOK,
+        subject: SubjectKind::Hook,
+        own_labels: &[],
         collect: |s, sink| hooks(s, sink, |hook| hook.hits),
     },
     Family {
@@ -355,7 +383,8 @@ const CATALOG: &[Family] = &[
         unit: "{hit}",
         help: "Number of times that a hook matched: a snapshot recorded a task, or another hook fired for a known task.",
         kind: Kind::Counter,
-        labels: HOOK,
+        subject: SubjectKind::Hook,
+        own_labels: &[],
         collect: |s, sink| hooks(s, sink, |hook| hook.matches),
     },
     Family {
@@ -364,7 +393,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds that each garbage collection occupied its thread. Absent for runtimes that report only totals.",
         kind: Kind::Histogram,
-        labels: TARGET,
+        subject: SubjectKind::Target,
+        own_labels: &[],
         collect: |s, sink| collectors(s, sink, |gc| gc.pause.as_ref().map(Value::Histogram)),
     },
     Family {
@@ -373,7 +403,8 @@ const CATALOG: &[Family] = &[
         unit: "{collection}",
         help: "Number of garbage collections.",
         kind: Kind::Counter,
-        labels: TARGET,
+        subject: SubjectKind::Target,
+        own_labels: &[],
         collect: |s, sink| collectors(s, sink, |gc| Some(count(gc.count))),
     },
     Family {
@@ -382,7 +413,8 @@ const CATALOG: &[Family] = &[
         unit: "s",
         help: "Seconds that garbage collections took. Absent for runtimes that only count them.",
         kind: Kind::Counter,
-        labels: TARGET,
+        subject: SubjectKind::Target,
+        own_labels: &[],
         collect: |s, sink| collectors(s, sink, |gc| gc.seconds.map(Value::Number)),
     },
     Family {
@@ -391,54 +423,49 @@ const CATALOG: &[Family] = &[
         unit: "",
         help: "A process under observation. The value is 1, or the number of processes where several are aggregated.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: PROGRAM,
-        collect: |s, sink| {
+        subject: SubjectKind::Program,
+        own_labels: &[],
+        collect: |s, mut sink| {
             for target in live(s) {
-                let mut labels = target_labels(target);
-                labels.push(target.exe.clone());
-                let Place { kubernetes, unit, .. } = target.place.clone();
-                let pod = kubernetes.unwrap_or_default();
-                labels.extend([pod.namespace, pod.container].map(Option::unwrap_or_default));
-                labels.extend([pod.uid, unit.unwrap_or_default()]);
-                sink(labels, Value::Number(1.0));
+                sink.add(Subject::Program(target), Value::Number(1.0));
             }
         },
     },
 ];
 
-fn collectors(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'g> fn(&'g Gc) -> Option<Value<'g>>) {
+fn collectors<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, value: fn(&'s Gc) -> Option<Value<'s>>) {
     for target in live(snapshot) {
         if let Some(value) = target.gc.as_ref().and_then(value) {
-            sink(target_labels(target), value);
+            sink.add(Subject::Target(target), value);
         }
     }
 }
 
-fn tasks(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'d> fn(&'d Deferred) -> Value<'d>) {
+fn tasks<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, value: fn(&'s Deferred) -> Value<'s>) {
     for target in live(snapshot) {
         for deferred in &target.deferred {
-            sink(task_labels(target, deferred), value(deferred));
+            sink.add(Subject::Task(target, deferred), value(deferred));
         }
     }
 }
 
-fn hooks(snapshot: &Snapshot, sink: &mut Sink<'_>, counter: fn(&HookCounters) -> u64) {
+fn hooks<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, counter: fn(&HookCounters) -> u64) {
     for target in live(snapshot) {
         for hook in &target.hooks {
-            sink(hook_labels(target, hook), count(counter(hook)));
+            sink.add(Subject::Hook(target, hook), count(counter(hook)));
         }
     }
 }
 
-fn reactors(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'r> fn(&'r Reactor) -> Value<'r>) {
+fn reactors<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, value: fn(&'s Reactor) -> Value<'s>) {
     for (target, reactor) in live_reactors(snapshot) {
-        sink(reactor_labels(target, reactor), value(reactor));
+        sink.add(Subject::Reactor(target, reactor), value(reactor));
     }
 }
 
-fn listeners(snapshot: &Snapshot, sink: &mut Sink<'_>, value: for<'l> fn(&'l Listener) -> Value<'l>) {
+fn listeners<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, value: fn(&'s Listener) -> Value<'s>) {
     for (target, listener) in live_listeners(snapshot) {
-        sink(listener_labels(target, listener), value(listener));
+        sink.add(Subject::Listener(target, listener), value(listener));
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{
     histogram::Histogram,
     snapshot::{Depths, Snapshot},
-    subject::Subject,
+    subject::{Labels, Subject, SubjectKind},
 };
 
 /// Type of a metric.
@@ -36,8 +36,25 @@ pub(crate) enum Value<'a> {
     Depths(&'a Depths),
 }
 
-/// Receives the samples of a family: the label values, in the order of the family's labels, and the value.
-pub(crate) type Sink<'s> = dyn FnMut(Vec<String>, Value<'_>) + 's;
+/// Receives the samples of a family.
+pub(crate) struct Sink<'f, 's>(pub(crate) &'f mut dyn FnMut(Labels<'s>, Value<'s>));
+
+impl<'s> Sink<'_, 's> {
+    /// The only sample of a subject.
+    pub(super) fn add(&mut self, subject: Subject<'s>, value: Value<'s>) {
+        (self.0)(Labels { subject, own: Vec::new() }, value);
+    }
+
+    /// One of several samples of a subject, with the labels that distinguish it from the others.
+    pub(super) fn add_with<const N: usize>(
+        &mut self,
+        subject: Subject<'s>,
+        labels: [(&'static str, &'s str); N],
+        value: Value<'s>,
+    ) {
+        (self.0)(Labels { subject, own: labels.map(|(name, label)| (name, label.into())).into() }, value);
+    }
+}
 
 /// A metric: all series of one name.
 pub(crate) struct Family {
@@ -51,16 +68,18 @@ pub(crate) struct Family {
     pub(crate) help: &'static str,
     /// Type.
     pub(crate) kind: Kind,
-    /// Label names.
-    pub(crate) labels: &'static [&'static str],
+    /// Kind of the subjects of its series.
+    pub(crate) subject: SubjectKind,
+    /// Names of the labels that distinguish the series of a subject.
+    pub(crate) own_labels: &'static [&'static str],
     /// Reads its samples from a snapshot.
-    pub(crate) collect: fn(&Snapshot, &mut Sink<'_>),
+    pub(crate) collect: for<'s> fn(&'s Snapshot, Sink<'_, 's>),
 }
 
 impl Family {
-    /// Subject of its series, which follows from the labels.
-    pub(crate) fn subject(&self) -> Subject {
-        Subject::of(self.labels)
+    /// Names of all labels of its series.
+    pub(crate) fn labels(&self) -> impl Iterator<Item = &'static str> {
+        self.subject.labels().iter().chain(self.own_labels).copied()
     }
 }
 

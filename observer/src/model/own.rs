@@ -3,7 +3,7 @@
 
 use super::{
     family::{Aggregation, Family, Kind, Value, count},
-    subject::{SOURCE, live, source_labels},
+    subject::{Subject, SubjectKind, live},
 };
 
 /// In the order of the reference page.
@@ -14,8 +14,12 @@ pub(super) const OWN: &[Family] = &[
         unit: "",
         help: "Version of observer and release of the running kernel. The value is always 1.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: &["version", "kernel"],
-        collect: |s, sink| sink(vec![s.own.version.into(), s.own.kernel.clone()], Value::Number(1.0)),
+        subject: SubjectKind::Own,
+        own_labels: &["version", "kernel"],
+        collect: |s, mut sink| {
+            let labels = [("version", s.own.version), ("kernel", s.own.kernel.as_str())];
+            sink.add_with(Subject::Own, labels, Value::Number(1.0));
+        },
     },
     Family {
         name: "observer_self_lost_total",
@@ -23,10 +27,11 @@ pub(super) const OWN: &[Family] = &[
         unit: "{event}",
         help: "Number of events that the eBPF programs could not record, by cause.",
         kind: Kind::Counter,
-        labels: &["cause"],
-        collect: |s, sink| {
+        subject: SubjectKind::Own,
+        own_labels: &["cause"],
+        collect: |s, mut sink| {
             for lost in &s.own.lost {
-                sink(vec![lost.cause.into()], count(lost.count));
+                sink.add_with(Subject::Own, [("cause", lost.cause)], count(lost.count));
             }
         },
     },
@@ -36,10 +41,11 @@ pub(super) const OWN: &[Family] = &[
         unit: "{source}",
         help: "A source of metrics that is unavailable, with the reason. The value is 1, or the number of sources where several are aggregated.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: SOURCE,
-        collect: |s, sink| {
+        subject: SubjectKind::Source,
+        own_labels: &[],
+        collect: |s, mut sink| {
             for missing in &s.own.missing {
-                sink(source_labels(missing), Value::Number(1.0));
+                sink.add(Subject::Source(missing), Value::Number(1.0));
             }
         },
     },
@@ -49,10 +55,11 @@ pub(super) const OWN: &[Family] = &[
         unit: "{process}",
         help: "Number of processes under observation.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: &[],
-        collect: |s, sink| {
+        subject: SubjectKind::Own,
+        own_labels: &[],
+        collect: |s, mut sink| {
             let targets = u32::try_from(live(s).count()).unwrap_or(u32::MAX);
-            sink(Vec::new(), Value::Number(targets.into()));
+            sink.add(Subject::Own, Value::Number(targets.into()));
         },
     },
     Family {
@@ -61,8 +68,9 @@ pub(super) const OWN: &[Family] = &[
         unit: "By",
         help: "Kernel memory of the eBPF maps in bytes. It depends on --capacity and is constant.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: &[],
-        collect: |s, sink| sink(Vec::new(), count(s.own.map_memory_bytes)),
+        subject: SubjectKind::Own,
+        own_labels: &[],
+        collect: |s, mut sink| sink.add(Subject::Own, count(s.own.map_memory_bytes)),
     },
     Family {
         name: "observer_self_refreshed_timestamp_seconds",
@@ -70,10 +78,11 @@ pub(super) const OWN: &[Family] = &[
         unit: "s",
         help: "Unix time in seconds of the last refresh. observer refreshes once a second.",
         kind: Kind::Gauge(Aggregation::Max),
-        labels: &[],
-        collect: |s, sink| {
+        subject: SubjectKind::Own,
+        own_labels: &[],
+        collect: |s, mut sink| {
             if let Some(refreshed) = s.own.service.refreshed {
-                sink(Vec::new(), Value::Number(refreshed));
+                sink.add(Subject::Own, Value::Number(refreshed));
             }
         },
     },
@@ -83,8 +92,9 @@ pub(super) const OWN: &[Family] = &[
         unit: "{observer}",
         help: "1 while observer is detached because the file of --kill-switch exists, 0 otherwise.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: &[],
-        collect: |s, sink| sink(Vec::new(), count(s.own.service.is_off.into())),
+        subject: SubjectKind::Own,
+        own_labels: &[],
+        collect: |s, mut sink| sink.add(Subject::Own, count(s.own.service.is_off.into())),
     },
     Family {
         name: "observer_self_attach_waiting",
@@ -92,8 +102,9 @@ pub(super) const OWN: &[Family] = &[
         unit: "{process}",
         help: "Number of processes whose runtimes wait to be attached to, at the rate of --attach-per-second.",
         kind: Kind::Gauge(Aggregation::Sum),
-        labels: &[],
-        collect: |s, sink| sink(Vec::new(), count(s.own.service.waiting)),
+        subject: SubjectKind::Own,
+        own_labels: &[],
+        collect: |s, mut sink| sink.add(Subject::Own, count(s.own.service.waiting)),
     },
     Family {
         name: "observer_self_config_reloads_total",
@@ -101,10 +112,11 @@ pub(super) const OWN: &[Family] = &[
         unit: "{reload}",
         help: "Number of times that the file of --config was reloaded, by whether it was accepted or refused.",
         kind: Kind::Counter,
-        labels: &["outcome"],
-        collect: |s, sink| {
-            sink(vec!["accepted".into()], count(s.own.service.accepted));
-            sink(vec!["refused".into()], count(s.own.service.refused));
+        subject: SubjectKind::Own,
+        own_labels: &["outcome"],
+        collect: |s, mut sink| {
+            sink.add_with(Subject::Own, [("outcome", "accepted")], count(s.own.service.accepted));
+            sink.add_with(Subject::Own, [("outcome", "refused")], count(s.own.service.refused));
         },
     },
     Family {
@@ -113,10 +125,11 @@ pub(super) const OWN: &[Family] = &[
         unit: "{item}",
         help: "Number of data points and spans that an OTLP collector accepted.",
         kind: Kind::Counter,
-        labels: &["signal"],
-        collect: |s, sink| {
+        subject: SubjectKind::Own,
+        own_labels: &["signal"],
+        collect: |s, mut sink| {
             for delivery in &s.own.otlp {
-                sink(vec![delivery.signal.into()], count(delivery.delivered));
+                sink.add_with(Subject::Own, [("signal", delivery.signal)], count(delivery.delivered));
             }
         },
     },
@@ -126,11 +139,13 @@ pub(super) const OWN: &[Family] = &[
         unit: "{item}",
         help: "Number of data points and spans that were dropped: because the buffer was full (the collector was unavailable for too long, or too many came at once), or because the collector refused them.",
         kind: Kind::Counter,
-        labels: &["signal", "reason"],
-        collect: |s, sink| {
+        subject: SubjectKind::Own,
+        own_labels: &["signal", "reason"],
+        collect: |s, mut sink| {
             for delivery in &s.own.otlp {
                 for dropped in &delivery.dropped {
-                    sink(vec![delivery.signal.into(), dropped.reason.into()], count(dropped.count));
+                    let labels = [("signal", delivery.signal), ("reason", dropped.reason)];
+                    sink.add_with(Subject::Own, labels, count(dropped.count));
                 }
             }
         },
@@ -141,10 +156,11 @@ pub(super) const OWN: &[Family] = &[
         unit: "{attempt}",
         help: "Number of failed attempts to reach an OTLP collector. What is not counted as dropped is sent again.",
         kind: Kind::Counter,
-        labels: &["signal"],
-        collect: |s, sink| {
+        subject: SubjectKind::Own,
+        own_labels: &["signal"],
+        collect: |s, mut sink| {
             for delivery in &s.own.otlp {
-                sink(vec![delivery.signal.into()], count(delivery.failures));
+                sink.add_with(Subject::Own, [("signal", delivery.signal)], count(delivery.failures));
             }
         },
     },

@@ -1,4 +1,4 @@
-//! The latest measurement of a histogram that has a trace: leads from a figure to a request that it is made of.
+//! Exemplars of histograms: the latest measurement that belongs to a span, which leads from a metric to a trace.
 
 use std::{collections::HashMap, sync::Arc, time::SystemTime};
 
@@ -6,14 +6,15 @@ use opentelemetry::trace::SpanContext;
 use opentelemetry_proto::tonic::metrics::v1::{Exemplar, exemplar::Value};
 
 use super::nanoseconds;
+use crate::model::subject::Subject;
 
-/// Most series that have one at a time.
+/// Maximum number of series with an exemplar.
 const SERIES: usize = 4096;
 
-/// A metric's name in the catalog, a process, and what tells its series apart: a kind of work, or a thread.
+/// Name of a metric, process id, and kind of task or thread id.
 type Key = (&'static str, u32, Arc<str>);
 
-/// Exemplars since the last push.
+/// Exemplars since the last push of metrics.
 #[derive(Debug, Default)]
 pub(super) struct Exemplars(HashMap<Key, Exemplar>);
 
@@ -33,14 +34,17 @@ impl Exemplars {
         self.0.insert(key, exemplar);
     }
 
-    /// That of a series, by its labels.
-    pub(super) fn of(&self, metric: &'static str, labels: &[String]) -> Vec<Exemplar> {
-        let [pid, _, _, _, what, ..] = labels else { return Vec::new() };
-        let Ok(pid) = pid.parse() else { return Vec::new() };
-        self.0.get(&(metric, pid, what.as_str().into())).cloned().into_iter().collect()
+    /// The exemplar of a series of this metric and subject.
+    pub(super) fn of(&self, metric: &'static str, subject: Subject<'_>) -> Option<Exemplar> {
+        let (target, name) = match subject {
+            Subject::Reactor(target, reactor) => (target, reactor.tid.to_string().into()),
+            Subject::Task(target, deferred) => (target, deferred.task.as_str().into()),
+            _ => return None,
+        };
+        self.0.get(&(metric, target.pid, name)).cloned()
     }
 
-    /// They have been pushed.
+    /// Forgets all exemplars after a push.
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
@@ -51,6 +55,7 @@ mod tests {
     use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
 
     use super::*;
+    use crate::export::{live::testing::kind, otlp::testing::target};
 
     fn span(id: u64) -> SpanContext {
         SpanContext::new(TraceId::from(7), SpanId::from(id), TraceFlags::SAMPLED, false, TraceState::NONE)
@@ -62,22 +67,17 @@ mod tests {
         for (n, seconds) in [(1, 0.5), (2, 1.0)] {
             exemplars.add(("wait", 1, "mail".into()), &span(n), seconds, SystemTime::now());
         }
-        let labels = |pid: &str, task: &str| [pid, "app", "", "", task].map(str::to_owned);
-        let found = exemplars.of("wait", &labels("1", "mail"));
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[0].span_id, SpanId::from(2).to_bytes());
-        assert_eq!(found[0].value, Some(Value::AsDouble(1.0)));
-        for (metric, labels) in [
-            ("run", labels("1", "mail")),
-            ("wait", labels("2", "mail")),
-            ("wait", labels("1", "other")),
-            ("wait", labels("other", "other")),
-        ] {
-            assert!(exemplars.of(metric, &labels).is_empty());
-        }
-        assert!(exemplars.of("wait", &[]).is_empty());
+        let (target, other) = (target(1), target(2));
+        let [mail, unknown] = ["mail", "unknown"].map(|task| kind(task, 1));
+        let found = exemplars.of("wait", Subject::Task(&target, &mail)).unwrap();
+        assert_eq!(found.span_id, SpanId::from(2).to_bytes());
+        assert_eq!(found.value, Some(Value::AsDouble(1.0)));
+        assert_eq!(exemplars.of("run", Subject::Task(&target, &mail)), None);
+        assert_eq!(exemplars.of("wait", Subject::Task(&other, &mail)), None);
+        assert_eq!(exemplars.of("wait", Subject::Task(&target, &unknown)), None);
+        assert_eq!(exemplars.of("wait", Subject::Target(&target)), None);
         exemplars.clear();
-        assert!(exemplars.of("wait", &labels("1", "mail")).is_empty());
+        assert_eq!(exemplars.of("wait", Subject::Task(&target, &mail)), None);
     }
 
     #[test]

@@ -1,5 +1,4 @@
-//! A snapshot as OTLP metrics, straight from the metric catalog: the figures of a scrape, cumulative, with the true time
-//! since when they are counted.
+//! Encodes a snapshot as OTLP metrics: the samples of a scrape, cumulative, each with the time since when it is counted.
 
 use std::{collections::BTreeMap, time::SystemTime};
 
@@ -21,29 +20,29 @@ use prost::Message as _;
 
 use super::{exemplars::Exemplars, nanoseconds, resource::Resources, signal::Batch};
 use crate::{
-    export::series::{Distribution, Figure, Series, SeriesLimiter},
+    export::series::{Distribution, Sample, Series, SeriesLimiter},
     model::{
         family::{Family, Kind},
         snapshot::{Snapshot, Target},
-        subject::Subject,
+        subject::{Label, Labels, SubjectKind},
     },
     process::Process,
 };
 
-/// Most bytes of a request, but for a process that alone has more; collectors take 4 MiB.
+/// Maximum size of a request in bytes, unless the metrics of a single process are larger; collectors accept 4 MiB.
 const REQUEST: usize = 1 << 20;
 
-/// All figures of a snapshot as requests.
+/// Encodes all metrics of a snapshot as requests.
 pub(super) fn encode(
     snapshot: &Snapshot,
-    cap: &mut SeriesLimiter,
+    limiter: &mut SeriesLimiter,
     resources: &mut Resources,
     exemplars: &Exemplars,
 ) -> Vec<Batch<Bytes>> {
     let now = nanoseconds(SystemTime::now());
     let mut batches = Vec::new();
     let (mut request, mut bytes, mut items) = (MetricsRequest::default(), 0, 0);
-    for one in of_resources(snapshot, cap, resources, exemplars, now) {
+    for one in by_resource(snapshot, limiter, resources, exemplars, now) {
         let size = one.encoded_len();
         if bytes > 0 && bytes + size > REQUEST {
             batches.push(batch(&std::mem::take(&mut request), items));
@@ -61,7 +60,7 @@ fn batch(request: &MetricsRequest, items: u64) -> Batch<Bytes> {
     Batch { bytes: request.len(), request, items }
 }
 
-/// How many data points there are.
+/// Number of data points.
 fn points(resource: &ResourceMetrics) -> u64 {
     let metrics = resource.scope_metrics.iter().flat_map(|scope| &scope.metrics);
     let count = metrics.map(|metric| match &metric.data {
@@ -73,49 +72,57 @@ fn points(resource: &ResourceMetrics) -> u64 {
     count.sum::<usize>().try_into().unwrap_or(u64::MAX)
 }
 
-/// Figures by whose they are, observer's own first.
-fn of_resources(
+/// The metrics of one process, or of observer itself.
+#[derive(Default)]
+struct OfResource<'s> {
+    /// `None` for metrics of observer and for aggregated series.
+    target: Option<&'s Target>,
+    families: Vec<(&'static Family, Vec<Series<'s>>)>,
+}
+
+/// All metrics of a snapshot by resource, those of observer first.
+fn by_resource(
     snapshot: &Snapshot,
-    cap: &mut SeriesLimiter,
+    limiter: &mut SeriesLimiter,
     resources: &mut Resources,
     exemplars: &Exemplars,
     now: u64,
 ) -> Vec<ResourceMetrics> {
-    let mut by_pid = BTreeMap::<Option<u32>, Vec<(&Family, Vec<Series>)>>::new();
-    for (family, series) in cap.gather(snapshot) {
-        let mut of_family = BTreeMap::<Option<u32>, Vec<Series>>::new();
+    let mut by_pid = BTreeMap::<Option<u32>, OfResource<'_>>::new();
+    for (family, series) in limiter.gather(snapshot) {
+        let mut of_family = BTreeMap::<Option<u32>, Vec<Series<'_>>>::new();
         for series in series {
-            of_family.entry(pid(family, &series)).or_default().push(series);
+            let target = series.labels.subject.target();
+            let pid = target.map(|target| target.pid);
+            by_pid.entry(pid).or_default().target = target;
+            of_family.entry(pid).or_default().push(series);
         }
         for (pid, series) in of_family {
-            by_pid.entry(pid).or_default().push((family, series));
+            by_pid.entry(pid).or_default().families.push((family, series));
         }
     }
-    // What those did that are gone may be told yet.
+    // Spans of a process that has exited may still follow while it is in the snapshot.
     resources.keep(|pid| snapshot.targets.iter().any(|target| target.pid == pid));
-    let mut all = Vec::new();
-    for (pid, families) in by_pid {
-        let target =
-            pid.and_then(|pid| snapshot.targets.iter().rfind(|target| target.pid == pid && !target.exited));
-        let (resource, start) = match target {
+    by_pid.into_values().map(|metrics| metrics.encode(resources, exemplars, now)).collect()
+}
+
+impl OfResource<'_> {
+    fn encode(self, resources: &mut Resources, exemplars: &Exemplars, now: u64) -> ResourceMetrics {
+        let (resource, start) = match self.target {
             Some(target) => resources.of(&process(target)),
             None => (resources.own(), resources.started()),
         };
-        let whose = Whose { is_in_resource: target.is_some(), start, now, exemplars };
-        let metrics = families.into_iter().map(|(family, series)| whose.metric(family, series)).collect();
+        let points = Points { start, now, exemplars };
+        let metrics = self.families.into_iter().map(|(family, series)| points.metric(family, series));
         let scope = InstrumentationScope {
             name: "observer".into(),
             version: env!("CARGO_PKG_VERSION").into(),
             ..InstrumentationScope::default()
         };
-        let scope_metrics = vec![ScopeMetrics { scope: Some(scope), metrics, ..ScopeMetrics::default() }];
-        all.push(ResourceMetrics {
-            resource: Some(message(&resource)),
-            scope_metrics,
-            ..ResourceMetrics::default()
-        });
+        let scope_metrics =
+            vec![ScopeMetrics { scope: Some(scope), metrics: metrics.collect(), ..ScopeMetrics::default() }];
+        ResourceMetrics { resource: Some(message(&resource)), scope_metrics, ..ResourceMetrics::default() }
     }
-    all
 }
 
 fn message(resource: &Resource) -> resource::v1::Resource {
@@ -123,31 +130,24 @@ fn message(resource: &Resource) -> resource::v1::Resource {
     resource::v1::Resource { attributes, ..resource::v1::Resource::default() }
 }
 
-/// Which process a series is of; `None` if it is observer's own or that of several told together.
-fn pid(family: &Family, series: &Series) -> Option<u32> {
-    let has_pid = family.labels.first() == Some(&"pid");
-    has_pid.then(|| series.labels[0].parse().ok()).flatten()
-}
-
 fn process(target: &Target) -> Process {
     let Target { pid, comm, exe, place, .. } = target;
     Process { pid: *pid, comm: comm.clone(), exe: exe.clone(), place: place.clone() }
 }
 
-/// What all data points of a resource have in common.
-struct Whose<'e> {
-    /// Whether the resource tells which process it is.
-    is_in_resource: bool,
+/// Makes the data points of one resource.
+struct Points<'e> {
+    /// Since when counters and histograms are counted, in nanoseconds since 1970.
     start: u64,
     now: u64,
     exemplars: &'e Exemplars,
 }
 
-impl Whose<'_> {
-    fn metric(&self, family: &Family, series: Vec<Series>) -> Metric {
+impl Points<'_> {
+    fn metric(&self, family: &Family, series: Vec<Series<'_>>) -> Metric {
         let data = match family.kind {
             Kind::Gauge(_) => {
-                // What goes up and down has not been counted since any time.
+                // A gauge has no start.
                 let data_points = self.numbers(family, series, 0);
                 Data::Gauge(Gauge { data_points })
             }
@@ -170,11 +170,11 @@ impl Whose<'_> {
         }
     }
 
-    fn numbers(&self, family: &Family, series: Vec<Series>, start: u64) -> Vec<NumberDataPoint> {
+    fn numbers(&self, family: &Family, series: Vec<Series<'_>>, start: u64) -> Vec<NumberDataPoint> {
         let points = series.into_iter().filter_map(|series| {
-            let Figure::Number(number) = series.figure else { return None };
+            let Sample::Number(number) = series.sample else { return None };
             Some(NumberDataPoint {
-                attributes: self.attributes(family, series.labels),
+                attributes: attributes(series.labels),
                 start_time_unix_nano: start,
                 time_unix_nano: self.now,
                 value: Some(value(family, number)),
@@ -184,12 +184,12 @@ impl Whose<'_> {
         points.collect()
     }
 
-    fn histograms(&self, family: &Family, series: Vec<Series>) -> Vec<HistogramDataPoint> {
+    fn histograms(&self, family: &Family, series: Vec<Series<'_>>) -> Vec<HistogramDataPoint> {
         let points = series.into_iter().filter_map(|series| {
-            let Figure::Distribution(distribution) = series.figure else { return None };
+            let Sample::Distribution(distribution) = series.sample else { return None };
             Some(HistogramDataPoint {
-                exemplars: self.exemplars.of(family.name, &series.labels),
-                attributes: self.attributes(family, series.labels),
+                exemplars: self.exemplars.of(family.name, series.labels.subject).into_iter().collect(),
+                attributes: attributes(series.labels),
                 start_time_unix_nano: self.start,
                 time_unix_nano: self.now,
                 count: distribution.count,
@@ -201,38 +201,37 @@ impl Whose<'_> {
         });
         points.collect()
     }
-
-    /// Labels, but for those that the resource tells. A name that may change is told with what always is 1 alone.
-    fn attributes(&self, family: &Family, labels: Vec<String>) -> Vec<KeyValue> {
-        let labels = family.labels.iter().zip(labels).filter(|(name, _)| match **name {
-            "pid" | "container" | "pod" | "exe" | "namespace" | "container_name" | "pod_uid" | "unit" => {
-                !self.is_in_resource
-            }
-            "comm" => !self.is_in_resource || family.subject() == Subject::Program,
-            _ => true,
-        });
-        labels
-            .map(|(name, value)| match (*name, value.parse()) {
-                ("tid", Ok(tid)) => attribute("thread.id", Value::IntValue(tid)),
-                ("tid", Err(_)) => attribute("thread.id", Value::StringValue(value)),
-                ("reactor", _) => attribute("thread.name", Value::StringValue(value)),
-                _ => attribute(name, Value::StringValue(value)),
-            })
-            .collect()
-    }
 }
 
-fn attribute(key: &str, value: Value) -> KeyValue {
+/// The labels of a series, without those that its resource has. The name of a process may change, so it is not in the
+/// resource; it is only added to the metric whose value is always 1.
+fn attributes(labels: Labels<'_>) -> Vec<KeyValue> {
+    let is_in_resource = labels.subject.target().is_some();
+    let kind = labels.subject.kind();
+    let is_added = |name: &str| {
+        let is_name = name == "comm" && kind == SubjectKind::Program;
+        !is_in_resource || is_name || !SubjectKind::Program.labels().contains(&name)
+    };
+    labels.all().filter(|(name, _)| is_added(name)).map(attribute).collect()
+}
+
+fn attribute((name, value): Label<'_>) -> KeyValue {
+    let (key, value) = match (name, value.parse()) {
+        ("tid", Ok(tid)) => ("thread.id", Value::IntValue(tid)),
+        ("tid", Err(_)) => ("thread.id", Value::StringValue(value.into_owned())),
+        ("reactor", _) => ("thread.name", Value::StringValue(value.into_owned())),
+        _ => (name, Value::StringValue(value.into_owned())),
+    };
     KeyValue { key: key.into(), value: Some(AnyValue { value: Some(value) }), ..KeyValue::default() }
 }
 
-/// What is counted is a whole number.
-#[expect(clippy::cast_possible_truncation, reason = "counts come as floats, whole ones")]
+/// The value of a number. Counts of things are integers.
+#[expect(clippy::cast_possible_truncation, reason = "counts are integers that were converted to floats")]
 fn value(family: &Family, number: f64) -> Number {
     if family.unit.starts_with('{') { Number::AsInt(number as i64) } else { Number::AsDouble(number) }
 }
 
-/// How many are between each bound and the one before, and how many beyond the last.
+/// Number of values between each bound and the one before, and above the last.
 fn counts(distribution: &Distribution) -> Vec<u64> {
     let mut below = 0;
     let cumulative = distribution.buckets.iter().map(|(_, count)| *count).chain([distribution.count]);
@@ -252,16 +251,16 @@ mod tests {
     }
 
     #[test]
-    fn buckets_count_by_themselves() {
+    fn buckets_are_not_cumulative() {
         let distribution = Distribution { count: 9, sum: 1.0, buckets: vec![(1.0, 2), (2.0, 2), (4.0, 7)] };
         assert_eq!(counts(&distribution), [2, 0, 5, 2]);
         assert_eq!(counts(&Distribution::default()), [0]);
     }
 
     #[test]
-    fn each_process_has_a_resource_and_observer_another() {
+    fn each_process_and_observer_have_a_resource() {
         let snapshot = snapshot(vec![target(7), target(8)]);
-        let all = of_resources(
+        let all = by_resource(
             &snapshot,
             &mut SeriesLimiter::at(Resolution::LOWEST),
             &mut resources(),
@@ -289,10 +288,12 @@ mod tests {
     }
 
     #[test]
-    fn large_snapshots_are_sent_in_parts() {
-        // Those beyond the cap have no resource of their own.
+    fn large_snapshots_become_several_requests() {
+        // Aggregated series have no resource of a process.
         let mut snapshot = snapshot(
-            (1..=crate::export::series::SHOWN).map(|pid| target(u32::try_from(pid).unwrap())).collect(),
+            (1..=crate::export::series::MAX_SUBJECTS)
+                .map(|pid| target(u32::try_from(pid).unwrap()))
+                .collect(),
         );
         for target in &mut snapshot.targets {
             target.exe = "/x".repeat(8 << 10);

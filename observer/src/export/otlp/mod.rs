@@ -50,7 +50,7 @@ use crate::{
     process::Process,
 };
 
-/// How long the end of an observation may wait for what is not delivered yet.
+/// How long the end of an observation waits until everything is delivered.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A collector and the connections to it. They are made before anything is attached, because a mistake in their settings is the
@@ -73,35 +73,39 @@ impl Collector {
     }
 }
 
-/// A push that goes on until it is finished.
+/// Pushes both signals until it is finished.
 pub(crate) struct Push {
     metrics: Option<Pipeline<MetricsClient>>,
     traces: Option<Pipeline<SpanClient>>,
-    cap: Arc<Mutex<SeriesLimiter>>,
+    limiter: Arc<Mutex<SeriesLimiter>>,
     tracer: Tracer,
     exemplars: Exemplars,
     resources: Resources,
 }
 
-/// How one signal is sent, and when.
+/// The queue of one signal, and when it is pushed.
 struct Pipeline<C: Client> {
     queue: Queue<C>,
     due: Interval,
     stats: Arc<ExportStats>,
 }
 
-/// What is to be pushed.
+/// Which signal is due.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Due {
-    /// Figures.
+    /// Metrics.
     Metrics,
-    /// What has happened since the last time.
+    /// Spans of the events since the last push.
     Traces,
 }
 
 impl Push {
-    /// Metrics are due at once and then at each interval, and so are traces. Series begin when observer attached.
-    pub(crate) fn start(collector: Collector, attached: SystemTime, cap: Arc<Mutex<SeriesLimiter>>) -> Self {
+    /// Both signals are due at once and then at each interval. Counters start when observer attached.
+    pub(crate) fn start(
+        collector: Collector,
+        attached: SystemTime,
+        limiter: Arc<Mutex<SeriesLimiter>>,
+    ) -> Self {
         let Collector { settings, metrics, traces } = collector;
         Self {
             metrics: metrics.map(|(endpoint, connection)| {
@@ -110,25 +114,25 @@ impl Push {
             traces: traces.map(|(endpoint, connection)| {
                 Pipeline::start(settings.delay, |stats| SpanClient::new(endpoint, connection, stats))
             }),
-            cap,
+            limiter,
             tracer: Tracer::default(),
             exemplars: Exemplars::default(),
             resources: Resources::new(&settings, attached),
         }
     }
 
-    /// What becomes of what is pushed, by signal.
+    /// The export statistics of each signal.
     pub(crate) fn export_stats(&self) -> impl Iterator<Item = Arc<ExportStats>> {
         let metrics = self.metrics.as_ref().map(|pipeline| Arc::clone(&pipeline.stats));
         metrics.into_iter().chain(self.trace_stats())
     }
 
-    /// The same of traces; `None` if none are pushed.
+    /// The export statistics of traces; `None` if traces are not pushed.
     pub(crate) fn trace_stats(&self) -> Option<Arc<ExportStats>> {
         self.traces.as_ref().map(|pipeline| Arc::clone(&pipeline.stats))
     }
 
-    /// Returns when something is due.
+    /// Waits until a signal is due.
     pub(crate) async fn due(&mut self) -> Due {
         select! {
             () = due(&mut self.metrics) => Due::Metrics,
@@ -136,18 +140,17 @@ impl Push {
         }
     }
 
-    /// Queues all samples of a snapshot for delivery.
+    /// Queues all samples of a snapshot.
     pub(crate) fn push_metrics(&mut self, snapshot: &Snapshot) {
         let Some(pipeline) = &self.metrics else { return };
-        let mut cap = self.cap.lock().unwrap_or_else(PoisonError::into_inner);
-        for batch in metrics::encode(snapshot, &mut cap, &mut self.resources, &self.exemplars) {
+        let mut limiter = self.limiter.lock().unwrap_or_else(PoisonError::into_inner);
+        for batch in metrics::encode(snapshot, &mut limiter, &mut self.resources, &self.exemplars) {
             pipeline.queue.push(batch);
         }
         self.exemplars.clear();
     }
 
-    /// Queues spans of what has happened since the last time. `live` are the processes under observation, `known` finds those
-    /// that are gone as well.
+    /// Queues the spans of events. `live` are the processes under observation; `known` also finds processes that have exited.
     pub(crate) fn push_traces<'p>(
         &mut self,
         events: VecDeque<Event>,
@@ -156,7 +159,7 @@ impl Push {
         are_last: bool,
     ) {
         let Some(pipeline) = &self.traces else { return };
-        // Asked while it is there, a process that is gone later is still known.
+        // Reads the resource while the process is running: it is needed after the exit as well.
         for process in live {
             self.resources.of(process);
         }
@@ -170,7 +173,7 @@ impl Push {
         }
     }
 
-    /// Delivers what is left, for a limited time, or until there is a hurry.
+    /// Delivers what is queued, for [`SHUTDOWN_TIMEOUT`] at most or until `hurry` is ready.
     pub(crate) async fn finish(self, hurry: impl Future<Output = ()>) {
         let Self { mut metrics, mut traces, .. } = self;
         let end = Instant::now() + SHUTDOWN_TIMEOUT;

@@ -10,6 +10,10 @@ mod finding;
 mod heap;
 mod setting;
 
+// Files and memory of processes, and what depends on the architecture.
+mod binary;
+mod arch;
+
 // The data model.
 mod model;
 

@@ -8,14 +8,17 @@ use object::elf::{PF_R, PF_X, PT_LOAD};
 use observer_common::deferred::register;
 
 use super::input::{choice, file, number};
-use crate::stacks::{
-    code::PointerChain,
-    elf::{Elf, matches_pattern},
-    instructions,
-    mappings::Mappings,
-    memory::StackCopy,
-    symbols::{self, Symbols},
-    unwind::{DEPTH_MAX, Registers, Unwinder},
+use crate::{
+    arch::{accessor::PointerChain, instructions, registers::Registers},
+    binary::{
+        elf::{Elf, matches_pattern},
+        mappings::Mappings,
+        memory::StackCopy,
+    },
+    stacks::{
+        symbols::{self, Symbols},
+        unwind::{DEPTH_MAX, Unwinder},
+    },
 };
 
 /// Symbols that profiles use, and a name that no symbol has.

@@ -2,9 +2,9 @@
 
 use super::input::{choice, file, number};
 use crate::{
+    binary::memory::ProcessMemory,
     model::frame::Frame,
     stacks::{
-        memory::ProcessMemory,
         python::{self, Python},
         ruby::{self, Ruby},
         unwind::DEPTH_MAX,

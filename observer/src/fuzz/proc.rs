@@ -11,10 +11,13 @@ use procfs::{
 
 use super::{files::names, input::choice};
 use crate::{
+    binary::mappings::{Mappings, module_name},
     kernel::tracefs,
-    process::wait_call::WaitCall,
-    process::{container, criteria, drops, identity, pod, wait_call},
-    stacks::{interpreter::innermost_id, mappings::Mappings, mappings::module_name, reader},
+    process::{
+        container, criteria, drops, identity, pod,
+        wait_call::{self, WaitCall},
+    },
+    stacks::{interpreter::innermost_id, reader},
 };
 
 /// A letter that selects the parser, followed by the text.

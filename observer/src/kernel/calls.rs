@@ -3,6 +3,8 @@
 use observer_common::block::{CALLS, SyscallClass};
 use syscalls::Sysno;
 
+use crate::arch::syscalls::LEGACY_CLASSES;
+
 /// Classes of system calls; those not listed are [`SyscallClass::Other`].
 const CLASSES: &[(SyscallClass, &[Sysno])] = &[
     (SyscallClass::Futex, &[Sysno::futex]),
@@ -87,36 +89,6 @@ const CLASSES: &[(SyscallClass, &[Sysno])] = &[
     (SyscallClass::Poll, &[Sysno::ppoll]),
     (SyscallClass::Select, &[Sysno::pselect6]),
 ];
-
-/// Legacy system calls, which newer architectures lack.
-#[cfg(target_arch = "x86_64")]
-const LEGACY_CLASSES: &[(SyscallClass, &[Sysno])] = &[
-    (SyscallClass::Sleep, &[Sysno::pause]),
-    (
-        SyscallClass::Disk,
-        &[
-            Sysno::open,
-            Sysno::creat,
-            Sysno::stat,
-            Sysno::lstat,
-            Sysno::access,
-            Sysno::readlink,
-            Sysno::getdents,
-            Sysno::mkdir,
-            Sysno::rmdir,
-            Sysno::unlink,
-            Sysno::rename,
-            Sysno::link,
-            Sysno::symlink,
-            Sysno::chmod,
-            Sysno::chown,
-        ],
-    ),
-    (SyscallClass::Poll, &[Sysno::poll]),
-    (SyscallClass::Select, &[Sysno::select]),
-];
-#[cfg(not(target_arch = "x86_64"))]
-const LEGACY_CLASSES: &[(SyscallClass, &[Sysno])] = &[];
 
 /// The [`SyscallClass`] of each system call, indexed by number, for the programs.
 pub(crate) fn syscall_classes() -> [u8; CALLS] {

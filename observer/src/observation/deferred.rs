@@ -18,6 +18,7 @@ use observer_common::{
 use super::links::Links;
 
 use crate::{
+    binary::mappings::Mappings,
     kernel::{clock, detach},
     model::{
         deferred::{Deferred, HookCounters},
@@ -36,7 +37,7 @@ use crate::{
         entries::{entries, insert_new},
         maps::Maps,
     },
-    stacks::{mappings::Mappings, naming::Naming, task_names::TaskNames},
+    stacks::{naming::Naming, task_names::TaskNames},
 };
 
 /// How many refreshes look for the runtimes and trace contexts of a process: its dynamic loader may not be done at

@@ -23,6 +23,7 @@ use super::{
     probe::{Events, Hook, Probe, When},
 };
 use crate::{
+    binary::mappings::FileId,
     kernel::{
         clock,
         uprobe::{self, Site, Uprobe},
@@ -33,7 +34,6 @@ use crate::{
     },
     process::hooks::Found,
     read::maps::Maps,
-    stacks::mappings::FileId,
 };
 
 const PROGRAM: &str = "deferred";

@@ -15,6 +15,10 @@ use super::{
     probe::{Events, Hook, Probe, When},
 };
 use crate::{
+    binary::{
+        mappings::Mappings,
+        memory::{Memory as _, ProcessMemory},
+    },
     kernel::{
         detach,
         uprobe::{self, Site, Uprobe},
@@ -28,10 +32,6 @@ use crate::{
         runtime::{Probes, Runtimes, Watch},
     },
     read::{entries::insert_new, maps::Maps},
-    stacks::{
-        mappings::Mappings,
-        memory::{Memory as _, ProcessMemory},
-    },
 };
 
 pub(super) const PROBE: Probe = Probe {

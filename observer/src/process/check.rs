@@ -14,8 +14,9 @@ use super::{
     runtime::{Runtime, Runtimes},
 };
 use crate::{
+    binary::{mappings::Mappings, memory::ProcessMemory},
     finding::CheckResult,
-    stacks::{interpreter::Interpreter, mappings::Mappings, memory::ProcessMemory},
+    stacks::interpreter::Interpreter,
 };
 
 /// `e_ident[EI_CLASS]` of a 64-bit ELF file.

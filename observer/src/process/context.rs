@@ -5,11 +5,13 @@ use std::{fs, os::unix::fs::MetadataExt as _};
 
 use observer_common::deferred::ThreadLocal;
 
-use crate::stacks::{
-    elf::Elf,
-    mappings::{Mappings, module_name},
-    memory::{Memory as _, ProcessMemory},
-    variable::{Slot, TlsVariable},
+use crate::{
+    arch::tls::{Slot, TlsVariable},
+    binary::{
+        elf::Elf,
+        mappings::{Mappings, module_name},
+        memory::{Memory as _, ProcessMemory},
+    },
 };
 
 /// The thread-local variable: a pointer to the thread's published context.

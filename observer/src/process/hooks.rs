@@ -14,13 +14,13 @@ use procfs::process::MemoryMap;
 
 use super::runtime::Runtime;
 use crate::{
-    profiles::{At, Case, Hook, Hop, Operand, Site as HookSite, Steps, Table, Test, VersionKind},
-    stacks::{
+    arch::instructions,
+    binary::{
         image::Image,
-        instructions,
         mappings::{FileId, Mappings, file_id, module_name},
         memory::{Memory as _, ProcessMemory},
     },
+    profiles::{At, Case, Hook, Hop, Operand, Site as HookSite, Steps, Table, Test, VersionKind},
 };
 
 /// Maximum number of attach points of one hook.

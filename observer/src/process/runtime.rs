@@ -6,16 +6,15 @@ use observer_common::gc::{PARTS, Totals as TotalsAddresses};
 use procfs::process::MemoryMap;
 
 use crate::{
-    kernel::uprobe::Site,
-    profiles::{Collector, Functions, Profile, Totals, Usdt},
-    stacks::{
-        code::PointerChain,
+    arch::{accessor::PointerChain, instructions},
+    binary::{
         elf::Elf,
         image::Image,
-        instructions,
         mappings::{FileId, Mappings, Version, file_id, module_name},
         memory::ProcessMemory,
     },
+    kernel::uprobe::Site,
+    profiles::{Collector, Functions, Profile, Totals, Usdt},
 };
 
 /// Maximum number of files whose result is cached, so that each file is read once for all processes.

@@ -7,6 +7,8 @@ use clap::ValueEnum;
 use nix::libc;
 use observer_common::reactor::Kind;
 
+use crate::arch::syscalls::newer;
+
 /// A family of system calls that event loops wait in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WaitCall {
@@ -77,21 +79,15 @@ pub(crate) fn parse(
         words.map_while(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok()).collect();
     let [first, second, third, fourth, ..] = arguments[..] else { return None };
     // The programs apply the same rules, see `observer-ebpf/src/probes/reactor`.
-    let (calls, wait) = match number {
+    let (calls, wait) = match newer(number) {
         libc::SYS_accept | libc::SYS_accept4 => return Some(Call::Accept { fd: int(first) }),
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_epoll_wait => (WaitCall::Epoll, Some((Kind::Epoll, int(first)))),
         libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 => (WaitCall::Epoll, Some((Kind::Epoll, int(first)))),
         libc::SYS_io_uring_enter => {
             // Arguments: fd, to_submit, min_complete, flags. Bit 0 is IORING_ENTER_GETEVENTS.
             let waits = int(third) > 0 && int(fourth) & 1 != 0;
             (WaitCall::IoUring, waits.then_some((Kind::IoUring, int(first))))
         }
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_poll => (WaitCall::Poll, poll_set(first, int(second), memory)),
         libc::SYS_ppoll => (WaitCall::Poll, poll_set(first, int(second), memory)),
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_select => (WaitCall::Select, select_set(int(first), [second, third, fourth], memory)),
         libc::SYS_pselect6 => (WaitCall::Select, select_set(int(first), [second, third, fourth], memory)),
         _ => return None,
     };

@@ -6,7 +6,7 @@ use procfs::process::MemoryMap;
 use serde::Deserialize;
 
 use super::hook::{Hook, Names};
-use crate::stacks::mappings::module_name;
+use crate::binary::mappings::module_name;
 
 /// The profile of a runtime, as written in a TOML file.
 #[derive(Debug, Deserialize)]

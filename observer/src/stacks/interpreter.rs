@@ -6,14 +6,14 @@ use anyhow::{Result, anyhow, bail};
 use procfs::process::MemoryMap;
 
 use super::{
-    elf::Elf,
-    mappings::Mappings,
-    memory::ProcessMemory,
     naming::Naming,
     python::{self, Python},
     ruby::{self, Ruby},
 };
-use crate::model::frame::Frame;
+use crate::{
+    binary::{elf::Elf, mappings::Mappings, memory::ProcessMemory},
+    model::frame::Frame,
+};
 
 /// An interpreter in a process. It belongs to the program that the process ran when it was detected: after an `exec`
 /// every read fails, and the interpreter has to be detected again.
@@ -127,7 +127,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::stacks::testing::{Program, find, is_asleep, source, threads, wait_for};
+    use crate::binary::testing::{Program, find, is_asleep, source, threads, wait_for};
 
     /// Nested functions that sleep or spin, in the main thread, another thread or a forked process.
     const PYTHON: &str = "import os, sys, threading, time

@@ -10,10 +10,8 @@ use std::{
 
 use nix::fcntl::OFlag;
 
-use super::{
-    interpreter::innermost_id,
-    mappings::{inside, open_in_root},
-};
+use super::interpreter::innermost_id;
+use crate::binary::mappings::{inside, open_in_root};
 
 /// How much of a map is read, in bytes: ten times the map of a big program.
 const SIZE_MAX: u64 = 64 << 20;

@@ -4,11 +4,13 @@
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    memory::{ProcessMemory, checked_length, text, u32_in, word_in},
     raw_frames::{self, RawFrame},
     unwind::DEPTH_MAX,
 };
-use crate::model::frame::Frame;
+use crate::{
+    binary::memory::{ProcessMemory, checked_length, text, u32_in, word_in},
+    model::frame::Frame,
+};
 
 /// Maximum number of interpreters, and of threads of all interpreters together, that are searched.
 const LIST_MAX: usize = 4096;

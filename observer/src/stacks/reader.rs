@@ -9,15 +9,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{
-    interpreter::Interpreter,
-    mappings::Mappings,
-    memory::ProcessMemory,
-    sampler::Sampler,
-    symbols::Symbols,
-    unwind::{Registers, Unwinder},
-};
+use super::{interpreter::Interpreter, sampler::Sampler, symbols::Symbols, unwind::Unwinder};
 use crate::{
+    arch::registers::Registers,
+    binary::{mappings::Mappings, memory::ProcessMemory},
     model::frame::{Frame, StackSample},
     read::reactors::InSlice,
 };

@@ -4,12 +4,16 @@
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    elf::Elf,
-    memory::{Memory as _, ProcessMemory, checked_length, text, word_in},
     raw_frames::{self, RawFrame},
     unwind::DEPTH_MAX,
 };
-use crate::model::frame::Frame;
+use crate::{
+    binary::{
+        elf::Elf,
+        memory::{Memory as _, ProcessMemory, checked_length, text, word_in},
+    },
+    model::frame::Frame,
+};
 
 /// Maximum number of ractors, and of threads of all ractors together, that are searched.
 const LIST_MAX: usize = 4096;

@@ -9,19 +9,15 @@ use perf_event::{
     events::Software,
 };
 
-use super::{memory::StackCopy, unwind::Registers};
+use crate::{
+    arch::registers::{Registers, SAMPLED},
+    binary::memory::StackCopy,
+};
 
 /// How much of the stack each sample copies, in bytes.
 const STACK_SIZE: u32 = 32 * 1024;
 /// Size of the ring buffer, in bytes: it holds three of the largest samples.
 const BUFFER_SIZE: usize = 128 * 1024;
-
-/// Registers in each sample, by their `PERF_REG_*` numbers in ascending order, which is their order in a sample: on
-/// x86-64 `bp`, `sp` and `ip`, on aarch64 `x29`, `lr`, `sp` and `pc`.
-#[cfg(target_arch = "x86_64")]
-const REGISTERS: [u32; 3] = [6, 7, 8];
-#[cfg(target_arch = "aarch64")]
-const REGISTERS: [u32; 4] = [29, 30, 31, 32];
 
 /// First value of a call chain that is no address but a context marker (`PERF_CONTEXT_*`), which says whether the next
 /// addresses are the kernel's or the user's.
@@ -34,7 +30,7 @@ impl Sampler {
     /// Samples a thread each time it has run on a CPU for `period`.
     pub(super) fn of(tid: u32, period: Duration) -> io::Result<Self> {
         let period = u64::try_from(period.as_nanos()).map_err(io::Error::other)?;
-        let mask = REGISTERS.iter().fold(0, |mask, register| mask | 1 << register);
+        let mask = SAMPLED.iter().fold(0, |mask, register| mask | 1 << register);
         let counter = Builder::new(Software::CPU_CLOCK)
             .observe_pid(i32::try_from(tid).map_err(io::Error::other)?)
             .any_cpu()
@@ -70,17 +66,7 @@ fn decode<T>(
     sample: &Sample<'_>,
     visit: &mut impl FnMut(Registers, &StackCopy<'_>, &[u64]) -> T,
 ) -> Option<T> {
-    let registers = &sample.regs_user()?.regs;
-    #[cfg(target_arch = "x86_64")]
-    let registers = match registers[..] {
-        [bp, sp, ip] => Registers { ip, sp, bp },
-        _ => return None,
-    };
-    #[cfg(target_arch = "aarch64")]
-    let registers = match registers[..] {
-        [bp, lr, sp, ip] => Registers { ip, sp, bp, lr },
-        _ => return None,
-    };
+    let registers = Registers::of_sample(&sample.regs_user()?.regs)?;
     let is_address = |address: &u64| *address < CONTEXT_MARKERS;
     let kernel: Vec<u64> = sample.callchain()?.iter().copied().filter(is_address).collect();
     Some(visit(registers, &StackCopy { start: registers.sp, bytes: sample.stack_user()? }, &kernel))

@@ -15,13 +15,15 @@ use blazesym::{
 };
 use procfs::process::{MMapPath, MemoryMap};
 
-use super::{
-    elf::Elf,
-    mappings::{FileId, Mappings, Version, file_id, module_name, open_of_process},
-    perf_map,
-    untrusted_elf::is_safe,
+use super::perf_map;
+use crate::{
+    binary::{
+        elf::Elf,
+        mappings::{FileId, Mappings, Version, file_id, module_name, open_of_process},
+        untrusted_elf::is_safe,
+    },
+    model::frame::Frame,
 };
-use crate::model::frame::Frame;
 
 /// Maximum number of cached addresses, in each of the two caches. Each takes some hundred bytes.
 const CACHE_MAX: usize = 4096;

@@ -4,12 +4,10 @@ use std::collections::{HashMap, hash_map::Entry};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{
-    interpreter::Interpreter,
+use super::{interpreter::Interpreter, naming::Naming, symbols::Symbols};
+use crate::binary::{
     mappings::Mappings,
     memory::{Memory as _, ProcessMemory},
-    naming::Naming,
-    symbols::Symbols,
 };
 
 /// Resolves names of kinds.

@@ -9,15 +9,13 @@ use anyhow::{Context as _, Result};
 use framehop::{FrameAddress, Module, ModuleSectionInfo, Unwinder as _};
 use procfs::process::{MMapPath, MemoryMap};
 
-#[cfg(target_arch = "aarch64")]
-use framehop::aarch64::{CacheAarch64 as Rules, UnwindRegsAarch64, UnwinderAarch64 as Framehop};
-#[cfg(target_arch = "x86_64")]
-use framehop::x86_64::{CacheX86_64 as Rules, UnwindRegsX86_64, UnwinderX86_64 as Framehop};
-
-use super::{
-    elf::{Bytes, Elf},
-    mappings::{FileId, Mappings, file_id},
-    memory::{Memory, ProcessMemory},
+use crate::{
+    arch::registers::{Registers, Rules, Unwinder as Framehop},
+    binary::{
+        elf::{Bytes, Elf},
+        mappings::{FileId, Mappings, file_id},
+        memory::{Memory, ProcessMemory},
+    },
 };
 
 /// Maximum number of frames of a stack.
@@ -26,20 +24,6 @@ pub(crate) const DEPTH_MAX: usize = 128;
 /// Maximum number of modules whose unwind tables stay mapped. They take address space, and memory only where they are
 /// read.
 const MODULES_MAX: usize = 256;
-
-/// User registers of a thread at one moment.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Registers {
-    /// Instruction pointer.
-    pub(crate) ip: u64,
-    /// Stack pointer.
-    pub(crate) sp: u64,
-    /// Frame pointer.
-    pub(crate) bp: u64,
-    /// Link register.
-    #[cfg(target_arch = "aarch64")]
-    pub(crate) lr: u64,
-}
 
 /// A native stack.
 #[derive(Clone, Debug)]
@@ -75,7 +59,7 @@ impl Unwinder {
         let mut rules = Rules::<_>::new();
         let mut read = |address| memory.word(address).ok_or(());
         let mut added = Vec::new();
-        let mut state = registers.state();
+        let mut state = registers.unwind_state();
         let mut at = FrameAddress::from_instruction_pointer(registers.ip);
         loop {
             let address = at.address_for_lookup();
@@ -130,18 +114,6 @@ impl Unwinder {
     }
 }
 
-impl Registers {
-    #[cfg(target_arch = "x86_64")]
-    fn state(self) -> UnwindRegsX86_64 {
-        UnwindRegsX86_64::new(self.ip, self.sp, self.bp)
-    }
-
-    #[cfg(target_arch = "aarch64")]
-    fn state(self) -> UnwindRegsAarch64 {
-        UnwindRegsAarch64::new(self.lr, self.sp, self.bp)
-    }
-}
-
 /// Loads the unwind tables of a mapped file.
 fn load(map: &MemoryMap, mappings: &Mappings) -> Result<Module<Bytes>> {
     let elf = match map.pathname {
@@ -186,10 +158,12 @@ mod tests {
     use std::{process::Command, time::Instant};
 
     use super::*;
-    use crate::stacks::{
-        memory::StackCopy,
-        symbols::Symbols,
-        testing::{Program, find, is_asleep, registers, source, wait_for, while_stopped},
+    use crate::{
+        binary::{
+            memory::StackCopy,
+            testing::{Program, find, is_asleep, registers, source, wait_for, while_stopped},
+        },
+        stacks::symbols::Symbols,
     };
 
     /// Three nested functions; the innermost sleeps (0), does arithmetic (1), or reads the clock through the vDSO (2).

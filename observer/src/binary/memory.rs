@@ -31,14 +31,14 @@ impl ProcessMemory {
     }
 
     /// Reads bytes. `what` names them in the error.
-    pub(super) fn bytes(&self, address: u64, length: usize, what: &str) -> Result<Vec<u8>> {
+    pub(crate) fn bytes(&self, address: u64, length: usize, what: &str) -> Result<Vec<u8>> {
         let mut bytes = vec![0; length];
         self.read(address, &mut bytes).with_context(|| format!("cannot read {what} at {address:#x}"))?;
         Ok(bytes)
     }
 
     /// Reads the word at an offset in an object. `what` names it in the error.
-    pub(super) fn field(&self, object: u64, offset: u64, what: &str) -> Result<u64> {
+    pub(crate) fn field(&self, object: u64, offset: u64, what: &str) -> Result<u64> {
         let word = object.checked_add(offset).and_then(|address| self.word(address));
         word.with_context(|| format!("cannot read {what} at {object:#x}+{offset:#x}"))
     }
@@ -92,26 +92,26 @@ impl Memory for StackCopy<'_> {
 }
 
 /// Decodes text. Fails if it is not UTF-8 or has control characters.
-pub(super) fn text(bytes: Vec<u8>, what: &str) -> Result<String> {
+pub(crate) fn text(bytes: Vec<u8>, what: &str) -> Result<String> {
     let text = String::from_utf8(bytes).with_context(|| format!("{what} is not UTF-8"))?;
     ensure!(!text.chars().any(char::is_control), "{what} has control characters: {text:?}");
     Ok(text)
 }
 
 /// Checks the length of a string, in characters, as it was read from a process.
-pub(super) fn checked_length(length: u64, what: &str) -> Result<usize> {
+pub(crate) fn checked_length(length: u64, what: &str) -> Result<usize> {
     let checked = usize::try_from(length).ok().filter(|&length| length <= STRING_MAX);
     checked.with_context(|| format!("implausible length of {what}: {length}"))
 }
 
 /// Decodes the 8 bytes at an offset of a structure that has been read as a whole.
-pub(super) fn word_in(bytes: &[u8], offset: u64) -> Option<u64> {
+pub(crate) fn word_in(bytes: &[u8], offset: u64) -> Option<u64> {
     let start = usize::try_from(offset).ok()?;
     Some(u64::from_le_bytes(bytes.get(start..start.checked_add(8)?)?.try_into().ok()?))
 }
 
 /// Decodes the 4 bytes at an offset of a structure that has been read as a whole.
-pub(super) fn u32_in(bytes: &[u8], offset: u64) -> Option<u32> {
+pub(crate) fn u32_in(bytes: &[u8], offset: u64) -> Option<u32> {
     let start = usize::try_from(offset).ok()?;
     Some(u32::from_le_bytes(bytes.get(start..start.checked_add(4)?)?.try_into().ok()?))
 }

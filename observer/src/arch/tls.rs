@@ -7,7 +7,7 @@ use object::{
     read::elf::ProgramHeader as _,
 };
 
-use super::elf::Elf;
+use crate::binary::elf::Elf;
 
 /// A thread-local variable that a file exports.
 #[derive(Debug, PartialEq, Eq)]

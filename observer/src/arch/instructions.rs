@@ -10,7 +10,7 @@ use iced_x86::{
 };
 use observer_common::deferred::register;
 
-use super::elf::Elf;
+use crate::binary::elf::Elf;
 
 /// Maximum number of instructions of a function that are decoded.
 const INSTRUCTIONS_MAX: usize = 4096;

@@ -144,7 +144,7 @@ mod tests {
     use std::{fs, os::unix::fs::symlink, path::PathBuf, process::Command};
 
     use super::*;
-    use crate::stacks::testing::{Program, find, run, source, wait_for};
+    use crate::binary::testing::{Program, find, run, source, wait_for};
 
     const CODE: &str = r#"
         #include <unistd.h>

@@ -22,7 +22,7 @@ const DECOMPRESSED_MAX: u64 = 256 << 20;
 const PATH_SECTIONS: [&[u8]; 2] = [b".gnu_debugaltlink", b".debug_sup"];
 
 /// Whether the file at `path`, and the debug file beside it that it names, are safe to symbolize.
-pub(super) fn is_safe(elf: &Elf, path: &Path) -> bool {
+pub(crate) fn is_safe(elf: &Elf, path: &Path) -> bool {
     let Some((name, _)) = elf.debug_link() else { return has_safe_sections(elf) };
     let name = OsStr::from_bytes(&name);
     has_safe_sections(elf)
@@ -80,7 +80,7 @@ mod tests {
     use std::{fs, process::Command};
 
     use super::*;
-    use crate::stacks::testing::{find, run, source};
+    use crate::binary::testing::{find, run, source};
 
     #[test]
     fn files_with_false_sizes_or_paths_are_refused() {

@@ -15,20 +15,20 @@ use nix::{
 };
 
 #[cfg(target_arch = "x86_64")]
-use super::unwind::Registers;
+use crate::arch::registers::Registers;
 
 /// How long to wait for something that normally takes no time; an emulated machine is slow.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A running program. Dropping it kills the program.
-pub(super) struct Program(Child);
+pub(crate) struct Program(Child);
 
 impl Program {
-    pub(super) fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 }
@@ -41,7 +41,7 @@ impl Drop for Program {
 }
 
 /// Calls `poll` every 10 ms until it returns something. Panics with `what` after [`LIMIT`].
-pub(super) fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + LIMIT;
     loop {
         if let Some(found) = poll() {
@@ -53,7 +53,7 @@ pub(super) fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T 
 }
 
 /// Finds a program in `PATH`. If it is missing, prints that the test is skipped.
-pub(super) fn find(test: &str, program: &str) -> Option<std::path::PathBuf> {
+pub(crate) fn find(test: &str, program: &str) -> Option<std::path::PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.is_file());
     if found.is_none() {
@@ -63,7 +63,7 @@ pub(super) fn find(test: &str, program: &str) -> Option<std::path::PathBuf> {
 }
 
 /// Writes a program's source to a file.
-pub(super) fn source(folder: &Path, name: &str, text: &str) -> std::path::PathBuf {
+pub(crate) fn source(folder: &Path, name: &str, text: &str) -> std::path::PathBuf {
     let path = folder.join(name);
     fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
     path
@@ -71,19 +71,19 @@ pub(super) fn source(folder: &Path, name: &str, text: &str) -> std::path::PathBu
 
 /// Runs a program. Panics unless it succeeds.
 #[track_caller]
-pub(super) fn run(command: &mut Command) {
+pub(crate) fn run(command: &mut Command) {
     assert!(command.status().unwrap().success(), "{command:?}");
 }
 
 /// Reads the registers of a thread, which is stopped meanwhile. That does not interrupt a system call.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn registers(tid: u32) -> Registers {
+pub(crate) fn registers(tid: u32) -> Registers {
     while_stopped(tid, |registers| registers)
 }
 
 /// Calls `read` with the registers of a thread while the thread is stopped.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn while_stopped<T>(tid: u32, read: impl FnOnce(Registers) -> T) -> T {
+pub(crate) fn while_stopped<T>(tid: u32, read: impl FnOnce(Registers) -> T) -> T {
     let thread = Pid::from_raw(i32::try_from(tid).unwrap());
     ptrace::seize(thread, ptrace::Options::empty()).unwrap();
     ptrace::interrupt(thread).unwrap();
@@ -95,7 +95,7 @@ pub(super) fn while_stopped<T>(tid: u32, read: impl FnOnce(Registers) -> T) -> T
 }
 
 /// Whether a thread is blocked in one of the system calls that the test programs sleep with.
-pub(super) fn is_asleep(pid: u32, tid: u32) -> Option<()> {
+pub(crate) fn is_asleep(pid: u32, tid: u32) -> Option<()> {
     let call = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
     let number: nix::libc::c_long = call.split(' ').next()?.trim().parse().ok()?;
     [nix::libc::SYS_clock_nanosleep, nix::libc::SYS_futex, nix::libc::SYS_ppoll]
@@ -104,7 +104,7 @@ pub(super) fn is_asleep(pid: u32, tid: u32) -> Option<()> {
 }
 
 /// Thread ids of a process.
-pub(super) fn threads(pid: u32) -> Vec<u32> {
+pub(crate) fn threads(pid: u32) -> Vec<u32> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok()).collect()
 }

@@ -94,7 +94,7 @@ impl Elf {
     }
 
     /// Parses the headers; an empty ELF file if they are no longer valid because the file was overwritten.
-    pub(super) fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
+    pub(crate) fn parsed(&self) -> ElfFile64<'_, LittleEndian> {
         let parsed = ElfFile64::parse(&**self.0);
         parsed.unwrap_or_else(|_| ElfFile64::parse(&EMPTY.0[..]).expect("the empty file is valid"))
     }
@@ -313,11 +313,13 @@ mod tests {
     };
 
     use super::*;
-    use crate::stacks::{
-        instructions,
-        mappings::Mappings,
-        memory::ProcessMemory,
-        testing::{Program, find, run, source, wait_for},
+    use crate::{
+        arch::instructions,
+        binary::{
+            mappings::Mappings,
+            memory::ProcessMemory,
+            testing::{Program, find, run, source, wait_for},
+        },
     };
 
     /// A function with unique constants, so that no other code is equal.

@@ -107,7 +107,7 @@ impl Mappings {
     }
 
     /// Whether observer may open mapped files through `/proc/PID/map_files`.
-    pub(super) fn can_open_map_files(&self) -> bool {
+    pub(crate) fn can_open_map_files(&self) -> bool {
         let first =
             fs::read_dir(format!("/proc/{}/map_files", self.pid)).into_iter().flatten().flatten().next();
         first.is_some_and(|first| File::open(first.path()).is_ok())
@@ -133,7 +133,7 @@ fn parse_line(line: &[u8]) -> Option<MemoryMap> {
 /// Opens a regular file by its path under `root`; no symbolic link leads out of the root. `links` is `O_NOFOLLOW` if
 /// the last component must not be a symbolic link. Files of other types are never opened, not even briefly: opening a
 /// device can have an effect, and opening a FIFO waits for a writer.
-pub(super) fn open_in_root(root: &File, path: &Path, links: OFlag) -> io::Result<File> {
+pub(crate) fn open_in_root(root: &File, path: &Path, links: OFlag) -> io::Result<File> {
     let flags = OFlag::O_PATH | OFlag::O_CLOEXEC | links;
     let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_IN_ROOT);
     let found = File::from(openat2(root, path, how)?);
@@ -144,7 +144,7 @@ pub(super) fn open_in_root(root: &File, path: &Path, links: OFlag) -> io::Result
 }
 
 /// Opens a regular file by its path in a process's root.
-pub(super) fn open_of_process(pid: u32, path: &Path) -> io::Result<File> {
+pub(crate) fn open_of_process(pid: u32, path: &Path) -> io::Result<File> {
     open_in_root(&File::open(inside(pid, "/".as_ref()))?, path, OFlag::empty())
 }
 

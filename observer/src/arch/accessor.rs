@@ -1,7 +1,7 @@
 //! Decodes accessor functions: the chain of pointers that a function follows before it returns a number. Used where a
 //! library exports the accessor and not the variable that it reads.
 
-use super::memory::Memory;
+use crate::binary::memory::Memory;
 
 /// Maximum number of instructions after the first.
 const INSTRUCTIONS_MAX: usize = 8;

@@ -1,4 +1,5 @@
-//! What a blocked thread waits for, and how its system call shows that.
+//! What a blocked thread waits for, and how its system call shows that. A new cause also needs its class in
+//! `observer/src/kernel/calls.rs` and its part of the busy time in `observer/src/model/busy.rs`.
 
 /// What a blocked thread waits for.
 #[repr(u32)]

@@ -1,4 +1,5 @@
-//! The command line and its help, from which the manual page is generated. Parsing only.
+//! The command line and its help, from which the manual page is generated. Parsing only. The options of profiles and
+//! OTLP are declared in the modules that use them.
 
 use std::{ffi::OsString, net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 

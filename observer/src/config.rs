@@ -1,5 +1,5 @@
-//! The configuration file of `--config`: process selectors and settings. The settings are the command-line arguments
-//! that `cli.rs` declares under [`HEADING`]; the command line takes precedence. Errors state line and column.
+//! The configuration file of `--config`: process selectors and settings. The settings are the command-line arguments under
+//! [`HEADING`]; the command line takes precedence. Errors state line and column.
 
 use std::{collections::BTreeMap, fmt, fs, num::NonZero};
 

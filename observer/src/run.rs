@@ -1,4 +1,5 @@
-//! Observing, from the preflight checks to the report.
+//! Runs an observation, from the preflight checks to the report, with its signals, reloads and kill switch, and drives the
+//! exporters.
 
 use std::{
     future::pending,

@@ -1,4 +1,4 @@
-//! *accept*: how long connections wait between the end of their handshake and the target's `accept`.
+//! *accept*: records when connections are queued, and which call accepts them. `state/accept_queue.rs` counts the wait.
 
 use aya_ebpf::{
     bindings::BPF_ANY,

@@ -1,5 +1,6 @@
-//! *deferred*: follows deferred tasks from enqueue to finish. One program is attached to all hooks of all profiles.
-//! What a hook does, and how a task is read there, is in maps that the loader writes.
+//! *deferred*: follows deferred tasks from enqueue to finish. A task takes its request when it is enqueued. One program
+//! is attached to all hooks of all profiles; what a hook does, and how a task is read there, is in maps that the loader
+//! writes.
 
 use core::ptr::read_volatile;
 

@@ -1,4 +1,4 @@
-//! Connections that wait to be accepted: since when, and at which listener.
+//! Connections that wait to be accepted: since when, at which listener, and, when they are accepted, how long they waited.
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_EXIST},

@@ -1,4 +1,4 @@
-//! Listening sockets of targets.
+//! Listening sockets of targets. The loader adds them; probes of accepts and of the sockets themselves update them.
 
 use aya_ebpf::{bindings::BPF_NOEXIST, helpers::bpf_ktime_get_ns, macros::map, maps::HashMap};
 use observer_common::{listener::Listener, loss::Loss};

@@ -1,4 +1,5 @@
-//! Processes under observation, and candidates that the loader decides about.
+//! Processes under observation, which the loader adds, and candidates, which the programs nominate and the loader
+//! decides about.
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,

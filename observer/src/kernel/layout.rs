@@ -1,4 +1,5 @@
-//! Determines the `KernelLayout` for the programs: member offsets from BTF, record offsets from tracefs.
+//! Determines the `KernelLayout` for the programs: member offsets from BTF, record offsets from tracefs. The fields are
+//! listed in `observer-common/src/layout.rs`.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use observer_common::{layout::KernelLayout, ring::RingShape};

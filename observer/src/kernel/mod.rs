@@ -1,4 +1,4 @@
-//! Access to the running kernel: its types, tracepoints and clocks, its features, and what this process may do.
+//! Access to the running kernel: its types, tracepoints and clocks, its features, uprobes, and what this process may do.
 
 pub(crate) mod btf;
 pub(crate) mod calls;

@@ -1,4 +1,5 @@
-//! Where the busy time of an event loop goes, and the causes of stalls.
+//! The causes of busy time and of stalls. A cause is added here, in `observer-common/src/block.rs` if the programs must
+//! tell it apart, and in `kernel/calls.rs` if a system call shows it.
 
 use observer_common::block::Block;
 use serde::{Serialize, Serializer};

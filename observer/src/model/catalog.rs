@@ -1,5 +1,6 @@
 //! The metric catalog: name, help, unit and labels of every metric, and where in a snapshot its samples are. Metrics
-//! about observer itself are in `own.rs`. All exporters and the reference page read this table.
+//! about observer itself are in `own.rs`. All exporters and the reference page read this table. A new value also needs
+//! a field in `snapshot.rs`, and a decoder in the file of its probe.
 
 use super::{
     busy::Cause,

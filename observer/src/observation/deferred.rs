@@ -1,5 +1,5 @@
 //! The deferred tasks of targets: attaches to the hooks of their runtimes, names the kinds of tasks and reads their
-//! counters.
+//! counters. `probes/deferred.rs` decodes the entries.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

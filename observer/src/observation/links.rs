@@ -1,4 +1,5 @@
-//! The requests of tracked processes, the finished tasks that are linked to them, and the events for traces.
+//! Collects the requests of tracked processes, the finished tasks and the events for traces. The programs make the
+//! links between them: see the *deferred* probe.
 
 use std::{
     collections::{HashMap, VecDeque},

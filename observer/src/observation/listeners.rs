@@ -1,4 +1,5 @@
-//! The listeners of targets: finds them, reads their accept queues, and removes them when they close.
+//! The listeners of targets: which exist, and their entries in the maps from first sight to close. `probes/listener.rs`
+//! decodes the entries.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},

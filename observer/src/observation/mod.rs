@@ -1,5 +1,5 @@
-//! An observation: the programs in the kernel, and what is known about the targets. [`Observation::refresh`] updates
-//! that, periodically and on events; [`Observation::snapshot`] only reads it.
+//! An observation: loads the programs, and keeps what is known about the targets. [`Observation::refresh`] selects targets,
+//! attaches to them and reads the maps, periodically and on events; [`Observation::snapshot`] only reads.
 
 mod round_robin;
 mod attach_limiter;

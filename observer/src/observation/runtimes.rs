@@ -1,4 +1,4 @@
-//! The runtimes of targets: garbage collections and deferred tasks.
+//! Attaches to the runtimes of targets: to their garbage collectors and to the hooks of deferred tasks.
 
 use std::collections::BTreeSet;
 

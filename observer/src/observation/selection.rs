@@ -1,4 +1,5 @@
-//! What to observe.
+//! Everything that an observation is started with: which processes, which profiles and waits, the size of the maps, and
+//! the stall threshold.
 
 use std::{collections::BTreeSet, num::NonZero, sync::Arc, time::Duration};
 

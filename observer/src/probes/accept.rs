@@ -1,4 +1,5 @@
-//! *accept*: connections that wait in targets' accept queues. Their waits are counted in the listener's entry.
+//! *accept*: connections that wait in targets' accept queues. Their waits are counted in the listener's entry, which
+//! `listener.rs` decodes.
 
 use super::probe::{Events, Hook, Probe, When};
 

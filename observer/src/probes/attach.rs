@@ -1,4 +1,5 @@
-//! Loads and attaches the programs of probes.
+//! Loads and attaches the programs that observe the whole machine. Functions of a target are attached to by
+//! `observation/runtimes.rs`.
 
 use std::{
     collections::HashMap,

@@ -1,4 +1,5 @@
-//! *connect*: time stamps of connections to targets' unix sockets. Their waits are counted in the listener's entry.
+//! *connect*: time stamps of connections to targets' unix sockets. Their waits are counted in the listener's entry, which
+//! `listener.rs` decodes.
 
 use super::probe::{Events, Hook, Probe, When};
 

@@ -1,4 +1,5 @@
-//! *listener*: listening sockets of targets, and their accept queues.
+//! *listener*: listening sockets of targets and their accept queues. Decodes the entry of a listener, with the waits
+//! that the *accept*, *connect* and *ring* probes count there.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 

@@ -1,4 +1,5 @@
-//! *reactor*: event loops: threads that wait for events, and their slices between two waits.
+//! *reactor*: event loops: threads that wait for events, and their slices between two waits. Decodes their entries,
+//! from which `model/lag.rs` computes the lag.
 
 use std::sync::Arc;
 

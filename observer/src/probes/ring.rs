@@ -1,4 +1,4 @@
-//! *ring*: accepts through io_uring. Their waits are counted in the listener's entry.
+//! *ring*: accepts through io_uring. Their waits are counted in the listener's entry, which `listener.rs` decodes.
 
 use super::probe::{Events, Hook, Probe, When};
 

@@ -1,6 +1,6 @@
 //! Profiles: what differs between runtimes, as data. A profile describes how a runtime is recognised, how its garbage
 //! collector is watched, and how it defers tasks. Built-in profiles are in `observer/profiles`; users can add their
-//! own.
+//! own. The named frames of an interpreter are code, in `stacks/interpreter.rs`.
 
 mod expression;
 mod hook;

@@ -1,5 +1,5 @@
-//! Reads the stacks of long slices while they last: when a stall has ended, the code that caused it has left the stack.
-//! A thread's stack is read repeatedly, and the stack that was read most often is reported as the stall's.
+//! Decides when the stack of a long slice is read, by `reader.rs`, and which stack a stall reports. Stacks are read
+//! while the slice lasts, because the code that caused a stall has left the stack when it has ended.
 
 use std::{
     collections::HashMap,

@@ -22,8 +22,8 @@ use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint as Target};
 
 use super::{
+    client::{Failed, Retry},
     settings::{Endpoint, Protocol},
-    signal::{Failed, Retry},
 };
 use crate::failure::Failure;
 

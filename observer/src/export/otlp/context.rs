@@ -1,6 +1,6 @@
-//! The trace that a request belongs to, and the ids of its spans. Ids are hashes of the numbers that requests and deferred tasks
-//! have anyway, keyed with a secret of this run. So none has to be remembered, and a task knows the span of its parent whichever
-//! of the two ends first.
+//! The trace that a request belongs to, and the ids of its spans. Ids are hashes of the numbers that requests and
+//! deferred tasks have anyway, keyed with a secret of this run. So none has to be remembered, and a task knows the span
+//! of its parent whichever of the two ends first.
 
 use std::{
     collections::HashMap,

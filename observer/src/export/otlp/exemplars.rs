@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::SystemTime};
 use opentelemetry::trace::SpanContext;
 use opentelemetry_proto::tonic::metrics::v1::{Exemplar, exemplar::Value};
 
-use super::nanoseconds;
+use super::time::nanoseconds;
 use crate::model::subject::Subject;
 
 /// Maximum number of series with an exemplar.

@@ -18,7 +18,7 @@ use opentelemetry_proto::{
 use opentelemetry_sdk::Resource;
 use prost::Message as _;
 
-use super::{exemplars::Exemplars, nanoseconds, resource::Resources, signal::Batch};
+use super::{client::Batch, exemplars::Exemplars, resource::Resources, time::nanoseconds};
 use crate::{
     export::series::{Distribution, Sample, Series, SeriesLimiter},
     model::{

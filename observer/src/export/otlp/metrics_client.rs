@@ -17,9 +17,10 @@ use tonic::{
 use tonic_types::{StatusExt as _, pb};
 
 use super::{
+    client::{Accepted, Client, Failed, Retry},
     connection::{ANSWER, Connection, Http, no_answer, root},
     settings::Endpoint,
-    signal::{Accepted, Client, Failed, Retry, Signal},
+    signal::Signal,
 };
 use crate::export::gzip;
 

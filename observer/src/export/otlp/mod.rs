@@ -1,8 +1,11 @@
-//! Pushes metrics and traces to an OpenTelemetry collector. `settings` says where; `metrics` and `traces` encode a snapshot and
-//! events; `queue` keeps the result until `metrics_client` or `span_client` has sent it. Nothing that observes waits for them.
+//! Pushes metrics and traces to an OpenTelemetry collector. `settings` says where; `metrics` and `traces` encode a
+//! snapshot and events; `queue` keeps the result until `metrics_client` or `span_client` has sent it. Nothing that
+//! observes waits for them.
 
+mod time;
 mod signal;
 pub(crate) mod settings;
+mod client;
 mod connection;
 mod metrics_client;
 mod span_client;
@@ -23,7 +26,7 @@ use std::{
     collections::VecDeque,
     future::pending,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Result;
@@ -33,13 +36,13 @@ use tokio::{
 };
 
 use self::{
+    client::Client,
     connection::Connection,
     exemplars::Exemplars,
     metrics_client::MetricsClient,
     queue::Queue,
     resource::Resources,
     settings::{Endpoint, Settings},
-    signal::Client,
     span_client::SpanClient,
     traces::Tracer,
 };
@@ -219,10 +222,4 @@ async fn drain<C: Client>(pipeline: Option<&mut Pipeline<C>>, end: Instant) {
     if let Some(pipeline) = pipeline {
         pipeline.queue.drain(end).await;
     }
-}
-
-/// Nanoseconds since 1970.
-fn nanoseconds(time: SystemTime) -> u64 {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    since.as_nanos().try_into().unwrap_or(u64::MAX)
 }

@@ -1,5 +1,5 @@
-//! Batches that wait to be sent, in a buffer of limited size, and the tasks that send them. Adding a batch never waits: when the
-//! buffer is full, the oldest batches are dropped and counted.
+//! Batches that wait to be sent, in a buffer of limited size, and the tasks that send them. Adding a batch never waits:
+//! when the buffer is full, the oldest batches are dropped and counted.
 
 use std::{
     collections::VecDeque,
@@ -15,7 +15,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::signal::{Accepted, Batch, Client, Failed, Retry};
+use super::client::{Accepted, Batch, Client, Failed, Retry};
 use crate::model::delivery::{DropReason, ExportStats};
 
 /// Maximum size of the buffer of a signal in bytes.

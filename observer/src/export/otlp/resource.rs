@@ -8,8 +8,8 @@ use opentelemetry::{KeyValue, Value};
 use opentelemetry_sdk::Resource;
 
 use super::{
-    nanoseconds,
     settings::{Pairs, Settings, pairs},
+    time::nanoseconds,
 };
 use crate::{
     kernel::clock,

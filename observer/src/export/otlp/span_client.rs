@@ -1,6 +1,6 @@
-//! Sends spans with the exporter of `opentelemetry-otlp`. The exporter returns only whether it succeeded; whether the collector
-//! refused the spans for good, how many it rejected and how often the exporter tried, it says in events of `tracing`, which
-//! [`Verdict`] collects.
+//! Sends spans with the exporter of `opentelemetry-otlp`. The exporter returns only whether it succeeded; whether the
+//! collector refused the spans for good, how many it rejected and how often the exporter tried, it says in events of
+//! `tracing`, which [`Verdict`] collects.
 
 use std::{
     fmt,
@@ -24,9 +24,10 @@ use tracing::{
 };
 
 use super::{
+    client::{Accepted, Client, Failed, Retry},
     connection::Connection,
     settings::Endpoint,
-    signal::{Accepted, Client, Failed, Retry, Signal},
+    signal::Signal,
 };
 use crate::model::delivery::ExportStats;
 

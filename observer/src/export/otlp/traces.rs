@@ -1,5 +1,5 @@
-//! Requests, the deferred tasks that they enqueued and the stalls that hit them, as spans. A span is exported when it is over;
-//! that of a request when it is answered, or after [`PATIENCE`].
+//! Requests, the deferred tasks that they enqueued and the stalls that hit them, as spans. A span is exported when it
+//! is over; that of a request when it is answered, or after [`PATIENCE`].
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -15,10 +15,10 @@ use opentelemetry::{
 use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 
 use super::{
+    client::Batch,
     context::{Context, Ids, published},
     exemplars::Exemplars,
     resource::Resources,
-    signal::Batch,
     span_client::SpanBatch,
 };
 use crate::{

@@ -9,6 +9,8 @@ mod failure;
 mod finding;
 mod heap;
 mod setting;
+#[cfg(test)]
+mod generated;
 
 // Files and memory of processes, and what depends on the architecture.
 mod binary;

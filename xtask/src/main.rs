@@ -61,7 +61,7 @@ enum Command {
         #[arg(last = true)]
         command: Vec<String>,
     },
-    /// Generate docs/metrics.md.
+    /// Generate docs/metrics.md, docs/report.schema.json and docs/live.svg.
     Docs,
     /// Measure what observer costs and write docs/benchmarks.md. Takes half an hour or more; requires root.
     Bench {

@@ -6,6 +6,7 @@ use serde::{Serialize, Serializer};
 
 /// Busy time by state and cause, in seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Split {
     /// On a CPU.
     pub(crate) cpu: f64,
@@ -54,6 +55,7 @@ impl Split {
 
 /// Blocked time by cause, in seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Blocked {
     /// Waiting for another thread or process: a futex, a file lock, a semaphore, the lock of an address space.
     pub(crate) lock: f64,
@@ -140,6 +142,22 @@ impl Cause {
 
     pub(super) fn index(self) -> usize {
         Self::all().position(|cause| cause == self).expect("one of all")
+    }
+}
+
+#[cfg(test)]
+impl schemars::JsonSchema for Cause {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Cause".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let names: Vec<_> = Self::all().map(Self::name).collect();
+        schemars::json_schema!({
+            "description": "The cause that took most of a stall.",
+            "type": "string",
+            "enum": names,
+        })
     }
 }
 

@@ -12,6 +12,7 @@ use super::{
 
 /// The deferred tasks of one kind, in one process.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Deferred {
     /// Name of the kind.
     pub(crate) task: String,
@@ -74,12 +75,15 @@ impl Deferred {
 
 /// A deferred task that is over, with its origin.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Link {
     /// Id of the task.
     #[serde(serialize_with = "hexadecimal")]
+    #[cfg_attr(test, schemars(with = "String"))]
     pub(crate) id: u64,
     /// Id of the task that enqueued it, for the same request; `None` if the request itself did.
     #[serde(serialize_with = "hexadecimal_or_none")]
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub(crate) parent: Option<u64>,
     /// The request that the task is due to.
     pub(crate) origin: Arc<Request>,
@@ -99,6 +103,7 @@ pub(crate) struct Link {
 
 /// A span of a trace, in hexadecimal digits as in OpenTelemetry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct TraceContext {
     /// The trace: 32 digits.
     pub(crate) trace_id: String,
@@ -115,6 +120,7 @@ fn hexadecimal_or_none<S: Serializer>(number: &Option<u64>, serializer: S) -> Re
 
 /// A hook in the runtime of a process, with its counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct HookCounters {
     /// The profile that defines it.
     pub(crate) profile: String,

@@ -68,6 +68,7 @@ impl ExportStats {
 
 /// Export statistics of one signal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Delivery {
     /// `metrics` or `traces`.
     pub(crate) signal: &'static str,
@@ -81,6 +82,7 @@ pub(crate) struct Delivery {
 
 /// Data points or spans that were dropped for one reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Dropped {
     /// The reason, as in the label of `observer_self_otlp_dropped_total`.
     pub(crate) reason: &'static str,

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 /// A function on a stack: running, or the caller of the next one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Frame {
     /// Name as in the source code; the address in hexadecimal if the name is unknown.
     pub(crate) function: String,
@@ -49,6 +50,7 @@ fn short(path: &str) -> &str {
 
 /// A sample of a thread's stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct StackSample {
     /// Functions of user space, innermost first.
     pub(crate) frames: Vec<Frame>,

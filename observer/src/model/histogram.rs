@@ -172,6 +172,44 @@ impl Serialize for Histogram {
     }
 }
 
+/// A distribution of durations. Without values, the minimum, the maximum and the quantiles are null.
+#[cfg(test)]
+#[derive(schemars::JsonSchema)]
+#[schemars(rename = "Histogram")]
+#[expect(dead_code, reason = "describes the fields that `Serialize` writes")]
+struct HistogramSchema {
+    /// Number of durations.
+    count: u64,
+    /// Their sum, in seconds.
+    sum: f64,
+    /// The shortest, in seconds.
+    min: Option<f64>,
+    /// The longest, in seconds.
+    max: Option<f64>,
+    /// Median, in seconds.
+    p50: Option<f64>,
+    /// 90th percentile, in seconds.
+    p90: Option<f64>,
+    /// 99th percentile, in seconds.
+    p99: Option<f64>,
+    /// 99.9th percentile, in seconds.
+    p999: Option<f64>,
+    /// Upper bounds in seconds, each with the number of durations that do not exceed it. Empty buckets are left out; the
+    /// last bound is null if it is infinite.
+    buckets: Vec<(Option<f64>, u64)>,
+}
+
+#[cfg(test)]
+impl schemars::JsonSchema for Histogram {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        HistogramSchema::schema_name()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        HistogramSchema::json_schema(generator)
+    }
+}
+
 /// Nanoseconds as seconds.
 pub(crate) fn seconds(ns: u64) -> f64 {
     float(ns) / NANOSECONDS

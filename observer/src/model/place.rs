@@ -5,6 +5,7 @@ use serde::Serialize;
 
 /// The container, pod or service of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Place {
     /// Id of its container, 64 hexadecimal digits; `None` if it is in none.
     pub(crate) container: Option<String>,
@@ -16,6 +17,7 @@ pub(crate) struct Place {
 
 /// A pod, with the container of the process in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Pod {
     /// Namespace; `None` if it cannot be found on this node.
     pub(crate) namespace: Option<String>,

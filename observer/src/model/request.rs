@@ -13,9 +13,11 @@ const PATH_MAX: usize = 256;
 
 /// A request of a client.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Request {
     /// Id, the same in everything that the request caused.
     #[serde(serialize_with = "hexadecimal")]
+    #[cfg_attr(test, schemars(with = "String"))]
     pub(crate) id: u64,
     /// Wall time at which its first bytes had been read, RFC 3339.
     pub(crate) time: String,

@@ -18,6 +18,7 @@ pub(crate) const SCHEMA: &str = "observer.report/1";
 
 /// Everything known about an observation at one moment.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Snapshot {
     /// [`SCHEMA`].
     pub(crate) schema: &'static str,
@@ -51,6 +52,7 @@ impl Snapshot {
 
 /// A process under observation.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Target {
     /// Process id.
     pub(crate) pid: u32,
@@ -80,6 +82,7 @@ pub(crate) struct Target {
 
 /// Garbage collections of a process.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Gc {
     /// Number of collections.
     pub(crate) count: u64,
@@ -91,6 +94,7 @@ pub(crate) struct Gc {
 
 /// A listening socket and its accept queue.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Listener {
     /// `tcp` or `unix`.
     pub(crate) protocol: &'static str,
@@ -134,6 +138,7 @@ pub(crate) struct Listener {
 
 /// Depths of the queue at each accept.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Depths {
     /// Accepts by depth: 0, 1, 2, up to 4, up to 8 … up to 32,768, and above.
     pub(crate) counts: [u64; DEPTHS],
@@ -160,6 +165,7 @@ impl Depths {
 
 /// An event loop.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Reactor {
     /// Thread id.
     pub(crate) tid: u32,
@@ -197,6 +203,7 @@ pub(crate) struct Reactor {
 
 /// observer itself.
 #[derive(Clone, Debug, Default, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Own {
     /// Version of observer.
     pub(crate) version: &'static str,
@@ -233,6 +240,7 @@ pub(crate) struct Service {
 
 /// Data that the programs could not record.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Lost {
     /// The cause, as in the label of `observer_self_lost_total`.
     pub(crate) cause: &'static str,
@@ -242,6 +250,7 @@ pub(crate) struct Lost {
 
 /// A tracepoint or another source of metrics that is unavailable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Missing {
     /// Name of the source.
     pub(crate) source: String,

@@ -18,6 +18,7 @@ const RECENT: usize = 64;
 
 /// A stall.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Stall {
     /// Wall time at which the slice began, RFC 3339.
     pub(crate) start: String,
@@ -41,6 +42,7 @@ pub(crate) struct Stall {
 
 /// A site: stalls with the same stack. Stalls without a stack are grouped by cause and system call.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Site {
     /// Number of stalls.
     pub(crate) count: u64,
@@ -74,6 +76,7 @@ impl Site {
 
 /// All stalls of an event loop.
 #[derive(Clone, Debug, Default, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Stalls {
     /// Length in seconds from which a slice is a stall.
     pub(crate) threshold_seconds: f64,

@@ -11,6 +11,7 @@ pub(crate) mod load;
 pub(crate) mod observer;
 pub(crate) mod otlp;
 pub(crate) mod prometheus;
+pub(crate) mod schema;
 pub(crate) mod servers;
 pub(crate) mod text;
 

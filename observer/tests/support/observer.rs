@@ -12,7 +12,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{LIMIT, Process, exit_within, http, wait_for};
+use super::{LIMIT, Process, exit_within, http, schema, wait_for};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_observer");
@@ -189,7 +189,9 @@ impl Observer {
         let status = exit_within(&mut self.process.0, LIMIT).expect("observer does not end");
         let text = reader.join().unwrap().unwrap();
         assert!(status.success(), "observer ended with {status}: {text}");
-        Report(serde_json::from_str(&text).unwrap())
+        let report = serde_json::from_str(&text).unwrap();
+        schema::assert_valid(&report);
+        Report(report)
     }
 
     /// Kills observer with SIGKILL.

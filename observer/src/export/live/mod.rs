@@ -14,6 +14,8 @@ mod details;
 mod view;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod picture;
 
 use std::{
     env,

@@ -33,12 +33,6 @@ pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
     reactor.slice = histogram(&[(120, u64::from(times))]);
     reactor.busy_seconds = f64::from(times) * 0.15;
     reactor.split_seconds = split(f64::from(times));
-    let frame = |function: &str, file: &str, line| Frame {
-        function: function.into(),
-        module: None,
-        file: Some(file.into()),
-        line: Some(line),
-    };
     let sample = StackSample {
         frames: vec![frame("sleep", "/app/db.py", 12), frame("handle", "/app/server.py", 40)],
         kernel: vec!["do_nanosleep".into()],
@@ -60,6 +54,10 @@ pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
         stalls.add(stall, sample.clone());
     }
     reactor.stalls = stalls.ranked(reactor.lag.sum() * 0.001);
+}
+
+pub(crate) fn frame(function: &str, file: &str, line: u32) -> Frame {
+    Frame { function: function.into(), module: None, file: Some(file.into()), line: Some(line) }
 }
 
 /// The request of all stalls.

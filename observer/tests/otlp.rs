@@ -169,7 +169,7 @@ fn retry_delay_of_the_collector_is_respected() {
         assert!(message.contains("no metrics to") && message.contains("sent again"), "{message}");
         let first = receiver.next();
         assert!(begin.elapsed() >= Duration::from_millis(3900), "{protocol}: after {:?}", begin.elapsed());
-        assert!(observer.message().contains("takes metrics again"));
+        assert!(observer.message().contains("accepts metrics again"));
         let metrics = metrics_of(&observer);
         assert_eq!(metrics["observer_self_otlp_failures_total"], 2.0);
         assert_eq!(metrics["observer_self_otlp_dropped_total"], 0.0);
@@ -228,13 +228,13 @@ fn pushes_are_retried_while_the_collector_is_away() {
         let message = observer.message();
         assert!(message.contains("Connection refused"), "{message}");
         let receiver = Receiver::start_at(port, protocol, &[]);
-        assert!(observer.message().contains("takes metrics again"));
+        assert!(observer.message().contains("accepts metrics again"));
         let mut all = receiver.within(INTERVAL * 4);
         all.extend(receiver.stop());
         assert!(observer.message().contains("no metrics to"));
         thread::sleep(Duration::from_secs(3));
         let receiver = Receiver::start_at(port, protocol, &[]);
-        assert!(observer.message().contains("takes metrics again"));
+        assert!(observer.message().contains("accepts metrics again"));
         all.extend(receiver.within(INTERVAL * 4));
         let metrics = metrics_of(&observer);
         assert_eq!(metrics["observer_self_otlp_dropped_total"], 0.0);

@@ -256,7 +256,7 @@ fn spans_are_kept_until_the_collector_is_available() {
         send_request(&mut connection, "/job/0");
         assert!(observer.message().contains("no traces to"));
         let mut receiver = Receiver::start_at(port, protocol, &[]);
-        assert!(observer.message().contains("takes traces again"));
+        assert!(observer.message().contains("accepts traces again"));
         let mut all = receiver.within(Duration::from_secs(1));
         all.extend(receiver.stop());
         send_request(&mut connection, "/job/1");
@@ -265,7 +265,7 @@ fn spans_are_kept_until_the_collector_is_available() {
         server.wait_for_tasks(3 * TASKS_PER_JOB);
         thread::sleep(Duration::from_secs(2));
         receiver = Receiver::start_at(port, protocol, &[]);
-        assert!(observer.message().contains("takes traces again"));
+        assert!(observer.message().contains("accepts traces again"));
         all.extend(receiver.within(Duration::from_secs(1)));
         let metrics = metrics_of(&observer);
         assert_eq!(metrics["observer_self_otlp_dropped_total"], 0.0);
@@ -368,8 +368,9 @@ fn undelivered_spans_are_reported() {
     let (report, messages) = observer.finish_with_messages();
     assert!(begin.elapsed() < Duration::from_secs(5));
     assert_eq!(report.0["self"]["otlp"][0]["delivered"], 0);
-    let reported =
-        messages.iter().find_map(|message| message.strip_suffix(": the collector did not take them in time"));
+    let reported = messages
+        .iter()
+        .find_map(|message| message.strip_suffix(": the collector did not accept them in time"));
     let reported = reported.unwrap_or_else(|| panic!("{messages:?}"));
     let lost = reported.strip_suffix(" spans were not delivered").unwrap().rsplit(' ').next().unwrap();
     assert!(lost.parse::<usize>().unwrap() > TASKS_PER_JOB, "{reported}");

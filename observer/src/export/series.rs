@@ -105,7 +105,7 @@ type Aggregated = (usize, OwnLabels);
 /// counted twice. What the aggregated subjects have counted remains when one of them is gone: counters only grow.
 #[derive(Debug)]
 pub(crate) struct SeriesLimiter {
-    /// Of histograms.
+    /// Resolution of histograms.
     resolution: Resolution,
     individual: HashSet<Identity>,
     /// The aggregated subjects, each with its samples as they were last added.

@@ -1,5 +1,5 @@
-//! Connections to a collector, over gRPC or plain HTTP: which certificates are trusted, how names are resolved, how long to
-//! wait. Nothing here knows what is sent.
+//! Connections to a collector, over gRPC or plain HTTP: trusted certificates, name resolution and timeouts. This file does not
+//! depend on the content of requests.
 
 #[cfg(target_env = "gnu")]
 use std::ffi::{c_char, c_int};
@@ -78,7 +78,7 @@ pub(super) struct Http {
 }
 
 impl Http {
-    /// Sends a request. Of an answer that is larger than [`ANSWER`] only the head is returned.
+    /// Sends a request. If the body of the answer is larger than [`ANSWER`], the body is discarded.
     pub(super) async fn send(&self, mut request: Request<Bytes>) -> Result<Response<Bytes>, Failed> {
         request.headers_mut().entry(USER_AGENT).or_insert(HeaderValue::from_static(AGENT));
         let exchange = async {
@@ -105,7 +105,7 @@ pub(super) fn no_answer(limit: Duration) -> Failed {
     Failed { why: format!("no answer within {}", humantime::format_duration(limit)), retry: Retry::Later }
 }
 
-/// The innermost cause: the outer ones only say that something failed.
+/// The innermost cause of an error, which is the specific one: the outer ones only say that a request failed.
 pub(super) fn root(error: &dyn Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {

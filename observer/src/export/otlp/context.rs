@@ -23,7 +23,7 @@ pub(super) struct Ids(RandomState);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Context {
     pub(super) trace: TraceId,
-    /// The span of the sender of the request.
+    /// The client's span, from the request's `traceparent`.
     pub(super) remote: Option<SpanId>,
     /// The span of the request itself, or of a stall that has no request.
     pub(super) top: SpanId,
@@ -37,7 +37,7 @@ impl Context {
 }
 
 impl Ids {
-    /// The trace of a request; `None` if its sender decided not to sample it.
+    /// The trace of a request; `None` if its client decided not to sample it.
     pub(super) fn context(&self, request: &Request) -> Option<Context> {
         let top = self.span("request", request.id);
         let Some(remote) = request.traceparent.as_deref().and_then(parsed) else {
@@ -90,7 +90,7 @@ pub(crate) fn is_valid(traceparent: &str) -> bool {
     parsed(traceparent).is_some()
 }
 
-/// The span of the sender.
+/// The client's span in a `traceparent`; `None` if that is invalid.
 fn parsed(traceparent: &str) -> Option<SpanContext> {
     let headers = HashMap::from([("traceparent".to_owned(), traceparent.to_owned())]);
     let remote = TraceContextPropagator::new().extract(&headers).span().span_context().clone();

@@ -19,7 +19,7 @@ type Key = (&'static str, u32, Arc<str>);
 pub(super) struct Exemplars(HashMap<Key, Exemplar>);
 
 impl Exemplars {
-    /// Keeps a measurement in seconds, its time and the span that it was measured in.
+    /// Stores a measurement in seconds, with its time and its span, in place of the previous one of this series.
     pub(super) fn add(&mut self, key: Key, span: &SpanContext, seconds: f64, time: SystemTime) {
         if self.0.len() == SERIES && !self.0.contains_key(&key) {
             return;

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::export::gzip;
 
-/// Sends requests that are encoded already: encoded they take a fraction of the memory while they wait.
+/// Sends encoded requests. In the buffer, they take a fraction of the memory of decoded ones.
 pub(super) struct MetricsClient {
     endpoint: Endpoint,
     connection: Connection,
@@ -63,7 +63,7 @@ impl MetricsClient {
         }
         let (head, body) = http.send(request).await?.into_parts();
         if head.status.is_success() {
-            // The status code alone says that the request was accepted.
+            // The request was accepted even if the body cannot be decoded.
             return Ok(ExportMetricsServiceResponse::decode(body).unwrap_or_default());
         }
         Err(of_code(head.status, &head.headers, &body))
@@ -73,7 +73,7 @@ impl MetricsClient {
 impl Client for MetricsClient {
     type Request = Bytes;
     const SIGNAL: Signal = Signal::Metrics;
-    /// Cumulative values arrive in order.
+    /// One, so that cumulative values arrive in order.
     const CONCURRENCY: usize = 1;
 
     fn endpoint(&self) -> &Endpoint {
@@ -156,7 +156,7 @@ fn of_code(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failed {
     Failed { why, retry }
 }
 
-/// The delay that a `Retry-After` header asks for, in seconds or as a date.
+/// The delay that a `Retry-After` header requests, in seconds or as a date.
 fn retry_after(value: &str) -> Option<Duration> {
     if let Ok(seconds) = value.trim().parse() {
         return Some(Duration::from_secs(seconds));
@@ -164,7 +164,7 @@ fn retry_after(value: &str) -> Option<Duration> {
     Some(httpdate::parse_http_date(value).ok()?.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
-/// Reads a collector's answer in every way that observer does; returns if none of them panics.
+/// Passes a collector's answer to every parser of answers, for the fuzz target.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn parse_answer(code: u16, text: &[u8]) {
     let status = StatusCode::from_u16(code).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);

@@ -56,8 +56,8 @@ use crate::{
 /// How long the end of an observation waits until everything is delivered.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A collector and the connections to it. They are made before anything is attached, because a mistake in their settings is the
-/// cheapest to find.
+/// A collector and the connections to it. They are created before anything is attached, so that an error in their settings is
+/// reported first.
 pub(crate) struct Collector {
     settings: Settings,
     metrics: Option<(Endpoint, Connection)>,
@@ -190,7 +190,7 @@ impl Push {
             (traces.map_or(0, Pipeline::give_up), "spans"),
         ];
         for (lost, what) in lost.into_iter().filter(|(lost, _)| *lost > 0) {
-            log::warn!("{lost} {what} were not delivered: the collector did not take them in time");
+            log::warn!("{lost} {what} were not delivered: the collector did not accept them in time");
         }
     }
 }
@@ -208,7 +208,7 @@ impl<C: Client> Pipeline<C> {
     }
 }
 
-/// A signal that is not pushed is never due.
+/// Waits until a signal is due, which never happens if it is not pushed.
 async fn due<C: Client>(pipeline: &mut Option<Pipeline<C>>) {
     match pipeline {
         Some(pipeline) => {

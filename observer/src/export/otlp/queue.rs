@@ -21,7 +21,7 @@ use crate::model::delivery::{DropReason, ExportStats};
 /// Maximum size of the buffer of a signal in bytes.
 pub(crate) const BUFFER: usize = 16 << 20;
 
-/// The pause after the first failure, and the longest one; each is shortened at random by up to half.
+/// The delay after the first failure, and the longest one; each is shortened at random by up to half.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -44,11 +44,11 @@ struct Shared<C: Client> {
 struct State<R> {
     waiting: VecDeque<Batch<R>>,
     bytes: usize,
-    /// Items of the batches that are being sent.
+    /// Number of items in the batches that are being sent.
     in_flight: u64,
-    /// When sending has to be over.
+    /// The deadline for all sending, once the end of the run was announced.
     end: Option<Instant>,
-    /// Whether the collector failed the last time; reported once.
+    /// Whether the last attempt failed. A failure is logged only if the attempt before it succeeded.
     is_failing: bool,
 }
 
@@ -59,7 +59,7 @@ impl<R> Default for State<R> {
 }
 
 impl<C: Client> Queue<C> {
-    /// Starts the tasks that send.
+    /// Starts the sending tasks.
     pub(super) fn start(client: C, stats: Arc<ExportStats>) -> Self {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
@@ -84,7 +84,7 @@ impl<C: Client> Queue<C> {
         self.shared.added.notify_one();
     }
 
-    /// Sends what is left until a moment.
+    /// Sends the buffered batches, until `end` at the latest.
     pub(super) async fn drain(&mut self, end: Instant) {
         self.shared.lock().end = Some(end);
         self.shared.ended.notify_waiters();
@@ -92,7 +92,7 @@ impl<C: Client> Queue<C> {
         let _in_time = timeout_at(end, all_sent).await;
     }
 
-    /// Stops sending; returns how many items are left.
+    /// Stops sending. Returns the number of undelivered items.
     pub(super) fn give_up(mut self) -> u64 {
         self.senders.abort_all();
         let state = self.shared.lock();
@@ -101,7 +101,7 @@ impl<C: Client> Queue<C> {
 }
 
 impl<R> State<R> {
-    /// Returns how many items were dropped for this batch.
+    /// Adds a batch. Returns how many items were dropped to make room for it.
     fn push(&mut self, batch: Batch<R>) -> u64 {
         self.bytes += batch.bytes;
         self.waiting.push_back(batch);
@@ -124,7 +124,7 @@ impl<C: Client> Shared<C> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next batch; `None` when there will be no more.
+    /// Waits for the next batch; `None` at the end of the run.
     async fn next(&self) -> Option<Batch<C::Request>> {
         loop {
             let (added, ended) = (self.added.notified(), self.ended.notified());
@@ -145,7 +145,8 @@ impl<C: Client> Shared<C> {
         }
     }
 
-    /// Waits, or until the end is announced if that may cut it short; returns whether there is time for another attempt.
+    /// Waits for `pause`. If `may_be_cut`, the wait ends early when the end of the run is announced. Returns whether there is time
+    /// for another attempt.
     async fn pause(&self, pause: Duration, may_be_cut: bool) -> bool {
         let until = Instant::now() + pause;
         loop {
@@ -161,7 +162,7 @@ impl<C: Client> Shared<C> {
         }
     }
 
-    /// Reports that the collector fails, unless that was reported.
+    /// Logs a failure, unless the previous attempt failed as well.
     fn warn(&self, why: &str) {
         if !mem::replace(&mut self.lock().is_failing, true) {
             let endpoint = self.client.endpoint();
@@ -169,10 +170,10 @@ impl<C: Client> Shared<C> {
         }
     }
 
-    /// Reports that it works again, if it failed.
+    /// Logs that the collector accepts data again, if the previous attempt failed.
     fn recovered(&self) {
         if mem::take(&mut self.lock().is_failing) {
-            log::warn!("{} takes {} again", self.client.endpoint().uri, C::SIGNAL.name());
+            log::warn!("{} accepts {} again", self.client.endpoint().uri, C::SIGNAL.name());
         }
     }
 
@@ -202,8 +203,8 @@ impl<C: Client> Shared<C> {
                 Retry::Unreachable | Retry::Later => None,
                 Retry::After(delay) => Some(delay),
             };
-            self.warn(&format!("{why}; what waits is kept and sent again"));
-            // The end cuts a pause short for a last attempt, unless the collector asked for the pause.
+            self.warn(&format!("{why}; observer buffers the data and retries"));
+            // The end of the run cuts a delay short for a last attempt, unless the collector requested the delay.
             let may_be_cut = after.is_none() && !begun_at_the_end;
             let pause = after.unwrap_or_else(|| jittered(longest));
             longest = (longest * 2).min(LONGEST_PAUSE);
@@ -225,7 +226,7 @@ impl<C: Client> Shared<C> {
     }
 }
 
-/// Sends batches until the end.
+/// Sends batches until the end of the run.
 async fn deliver<C: Client>(shared: Arc<Shared<C>>) {
     while let Some(batch) = shared.next().await {
         if !shared.send(&batch).await {
@@ -235,7 +236,7 @@ async fn deliver<C: Client>(shared: Arc<Shared<C>>) {
     }
 }
 
-/// A time between half of this and all of it, so that many observers do not return to a collector at once.
+/// A random delay between half of `longest` and all of it, so that many observers do not retry at the same time.
 fn jittered(longest: Duration) -> Duration {
     longest.mul_f64(0.5 + fastrand::f64() / 2.0)
 }
@@ -261,7 +262,7 @@ mod tests {
         assert_eq!((state.waiting.len(), state.bytes), (1, BUFFER));
     }
 
-    /// A pause before a retry ends with the run, for a last attempt.
+    /// At the end of a run, the delay before a retry is cut short for a last attempt.
     #[test]
     fn the_end_cuts_a_pause_short() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

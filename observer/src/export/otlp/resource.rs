@@ -1,5 +1,6 @@
-//! Whom figures are of: a resource for each process under observation, and one for observer itself. What identifies a
-//! series must not change while it lasts, so a process is asked once, and again only when it runs another program.
+//! Resources: one for each process under observation, and one for observer itself. The attributes that identify a series must
+//! not change while the series lasts. So a process's environment is read once, and again only when it runs another program, moves
+//! to another container, or gets its names.
 
 use std::{collections::HashMap, ffi::OsString, path::Path, time::SystemTime};
 
@@ -17,18 +18,18 @@ use crate::{
     process::{self, Process},
 };
 
-/// Resources, as far as they are known.
+/// The resources of observer and of the processes that were pushed so far.
 pub(super) struct Resources {
     known: HashMap<u32, Known>,
     own: Resource,
-    /// Attributes of all of them.
+    /// Attributes of all resources.
     common: Pairs,
     host: String,
     /// When the programs were attached.
     started: SystemTime,
 }
 
-/// A process, and what it was when it was asked.
+/// The resource of a process, and the state of the process when it was determined.
 struct Known {
     ticks: Option<u64>,
     exe: String,
@@ -38,6 +39,7 @@ struct Known {
 }
 
 impl Known {
+    /// Whether the resource is still valid.
     fn is_still(&self, target: &Process) -> bool {
         self.exe == target.exe && self.place == target.place
     }
@@ -56,29 +58,29 @@ impl Resources {
         own.add("host.name", host.as_str());
         own.add_number("process.pid", std::process::id());
         own.add_missing(&settings.attributes);
-        // What names observer names nobody else.
+        // `service.` attributes of observer's environment describe only observer.
         let common = settings.attributes.iter().filter(|(name, _)| !name.starts_with("service."));
         Self { known: HashMap::new(), own: own.into(), common: common.cloned().collect(), host, started }
     }
 
-    /// observer's own.
+    /// The resource of observer itself.
     pub(super) fn own(&self) -> Resource {
         self.own.clone()
     }
 
-    /// Since when observer counts.
+    /// The start time of observer's own series, in nanoseconds since the Unix epoch.
     pub(super) fn started(&self) -> u64 {
         nanoseconds(self.started)
     }
 
-    /// That of a process, and since when it is observed.
+    /// The resource of a process, and the start time of its series in nanoseconds since the Unix epoch.
     pub(super) fn of(&mut self, target: &Process) -> (Resource, u64) {
         let ticks = process::start_ticks(target.pid);
-        // One that is gone cannot be asked any more.
+        // The environment of an exited process cannot be read, so its last resource stays.
         let last = self.known.remove(&target.pid).filter(|known| ticks.is_none() || known.ticks == ticks);
         let known = match last {
             Some(known) if ticks.is_none() || known.is_still(target) => known,
-            // Counts go on when it runs another program, moves, or gets its names, a moment after its start.
+            // Its counters, and so their start time, continue.
             last => Known {
                 ticks,
                 exe: target.exe.clone(),
@@ -92,18 +94,19 @@ impl Resources {
         answer
     }
 
-    /// Forgets all others.
+    /// Removes the resources of processes for which `is_there` is false.
     pub(super) fn keep(&mut self, is_there: impl Fn(u32) -> bool) {
         self.known.retain(|&pid, _| is_there(pid));
     }
 
-    /// Since when a process is observed: since observer came, if it was there already.
+    /// When the observation of a process began: at its start, or when the programs were attached if that was later.
     fn start(&self, ticks: Option<u64>) -> SystemTime {
         let start = ticks.map(clock::wall_time_of_ticks);
         start.map_or(self.started, |start| start.max(self.started))
     }
 
-    /// Its own word on itself comes first, but for what is known for certain.
+    /// Determines the attributes of a process. Its own `OTEL_` variables take precedence, except over facts such as its id, host
+    /// and container.
     fn describe(&self, target: &Process, environment: &HashMap<OsString, OsString>) -> Resource {
         let variable = |name: &str| {
             let value = environment.get(OsString::from(name).as_os_str())?.to_string_lossy().into_owned();
@@ -118,7 +121,8 @@ impl Resources {
             .or_else(|| Some(unit.as_ref()?.trim_end_matches(".service").to_owned()));
         let mut attributes = Attributes::default();
         attributes.add("service.name", name.unwrap_or_else(|| target.comm.clone()));
-        // Processes of the same service have to be told apart; its own id is that of what it tells itself.
+        // Distinguishes processes of the same service. An id that the process sets for itself is not used, because several
+        // processes may inherit it.
         attributes.add("service.instance.id", format!("{}:{}", self.host, target.pid));
         attributes.add("host.name", self.host.as_str());
         attributes.add_number("process.pid", target.pid);

@@ -1,5 +1,5 @@
-//! Where to push and how, from flags and the variables that OpenTelemetry has for this. A flag comes before a variable,
-//! a signal's own variable before the one for all.
+//! The settings for pushing, from flags and OpenTelemetry's environment variables. Flags take precedence over variables, and the
+//! variables of one signal over those of both.
 
 use std::{env, path::PathBuf, str::FromStr, time::Duration};
 
@@ -10,27 +10,27 @@ use percent_encoding::percent_decode_str;
 use super::signal::Signal;
 use crate::{failure::Failure, setting::HEADING};
 
-/// How long a request may take, unless told otherwise.
+/// Default timeout of a request.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often metrics are pushed, unless told otherwise.
+/// Default interval between two pushes of metrics.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// How often traces are.
+/// Default interval between two pushes of traces.
 const DELAY: Duration = Duration::from_secs(1);
 
-/// The port where collectors listen for gRPC.
+/// The usual port of collectors for gRPC.
 const GRPC_PORT: u16 = 4317;
 
-/// What the command line says about pushing.
+/// Arguments about pushing.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct OtlpArguments {
     /// Push metrics and traces to the OpenTelemetry collector at this address, such as http://localhost:4318
     ///
-    /// The variables OTEL_EXPORTER_OTLP_* do the same and more: see "Pushing" below.
+    /// The variables OTEL_EXPORTER_OTLP_* have more settings: see "Pushing" below.
     #[arg(id = "otlp_endpoint", long = "otlp-endpoint", value_name = "URL", value_parser = collector_url, help_heading = HEADING)]
     pub(crate) endpoint: Option<String>,
-    /// Protocol of the collector; default: its variable, or http/protobuf
+    /// Protocol of the collector; default: OTEL_EXPORTER_OTLP_PROTOCOL, or http/protobuf
     #[arg(id = "otlp_protocol", long = "otlp-protocol", value_enum, value_name = "PROTOCOL", help_heading = HEADING)]
     pub(crate) protocol: Option<Protocol>,
 }
@@ -38,64 +38,64 @@ pub(crate) struct OtlpArguments {
 /// Protocol of an OpenTelemetry collector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Protocol {
-    /// gRPC, usually at port 4317
+    /// gRPC, usually on port 4317
     Grpc,
-    /// Plain HTTP with encoded messages, usually at port 4318; paths such as /v1/metrics are added to the address
+    /// HTTP with protobuf messages, usually on port 4318; paths such as /v1/metrics are appended to the URL
     #[value(name = "http/protobuf")]
     HttpProtobuf,
 }
 
-/// Names and values in the form that headers and resource attributes have in variables.
+/// Names and values, as in the variables for headers and resource attributes.
 pub(super) type Pairs = Vec<(String, String)>;
 
-/// Everything but where.
+/// All settings for pushing.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Settings {
-    /// Where metrics go, if anywhere.
+    /// The endpoint for metrics; `None` if metrics are not pushed.
     pub(super) metrics: Option<Endpoint>,
-    /// How often.
+    /// Time between two pushes of metrics.
     pub(super) interval: Duration,
-    /// Where traces go, if anywhere.
+    /// The endpoint for traces; `None` if traces are not pushed.
     pub(super) traces: Option<Endpoint>,
-    /// How often.
+    /// Time between two pushes of traces.
     pub(super) delay: Duration,
     /// Attributes of all resources.
     pub(super) attributes: Pairs,
-    /// observer's own name.
+    /// Service name of observer itself.
     pub(super) service_name: Option<String>,
 }
 
-/// Where one signal goes.
+/// The endpoint of one signal.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Endpoint {
-    /// For gRPC its path means nothing.
+    /// The path is ignored for gRPC.
     pub(super) uri: Uri,
     pub(super) protocol: Protocol,
-    /// To be sent along; they may be secret.
+    /// Sent with each request. Their values may be secret.
     pub(super) headers: HeaderMap,
-    /// For one request.
+    /// Limit of one attempt.
     pub(super) timeout: Duration,
     /// Whether requests are compressed.
     pub(super) gzip: bool,
-    /// Authorities to trust instead of the system's.
+    /// File of certificate authorities to trust instead of the system's.
     pub(super) certificate: Option<PathBuf>,
-    /// Certificate and key to show to the collector.
+    /// Client certificate and key.
     pub(super) client: Option<(PathBuf, PathBuf)>,
-    /// What may be wrong with it, for whoever finds that nothing arrives.
+    /// A likely mistake in these settings, appended to the message about a failure.
     pub(super) hint: &'static str,
 }
 
-/// Finds a variable.
+/// Looks up an environment variable.
 pub(crate) type Lookup<'l> = &'l dyn Fn(&str) -> Option<String>;
 
 impl Settings {
-    /// What flags and this process's environment say; `None` if nothing is to be pushed.
+    /// The settings from flags and this process's environment; `None` if nothing is pushed.
     pub(crate) fn find(arguments: &OtlpArguments) -> Result<Option<Self>, Failure> {
         Self::from(arguments, &|name| env::var(name).ok())
     }
 
     fn from(arguments: &OtlpArguments, lookup: Lookup<'_>) -> Result<Option<Self>, Failure> {
-        // An empty variable is one that is not set.
+        // An empty variable counts as not set.
         let lookup: Lookup<'_> =
             &|name| Some(lookup(name)?.trim().to_owned()).filter(|value| !value.is_empty());
         let is_off = arguments.endpoint.is_none()
@@ -143,7 +143,7 @@ impl Endpoint {
         let uri = uri(&url, &origin)?;
         let is_unlikely = protocol.is_none() && uri.port_u16() == Some(GRPC_PORT);
         let protocol = protocol.unwrap_or(Protocol::HttpProtobuf);
-        // Only the variable of a signal has the whole of its path.
+        // Only the endpoint variable of a single signal includes the path.
         let uri = if protocol == Protocol::Grpc || origin == own("ENDPOINT") {
             uri
         } else {
@@ -155,8 +155,8 @@ impl Endpoint {
             (None, None) => None,
             _ => {
                 return Err(Failure::new(
-                    "of OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY one is missing",
-                    "set both, or none",
+                    "only one of OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY is set",
+                    "set both or neither",
                 ));
             }
         };
@@ -178,7 +178,7 @@ impl Endpoint {
     }
 }
 
-/// Makes sure of what must hold whatever variables there are.
+/// Asserts invariants of the settings for any variables, for the fuzz target.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn parse(lookup: Lookup<'_>) {
     use clap::Parser as _;
@@ -204,26 +204,26 @@ fn collector_url(text: &str) -> Result<String, String> {
     uri(text, "--otlp-endpoint").map(|_| text.to_owned()).map_err(|failure| failure.what)
 }
 
-/// The address of a collector; `origin` is what gives it.
+/// Parses the URL of a collector; `origin` is the flag or variable that it comes from.
 fn uri(url: &str, origin: &str) -> Result<Uri, Failure> {
     let uri = Uri::from_str(url).ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
     uri.ok_or_else(|| {
         Failure::new(
-            format!("{url:?} is no address of a collector ({origin})"),
+            format!("{url:?} is not the URL of a collector ({origin})"),
             "give a URL, such as http://localhost:4318 or, for gRPC, http://localhost:4317",
         )
     })
 }
 
-/// The address of a signal below the one for all.
+/// Appends the path of a signal to the URL for both signals.
 fn below(base: &Uri, path: &str) -> Result<Uri, Failure> {
     let mut parts = base.clone().into_parts();
     let whole = format!("{}/{path}", base.path().trim_end_matches('/'));
     parts.path_and_query = whole.parse().ok();
     Uri::from_parts(parts).map_err(|error| {
         Failure::new(
-            format!("{base} is no address of a collector: {error}"),
-            "give one like http://localhost:4318",
+            format!("{base} is not the URL of a collector: {error}"),
+            "give a URL such as http://localhost:4318",
         )
     })
 }
@@ -233,7 +233,7 @@ fn protocol_of(name: &str, variable: &str) -> Result<Protocol, Failure> {
         "grpc" => Ok(Protocol::Grpc),
         "http/protobuf" => Ok(Protocol::HttpProtobuf),
         _ => Err(Failure::new(
-            format!("observer does not speak the protocol {name:?} ({variable})"),
+            format!("unknown protocol {name:?} ({variable})"),
             "choose grpc or http/protobuf",
         )),
     }
@@ -243,10 +243,7 @@ fn is_gzip(name: &str, variable: &str) -> Result<bool, Failure> {
     match name {
         "gzip" => Ok(true),
         "none" => Ok(false),
-        _ => Err(Failure::new(
-            format!("no compression is called {name:?} ({variable})"),
-            "choose gzip or none",
-        )),
+        _ => Err(Failure::new(format!("unknown compression {name:?} ({variable})"), "choose gzip or none")),
     }
 }
 
@@ -254,11 +251,11 @@ fn milliseconds(variable: &str, lookup: Lookup<'_>) -> Result<Option<Duration>, 
     let Some(text) = lookup(variable) else { return Ok(None) };
     let given = text.parse().ok().filter(|&ms: &u64| ms > 0).map(Duration::from_millis);
     let wrong =
-        || Failure::new(format!("{text:?} is no time ({variable})"), "give milliseconds, such as 10000");
+        || Failure::new(format!("{text:?} is not a time ({variable})"), "give milliseconds, such as 10000");
     given.map(Some).ok_or_else(wrong)
 }
 
-/// `name=value,name=value`, the values encoded as in URLs; what has no name is left out.
+/// Parses `name=value,name=value`, with values encoded as in URLs. Pairs without a name are ignored.
 pub(super) fn pairs(text: &str) -> Pairs {
     let decoded = |part: &str| percent_decode_str(part.trim()).decode_utf8_lossy().into_owned();
     let split = text.split(',').filter_map(|pair| pair.split_once('='));
@@ -268,9 +265,9 @@ pub(super) fn pairs(text: &str) -> Pairs {
 fn headers(text: &str, variable: &str) -> Result<HeaderMap, Failure> {
     let mut headers = HeaderMap::new();
     for (name, value) in pairs(text) {
-        // The value may be secret: no message has it.
+        // The value may be secret, so it is not in the message.
         let wrong =
-            || Failure::new(format!("{name:?} is no header ({variable})"), "give name=value,name=value");
+            || Failure::new(format!("{name:?} is not a header ({variable})"), "give name=value,name=value");
         let mut value = HeaderValue::from_str(&value).map_err(|_| wrong())?;
         value.set_sensitive(true);
         headers.append(HeaderName::from_str(&name).map_err(|_| wrong())?, value);

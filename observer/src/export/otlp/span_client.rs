@@ -31,8 +31,8 @@ use super::{
 };
 use crate::model::delivery::ExportStats;
 
-/// How long the exporter may retry before it fails. Its own retries are over in seconds, but a collector may ask for half a
-/// minute before each. An attempt is limited by the connection.
+/// How long the exporter may retry before it fails. Its own delays are seconds at most, but a collector may request half a minute
+/// before each retry. The connection limits the duration of each attempt.
 const RETRYING: Duration = Duration::from_secs(300);
 
 /// Spans of one process.
@@ -56,7 +56,7 @@ impl SpanClient {
 
     fn exporter(&self, resource: &Resource) -> Result<SpanExporter, ExporterBuildError> {
         let compression = self.endpoint.gzip.then_some(Compression::Gzip);
-        // Headers are those of the environment, which the exporter reads as well.
+        // No headers are passed: the exporter reads them from the same environment variables as observer.
         let mut exporter = match &self.connection {
             Connection::Grpc(channel) => {
                 let builder =
@@ -87,7 +87,8 @@ impl SpanClient {
 impl Client for SpanClient {
     type Request = SpanBatch;
     const SIGNAL: Signal = Signal::Traces;
-    /// So that a thousand processes are not a thousand round trips one after another.
+    /// Several, because each process is a request: the batches of a thousand processes would otherwise take a thousand round trips
+    /// in sequence.
     const CONCURRENCY: usize = 16;
 
     fn endpoint(&self) -> &Endpoint {
@@ -112,14 +113,14 @@ impl Client for SpanClient {
     }
 }
 
-/// What the exporter's events say about one export.
+/// The result of one export, from the exporter's events.
 #[derive(Clone, Debug, Default)]
 struct Verdict {
-    /// Spans that the collector rejected of a request that it accepted.
+    /// Number of spans that the collector rejected in a request that it accepted.
     rejected: u64,
-    /// The collector's words, or the error of the connection.
+    /// The collector's message, or the error of the connection.
     why: String,
-    /// Whether the collector refused the request for good.
+    /// Whether the collector refused the request, so that a retry is useless.
     is_final: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What the tests of this folder share.
+//! Settings and snapshots for the tests of this folder.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::{
     process::Process,
 };
 
-/// Nobody is there.
+/// An endpoint at which nothing listens.
 pub(super) fn endpoint() -> Endpoint {
     Endpoint {
         uri: "http://127.0.0.1:1/v1/metrics".parse().unwrap(),
@@ -25,7 +25,7 @@ pub(super) fn endpoint() -> Endpoint {
     }
 }
 
-/// A collector that nobody asks.
+/// Settings that push metrics to [`endpoint`].
 pub(super) fn settings() -> Settings {
     Settings {
         metrics: Some(endpoint()),
@@ -37,12 +37,12 @@ pub(super) fn settings() -> Settings {
     }
 }
 
-/// Who a process is.
+/// A process with this id.
 pub(super) fn process(pid: u32) -> Process {
     Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), place: Place::default() }
 }
 
-/// A process without anything to tell.
+/// A process without listeners, event loops and tasks.
 pub(super) fn target(pid: u32) -> Target {
     Target {
         pid,
@@ -59,7 +59,7 @@ pub(super) fn target(pid: u32) -> Target {
     }
 }
 
-/// A moment with these processes.
+/// A snapshot with these processes.
 pub(super) fn snapshot(targets: Vec<Target>) -> Snapshot {
     let own = Own { version: "0", kernel: "0".into(), ..Own::default() };
     Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets, own }

@@ -32,11 +32,11 @@ use crate::{
     process::Process,
 };
 
-/// How long a request may be without an answer before its span is exported.
+/// The span of a request without an answer is exported after this time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Maximum number of requests that are remembered: those without an answer yet, and those that were exported. The programs
-/// remember as many by number.
+/// Maximum number of requests that are remembered, both those whose span is pending and those whose span was exported. The eBPF
+/// programs keep as many.
 const REMEMBERED: usize = 32_768;
 
 /// Maximum number of stalls in the span of a request.
@@ -50,7 +50,7 @@ const WAIT: &str = "observer_deferred_wait_seconds";
 const RUN: &str = "observer_deferred_run_seconds";
 const SLICE: &str = "observer_reactor_slice_seconds";
 
-/// Methods that HTTP defines. Others do not become names of spans, because a client can make up any number of them.
+/// The methods that HTTP defines. Others are not used as names of spans, because clients can invent any number of them.
 const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
 
 static SCOPE: LazyLock<InstrumentationScope> = LazyLock::new(|| {
@@ -66,13 +66,13 @@ pub(super) struct Tracer {
     order: VecDeque<u64>,
 }
 
-/// Whether the span of a request was exported.
+/// The state of the span of a request.
 enum State {
     Open(Open),
     Exported,
 }
 
-/// A request whose span was not exported yet.
+/// A request whose span is pending.
 struct Open {
     pid: u32,
     request: Arc<Asked>,
@@ -88,8 +88,8 @@ struct Open {
 type Spans = BTreeMap<u32, Vec<SpanData>>;
 
 impl Tracer {
-    /// Makes the spans of events, and of requests that were answered or have waited for long enough: of all requests if these
-    /// events are the last.
+    /// Makes the spans of tasks and stalls from events, and of requests that are answered or older than [`PATIENCE`]. If these
+    /// events are the last, makes the spans of all pending requests.
     pub(super) fn spans(
         &mut self,
         events: VecDeque<Event>,
@@ -140,7 +140,7 @@ impl Tracer {
         spans
     }
 
-    /// A request whose span was not exported yet.
+    /// The pending span of a request; `None` if it was exported.
     fn open(&mut self, request: &Asked) -> Option<&mut Open> {
         match self.requests.get_mut(&request.id)? {
             State::Open(open) => Some(open),
@@ -148,8 +148,8 @@ impl Tracer {
         }
     }
 
-    /// The trace of a request, which is remembered from now on; `None` if it is not sampled. Where there are too many, the oldest
-    /// is exported and forgotten.
+    /// Remembers a request and returns its trace; `None` if that is not sampled. If there are too many requests, the span of the
+    /// oldest is exported and the request is forgotten.
     fn remember(&mut self, pid: u32, request: &Arc<Asked>, spans: &mut Spans) -> Option<Context> {
         let context = self.ids.context(request)?;
         if self.requests.contains_key(&request.id) {
@@ -181,7 +181,7 @@ impl Open {
         self.request.answered.get().is_some() || self.since.elapsed() >= PATIENCE
     }
 
-    /// Adds a stall that hit the request.
+    /// Adds a stall during the request, as an event of its span.
     fn add(&mut self, tid: u32, start_ns: u64, stall: &Stall) {
         let length_ns = length(stall).as_nanos().try_into().unwrap_or(u64::MAX);
         self.last_ns = self.last_ns.max(start_ns.saturating_add(length_ns));
@@ -215,7 +215,7 @@ impl From<Open> for SpanData {
         }
         let mut events = SpanEvents::default();
         (events.events, events.dropped_count) = (stalls, stalls_dropped);
-        // The clocks are compared once: the wall clock may be set between two comparisons.
+        // Only the start is converted to wall time: the wall clock may be set between two conversions.
         let start = clock::wall_time(request.at_ns);
         let length_ns = answered.unwrap_or(&last_ns).saturating_sub(request.at_ns);
         Self {
@@ -264,7 +264,8 @@ fn work_span(ids: &Ids, context: &Context, work: &FinishedTask) -> SpanData {
     links.links = vec![Link::new(context.span(parent), Vec::new(), 0)];
     let mut attributes = vec![KeyValue::new("observer.deferred.wait", wait)];
     attributes.extend(work.request_id.as_ref().map(|id| KeyValue::new("observer.request.id", id.clone())));
-    // A process knows its own trace best; the link still leads to the span that enqueued the task.
+    // The trace context that the process itself publishes takes precedence. The link still leads to the span that enqueued the
+    // task.
     let own = work.context.as_ref().and_then(published);
     let (trace, parent) = own.unwrap_or((context.trace, parent));
     let context = Context { trace, ..context.clone() };
@@ -280,7 +281,7 @@ fn work_span(ids: &Ids, context: &Context, work: &FinishedTask) -> SpanData {
     }
 }
 
-/// Adds the wait and the run of a task that has started.
+/// Adds the wait and the run time of a task as exemplars, if it has started.
 fn add_exemplars(exemplars: &mut Exemplars, pid: u32, work: &FinishedTask, span: &SpanData) {
     let Some(started) = work.started_ns else { return };
     let wait = seconds(started.saturating_sub(work.queued_ns));
@@ -316,7 +317,7 @@ fn length(stall: &Stall) -> Duration {
     Duration::try_from_secs_f64(stall.seconds).unwrap_or_default()
 }
 
-/// Spans as batches, each of one process.
+/// Splits spans into batches, each of one process.
 pub(super) fn batches(
     spans: Spans,
     resources: &mut Resources,
@@ -339,7 +340,7 @@ pub(super) fn batches(
     batches
 }
 
-/// Roughly the memory that a span takes, in bytes.
+/// Approximate memory of a span in bytes.
 fn memory(span: &SpanData) -> usize {
     let of = |attributes: &[KeyValue]| -> usize {
         let text = |attribute: &KeyValue| match &attribute.value {
@@ -458,10 +459,10 @@ mod tests {
         assert!(
             server.attributes.iter().any(|attribute| attribute.key.as_str() == "observer.request.answered")
         );
-        // Until the end of the stall, the last event.
+        // The span ends with the end of the stall, the last event.
         assert_eq!(length_ns(&server), 252_000_000);
         assert_eq!((server.events.len(), &*server.events[0].name), (1, "stall"));
-        // Stalls that follow have spans of their own.
+        // Later stalls get separate spans.
         let [late] = spans(&mut tracer, [stall(&request)], false).try_into().unwrap();
         assert_eq!((&*late.name, late.parent_span_id), ("stall", server.span_context.span_id()));
     }

@@ -327,7 +327,7 @@ fn without_symbols_only_deferred_tasks_are_missing() {
     report.assert_complete();
     let missing = report.0["self"]["missing"].as_array().unwrap();
     let of_rage = |missing: &Value| {
-        missing["source"].as_str().is_some_and(|source| source.starts_with("deferred work of rage"))
+        missing["source"].as_str().is_some_and(|source| source.starts_with("deferred tasks of rage"))
     };
     let missing = missing.iter().find(|missing| of_rage(missing)).unwrap();
     eprintln!("| without symbols | {missing} |");

@@ -82,7 +82,7 @@ fn without_sys_admin_all_but_uprobes_works() {
     let missing = report.0["self"]["missing"].as_array().unwrap();
     let is_missing = |what: &str| missing.iter().any(|m| m["source"].as_str().unwrap().contains(what));
     let is_followed = report.target(server.pid())["deferred"] != Value::Array(Vec::new());
-    assert!(is_followed || is_missing("deferred work of asyncio"), "{missing:?}");
+    assert!(is_followed || is_missing("deferred tasks of asyncio"), "{missing:?}");
 }
 
 /// What `check` prints about one item, including its reason and cure.

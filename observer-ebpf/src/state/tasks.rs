@@ -38,7 +38,7 @@ static NEW: Class = Class::EMPTY;
 
 pub(crate) static NEW_TASK: DeferredTask = DeferredTask::EMPTY;
 
-/// ID of the current task if that is the parent of a task with this origin, otherwise 0. A parent is due to the same
+/// ID of the current task if that is the parent of a task with this origin, otherwise 0. A parent has the same
 /// request. A task that serves a connection, and so many requests, is no parent.
 #[inline(always)]
 pub(crate) fn parent(current: &Work, origin: &Origin) -> u64 {

@@ -303,7 +303,7 @@ fn write_unmatched(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Number of requests that the latest tasks of a kind are due to.
+/// Number of distinct origins of the latest tasks of a kind.
 fn requests(kind: &Deferred) -> u64 {
     let ids: BTreeSet<_> = kind.links.iter().map(|link| link.origin.id).collect();
     ids.len() as u64

@@ -1,4 +1,4 @@
-//! Deferred tasks by kind: how many, how long they waited and ran, and the request that each is due to.
+//! Deferred tasks by kind: how many, how long they waited and ran, and the origin of each.
 
 use std::sync::Arc;
 
@@ -85,7 +85,7 @@ pub(crate) struct Link {
     #[serde(serialize_with = "hexadecimal_or_none")]
     #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub(crate) parent: Option<u64>,
-    /// The request that the task is due to.
+    /// The origin of the task.
     pub(crate) origin: Arc<Request>,
     /// Span that the process was in when it enqueued the task, as it published it by OpenTelemetry's thread context
     /// (OTEP 4947); `None` if it published none. It takes precedence over the request's `traceparent`.

@@ -208,7 +208,7 @@ impl TaskTracker {
                 && is_there(pid)
             {
                 missing.push(Missing {
-                    source: format!("deferred work of {}", runtime.name),
+                    source: format!("deferred tasks of {}", runtime.name),
                     reason: format!("{why:#}"),
                 });
             }
@@ -239,7 +239,7 @@ impl TaskTracker {
         self.end(maps, pid);
         self.processes.insert(pid, Process { execs, attempts: ATTEMPTS, ..Process::default() });
         Some(Missing {
-            source: format!("deferred work of process {pid}"),
+            source: format!("deferred tasks of process {pid}"),
             reason: format!(
                 "its hooks fire {rate} times a second, which would cost it {} % of a CPU; {} attaches to it anyway",
                 rate / 5_000,

@@ -81,7 +81,7 @@ impl Runtimes {
     fn note_unmatched(&self, maps: &Maps, missing: &mut MissingSources, targets: &Targets, pid: u32) {
         let Some(process) = targets.get(pid) else { return };
         for hook in self.tasks.unmatched_hooks(maps, pid) {
-            let source = format!("deferred work of {}, by {}", process.comm, hook.verb);
+            let source = format!("deferred tasks of {}, by {}", process.comm, hook.verb);
             missing.add(source, format!("{} fired {} times without a match", hook.place, hook.hits));
         }
     }
@@ -89,7 +89,7 @@ impl Runtimes {
     /// Reports profiles that were asked for and matched no process.
     pub(super) fn note_unmet(&self, missing: &mut MissingSources) {
         for (profile, reason) in self.recognizer.unmet() {
-            missing.add(format!("deferred work by the profile {profile}"), reason);
+            missing.add(format!("deferred tasks by the profile {profile}"), reason);
         }
     }
 }

@@ -8,7 +8,7 @@ pub(super) const PROBE: Probe = Probe {
     purpose: "how long connections wait to be accepted, and the queue's depth at each accept",
     since: "5.5",
     when: When::Always,
-    cost: "every accept call and TCP state change on the machine; one look-up for other processes",
+    cost: "every accept call and TCP state change on the machine; one lookup for other processes",
     hooks: &[
         Hook { program: "sock_state", events: Events::Btf(&["inet_sock_set_state"]) },
         Hook {

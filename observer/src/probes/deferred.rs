@@ -40,7 +40,7 @@ const PROGRAM: &str = "deferred";
 
 pub(super) const PROBE: Probe = Probe {
     name: "deferred",
-    purpose: "deferred tasks: how many, how long they wait and run, and which request they are due to",
+    purpose: "deferred tasks: how many, how long they wait and run, and which request each comes from",
     since: "5.10",
     when: When::Deferring,
     cost: "a trap into the kernel, about 2 us (700 ns of it in the program), each time a target reaches a hook of its runtime's profile, 8 to 10 times for a small request; no cost for other processes",

@@ -11,10 +11,10 @@ use observer_common::origin::Request as Raw;
 
 pub(super) const PROBE: Probe = Probe {
     name: "origin",
-    purpose: "requests that deferred tasks or stalls are due to: method, path without query, trace context",
+    purpose: "requests that enqueue deferred tasks or stall: method, path without query, trace context",
     since: "5.10",
     when: When::Deferring,
-    cost: "one map look-up for every read, recvfrom, recvmsg, readv, write, writev, sendto, sendmsg and sendfile on the machine; reads of targets whose deferred tasks are followed copy the first KiB of each request, and the first write of each answer takes another 0.3 us",
+    cost: "one map lookup for every read, recvfrom, recvmsg, readv, write, writev, sendto, sendmsg and sendfile on the machine; reads of targets whose deferred tasks are followed copy the first KiB of each request, and the first write of each answer takes another 0.3 us",
     hooks: &[
         Hook {
             program: "received_exit",

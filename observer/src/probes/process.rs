@@ -8,7 +8,7 @@ pub(super) const PROBE: Probe = Probe {
               processes that exit",
     since: "5.5",
     when: When::Always,
-    cost: "every fork, exec and exit on the machine; one look-up for other processes",
+    cost: "every fork, exec and exit on the machine; one lookup for other processes",
     hooks: &[
         Hook { program: "process_fork", events: Events::Btf(&["sched_process_fork"]) },
         Hook { program: "process_exec", events: Events::Btf(&["sched_process_exec"]) },

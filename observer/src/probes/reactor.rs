@@ -37,7 +37,7 @@ pub(super) const PROBE: Probe = Probe {
     purpose: "event loops: their lag; the time between two waits, split into CPU, run queue and blocked time by cause; stalls; the delay after wake-ups",
     since: "5.5",
     when: When::Always,
-    cost: "every wait for events, context switch and wake-up on the machine; one or two look-ups for threads of other processes; about 60 ns for every other system call, because the kernel takes a slower path for all calls as soon as one is hooked",
+    cost: "every wait for events, context switch and wake-up on the machine; one or two lookups for threads of other processes; about 60 ns for every other system call, because the kernel takes a slower path for all calls as soon as one is hooked",
     hooks: &[
         Hook { program: FIND_REGISTERS, events: Events::OnDemand },
         Hook { program: "sched_switch", events: Events::Btf(&["sched_switch"]) },

@@ -7,7 +7,7 @@ pub(super) const PROBE: Probe = Probe {
     purpose: "connections that targets accept through io_uring",
     since: "5.10 with the io_uring of 5.15, as in Debian, or 6.0",
     when: When::RingsUnderstood,
-    cost: "every io_uring operation on the machine; one look-up for those that are not accepts",
+    cost: "every io_uring operation on the machine; one lookup for those that are not accepts",
     hooks: &[
         Hook { program: "ring_submit", events: Events::Btf(&["io_uring_submit_req", "io_uring_submit_sqe"]) },
         Hook { program: "ring_wakeup", events: Events::Btf(&["io_uring_task_add"]) },

@@ -118,7 +118,7 @@ fn code_findings(pid: u32, mut runtimes: Runtimes) -> Vec<CheckResult> {
             let hooks = Finder::of(&mappings, runtime, copy).and_then(|finder| finder.all().map(drop));
             findings.push(optional(
                 &runtime.name,
-                "deferred tasks and the requests they are due to",
+                "deferred tasks and their origins",
                 hooks,
                 "use a version that the profile supports (`observer profiles`), or write a profile: docs/profiles.md",
             ));
@@ -127,12 +127,7 @@ fn code_findings(pid: u32, mut runtimes: Runtimes) -> Vec<CheckResult> {
     findings.extend(runtimes.unmet().into_iter().map(|(profile, why)| {
         let cure =
             "check the name with `nm -D` or in /proc/PID/maps; the process must have loaded the module";
-        optional(
-            &format!("profile {profile}"),
-            "deferred tasks and the requests they are due to",
-            Err(why),
-            cure,
-        )
+        optional(&format!("profile {profile}"), "deferred tasks and their origins", Err(why), cure)
     }));
     findings
 }

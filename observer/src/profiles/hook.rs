@@ -28,7 +28,7 @@ pub(crate) struct Hook {
     pub(crate) key: Option<Path>,
     /// Cases that determine the kind of the task; the first that applies is used.
     pub(crate) class: Vec<Case>,
-    /// The runtime's id of the request that a task is due to.
+    /// The runtime's id of the request that is the origin of a task.
     pub(crate) request_id: Option<RequestId>,
     /// First version with this hook.
     pub(crate) since: Option<String>,

@@ -32,18 +32,18 @@ const HELP: &str = "
  fault is it?
 
  q, Ctrl-C      quit and print the report of the whole observation
- p, Space       pause the view or resume it; recording goes on
- s              sort by lag, by load, by name
+ p, Space       pause or resume the view; observation continues
+ s              sort by lag, by load or by name
  /, f           filter by part of a name, an address or a process id; Esc clears
                 the filter
  Tab            next list: event loops, accept queues, deferred tasks
  Up, Down       select a row (also k, j, PageUp, PageDown, Home, End)
  Enter          details of the selected row: quantiles, causes, stalls, stacks
- Esc            back
+ Esc            go back
  ?              this page
 
  EVENT LOOPS    mean, p99 and max of the lag: the delay that an event arriving
-                at a random moment would see. max ever is since the start
+                at a random moment would see; max ever: since the start
  busy           share of the time in which the loop did not wait for events
  busy time      by cause: on a CPU, waiting for a CPU, or blocked by a lock,
                 file I/O, the network, page faults or something else, or asleep
@@ -54,11 +54,12 @@ const HELP: &str = "
  p99, max wait  from the end of the handshake until accept returns
  depth          connections in the queue, and its limit; | in the bar marks the
                 peak
- DEFERRED TASKS work that handlers leave for later, by kind
- pending        tasks that have not started; oldest is since the first of them
-                was enqueued
- started        tasks per second. wait is from enqueue to start, run is from
-                start to finish
+ DEFERRED TASKS coroutines, timers and jobs that handlers enqueue to run later,
+                by kind
+ pending        tasks that have not started; oldest: how long the first of
+                them has waited
+ started        tasks per second; wait: from enqueue to start; run: from start
+                to finish
  dropped        tasks that were discarded before they started. Timers wait on
                 purpose and are often cancelled: neither is a fault. Tasks whose
                 kind is known only at their start have one row until then

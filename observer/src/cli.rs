@@ -50,22 +50,23 @@ Examples:
   sudo observer demo                                       a server with known misbehaviour
 
 Terms:
-  slice     the time between two waits for events of the same thread: nothing else on that event loop runs
-            meanwhile
-  lag       the delay that an event arriving at a random moment would see; from 50ms on a loop is LATE
+  slice     the time between two waits for events of one thread; nothing else runs on its event loop meanwhile
+  lag       the delay that an event arriving at a random moment would see; a loop with 50ms or more is LATE
   stall     a slice of --stall-threshold or more, attributed to the stack that was seen most often in it
-  wake-up   the time between an event making a waiting loop runnable and the loop running
-  depth     connections whose handshake is done and that no process has accepted yet; limit is the most
-            that fit, oldest is how long the first of them has waited
+  wake-up   the delay from when an event makes a waiting loop runnable until the loop runs
+  depth     connections whose handshake is done and that no process has accepted yet; limit is the maximum,
+            oldest is how long the first of them has waited
+  task      a deferred task: a coroutine, a timer or a job that a handler enqueues to run later; its origin is
+            the request that enqueued it
 
-Live view: it needs a terminal of at least 50 x 12 characters that can place text (TERM=dumb cannot).
+Live view: it needs a terminal of at least 50 x 12 characters that can position text (TERM=dumb cannot).
 Press ? for its keys. NO_COLOR turns colours off. Messages are printed when the view ends.
 
-Pushing: these variables apply, those of OTEL_EXPORTER_OTLP_ also as OTEL_EXPORTER_OTLP_METRICS_… and
-OTEL_EXPORTER_OTLP_TRACES_…, which come first: OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS, _TIMEOUT,
-_COMPRESSION (gzip), _CERTIFICATE, _CLIENT_CERTIFICATE, _CLIENT_KEY; OTEL_METRIC_EXPORT_INTERVAL
-(milliseconds; default one minute), OTEL_RESOURCE_ATTRIBUTES, OTEL_SERVICE_NAME (of observer itself),
-OTEL_METRICS_EXPORTER=none, OTEL_TRACES_EXPORTER=none, OTEL_SDK_DISABLED. sudo passes variables on only
+Pushing: these variables apply: OTEL_EXPORTER_OTLP_ENDPOINT, _PROTOCOL, _HEADERS, _TIMEOUT, _COMPRESSION (gzip),
+_CERTIFICATE, _CLIENT_CERTIFICATE, _CLIENT_KEY; OTEL_METRIC_EXPORT_INTERVAL (milliseconds; default 60000),
+OTEL_BSP_SCHEDULE_DELAY (the same for traces; default 1000), OTEL_RESOURCE_ATTRIBUTES, OTEL_SERVICE_NAME
+(of observer itself), OTEL_METRICS_EXPORTER=none, OTEL_TRACES_EXPORTER=none, OTEL_SDK_DISABLED. For one signal,
+OTEL_EXPORTER_OTLP_METRICS_… or OTEL_EXPORTER_OTLP_TRACES_… takes precedence. sudo passes variables on only
 with -E or --preserve-env.
 
 Exit codes: 0 success, 1 failure (standard error says what to do), 2 wrong usage.";
@@ -102,7 +103,7 @@ impl CommandLine {
 /// Subcommands. Without a subcommand, observer starts an observation.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Show what this kernel and these rights allow; exit with 1 if observing is not possible
+    /// Check what can be observed with this kernel and these rights; exit with 1 if observer cannot run
     Check(Check),
     /// List the probes: what each measures, what it hooks, what it costs
     Probes,
@@ -115,7 +116,7 @@ pub(crate) enum Command {
     Demo(Demo),
     /// Write completions for a shell
     Completions(Completions),
-    /// Write the manual page, for man
+    /// Write the manual page, for `man -l -`
     Man,
     /// The server that `demo` observes
     #[command(hide = true)]
@@ -148,8 +149,8 @@ pub(crate) struct Observe {
     ///
     /// A thread that uses several is classified by the first of epoll, io_uring, poll and select; its other blocking
     /// calls count as blocked time. A poll or select on a single descriptor is a wait only in a loop that polls
-    /// several otherwise. A call with a timeout of 0 is a wait if it looks at what the loop waits on; otherwise (into
-    /// a nested epoll set) it is part of the slice.
+    /// several otherwise. A call with a timeout of 0 is a wait if it polls what the loop waits on; if it polls something
+    /// else, such as a nested epoll set, it is part of the slice.
     #[arg(help_heading = HEADING, long, value_enum, value_name = "CALLS", value_delimiter = ',', default_values_t = WaitCall::DEFAULT)]
     pub(crate) reactor_calls: Vec<WaitCall>,
     /// Report slices of TIME or more as stalls, with cause and stack; at least 1ms
@@ -157,8 +158,8 @@ pub(crate) struct Observe {
     pub(crate) stall_threshold: Duration,
     /// Maximum number of event loops and listeners tracked, with four times as many processes; from 16 to 65536
     ///
-    /// The kernel memory for this (about 49 MiB for 1024) is printed at the start, allocated at once and never grows.
-    /// What exceeds the maximum is not observed, and counted (observer_self_lost_total, "Not observed" in reports).
+    /// The kernel memory for this (about 49 MiB for 1024) is allocated at the start and never grows. What exceeds the
+    /// maximum is not observed, but counted (observer_self_lost_total, "Incomplete data" in reports).
     #[arg(help_heading = HEADING, long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]
@@ -177,7 +178,7 @@ pub(crate) struct Which {
     /// Observe every process of this name, as `ps -o comm` shows it
     ///
     /// With this and the following selectors, processes that start later are observed from when they first listen or
-    /// wait for events, and observer goes on when no process is left.
+    /// wait for events, and observer continues when no process is left.
     #[arg(long = "comm", value_name = "NAME")]
     pub(crate) names: Vec<String>,
     /// Observe every process that runs this program: a path or a file name; * and ? match any characters
@@ -194,12 +195,12 @@ pub(crate) struct Which {
     pub(crate) all: bool,
     /// Read selectors, exclusions and settings from this file; SIGHUP reloads it
     ///
-    /// docs/configuration.md lists them all. The command line comes first.
+    /// docs/configuration.md lists them all. The command line takes precedence.
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) config: Option<PathBuf>,
 }
 
-/// Which processes not to observe, even if they are children of observed ones; --pid comes first.
+/// Which processes not to observe, even if they are children of observed ones; --pid takes precedence.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Not {
     /// Do not observe processes of this name
@@ -232,7 +233,7 @@ fn process_id(text: &str) -> Result<u32, String> {
 /// Arguments of `check`.
 #[derive(Args, Debug)]
 pub(crate) struct Check {
-    /// Check also what can be seen of this process
+    /// Also check what can be observed of this process
     #[arg(long, value_name = "PID", value_parser = process_id)]
     pub(crate) pid: Option<u32>,
     #[command(flatten)]

@@ -35,7 +35,7 @@ pub(crate) struct ProfileSelection {
     /// A profile says how a runtime is recognised, how its garbage collections can be watched, and which functions
     /// enqueue tasks; `observer profiles` lists the built-in ones. Other processes are not touched. With `auto`, the
     /// deferred tasks of a process are no longer followed after three seconds of more than 25,000 traps a second (about
-    /// 5 % of a CPU). A profile that is named is followed at any cost.
+    /// 5 % of a CPU). The tasks of a profile that is named are followed at any rate.
     #[arg(
         long = "profile",
         value_name = "PROFILES",
@@ -49,11 +49,10 @@ pub(crate) struct ProfileSelection {
     ///
     /// LIBRARY is the beginning of the file name of the library or program. KEY identifies the task: an argument (arg0
     /// to arg5) or a register, with pointers to follow from there, such as arg0->8. The origin of the task is the
-    /// request that was being handled. A profile can say more, see --profile.
+    /// request that the thread works for when it calls the function. A profile can say more, see --profile.
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "restore")]
     pub(crate) snapshot: Option<OwnHook>,
-    /// Function that runs a task; the task finishes at --forget or, without that, when its thread turns to something
-    /// else
+    /// Function that runs a task; without --forget, the task ends when its thread runs another one or waits for events
     #[arg(long, value_name = "LIBRARY:FUNCTION:KEY", requires = "snapshot")]
     pub(crate) restore: Option<OwnHook>,
     /// Function that frees a task
@@ -122,7 +121,7 @@ pub(crate) fn is_asked_for(profile: &Arc<Profile>, are_automatic: bool) -> bool 
     !are_automatic || !PROFILES.iter().any(|built_in| Arc::ptr_eq(built_in, profile))
 }
 
-/// The option with which a profile of this name is followed at any cost, as text for a message.
+/// The option with which a profile of this name is followed at any rate, as text for a message.
 pub(crate) fn flag_to_force(name: &str) -> String {
     if name == generic::NAME {
         "`--profile none` with the flags that describe it".into()

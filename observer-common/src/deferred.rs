@@ -36,7 +36,7 @@ pub enum Verb {
     Snapshot = 1,
     /// Start or resume: makes the origin that is stored under the key the current one.
     Restore = 2,
-    /// Pause or finish: makes the previous work current again.
+    /// Pause or finish: makes the thread's previous task and origin current again.
     Leave = 3,
     /// Destroy: the key is no longer valid.
     Forget = 4,
@@ -80,8 +80,8 @@ pub struct Hook {
 crate::shared::shared!(Hook, 32);
 
 impl Hook {
-    /// A task ends as soon as its thread switches to other work, because the runtime has no function that marks its
-    /// end.
+    /// A task ends at its thread's next `Leave`, `Clear` or `Restore` hook, or at the end of the slice, because the
+    /// runtime has no function that marks its end.
     pub const ONCE: u32 = 1;
     /// A task of unknown origin inherits the origin of what its thread read from a connection while it ran no task.
     pub const TAKES_OVER: u32 = 2;
@@ -208,11 +208,11 @@ pub struct TaskKey {
 }
 crate::shared::shared!(TaskKey, 16);
 
-/// What a thread is working on, and on behalf of what.
+/// The deferred task that a thread runs, if any, and the origin that the thread works for.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
-    /// The request or connection that the work is for.
+    /// The request or connection that the thread works for.
     pub origin: Origin,
     /// ID of the deferred task; 0 outside of any task.
     pub task: u64,

@@ -32,7 +32,7 @@ pub enum Loss {
     WorkFull,
     /// `TASKS` was full: a task is not followed.
     TasksFull,
-    /// `LINKS` was full: a task that is over is not reported.
+    /// `LINKS` was full: the link of a task that has ended is not reported.
     LinksFull,
     /// `CLASSES` was full: a kind of task is counted together with others.
     ClassesFull,

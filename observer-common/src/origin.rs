@@ -17,7 +17,7 @@ pub struct Descriptor {
 }
 crate::shared::shared!(Descriptor, 8);
 
-/// What work is done for: a request, or a connection.
+/// The request or connection that a thread or a deferred task works for.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {

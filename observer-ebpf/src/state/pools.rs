@@ -1,5 +1,5 @@
 //! Pools: threads of a process that wait on the same epoll set, either all at once, or one at a time while the others
-//! are parked. The workers of tokio and of Asio are such threads. A parked thread delays nothing.
+//! are parked. The workers of tokio and of Asio are such threads. A parked thread delays no event.
 
 use aya_ebpf::{bindings::BPF_NOEXIST, macros::map, maps::HashMap};
 use observer_common::reactor::{Kind, Pool, REACTORS, WaitPattern};

@@ -30,15 +30,15 @@ pub(crate) fn selects() -> bool {
     unsafe { core::ptr::read_volatile(&raw const SELECTS) != 0 }
 }
 
-/// Makes a process a candidate that is not a target and waits for events, unless the loader has rejected it. A
-/// candidate is observed until the loader decides. Returns whether the process is observed.
+/// Makes a process that waits for events a candidate, unless the loader has rejected it. The process is not a target
+/// yet. A candidate is observed until the loader decides. Returns whether the process is observed.
 #[inline(always)]
 pub(crate) fn nominate_candidate(tgid: u32) -> bool {
     selects() && REJECTED_PIDS.get_ptr(tgid).is_none() && add_candidate(tgid)
 }
 
-/// Makes a process a candidate that is not a target and listens, even if it was rejected: the listener may select it
-/// now.
+/// Makes a process that begins to listen a candidate, even if the loader has rejected it: its port may match a selector
+/// now. The process is not a target yet.
 #[inline(always)]
 pub(crate) fn renominate_candidate(tgid: u32) -> bool {
     selects() && {

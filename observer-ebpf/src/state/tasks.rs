@@ -24,7 +24,7 @@ pub(crate) static TASKS: HashMap<TaskKey, DeferredTask> = HashMap::with_max_entr
 #[map]
 static CLASSES: HashMap<ClassKey, Class> = HashMap::with_max_entries(MAX_CLASSES, 0);
 
-/// Deferred tasks of requests that are over.
+/// Links of deferred tasks that have ended.
 #[map]
 static LINKS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 

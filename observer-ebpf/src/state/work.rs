@@ -57,8 +57,8 @@ pub(crate) fn thread_exited(tid: u32) {
     let _absent = WORK.remove(tid);
 }
 
-/// A unique ID for something that this thread begins now. The clock's bits in it repeat after more than an hour, when
-/// what the same thread began at that time is long over.
+/// A unique ID for a request or task that this thread begins now: the low bits of the clock, and the thread ID. The bits
+/// of the clock repeat after more than an hour, when the previous request or task with this ID has long ended.
 #[inline(always)]
 pub(crate) const fn unique_id(tid: u32, now: u64) -> u64 {
     /// Number of bits of a thread ID.

@@ -140,7 +140,7 @@ fn run_event_loop(listener: &TcpListener) -> Result<()> {
     }
 }
 
-/// Answers a small request. Returns its path, empty if there was no request; `None` if the connection is over.
+/// Answers a small request. Returns its path, empty if there was no request; `None` if the connection has ended.
 fn answer(connection: &mut TcpStream) -> Option<String> {
     let mut request = [0; 1024];
     match connection.read(&mut request) {

@@ -36,7 +36,7 @@ pub(crate) struct Deferred {
     pub(crate) wait: Histogram,
     /// Time from the start until the task last ran, in seconds, of finished tasks.
     pub(crate) run: Histogram,
-    /// The latest tasks that are over and whose origin is known, oldest first; only in a report.
+    /// The latest tasks that have ended and whose origin is known, oldest first; only in a report.
     pub(crate) links: Vec<Link>,
 }
 
@@ -73,7 +73,7 @@ impl Deferred {
     }
 }
 
-/// A deferred task that is over, with its origin.
+/// A deferred task that has ended, with its origin.
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Link {

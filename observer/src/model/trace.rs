@@ -1,4 +1,4 @@
-//! Events for traces: deferred tasks that are over, with their origins, and stalls, with or without an origin.
+//! Events for traces: deferred tasks that have ended, with their origins, and stalls, with or without an origin.
 
 use std::{collections::VecDeque, mem, sync::Arc};
 
@@ -24,13 +24,13 @@ pub(crate) struct Event {
 /// Kinds of events.
 #[derive(Clone, Debug)]
 pub(crate) enum EventKind {
-    /// A deferred task is over, whose origin is this request.
+    /// A deferred task with this request as its origin has ended.
     Task(Arc<Request>, FinishedTask),
     /// A thread stalled: the thread's id, the start of the slice in monotonic nanoseconds, and the stall.
     Stall(u32, u64, Box<Stall>),
 }
 
-/// A deferred task that is over. Times are monotonic nanoseconds.
+/// A deferred task that has ended. Times are monotonic nanoseconds.
 #[derive(Clone, Debug)]
 pub(crate) struct FinishedTask {
     /// Id of the task.

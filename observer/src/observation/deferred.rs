@@ -69,7 +69,7 @@ pub(super) struct TaskTracker {
     names: TaskNames,
     /// Number of key spaces that have been assigned.
     spaces: u32,
-    /// Requests, and tasks that are over.
+    /// Requests, and tasks that have ended.
     pub(super) links: Links,
     /// Final metrics of exited processes, by process id.
     finished: Vec<(u32, TaskMetrics)>,
@@ -182,9 +182,8 @@ impl TaskTracker {
         if process.attempts == ATTEMPTS {
             return Vec::new();
         }
-        // Many processes that start and exit are not attached to while others are still being detached: else the
-        // backlog would only grow, and nothing else would be done. And the mappings that are read next must be those
-        // of the current program.
+        // No process is attached to while others are being detached: if many processes start and exit, the backlog of
+        // detachments would only grow. And the mappings that are read next must be those of the current program.
         if detach::is_busy() || maps.execs(pid) != Some(execs) {
             return Vec::new();
         }

@@ -22,23 +22,24 @@ use crate::{
 /// Maximum number of requests, and of links, that are kept for the report. The oldest are dropped.
 const LIMIT: usize = 32_768;
 
-/// The latest requests, and the latest tasks that are over.
+/// The latest requests, and the latest tasks that have ended.
 #[derive(Default)]
 pub(super) struct Links {
     /// Requests by id.
     requests: HashMap<u64, Arc<Request>>,
     /// Their ids, oldest first.
     order: VecDeque<u64>,
-    /// Tasks that are over, oldest first, each with its process and the name of its kind.
+    /// Links of tasks that have ended, oldest first, each with the process and the name of the task's kind.
     links: VecDeque<(u32, Arc<str>, Link)>,
     /// Events for traces; `None` if traces are not exported.
     events: Option<Events>,
 }
 
 impl Links {
-    /// Reads requests and their answers. Returns the tasks that are over, to be added once their kinds are named.
+    /// Reads requests and their answers. Returns the tasks that have ended, to be added once their kinds are named.
     pub(super) fn collect(&mut self, maps: &mut Maps) -> Vec<RawLink> {
-        // Requests are read last: the programs emit each before what refers to it, so that it is among those read here.
+        // Requests are read last. The programs emit a request before its answer and its links, so the requests of all
+        // answers and links read above are among those read here.
         let (answers, links) = (maps.answers(), maps.links());
         for raw in maps.requests() {
             self.add_request(raw.id, origin::decode(&raw));
@@ -68,7 +69,7 @@ impl Links {
         self.requests.get(&id).cloned()
     }
 
-    /// Adds a task that is over, unless its request is unknown. `task` is the name of its kind.
+    /// Adds a task that has ended, unless its request is unknown. `task` is the name of its kind.
     pub(super) fn add(&mut self, raw: &RawLink, task: Arc<str>) {
         let pid = raw.class.tgid;
         // A request that could not be emitted was counted as lost.

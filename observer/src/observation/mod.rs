@@ -271,7 +271,8 @@ impl Observation {
             let pid = process.pid;
             let TaskMetrics { deferred, hooks, unmatched } =
                 self.runtimes.tasks.latest_metrics(&self.maps, pid, exited);
-            // Two processes may have had the same id, one after the other. What has not ended is the second one's.
+            // Two processes may have had the same id, one after the other. Loops and listeners that have not ended belong
+            // to the second one.
             let is_reused = exited && self.targets.live().contains_key(&pid);
             let (reactors_of_it, of_other) =
                 divide(reactors.remove(&pid), |reactor| reactor.exited || !is_reused);

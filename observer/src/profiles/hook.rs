@@ -36,7 +36,7 @@ pub(crate) struct Hook {
     pub(crate) until: Option<String>,
     /// Key space: equal keys in different spaces are different tasks.
     pub(crate) space: String,
-    /// Whether the task finishes when its thread turns to something else.
+    /// Whether the task ends at its thread's next `leave`, `clear`, `restore` or wait for events.
     pub(crate) once: bool,
     /// Whether a task of unknown origin takes the request that its thread has just read as its origin.
     pub(crate) takes_over: bool,
@@ -45,7 +45,8 @@ pub(crate) struct Hook {
 /// The function of a hook.
 #[derive(Clone, Debug)]
 pub(crate) enum Site {
-    /// The first of these names that is defined. A `*` matches anything, and such a name matches all functions like it.
+    /// The first of these names that is defined. A name with `*`, which matches any characters, stands for all functions
+    /// that match.
     Named(Vec<String>),
     /// The function that a function of this name jumps to.
     BehindJump(Vec<String>),

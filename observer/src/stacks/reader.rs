@@ -42,7 +42,7 @@ pub(super) enum ThreadState {
 }
 
 impl StackReader {
-    /// Reads the stack of a thread. It takes about 40 ms where code is met for the first time, and 1 to 2 ms later.
+    /// Reads the stack of a thread. This takes about 40 ms the first time that code of a file is seen, and 1 to 2 ms later.
     pub(super) fn read(&mut self, slice: InSlice) -> ThreadState {
         let InSlice { pid, tid, .. } = slice;
         match self.interpreter_frames(pid, tid) {

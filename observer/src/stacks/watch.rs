@@ -21,8 +21,8 @@ const CHECKS: u32 = 3;
 /// Bounds of the time between two checks.
 const PERIOD_MIN: Duration = Duration::from_millis(2);
 const PERIOD_MAX: Duration = Duration::from_millis(250);
-/// After a read the slice is left alone for at least this many times as long as the read took, so that observer does not
-/// cause stalls itself.
+/// Minimum pause between two reads of a slice's stack, as a multiple of the duration of the last read, so that observer
+/// does not cause stalls itself.
 const PAUSE_FACTOR: u32 = 20;
 /// Stacks of a longer slice are read less often: the next time when its age has grown by this fraction (1/8) of itself.
 const BACKOFF_DIVISOR: u64 = 8;
@@ -90,7 +90,7 @@ impl Watcher {
             }
             let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));
             if !slow.slice.is(&slice) {
-                // The thread's previous slice ended between two checks. It was no stall if it was not asked for.
+                // The thread's previous slice ended between two checks. It was no stall, or `seen` would have removed it.
                 *slow = SlowSlice::of(slice);
             }
             slow.slice = slice;

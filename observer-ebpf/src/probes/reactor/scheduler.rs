@@ -24,10 +24,10 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
             let now = bpf_ktime_get_ns();
             switched_ns = now;
             switch_run_state(reactor, run, now);
-            // A thread that is preempted in its wait call still wants the CPU: it may already have found an event.
+            // A thread that is preempted in its wait call is still runnable: it may already have found an event.
             let enters_wait = (*reactor).is_in_wait != 0 && reason != OffCpuReason::Preempted;
             if (*reactor).phase == Phase::Slice as u32 {
-                // A stopped thread waits for nothing, whatever call it is in.
+                // A stopped thread does not wait for what its system call waits for.
                 let needs_cause = reason == OffCpuReason::Blocked && !enters_wait;
                 let blocked = if needs_cause { Blocked::current(&ctx) } else { Blocked::UNKNOWN };
                 // Some runtimes park at a counter, which at times has the value of a contended mutex.

@@ -90,7 +90,8 @@ unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64) {
     };
     // SAFETY: the reserved entry is exclusive until it is submitted, and large enough; `reactor` by contract.
     unsafe {
-        // The time since the last switch of work counts as well, even if the thread has had no work since.
+        // The time since the thread last switched to another task or origin counts as well, even if it has had neither
+        // since.
         let last = work::current(tid);
         update_longest_work(reactor, &last.origin, last.since_ns, (*reactor).phase_since_ns + length_ns);
         requests::emit_stalled_request((*reactor).tgid, &(*reactor).longest_work_for);

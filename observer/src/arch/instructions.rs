@@ -133,8 +133,9 @@ pub(crate) fn jump_target(elf: &Elf, function: u64) -> Option<u64> {
     None
 }
 
-/// Addresses of all instructions that return from a function, each after the address from which the code before it is
-/// decoded: the beginning of its function, or, in a part that was moved before that, of the run that contains the return.
+/// Addresses of all instructions that return from a function, as pairs (start, return): decoding from the start reaches
+/// the return. The start is the beginning of the function. If the compiler has moved the part with the return in front of
+/// the function, it is the beginning of the run of consecutive instructions that contains the return.
 fn returns(elf: &Elf, function: u64) -> Result<BTreeSet<(u64, u64)>, String> {
     let mut returns = BTreeSet::new();
     walk(elf, function, |instruction, home, start| {

@@ -114,8 +114,8 @@ impl Mappings {
     }
 }
 
-/// Parses one line: five columns and a path, which may be any bytes. The path is kept from procfs, which takes some
-/// files' paths for special mappings and then panics on them.
+/// Parses one line: five columns and a path, which may be any bytes. The path is not passed to the crate `procfs`, which
+/// mistakes some paths of files for special mappings and panics.
 fn parse_line(line: &[u8]) -> Option<MemoryMap> {
     let line = String::from_utf8_lossy(line);
     let path = line.splitn(6, ' ').nth(5)?;

@@ -371,7 +371,7 @@ impl TaskTracker {
         }
     }
 
-    /// Names all kinds of tasks that have no name yet. What they are named after may be gone later.
+    /// Names all kinds of tasks that have no name yet. The memory that has their names may be reused later.
     pub(super) fn name_all(&mut self, maps: &Maps) {
         if self.loaded.is_some() {
             for class in maps.classes.keys().filter_map(Result::ok) {

@@ -74,18 +74,18 @@ impl Tracked {
 pub(super) struct Listeners {
     /// By inode number.
     known: BTreeMap<u64, Tracked>,
-    /// Since when connections to unix sockets are time-stamped, in monotonic nanoseconds; `None` while no target
-    /// listens on one.
+    /// When timestamping of connections to unix sockets began, in monotonic nanoseconds; `None` while no target listens
+    /// on one.
     unix_since_ns: Option<u64>,
     /// Whether listeners that are found from now on are new, so that nothing was queued before observer attached.
     is_first_refresh_done: bool,
-    /// Counters of the network namespaces that targets were in at first. Other namespaces are assumed to be new, with
-    /// counters at zero. The counters of an older one exceed the drops of its listeners here, so that nothing is
-    /// attributed.
+    /// Drop counters of the network namespaces of the first targets, as of the first refresh. Namespaces that are found
+    /// later are assumed to be new, with counters at zero. If such a namespace is older, its counters exceed the drops of
+    /// its known listeners, so that no overflow is attributed.
     drops_before: HashMap<u32, ListenDrops>,
     /// The network namespace of each target.
     namespaces: BTreeMap<u32, u32>,
-    /// Whose namespace is checked again next.
+    /// The processes whose namespaces are checked again next.
     to_recheck: RoundRobin,
 }
 
@@ -106,7 +106,7 @@ impl Listeners {
             let present: HashSet<u32> = self.namespaces.values().copied().collect();
             self.drops_before.retain(|netns, _| present.contains(netns));
         } else {
-            // Each by any process that is in it.
+            // The counters of a namespace are read through any process in it.
             let present: HashMap<u32, u32> =
                 self.namespaces.iter().map(|(&pid, &netns)| (netns, pid)).collect();
             let drops = present.iter().filter_map(|(&netns, &pid)| Some((netns, drops::of_namespace(pid)?)));
@@ -142,8 +142,8 @@ impl Listeners {
         Ok(())
     }
 
-    /// Reads every accept queue. The programs add listeners that targets open. Those that new targets brought along,
-    /// and the remaining holders of listeners whose process has exited, have been searched for before.
+    /// Reads every accept queue. The programs have added the listeners that targets opened. [`listener::find`] has found
+    /// listeners that new targets had open already, and other processes with listeners whose process has exited.
     fn read_queues(&mut self, ebpf: &mut Ebpf, maps: &mut Maps, missing: &mut MissingSources) -> Result<()> {
         for (inode, raw) in entries(&maps.listeners) {
             if raw.unix_name != 0 && self.unix_since_ns.is_none() {

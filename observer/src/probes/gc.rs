@@ -276,7 +276,7 @@ fn read(memory: &ProcessMemory, places: &Totals) -> Option<Sum> {
     Some(Sum { count, ns })
 }
 
-/// How much of the thread's slice in progress its collection in progress has taken as of `now`, in nanoseconds.
+/// Time that the collection in progress has taken of the slice in progress as of `now`, in nanoseconds.
 pub(crate) fn in_progress(maps: &Maps, reactor: &Reactor, now: u64) -> u64 {
     if reactor.phase != Phase::Slice as u32 {
         return 0;

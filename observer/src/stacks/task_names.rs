@@ -29,7 +29,7 @@ impl TaskNames {
             Naming::Vtable => {
                 let function = ProcessMemory::of(pid)?.word(value).context("its table cannot be read")?;
                 let name = self.function(pid, function)?;
-                // Without type parameters the symbol is the same for all types, so the table's address tells them apart.
+                // Without type parameters the symbol is the same for all types, so the table's address distinguishes them.
                 Ok(if name.contains('<') { name } else { format!("{name} by {:#x}", value & 0xff_ffff) })
             }
             Naming::String => ProcessMemory::of(pid)?.c_string(value, "name"),

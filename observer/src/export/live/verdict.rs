@@ -102,7 +102,7 @@ pub(super) fn longest_wait(row: &QueueRow, listener: &Listener) -> f64 {
 }
 
 /// The site that added most to the lag in the window, and how much, in seconds squared. Only the latest stalls are kept
-/// one by one, so of very many stalls the earlier ones are left out.
+/// individually, so if there are very many, the earlier ones are not counted.
 fn worst_site<'a>(reactor: &'a Reactor, window: &LoopWindow) -> Option<(f64, &'a Site)> {
     let recent =
         reactor.stalls.recent.iter().rev().take(usize::try_from(window.stalls).unwrap_or(usize::MAX));

@@ -61,7 +61,7 @@ impl Loss {
         (Self::RequestsFull, "requests_full"),
         (Self::RequestsOverlap, "requests_overlap"),
         (Self::WorkFull, "work_full"),
-        (Self::TasksFull, "tasks_full"),
+        (Self::TasksFull, "units_full"),
         (Self::LinksFull, "links_full"),
         (Self::ClassesFull, "classes_full"),
         (Self::AnswersFull, "answers_full"),

@@ -158,7 +158,11 @@ impl ReachedHook<'_> {
         if class.naming == ClassKey::SAME_WORK {
             return Some(());
         }
-        let counters = counters(&class)?;
+        let Some(counters) = counters(&class) else {
+            // Without its enqueue, its start must not be counted either.
+            let _present = TASKS.remove(key);
+            return None;
+        };
         // SAFETY: a live map value, updated atomically.
         unsafe {
             add(&raw mut (*counters).pending, 1);

@@ -221,10 +221,9 @@ impl Reactors {
 
     /// The slice of a thread, if it is already a stall.
     fn stall_in_progress(&self, raw: &Raw, now: u64) -> Option<InSlice> {
-        let since_ns = raw.now.phase_since_ns;
-        let age = Duration::from_nanos(now.saturating_sub(since_ns));
+        let age = Duration::from_nanos(now.saturating_sub(raw.now.phase_since_ns));
         let is_stall = reactor::is_in_slice(raw) && age >= self.stall_threshold;
-        is_stall.then_some(InSlice { tid: raw.now.tid, pid: raw.now.tgid, since_ns, frame_pointer: 0 })
+        is_stall.then(|| InSlice::of(&raw.now))
     }
 
     /// All event loops by process, as of the last refresh.

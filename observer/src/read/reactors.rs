@@ -54,6 +54,18 @@ pub(crate) struct InSlice {
 }
 
 impl InSlice {
+    /// The slice that an event loop is in.
+    pub(crate) fn of(reactor: &Reactor) -> Self {
+        Self {
+            tid: reactor.tid,
+            pid: reactor.tgid,
+            since_ns: reactor.phase_since_ns,
+            frame_pointer: reactor.frame_pointer,
+        }
+    }
+}
+
+impl InSlice {
     /// Whether both are the same slice.
     pub(crate) fn is(&self, other: &Self) -> bool {
         (self.tid, self.since_ns) == (other.tid, other.since_ns)
@@ -128,12 +140,7 @@ impl Reactors {
     pub(crate) fn in_slices(&self) -> impl Iterator<Item = InSlice> + '_ {
         let in_slice = self.used_slots().filter(|(_, _, phase)| *phase == Phase::Slice as u32);
         let occupied = in_slice.filter(|&(slot, tid, _)| self.is_in(tid, slot));
-        occupied.map(|(slot, ..)| self.state(slot)).map(|reactor| InSlice {
-            tid: reactor.tid,
-            pid: reactor.tgid,
-            since_ns: reactor.phase_since_ns,
-            frame_pointer: reactor.frame_pointer,
-        })
+        occupied.map(|(slot, ..)| InSlice::of(&self.state(slot)))
     }
 
     /// All event loops, each read consistently between two events: otherwise a slice that ends meanwhile could count

@@ -20,7 +20,7 @@ pub(crate) const SCHEMA: &str = "observer.report/1";
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Snapshot {
-    /// [`SCHEMA`].
+    /// Name and version of this schema.
     pub(crate) schema: &'static str,
     /// Wall time at which the programs were attached, RFC 3339.
     pub(crate) started: String,

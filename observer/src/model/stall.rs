@@ -54,7 +54,7 @@ pub(crate) struct Site {
     pub(crate) cause: Cause,
     /// The system call that the latest blocked one of them was in for longest.
     pub(crate) syscall: Option<String>,
-    /// The thread that ran before the latest of them that was in the run queue, as in [`Stall::behind`].
+    /// The thread that ran before the latest of them that was in the run queue.
     pub(crate) behind: Option<String>,
     /// Their time by state and cause.
     pub(crate) split_seconds: Split,

@@ -117,7 +117,10 @@ fn example(seconds: u32) -> Snapshot {
     let mut snapshot = snapshot(f64::from(seconds), |reactor| {
         "MainThread".clone_into(&mut reactor.name);
         let (count, waits) = (u64::from(blocks), u64::from(seconds) * 120);
-        reactor.lag = histogram(&[(1, waits * 7), (60, count * 75), (180, count * 40)]);
+        // An event that arrives during a block waits for the rest of it.
+        let in_blocks = [(20, 80), (60, 80), (100, 70), (150, 60), (200, 40)];
+        let idle = [(0, u64::from(seconds) * 1000 - count * 330)];
+        reactor.lag = histogram(&[&in_blocks.map(|(ms, n)| (ms, n * count))[..], &idle].concat());
         reactor.slice = histogram(&[(1, waits), (120, count), (210, count)]);
         (reactor.waits, reactor.events, reactor.slices) = (waits, waits, waits);
         reactor.wait_seconds = f64::from(seconds) * 0.85;

@@ -9,6 +9,7 @@ mod failure;
 mod finding;
 mod heap;
 mod setting;
+mod signals;
 #[cfg(test)]
 mod generated;
 

@@ -19,7 +19,6 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpListener,
     select,
-    signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval, sleep, sleep_until},
 };
@@ -42,6 +41,7 @@ use crate::{
     process::{choice::Choice, criteria::Criteria, ensure_observable},
     profiles,
     sanitize::clean,
+    signals::Signals,
 };
 
 /// Interval between refreshes of an observation.
@@ -139,14 +139,7 @@ impl Reload {
 
 /// Observes until the time is up, a signal arrives or all targets have exited; then prints the report.
 pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls) -> Result<()> {
-    let own_level = if output.verbose { LevelFilter::Debug } else { LevelFilter::Warn };
-    env_logger::Builder::new()
-        .filter_level(LevelFilter::Warn)
-        // observer's own level applies to the eBPF programs as well: the name of their crate has the same prefix.
-        .filter_module("observer", own_level)
-        .format_timestamp(None)
-        .target(Target::Pipe(Box::new(live::Messages)))
-        .init();
+    init_logging(output.verbose);
     let format = format(output);
     let settings = Settings::find(&output.otlp)?;
     check_preconditions(&selection)?;
@@ -154,90 +147,146 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         // Before everything else: a port in use is the likeliest failure and the cheapest to detect.
-        let mut flame = output.flame.as_deref().map(flame::create).transpose()?;
+        let flame = output.flame.as_deref().map(flame::create).transpose()?;
         let endpoint = if output.no_listen { None } else { Some(listen(output).await?) };
-        let metrics_url = endpoint.as_ref().and_then(metrics_url);
-        // All exporters share it, so that they report the same subjects individually.
-        let limiter = Arc::new(Mutex::new(SeriesLimiter::at(output.resolution)));
-        // `None` while observer is detached by the kill switch.
-        let current = Arc::new(Mutex::new(None::<Arc<Mutex<Observation>>>));
+        let mut run = Run {
+            output,
+            controls: &controls,
+            format,
+            settings,
+            metrics_url: endpoint.as_ref().and_then(metrics_url),
+            limiter: Arc::new(Mutex::new(SeriesLimiter::at(output.resolution))),
+            current: Arc::default(),
+            flame,
+            end: None,
+        };
         if let Some(endpoint) = endpoint {
-            // It answers whenever this task awaits something: while observer is detached, and while it observes.
-            let current = Arc::clone(&current);
-            let read = move || {
-                let observation = lock(&current).clone();
-                observation
-                    .map_or_else(|| Ok(Snapshot::turned_off()), |observation| lock(&observation).snapshot())
-            };
-            tokio::spawn(endpoint::serve(endpoint, read, Arc::clone(&limiter)));
+            run.serve(endpoint);
         }
-        let mut end = None;
-        loop {
-            if let Some(file) = controls.kill_switch.as_deref().filter(|file| file.exists()) {
-                log::warn!("detached while {} exists", file.display());
-                let mut signals = Signals::catch(controls.reload.is_some())?;
-                if !until_attachable(file, end, &mut signals).await {
-                    return Ok(());
-                }
-                // SIGHUP does not reload while observer is detached, so the file may have changed.
-                if let Some(choice) = controls.reload.as_ref().and_then(Reload::reread) {
-                    selection.choice = choice;
-                }
-            }
-            let collector = settings.clone().map(Collector::new).transpose()?;
-            let mut observation =
-                Observation::start(&selection, output.verbose).map_err(Failure::explained)?;
-            let program_logs = output.verbose.then(|| forward_program_logs(&mut observation)).transpose()?;
-            rights::drop_others()?;
-            heap::trim();
-            // Before any message says how to end observer.
-            let mut signals = Signals::catch(controls.reload.is_some())?;
-            let view = if format == Format::Live {
-                Some(Live::start(metrics_url.clone(), output.duration)?)
-            } else {
-                announce(&selection, &observation, output, metrics_url.as_deref(), collector.is_some());
-                None
-            };
-            let mut push = collector
-                .map(|collector| Push::start(collector, observation.started(), Arc::clone(&limiter)));
-            if let Some(push) = &push {
-                push.export_stats().for_each(|stats| observation.add_export_stats(stats));
-                push.trace_stats().into_iter().for_each(|stats| observation.trace(stats));
-            }
-            let observation = Arc::new(Mutex::new(observation));
-            *lock(&current) = Some(Arc::clone(&observation));
-            // The time starts when the first observation has started, and not again after observer was detached.
-            end = end.or_else(|| Instant::now().checked_add(output.duration?));
-            let chosen = &mut selection.choice;
-            let why =
-                run_until_end(&observation, end, &mut signals, view, &mut push, &controls, chosen).await?;
-            let is_detached = matches!(why, End::TurnedOff);
-            let snapshot = lock(&observation).report()?;
-            let reported = if is_detached { Ok(()) } else { report(&snapshot, flame.take(), format) };
-            if let Some(push) = &mut push {
-                push_traces(push, &mut lock(&observation), true);
-                push.push_metrics(&snapshot);
-            }
-            if is_detached {
-                // Detached at once, even if the collector is slow.
-                *lock(&current) = None;
-                drop(observation);
-                if let Some(program_logs) = program_logs {
-                    program_logs.abort();
-                }
-            }
-            if let Some(push) = push {
-                // A second signal ends the wait for the collector.
-                push.finish(signals.terminated()).await;
-            }
-            if !is_detached {
-                return reported;
-            }
-        }
+        run.observe_until_end(&mut selection).await
     });
     // A name lookup without an answer would delay the exit.
     runtime.shutdown_background();
     outcome
+}
+
+fn init_logging(is_verbose: bool) {
+    let own_level = if is_verbose { LevelFilter::Debug } else { LevelFilter::Warn };
+    env_logger::Builder::new()
+        .filter_level(LevelFilter::Warn)
+        // observer's own level applies to the eBPF programs as well: the name of their crate has the same prefix.
+        .filter_module("observer", own_level)
+        .format_timestamp(None)
+        .target(Target::Pipe(Box::new(live::Messages)))
+        .init();
+}
+
+/// What outlives an observation: the kill switch may end one, and another one starts when the file is gone.
+struct Run<'r> {
+    output: &'r Output,
+    controls: &'r Controls,
+    format: Format,
+    settings: Option<Settings>,
+    metrics_url: Option<String>,
+    /// All exporters share it, so that they report the same subjects individually.
+    limiter: Arc<Mutex<SeriesLimiter>>,
+    /// `None` while observer is detached by the kill switch.
+    current: Arc<Mutex<Option<Arc<Mutex<Observation>>>>>,
+    flame: Option<flame::Place>,
+    /// When the time is up. It starts when the first observation has started.
+    end: Option<Instant>,
+}
+
+impl Run<'_> {
+    /// Answers scrapes whenever this thread awaits something: while observer is detached, and while it observes.
+    fn serve(&self, endpoint: TcpListener) {
+        let current = Arc::clone(&self.current);
+        let read = move || {
+            let observation = lock(&current).clone();
+            observation
+                .map_or_else(|| Ok(Snapshot::turned_off()), |observation| lock(&observation).snapshot())
+        };
+        tokio::spawn(endpoint::serve(endpoint, read, Arc::clone(&self.limiter)));
+    }
+
+    /// Observes, again after each time that the kill switch has detached observer.
+    async fn observe_until_end(&mut self, selection: &mut Selection) -> Result<()> {
+        loop {
+            if let Some(file) = self.controls.kill_switch.as_deref().filter(|file| file.exists()) {
+                log::warn!("detached while {} exists", file.display());
+                let mut signals = Signals::catch(self.controls.reload.is_some())?;
+                if !until_attachable(file, self.end, &mut signals).await {
+                    return Ok(());
+                }
+                // SIGHUP does not reload while observer is detached, so the file may have changed.
+                if let Some(choice) = self.controls.reload.as_ref().and_then(Reload::reread) {
+                    selection.choice = choice;
+                }
+            }
+            if let End::Over = self.observe(selection).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Starts an observation, runs it until it ends, and prints the report unless the kill switch has ended it.
+    async fn observe(&mut self, selection: &mut Selection) -> Result<End> {
+        let collector = self.settings.clone().map(Collector::new).transpose()?;
+        let mut observation =
+            Observation::start(selection, self.output.verbose).map_err(Failure::explained)?;
+        let program_logs = self.output.verbose.then(|| forward_program_logs(&mut observation)).transpose()?;
+        rights::drop_others()?;
+        heap::trim();
+        // Before any message says how to end observer.
+        let mut signals = Signals::catch(self.controls.reload.is_some())?;
+        let view = self.start_view(selection, &observation, collector.is_some())?;
+        let mut push = collector
+            .map(|collector| Push::start(collector, observation.started(), Arc::clone(&self.limiter)));
+        if let Some(push) = &push {
+            push.export_stats().for_each(|stats| observation.add_export_stats(stats));
+            push.trace_stats().into_iter().for_each(|stats| observation.trace(stats));
+        }
+        let observation = Arc::new(Mutex::new(observation));
+        *lock(&self.current) = Some(Arc::clone(&observation));
+        self.end = self.end.or_else(|| Instant::now().checked_add(self.output.duration?));
+        let chosen = &mut selection.choice;
+        let why = run_until_end(&observation, self.end, &mut signals, view, &mut push, self.controls, chosen)
+            .await?;
+        let snapshot = lock(&observation).report()?;
+        let is_detached = matches!(why, End::TurnedOff);
+        let reported = if is_detached { Ok(()) } else { report(&snapshot, self.flame.take(), self.format) };
+        if let Some(push) = &mut push {
+            push_traces(push, &mut lock(&observation), true);
+            push.push_metrics(&snapshot);
+        }
+        if is_detached {
+            // Detached at once, even if the collector is slow.
+            *lock(&self.current) = None;
+            drop(observation);
+            if let Some(program_logs) = program_logs {
+                program_logs.abort();
+            }
+        }
+        if let Some(push) = push {
+            // A second signal ends the wait for the collector.
+            push.finish(signals.terminated()).await;
+        }
+        reported.map(|()| why)
+    }
+
+    /// Shows the live view, or prints what is observed.
+    fn start_view(
+        &self,
+        selection: &Selection,
+        observation: &Observation,
+        pushes: bool,
+    ) -> Result<Option<Live>> {
+        if self.format == Format::Live {
+            return Live::start(self.metrics_url.clone(), self.output.duration).map(Some);
+        }
+        announce(selection, observation, self.output, self.metrics_url.as_deref(), pushes);
+        Ok(None)
+    }
 }
 
 /// Waits until no breakpoint is left in any target. A signal may end the wait: the kernel then removes the others.
@@ -373,45 +422,6 @@ fn mebibytes(bytes: u64) -> String {
 /// URL of the Prometheus endpoint.
 fn metrics_url(endpoint: &TcpListener) -> Option<String> {
     Some(format!("http://{}/metrics", endpoint.local_addr().ok()?))
-}
-
-/// The signals that end an observation gracefully or reload its configuration.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hang_up: Signal,
-    /// Whether SIGHUP reloads the configuration instead of ending the observation.
-    reloads: bool,
-}
-
-impl Signals {
-    fn catch(reloads: bool) -> Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
-            reloads,
-        })
-    }
-
-    /// Waits for a signal that ends the observation.
-    async fn terminated(&mut self) {
-        let reloads = self.reloads;
-        select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            _ = self.hang_up.recv(), if !reloads => {}
-        }
-    }
-
-    /// Waits for any signal. Returns whether it ends the observation, instead of reloading the configuration.
-    async fn next(&mut self) -> bool {
-        select! {
-            _ = self.interrupt.recv() => true,
-            _ = self.terminate.recv() => true,
-            _ = self.hang_up.recv() => !self.reloads,
-        }
-    }
 }
 
 /// Why an observation has ended.

@@ -315,6 +315,7 @@ const OTHER_PROCESSES: usize = 20;
 const MEMORY_GROWTH: u64 = 96 << 20;
 
 #[real_test(alone, userspace)]
+#[expect(clippy::too_many_lines, reason = "one scenario with one load")]
 fn process_churn_leaks_nothing() {
     let scale = Scale::chosen();
     let files = tempfile::tempdir().unwrap();

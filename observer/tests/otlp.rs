@@ -43,6 +43,7 @@ fn now() -> u64 {
 /// A third-party collector forwards what observer pushes between two scrapes. Values that are the same in both scrapes
 /// must be the same in between, and growing values must be between the two.
 #[real_test(userspace, host_only("guests have no OTLP collector"))]
+#[expect(clippy::too_many_lines, reason = "one scenario against one collector")]
 fn collector_gets_the_values_of_a_scrape() {
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);

@@ -159,6 +159,7 @@ fn assert_trace(spans: &[&Value], path: &str, records: &[TaskRecord], sender: Op
 }
 
 #[real_test(userspace, links, host_only("guests have no OTLP collector"))]
+#[expect(clippy::too_many_lines, reason = "one scenario against one collector")]
 fn request_and_its_deferred_tasks_are_one_trace() {
     for protocol in PROTOCOLS {
         let receiver = Receiver::start("http", &[]);

@@ -160,6 +160,7 @@ fn queries() -> Vec<Query> {
 /// The loop blocks for about 20 of every 40 ms and does nothing else. The loop of a second process is mostly idle and
 /// defers a few tasks. Each value must have the order of magnitude that follows from this, in the unit of its panel.
 #[real_test(host_only("guests have no Prometheus"))]
+#[expect(clippy::too_many_lines, reason = "one scenario against one Prometheus")]
 fn every_panel_and_rule_has_data_in_its_unit() {
     let server = Server::asyncio();
     let deferring = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
@@ -245,6 +246,7 @@ fn every_panel_and_rule_has_data_in_its_unit() {
 
 /// Creates the condition of each alert, waits until it fires, removes the condition and waits until it resolves.
 #[real_test(host_only("guests have no Prometheus"))]
+#[expect(clippy::too_many_lines, reason = "one scenario against one Prometheus")]
 fn every_alert_fires_and_resolves() {
     let server = Server::asyncio();
     let mut library = Library::start();

@@ -148,6 +148,24 @@ impl Report {
             text += &format!("{:<22} {seconds:>7.1} s  {:<7} {shown}\n", stage.name, stage.verdict());
             sum = add(sum, counts, stage.is_fatal() || !stage.has_failed());
         }
+        self.render_slowest(&mut text);
+        self.render_notes(&mut text);
+        self.render_failures(&mut text);
+        let is_too_flaky = sum.flaky > MAX_FLAKY;
+        if is_too_flaky {
+            let _ = writeln!(text, "FAILED: {} tests are flaky, more than {MAX_FLAKY}", sum.flaky);
+        }
+        let failed = sum.failed + usize::from(is_too_flaky);
+        if sum.flaky > 0 {
+            let _ = writeln!(text, "{} of those that passed are flaky", sum.flaky);
+        }
+        let passed = sum.passed + sum.flaky;
+        let _ = write!(text, "{passed} passed, {failed} failed, {} skipped", sum.skipped);
+        let has_passed = failed == 0 && passed > 0 && !self.stages.iter().any(Stage::is_fatal);
+        (text, has_passed)
+    }
+
+    fn render_slowest(&self, text: &mut String) {
         let mut slowest: Vec<_> = self.tests().collect();
         slowest.sort_by_key(|(_, test)| std::cmp::Reverse(test.took));
         if !slowest.is_empty() {
@@ -157,6 +175,10 @@ impl Report {
             let _ = writeln!(text, "{:>7.1} s  {stage}: {test}", test.took.as_secs_f64());
         }
         text.push('\n');
+    }
+
+    /// What was skipped, is not pinned or was disturbed.
+    fn render_notes(&self, text: &mut String) {
         for stage in &self.stages {
             for reason in &stage.findings.skipped {
                 let _ = writeln!(text, "{}: skipped {reason}", stage.name);
@@ -175,6 +197,9 @@ impl Report {
                 let _ = writeln!(text, "{stage}: skipped {test}: {reason}");
             }
         }
+    }
+
+    fn render_failures(&self, text: &mut String) {
         for (stage, test) in self.tests() {
             let (word, output) = match &test.verdict {
                 Verdict::Flaky(output) => ("flaky", output),
@@ -188,18 +213,6 @@ impl Report {
                 let _ = writeln!(text, "{}: FAILED {error}", stage.name);
             }
         }
-        let is_too_flaky = sum.flaky > MAX_FLAKY;
-        if is_too_flaky {
-            let _ = writeln!(text, "FAILED: {} tests are flaky, more than {MAX_FLAKY}", sum.flaky);
-        }
-        let failed = sum.failed + usize::from(is_too_flaky);
-        if sum.flaky > 0 {
-            let _ = writeln!(text, "{} of those that passed are flaky", sum.flaky);
-        }
-        let passed = sum.passed + sum.flaky;
-        let _ = write!(text, "{passed} passed, {failed} failed, {} skipped", sum.skipped);
-        let has_passed = failed == 0 && passed > 0 && !self.stages.iter().any(Stage::is_fatal);
-        (text, has_passed)
     }
 }
 

@@ -193,38 +193,7 @@ impl TryFrom<RawHook> for Hook {
             RawVerb::Clear => Verb::Clear,
             RawVerb::Detach => Verb::Detach,
         };
-        match (verb, &raw.key) {
-            (Verb::Snapshot | Verb::Restore, None) => return Err("this verb requires a `key`".into()),
-            (Verb::Clear | Verb::Detach, Some(_)) => return Err("this verb allows no `key`".into()),
-            (_, None) if !raw.when.is_empty() => return Err("`when` requires a `key`".into()),
-            // The final step, which takes the value, counts as well.
-            (_, Some(key))
-                if steps(key) + raw.when.iter().map(Test::steps).sum::<usize>() + 1 > KEY_STEPS =>
-            {
-                return Err(format!("`key` and `when` need more than {} steps", KEY_STEPS - 1));
-            }
-            _ => {}
-        }
-        let has_class = matches!(verb, Verb::Snapshot | Verb::Restore);
-        if raw.takes_over && verb != Verb::Restore {
-            return Err("`takes_over` is only allowed with `restore`".into());
-        }
-        if !has_class && (!raw.class.is_empty() || raw.once) {
-            return Err("`class` and `once` are only allowed with `snapshot` and `restore`".into());
-        }
-        let needed: usize = raw.class.iter().map(Case::steps).sum();
-        if needed > CLASS_STEPS {
-            return Err(format!("`class` needs {needed} steps (at most {CLASS_STEPS})"));
-        }
-        if let Some(request_id) = &raw.request_id {
-            if verb != Verb::Snapshot {
-                return Err("`request_id` is only allowed with `snapshot`".into());
-            }
-            let needed = request_id.steps();
-            if needed > REQUEST_ID_STEPS {
-                return Err(format!("`request_id` needs {needed} steps (at most {REQUEST_ID_STEPS})"));
-            }
-        }
+        raw.check(verb)?;
         Ok(Self {
             verb,
             site,
@@ -242,6 +211,45 @@ impl TryFrom<RawHook> for Hook {
             once: raw.once,
             takes_over: raw.takes_over,
         })
+    }
+}
+
+impl RawHook {
+    /// Rejects fields that the verb does not take, and paths with too many steps for the programs.
+    fn check(&self, verb: Verb) -> Result<(), String> {
+        match (verb, &self.key) {
+            (Verb::Snapshot | Verb::Restore, None) => return Err("this verb requires a `key`".into()),
+            (Verb::Clear | Verb::Detach, Some(_)) => return Err("this verb allows no `key`".into()),
+            (_, None) if !self.when.is_empty() => return Err("`when` requires a `key`".into()),
+            // The final step, which takes the value, counts as well.
+            (_, Some(key))
+                if steps(key) + self.when.iter().map(Test::steps).sum::<usize>() + 1 > KEY_STEPS =>
+            {
+                return Err(format!("`key` and `when` need more than {} steps", KEY_STEPS - 1));
+            }
+            _ => {}
+        }
+        let has_class = matches!(verb, Verb::Snapshot | Verb::Restore);
+        if self.takes_over && verb != Verb::Restore {
+            return Err("`takes_over` is only allowed with `restore`".into());
+        }
+        if !has_class && (!self.class.is_empty() || self.once) {
+            return Err("`class` and `once` are only allowed with `snapshot` and `restore`".into());
+        }
+        let needed: usize = self.class.iter().map(Case::steps).sum();
+        if needed > CLASS_STEPS {
+            return Err(format!("`class` needs {needed} steps (at most {CLASS_STEPS})"));
+        }
+        if let Some(request_id) = &self.request_id {
+            if verb != Verb::Snapshot {
+                return Err("`request_id` is only allowed with `snapshot`".into());
+            }
+            let needed = request_id.steps();
+            if needed > REQUEST_ID_STEPS {
+                return Err(format!("`request_id` needs {needed} steps (at most {REQUEST_ID_STEPS})"));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -232,7 +232,7 @@ mod tests {
             ("[exclude]\nport = [80, 0]\n", "2:13: ", "integer `0`"),
             ("attach_per_second = 0\n", "1:21: ", "--attach-per-second"),
             ("follow = true\nprofiles = [\"auto\", \"perl\"]\n", "2:12: ", "unknown profile perl"),
-            ("otlp_endpoint = \"localhost:4318\"\n", "1:17: ", "no address of a collector"),
+            ("otlp_endpoint = \"localhost:4318\"\n", "1:17: ", "is not the URL of a collector"),
             ("follow = maybe\n", "1:10: ", ""),
             ("\nstall_threshold = \"10us\"\n", "2:19: ", "at least 1ms"),
             ("\nstall_threshold = 1.5\n", "2:19: ", "float"),

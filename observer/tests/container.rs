@@ -182,7 +182,7 @@ fn container_id_is_reported() {
     let arguments = ["--pid", &pid.to_string(), "--no-listen", "--duration", "1s", "--format", "text"];
     let output = Command::new(BINARY).args(arguments).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    let name = format!("busybox, process {pid}, container {}  /bin/busybox", &container.id[..12]);
+    let name = format!("process busybox ({pid}), container {}  /bin/busybox", &container.id[..12]);
     assert!(text.lines().any(|line| line == name), "{name} in {text}");
 }
 
@@ -273,7 +273,7 @@ fn kubernetes_names_are_reported() {
     let arguments = ["--pid", &pid.to_string(), "--no-listen", "--duration", "1s", "--format", "text"];
     let output = logs.seen_by(BINARY).args(arguments).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    let name = format!("busybox, process {pid}, container web ({}) of pod shop/web-0", &container.id[..12]);
+    let name = format!("process busybox ({pid}), container web ({}) of pod shop/web-0", &container.id[..12]);
     assert!(text.contains(&name), "{name} in {text}");
 }
 

@@ -289,7 +289,7 @@ fn invalid_endpoint_is_an_error() {
     let flag = ["--pid", &me, "--no-listen", "--duration", "1s", "--otlp-endpoint", "localhost:4317"];
     let output = Command::new(BINARY).args(flag).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("no address of a collector"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is not the URL of a collector"));
     fails(&[], &[("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://x")], "OTEL_EXPORTER_OTLP_ENDPOINT");
     let https = ["--otlp-endpoint", "https://127.0.0.1:1"];
     fails(&https, &[("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nowhere.pem")], "/nowhere.pem");

@@ -171,6 +171,15 @@ impl TryFrom<RawHook> for Hook {
     type Error = String;
 
     fn try_from(raw: RawHook) -> Result<Self, String> {
+        let verb = match raw.verb {
+            RawVerb::Snapshot => Verb::Snapshot,
+            RawVerb::Restore => Verb::Restore,
+            RawVerb::Leave => Verb::Leave,
+            RawVerb::Forget => Verb::Forget,
+            RawVerb::Clear => Verb::Clear,
+            RawVerb::Detach => Verb::Detach,
+        };
+        raw.check(verb)?;
         let names = raw.function.map(|names| names.as_slice().to_vec());
         let site = match (names, raw.table, raw.through) {
             (Some(names), None, None) => Site::Named(names),
@@ -185,15 +194,6 @@ impl TryFrom<RawHook> for Hook {
                 );
             }
         };
-        let verb = match raw.verb {
-            RawVerb::Snapshot => Verb::Snapshot,
-            RawVerb::Restore => Verb::Restore,
-            RawVerb::Leave => Verb::Leave,
-            RawVerb::Forget => Verb::Forget,
-            RawVerb::Clear => Verb::Clear,
-            RawVerb::Detach => Verb::Detach,
-        };
-        raw.check(verb)?;
         Ok(Self {
             verb,
             site,

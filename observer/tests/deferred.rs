@@ -30,7 +30,7 @@ fn asyncio_tasks_are_linked_to_their_requests() {
     assert_links_correct("asyncio", &report, &[server.pid()], &comparison, records.len());
 }
 
-/// tokio's tasks are told apart only by the types of their futures, which programs without debug information do not
+/// tokio's tasks are distinguished only by the types of their futures, which programs without debug information do not
 /// name. So only requests are compared.
 fn assert_tokio_links(flavour: &str) {
     let per_job = 7;

@@ -195,7 +195,7 @@ impl Drop for PidMax {
     }
 }
 
-/// Programs find a thread by the lower half of its id. Two threads with the same lower half are told apart, also after
+/// Programs find a thread by the lower half of its id. Two threads with the same lower half are distinguished, also after
 /// one has exited.
 #[real_test(alone)]
 fn threads_with_the_same_lower_id_bits_are_distinguished() {

@@ -1,4 +1,4 @@
-//! eBPF objects in the kernel. Objects of other observers are told apart, because tests run concurrently.
+//! eBPF objects in the kernel. Objects of other observers are left out, because tests run concurrently.
 
 use std::{collections::BTreeSet, fs, process::Command};
 

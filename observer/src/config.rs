@@ -239,7 +239,7 @@ mod tests {
             ("[exclude]\nexe = [\"[a\"]\n", "2:7: ", "[a: "),
             ("reactor_calls = [\"kqueue\"]\n", "1:17: ", "possible values: epoll, io_uring, poll, select"),
             ("listen = \"localhost\"\n", "1:10: ", "localhost"),
-            ("capacity = -1\n", "1:12: ", "from 16 to 65536"),
+            ("capacity = -1\n", "1:12: ", "16 to 65536"),
             ("resolution = 3\n", "1:14: ", "1, 2, 4 or 8"),
             ("all = true\n", "1:1: ", "unknown field `all`"),
         ] {

@@ -324,7 +324,8 @@ fn full_disk_for_the_flame_graph_is_an_error() {
     let command = command.args(["--format", "json", "--flame"]).arg(&file);
     let end = thread::scope(|scope| {
         let end = scope.spawn(|| Outcome::run(command));
-        for _ in 0..20 {
+        // observer may take seconds to attach.
+        while !end.is_finished() {
             server.block("sleep", 60);
             server.block("spin", 60);
         }

@@ -144,9 +144,11 @@ fn deferred_tasks_are_listed() {
     terminal.tmux(&["resize-window", "-x", "120", "-y", "60"]);
     terminal.wait("its kinds", |screen| screen.contains("DEFERRED TASKS"));
     // Focuses the accept queues, then deferred tasks, and opens one kind.
-    for key in ["Tab", "Tab", "/", "thumbnail", "Enter", "Enter"] {
+    for key in ["Tab", "Tab", "/", "thumbnail", "Enter"] {
         terminal.press(key);
     }
+    terminal.wait("the filter", |screen| screen.contains("(Esc clears it)"));
+    terminal.press("Enter");
     let ended = format!(" {JOBS} enqueued, {JOBS} started, {JOBS} finished, 0 dropped");
     let details = terminal.wait("the details of a kind", |screen| screen.contains(&ended));
     assert!(details.contains("Deferred tasks ") && details.contains("restore"), "{details}");

@@ -23,8 +23,12 @@ pub(super) trait Client: Send + Sync + 'static {
 
     fn endpoint(&self) -> &Endpoint;
 
-    /// Sends one request. A failure that the client has retried by itself counts as one.
-    fn send(&self, request: &Self::Request) -> impl Future<Output = Result<Accepted, Failed>> + Send;
+    /// Sends one request. A client may retry a failure by itself before it returns, but not if this attempt is the last.
+    fn send(
+        &self,
+        request: &Self::Request,
+        is_last: bool,
+    ) -> impl Future<Output = Result<Accepted, Failed>> + Send;
 }
 
 /// A collector's answer to a request that it accepted, perhaps in part.

@@ -1,5 +1,11 @@
 //! Sends metrics: with the generated client over gRPC, as a POST over plain HTTP.
 
+use std::{
+    error::Error,
+    iter,
+    time::{Duration, SystemTime},
+};
+
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, StatusCode,
@@ -9,10 +15,10 @@ use opentelemetry_proto::tonic::collector::metrics::v1::{
     ExportMetricsServiceRequest, ExportMetricsServiceResponse, metrics_service_client::MetricsServiceClient,
 };
 use prost::Message as _;
-use std::time::{Duration, SystemTime};
 use tokio::time::timeout;
 use tonic::{
-    Code, ConnectError, Status, codec::CompressionEncoding, metadata::MetadataMap, transport::Channel,
+    Code, ConnectError, Status, TimeoutExpired, codec::CompressionEncoding, metadata::MetadataMap,
+    transport::Channel,
 };
 use tonic_types::{StatusExt as _, pb};
 
@@ -47,7 +53,10 @@ impl MetricsClient {
         let mut request = tonic::Request::new(message);
         *request.metadata_mut() = MetadataMap::from_headers(self.endpoint.headers.clone());
         request.set_timeout(self.endpoint.timeout);
-        client.export(request).await.map(tonic::Response::into_inner).map_err(|status| of_status(&status))
+        client.export(request).await.map(tonic::Response::into_inner).map_err(|status| {
+            let is_timeout = status.source().is_some_and(is_caused_by::<TimeoutExpired>);
+            if is_timeout { no_answer(self.endpoint.timeout) } else { of_status(&status) }
+        })
     }
 
     async fn post(&self, http: &Http, request: &Bytes) -> Result<ExportMetricsServiceResponse, Failed> {
@@ -80,7 +89,7 @@ impl Client for MetricsClient {
         &self.endpoint
     }
 
-    async fn send(&self, request: &Bytes) -> Result<Accepted, Failed> {
+    async fn send(&self, request: &Bytes, _is_last: bool) -> Result<Accepted, Failed> {
         let attempt = async {
             match &self.connection {
                 Connection::Grpc(channel) => self.call(channel.clone(), request).await,
@@ -100,8 +109,8 @@ fn accepted(response: ExportMetricsServiceResponse) -> Accepted {
 
 /// Classifies a gRPC status as the OTLP specification does.
 fn of_status(status: &Status) -> Failed {
-    if let Some(source) = std::error::Error::source(status) {
-        let is_connect = source.downcast_ref::<ConnectError>().is_some() || has_connect_error(source);
+    if let Some(source) = status.source() {
+        let is_connect = is_caused_by::<ConnectError>(source);
         let retry = if is_connect { Retry::Unreachable } else { Retry::Later };
         return Failed { why: root(source), retry };
     }
@@ -131,15 +140,8 @@ fn of_status(status: &Status) -> Failed {
     Failed { why: format!("{:?}: {}", status.code(), status.message()), retry }
 }
 
-fn has_connect_error(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if error.is::<ConnectError>() {
-            return true;
-        }
-        next = error.source();
-    }
-    false
+fn is_caused_by<E: Error + 'static>(error: &(dyn Error + 'static)) -> bool {
+    iter::successors(Some(error), |error| error.source()).any(|error| error.is::<E>())
 }
 
 /// Classifies an HTTP status code as the OTLP specification does.

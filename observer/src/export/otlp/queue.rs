@@ -182,7 +182,7 @@ impl<C: Client> Shared<C> {
         let mut longest = FIRST_PAUSE;
         loop {
             let begun_at_the_end = self.lock().end.is_some();
-            let Failed { why, retry } = match self.client.send(&batch.request).await {
+            let Failed { why, retry } = match self.client.send(&batch.request, begun_at_the_end).await {
                 Ok(accepted) => {
                     self.count(&accepted, batch.items);
                     return true;

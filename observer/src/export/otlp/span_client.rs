@@ -9,7 +9,7 @@ use std::{
 };
 
 use opentelemetry_otlp::{
-    Compression, ExporterBuildError, SpanExporter, WithExportConfig as _, WithHttpConfig as _,
+    Compression, ExporterBuildError, RetryPolicy, SpanExporter, WithExportConfig as _, WithHttpConfig as _,
     WithTonicConfig as _,
 };
 use opentelemetry_sdk::{
@@ -54,13 +54,17 @@ impl SpanClient {
         Self { endpoint, connection, stats }
     }
 
-    fn exporter(&self, resource: &Resource) -> Result<SpanExporter, ExporterBuildError> {
+    fn exporter(&self, resource: &Resource, is_last: bool) -> Result<SpanExporter, ExporterBuildError> {
+        let retries = if is_last { RetryPolicy::disabled() } else { RetryPolicy::recommended() };
         let compression = self.endpoint.gzip.then_some(Compression::Gzip);
         // No headers are passed: the exporter reads them from the same environment variables as observer.
         let mut exporter = match &self.connection {
             Connection::Grpc(channel) => {
-                let builder =
-                    SpanExporter::builder().with_tonic().with_channel(channel.clone()).with_timeout(RETRYING);
+                let builder = SpanExporter::builder()
+                    .with_tonic()
+                    .with_channel(channel.clone())
+                    .with_timeout(RETRYING)
+                    .with_retry_policy(retries);
                 match compression {
                     Some(compression) => builder.with_compression(compression).build()?,
                     None => builder.build()?,
@@ -72,7 +76,8 @@ impl SpanClient {
                     .with_shared_http_client(Arc::clone(http) as _)
                     .with_endpoint(self.endpoint.uri.to_string())
                     .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
-                    .with_timeout(RETRYING);
+                    .with_timeout(RETRYING)
+                    .with_retry_policy(retries);
                 match compression {
                     Some(compression) => builder.with_compression(compression).build()?,
                     None => builder.build()?,
@@ -95,9 +100,9 @@ impl Client for SpanClient {
         &self.endpoint
     }
 
-    async fn send(&self, batch: &SpanBatch) -> Result<Accepted, Failed> {
+    async fn send(&self, batch: &SpanBatch, is_last: bool) -> Result<Accepted, Failed> {
         let exporter = self
-            .exporter(&batch.resource)
+            .exporter(&batch.resource, is_last)
             .map_err(|error| Failed { why: error.to_string(), retry: Retry::Never })?;
         let events = Events::new(Arc::clone(&self.stats));
         let result = exporter.export(batch.spans.clone()).with_subscriber(events.clone()).await;

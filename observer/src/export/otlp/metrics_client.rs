@@ -141,7 +141,7 @@ fn of_status(status: &Status) -> Failed {
 }
 
 fn is_caused_by<E: Error + 'static>(error: &(dyn Error + 'static)) -> bool {
-    iter::successors(Some(error), |error| error.source()).any(|error| error.is::<E>())
+    iter::successors(Some(error), |&error| error.source()).any(|error| error.is::<E>())
 }
 
 /// Classifies an HTTP status code as the OTLP specification does.

@@ -1,5 +1,6 @@
-//! What a blocked thread waits for, and how its system call shows that. A new cause also needs its class in
-//! `observer/src/kernel/calls.rs` and its part of the busy time in `observer/src/model/busy.rs`.
+//! What a blocked thread waits for, and how its system call shows that: by its number, which has a class in
+//! `observer/src/kernel/calls.rs`, or by its arguments (`observer-ebpf/src/state/system_call.rs`). What else a new cause
+//! needs is in `observer/src/model/busy.rs`.
 
 /// What a blocked thread waits for.
 #[repr(u32)]

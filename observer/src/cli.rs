@@ -1,5 +1,6 @@
-//! The command line and its help, from which the manual page is generated. Parsing only. The options of profiles and
-//! OTLP are declared in the modules that use them.
+//! The command line and its help, from which the manual page is generated. Parsing only. A setting is an argument under
+//! `HEADING`, here or, for profiles and OTLP, in the module that uses it. `run.rs` passes it on, to the programs and the
+//! observation as a field of `observation/parameters.rs`.
 
 use std::{ffi::OsString, net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 

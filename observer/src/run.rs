@@ -37,7 +37,7 @@ use crate::{
     heap,
     kernel::{detach, preflight, rights},
     model::snapshot::Snapshot,
-    observation::{Observation, Selection},
+    observation::{Observation, Parameters},
     process::{choice::Choice, criteria::Criteria, ensure_observable},
     profiles,
     sanitize::clean,
@@ -69,7 +69,7 @@ struct Reload {
 pub(crate) fn observe(observe: Observe, line: &CommandLine) -> Result<ExitCode> {
     let config = Config::of(&observe)?;
     let observe = config.complete(line);
-    let selection = Selection {
+    let parameters = Parameters {
         pids: observe.which.pids.iter().copied().collect(),
         choice: choice(&observe, &config),
         attach_per_second: observe.attach_per_second,
@@ -83,7 +83,7 @@ pub(crate) fn observe(observe: Observe, line: &CommandLine) -> Result<ExitCode> 
     let output = observe.output.clone();
     let kill_switch = observe.kill_switch.clone();
     let reload = observe.which.config.is_some().then_some(Reload { observe, config });
-    run(selection, &output, Controls { kill_switch, reload })?;
+    run(parameters, &output, Controls { kill_switch, reload })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -138,11 +138,11 @@ impl Reload {
 }
 
 /// Observes until the time is up, a signal arrives or all targets have exited; then prints the report.
-pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls) -> Result<()> {
+pub(crate) fn run(mut parameters: Parameters, output: &Output, controls: Controls) -> Result<()> {
     init_logging(output.verbose);
     let format = format(output);
     let settings = Settings::find(&output.otlp)?;
-    check_preconditions(&selection)?;
+    check_preconditions(&parameters)?;
     heap::set_mmap_threshold();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
@@ -163,7 +163,7 @@ pub(crate) fn run(mut selection: Selection, output: &Output, controls: Controls)
         if let Some(endpoint) = endpoint {
             run.serve(endpoint);
         }
-        run.observe_until_end(&mut selection).await
+        run.observe_until_end(&mut parameters).await
     });
     // A name lookup without an answer would delay the exit.
     runtime.shutdown_background();
@@ -210,7 +210,7 @@ impl Run<'_> {
     }
 
     /// Observes, again after each time that the kill switch has detached observer.
-    async fn observe_until_end(&mut self, selection: &mut Selection) -> Result<()> {
+    async fn observe_until_end(&mut self, parameters: &mut Parameters) -> Result<()> {
         loop {
             if let Some(file) = self.controls.kill_switch.as_deref().filter(|file| file.exists()) {
                 log::warn!("detached while {} exists", file.display());
@@ -220,26 +220,26 @@ impl Run<'_> {
                 }
                 // SIGHUP does not reload while observer is detached, so the file may have changed.
                 if let Some(choice) = self.controls.reload.as_ref().and_then(Reload::reread) {
-                    selection.choice = choice;
+                    parameters.choice = choice;
                 }
             }
-            if let End::Over = self.observe(selection).await? {
+            if let End::Over = self.observe(parameters).await? {
                 return Ok(());
             }
         }
     }
 
     /// Starts an observation, runs it until it ends, and prints the report unless the kill switch has ended it.
-    async fn observe(&mut self, selection: &mut Selection) -> Result<End> {
+    async fn observe(&mut self, parameters: &mut Parameters) -> Result<End> {
         let collector = self.settings.clone().map(Collector::new).transpose()?;
         let mut observation =
-            Observation::start(selection, self.output.verbose).map_err(Failure::explained)?;
+            Observation::start(parameters, self.output.verbose).map_err(Failure::explained)?;
         let program_logs = self.output.verbose.then(|| forward_program_logs(&mut observation)).transpose()?;
         rights::drop_others()?;
         heap::trim();
         // Before any message says how to end observer.
         let mut signals = Signals::catch(self.controls.reload.is_some())?;
-        let view = self.start_view(selection, &observation, collector.is_some())?;
+        let view = self.start_view(parameters, &observation, collector.is_some())?;
         let mut push = collector
             .map(|collector| Push::start(collector, observation.started(), Arc::clone(&self.limiter)));
         if let Some(push) = &push {
@@ -249,7 +249,7 @@ impl Run<'_> {
         let observation = Arc::new(Mutex::new(observation));
         *lock(&self.current) = Some(Arc::clone(&observation));
         self.end = self.end.or_else(|| Instant::now().checked_add(self.output.duration?));
-        let chosen = &mut selection.choice;
+        let chosen = &mut parameters.choice;
         let why = run_until_end(&observation, self.end, &mut signals, view, &mut push, self.controls, chosen)
             .await?;
         let snapshot = lock(&observation).report()?;
@@ -277,14 +277,14 @@ impl Run<'_> {
     /// Shows the live view, or prints what is observed.
     fn start_view(
         &self,
-        selection: &Selection,
+        parameters: &Parameters,
         observation: &Observation,
         pushes: bool,
     ) -> Result<Option<Live>> {
         if self.format == Format::Live {
             return Live::start(self.metrics_url.clone(), self.output.duration).map(Some);
         }
-        announce(selection, observation, self.output, self.metrics_url.as_deref(), pushes);
+        announce(parameters, observation, self.output, self.metrics_url.as_deref(), pushes);
         Ok(None)
     }
 }
@@ -350,9 +350,9 @@ fn format(output: &Output) -> Format {
 }
 
 /// Checks what would fail later; an error states how to fix it. Must run before any thread is started.
-fn check_preconditions(selection: &Selection) -> Result<()> {
+fn check_preconditions(parameters: &Parameters) -> Result<()> {
     // A process that does not exist is reported before missing rights.
-    for &pid in &selection.pids {
+    for &pid in &parameters.pids {
         ensure_observable(pid)?;
     }
     Ok(preflight::ensure()?)
@@ -383,7 +383,7 @@ fn forward_program_logs(observation: &mut Observation) -> Result<JoinHandle<()>>
 
 /// Prints on standard error what is observed, and how the observation ends.
 fn announce(
-    selection: &Selection,
+    parameters: &Parameters,
     observation: &Observation,
     output: &Output,
     metrics_url: Option<&str>,
@@ -405,7 +405,7 @@ fn announce(
     } else {
         String::new()
     };
-    eprintln!("capacity: {}; {memory} of kernel memory{waiting}", selection.capacity.described());
+    eprintln!("capacity: {}; {memory} of kernel memory{waiting}", parameters.capacity.described());
     if let Some(url) = metrics_url {
         eprintln!("metrics at {url}");
     }

@@ -11,7 +11,7 @@ use framehop::aarch64::UnwindRegsAarch64 as UnwindRegisters;
 use framehop::x86_64::UnwindRegsX86_64 as UnwindRegisters;
 
 /// User registers of a thread at one moment.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Registers {
     /// Instruction pointer.
     pub(crate) ip: u64,

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     cli::{Format, Output, STALL_THRESHOLD},
-    observation::Selection,
+    observation::Parameters,
     process::choice::Choice,
     process::wait_call::WaitCall,
     profiles::PROFILES,
@@ -33,7 +33,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
     let pids = BTreeSet::from([server.child.id()]);
     let calls = WaitCall::DEFAULT.to_vec();
     let profiles = PROFILES.clone();
-    let selection = Selection {
+    let parameters = Parameters {
         pids,
         choice: Choice::default(),
         attach_per_second: NonZero::<u32>::MAX,
@@ -45,7 +45,7 @@ pub(crate) fn run(output: Output) -> Result<ExitCode> {
         is_limited: true,
     };
     let output = Output { duration: output.duration.or(Some(DURATION)), ..output };
-    run::run(selection, &output, Controls::default())?;
+    run::run(parameters, &output, Controls::default())?;
     if output.format != Some(Format::Json) {
         writeln!(stdout().lock(), "\n{}", explanation())?;
     }

@@ -1,5 +1,5 @@
 //! Exports snapshots: metrics for Prometheus and OpenTelemetry, reports as text, JSON and flame graph, and the live
-//! view. `run.rs` calls each of them; `Format` in `cli.rs` names the reports.
+//! view. `run.rs` starts each of them; `Format` in `cli.rs` names the reports.
 
 pub(crate) mod flame;
 mod gzip;

@@ -1,4 +1,5 @@
 //! The text report. Its first lines answer: is the server late, and whose fault is it? The details follow.
+//! The limit for `LATE` is in `model/lag.rs`; the first screen of the live view is in `live/verdict.rs`.
 
 use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 

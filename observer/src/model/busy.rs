@@ -1,5 +1,8 @@
-//! The causes of busy time and of stalls. A cause is added here, in `observer-common/src/block.rs` if the programs must
-//! tell it apart, and in `kernel/calls.rs` if a system call shows it.
+//! The causes of busy time and of stalls. A new cause has its field and its place in `PARTS` here, its sum in
+//! `probes/reactor.rs`, its words in `export/words.rs` and its colour in `export/live/theme.rs`.
+//!
+//! The programs distinguish it either by what a blocked thread waits for (`observer-common/src/block.rs`) or as a state
+//! of a thread that has no CPU (`RunState` in `observer-common/src/reactor.rs`).
 
 use observer_common::block::Block;
 use serde::{Serialize, Serializer};

@@ -4,7 +4,7 @@
 mod round_robin;
 mod attach_limiter;
 mod missing;
-mod selection;
+mod parameters;
 mod targets;
 mod listeners;
 mod links;
@@ -38,7 +38,7 @@ use crate::{
     read::maps::Maps,
 };
 
-pub(crate) use selection::Selection;
+pub(crate) use parameters::Parameters;
 
 use deferred::TaskMetrics;
 use listeners::{Listeners, numbered};
@@ -80,14 +80,14 @@ struct Facts {
 impl Observation {
     /// Loads the programs, attaches them, and finds what the targets are already doing. With `verbose`, the programs
     /// log messages; otherwise the code for that is not even loaded.
-    pub(crate) fn start(selection: &Selection, verbose: bool) -> Result<Self> {
+    pub(crate) fn start(parameters: &Parameters, verbose: bool) -> Result<Self> {
         let layout = layout::of_running_kernel()?;
-        let mut ebpf = load(selection, &layout, verbose)?;
-        let mut maps = Maps::take(&mut ebpf, selection.capacity)?;
-        let targets = Targets::of(selection);
+        let mut ebpf = load(parameters, &layout, verbose)?;
+        let mut maps = Maps::take(&mut ebpf, parameters.capacity)?;
+        let targets = Targets::of(parameters);
         let selected = targets.insert_selected(&mut maps)?;
         let mut missing = MissingSources::default();
-        attach(&mut ebpf, &maps, &layout, selection, &mut missing)?;
+        attach(&mut ebpf, &maps, &layout, parameters, &mut missing)?;
         let release = uname().context("cannot read the release of the kernel")?;
         let mut observation = Self {
             ebpf,
@@ -95,8 +95,8 @@ impl Observation {
             missing,
             targets,
             listeners: Listeners::default(),
-            reactors: Reactors::of(selection),
-            runtimes: Runtimes::of(selection),
+            reactors: Reactors::of(parameters),
+            runtimes: Runtimes::of(parameters),
             facts: Facts {
                 attached_ns: clock::monotonic_ns(),
                 map_memory: memory::of_maps().context("cannot read the memory of the eBPF maps")?,
@@ -340,21 +340,21 @@ impl Observation {
 }
 
 /// Loads the programs, except those that only some runtimes need.
-fn load(selection: &Selection, layout: &KernelLayout, verbose: bool) -> Result<Ebpf> {
+fn load(parameters: &Parameters, layout: &KernelLayout, verbose: bool) -> Result<Ebpf> {
     // A new loader has read the kernel's BTF, which only programs with relocations against it need. It is dropped
     // here, before other code reads it again.
     let mut loader = EbpfLoader::new();
     loader.btf(None);
-    let follow = u8::from(selection.follow);
-    let selects = u8::from(!selection.choice.is_none());
+    let follow = u8::from(parameters.follow);
+    let selects = u8::from(!parameters.choice.is_none());
     let log_level: u8 = if verbose { u8::MAX } else { 0 };
-    let stall_ns = u64::try_from(selection.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
+    let stall_ns = u64::try_from(parameters.stall_threshold.as_nanos()).unwrap_or(u64::MAX);
     let cpus = nr_cpus().map_err(|(_, error)| error).context("cannot count the CPUs")?;
     let heads = u32::try_from(cpus)?.saturating_mul(HEADS_PER_CPU);
     // When a signal interrupts the load of a program, the load is repeated with a verifier log. A verbose log takes so
     // long that Ctrl-C would not end observer.
     let verifier_log = if verbose { VerifierLogLevel::VERBOSE } else { VerifierLogLevel::STATS };
-    selection.capacity.apply(&mut loader);
+    parameters.capacity.apply(&mut loader);
     loader
         .verifier_log_level(verifier_log)
         .map_max_entries("HEADS", heads)
@@ -373,11 +373,11 @@ fn attach(
     ebpf: &mut Ebpf,
     maps: &Maps,
     layout: &KernelLayout,
-    selection: &Selection,
+    parameters: &Parameters,
     missing: &mut MissingSources,
 ) -> Result<()> {
     let types = Types::default();
-    missing.extend(probes::attach(ebpf, &types, When::Always, &selection.calls)?);
+    missing.extend(probes::attach(ebpf, &types, When::Always, &parameters.calls)?);
     listener::link_tail_calls(ebpf)?;
     if !reactor::find_registers(ebpf, &maps.registers)? {
         missing.add(
@@ -391,7 +391,7 @@ fn attach(
             "this kernel's io_uring has no tracepoints, or none that observer supports",
         );
     } else {
-        missing.extend(probes::attach(ebpf, &types, When::RingsUnderstood, &selection.calls)?);
+        missing.extend(probes::attach(ebpf, &types, When::RingsUnderstood, &parameters.calls)?);
     }
     Ok(())
 }

@@ -14,8 +14,8 @@ use observer_common::{
 use super::{
     links::Links,
     missing::MissingSources,
+    parameters::Parameters,
     round_robin::{BATCH, RoundRobin},
-    selection::Selection,
     targets::{EXITED_LIMIT, Targets},
 };
 use crate::{
@@ -71,11 +71,11 @@ struct Thread {
 }
 
 impl Reactors {
-    pub(super) fn of(selection: &Selection) -> Self {
+    pub(super) fn of(parameters: &Parameters) -> Self {
         Self {
-            waits: selection.calls.clone(),
-            stall_threshold: selection.stall_threshold,
-            watcher: Watcher::new(selection.stall_threshold),
+            waits: parameters.calls.clone(),
+            stall_threshold: parameters.stall_threshold,
+            watcher: Watcher::new(parameters.stall_threshold),
             threads: BTreeMap::new(),
             to_rename: RoundRobin::default(),
             running: Vec::new(),

@@ -8,7 +8,7 @@ use super::{
     attach_limiter::AttachLimiter,
     deferred::TaskTracker,
     missing::MissingSources,
-    selection::Selection,
+    parameters::Parameters,
     targets::{EXITED_LIMIT, Targets},
 };
 use crate::{probes::gc::Collectors, process::runtime::Runtimes as Recognizer, profiles, read::maps::Maps};
@@ -22,14 +22,14 @@ pub(super) struct Runtimes {
 }
 
 impl Runtimes {
-    pub(super) fn of(selection: &Selection) -> Self {
-        let is_limited = selection.is_limited;
+    pub(super) fn of(parameters: &Parameters) -> Self {
+        let is_limited = parameters.is_limited;
         Self {
-            recognizer: Recognizer::of_profiles(selection.profiles.clone())
+            recognizer: Recognizer::of_profiles(parameters.profiles.clone())
                 .asked_for(|profile| profiles::is_asked_for(profile, is_limited)),
-            limiter: AttachLimiter::at(selection.attach_per_second),
-            collectors: Collectors::at_most(selection.capacity.collectors()),
-            tasks: TaskTracker::new(is_limited, selection.capacity),
+            limiter: AttachLimiter::at(parameters.attach_per_second),
+            collectors: Collectors::at_most(parameters.capacity.collectors()),
+            tasks: TaskTracker::new(is_limited, parameters.capacity),
         }
     }
 

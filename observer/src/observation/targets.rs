@@ -1,5 +1,5 @@
-//! The processes under observation: those given by their ids, and those that a selector matches once they listen or
-//! wait for events.
+//! The processes under observation: those given by their ids, and those that a selector (`process/choice.rs`) matches
+//! once they listen or wait for events.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -8,8 +8,8 @@ use observer_common::process::Target as RawTarget;
 
 use super::{
     missing::MissingSources,
+    parameters::Parameters,
     round_robin::{BATCH, RoundRobin},
-    selection::Selection,
 };
 use crate::{
     process::{self, Process, choice::Choice},
@@ -63,11 +63,11 @@ pub(super) struct Changes {
 }
 
 impl Targets {
-    pub(super) fn of(selection: &Selection) -> Self {
+    pub(super) fn of(parameters: &Parameters) -> Self {
         Self {
-            pids: selection.pids.clone(),
-            choice: selection.choice.clone(),
-            follow: selection.follow,
+            pids: parameters.pids.clone(),
+            choice: parameters.choice.clone(),
+            follow: parameters.follow,
             evaluated_execs: HashMap::new(),
             ancestors: HashMap::new(),
             live: BTreeMap::new(),

@@ -1,4 +1,5 @@
-//! Selects targets by criteria, besides those given by process id: inclusion, and exclusion, which takes precedence.
+//! Selects targets by the criteria of `criteria.rs` (name, executable, port, cgroup), besides those given by process id:
+//! inclusion, and exclusion, which takes precedence.
 
 use std::collections::BTreeSet;
 

@@ -22,6 +22,9 @@ use crate::{
 const INTERPRETER_TTL: Duration = Duration::from_secs(10);
 /// Maximum number of processes whose interpreters are cached.
 const INTERPRETERS_MAX: usize = 64;
+/// How often the stack of a blocked thread is read before it counts as running, because it ran on during each read. The
+/// first read of a file's unwind table is long, the next ones are short.
+const BLOCKED_READS: usize = 3;
 
 /// Reads stacks, and caches unwind tables, symbols and interpreters.
 #[derive(Default)]
@@ -108,14 +111,28 @@ impl StackReader {
     }
 
     /// Native frames of a blocked thread, innermost first, and why the outermost are missing; `None` if the thread runs.
+    ///
+    /// The thread is not stopped. If it is at another place after the read, what was read may mix several stacks and is
+    /// discarded.
     fn blocked_frames(&mut self, slice: InSlice) -> Result<Option<(Vec<Frame>, Option<String>)>> {
         let InSlice { pid, tid, frame_pointer, .. } = slice;
         let path = format!("/proc/{pid}/task/{tid}/syscall");
-        let call = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-        let Some(registers) = blocked_registers(&call, frame_pointer) else { return Ok(None) };
-        let (mappings, memory) = (Mappings::of(pid)?, ProcessMemory::of(pid)?);
-        let stack = self.unwinder.unwind(registers, &memory, &mappings);
-        Ok(Some((self.symbols.of_process(&mappings, &stack.addresses), stack.truncated)))
+        let registers = || {
+            let call = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+            anyhow::Ok(blocked_registers(&call, frame_pointer))
+        };
+        let mut before = registers()?;
+        for _ in 0..BLOCKED_READS {
+            let Some(blocked) = before else { return Ok(None) };
+            let (mappings, memory) = (Mappings::of(pid)?, ProcessMemory::of(pid)?);
+            let stack = self.unwinder.unwind(blocked, &memory, &mappings);
+            let after = registers()?;
+            if after == before {
+                return Ok(Some((self.symbols.of_process(&mappings, &stack.addresses), stack.truncated)));
+            }
+            before = after;
+        }
+        Ok(None)
     }
 }
 

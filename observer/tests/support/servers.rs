@@ -1,4 +1,5 @@
-//! Real servers on free loopback ports, each with its own count of connections.
+//! Real servers on free loopback ports, each with its own count of connections. Their programs are in `tests/servers`;
+//! those of deferred work, accept queues and OTLP are started by the modules of these names beside this one.
 
 use std::{
     fs,

@@ -11,7 +11,7 @@ use crate::{
 
 /// What to observe, and how.
 #[derive(Clone, Debug)]
-pub(crate) struct Selection {
+pub(crate) struct Parameters {
     /// Process ids.
     pub(crate) pids: BTreeSet<u32>,
     /// Which other processes are observed, and which are not.

@@ -35,6 +35,35 @@ pub enum RunState {
     Blocked = 3,
 }
 
+/// Whether an event was waiting at the end of a slice, that is, when the thread looked for events again.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Evidence {
+    /// Unknown: the wait returned at once, but without events (such as a call that never blocks), or with events that
+    /// may not have waited.
+    Unknown = 0,
+    /// No: the wait blocked.
+    NothingWaited = 1,
+    /// Yes: the wait returned at once, with events. They had waited for the length of the slice or less: an event may be
+    /// the reaction of a client to the response with which the slice ended.
+    EventsWaited = 2,
+}
+
+impl Evidence {
+    /// The variant with this index; [`Evidence::Unknown`] if there is none.
+    pub const fn of(index: u32) -> Self {
+        match index {
+            1 => Self::NothingWaited,
+            2 => Self::EventsWaited,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// Length from which on the events at the end of a slice are examined, in nanoseconds. Reading them costs more than the
+/// rest of the program, and events that only report room for output are frequent in busy servers.
+pub const EXAMINED_NS: u64 = 10_000_000;
+
 /// Number of parts that the time of a slice is divided into: one for each [`RunState`], of which the last is divided by
 /// [`Block`](crate::block::Block). The index of a part is the sum of the two indices.
 pub const PARTS: usize = RunState::Blocked as usize + BLOCKS;
@@ -172,6 +201,8 @@ pub struct Reactor {
     pub waits: u64,
     /// Number of events that those waits returned.
     pub events: u64,
+    /// Of these, events that were already waiting when their wait began.
+    pub events_delayed: u64,
     /// Time spent in finished waits and parked, in nanoseconds.
     pub wait_ns: u64,
     /// The runtime's own total of collection time when the slice began, in nanoseconds; [`GC_UNKNOWN`] if there is
@@ -205,7 +236,7 @@ pub struct Reactor {
     /// System call in which the thread is blocked in a slice; [`NO_CALL`] if there is none.
     pub call: u32,
     /// Always zero: explicit padding.
-    pub reserved: [u32; 5],
+    pub reserved: [u32; 3],
 }
 crate::shared::shared!(Reactor, 384);
 
@@ -244,6 +275,7 @@ impl Reactor {
         pattern: WaitPattern::NONE,
         waits: 0,
         events: 0,
+        events_delayed: 0,
         wait_ns: 0,
         gc_before_ns: GC_UNKNOWN,
         parts: [Part::NONE; PARTS],
@@ -259,7 +291,7 @@ impl Reactor {
         contended_at: 0,
         frame_pointer: 0,
         call: NO_CALL,
-        reserved: [0; 5],
+        reserved: [0; 3],
     };
 }
 
@@ -274,13 +306,19 @@ pub struct Durations {
     /// Time from the event that ended a wait until its thread is on a CPU, one sample for each wait that blocked. The
     /// event is the end of the timeout if the wait timed out, and otherwise the moment the thread was made runnable.
     pub wait_return_delay: Histogram,
+    /// Lengths of the slices at whose end events were waiting ([`Evidence::EventsWaited`]).
+    pub event_delay: Histogram,
 }
-crate::shared::shared!(Durations, 3 * size_of::<Histogram>());
+crate::shared::shared!(Durations, 4 * size_of::<Histogram>());
 
 impl Durations {
     /// No durations.
-    pub const NONE: Self =
-        Self { slice: Histogram::EMPTY, wakeup: Histogram::EMPTY, wait_return_delay: Histogram::EMPTY };
+    pub const NONE: Self = Self {
+        slice: Histogram::EMPTY,
+        wakeup: Histogram::EMPTY,
+        wait_return_delay: Histogram::EMPTY,
+        event_delay: Histogram::EMPTY,
+    };
 }
 
 /// A slice that reached the stall threshold, sent through the ring `STALLS` when it ended.
@@ -305,8 +343,12 @@ pub struct Stall {
     pub longest_queue_after: u32,
     /// Request of the longest uninterrupted work; 0 if unknown.
     pub request: u64,
+    /// An [`Evidence`].
+    pub evidence: u32,
+    /// The [`Kind`] of the thread's waits.
+    pub kind: u32,
 }
-crate::shared::shared!(Stall, 48 + 8 * PARTS);
+crate::shared::shared!(Stall, 56 + 8 * PARTS);
 
 /// Number of reactor slots; slot 0 is never used.
 pub const SLOTS: u32 = 1 + REACTORS;

@@ -134,7 +134,7 @@ fn text_report_names_the_late_loop() {
         .spawn()
         .unwrap();
     while observer.try_wait().unwrap().is_none() {
-        server.block("sleep", 300);
+        server.sleep_while_asked(300);
     }
     let output = observer.wait_with_output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();

@@ -85,13 +85,13 @@ impl Drop for Terminal {
     }
 }
 
-/// Runs an action while the loop of a server keeps sleeping for 150 ms at a time.
+/// Runs an action while the loop of a server keeps sleeping for 150 ms at a time, with a client waiting.
 fn while_late(server: &Server, action: impl FnOnce()) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                server.block("sleep", 150);
+                server.sleep_while_asked(150);
             }
         });
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));

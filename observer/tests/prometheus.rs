@@ -52,7 +52,8 @@ fn promtool_accepts_metrics_and_rules() {
     assert!(promtool(&["test", "rules", "rules.test.yml"], "").contains("SUCCESS"));
 }
 
-/// A load that blocks a server for a number of milliseconds at a time, with pauses of the same length.
+/// A load that blocks a server for a number of milliseconds at a time, with pauses of the same length. During long
+/// blocks, another client waits.
 struct Load<'s> {
     server: &'s Server,
     milliseconds: AtomicU32,
@@ -67,7 +68,11 @@ impl<'s> Load<'s> {
     fn run(&self) {
         while !self.is_over.load(Ordering::Relaxed) {
             let milliseconds = self.milliseconds.load(Ordering::Relaxed);
-            self.server.block("sleep", milliseconds);
+            if milliseconds < 100 {
+                self.server.block("sleep", milliseconds);
+            } else {
+                self.server.sleep_while_asked(milliseconds);
+            }
             thread::sleep(Duration::from_millis(milliseconds.into()));
         }
     }

@@ -10,10 +10,10 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    http, is_emulated,
-    observer::{Observer, Report},
+    http, is_asleep, is_emulated,
+    observer::{Observer, Report, count_between},
     servers::Server,
-    wait_for,
+    wait_for, waits_for_events,
 };
 
 /// Number of stalls of a test.
@@ -56,6 +56,61 @@ fn sleeping_redis_has_cause_sleep() {
     assert!(site["lag_share"].as_f64().unwrap() > 0.5, "{stalls:#}");
     assert!(site["frames"][0]["function"].as_str().unwrap().contains("nanosleep"), "{stalls:#}");
     assert_eq!(site["syscall"], "clock_nanosleep", "{stalls:#}");
+}
+
+/// A single client that waits for its responses is nobody that the loop keeps waiting.
+#[real_test(quiet, contract)]
+fn stalls_without_waiting_events_are_no_evidence() {
+    let server = Server::redis();
+    let pid = server.pid();
+    let observer = Observer::attach(pid);
+    for _ in 0..STALLS {
+        command(&server, ["DEBUG SLEEP 0.1".into()].into_iter());
+        wait_for("redis to wait", || waits_for_events(pid, pid).then_some(()));
+    }
+    let report = observer.finish();
+    let stalls = stalls(&report, pid);
+    assert_eq!(stalls["count"], STALLS, "{stalls:#}");
+    // The client may close its connection before redis looks again.
+    let [waited, nothing_waited, unknown] = evidence(stalls);
+    assert_eq!((waited, nothing_waited + unknown), (0, 23), "{stalls:#}");
+    assert_eq!(stalls["late"], 0, "{stalls:#}");
+}
+
+/// A second client whose command arrives during the sleep is counted each time.
+#[real_test(quiet, contract)]
+fn events_that_waited_during_stalls_are_counted() {
+    let server = Server::redis();
+    let pid = server.pid();
+    let mut waiting = BufReader::new(http::connect(server.port));
+    let mut ping = || {
+        waiting.get_mut().write_all(b"PING\r\n").unwrap();
+        waiting.read_line(&mut String::new()).unwrap();
+    };
+    ping();
+    let observer = Observer::attach(pid);
+    for _ in 0..STALLS {
+        thread::scope(|scope| {
+            scope.spawn(|| command(&server, ["DEBUG SLEEP 0.1".into()].into_iter()));
+            wait_for("redis to sleep", || is_asleep(pid, pid).then_some(()));
+            ping();
+        });
+        wait_for("redis to wait", || waits_for_events(pid, pid).then_some(()));
+    }
+    let report = observer.finish();
+    let stalls = stalls(&report, pid);
+    assert_eq!(evidence(stalls), [23, 0, 0], "{stalls:#}");
+    assert_eq!(stalls["late"], STALLS, "{stalls:#}");
+    let reactor = report.reactor(pid);
+    assert_eq!(count_between(&reactor["event_delay"], 0.075_497_472, f64::MAX), STALLS, "{reactor:#}");
+    assert!(reactor["events_delayed"].as_u64().unwrap() >= STALLS, "{reactor:#}");
+}
+
+/// Numbers of recent stalls at whose end events waited, none waited, and for which that is unknown.
+fn evidence(stalls: &Value) -> [usize; 3] {
+    let recent = stalls["recent"].as_array().unwrap();
+    [Value::Bool(true), Value::Bool(false), Value::Null]
+        .map(|waited| recent.iter().filter(|stall| stall["events_waited"] == waited).count())
 }
 
 /// Native code that uses the CPU is sampled by the kernel's clock, even if it is stripped.

@@ -1,5 +1,5 @@
 //! The text report. Its first lines answer: is the server late, and whose fault is it? The details follow.
-//! The limit for `LATE` is in `model/lag.rs`; the first screen of the live view is in `live/verdict.rs`.
+//! What is LATE is decided in `model/late.rs`; the first screen of the live view is in `live/verdict.rs`.
 
 use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 
@@ -15,7 +15,7 @@ use crate::{
         deferred::{Deferred, is_held_up},
         frame::StackSample,
         histogram::Histogram,
-        lag::LATE,
+        late::{LATE, Lateness},
         snapshot::{Gc, Listener, Reactor, Snapshot, Target},
         stall::Stalls,
     },
@@ -38,7 +38,10 @@ const SITES: usize = 4;
 /// Unmatched starts from which on a mismatch between the hooks of a profile is no coincidence.
 const MANY_UNMATCHED: u64 = 10;
 
-/// A line that begins with `LATE: ` or `LOST: `, and the indented lines below it.
+/// Busy event loops shown among the findings.
+const BUSY_LOOPS: usize = 4;
+
+/// A line that begins with `LATE: `, `BUSY: ` or `LOST: `, and the indented lines below it.
 struct Finding {
     summary: String,
     details: Vec<String>,
@@ -78,6 +81,7 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
     for finding in &late {
         finding.write("LATE:", out)?;
     }
+    write_busy(&snapshot.targets, out)?;
     for finding in snapshot.targets.iter().flat_map(dropped_tasks) {
         finding.write("LOST:", out)?;
     }
@@ -115,13 +119,36 @@ fn not_late(targets: &[Target]) -> String {
         "No lag was measured: the observed processes have no listener and no event loop (see --reactor-calls).".into()
     } else {
         let late = span(LATE);
-        format!("Not late: the lag of every event loop and all waits to be accepted were below {late}.")
+        format!("Not late: no event and no connection is known to have waited for {late} or longer.")
     }
+}
+
+/// Writes the event loops that did not look for events for long, though nothing is known to have waited for them: those
+/// with the highest mean lag first.
+fn write_busy(targets: &[Target], out: &mut Lines<'_>) -> Result<()> {
+    let all = targets.iter().flat_map(|target| target.reactors.iter().map(move |reactor| (target, reactor)));
+    let mut busy: Vec<_> = all.filter(|(_, reactor)| reactor.lateness() == Lateness::Busy).collect();
+    busy.sort_by(|(_, a), (_, b)| b.lag.mean().total_cmp(&a.lag.mean()));
+    for (target, reactor) in busy.iter().take(BUSY_LOOPS) {
+        let summary = format!(
+            "event loop {} of {}: lag up to {}, mean {}; nothing is known to have waited that long",
+            reactor_name(reactor),
+            process_name(target),
+            span(reactor.lag.max()),
+            span(reactor.lag.mean()),
+        );
+        Finding { summary, details: reasons(reactor) }.write("BUSY:", out)?;
+    }
+    let more = busy.len().saturating_sub(BUSY_LOOPS);
+    if more > 0 {
+        writeln!(out, "BUSY: {more} more event loops")?;
+    }
+    Ok(())
 }
 
 /// What is late in a target: event loops, listeners, deferred tasks.
 fn late(target: &Target) -> Vec<Finding> {
-    let reactors = target.reactors.iter().filter(|reactor| reactor.lag.max() >= LATE);
+    let reactors = target.reactors.iter().filter(|reactor| reactor.lateness() == Lateness::Late);
     let reactors = reactors.map(|reactor| late_loop(target, reactor));
     let listeners = target.listeners.iter().flat_map(|listener| late_listener(target, listener));
     reactors.chain(listeners).chain(late_tasks(target)).collect()
@@ -140,13 +167,17 @@ fn late_loop(target: &Target, reactor: &Reactor) -> Finding {
         span(reactor.lag.max()),
         span(reactor.lag.mean()),
     );
+    Finding { summary, details: reasons(reactor) }
+}
+
+/// Why an event loop has a lag: its worst stall site, its wake-ups, and where its busy time went.
+fn reasons(reactor: &Reactor) -> Vec<String> {
     let wakeup = reactor.wakeup.max();
     let woken = (reactor.stalls.sites.is_empty() && wakeup >= LATE)
         .then(|| format!("wake-ups took up to {}", span(wakeup)));
     let causes = main_causes(reactor);
     let busy = (!causes.is_empty()).then(|| format!("busy time: {causes}{}", of_which_gc(reactor)));
-    let details = main_site(&reactor.stalls).into_iter().chain(woken).chain(busy);
-    Finding { summary, details: details.collect() }
+    main_site(&reactor.stalls).into_iter().chain(woken).chain(busy).collect()
 }
 
 fn late_listener(target: &Target, listener: &Listener) -> impl Iterator<Item = Finding> {
@@ -334,6 +365,13 @@ fn write_reactor(reactor: &Reactor, out: &mut Lines<'_>) -> Result<()> {
         )?;
     }
     writeln!(out, "    waits       {}, {}", reactor.waits, counted(reactor.events, "event"))?;
+    if reactor.event_delay.count() > 0 {
+        writeln!(out, "    delays      {} (upper bounds)", count_and_quantiles(&reactor.event_delay))?;
+    }
+    if reactor.events_delayed > 0 {
+        let waited = counted(reactor.events_delayed, "event");
+        writeln!(out, "                {waited} had waited when the loop looked for them")?;
+    }
     if reactor.wakeup.count() > 0 {
         writeln!(out, "    wake-ups    {}", count_and_quantiles(&reactor.wakeup))?;
     }
@@ -501,6 +539,22 @@ mod tests {
             text.contains("3 stalls, 360 ms in total, asleep (clock_nanosleep) for GET /job/7\n"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_busy_loop_is_late_only_if_something_waited() {
+        let head = "event loop reactor (thread 11) of app (10): lag up to 120 ms, mean 64.3 ms";
+        let late = report(&testing::snapshot(5.0, |reactor| testing::slept(reactor, 3)));
+        assert!(late.contains(&format!("\nLATE: {head}\n")) && !late.contains("Not late"), "{late}");
+        let busy = report(&testing::snapshot(5.0, |reactor| {
+            testing::slept(reactor, 3);
+            reactor.stalls.late = 0;
+        }));
+        assert!(busy.contains("\nNot late: ") && !busy.contains("LATE: "), "{busy}");
+        let lines = format!(
+            "\nBUSY: {head}; nothing is known to have waited that long\n      80.0 % of the lag: asleep"
+        );
+        assert!(busy.contains(&lines), "{busy}");
     }
 
     #[test]

@@ -46,8 +46,8 @@ pub(super) fn record(data: &[u8]) {
     assert!(request.path.is_none_or(|path| !path.contains(['?', '#'])));
     let raw = Raw { now: record_of(&counters), durations: record_of(&counters) };
     let _ = reactor::decode("name".into(), &raw, reactor::lag(&raw, &mut Prober::default(), now), now);
-    let _ = reactor::stall_in_progress(&raw, now);
-    let _ = reactor::stall(&record_of::<Stall>(&counters), None);
+    let _ = reactor::stall_in_progress(&raw, now, now.is_multiple_of(2));
+    let _ = reactor::stall(&record_of::<Stall>(&counters), None, now.is_multiple_of(2));
     let _ = deferred::decode("work", true, &record_of(&counters), Some(now));
     if let Some(id) = deferred::request_id(record_of::<[u8; REQUEST_ID]>(bytes)) {
         assert!(!id.is_empty() && id.bytes().all(|byte| byte.is_ascii_graphic()));

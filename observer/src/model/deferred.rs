@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer};
 
 use super::{
     histogram::Histogram,
-    lag::LATE,
+    late::LATE,
     request::{Request, hexadecimal},
 };
 

@@ -11,10 +11,6 @@ const PROBE_NS: u64 = 1_000_000;
 /// The same in seconds: the time that each count of a histogram of lag stands for.
 pub(crate) const PROBE_SECONDS: f64 = 0.001;
 
-/// Lag from which an event loop is reported as LATE, in seconds: people notice such a delay. It is also the default
-/// stall threshold.
-pub(crate) const LATE: f64 = 0.050;
-
 /// Counters of an event loop from which its lag is computed. They only grow.
 #[derive(Clone, Copy)]
 pub(crate) struct Observed<'a> {

@@ -5,6 +5,7 @@ pub(crate) mod place;
 pub(crate) mod delivery;
 pub(crate) mod frame;
 pub(crate) mod lag;
+pub(crate) mod late;
 pub(crate) mod busy;
 pub(crate) mod request;
 pub(crate) mod stall;

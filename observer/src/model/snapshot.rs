@@ -9,6 +9,7 @@ use super::{
     delivery::Delivery,
     frame::StackSample,
     histogram::Histogram,
+    late::{LATE, Lateness},
     place::Place,
     stall::Stalls,
 };
@@ -177,6 +178,8 @@ pub(crate) struct Reactor {
     pub(crate) waits: u64,
     /// Events that those waits returned. io_uring does not report them.
     pub(crate) events: u64,
+    /// Of these, events that were already waiting when the loop looked for them.
+    pub(crate) events_delayed: u64,
     /// Time spent waiting, or parked while other threads waited on the same epoll set, including the wait in progress.
     pub(crate) wait_seconds: f64,
     /// Time spent in slices, including the slice in progress.
@@ -185,6 +188,8 @@ pub(crate) struct Reactor {
     pub(crate) utilization: Option<f64>,
     /// Age of the slice in progress; `None` during a wait.
     pub(crate) current_slice_seconds: Option<f64>,
+    /// Whether events wait for the end of that slice, if it is a stall already; `None` if that is unknown.
+    pub(crate) current_slice_events_wait: Option<bool>,
     /// Its stack, if the slice in progress is a stall already.
     pub(crate) current_stack: Option<StackSample>,
     /// Delay in seconds that an event arriving at a random moment would see: a count for each millisecond observed.
@@ -193,12 +198,27 @@ pub(crate) struct Reactor {
     pub(crate) slice: Histogram,
     /// Time from when the waiting loop became runnable until it ran, in seconds.
     pub(crate) wakeup: Histogram,
+    /// Lengths of the slices at whose end events were waiting, in seconds: upper bounds of the delays of these events.
+    pub(crate) event_delay: Histogram,
     /// Busy time by state and cause.
     pub(crate) split_seconds: Split,
     /// Slices of the stall threshold or more.
     pub(crate) stalls: Stalls,
     /// Whether the thread has exited.
     pub(crate) exited: bool,
+}
+
+impl Reactor {
+    /// Whether it was late since the start.
+    pub(crate) fn lateness(&self) -> Lateness {
+        let has_waited = self.stalls.late > 0 || self.wakeup.max() >= LATE || self.is_awaited();
+        Lateness::of(self.lag.max(), has_waited)
+    }
+
+    /// Whether events are waiting for the end of a long slice now.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.current_slice_events_wait == Some(true)
+    }
 }
 
 /// observer itself.

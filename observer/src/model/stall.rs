@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::{
     busy::{Cause, Split},
     frame::StackSample,
+    late::LATE,
     request::Request,
 };
 
@@ -31,6 +32,8 @@ pub(crate) struct Stall {
     /// The thread that ran on the CPU before this one, at the end of its longest wait in the run queue, such as
     /// `stress (thread 4242)`; `None` if there was none.
     pub(crate) behind: Option<String>,
+    /// Whether events were waiting while it lasted; `None` if that is unknown.
+    pub(crate) events_waited: Option<bool>,
     /// Its time by state and cause.
     pub(crate) split_seconds: Split,
     /// The request that it worked for longest without interruption; `None` if none is known.
@@ -82,6 +85,8 @@ pub(crate) struct Stalls {
     pub(crate) threshold_seconds: f64,
     /// Number of stalls that have ended.
     pub(crate) count: u64,
+    /// Of these, stalls of 50 ms or longer during which events are known to have waited.
+    pub(crate) late: u64,
     /// Their total length in seconds.
     pub(crate) seconds: f64,
     /// Their number by cause, in the order of [`Cause::all`].
@@ -113,6 +118,7 @@ impl Stalls {
     /// Adds a stall that has ended.
     pub(crate) fn add(&mut self, mut stall: Stall, sample: StackSample) {
         self.count += 1;
+        self.late += u64::from(stall.events_waited == Some(true) && stall.seconds >= LATE);
         self.seconds += stall.seconds;
         self.counts[stall.cause.index()] += 1;
         stall.site = self.add_to_site(&stall, sample);
@@ -197,6 +203,7 @@ mod tests {
             cause,
             syscall: None,
             behind: None,
+            events_waited: None,
             split_seconds,
             origin: None,
             site: 0,

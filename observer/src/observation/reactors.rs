@@ -148,7 +148,8 @@ impl Reactors {
         links: &mut Links,
     ) {
         for raw in stalls {
-            let stall = reactor::stall(&raw, links.request(raw.request));
+            let events_seen = self.watcher.events_waited(raw.tid, raw.start_ns);
+            let stall = reactor::stall(&raw, links.request(raw.request), events_seen);
             let sample = self.watcher.seen(raw.tid, raw.start_ns, stall.cause.is_blocked());
             if !targets.is_target(maps, raw.tgid) {
                 continue;
@@ -239,11 +240,13 @@ impl Reactors {
             };
             let mut reactor = thread.decode(raw, lag, self.refreshed_ns);
             if let Some(slice) = self.stall_in_progress(raw, self.refreshed_ns) {
-                let stall = reactor::stall_in_progress(raw, self.refreshed_ns);
+                let events_seen = self.watcher.events_waited(slice.tid, slice.since_ns);
+                let stall = reactor::stall_in_progress(raw, self.refreshed_ns, events_seen);
                 let sample = self.watcher.stack_so_far(slice, stall.cause.is_blocked());
                 let mut stalls = thread.stalls.clone();
                 stalls.add_in_progress(&stall, sample.clone());
                 reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
+                reactor.current_slice_events_wait = stall.events_waited;
                 reactor.current_stack = Some(sample);
             }
             reactors.entry(pid).or_default().push(reactor);

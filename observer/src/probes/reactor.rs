@@ -12,7 +12,9 @@ use aya::{
 use nix::libc;
 use observer_common::{
     block::{Block, NO_CALL},
-    reactor::{Kind, PARTS, Part, Phase, Reactor as Doing, RunState, Stall as RawStall, WaitPattern},
+    reactor::{
+        Evidence, Kind, PARTS, Part, Phase, Reactor as Doing, RunState, Stall as RawStall, WaitPattern,
+    },
 };
 
 use super::probe::{Events, Hook, Probe, When};
@@ -160,14 +162,17 @@ pub(crate) fn decode(name: String, raw: &Raw, lag: Histogram, now: u64) -> React
         slices: slice.count(),
         waits: raw.now.waits,
         events: raw.now.events,
+        events_delayed: raw.now.events_delayed,
         wait_seconds,
         busy_seconds,
         utilization: (observed > 0.0).then(|| busy_seconds / observed),
         current_slice_seconds: in_slice.then_some(in_phase),
+        current_slice_events_wait: None,
         current_stack: None,
         lag,
         slice,
         wakeup: Histogram::from(&raw.durations.wakeup),
+        event_delay: Histogram::from(&raw.durations.event_delay),
         split_seconds: split(&parts_ns, raw.now.gc.ns),
         stalls: Stalls::default(),
         exited: is_final(raw),
@@ -194,7 +199,8 @@ fn split(parts_ns: &[u64; PARTS], gc_ns: u64) -> Split {
 }
 
 /// Decodes a stall that has ended. `origin` is the request that it worked on for the longest uninterrupted time.
-pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>) -> Stall {
+/// `events_seen` says whether events were seen to wait during the stall.
+pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>, events_seen: bool) -> Stall {
     let split_seconds = split(&raw.parts_ns, raw.gc_ns);
     Stall {
         start: clock::written(raw.start_ns),
@@ -202,6 +208,14 @@ pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>) -> Stall {
         cause: Cause::of(&split_seconds),
         syscall: call_name(raw.longest_block_call),
         behind: (raw.longest_queue_after != 0).then(|| process::described(raw.longest_queue_after)),
+        events_waited: match Evidence::of(raw.evidence) {
+            _ if events_seen => Some(true),
+            Evidence::NothingWaited => Some(false),
+            // The event may have come after the response with which the slice ended.
+            Evidence::EventsWaited if raw.kind == Kind::Epoll as u32 => None,
+            Evidence::EventsWaited => Some(true),
+            Evidence::Unknown => None,
+        },
         split_seconds,
         origin,
         site: 0,
@@ -209,7 +223,7 @@ pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>) -> Stall {
 }
 
 /// The slice in progress, as a stall that ends at `now`.
-pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
+pub(crate) fn stall_in_progress(raw: &Raw, now: u64, events_seen: bool) -> Stall {
     let of_slice = |part: Part| part.ns.saturating_sub(part.before_ns);
     let mut parts_ns = raw.now.parts.map(of_slice);
     let present_ns = now.saturating_sub(raw.now.run_since_ns);
@@ -227,9 +241,11 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64) -> Stall {
         longest_block_call: if is_longest { raw.now.call } else { raw.now.longest_block_call },
         longest_queue_after: raw.now.longest_queue_after,
         request: 0,
+        evidence: Evidence::Unknown as u32,
+        kind: raw.now.pattern.kind,
     };
     // Its origin is known only when it ends.
-    stall(&raw, None)
+    stall(&raw, None, events_seen)
 }
 
 /// Whether a slice is in progress.

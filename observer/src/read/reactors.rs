@@ -8,7 +8,7 @@ use aya::maps::{Array, HashMap, Map, MapData, Stack};
 use memmap2::{MmapOptions, MmapRaw};
 use observer_common::{
     id_filter::Seen,
-    reactor::{Durations, Phase, Reactor},
+    reactor::{Durations, Kind, Phase, Reactor},
 };
 
 use super::{
@@ -51,6 +51,8 @@ pub(crate) struct InSlice {
     pub(crate) since_ns: u64,
     /// Frame pointer of the thread when it last blocked in the slice; 0 if unknown.
     pub(crate) frame_pointer: u64,
+    /// Descriptor of the epoll set that the thread waits on; `None` if it waits in another way.
+    pub(crate) epoll_set: Option<u32>,
 }
 
 impl InSlice {
@@ -61,6 +63,7 @@ impl InSlice {
             pid: reactor.tgid,
             since_ns: reactor.phase_since_ns,
             frame_pointer: reactor.frame_pointer,
+            epoll_set: (reactor.pattern.kind == Kind::Epoll as u32).then_some(reactor.pattern.set),
         }
     }
 }

@@ -11,5 +11,6 @@ mod perf_map;
 mod sampler;
 pub(crate) mod symbols;
 pub(crate) mod task_names;
+mod readiness;
 pub(crate) mod reader;
 pub(crate) mod watch;

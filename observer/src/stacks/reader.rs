@@ -24,7 +24,7 @@ const INTERPRETER_TTL: Duration = Duration::from_secs(10);
 const INTERPRETERS_MAX: usize = 64;
 /// How often the stack of a blocked thread is read before it counts as running, because it ran on during each read. The
 /// first read of a file's unwind table is long, the next ones are short.
-const BLOCKED_READS: usize = 3;
+const BLOCKED_READS: usize = 8;
 
 /// Reads stacks, and caches unwind tables, symbols and interpreters.
 #[derive(Default)]

@@ -1,5 +1,5 @@
-//! Decides when the stack of a long slice is read, by `reader.rs`, and which stack a stall reports. Stacks are read
-//! while the slice lasts, because the code that caused a stall has left the stack when it has ended.
+//! Watches long slices while they last: decides when their stacks are read, by `reader.rs`, and which stack a stall
+//! reports, and asks whether events wait for their end. The code that caused a stall has left the stack when it has ended.
 
 use std::{
     collections::HashMap,
@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     reader::{StackReader, ThreadState},
+    readiness,
     sampler::Sampler,
 };
 use crate::{model::frame::StackSample, read::reactors::InSlice};
@@ -52,6 +53,8 @@ struct SlowSlice {
     interpreter_error: Option<String>,
     /// When to read the stack again, monotonic nanoseconds.
     next_ns: u64,
+    /// Whether events were seen to wait for its end.
+    events_wait: bool,
     /// Whether it was not in progress at the last check, so that its end may still be reported.
     has_ended: bool,
 }
@@ -73,9 +76,9 @@ impl Watcher {
         self.period
     }
 
-    /// Reads the stacks of the long ones among the slices in progress. `is_still` says whether a slice is still in
-    /// progress: a stack that was read after the end of its slice belongs to what the thread did next, and is
-    /// discarded.
+    /// Reads the stacks of the long ones among the slices in progress, and asks whether events wait for them.
+    /// `is_still` says whether a slice is still in progress: what was read after the end of its slice belongs to what
+    /// the thread did next, and is discarded.
     pub(crate) fn check(
         &mut self,
         in_progress: impl Iterator<Item = InSlice>,
@@ -95,6 +98,7 @@ impl Watcher {
             }
             slow.slice = slice;
             slow.has_ended = false;
+            slow.check_events(&is_still);
             if now_ns >= slow.next_ns {
                 let began = Instant::now();
                 slow.read(&mut self.reader, &is_still);
@@ -109,8 +113,13 @@ impl Watcher {
         }
     }
 
-    /// The stack that was read most often of a slice that has ended. `was_blocked` says whether it was blocked most of
-    /// the time.
+    /// Whether events were seen to wait for the end of a slice that has ended.
+    pub(crate) fn events_waited(&self, tid: u32, since_ns: u64) -> bool {
+        self.slow_slices.get(&tid).is_some_and(|slow| slow.slice.since_ns == since_ns && slow.events_wait)
+    }
+
+    /// The stack that was read most often of a slice that has ended, which is forgotten. `was_blocked` says whether it
+    /// was blocked most of the time.
     pub(crate) fn seen(&mut self, tid: u32, since_ns: u64, was_blocked: bool) -> StackSample {
         match self.slow_slices.remove(&tid) {
             Some(mut slow) if slow.slice.since_ns == since_ns => {
@@ -155,7 +164,18 @@ impl SlowSlice {
             sampler: None,
             interpreter_error: None,
             next_ns: 0,
+            events_wait: false,
             has_ended: false,
+        }
+    }
+
+    /// Asks whether events wait for the end of the slice, unless some are known to.
+    fn check_events(&mut self, is_still: &impl Fn(&InSlice) -> bool) {
+        let InSlice { pid, epoll_set, .. } = self.slice;
+        if !self.events_wait
+            && let Some(set) = epoll_set
+        {
+            self.events_wait = readiness::has_events(pid, set) == Some(true) && is_still(&self.slice);
         }
     }
 

@@ -89,8 +89,19 @@ impl Drop for Process {
 pub(crate) fn waits_for_events(pid: u32, tid: u32) -> bool {
     const EPOLL_WAIT: &str = "232";
     const EPOLL_PWAIT: &str = "281";
+    is_blocked_in(pid, tid, &[EPOLL_WAIT, EPOLL_PWAIT])
+}
+
+/// Whether a thread is blocked in `nanosleep` or `clock_nanosleep`, according to `/proc`.
+pub(crate) fn is_asleep(pid: u32, tid: u32) -> bool {
+    const NANOSLEEP: &str = "35";
+    const CLOCK_NANOSLEEP: &str = "230";
+    is_blocked_in(pid, tid, &[NANOSLEEP, CLOCK_NANOSLEEP])
+}
+
+fn is_blocked_in(pid: u32, tid: u32, calls: &[&str]) -> bool {
     let call = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap();
-    [EPOLL_WAIT, EPOLL_PWAIT].contains(&call.split(' ').next().unwrap())
+    calls.contains(&call.split(' ').next().unwrap())
 }
 
 /// Sends a signal to a process that a test started.

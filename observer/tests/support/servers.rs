@@ -16,7 +16,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Process, example, http, wait_for};
+use super::{Process, example, http, is_asleep, wait_for};
 
 /// A port that is currently free.
 pub(crate) fn free_port() -> u16 {
@@ -337,6 +337,16 @@ impl Server {
     /// Makes a scripted server block; returns the server's own measurements.
     pub(crate) fn block(&self, kind: &str, milliseconds: u32) -> Value {
         serde_json::from_str(&http::get(self.port, &format!("/{kind}/{milliseconds}"))).unwrap()
+    }
+
+    /// Makes a scripted server sleep while another client waits for a response. The sleep must be long enough to be seen
+    /// in `/proc`.
+    pub(crate) fn sleep_while_asked(&self, milliseconds: u32) {
+        thread::scope(|scope| {
+            scope.spawn(|| self.block("sleep", milliseconds));
+            wait_for("the server to sleep", || is_asleep(self.pid(), self.pid()).then_some(()));
+            http::get(self.port, "/none/0");
+        });
     }
 }
 

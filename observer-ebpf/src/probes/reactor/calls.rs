@@ -1,10 +1,13 @@
 //! Calls that wait for events. There is one program for each signature, because the arguments differ.
 
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::tracepoint, programs::TracePointContext};
-use observer_common::reactor::{Call, FOREVER, Kind};
+use observer_common::reactor::{Call, EXAMINED_NS, Evidence, FOREVER, Kind};
 
 use super::wait::{Thread, return_from_call};
-use crate::{kernel, state::reactors::find};
+use crate::{
+    kernel,
+    state::{reactors::find, system_call::call_in_progress},
+};
 
 /// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and the result of a ring's wait that timed out.
 const GETEVENTS: u32 = 1 << 0;
@@ -12,6 +15,12 @@ const EXT_ARG: u32 = 1 << 3;
 const ETIME: i64 = -62;
 /// Result of an interrupted `poll` that the kernel will restart: the wait is not over.
 const ERESTART_RESTARTBLOCK: i64 = -516;
+
+/// `EPOLLOUT`, and the size of `struct epoll_event`, which begins with the events.
+const EPOLLOUT: u32 = 4;
+const EPOLL_EVENT: u64 = 12;
+/// Maximum number of events at the end of a long slice that are examined.
+const EXAMINED_EVENTS: u64 = 8;
 
 /// Number of words of an `fd_set` that are read: its size in C libraries.
 const SET_WORDS: u32 = 16;
@@ -129,9 +138,32 @@ fn epoll_exit(ctx: TracePointContext) -> u32 {
     if let Some(reactor) = find(tid) {
         let events = kernel::return_value(&ctx).unwrap_or(0);
         // SAFETY: a live map value that only this thread writes while it runs.
-        unsafe { return_from_call(reactor, tid, events, events == 0) };
+        unsafe {
+            return_from_call(reactor, tid, events, events == 0, |length| epoll_evidence(events, length))
+        };
     }
     0
+}
+
+/// Whether the events that an epoll wait has returned at once had waited for it. Room for output is not evidence that
+/// a client waits for the loop.
+#[inline(always)]
+fn epoll_evidence(events: i64, length: u64) -> Evidence {
+    if events <= 0 {
+        return Evidence::Unknown;
+    }
+    if length < EXAMINED_NS {
+        return Evidence::EventsWaited;
+    }
+    let returned = call_in_progress().and_then(|call| call.second());
+    for event in 0..EXAMINED_EVENTS.min(events.cast_unsigned()) {
+        let at = returned.map(|events| events + event * EPOLL_EVENT);
+        let is_output = at.and_then(kernel::read_user::<u32>).is_some_and(|event| event & !EPOLLOUT == 0);
+        if !is_output {
+            return Evidence::EventsWaited;
+        }
+    }
+    Evidence::Unknown
 }
 
 /// The result of `io_uring_enter` is the number of submitted requests, not of completions.
@@ -141,9 +173,16 @@ fn uring_exit(ctx: TracePointContext) -> u32 {
     if let Some(reactor) = find(tid) {
         let result = kernel::return_value(&ctx).unwrap_or(0);
         // SAFETY: as above.
-        unsafe { return_from_call(reactor, tid, 0, result == ETIME) };
+        unsafe { return_from_call(reactor, tid, 0, result == ETIME, |_| ring_evidence(result)) };
     }
     0
+}
+
+/// Whether completions had waited before a call that has returned at once. If the call submitted requests, these may
+/// have completed at once.
+#[inline(always)]
+const fn ring_evidence(result: i64) -> Evidence {
+    if result == 0 { Evidence::EventsWaited } else { Evidence::Unknown }
 }
 
 #[tracepoint]
@@ -163,10 +202,16 @@ fn return_from_poll_or_select(ctx: &TracePointContext) -> u32 {
         let events = kernel::return_value(ctx).unwrap_or(0);
         if events != ERESTART_RESTARTBLOCK {
             // SAFETY: as above.
-            unsafe { return_from_call(reactor, tid, events, events == 0) };
+            unsafe { return_from_call(reactor, tid, events, events == 0, |_| poll_evidence(events)) };
         }
     }
     0
+}
+
+/// Whether the events that `poll` or `select` has returned at once had waited for it.
+#[inline(always)]
+const fn poll_evidence(events: i64) -> Evidence {
+    if events > 0 { Evidence::EventsWaited } else { Evidence::Unknown }
 }
 
 /// A call of the `poll` family; `None` if it polls no descriptor and so only sleeps.

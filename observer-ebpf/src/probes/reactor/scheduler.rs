@@ -3,7 +3,7 @@
 use aya_ebpf::{helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use observer_common::{
     block::{Block, CONTENDED},
-    reactor::{GC_UNKNOWN, Phase, Reactor, RunState},
+    reactor::{Evidence, GC_UNKNOWN, Phase, Reactor, RunState},
 };
 
 use super::slice::{begin_slice, end_slice, switch_run_state};
@@ -38,7 +38,8 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
                 }
                 (*reactor).contended_at = if may_be_parked { 0 } else { blocked.futex };
                 if enters_wait || (may_be_parked && pools::is_shared((*reactor).tgid, (*reactor).pattern)) {
-                    end_slice(reactor, previous, now);
+                    let evidence = if enters_wait { Evidence::NothingWaited } else { Evidence::Unknown };
+                    end_slice(reactor, previous, now, evidence);
                     (*reactor).phase = if enters_wait { Phase::Waiting } else { Phase::Parked } as u32;
                     (*reactor).phase_since_ns = now;
                 } else {
@@ -113,7 +114,7 @@ unsafe fn reclassify_as_parked(reactor: *mut Reactor, tid: u32) {
             (*reactor).parts[LOCK].ns -= (*reactor).run_since_ns.saturating_sub(since);
         }
         (*reactor).gc_before_ns = GC_UNKNOWN;
-        end_slice(reactor, tid, since);
+        end_slice(reactor, tid, since, Evidence::Unknown);
         (*reactor).phase = Phase::Parked as u32;
         (*reactor).phase_since_ns = since;
     }

@@ -5,7 +5,7 @@ use observer_common::{
     block::NO_CALL,
     loss::Loss,
     origin::Origin,
-    reactor::{PARTS, Part, Phase, Reactor, RunState, Stall},
+    reactor::{Evidence, PARTS, Part, Phase, Reactor, RunState, Stall},
 };
 
 use crate::{
@@ -31,7 +31,7 @@ static STALL_NS: u64 = 0;
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn end_slice(reactor: *mut Reactor, tid: u32, now: u64) {
+pub(crate) unsafe fn end_slice(reactor: *mut Reactor, tid: u32, now: u64, evidence: Evidence) {
     // SAFETY: by contract.
     unsafe {
         gc::on_slice_end(reactor, now);
@@ -41,7 +41,7 @@ pub(crate) unsafe fn end_slice(reactor: *mut Reactor, tid: u32, now: u64) {
         let length = now.saturating_sub((*reactor).phase_since_ns);
         record_duration(reactor, |durations| &raw mut (*durations).slice, length);
         if length >= core::ptr::read_volatile(&raw const STALL_NS) {
-            emit_stall(reactor, tid, length);
+            emit_stall(reactor, tid, length, evidence);
         }
     }
 }
@@ -83,7 +83,7 @@ pub(crate) unsafe fn begin_slice(reactor: *mut Reactor, since_ns: u64) {
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64) {
+unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64, evidence: Evidence) {
     let Some(mut entry) = STALLS.reserve::<Stall>(0) else {
         count_loss(Loss::StallsFull);
         return;
@@ -108,6 +108,8 @@ unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64) {
         (*stall).longest_block_call = (*reactor).longest_block_call;
         (*stall).longest_queue_after = (*reactor).longest_queue_after;
         (*stall).request = (*reactor).longest_work_for.request;
+        (*stall).evidence = evidence as u32;
+        (*stall).kind = (*reactor).pattern.kind;
     }
     // Stalls are rare, and user space reads the ring periodically: a wake-up would cost more than the rest of the
     // program.

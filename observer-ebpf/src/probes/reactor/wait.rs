@@ -3,7 +3,7 @@
 use core::ptr::null_mut;
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use observer_common::reactor::{Call, FOREVER, Phase, Reactor, RunState};
+use observer_common::reactor::{Call, Evidence, FOREVER, Phase, Reactor, RunState};
 
 use super::slice::{begin_slice, end_slice, switch_run_state};
 use crate::{
@@ -77,12 +77,19 @@ impl Thread {
 }
 
 /// Handles the return of the current thread from a call. If the call was its wait, a slice begins; otherwise the slice
-/// continues.
+/// continues. `evidence` says whether events had waited before the call, if it returned at once after a slice of the
+/// given length.
 ///
 /// # Safety
 /// `reactor` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn return_from_call(reactor: *mut Reactor, tid: u32, events: i64, timed_out: bool) {
+pub(crate) unsafe fn return_from_call(
+    reactor: *mut Reactor,
+    tid: u32,
+    events: i64,
+    timed_out: bool,
+    evidence: impl FnOnce(u64) -> Evidence,
+) {
     // SAFETY: by contract.
     unsafe {
         let since = if (*reactor).phase == Phase::Waiting as u32 {
@@ -108,7 +115,15 @@ pub(crate) unsafe fn return_from_call(reactor: *mut Reactor, tid: u32, events: i
             // The thread has not blocked: the wait took no time.
             let now = bpf_ktime_get_ns();
             switch_run_state(reactor, RunState::Cpu, now);
-            end_slice(reactor, tid, now);
+            let length = now.saturating_sub((*reactor).phase_since_ns);
+            let evidence = evidence(length);
+            if evidence == Evidence::EventsWaited {
+                record_duration(reactor, |durations| &raw mut (*durations).event_delay, length);
+                if events > 0 {
+                    (*reactor).events_delayed += events.cast_unsigned();
+                }
+            }
+            end_slice(reactor, tid, now, evidence);
             now
         } else {
             return;

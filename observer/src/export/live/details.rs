@@ -103,6 +103,7 @@ fn of_loop(
     text.push(quantiles(&format!("lag, last {:.0} s", window.seconds), &window.lag, theme));
     text.push(quantiles("lag, since start", &reactor.lag, theme));
     text.push(quantiles("slices", &reactor.slice, theme));
+    text.push(quantiles("delays", &reactor.event_delay, theme));
     text.push(quantiles("wake-ups", &reactor.wakeup, theme));
     if let Some(age) = reactor.current_slice_seconds {
         text.push(Line::raw(format!(" the current slice has lasted {} so far", span(age))));

@@ -5,11 +5,23 @@ use crate::{
     model::{snapshot::Reactor, stall::Site},
 };
 
-/// An event loop, queue or kind of tasks that is late, or tasks that were dropped.
+/// What a finding says of its subject.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Nothing is late.
+    NotLate,
+    /// Something has waited for it.
+    Late,
+    /// An event loop that does not look for events for long, though nothing is known to wait.
+    Busy,
+    /// Tasks were dropped.
+    Lost,
+}
+
+/// A line of the first screen, with its cause.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Finding {
-    /// Whether something is late; if not, tasks were dropped, or nothing is late.
-    pub(super) is_late: bool,
+    pub(super) verdict: Verdict,
     /// The name of the subject, and how late it is.
     pub(super) what: String,
     /// The cause, or the values that explain it.

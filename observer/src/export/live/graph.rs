@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     export::words::span,
-    model::{busy::Cause, lag::LATE},
+    model::{busy::Cause, late::LATE},
 };
 
 /// The lowest value at the top of a history, in seconds: the history of a loop without lag stays flat.

@@ -122,6 +122,7 @@ fn example(seconds: u32) -> Snapshot {
         let idle = [(0, u64::from(seconds) * 1000 - count * 330)];
         reactor.lag = histogram(&[&in_blocks.map(|(ms, n)| (ms, n * count))[..], &idle].concat());
         reactor.slice = histogram(&[(1, waits), (120, count), (210, count)]);
+        reactor.event_delay = histogram(&[(120, count), (210, count)]);
         (reactor.waits, reactor.events, reactor.slices) = (waits, waits, waits);
         reactor.wait_seconds = f64::from(seconds) * 0.85;
         reactor.busy_seconds = f64::from(seconds) * 0.04 + f64::from(blocks) * 0.33;
@@ -173,6 +174,7 @@ fn stall(seconds: f64, cause: Cause, syscall: Option<&str>) -> Stall {
         cause,
         syscall: syscall.map(Into::into),
         behind: None,
+        events_waited: Some(true),
         split_seconds: split,
         origin: None,
         site: 0,

@@ -61,6 +61,10 @@ pub(crate) struct LoopWindow {
     pub(crate) parts: Parts,
     /// Stalls that ended in the window.
     pub(crate) stalls: u64,
+    /// Of these, stalls during which events are known to have waited.
+    pub(crate) late_stalls: u64,
+    /// The longest wake-up, in seconds.
+    pub(crate) longest_wakeup: f64,
 }
 
 /// An accept queue in the window.
@@ -101,6 +105,7 @@ pub(crate) struct Recent {
     /// Duration of the observation as of the last snapshot, in seconds.
     last_seconds: f64,
     loops: HashMap<LoopKey, Track<LoopGrowth>>,
+    wakeups: HashMap<LoopKey, Track<()>>,
     queues: HashMap<QueueKey, Track<QueueGrowth>>,
     kinds: HashMap<KindKey, Track<KindGrowth>>,
     runs: HashMap<KindKey, Track<()>>,
@@ -134,6 +139,7 @@ struct LoopGrowth {
     wait: f64,
     parts: Parts,
     stalls: u64,
+    late_stalls: u64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -164,6 +170,7 @@ impl Counters for LoopGrowth {
             wait: less(self.wait, earlier.wait),
             parts: std::array::from_fn(|n| less(self.parts[n], earlier.parts[n])),
             stalls: self.stalls.saturating_sub(earlier.stalls),
+            late_stalls: self.late_stalls.saturating_sub(earlier.late_stalls),
         }
     }
 
@@ -173,6 +180,7 @@ impl Counters for LoopGrowth {
             wait: self.wait + other.wait,
             parts: std::array::from_fn(|n| self.parts[n] + other.parts[n]),
             stalls: self.stalls + other.stalls,
+            late_stalls: self.late_stalls + other.late_stalls,
         }
     }
 }
@@ -231,6 +239,7 @@ impl Recent {
                     wait: reactor.wait_seconds,
                     parts: parts(&reactor.split_seconds),
                     stalls: reactor.stalls.count,
+                    late_stalls: reactor.stalls.late,
                 };
                 let track = self.loops.entry((target.pid, reactor.tid)).or_default();
                 // The counts of a lag are rounded, so a count may move to a neighbouring bucket. Slices and wake-ups are
@@ -239,6 +248,8 @@ impl Recent {
                 let events = Histogram::grown(events.iter(), reactor.slice.max().max(reactor.wakeup.max()));
                 let age = reactor.current_slice_seconds.unwrap_or(0.0);
                 track.record(seconds, &reactor.lag, &events, counters, age);
+                let track = self.wakeups.entry((target.pid, reactor.tid)).or_default();
+                track.record(seconds, &reactor.wakeup, &reactor.wakeup, (), 0.0);
             }
             for listener in target.listeners.iter().filter(|listener| !listener.closed) {
                 let counters = QueueGrowth {
@@ -262,6 +273,7 @@ impl Recent {
             }
         }
         remove_absent(&mut self.loops);
+        remove_absent(&mut self.wakeups);
         remove_absent(&mut self.queues);
         remove_absent(&mut self.kinds);
         remove_absent(&mut self.runs);
@@ -269,12 +281,15 @@ impl Recent {
 
     /// An event loop in the window.
     pub(crate) fn of_loop(&self, pid: u32, reactor: &Reactor) -> LoopWindow {
-        self.loops.get(&(pid, reactor.tid)).map_or_else(LoopWindow::default, |track| {
-            let (seconds, lag, sum) = track.window();
-            let total = sum.busy + sum.wait;
-            let utilization = (total > 0.0).then(|| sum.busy / total);
-            LoopWindow { seconds, lag, utilization, parts: sum.parts, stalls: sum.stalls }
-        })
+        let key = (pid, reactor.tid);
+        let (Some(track), Some(wakeups)) = (self.loops.get(&key), self.wakeups.get(&key)) else {
+            return LoopWindow::default();
+        };
+        let ((seconds, lag, sum), (_, wakeups, ())) = (track.window(), wakeups.window());
+        let total = sum.busy + sum.wait;
+        let utilization = (total > 0.0).then(|| sum.busy / total);
+        let LoopGrowth { parts, stalls, late_stalls, .. } = sum;
+        LoopWindow { seconds, lag, utilization, parts, stalls, late_stalls, longest_wakeup: wakeups.max() }
     }
 
     /// An accept queue in the window.

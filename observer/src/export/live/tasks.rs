@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 
 use super::{
-    finding::{Finding, age, rate},
+    finding::{Finding, Verdict, age, rate},
     state::{KindRow, State},
 };
 use crate::{
@@ -52,7 +52,7 @@ fn overdue(row: &KindRow, target: &Target, kind: &Deferred) -> Finding {
         kind.pending,
         rate(row.window.started, row.window.seconds)
     );
-    Finding { is_late: true, what, why }
+    Finding { verdict: Verdict::Late, what, why }
 }
 
 fn held_up(row: &KindRow, target: &Target, kind: &Deferred, lag: f64) -> Finding {
@@ -63,7 +63,7 @@ fn held_up(row: &KindRow, target: &Target, kind: &Deferred, lag: f64) -> Finding
         span(wait.quantile(0.5).unwrap_or(0.0)),
         span(lag)
     );
-    Finding { is_late: true, what, why }
+    Finding { verdict: Verdict::Late, what, why }
 }
 
 /// Kinds with tasks that were dropped in the window, most first.
@@ -78,7 +78,7 @@ pub(super) fn dropped(state: &State) -> Vec<Finding> {
         let what = format!("{}: {dropped} dropped before they started", kind_name(target, kind));
         let (started, seconds) = (row.window.started, row.window.seconds);
         let why = format!("{started} started in the last {seconds:.0} s; {} pending", kind.pending);
-        Finding { is_late: false, what, why }
+        Finding { verdict: Verdict::Lost, what, why }
     });
     findings.collect()
 }
@@ -141,7 +141,10 @@ mod tests {
     fn dropped_tasks_are_found_and_cancelled_timers_are_not() {
         let mut kind = testing::kind("mail", 50);
         let found = findings(&of(with_kind(kind.clone())));
-        assert!(found[0].is_late && !found[1].is_late);
+        assert_eq!(
+            found.iter().map(|finding| finding.verdict).collect::<Vec<_>>(),
+            [Verdict::Late, Verdict::Lost]
+        );
         assert_eq!(found[1].what, "tasks mail of app (10): 10 dropped before they started");
         assert_eq!(found[1].why, "50 started in the last 1 s; 0 pending");
         (kind.task, kind.is_kind_known) = ("asyncio work".into(), false);

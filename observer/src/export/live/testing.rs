@@ -27,10 +27,12 @@ pub(crate) fn histogram(durations: &[(u64, u64)]) -> Histogram {
     Histogram::from(&raw)
 }
 
-/// Changes a loop into one that slept for 120 ms, `times` times.
+/// Changes a loop into one that slept for 120 ms, `times` times, while events waited.
 pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
     reactor.lag = histogram(&[(120, u64::from(times) * 10), (60, u64::from(times) * 130)]);
     reactor.slice = histogram(&[(120, u64::from(times))]);
+    reactor.event_delay = reactor.slice.clone();
+    reactor.events_delayed = u64::from(times);
     reactor.busy_seconds = f64::from(times) * 0.15;
     reactor.split_seconds = split(f64::from(times));
     let sample = StackSample {
@@ -47,6 +49,7 @@ pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
             cause: Cause::Blocked(Block::Sleep),
             syscall: Some("clock_nanosleep".into()),
             behind: None,
+            events_waited: Some(true),
             split_seconds: split(1.0),
             origin: Some(Arc::new(request())),
             site: 0,
@@ -88,26 +91,34 @@ pub(crate) fn kind(task: &str, started: u64) -> Deferred {
     }
 }
 
-/// The snapshot `seconds` seconds after the start, with `change` applied to the event loop.
-pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snapshot {
-    let mut reactor = Reactor {
+/// An event loop that has waited for `seconds` seconds.
+fn idle(seconds: f64) -> Reactor {
+    Reactor {
         tid: 11,
         name: "reactor".into(),
         slices: 0,
         waits: 0,
         events: 0,
+        events_delayed: 0,
         wait_seconds: seconds,
         busy_seconds: 0.0,
         utilization: Some(0.0),
         current_slice_seconds: None,
+        current_slice_events_wait: None,
         current_stack: None,
         lag: Histogram::default(),
         slice: Histogram::default(),
         wakeup: Histogram::default(),
+        event_delay: Histogram::default(),
         split_seconds: Split::default(),
         stalls: Stalls::over(0.05),
         exited: false,
-    };
+    }
+}
+
+/// The snapshot `seconds` seconds after the start, with `change` applied to the event loop.
+pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snapshot {
+    let mut reactor = idle(seconds);
     change(&mut reactor);
     let listener = Listener {
         protocol: "tcp",

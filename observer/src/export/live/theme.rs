@@ -6,7 +6,7 @@ use std::env;
 use observer_common::block::Block;
 use ratatui::style::{Color, Modifier, Style};
 
-use crate::model::{busy::Cause, lag::LATE};
+use crate::model::{busy::Cause, late::LATE};
 
 /// Delays from here on are highlighted, in seconds.
 const NOTABLE: f64 = 0.010;

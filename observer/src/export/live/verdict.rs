@@ -8,27 +8,33 @@ use super::{
 };
 use crate::{
     export::{
-        live::finding::{Finding, age, rate},
+        live::finding::{Finding, Verdict, age, rate},
         words::{cause_name, oldest, percent, site_cause, span, stack},
     },
     model::{
         busy::Cause,
-        lag::{LATE, PROBE_SECONDS},
+        lag::PROBE_SECONDS,
+        late::{LATE, Lateness},
         snapshot::{Listener, Reactor, Target},
         stall::Site,
     },
 };
 
-/// All findings: the worst event loop, the worst accept queue and the worst kind of deferred tasks first, then the other
-/// event loops, queues and kinds, and dropped tasks last.
+/// All findings: the worst late event loop, the worst accept queue and the worst kind of deferred tasks first, then the
+/// other late event loops, queues and kinds, then busy event loops, and dropped tasks last.
 pub(super) fn findings(state: &State) -> Vec<Finding> {
-    let mut loops: Vec<_> = state
-        .all_loops()
-        .filter(|(row, _, reactor)| row.window.lag.max() >= LATE || age(reactor) >= LATE)
-        .collect();
+    let mut loops: Vec<_> = state.all_loops().collect();
     let harm = |row: &LoopRow, reactor: &Reactor| row.window.lag.mean().max(age(reactor));
     loops.sort_by(|(a, _, of_a), (b, _, of_b)| harm(b, of_b).total_cmp(&harm(a, of_a)));
-    let mut loops = loops.into_iter().map(|(row, target, reactor)| of_loop(row, target, reactor));
+    let with = |wanted: Lateness| {
+        loops.iter().filter_map(move |&(row, target, reactor)| {
+            let window = &row.window;
+            let has_waited = window.late_stalls > 0 || window.longest_wakeup >= LATE || reactor.is_awaited();
+            let lateness = Lateness::of(window.lag.max().max(age(reactor)), has_waited);
+            (lateness == wanted).then(|| of_loop(row, target, reactor, lateness))
+        })
+    };
+    let (mut late, busy) = (with(Lateness::Late), with(Lateness::Busy));
     let mut queues: Vec<_> = state
         .all_queues()
         .filter(|(row, _, listener)| longest_wait(row, listener) >= LATE || row.window.drops > 0)
@@ -37,8 +43,8 @@ pub(super) fn findings(state: &State) -> Vec<Finding> {
     queues.sort_by(|(a, _, of_a), (b, _, of_b)| harm(b, of_b).total_cmp(&harm(a, of_a)));
     let mut queues = queues.into_iter().map(|(row, target, listener)| of_queue(row, target, listener));
     let mut kinds = tasks::late(state).into_iter();
-    let worst = loops.next().into_iter().chain(queues.next()).chain(kinds.next());
-    worst.chain(loops).chain(queues).chain(kinds).chain(tasks::dropped(state)).collect()
+    let worst = late.next().into_iter().chain(queues.next()).chain(kinds.next());
+    worst.chain(late).chain(queues).chain(kinds).chain(busy).chain(tasks::dropped(state)).collect()
 }
 
 /// The verdict if nothing is late, with the highest lag since the start.
@@ -46,15 +52,20 @@ pub(super) fn not_late(state: &State) -> Finding {
     let seconds = state.all_loops().map(|(row, ..)| row.window.seconds).fold(0.0, f64::max);
     let what =
         if seconds < WINDOW / 2.0 { "so far".to_owned() } else { format!("in the last {seconds:.0} s") };
-    let what = format!("{what}: all lags and waits to be accepted were below {}", span(LATE));
+    let what = format!("{what}: nothing is known to have waited for {} or longer", span(LATE));
     let worst = state.all_loops().max_by(|(.., a), (.., b)| a.lag.max().total_cmp(&b.lag.max()));
     let why = worst.filter(|(.., reactor)| reactor.lag.count() > 0).map(|(_, target, reactor)| {
         format!("highest lag since the start: {} ({})", span(reactor.lag.max()), loop_name(target, reactor))
     });
-    Finding { is_late: false, what, why: why.unwrap_or_default() }
+    Finding { verdict: Verdict::NotLate, what, why: why.unwrap_or_default() }
 }
 
-fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
+/// A loop that is late, or busy for long though nothing is known to have waited.
+fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor, lateness: Lateness) -> Finding {
+    let (verdict, waited) = match lateness {
+        Lateness::Late => (Verdict::Late, ""),
+        _ => (Verdict::Busy, "; nothing is known to have waited that long"),
+    };
     let who = loop_name(target, reactor);
     let lag = &row.window.lag;
     let stuck = reactor.current_slice_seconds.filter(|&age| age >= LATE);
@@ -63,10 +74,10 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
     let is_worst = |age: f64| worst_site.is_none_or(|(weight, _)| age * age / 2.0 > weight);
     if let Some(age) = stuck.filter(|&age| is_worst(age)) {
         let why = reactor.current_stack.as_ref().map(|sample| stack(sample, usize::MAX));
-        let what = format!("{who}: stuck for {} so far", span(age));
-        return Finding { is_late: true, what, why: why.unwrap_or_default() };
+        let what = format!("{who}: stuck for {} so far{waited}", span(age));
+        return Finding { verdict, what, why: why.unwrap_or_default() };
     }
-    let what = format!("{who}: lag up to {}, mean {}", span(lag.max()), span(lag.mean()));
+    let what = format!("{who}: lag up to {}, mean {}{waited}", span(lag.max()), span(lag.mean()));
     let why = worst_site.map_or_else(
         || without_stalls(reactor, &row.window),
         |(weight, site)| {
@@ -75,7 +86,7 @@ fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor) -> Finding {
             format!("{} of the lag: {} {stack}", percent(share), site_cause(site))
         },
     );
-    Finding { is_late: true, what, why }
+    Finding { verdict, what, why }
 }
 
 fn of_queue(row: &QueueRow, target: &Target, listener: &Listener) -> Finding {
@@ -93,7 +104,7 @@ fn of_queue(row: &QueueRow, target: &Target, listener: &Listener) -> Finding {
         rate(row.window.arrivals, row.window.seconds),
         rate(row.window.accepts, row.window.seconds),
     );
-    Finding { is_late: true, what, why }
+    Finding { verdict: Verdict::Late, what, why }
 }
 
 /// The longest wait in the window or of a connection that still waits, in seconds.
@@ -166,13 +177,25 @@ mod tests {
     }
 
     #[test]
+    fn a_busy_loop_is_not_late_if_nothing_waited() {
+        let state = of([testing::snapshot(1.0, |reactor| {
+            testing::slept(reactor, 3);
+            reactor.stalls.late = 0;
+        })]);
+        let found = findings(&state);
+        assert_eq!(found[0].verdict, Verdict::Busy);
+        let what = "reactor (11) of app (10): lag up to 120 ms, mean 64.3 ms; nothing is known to have waited that long";
+        assert_eq!(found[0].what, what);
+    }
+
+    #[test]
     fn a_lag_before_the_window_is_no_finding() {
         let state =
             of((1..=20).map(|s| testing::snapshot(f64::from(s), |reactor| testing::slept(reactor, 3))));
         assert!(findings(&state).is_empty());
         let well = not_late(&state);
         assert!(well.what.starts_with("in the last 10 s: "), "{well:?}");
-        assert!(well.what.ends_with("below 50.0 ms"), "{well:?}");
+        assert!(well.what.ends_with("waited for 50.0 ms or longer"), "{well:?}");
         assert_eq!(well.why, "highest lag since the start: 120 ms (reactor (11) of app (10))");
     }
 

@@ -9,7 +9,7 @@ use ratatui::{
 
 use super::{
     details,
-    finding::{Finding, site_total, stall_total},
+    finding::{Finding, Verdict, site_total, stall_total},
     graph::history,
     state::{List, Page, State},
     tables::{WIDE, draw_kinds, draw_loops, draw_queues},
@@ -183,7 +183,7 @@ fn verdict(state: &State, most: usize, theme: Theme) -> Vec<Line<'static>> {
     let findings = findings(state);
     let shown = (most / 2).max(1);
     let mut text = Vec::new();
-    let is_late = findings.iter().any(|finding| finding.is_late);
+    let is_late = findings.iter().any(|finding| finding.verdict == Verdict::Late);
     if !is_late {
         let verdict = not_late(state);
         let head = Span::styled("NOT LATE ", theme.good());
@@ -200,7 +200,12 @@ fn verdict(state: &State, most: usize, theme: Theme) -> Vec<Line<'static>> {
 }
 
 fn finding_lines(finding: Finding, theme: Theme) -> [Line<'static>; 2] {
-    let head = Span::styled(if finding.is_late { "LATE " } else { "LOST " }, theme.bad());
+    let head = match finding.verdict {
+        Verdict::NotLate => Span::styled("NOT LATE ", theme.good()),
+        Verdict::Late => Span::styled("LATE ", theme.bad()),
+        Verdict::Busy => Span::styled("BUSY ", theme.heading()),
+        Verdict::Lost => Span::styled("LOST ", theme.bad()),
+    };
     [Line::from(vec![head, Span::raw(finding.what)]), Line::raw(format!("     {}", finding.why))]
 }
 

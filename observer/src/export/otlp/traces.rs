@@ -408,6 +408,7 @@ mod tests {
             cause: Cause::Cpu,
             syscall: None,
             behind: None,
+            events_waited: Some(true),
             split_seconds: Split::default(),
             origin,
             site: 0,

@@ -111,12 +111,14 @@ pub struct WaitPattern {
     pub is_firm: u32,
     /// 1 while the thread is counted among those that wait on this set.
     pub is_counted: u32,
+    /// Address of the `struct file` of the epoll set or ring, which identifies it; 0 if unknown, and for other waits.
+    pub file: u64,
 }
-crate::shared::shared!(WaitPattern, 16);
+crate::shared::shared!(WaitPattern, 24);
 
 impl WaitPattern {
     /// Nothing known yet.
-    pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, is_counted: 0 };
+    pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, is_counted: 0, file: 0 };
 
     /// Whether a call of this thread is the wait of its event loop, as opposed to a part of the slice. Updates the
     /// pattern.
@@ -124,24 +126,28 @@ impl WaitPattern {
     /// - A non-blocking call (a timeout of 0) on the set that the thread waits on is a wait that returns at once. A
     ///   non-blocking call on another set is part of the slice: loops that nest epoll sets wait on the outer set and
     ///   check the inner ones one after another, and a check of one inner set does not serve the events of another.
-    /// - A call that may block is a wait, whatever it waits on, unless the thread is known to use a family that takes
-    ///   precedence. In that case it blocks the slice, like the poll of a client library on its connection.
+    /// - A call that may block is a wait, whatever it waits on, with two exceptions. If the thread is known to use a family
+    ///   that takes precedence, the call blocks the slice, like the poll of a client library on its connection. If the
+    ///   thread waits on another set of the same family that is still in use, it blocks the slice as well: a handler runs
+    ///   a loop of its own, like libuv's `spawnSync` or a synchronous client with a completion queue, and the events of
+    ///   the first set wait meanwhile. `is_in_use` decides that.
     /// - A poll of a single descriptor is a wait only if the thread is known to poll several descriptors with the same
     ///   one first (a server without clients). Any other poll of a single descriptor blocks the slice.
     #[inline(always)]
-    pub const fn is_wait(&mut self, call: Call) -> bool {
+    pub fn is_wait(&mut self, call: Call, is_in_use: impl FnOnce(&Self) -> bool) -> bool {
         let kind = call.kind as u32;
         let is_same = self.kind == kind && self.set == call.set;
         let blocks = call.timeout_ns != 0;
         if !is_same {
-            let belongs_to_slice = self.kind != 0 && (!blocks || (self.is_firm != 0 && kind < self.kind));
-            if call.is_single || belongs_to_slice {
+            if call.is_single || (self.kind != 0 && !blocks) {
                 return false;
             }
-            self.kind = kind;
-            self.set = call.set;
-            self.is_firm = 0;
-            self.is_counted = 0;
+            let is_nested = self.is_firm != 0
+                && (kind < self.kind || (kind == self.kind && kind != Kind::Poll as u32 && is_in_use(self)));
+            if is_nested {
+                return false;
+            }
+            *self = Self { kind, set: call.set, ..Self::NONE };
         }
         if blocks {
             self.is_firm = 1;
@@ -236,7 +242,7 @@ pub struct Reactor {
     /// System call in which the thread is blocked in a slice; [`NO_CALL`] if there is none.
     pub call: u32,
     /// Always zero: explicit padding.
-    pub reserved: [u32; 3],
+    pub reserved: u32,
 }
 crate::shared::shared!(Reactor, 384);
 
@@ -291,7 +297,7 @@ impl Reactor {
         contended_at: 0,
         frame_pointer: 0,
         call: NO_CALL,
-        reserved: [0; 3],
+        reserved: 0,
     };
 }
 
@@ -368,10 +374,10 @@ mod tests {
         Call { is_single: true, ..call(Kind::Poll, set, timeout_ns) }
     }
 
-    /// Which of these consecutive calls are waits.
+    /// Which of these consecutive calls are waits, if no set is closed.
     fn waits<const N: usize>(calls: [Call; N]) -> [bool; N] {
         let mut pattern = WaitPattern::NONE;
-        calls.map(|call| pattern.is_wait(call))
+        calls.map(|call| pattern.is_wait(call, |_| true))
     }
 
     #[test]
@@ -392,6 +398,19 @@ mod tests {
             waits([inner, other, call(Epoll, 3, 0), inner, outer, inner]),
             [true, false, false, true, true, false]
         );
+    }
+
+    #[test]
+    fn a_wait_on_another_set_blocks_the_slice_while_the_first_is_in_use() {
+        for kind in [Kind::Epoll, Kind::IoUring] {
+            let [outer, inner] = [call(kind, 3, FOREVER), call(kind, 9, FOREVER)];
+            assert_eq!(waits([outer, inner, inner, outer]), [true, false, false, true]);
+            let mut pattern = WaitPattern::NONE;
+            assert!(pattern.is_wait(outer, |_| true));
+            // One loop after another.
+            assert!(pattern.is_wait(inner, |before| before.set != 3));
+            assert_eq!(pattern.set, 9);
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    http, is_asleep, is_emulated,
+    assert_close, http, is_asleep, is_emulated,
     observer::{Observer, Report, count_between},
     servers::Server,
     wait_for, waits_for_events,
@@ -104,6 +104,27 @@ fn events_that_waited_during_stalls_are_counted() {
     let reactor = report.reactor(pid);
     assert_eq!(count_between(&reactor["event_delay"], 0.075_497_472, f64::MAX), STALLS, "{reactor:#}");
     assert!(reactor["events_delayed"].as_u64().unwrap() >= STALLS, "{reactor:#}");
+}
+
+/// A handler that waits for a child process with a loop of its own (libuv's `spawnSync`) blocks the loop that it runs on.
+#[real_test(quiet)]
+fn loop_inside_a_handler_blocks_the_loop_of_the_server() {
+    const BLOCKS: u32 = 10;
+    let server = Server::node();
+    let pid = server.pid();
+    let observer = Observer::attach(pid);
+    let blocks = (0..BLOCKS).map(|_| server.block("child", 300)["wall"].as_f64().unwrap());
+    let truth: f64 = blocks.sum();
+    wait_for("the loop to wait", || waits_for_events(pid, pid).then_some(()));
+    let report = observer.finish();
+    let reactor = report.reactor(pid);
+    let stalls = stalls(&report, pid);
+    assert_eq!(count_between(&reactor["slice"], 0.268_435_456, f64::MAX), u64::from(BLOCKS), "{reactor:#}");
+    assert_close("the stalls", stalls["seconds"].as_f64().unwrap(), truth, 0.02, 0.01 * f64::from(BLOCKS));
+    let blocked = reactor["split_seconds"]["blocked"]["other"].as_f64().unwrap();
+    assert!(blocked > 0.9 * 0.3 * f64::from(BLOCKS), "{reactor:#}");
+    let names = |site: &Value| site["frames"].to_string();
+    assert!(names(&stalls["sites"][0]).contains("SyncProcessRunner"), "{stalls:#}");
 }
 
 /// Numbers of recent stalls at whose end events waited, none waited, and for which that is unknown.

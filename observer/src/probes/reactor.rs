@@ -103,7 +103,7 @@ pub(crate) fn find_registers(ebpf: &mut Ebpf, place: &Array<MapData, u32>) -> Re
 pub(crate) fn waiting(tgid: u32, now: u64, kind: Kind, set: u32) -> Doing {
     Doing {
         tgid,
-        pattern: WaitPattern { kind: kind as u32, set, is_firm: 1, is_counted: 0 },
+        pattern: WaitPattern { kind: kind as u32, set, is_firm: 1, ..WaitPattern::NONE },
         phase: Phase::Waiting as u32,
         phase_since_ns: now,
         run: RunState::Blocked as u32,

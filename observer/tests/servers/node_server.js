@@ -1,6 +1,7 @@
 // A Node.js server that blocks its event loop on request, with the same paths and responses as asyncio_server.py. In
-// addition, GET /pool/N hashes in N threads of Node's pool.
+// addition, GET /pool/N hashes in N threads of Node's pool, and GET /child/MS waits for a child process that takes MS.
 'use strict';
+const { execSync } = require('node:child_process');
 const { pbkdf2 } = require('node:crypto');
 const http = require('node:http');
 const { promisify } = require('node:util');
@@ -14,6 +15,8 @@ function block(kind, milliseconds) {
     Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, milliseconds);
   } else if (kind === 'spin') {
     while (performance.now() - wall < milliseconds);
+  } else if (kind === 'child') {
+    execSync(`sleep ${milliseconds / 1e3}`);
   }
   const used = process.cpuUsage(cpu);
   return { wall: (performance.now() - wall) / 1e3, cpu: (used.user + used.system) / 1e6 };

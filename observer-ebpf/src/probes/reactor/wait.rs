@@ -3,11 +3,11 @@
 use core::ptr::null_mut;
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use observer_common::reactor::{Call, Evidence, FOREVER, Phase, Reactor, RunState};
+use observer_common::reactor::{Call, Evidence, FOREVER, Kind, Phase, Reactor, RunState, WaitPattern};
 
 use super::slice::{begin_slice, end_slice, switch_run_state};
 use crate::{
-    kernel,
+    kernel::{self, OpenFile},
     state::{
         gc, pools,
         reactors::{claim, evict_stale, find, record_duration},
@@ -54,8 +54,12 @@ impl Thread {
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
             let before = (*reactor).pattern;
-            if !(*reactor).pattern.is_wait(call) {
+            let since = (*reactor).phase_since_ns;
+            if !(*reactor).pattern.is_wait(call, |pattern| is_in_use(pattern, since)) {
                 return;
+            }
+            if (*reactor).pattern.file == 0 && call.kind != Kind::Poll {
+                (*reactor).pattern.file = OpenFile::of(call.set).map_or(0, OpenFile::address);
             }
             if (*reactor).pattern.is_counted == 0 {
                 pools::leave((*reactor).tgid, before);
@@ -74,6 +78,19 @@ impl Thread {
             (*reactor).woken_ns = 0;
         }
     }
+}
+
+/// Whether the set that the current thread waits on is still open, and it has waited there recently: since
+/// `last_return_ns` it has done other things.
+#[inline(always)]
+fn is_in_use(pattern: &WaitPattern, last_return_ns: u64) -> bool {
+    /// Time without a wait after which a set counts as abandoned. What was taken for the thread's loop may have been the
+    /// set of a library that was used before the loop began.
+    const ABANDONED_NS: u64 = 60_000_000_000;
+    // SAFETY: has no preconditions.
+    let idle = unsafe { bpf_ktime_get_ns() }.saturating_sub(last_return_ns);
+    let is_same = |file: OpenFile| pattern.file == 0 || file.address() == pattern.file;
+    idle < ABANDONED_NS && OpenFile::of(pattern.set).is_some_and(is_same)
 }
 
 /// Handles the return of the current thread from a call. If the call was its wait, a slice begins; otherwise the slice

@@ -1,5 +1,5 @@
 //! What a blocked thread waits for, and how its system call shows that: by its number, which has a class in
-//! `observer/src/kernel/calls.rs`, or by its arguments (`observer-ebpf/src/state/system_call.rs`). What else a new cause
+//! `observer/src/kernel/syscalls.rs`, or by its arguments (`observer-ebpf/src/state/system_call.rs`). What else a new cause
 //! needs is in `observer/src/model/busy.rs`.
 
 /// What a blocked thread waits for.

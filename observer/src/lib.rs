@@ -6,7 +6,7 @@
 // Utilities for all modules.
 mod sanitize;
 mod failure;
-mod finding;
+mod check_result;
 mod heap;
 mod setting;
 mod signals;

@@ -207,9 +207,9 @@ mod tests {
         model::{
             busy::Split,
             deferred::HookCounters,
-            place::Place,
             snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
             subject::OTHER,
+            workload::Workload,
         },
     };
 
@@ -249,7 +249,7 @@ mod tests {
             pid: 1,
             comm: "server".into(),
             exe: "/server".into(),
-            place: Place::default(),
+            workload: Workload::default(),
             exited: false,
             listeners: Vec::new(),
             reactors,

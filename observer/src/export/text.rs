@@ -254,9 +254,9 @@ fn dropped_tasks(target: &Target) -> impl Iterator<Item = Finding> + '_ {
 
 fn write_target(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     let exited = if target.exited { ", exited" } else { "" };
-    let place = words::place(&target.place);
+    let workload = words::workload(&target.workload);
     writeln!(out)?;
-    writeln!(out, "process {}{place}{exited}  {}", process_name(target), target.exe)?;
+    writeln!(out, "process {}{workload}{exited}  {}", process_name(target), target.exe)?;
     for reactor in &target.reactors {
         write_reactor(reactor, out)?;
     }
@@ -568,7 +568,7 @@ mod tests {
             site.sample.frames[0].function = EVIL.into();
         });
         let target = &mut snapshot.targets[0];
-        (target.comm, target.exe, target.place.unit) = (EVIL.into(), EVIL.into(), Some(EVIL.into()));
+        (target.comm, target.exe, target.workload.unit) = (EVIL.into(), EVIL.into(), Some(EVIL.into()));
         target.deferred = vec![testing::kind(EVIL, 50)];
         let missing = Missing { source: EVIL.into(), reason: EVIL.into() };
         snapshot.own.missing.push(missing);

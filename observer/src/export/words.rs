@@ -5,10 +5,10 @@ use observer_common::block::Block;
 use crate::model::{
     busy::Cause,
     frame::StackSample,
-    place::Place,
     request::Request,
     snapshot::{Listener, Reactor},
     stall::Site,
+    workload::Workload,
 };
 
 /// Digits of a container id that are shown, as many as `docker ps` shows.
@@ -25,8 +25,8 @@ pub(crate) fn reactor_name(reactor: &Reactor) -> String {
 
 /// The container, pod or systemd unit of a process, with a leading comma: `, container 0123456789ab`,
 /// `, container web (0123456789ab) of pod shop/web-0`, `, nginx.service`. Empty if it has none.
-pub(crate) fn place(place: &Place) -> String {
-    let Place { container, kubernetes, unit } = place;
+pub(crate) fn workload(workload: &Workload) -> String {
+    let Workload { container, kubernetes, unit } = workload;
     let id = container.as_deref().map(|id| format!("{id:.SHORT_ID$}"));
     let Some(pod) = kubernetes else {
         let container = id.map(|id| format!(", container {id}"));
@@ -159,7 +159,7 @@ pub(crate) fn span(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{frame::Frame, place::Pod};
+    use crate::model::{frame::Frame, workload::Pod};
 
     #[test]
     fn the_latest_requests_are_named() {
@@ -194,22 +194,22 @@ mod tests {
 
     #[test]
     fn containers_pods_and_units_are_named() {
-        assert_eq!(place(&Place::default()), "");
-        let unit = Place { unit: Some("nginx.service".into()), ..Place::default() };
-        assert_eq!(place(&unit), ", nginx.service");
-        let mut container = Place { container: Some("0123456789abcdef".into()), ..Place::default() };
-        assert_eq!(place(&container), ", container 0123456789ab");
+        assert_eq!(workload(&Workload::default()), "");
+        let unit = Workload { unit: Some("nginx.service".into()), ..Workload::default() };
+        assert_eq!(workload(&unit), ", nginx.service");
+        let mut container = Workload { container: Some("0123456789abcdef".into()), ..Workload::default() };
+        assert_eq!(workload(&container), ", container 0123456789ab");
         let mut pod = Pod { uid: "8f2d".into(), ..Pod::default() };
         container.kubernetes = Some(pod.clone());
-        assert_eq!(place(&container), ", container 0123456789ab of pod 8f2d");
+        assert_eq!(workload(&container), ", container 0123456789ab of pod 8f2d");
         (pod.namespace, pod.name) = (Some("shop".into()), Some("web-0".into()));
         container.kubernetes = Some(pod.clone());
-        assert_eq!(place(&container), ", container 0123456789ab of pod shop/web-0");
+        assert_eq!(workload(&container), ", container 0123456789ab of pod shop/web-0");
         pod.container = Some("web".into());
         container.kubernetes = Some(pod);
-        assert_eq!(place(&container), ", container web (0123456789ab) of pod shop/web-0");
+        assert_eq!(workload(&container), ", container web (0123456789ab) of pod shop/web-0");
         container.container = None;
-        assert_eq!(place(&container), ", pod shop/web-0");
+        assert_eq!(workload(&container), ", pod shop/web-0");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Access to the running kernel: its types, tracepoints and clocks, its features, uprobes, and what this process may do.
 
 pub(crate) mod btf;
-pub(crate) mod calls;
+pub(crate) mod syscalls;
 pub(crate) mod clock;
 pub(crate) mod detach;
 pub(crate) mod memory;

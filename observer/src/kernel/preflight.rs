@@ -6,7 +6,7 @@ use aya::{maps::MapType, sys};
 use perf_event::{Builder, events::Software};
 
 use super::{features::FEATURES, rights::RIGHTS};
-use crate::{failure::Failure, finding::CheckResult};
+use crate::{check_result::CheckResult, failure::Failure};
 
 /// Inode number of the initial pid namespace, fixed in the kernel (`PROC_PID_INIT_INO`).
 const INITIAL_PID_NAMESPACE: u64 = 0xefff_fffc;

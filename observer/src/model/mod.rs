@@ -1,7 +1,7 @@
 //! The data model: measurements in seconds and connections. It depends neither on their sources nor on the exporters.
 
 pub(crate) mod histogram;
-pub(crate) mod place;
+pub(crate) mod workload;
 pub(crate) mod delivery;
 pub(crate) mod frame;
 pub(crate) mod lag;

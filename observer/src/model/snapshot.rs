@@ -10,8 +10,8 @@ use super::{
     frame::StackSample,
     histogram::Histogram,
     late::{LATE, Lateness},
-    place::Place,
     stall::Stalls,
+    workload::Workload,
 };
 
 /// Name and version of the report's schema.
@@ -63,7 +63,7 @@ pub(crate) struct Target {
     pub(crate) exe: String,
     /// Its container, pod or service.
     #[serde(flatten)]
-    pub(crate) place: Place,
+    pub(crate) workload: Workload,
     /// Whether it has exited.
     pub(crate) exited: bool,
     /// Its listeners. A listener that several targets share is listed once: with the only process that accepts from

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 
 use super::{
     deferred::{Deferred, HookCounters},
-    place::Place,
     snapshot::{Listener, Missing, Reactor, Snapshot, Target},
+    workload::Workload,
 };
 
 /// Name and value of a label.
@@ -165,7 +165,7 @@ impl<'s> Subject<'s> {
 }
 
 fn target_labels(target: &Target) -> Vec<Label<'_>> {
-    let Place { container, kubernetes, .. } = &target.place;
+    let Workload { container, kubernetes, .. } = &target.workload;
     let pod = kubernetes.as_ref().and_then(|pod| pod.name.as_deref());
     vec![
         ("pid", target.pid.to_string().into()),
@@ -176,7 +176,7 @@ fn target_labels(target: &Target) -> Vec<Label<'_>> {
 }
 
 fn program_labels(target: &Target) -> [Label<'_>; 5] {
-    let Place { kubernetes, unit, .. } = &target.place;
+    let Workload { kubernetes, unit, .. } = &target.workload;
     let pod = kubernetes.as_ref();
     let namespace = pod.and_then(|pod| pod.namespace.as_deref());
     let container = pod.and_then(|pod| pod.container.as_deref());

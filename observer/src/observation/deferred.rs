@@ -26,10 +26,11 @@ use crate::{
     },
     probes::deferred::{self, Attached, Shared},
     process::{
-        connections, context,
+        connections,
         hooks::{Copy, Finder},
         is_there,
         runtime::{Runtime, Runtimes},
+        trace_context,
     },
     profiles,
     read::{
@@ -141,7 +142,7 @@ impl Process {
 
     /// Has the programs record the trace contexts that this process publishes, if any.
     fn find_context(&mut self, maps: &mut Maps, mappings: &Mappings) {
-        let Some(pointer) = context::published(mappings) else { return };
+        let Some(pointer) = trace_context::published(mappings) else { return };
         self.publishes = true;
         for hook in self.hooks.iter().filter(|hook| hook.is_snapshot()) {
             if let Err(why) = hook.attach_context(maps, pointer) {

@@ -26,7 +26,7 @@ use nix::sys::utsname::uname;
 use observer_common::{layout::KernelLayout, loss::Loss, origin::HEADS_PER_CPU, ring::RingShape};
 
 use crate::{
-    kernel::{calls as system_calls, clock, layout, memory},
+    kernel::{clock, layout, memory, syscalls},
     model::{
         delivery::ExportStats,
         histogram::seconds,
@@ -283,7 +283,7 @@ impl Observation {
                 pid,
                 comm: process.comm.clone(),
                 exe: process.exe.clone(),
-                place: process.place.clone(),
+                workload: process.workload.clone(),
                 exited,
                 listeners: numbered(listeners_of_it),
                 reactors: reactors_of_it,
@@ -361,7 +361,7 @@ fn load(parameters: &Parameters, layout: &KernelLayout, verbose: bool) -> Result
         .override_global("LAYOUT", layout, true)
         .override_global("FOLLOW", &follow, true)
         .override_global("SELECTS", &selects, true)
-        .override_global("SYSCALL_CLASSES", &system_calls::syscall_classes(), true)
+        .override_global("SYSCALL_CLASSES", &syscalls::syscall_classes(), true)
         .override_global("STALL_NS", &stall_ns, true)
         .override_global("AYA_LOG_LEVEL", &log_level, true)
         .load(PROGRAMS)

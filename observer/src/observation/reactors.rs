@@ -190,7 +190,7 @@ impl Reactors {
             }
             let thread = self.thread(tid, pid);
             if is_process_gone || reactor::is_final(&raw) {
-                maps.reactors.let_go(&raw.now)?;
+                maps.reactors.release(&raw.now)?;
                 raw.now.phase = Phase::Exited as u32;
                 let lag = reactor::lag(&raw, &mut thread.prober, now);
                 let reactor = thread.decode(&raw, &lag, now);
@@ -215,7 +215,7 @@ impl Reactors {
     fn release_rejected(&mut self, maps: &mut Maps, raw: &Raw) -> Result<()> {
         if maps.targets.get(&raw.now.tgid, 0).is_err() {
             self.orphaned_pools.insert(raw.now.tgid);
-            maps.reactors.let_go(&raw.now)?;
+            maps.reactors.release(&raw.now)?;
         }
         Ok(())
     }

@@ -72,7 +72,7 @@ impl Runtimes {
     /// Stops watching processes that continue to run.
     pub(super) fn release(&mut self, maps: &mut Maps, pids: &BTreeSet<u32>) {
         for &pid in pids {
-            self.collectors.let_go(maps, pid);
+            self.collectors.release(maps, pid);
             self.tasks.release(maps, pid);
         }
     }

@@ -176,7 +176,7 @@ impl Collectors {
     }
 
     /// Stops watching a process that keeps running.
-    pub(crate) fn let_go(&mut self, maps: &mut Maps, pid: u32) {
+    pub(crate) fn release(&mut self, maps: &mut Maps, pid: u32) {
         self.processes.remove(&pid);
         forget(maps, pid);
     }

@@ -19,7 +19,7 @@ use observer_common::{
 
 use super::probe::{Events, Hook, Probe, When};
 use crate::{
-    kernel::{calls, clock},
+    kernel::{clock, syscalls},
     model::{
         busy::{Blocked, Cause, Split},
         histogram::{Histogram, seconds},
@@ -254,7 +254,7 @@ pub(crate) fn is_in_slice(raw: &Raw) -> bool {
 }
 
 fn call_name(number: u32) -> Option<String> {
-    (number != NO_CALL).then(|| calls::name(number))
+    (number != NO_CALL).then(|| syscalls::name(number))
 }
 
 #[cfg(test)]

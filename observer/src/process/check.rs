@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     binary::{mappings::Mappings, memory::ProcessMemory},
-    finding::CheckResult,
+    check_result::CheckResult,
     stacks::interpreter::Interpreter,
 };
 
@@ -25,21 +25,21 @@ const ELF_CLASS_64: u8 = 2;
 /// Checks a process. If it cannot be observed, returns that finding alone.
 pub(crate) fn findings(pid: u32, runtimes: Runtimes) -> Vec<CheckResult> {
     let process = Process::of(pid);
-    let place = [
-        process.place.container.as_deref().map(|id| format!(", container {id}")),
+    let workload = [
+        process.workload.container.as_deref().map(|id| format!(", container {id}")),
         process
-            .place
+            .workload
             .kubernetes
             .as_ref()
             .map(|pod| format!(", pod {}", pod.name.as_deref().unwrap_or(&pod.uid))),
-        process.place.unit.as_deref().map(|unit| format!(", {unit}")),
+        process.workload.unit.as_deref().map(|unit| format!(", {unit}")),
     ];
-    let place: String = place.into_iter().flatten().collect();
+    let workload: String = workload.into_iter().flatten().collect();
     let observable = ensure_observable(pid);
     let is_observable = observable.is_ok();
     let mut findings = vec![CheckResult {
         name: format!("process {pid}"),
-        purpose: format!("{} {}{place}", process.comm, process.exe),
+        purpose: format!("{} {}{workload}", process.comm, process.exe),
         required: true,
         cure: observable.as_ref().err().map(|failure| failure.cure.clone()).unwrap_or_default(),
         outcome: observable.map_err(|failure| failure.what),

@@ -11,7 +11,7 @@ use procfs::{ProcessCGroups, process::Process as Proc};
 use super::{container, pod};
 use crate::{
     kernel::clock,
-    model::place::{Place, Pod},
+    model::workload::{Pod, Workload},
 };
 
 /// Age of a process after which its pod's names are no longer looked up: its kubelet has created the links, or never
@@ -21,16 +21,17 @@ const LOOKUP_PERIOD: Duration = Duration::from_secs(30);
 /// Maximum number of ancestors searched.
 const MAX_ANCESTORS: usize = 64;
 
-/// Updates the place of a process. The log folders are searched when the process has changed its cgroup, and again
+/// Updates the workload of a process. The log folders are searched when the process has changed its cgroup, and again
 /// while it is younger than `LOOKUP_PERIOD`, as its kubelet may still create the links.
-pub(crate) fn refresh(place: &mut Place, proc: &Proc) {
+pub(crate) fn refresh(workload: &mut Workload, proc: &Proc) {
     let Ok(cgroups) = proc.cgroups() else { return };
     let now = in_cgroups(&cgroups);
-    let is_same = (&place.container, &place.unit, uid(place)) == (&now.container, &now.unit, uid(&now));
+    let is_same =
+        (&workload.container, &workload.unit, uid(workload)) == (&now.container, &now.unit, uid(&now));
     if !is_same {
-        *place = now;
+        *workload = now;
     }
-    let Place { container, kubernetes: Some(pod), .. } = place else { return };
+    let Workload { container, kubernetes: Some(pod), .. } = workload else { return };
     if pod.container.is_none() && !(is_same && is_settled(proc)) {
         for log in logs(proc, container.as_deref()) {
             pod::look_up(pod, container.as_deref(), &log);
@@ -41,16 +42,16 @@ pub(crate) fn refresh(place: &mut Place, proc: &Proc) {
     }
 }
 
-fn uid(place: &Place) -> Option<&str> {
-    place.kubernetes.as_ref().map(|pod| pod.uid.as_str())
+fn uid(workload: &Workload) -> Option<&str> {
+    workload.kubernetes.as_ref().map(|pod| pod.uid.as_str())
 }
 
-/// The place of a process with these cgroups, without names.
-pub(crate) fn in_cgroups(cgroups: &ProcessCGroups) -> Place {
+/// The workload of a process with these cgroups, without names.
+pub(crate) fn in_cgroups(cgroups: &ProcessCGroups) -> Workload {
     let container = container::id(cgroups);
     let uid = pod::uid(cgroups);
     let unit = if container.is_none() && uid.is_none() { unit(cgroups) } else { None };
-    Place { container, kubernetes: uid.map(|uid| Pod { uid, ..Pod::default() }), unit }
+    Workload { container, kubernetes: uid.map(|uid| Pod { uid, ..Pod::default() }), unit }
 }
 
 /// The systemd service of a process with these cgroups.
@@ -102,7 +103,7 @@ mod tests {
 
     const ID: &str = "3f4e9d0c6b7a8f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796";
 
-    fn found_in(lines: &str) -> Place {
+    fn found_in(lines: &str) -> Workload {
         in_cgroups(&ProcessCGroups::from_read(lines.replace("ID", ID).as_bytes()).unwrap())
     }
 
@@ -125,8 +126,12 @@ mod tests {
             "0::/lxc.payload.web/system.slice/nginx.service",
         ];
         for line in lines {
-            let place = found_in(line);
-            assert_eq!(place, Place { unit: Some("nginx.service".into()), ..Place::default() }, "{line}");
+            let workload = found_in(line);
+            assert_eq!(
+                workload,
+                Workload { unit: Some("nginx.service".into()), ..Workload::default() },
+                "{line}"
+            );
         }
     }
 
@@ -141,20 +146,20 @@ mod tests {
             "0::/user.slice/user-1000.slice/user@1000.service/app.slice/app-editor-7.scope",
         ];
         for line in lines {
-            assert_eq!(found_in(line), Place::default(), "{line}");
+            assert_eq!(found_in(line), Workload::default(), "{line}");
         }
     }
 
     #[test]
     fn containers_and_pods_belong_to_no_service() {
         let in_container = found_in("0::/system.slice/docker-ID.scope/system.slice/nginx.service");
-        assert_eq!(in_container, Place { container: Some(ID.into()), ..Place::default() });
+        assert_eq!(in_container, Workload { container: Some(ID.into()), ..Workload::default() });
         let uid = "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59";
         let pod = Some(Pod { uid: uid.into(), ..Pod::default() });
         let in_pod = found_in(&format!("0::/system.slice/kubelet.service/kubepods/pod{uid}/ID"));
-        assert_eq!(in_pod, Place { container: Some(ID.into()), kubernetes: pod.clone(), unit: None });
+        assert_eq!(in_pod, Workload { container: Some(ID.into()), kubernetes: pod.clone(), unit: None });
         let beside = found_in(&format!("0::/system.slice/kubelet.service/kubepods/pod{uid}"));
-        assert_eq!(beside, Place { container: None, kubernetes: pod, unit: None });
+        assert_eq!(beside, Workload { container: None, kubernetes: pod, unit: None });
     }
 
     #[test]

@@ -14,7 +14,7 @@ use procfs::{
 };
 
 use super::identity;
-use crate::{failure::Failure, model::place::Place};
+use crate::{failure::Failure, model::workload::Workload};
 
 /// The identity of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,13 +26,13 @@ pub(crate) struct Process {
     /// Path of the executable; empty if the process was gone before it could be read.
     pub(crate) exe: String,
     /// Container, pod or service.
-    pub(crate) place: Place,
+    pub(crate) workload: Workload,
 }
 
 impl Process {
     /// Reads the identity of a process. If the process is gone, only its id is set.
     pub(crate) fn of(pid: u32) -> Self {
-        let mut process = Self { pid, comm: "?".into(), exe: String::new(), place: Place::default() };
+        let mut process = Self { pid, comm: "?".into(), exe: String::new(), workload: Workload::default() };
         process.refresh();
         process
     }
@@ -47,7 +47,7 @@ impl Process {
         if let Ok(exe) = proc.exe() {
             self.exe = exe.display().to_string();
         }
-        identity::refresh(&mut self.place, &proc);
+        identity::refresh(&mut self.workload, &proc);
     }
 }
 

@@ -7,7 +7,7 @@ mod info;
 pub(crate) mod criteria;
 pub(crate) mod choice;
 pub(crate) mod connections;
-pub(crate) mod context;
+pub(crate) mod trace_context;
 pub(crate) mod drops;
 pub(crate) mod wait_call;
 pub(crate) mod runtime;

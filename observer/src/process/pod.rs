@@ -9,7 +9,7 @@ use std::{
 use procfs::ProcessCGroups;
 
 use super::container::is_id;
-use crate::model::place::Pod;
+use crate::model::workload::Pod;
 
 /// UID of the pod of a process with these cgroups; `None` if it is in no recognised pod.
 pub(crate) fn uid(cgroups: &ProcessCGroups) -> Option<String> {

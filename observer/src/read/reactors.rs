@@ -123,7 +123,7 @@ impl Reactors {
     }
 
     /// Removes an event loop, unless the programs have replaced its entry because the thread id was reused.
-    pub(crate) fn let_go(&mut self, entry: &Reactor) -> Result<()> {
+    pub(crate) fn release(&mut self, entry: &Reactor) -> Result<()> {
         let is_gone = |reactor: &Reactor| reactor.phase == Phase::Exited as u32;
         let is_same =
             |now: Reactor| (now.slot, now.tgid, is_gone(&now)) == (entry.slot, entry.tgid, is_gone(entry));

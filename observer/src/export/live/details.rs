@@ -249,7 +249,7 @@ fn of_kind(
 
 /// The heading of a page, with the executable and the container, pod or unit of the process.
 fn about(name: &str, target: &Target, theme: Theme) -> Vec<Line<'static>> {
-    let place = words::place(&target.place);
+    let place = words::workload(&target.workload);
     vec![title(name, theme), Line::raw(format!(" {}{place}", target.exe)), Line::raw("")]
 }
 

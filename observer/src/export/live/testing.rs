@@ -7,10 +7,10 @@ use crate::model::{
     deferred::Deferred,
     frame::{Frame, StackSample},
     histogram::Histogram,
-    place::Place,
     request::Request,
     snapshot::{Depths, Listener, Own, Reactor, SCHEMA, Snapshot, Target},
     stall::{Stall, Stalls},
+    workload::Workload,
 };
 use observer_common::{block::Block, histogram as kernel, listener::DEPTHS};
 
@@ -144,7 +144,7 @@ pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         pid: 10,
         comm: "app".into(),
         exe: "/usr/bin/app".into(),
-        place: Place::default(),
+        workload: Workload::default(),
         exited: false,
         listeners: vec![listener],
         reactors: vec![reactor],

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     kernel::clock,
-    model::place::Place,
+    model::workload::Workload,
     process::{self, Process},
 };
 
@@ -33,7 +33,7 @@ pub(super) struct Resources {
 struct Known {
     ticks: Option<u64>,
     exe: String,
-    place: Place,
+    workload: Workload,
     resource: Resource,
     start: SystemTime,
 }
@@ -41,7 +41,7 @@ struct Known {
 impl Known {
     /// Whether the resource is still valid.
     fn is_still(&self, target: &Process) -> bool {
-        self.exe == target.exe && self.place == target.place
+        self.exe == target.exe && self.workload == target.workload
     }
 }
 
@@ -84,7 +84,7 @@ impl Resources {
             last => Known {
                 ticks,
                 exe: target.exe.clone(),
-                place: target.place.clone(),
+                workload: target.workload.clone(),
                 resource: self.describe(target, &process::environment(target.pid)),
                 start: last.map_or_else(|| self.start(ticks), |last| last.start),
             },
@@ -113,7 +113,7 @@ impl Resources {
             Some(value).filter(|value| !value.is_empty())
         };
         let said = variable("OTEL_RESOURCE_ATTRIBUTES").map_or_else(Vec::new, |text| pairs(&text));
-        let Place { container, kubernetes, unit } = &target.place;
+        let Workload { container, kubernetes, unit } = &target.workload;
         let pod = kubernetes.clone().unwrap_or_default();
         let name = variable("OTEL_SERVICE_NAME")
             .or_else(|| said.iter().find(|(name, _)| name == "service.name").map(|(_, value)| value.clone()))
@@ -187,24 +187,24 @@ mod tests {
     use super::*;
     use crate::{
         export::otlp::testing::{process, settings},
-        model::place::Pod,
+        model::workload::Pod,
     };
 
     fn described(settings: &Settings, environment: &[(&str, &str)]) -> HashMap<String, String> {
-        described_in(Place::default(), settings, environment)
+        described_in(Workload::default(), settings, environment)
     }
 
     fn described_in(
-        place: Place,
+        workload: Workload,
         settings: &Settings,
         environment: &[(&str, &str)],
     ) -> HashMap<String, String> {
         let resources = Resources::new(settings, SystemTime::now());
         let variables = environment.iter().map(|(name, value)| (name.into(), value.into())).collect();
-        plain(resources.describe(&Process { place, ..process(7) }, &variables))
+        plain(resources.describe(&Process { workload, ..process(7) }, &variables))
     }
 
-    fn in_pod() -> Place {
+    fn in_pod() -> Workload {
         let name = |name: &str| Some(name.to_owned());
         let pod = Pod {
             namespace: name("shop"),
@@ -212,7 +212,7 @@ mod tests {
             container: name("web"),
             uid: "8f2d0c1a-5b1e-4d0c-9a6f-0e1d2c3b4a59".into(),
         };
-        Place { container: name("0123"), kubernetes: Some(pod), unit: None }
+        Workload { container: name("0123"), kubernetes: Some(pod), unit: None }
     }
 
     fn plain(resource: Resource) -> HashMap<String, String> {
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(resource["service.name"], "till");
         assert_eq!(resource["service.namespace"], "ours");
         assert_eq!(resource["k8s.pod.name"], "web-0");
-        let unit = Place { unit: Some("nginx.service".into()), ..Place::default() };
+        let unit = Workload { unit: Some("nginx.service".into()), ..Workload::default() };
         let resource = described_in(unit, &settings(), &[]);
         assert_eq!(
             (resource["service.name"].as_str(), resource["systemd.unit.name"].as_str()),
@@ -262,7 +262,7 @@ mod tests {
         let me = process(std::process::id());
         let mut resources = Resources::new(&settings(), SystemTime::now());
         let (_, start) = resources.of(&me);
-        let (resource, later) = resources.of(&Process { place: in_pod(), ..me });
+        let (resource, later) = resources.of(&Process { workload: in_pod(), ..me });
         assert_eq!(plain(resource)["k8s.pod.name"], "web-0");
         assert_eq!(start, later);
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::settings::{Endpoint, Protocol, Settings};
 use crate::{
     model::{
-        place::Place,
         snapshot::{Own, SCHEMA, Snapshot, Target},
+        workload::Workload,
     },
     process::Process,
 };
@@ -39,7 +39,7 @@ pub(super) fn settings() -> Settings {
 
 /// A process with this id.
 pub(super) fn process(pid: u32) -> Process {
-    Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), place: Place::default() }
+    Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), workload: Workload::default() }
 }
 
 /// A process without listeners, event loops and tasks.
@@ -48,7 +48,7 @@ pub(super) fn target(pid: u32) -> Target {
         pid,
         comm: "app".into(),
         exe: "/usr/bin/app".into(),
-        place: Place::default(),
+        workload: Workload::default(),
         exited: false,
         listeners: Vec::new(),
         reactors: Vec::new(),

@@ -6,7 +6,7 @@ use serde::Serialize;
 /// The container, pod or service of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
-pub(crate) struct Place {
+pub(crate) struct Workload {
     /// Id of its container, 64 hexadecimal digits; `None` if it is in none.
     pub(crate) container: Option<String>,
     /// Its pod; `None` if it is in none.

@@ -39,6 +39,7 @@ mod cli;
 mod config;
 mod manual;
 mod commands;
+mod worker;
 mod run;
 mod demo;
 

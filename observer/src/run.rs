@@ -6,7 +6,7 @@ use std::{
     io::{Write as _, stderr, stdout},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -42,6 +42,7 @@ use crate::{
     profiles,
     sanitize::clean,
     signals::Signals,
+    worker::{Done, Job, Worker, lock},
 };
 
 /// Interval between refreshes of an observation.
@@ -191,7 +192,7 @@ struct Run<'r> {
     /// All exporters share it, so that they report the same subjects individually.
     limiter: Arc<Mutex<SeriesLimiter>>,
     /// `None` while observer is detached by the kill switch.
-    current: Arc<Mutex<Option<Arc<Mutex<Observation>>>>>,
+    current: Arc<Mutex<Option<Worker>>>,
     flame: Option<flame::Place>,
     /// When the time is up. It starts when the first observation has started.
     end: Option<Instant>,
@@ -202,9 +203,8 @@ impl Run<'_> {
     fn serve(&self, endpoint: TcpListener) {
         let current = Arc::clone(&self.current);
         let read = move || {
-            let observation = lock(&current).clone();
-            observation
-                .map_or_else(|| Ok(Snapshot::turned_off()), |observation| lock(&observation).snapshot())
+            let worker = lock(&current).clone();
+            worker.map_or_else(|| Ok(Snapshot::turned_off()), |worker| worker.snapshot())
         };
         tokio::spawn(endpoint::serve(endpoint, read, Arc::clone(&self.limiter)));
     }
@@ -239,30 +239,39 @@ impl Run<'_> {
         heap::trim();
         // Before any message says how to end observer.
         let mut signals = Signals::catch(self.controls.reload.is_some())?;
-        let view = self.start_view(parameters, &observation, collector.is_some())?;
+        let pushes = collector.is_some();
         let mut push = collector
             .map(|collector| Push::start(collector, observation.started(), Arc::clone(&self.limiter)));
         if let Some(push) = &push {
             push.export_stats().for_each(|stats| observation.add_export_stats(stats));
             push.trace_stats().into_iter().for_each(|stats| observation.trace(stats));
         }
-        let observation = Arc::new(Mutex::new(observation));
-        *lock(&self.current) = Some(Arc::clone(&observation));
-        self.end = self.end.or_else(|| Instant::now().checked_add(self.output.duration?));
-        let chosen = &mut parameters.choice;
-        let why = run_until_end(&observation, self.end, &mut signals, view, &mut push, self.controls, chosen)
-            .await?;
-        let snapshot = lock(&observation).report()?;
+        let began = Instant::now().checked_sub(observation.age()).unwrap_or_else(Instant::now);
+        self.end = self.end.or_else(|| began.checked_add(self.output.duration?));
+        let mut view = self.start_view()?;
+        show(&mut view, &observation)?;
+        let worker = Worker::of(observation);
+        *lock(&self.current) = Some(worker.clone());
+        // Scrapes and the live view have data by now. Other output announces that all is attached.
+        let when_attached = |observation: &Observation, parameters: &Parameters| {
+            if self.format != Format::Live {
+                announce(parameters, observation, self.output, self.metrics_url.as_deref(), pushes);
+            }
+        };
+        let mut running = Running { worker: worker.clone(), view, push: &mut push, signals: &mut signals };
+        let why = running.until_end(self.end, self.controls, parameters, when_attached).await?;
+        drop(running);
+        let snapshot = worker.lock().report()?;
         let is_detached = matches!(why, End::TurnedOff);
         let reported = if is_detached { Ok(()) } else { report(&snapshot, self.flame.take(), self.format) };
         if let Some(push) = &mut push {
-            push_traces(push, &mut lock(&observation), true);
+            push_traces(push, &mut worker.lock(), true);
             push.push_metrics(&snapshot);
         }
         if is_detached {
             // Detached at once, even if the collector is slow.
             *lock(&self.current) = None;
-            drop(observation);
+            drop(worker);
             if let Some(program_logs) = program_logs {
                 program_logs.abort();
             }
@@ -274,18 +283,10 @@ impl Run<'_> {
         reported.map(|()| why)
     }
 
-    /// Shows the live view, or prints what is observed.
-    fn start_view(
-        &self,
-        parameters: &Parameters,
-        observation: &Observation,
-        pushes: bool,
-    ) -> Result<Option<Live>> {
-        if self.format == Format::Live {
-            return Live::start(self.metrics_url.clone(), self.output.duration).map(Some);
-        }
-        announce(parameters, observation, self.output, self.metrics_url.as_deref(), pushes);
-        Ok(None)
+    /// Shows the live view, if that is the output.
+    fn start_view(&self) -> Result<Option<Live>> {
+        let is_live = self.format == Format::Live;
+        is_live.then(|| Live::start(self.metrics_url.clone(), self.output.duration)).transpose()
     }
 }
 
@@ -432,58 +433,87 @@ enum End {
     TurnedOff,
 }
 
-/// Runs an observation until it ends.
-async fn run_until_end(
-    observation: &Mutex<Observation>,
-    end: Option<Instant>,
-    signals: &mut Signals,
-    mut view: Option<Live>,
-    push: &mut Option<Push>,
-    controls: &Controls,
-    chosen: &mut Choice,
-) -> Result<End> {
-    let time_is_up = until(end);
-    tokio::pin!(time_is_up);
-    let mut refresh = interval(REFRESH_PERIOD);
-    refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut watch = interval(lock(observation).watch_period());
-    watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let kinds = lock(observation).kinds_descriptor()?;
-    // SAFETY: it owns the descriptor, and closes it only when it is dropped.
-    let kinds = unsafe { AsyncFd::register_with_interest(kinds, Interest::READABLE) }
-        .map_err(|error| error.into_parts().1)?;
-    loop {
-        select! {
-            () = &mut time_is_up => return Ok(End::Over),
-            is_end = signals.next() => match &controls.reload {
-                Some(reload) if !is_end => reload.apply(&mut lock(observation), chosen)?,
-                _ => return Ok(End::Over),
-            },
-            ready = kinds.readable() => {
-                ready?.clear_ready();
-                lock(observation).name_new();
+/// A running observation, and all that reacts to it.
+struct Running<'r> {
+    worker: Worker,
+    view: Option<Live>,
+    push: &'r mut Option<Push>,
+    signals: &'r mut Signals,
+}
+
+impl Running<'_> {
+    /// Runs the observation until it ends. `when_attached` is called once, when the targets that exist at the start have
+    /// been attached to.
+    async fn until_end(
+        &mut self,
+        end: Option<Instant>,
+        controls: &Controls,
+        parameters: &mut Parameters,
+        when_attached: impl FnOnce(&Observation, &Parameters),
+    ) -> Result<End> {
+        let mut when_attached = Some(when_attached);
+        let time_is_up = until(end);
+        tokio::pin!(time_is_up);
+        let mut refresh = interval(REFRESH_PERIOD);
+        refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut watch = interval(self.worker.lock().watch_period());
+        watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let kinds = self.worker.lock().kinds_descriptor()?;
+        // SAFETY: it owns the descriptor, and closes it only when it is dropped.
+        let kinds = unsafe { AsyncFd::register_with_interest(kinds, Interest::READABLE) }
+            .map_err(|error| error.into_parts().1)?;
+        let mut job = Job::None;
+        let end = loop {
+            let is_idle = job.is_none();
+            select! {
+                () = &mut time_is_up => break End::Over,
+                is_end = self.signals.next() => match &controls.reload {
+                    Some(reload) if !is_end => {
+                        job.end().await?;
+                        reload.apply(&mut self.worker.lock(), &mut parameters.choice)?;
+                    }
+                    _ => break End::Over,
+                },
+                quit = until_quit(&mut self.view) => {
+                    quit?;
+                    break End::Over;
+                }
+                done = job.end(), if !is_idle => {
+                    if done? == Some(Done::Refreshed) {
+                        let observation = self.worker.lock();
+                        when_attached.take().into_iter().for_each(|report| report(&observation, parameters));
+                        if observation.is_over() {
+                            break End::Over;
+                        }
+                        show(&mut self.view, &observation)?;
+                    }
+                }
+                ready = kinds.readable(), if is_idle => {
+                    ready?.clear_ready();
+                    self.worker.lock().name_new();
+                }
+                _ = watch.tick(), if is_idle => job = self.worker.watch(),
+                (push, due) = until_due(self.push), if is_idle => match due {
+                    Due::Metrics => push.push_metrics(&self.worker.lock().snapshot()?),
+                    Due::Traces => push_traces(push, &mut self.worker.lock(), false),
+                },
+                _ = refresh.tick(), if is_idle => {
+                    if controls.kill_switch.as_deref().is_some_and(Path::exists) {
+                        break End::TurnedOff;
+                    }
+                    job = self.worker.refresh();
+                }
             }
-            _ = watch.tick() => lock(observation).watch()?,
-            quit = until_quit(&mut view) => return quit.map(|()| End::Over),
-            (push, due) = until_due(push) => match due {
-                Due::Metrics => push.push_metrics(&lock(observation).snapshot()?),
-                Due::Traces => push_traces(push, &mut lock(observation), false),
-            },
-            _ = refresh.tick() => {
-                if controls.kill_switch.as_deref().is_some_and(Path::exists) {
-                    return Ok(End::TurnedOff);
-                }
-                let mut observation = lock(observation);
-                observation.refresh()?;
-                if let Some(view) = &mut view {
-                    view.show(observation.snapshot()?)?;
-                }
-                if observation.is_over() {
-                    return Ok(End::Over);
-                }
-            }
-        }
+        };
+        job.end().await?;
+        when_attached.into_iter().for_each(|report| report(&self.worker.lock(), parameters));
+        Ok(end)
     }
+}
+
+/// Shows the present state in the live view, if there is one.
+fn show(view: &mut Option<Live>, observation: &Observation) -> Result<()> {
+    view.as_mut().map_or(Ok(()), |view| view.show(observation.snapshot()?))
 }
 
 /// Waits until the user quits the live view; forever without one.
@@ -509,9 +539,4 @@ async fn until_due(push: &mut Option<Push>) -> (&mut Push, Due) {
 fn push_traces(push: &mut Push, observation: &mut Observation, are_last: bool) {
     let events = observation.events();
     push.push_traces(events, observation.live(), |pid| observation.process(pid), are_last);
-}
-
-/// A poisoned lock is harmless here: no update that others depend on is left half done.
-fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

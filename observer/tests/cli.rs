@@ -2,18 +2,21 @@
 //! ends.
 
 use std::{
-    io::Read as _,
-    net::TcpListener,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{TcpListener, TcpStream},
     process::{Command, Output, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
+use nix::sys::signal::Signal;
+
 use crate::support::{
-    Process, http,
+    Process, http, is_emulated,
     kernel::wait_until_clean,
     observer::{BINARY, Observer, PublicBinary},
     servers::{Server, free_port},
+    wait_for,
 };
 
 fn observer(arguments: &[&str]) -> Output {
@@ -172,14 +175,54 @@ fn control_characters_in_names_are_replaced() {
     }
 }
 
-#[real_test(userspace)]
+/// The duration includes the time in which observer attaches to the runtime.
+#[real_test(quiet, userspace)]
 fn duration_ends_the_observation() {
-    let server = Server::asyncio();
-    let report =
-        Observer::start(&["--pid", &server.pid().to_string(), "--no-listen", "--duration", "1s"]).report();
+    let server = Server::node();
+    let duration = if is_emulated() { 20.0 } else { 4.0 };
+    let arguments =
+        ["--pid", &server.pid().to_string(), "--no-listen", "--duration", &format!("{duration}s")];
+    let report = Observer::start(&arguments).report();
     let observed = report.0["duration_seconds"].as_f64().unwrap();
-    assert!(observed >= 1.0, "{observed}");
+    assert!(observed >= duration && observed < duration * 1.1, "{observed}");
     assert_eq!(report.0["schema"], "observer.report/1");
+}
+
+/// Metrics do not wait until observer has attached to the runtime of a target.
+#[real_test(quiet, host_only("the announcement of an emulated observer may be read late"))]
+fn metrics_are_served_while_observer_attaches_to_a_runtime() {
+    let server = Server::node();
+    let port = free_port();
+    let (pid, address) = (server.pid().to_string(), format!("127.0.0.1:{port}"));
+    let child = Command::new(BINARY)
+        .args(["--pid", &pid, "--listen", &address])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut observer = Process(child);
+    let is_attached = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let lines = BufReader::new(observer.0.stderr.take().unwrap()).lines();
+        scope.spawn(|| {
+            for line in lines.map_while(Result::ok) {
+                is_attached.fetch_or(line.starts_with("report "), Ordering::Relaxed);
+            }
+        });
+        let has_loop = || {
+            let mut connection = TcpStream::connect(("127.0.0.1", port)).ok()?;
+            connection.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
+            let mut page = String::new();
+            connection.read_to_string(&mut page).ok()?;
+            page.contains("\nobserver_reactor_lag_seconds_count{").then_some(())
+        };
+        wait_for("metrics of the loop", has_loop);
+        let is_early = !is_attached.load(Ordering::Relaxed);
+        wait_for("the announcement", || is_attached.load(Ordering::Relaxed).then_some(()));
+        observer.signal(Signal::SIGTERM);
+        observer.0.wait().unwrap();
+        assert!(is_early, "there were no metrics before the announcement");
+    });
 }
 
 #[real_test(userspace)]

@@ -92,7 +92,8 @@ fn observe(pid: u32, end: End, arguments: &[&str], switch: &Path) -> Process {
     let mut command = Command::new(BINARY);
     command.args(["--pid", &pid.to_string(), "--no-listen", "--format", "json"]).args(arguments);
     match end {
-        End::Duration => drop(command.args(["--duration", "3s"])),
+        // Longer than attaching takes.
+        End::Duration => drop(command.args(["--duration", if is_emulated() { "20s" } else { "5s" }])),
         End::KillSwitch => drop(command.arg("--kill-switch").arg(switch)),
         _ => {}
     }

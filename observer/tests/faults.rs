@@ -320,7 +320,7 @@ fn full_disk_for_the_flame_graph_is_an_error() {
     let file = folder.path().join("lag.svg");
     let mut command = Command::new("unshare");
     let run = format!("mount -t tmpfs -o size=4k none {} && exec \"$@\"", folder.path().display());
-    command.args(["-m", "sh", "-c", &run, "sh", BINARY, "--pid", &pid, "--no-listen", "--duration", "3s"]);
+    command.args(["-m", "sh", "-c", &run, "sh", BINARY, "--pid", &pid, "--no-listen", "--duration", "5s"]);
     let command = command.args(["--format", "json", "--flame"]).arg(&file);
     let end = thread::scope(|scope| {
         let end = scope.spawn(|| Outcome::run(command));

@@ -263,7 +263,8 @@ fn text_report_shows_collections() {
     let mut collecting = Loop::python();
     let pid = collecting.pid().to_string();
     let mut observer = Command::new(BINARY)
-        .args(["--pid", &pid, "--no-listen", "--duration", "2s"])
+        // Attaching counts as well.
+        .args(["--pid", &pid, "--no-listen", "--duration", if is_emulated() { "20s" } else { "4s" }])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

@@ -136,7 +136,7 @@ fn first_screen_shows_the_late_loop_and_its_cause() {
 fn deferred_tasks_are_listed() {
     let server = DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
     let terminal = Terminal::start("deferred_work", "LANG=C.UTF-8", server.pid());
-    terminal.wait("the first screen", |screen| screen.contains("q quit"));
+    terminal.wait("the first screen", |screen| screen.contains("q quit") && !screen.contains("(attaching"));
     let mut connection = BufReader::new(http::connect(server.port));
     for job in 0..JOBS {
         send_request(&mut connection, &format!("/job/{job}"));

@@ -254,6 +254,8 @@ pub(crate) struct Service {
     pub(crate) accepted: u64,
     /// Reloads of the configuration that were refused, because it was invalid.
     pub(crate) refused: u64,
+    /// Whether observer has just started, and is still attaching to the runtimes of targets.
+    pub(crate) is_attaching: bool,
     /// Processes whose runtimes wait to be attached to.
     pub(crate) waiting: u64,
 }

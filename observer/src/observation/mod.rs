@@ -1,5 +1,6 @@
-//! An observation: loads the programs, and keeps what is known about the targets. [`Observation::refresh`] selects targets,
-//! attaches to them and reads the maps, periodically and on events; [`Observation::snapshot`] only reads.
+//! An observation: loads the programs, and keeps what is known about the targets. [`Observation::refresh`] selects targets
+//! and reads the maps, [`Observation::attach_runtimes`] attaches to the runtimes of targets, both periodically and on
+//! events; [`Observation::snapshot`] only reads.
 
 mod round_robin;
 mod attach_limiter;
@@ -60,6 +61,8 @@ pub(crate) struct Observation {
     runtimes: Runtimes,
     facts: Facts,
     service: Service,
+    /// Live targets as of the last refresh, each with its number of execs.
+    live: Vec<(u32, u32)>,
     /// Export statistics of the signals that are pushed.
     export_stats: Vec<Arc<ExportStats>>,
 }
@@ -103,16 +106,15 @@ impl Observation {
                 kernel: release.release().to_string_lossy().into(),
                 unattributed_before: 0,
             },
-            service: Service::default(),
+            service: Service { is_attaching: true, ..Service::default() },
+            live: Vec::new(),
             export_stats: Vec::new(),
         };
         observation.targets.adopt(&mut observation.maps, &mut observation.missing, selected)?;
-        // Attaching to runtimes takes longest, and nothing else depends on it.
-        let live = observation.refresh_targets()?;
+        observation.refresh()?;
         let pids: Vec<u32> = observation.targets.live().keys().copied().collect();
         observation.reactors.adopt_calls(&mut observation.maps, &mut observation.missing, pids)?;
         observation.facts.unattributed_before = observation.maps.lost(Loss::AcceptUnattributed)?;
-        observation.refresh_runtimes(live);
         Ok(observation)
     }
 
@@ -129,6 +131,11 @@ impl Observation {
     /// Wall time at which the programs were attached.
     pub(crate) fn started(&self) -> SystemTime {
         clock::wall_time(self.facts.attached_ns)
+    }
+
+    /// Time since the programs were attached.
+    pub(crate) fn age(&self) -> Duration {
+        Duration::from_nanos(clock::monotonic_ns().saturating_sub(self.facts.attached_ns))
     }
 
     /// Adds export statistics to all snapshots.
@@ -168,7 +175,9 @@ impl Observation {
         self.runtimes.release(&mut self.maps, &released);
         self.forget(&released)?;
         // Without delay, because connections that a new target accepts before its listeners are found are not counted.
-        self.refresh()
+        self.refresh()?;
+        self.attach_runtimes();
+        Ok(())
     }
 
     /// Counts a reload of the configuration.
@@ -224,17 +233,10 @@ impl Observation {
         self.runtimes.tasks.name_new(&mut self.maps);
     }
 
-    /// Updates everything: selects targets, reads their queues and event loops, attaches to their runtimes.
+    /// Selects targets, and updates processes, listeners and event loops.
     pub(crate) fn refresh(&mut self) -> Result<()> {
-        let live = self.refresh_targets()?;
-        self.refresh_runtimes(live);
         self.targets.rename_some();
         self.reactors.rename_some();
-        Ok(())
-    }
-
-    /// Updates processes, listeners and event loops. Returns the live targets, each with its number of execs.
-    fn refresh_targets(&mut self) -> Result<Vec<(u32, u32)>> {
         self.select()?;
         let excluded = self.targets.exclude(&mut self.maps);
         self.runtimes.release(&mut self.maps, &excluded);
@@ -253,12 +255,21 @@ impl Observation {
         self.listeners.refresh(ebpf, maps, missing, &self.targets, changes.has_changed)?;
         let refreshed = clock::wall_time(self.reactors.refreshed_ns()).duration_since(UNIX_EPOCH);
         self.service.refreshed = refreshed.ok().map(|since| since.as_secs_f64());
-        Ok(changes.live)
+        self.live = changes.live;
+        Ok(())
     }
 
-    fn refresh_runtimes(&mut self, live: Vec<(u32, u32)>) {
+    /// Whether [`attach_runtimes`](Self::attach_runtimes) has processes to look at, which may take seconds.
+    pub(crate) fn has_new_runtimes(&self) -> bool {
+        self.runtimes.may_attach(&self.live)
+    }
+
+    /// Attaches to the runtimes of the targets of the last refresh. This takes about 50 ms for each hook, and nothing
+    /// else depends on it.
+    pub(crate) fn attach_runtimes(&mut self) {
         let (ebpf, maps, missing) = (&mut self.ebpf, &mut self.maps, &mut self.missing);
-        self.runtimes.refresh(ebpf, maps, missing, &self.targets, live);
+        self.runtimes.refresh(ebpf, maps, missing, &self.targets, &self.live);
+        self.service.is_attaching = false;
         self.service.waiting = self.runtimes.waiting();
     }
 
@@ -311,6 +322,7 @@ impl Observation {
         self.targets.rename_all();
         self.reactors.rename_all();
         self.refresh()?;
+        self.attach_runtimes();
         if self.targets.all().next().is_some() {
             self.runtimes.note_unmet(&mut self.missing);
         }

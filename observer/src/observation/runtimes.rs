@@ -40,15 +40,25 @@ impl Runtimes {
         maps: &mut Maps,
         missing: &mut MissingSources,
         targets: &Targets,
-        live: Vec<(u32, u32)>,
+        live: &[(u32, u32)],
     ) {
-        let live = if targets.are_selected() { self.limiter.admit(live, targets.pids()) } else { live };
+        let live = if targets.are_selected() {
+            self.limiter.admit(live.to_vec(), targets.pids())
+        } else {
+            live.to_vec()
+        };
         for (pid, execs) in live {
             missing.extend(self.tasks.refresh(&mut self.recognizer, ebpf, maps, pid, execs));
             missing.extend(self.collectors.refresh(&mut self.recognizer, ebpf, maps, pid, execs));
             self.note_unmatched(maps, missing, targets, pid);
         }
         self.tasks.adopt_connections(maps);
+    }
+
+    /// Whether a runtime of one of these processes, each given with its number of execs, may be attached to at the next
+    /// refresh.
+    pub(super) fn may_attach(&self, live: &[(u32, u32)]) -> bool {
+        live.iter().any(|&(pid, execs)| self.tasks.may_attach(pid, execs))
     }
 
     /// Processes whose runtimes wait to be attached to.

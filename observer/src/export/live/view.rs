@@ -96,7 +96,8 @@ fn title_line(state: &State, extras: &Extras, width: u16, theme: Theme) -> Line<
     let mut left = String::from(" observer");
     let mut right = String::new();
     if let Some(snapshot) = state.snapshot() {
-        left = format!(" observer  {}", targets(snapshot));
+        let attaching = if snapshot.own.service.is_attaching { "  (attaching to runtimes)" } else { "" };
+        left = format!(" observer  {}{attaching}", targets(snapshot));
         let seconds = snapshot.duration_seconds;
         right = match extras.duration {
             Some(duration) => format!("{seconds:.0} of {duration:.0} s "),

@@ -1,0 +1,105 @@
+//! Works on an observation on a thread of its own: reading foreign processes and attaching to them may take seconds, and
+//! scrapes, signals and the live view must not wait for that.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Result;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use crate::{model::snapshot::Snapshot, observation::Observation};
+
+/// An observation that is shared with the thread that works on it.
+#[derive(Clone)]
+pub(crate) struct Worker {
+    observation: Arc<Mutex<Observation>>,
+    /// A snapshot from before runtimes were attached to, while that goes on.
+    before_attaching: Arc<Mutex<Option<Snapshot>>>,
+}
+
+/// What a job has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Done {
+    /// Looked for stalls.
+    Watched,
+    /// Updated everything.
+    Refreshed,
+}
+
+impl Worker {
+    pub(crate) fn of(observation: Observation) -> Self {
+        Self { observation: Arc::new(Mutex::new(observation)), before_attaching: Arc::default() }
+    }
+
+    /// The observation; waits for a job to end.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Observation> {
+        lock(&self.observation)
+    }
+
+    /// A snapshot. It may be older than the last refresh only while runtimes are being attached to, which it does not
+    /// wait for.
+    pub(crate) fn snapshot(&self) -> Result<Snapshot> {
+        /// How often to try, if another job is at work.
+        const PAUSE: Duration = Duration::from_millis(1);
+        loop {
+            match self.observation.try_lock() {
+                Ok(observation) => return observation.snapshot(),
+                Err(TryLockError::Poisoned(observation)) => return observation.into_inner().snapshot(),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            if let Some(snapshot) = &*lock(&self.before_attaching) {
+                return Ok(snapshot.clone());
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    /// Looks for stalls.
+    pub(crate) fn watch(&self) -> Job {
+        let observation = Arc::clone(&self.observation);
+        Job::Running(spawn_blocking(move || lock(&observation).watch().map(|()| Done::Watched)))
+    }
+
+    /// Updates everything, and attaches to new runtimes.
+    pub(crate) fn refresh(&self) -> Job {
+        let Self { observation, before_attaching } = self.clone();
+        Job::Running(spawn_blocking(move || {
+            let mut observation = lock(&observation);
+            observation.refresh()?;
+            if observation.has_new_runtimes() {
+                *lock(&before_attaching) = Some(observation.snapshot()?);
+            }
+            observation.attach_runtimes();
+            *lock(&before_attaching) = None;
+            Ok(Done::Refreshed)
+        }))
+    }
+}
+
+/// Work in progress. There is one job at a time.
+pub(crate) enum Job {
+    None,
+    Running(JoinHandle<Result<Done>>),
+}
+
+impl Job {
+    pub(crate) const fn is_none(&self) -> bool {
+        matches!(self, Self::None)
+    }
+
+    /// Waits for the end of the job, if there is one.
+    pub(crate) async fn end(&mut self) -> Result<Option<Done>> {
+        let Self::Running(job) = self else { return Ok(None) };
+        let done = job.await;
+        *self = Self::None;
+        done?.map(Some)
+    }
+}
+
+/// A poisoned lock is harmless here: no update that others depend on is left half done.
+pub(crate) fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -492,7 +492,7 @@ impl Running<'_> {
                     ready?.clear_ready();
                     self.worker.lock().name_new();
                 }
-                _ = watch.tick(), if is_idle => job = self.worker.watch(),
+                _ = watch.tick(), if is_idle => job = self.worker.watch()?,
                 (push, due) = until_due(self.push), if is_idle => match due {
                     Due::Metrics => push.push_metrics(&self.worker.lock().snapshot()?),
                     Due::Traces => push_traces(push, &mut self.worker.lock(), false),

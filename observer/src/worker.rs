@@ -23,7 +23,7 @@ pub(crate) struct Worker {
 /// What a job has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Done {
-    /// Looked for stalls.
+    /// Read the stacks of long slices.
     Watched,
     /// Updated everything.
     Refreshed,
@@ -57,10 +57,20 @@ impl Worker {
         }
     }
 
-    /// Looks for stalls.
-    pub(crate) fn watch(&self) -> Job {
+    /// Collects what the programs have emitted, and begins to read the stacks of long slices if there are any. Mostly
+    /// there are none, and another thread would only cost time.
+    pub(crate) fn watch(&self) -> Result<Job> {
+        let mut observation = self.lock();
+        observation.collect()?;
+        if !observation.has_long_slices() {
+            return Ok(Job::None);
+        }
+        drop(observation);
         let observation = Arc::clone(&self.observation);
-        Job::Running(spawn_blocking(move || lock(&observation).watch().map(|()| Done::Watched)))
+        Ok(Job::Running(spawn_blocking(move || {
+            lock(&observation).watch();
+            Ok(Done::Watched)
+        })))
     }
 
     /// Updates everything, and attaches to new runtimes.

@@ -203,14 +203,19 @@ impl Observation {
         self.reactors.watch_period()
     }
 
-    /// Collects the stalls that have ended, and reads the stacks of slices that may become one.
-    pub(crate) fn watch(&mut self) -> Result<()> {
-        self.collect_stalls()?;
-        self.reactors.watch(&self.maps, &self.targets);
-        Ok(())
+    /// Whether [`watch`](Self::watch) has something to read.
+    pub(crate) fn has_long_slices(&self) -> bool {
+        self.reactors.has_long_slices(&self.maps)
     }
 
-    fn collect_stalls(&mut self) -> Result<()> {
+    /// Reads the stacks of slices that may become stalls.
+    pub(crate) fn watch(&mut self) {
+        self.reactors.watch(&self.maps, &self.targets);
+    }
+
+    /// Collects what the programs have emitted: stalls that have ended, requests and tasks. Must be called at the watch
+    /// period, before their rings are full.
+    pub(crate) fn collect(&mut self) -> Result<()> {
         let stalls = self.maps.stalls();
         if !stalls.is_empty() {
             // Stalls of rejected processes are not reported.
@@ -248,7 +253,7 @@ impl Observation {
         for &pid in &changes.execed {
             self.reactors.rename_of(pid);
         }
-        self.collect_stalls()?;
+        self.collect()?;
         self.reactors.refresh(&mut self.maps, &self.targets)?;
         self.runtimes.tasks.name_all(&self.maps);
         let (ebpf, maps, missing) = (&mut self.ebpf, &mut self.maps, &mut self.missing);

@@ -130,6 +130,11 @@ impl Reactors {
         self.watcher.period()
     }
 
+    /// Whether there are slices whose stacks are to be read.
+    pub(super) fn has_long_slices(&self, maps: &Maps) -> bool {
+        self.watcher.has_long_slices(maps.reactors.in_slices(), clock::monotonic_ns())
+    }
+
     /// Reads the stacks of slices that may become stalls.
     pub(super) fn watch(&mut self, maps: &Maps, targets: &Targets) {
         // Stacks of processes that are not targets are not even read.

@@ -76,6 +76,19 @@ impl Watcher {
         self.period
     }
 
+    /// Whether [`check`](Self::check) has something to do.
+    pub(crate) fn has_long_slices(
+        &self,
+        mut in_progress: impl Iterator<Item = InSlice>,
+        now_ns: u64,
+    ) -> bool {
+        !self.slow_slices.is_empty() || in_progress.any(|slice| self.is_long(&slice, now_ns))
+    }
+
+    const fn is_long(&self, slice: &InSlice, now_ns: u64) -> bool {
+        now_ns.saturating_sub(slice.since_ns) >= self.read_after_ns
+    }
+
     /// Reads the stacks of the long ones among the slices in progress, and asks whether events wait for them.
     /// `is_still` says whether a slice is still in progress: what was read after the end of its slice belongs to what
     /// the thread did next, and is discarded.
@@ -88,7 +101,7 @@ impl Watcher {
         // A slice that had ended by the previous check has been reported by now, or was too short to be a stall.
         self.slow_slices.retain(|_, slow| !std::mem::replace(&mut slow.has_ended, true));
         for slice in in_progress {
-            if now_ns.saturating_sub(slice.since_ns) < self.read_after_ns {
+            if !self.is_long(&slice, now_ns) {
                 continue;
             }
             let slow = self.slow_slices.entry(slice.tid).or_insert_with(|| SlowSlice::of(slice));

@@ -60,8 +60,8 @@ impl Evidence {
     }
 }
 
-/// Length from which on the events at the end of a slice are examined, in nanoseconds. Reading them costs more than the
-/// rest of the program, and events that only report room for output are frequent in busy servers.
+/// Length from which on the event at the end of a slice is read, in nanoseconds: reading it costs as much as the rest of the
+/// program.
 pub const EXAMINED_NS: u64 = 10_000_000;
 
 /// Number of parts that the time of a slice is divided into: one for each [`RunState`], of which the last is divided by
@@ -99,9 +99,23 @@ pub struct Call {
     pub timeout_ns: u64,
 }
 
+/// No epoll set.
+pub const NO_SET: u32 = u32::MAX;
+
+/// State of the epoll set that a thread waits on, when the thread is about to wait on another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetState {
+    /// It is open, and the thread has waited on it recently.
+    InUse,
+    /// It is open, and the thread has not waited on it for long.
+    Abandoned,
+    /// It is closed.
+    Closed,
+}
+
 /// How a thread waits for events, learnt from its calls.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WaitPattern {
     /// The [`Kind`] of its waits; 0 before the first.
     pub kind: u32,
@@ -111,14 +125,18 @@ pub struct WaitPattern {
     pub is_firm: u32,
     /// 1 while the thread is counted among those that wait on this set.
     pub is_counted: u32,
-    /// Address of the `struct file` of the epoll set or ring, which identifies it; 0 if unknown, and for other waits.
-    pub file: u64,
+    /// The epoll set that this one has displaced although it is open, because it seemed to be abandoned; [`NO_SET`] if
+    /// there is none.
+    pub displaced: u32,
+    /// Always zero: explicit padding.
+    pub reserved: u32,
 }
 crate::shared::shared!(WaitPattern, 24);
 
 impl WaitPattern {
     /// Nothing known yet.
-    pub const NONE: Self = Self { kind: 0, set: 0, is_firm: 0, is_counted: 0, file: 0 };
+    pub const NONE: Self =
+        Self { kind: 0, set: 0, is_firm: 0, is_counted: 0, displaced: NO_SET, reserved: 0 };
 
     /// Whether a call of this thread is the wait of its event loop, as opposed to a part of the slice. Updates the
     /// pattern.
@@ -128,13 +146,13 @@ impl WaitPattern {
     ///   check the inner ones one after another, and a check of one inner set does not serve the events of another.
     /// - A call that may block is a wait, whatever it waits on, with two exceptions. If the thread is known to use a family
     ///   that takes precedence, the call blocks the slice, like the poll of a client library on its connection. If the
-    ///   thread waits on another set of the same family that is still in use, it blocks the slice as well: a handler runs
-    ///   a loop of its own, like libuv's `spawnSync` or a synchronous client with a completion queue, and the events of
-    ///   the first set wait meanwhile. `is_in_use` decides that.
+    ///   thread waits on another epoll set that is in use, it blocks the slice as well: a handler runs a loop of its own,
+    ///   like libuv's `spawnSync` or a synchronous client with a completion queue, and the events of the first set wait
+    ///   meanwhile. `state` is that of the first set. A set that seemed to be abandoned is returned to at once.
     /// - A poll of a single descriptor is a wait only if the thread is known to poll several descriptors with the same
     ///   one first (a server without clients). Any other poll of a single descriptor blocks the slice.
     #[inline(always)]
-    pub fn is_wait(&mut self, call: Call, is_in_use: impl FnOnce(&Self) -> bool) -> bool {
+    pub fn is_wait(&mut self, call: Call, state: impl FnOnce(&Self) -> SetState) -> bool {
         let kind = call.kind as u32;
         let is_same = self.kind == kind && self.set == call.set;
         let blocks = call.timeout_ns != 0;
@@ -142,12 +160,22 @@ impl WaitPattern {
             if call.is_single || (self.kind != 0 && !blocks) {
                 return false;
             }
-            let is_nested = self.is_firm != 0
-                && (kind < self.kind || (kind == self.kind && kind != Kind::Poll as u32 && is_in_use(self)));
-            if is_nested {
+            if self.is_firm != 0 && kind < self.kind {
                 return false;
             }
-            *self = Self { kind, set: call.set, ..Self::NONE };
+            let mut displaced = NO_SET;
+            if self.is_firm != 0
+                && kind == Kind::Epoll as u32
+                && kind == self.kind
+                && call.set != self.displaced
+            {
+                match state(self) {
+                    SetState::InUse => return false,
+                    SetState::Abandoned => displaced = self.set,
+                    SetState::Closed => {}
+                }
+            }
+            *self = Self { kind, set: call.set, displaced, ..Self::NONE };
         }
         if blocks {
             self.is_firm = 1;
@@ -351,8 +379,8 @@ pub struct Stall {
     pub request: u64,
     /// An [`Evidence`].
     pub evidence: u32,
-    /// The [`Kind`] of the thread's waits.
-    pub kind: u32,
+    /// Always zero: explicit padding.
+    pub reserved: u32,
 }
 crate::shared::shared!(Stall, 56 + 8 * PARTS);
 
@@ -377,7 +405,7 @@ mod tests {
     /// Which of these consecutive calls are waits, if no set is closed.
     fn waits<const N: usize>(calls: [Call; N]) -> [bool; N] {
         let mut pattern = WaitPattern::NONE;
-        calls.map(|call| pattern.is_wait(call, |_| true))
+        calls.map(|call| pattern.is_wait(call, |_| SetState::InUse))
     }
 
     #[test]
@@ -402,15 +430,17 @@ mod tests {
 
     #[test]
     fn a_wait_on_another_set_blocks_the_slice_while_the_first_is_in_use() {
-        for kind in [Kind::Epoll, Kind::IoUring] {
-            let [outer, inner] = [call(kind, 3, FOREVER), call(kind, 9, FOREVER)];
-            assert_eq!(waits([outer, inner, inner, outer]), [true, false, false, true]);
+        let [outer, inner] = [call(Kind::Epoll, 3, FOREVER), call(Kind::Epoll, 9, FOREVER)];
+        assert_eq!(waits([outer, inner, inner, outer]), [true, false, false, true]);
+        let after = |state| {
             let mut pattern = WaitPattern::NONE;
-            assert!(pattern.is_wait(outer, |_| true));
-            // One loop after another.
-            assert!(pattern.is_wait(inner, |before| before.set != 3));
-            assert_eq!(pattern.set, 9);
-        }
+            assert!(pattern.is_wait(outer, |_| state));
+            // One loop after another, or a handler that takes very long.
+            assert!(pattern.is_wait(inner, |before| if before.set == 3 { state } else { SetState::InUse }));
+            (pattern.set, pattern.is_wait(outer, |_| SetState::InUse), pattern.set)
+        };
+        assert_eq!(after(SetState::Closed), (9, false, 9));
+        assert_eq!(after(SetState::Abandoned), (9, true, 3));
     }
 
     #[test]

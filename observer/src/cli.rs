@@ -53,7 +53,7 @@ Examples:
 Terms:
   slice     the time between two waits for events of one thread; nothing else runs on its event loop meanwhile
   lag       the delay that an event arriving at a random moment would see; a loop with 50ms or more is LATE if
-            something is known to have waited that long, else BUSY
+            events are known to have waited meanwhile, else BUSY
   stall     a slice of --stall-threshold or more, attributed to the stack that was seen most often in it
   wake-up   the delay from when an event makes a waiting loop runnable until the loop runs
   depth     connections whose handshake is done and that no process has accepted yet; limit is the maximum,

@@ -471,6 +471,8 @@ impl Running<'_> {
                     Some(reload) if !is_end => {
                         job.end().await?;
                         reload.apply(&mut self.worker.lock(), &mut parameters.choice)?;
+                        // Attaches to the runtimes of new targets.
+                        refresh.reset_immediately();
                     }
                     _ => break End::Over,
                 },

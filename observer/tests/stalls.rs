@@ -58,7 +58,7 @@ fn sleeping_redis_has_cause_sleep() {
     assert_eq!(site["syscall"], "clock_nanosleep", "{stalls:#}");
 }
 
-/// A single client that waits for its responses is nobody that the loop keeps waiting.
+/// A single client that waits for its responses sends nothing during a stall.
 #[real_test(quiet, contract)]
 fn stalls_without_waiting_events_are_no_evidence() {
     let server = Server::redis();
@@ -74,6 +74,7 @@ fn stalls_without_waiting_events_are_no_evidence() {
     // The client may close its connection before redis looks again.
     let [waited, nothing_waited, unknown] = evidence(stalls);
     assert_eq!((waited, nothing_waited + unknown), (0, 23), "{stalls:#}");
+    assert!(nothing_waited > unknown, "{stalls:#}");
     assert_eq!(stalls["late"], 0, "{stalls:#}");
 }
 
@@ -91,7 +92,7 @@ fn events_that_waited_during_stalls_are_counted() {
     let observer = Observer::attach(pid);
     for _ in 0..STALLS {
         thread::scope(|scope| {
-            scope.spawn(|| command(&server, ["DEBUG SLEEP 0.1".into()].into_iter()));
+            scope.spawn(|| command(&server, ["DEBUG SLEEP 0.2".into()].into_iter()));
             wait_for("redis to sleep", || is_asleep(pid, pid).then_some(()));
             ping();
         });
@@ -102,7 +103,7 @@ fn events_that_waited_during_stalls_are_counted() {
     assert_eq!(evidence(stalls), [23, 0, 0], "{stalls:#}");
     assert_eq!(stalls["late"], STALLS, "{stalls:#}");
     let reactor = report.reactor(pid);
-    assert_eq!(count_between(&reactor["event_delay"], 0.075_497_472, f64::MAX), STALLS, "{reactor:#}");
+    assert_eq!(count_between(&reactor["event_delay"], 0.150_994_944, f64::MAX), STALLS, "{reactor:#}");
     assert!(reactor["events_delayed"].as_u64().unwrap() >= STALLS, "{reactor:#}");
 }
 
@@ -120,7 +121,9 @@ fn loop_inside_a_handler_blocks_the_loop_of_the_server() {
     let reactor = report.reactor(pid);
     let stalls = stalls(&report, pid);
     assert_eq!(count_between(&reactor["slice"], 0.268_435_456, f64::MAX), u64::from(BLOCKS), "{reactor:#}");
-    assert_close("the stalls", stalls["seconds"].as_f64().unwrap(), truth, 0.02, 0.01 * f64::from(BLOCKS));
+    // The slice begins before the handler and ends after it.
+    let slack = if is_emulated() { 0.08 } else { 0.01 };
+    assert_close("the stalls", stalls["seconds"].as_f64().unwrap(), truth, 0.02, slack * f64::from(BLOCKS));
     let blocked = reactor["split_seconds"]["blocked"]["other"].as_f64().unwrap();
     assert!(blocked > 0.9 * 0.3 * f64::from(BLOCKS), "{reactor:#}");
     let names = |site: &Value| site["frames"].to_string();

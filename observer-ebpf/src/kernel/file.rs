@@ -109,12 +109,6 @@ impl OpenFile {
         Some((probe(table, max)?, probe(table, open)?))
     }
 
-    /// The file's address, which identifies it while it is open.
-    #[inline(always)]
-    pub(crate) fn address(self) -> u64 {
-        self.0 as u64
-    }
-
     /// Inode number, as in `/proc/PID/fd`.
     #[inline(always)]
     pub(crate) fn inode(self) -> Option<u64> {

@@ -28,7 +28,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
-    task::JoinHandle,
+    task::{JoinHandle, spawn_blocking},
     time::{sleep, timeout},
 };
 
@@ -134,8 +134,13 @@ async fn landing() -> Html<&'static str> {
     ))
 }
 
+/// A page, made on another thread: it may have to wait for a refresh.
+async fn page(cache: Arc<PageCache>) -> Result<Page, String> {
+    spawn_blocking(move || cache.page()).await.map_err(|error| error.to_string())?
+}
+
 async fn ready(State(cache): State<Arc<PageCache>>) -> Response {
-    match cache.page() {
+    match page(cache).await {
         // Turned off on purpose, which is no failure: a rollout must neither wait for this instance nor stop because of it.
         Ok(page) if page.is_off => "turned off: the --kill-switch file exists\n".into_response(),
         Ok(_) => "ready\n".into_response(),
@@ -144,7 +149,7 @@ async fn ready(State(cache): State<Arc<PageCache>>) -> Response {
 }
 
 async fn metrics(State(cache): State<Arc<PageCache>>, headers: HeaderMap) -> Response {
-    match cache.page() {
+    match page(cache).await {
         Ok(page) => {
             let common = [(CONTENT_TYPE, ::prometheus::TEXT_FORMAT), (VARY, "accept-encoding")];
             if accepts_gzip(&headers) {

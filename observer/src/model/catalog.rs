@@ -282,7 +282,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_event_delay_seconds",
         otlp: "observer.reactor.event_delay",
         unit: "s",
-        help: "Length in seconds of the slices at whose end events were waiting: no such event had waited longer for the event loop.",
+        help: "Length in seconds of the slices at whose end events were waiting: an upper bound of their delays, unless more events were ready than one wait returns.",
         kind: Kind::Histogram,
         subject: SubjectKind::Reactor,
         own_labels: &[],

@@ -175,9 +175,7 @@ impl Observation {
         self.runtimes.release(&mut self.maps, &released);
         self.forget(&released)?;
         // Without delay, because connections that a new target accepts before its listeners are found are not counted.
-        self.refresh()?;
-        self.attach_runtimes();
-        Ok(())
+        self.refresh()
     }
 
     /// Counts a reload of the configuration.
@@ -210,7 +208,7 @@ impl Observation {
 
     /// Reads the stacks of slices that may become stalls.
     pub(crate) fn watch(&mut self) {
-        self.reactors.watch(&self.maps, &self.targets);
+        self.reactors.watch(&self.maps, &self.targets, &mut self.missing);
     }
 
     /// Collects what the programs have emitted: stalls that have ended, requests and tasks. Must be called at the watch

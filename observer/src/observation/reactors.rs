@@ -136,12 +136,22 @@ impl Reactors {
     }
 
     /// Reads the stacks of slices that may become stalls.
-    pub(super) fn watch(&mut self, maps: &Maps, targets: &Targets) {
+    pub(super) fn watch(&mut self, maps: &Maps, targets: &Targets, missing: &mut MissingSources) {
         // Stacks of processes that are not targets are not even read.
         let in_progress = maps.reactors.in_slices().filter(|slice| targets.is_target(maps, slice.pid));
-        let in_progress: Vec<_> = in_progress.collect();
+        let in_progress: Vec<_> = in_progress
+            .map(|slice| InSlice {
+                // Another thread may be about to take the events of a shared set.
+                epoll_set: slice.epoll_set.filter(|&set| !maps.is_shared(slice.pid, set)),
+                ..slice
+            })
+            .collect();
         self.watcher
             .check(in_progress.into_iter(), clock::monotonic_ns(), |slice| maps.reactors.is_still_in(slice));
+        if self.watcher.may_not_ask() {
+            let reason = "pidfd_getfd is refused: no loop is reported as LATE for events that waited during its stalls";
+            missing.add("whether events wait for a stalled loop", reason);
+        }
     }
 
     /// Attributes each stall that has ended to the code that was seen in it.

@@ -209,11 +209,11 @@ pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>, events_seen: b
         syscall: call_name(raw.longest_block_call),
         behind: (raw.longest_queue_after != 0).then(|| process::described(raw.longest_queue_after)),
         events_waited: match Evidence::of(raw.evidence) {
-            _ if events_seen => Some(true),
-            Evidence::NothingWaited => Some(false),
-            // The event may have come after the response with which the slice ended.
-            Evidence::EventsWaited if raw.kind == Kind::Epoll as u32 => None,
-            Evidence::EventsWaited => Some(true),
+            // Events that were seen and are gone have been taken by another process that shares a listener, or were
+            // returned by the wait before.
+            Evidence::NothingWaited => (!events_seen).then_some(false),
+            // At the end alone, an event may be the reaction to the response with which the slice ended.
+            Evidence::EventsWaited => events_seen.then_some(true),
             Evidence::Unknown => None,
         },
         split_seconds,
@@ -241,8 +241,9 @@ pub(crate) fn stall_in_progress(raw: &Raw, now: u64, events_seen: bool) -> Stall
         longest_block_call: if is_longest { raw.now.call } else { raw.now.longest_block_call },
         longest_queue_after: raw.now.longest_queue_after,
         request: 0,
-        evidence: Evidence::Unknown as u32,
-        kind: raw.now.pattern.kind,
+        // It has not ended: events that are there now have waited.
+        evidence: if events_seen { Evidence::EventsWaited } else { Evidence::Unknown } as u32,
+        reserved: 0,
     };
     // Its origin is known only when it ends.
     stall(&raw, None, events_seen)

@@ -117,6 +117,11 @@ impl Maps {
         })
     }
 
+    /// Whether several threads of a process wait on this epoll set.
+    pub(crate) fn is_shared(&self, tgid: u32, set: u32) -> bool {
+        self.pools.get(&Pool { tgid, set }, 0).is_ok_and(|threads| threads > 1)
+    }
+
     /// Removes the pools of processes that are not targets any more, or exited unnoticed. Keeps in `pids` those that
     /// are targets, such as another process with the same id, for a later call.
     pub(crate) fn forget_pools(&mut self, pids: &mut BTreeSet<u32>) {

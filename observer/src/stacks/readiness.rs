@@ -1,32 +1,49 @@
 //! Whether events wait for a busy event loop: asks the kernel whether the epoll set that the loop waits on has any. The
 //! loop is not stopped, and no event is consumed.
 
-use std::{fs, os::fd::AsFd as _};
+use std::{
+    fs,
+    os::fd::{AsFd as _, AsRawFd as _},
+};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use rustix::{
+    io::Errno,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
+};
 
-/// Whether the epoll set behind a descriptor of a process has events now; `None` if that cannot be found out.
+/// Whether the epoll set behind a descriptor of a process has events now; `None` if there is no such set. An error means
+/// that observer may not ask.
 ///
 /// The descriptor is duplicated for a moment. Nothing else than an epoll set is: closing the duplicate of another file
 /// may have effects on its owner.
-pub(super) fn has_events(pid: u32, descriptor: u32) -> Option<bool> {
-    let file = fs::read_link(format!("/proc/{pid}/fd/{descriptor}")).ok()?;
-    if file.as_os_str() != "anon_inode:[eventpoll]" {
-        return None;
+pub(super) fn has_events(pid: u32, descriptor: u32) -> Result<Option<bool>, Errno> {
+    let numbers = i32::try_from(pid).ok().and_then(Pid::from_raw).zip(descriptor.try_into().ok());
+    let Some((leader, number)) = numbers else { return Ok(None) };
+    let Ok(process) = pidfd_open(leader, PidfdFlags::empty()) else { return Ok(None) };
+    if !is_epoll_set(&format!("/proc/{pid}/fd/{descriptor}")) {
+        return Ok(None);
     }
-    let process = pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()?;
-    let set = pidfd_getfd(process, descriptor.try_into().ok()?, PidfdGetfdFlags::empty()).ok()?;
+    let set = match pidfd_getfd(process, number, PidfdGetfdFlags::empty()) {
+        Ok(set) => set,
+        Err(Errno::PERM | Errno::NOSYS) => return Err(Errno::PERM),
+        // Gone.
+        Err(_) => return Ok(None),
+    };
+    if !is_epoll_set(&format!("/proc/self/fd/{}", set.as_raw_fd())) {
+        return Ok(None);
+    }
     let mut polled = [PollFd::new(set.as_fd(), PollFlags::POLLIN)];
-    Some(poll(&mut polled, PollTimeout::ZERO).ok()? > 0)
+    Ok(poll(&mut polled, PollTimeout::ZERO).ok().map(|ready| ready > 0))
+}
+
+fn is_epoll_set(link: &str) -> bool {
+    fs::read_link(link).is_ok_and(|file| file.as_os_str() == "anon_inode:[eventpoll]")
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::Write as _,
-        os::fd::{AsRawFd as _, BorrowedFd},
-    };
+    use std::{io::Write as _, os::fd::BorrowedFd};
 
     use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -45,14 +62,14 @@ mod tests {
         let set = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
         let edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
         set.add(&reader, EpollEvent::new(edges, 7)).unwrap();
-        assert_eq!(has_events(pid, number(&set)), Some(false));
+        assert_eq!(has_events(pid, number(&set)), Ok(Some(false)));
         writer.write_all(b"x").unwrap();
-        assert_eq!([0; 2].map(|_| has_events(pid, number(&set))), [Some(true); 2]);
+        assert_eq!([0; 2].map(|_| has_events(pid, number(&set))), [Ok(Some(true)); 2]);
         let mut events = [EpollEvent::empty()];
         assert_eq!(set.wait(&mut events, EpollTimeout::ZERO).unwrap(), 1);
         // The edge has been returned.
-        assert_eq!(has_events(pid, number(&set)), Some(false));
-        assert_eq!(has_events(pid, reader.as_raw_fd().try_into().unwrap()), None);
-        assert_eq!(has_events(pid, u32::MAX), None);
+        assert_eq!(has_events(pid, number(&set)), Ok(Some(false)));
+        assert_eq!(has_events(pid, reader.as_raw_fd().try_into().unwrap()), Ok(None));
+        assert_eq!(has_events(pid, u32::MAX), Ok(None));
     }
 }

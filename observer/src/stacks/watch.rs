@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::io::Errno;
+
 use super::{
     reader::{StackReader, ThreadState},
     readiness,
@@ -29,6 +31,9 @@ const PAUSE_FACTOR: u32 = 20;
 const BACKOFF_DIVISOR: u64 = 8;
 /// Maximum number of different stacks that are kept of one slice.
 const STACKS_MAX: usize = 16;
+/// Number of checks in a row after which events count as waiting. At a single check, a connection of a listener that is
+/// shared with other processes may be about to be accepted by another one.
+const CHECKS_WITH_EVENTS: u32 = 2;
 /// How long a thread runs on a CPU between two samples.
 const SAMPLE_PERIOD: Duration = Duration::from_millis(1);
 
@@ -40,6 +45,8 @@ pub(crate) struct Watcher {
     /// Age from which the stack of a slice is read.
     read_after_ns: u64,
     period: Duration,
+    /// Whether the kernel has refused to tell whether events wait.
+    may_not_ask: bool,
 }
 
 /// A slice that has lasted long enough for its stack to be read.
@@ -53,8 +60,10 @@ struct SlowSlice {
     interpreter_error: Option<String>,
     /// When to read the stack again, monotonic nanoseconds.
     next_ns: u64,
-    /// Whether events were seen to wait for its end.
-    events_wait: bool,
+    /// At how many checks in a row events were seen to wait for its end, up to [`CHECKS_WITH_EVENTS`].
+    checks_with_events: u32,
+    /// When to ask again, monotonic nanoseconds.
+    next_events_ns: u64,
     /// Whether it was not in progress at the last check, so that its end may still be reported.
     has_ended: bool,
 }
@@ -68,12 +77,18 @@ impl Watcher {
             slow_slices: HashMap::new(),
             read_after_ns: threshold_ns / READ_AFTER.1 * READ_AFTER.0,
             period: (threshold / CHECKS).clamp(PERIOD_MIN, PERIOD_MAX),
+            may_not_ask: false,
         }
     }
 
     /// The time between two calls of [`check`](Self::check).
     pub(crate) const fn period(&self) -> Duration {
         self.period
+    }
+
+    /// Whether the kernel has refused to tell whether events wait for a stalled loop.
+    pub(crate) const fn may_not_ask(&self) -> bool {
+        self.may_not_ask
     }
 
     /// Whether [`check`](Self::check) has something to do.
@@ -111,7 +126,7 @@ impl Watcher {
             }
             slow.slice = slice;
             slow.has_ended = false;
-            slow.check_events(&is_still);
+            self.may_not_ask |= slow.check_events(now_ns, &is_still).is_err();
             if now_ns >= slow.next_ns {
                 let began = Instant::now();
                 slow.read(&mut self.reader, &is_still);
@@ -128,7 +143,9 @@ impl Watcher {
 
     /// Whether events were seen to wait for the end of a slice that has ended.
     pub(crate) fn events_waited(&self, tid: u32, since_ns: u64) -> bool {
-        self.slow_slices.get(&tid).is_some_and(|slow| slow.slice.since_ns == since_ns && slow.events_wait)
+        self.slow_slices.get(&tid).is_some_and(|slow| {
+            slow.slice.since_ns == since_ns && slow.checks_with_events == CHECKS_WITH_EVENTS
+        })
     }
 
     /// The stack that was read most often of a slice that has ended, which is forgotten. `was_blocked` says whether it
@@ -177,19 +194,27 @@ impl SlowSlice {
             sampler: None,
             interpreter_error: None,
             next_ns: 0,
-            events_wait: false,
+            checks_with_events: 0,
+            next_events_ns: 0,
             has_ended: false,
         }
     }
 
-    /// Asks whether events wait for the end of the slice, unless some are known to.
-    fn check_events(&mut self, is_still: &impl Fn(&InSlice) -> bool) {
-        let InSlice { pid, epoll_set, .. } = self.slice;
-        if !self.events_wait
-            && let Some(set) = epoll_set
-        {
-            self.events_wait = readiness::has_events(pid, set) == Some(true) && is_still(&self.slice);
+    /// Asks whether events wait for the end of the slice, unless that is known already. An error means that observer may
+    /// not ask.
+    fn check_events(&mut self, now_ns: u64, is_still: &impl Fn(&InSlice) -> bool) -> Result<(), Errno> {
+        let InSlice { pid, epoll_set, since_ns, .. } = self.slice;
+        if self.checks_with_events == CHECKS_WITH_EVENTS || now_ns < self.next_events_ns {
+            return Ok(());
         }
+        self.next_events_ns = now_ns + (now_ns - since_ns) / BACKOFF_DIVISOR;
+        if let Some(set) = epoll_set
+            && let Some(has_events) = readiness::has_events(pid, set)?
+            && is_still(&self.slice)
+        {
+            self.checks_with_events = if has_events { self.checks_with_events + 1 } else { 0 };
+        }
+        Ok(())
     }
 
     /// Reads the stack of the thread, or starts to sample it if it runs native code.

@@ -16,12 +16,6 @@ const ETIME: i64 = -62;
 /// Result of an interrupted `poll` that the kernel will restart: the wait is not over.
 const ERESTART_RESTARTBLOCK: i64 = -516;
 
-/// `EPOLLOUT`, and the size of `struct epoll_event`, which begins with the events.
-const EPOLLOUT: u32 = 4;
-const EPOLL_EVENT: u64 = 12;
-/// Maximum number of events at the end of a long slice that are examined.
-const EXAMINED_EVENTS: u64 = 8;
-
 /// Number of words of an `fd_set` that are read: its size in C libraries.
 const SET_WORDS: u32 = 16;
 
@@ -145,25 +139,17 @@ fn epoll_exit(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// Whether the events that an epoll wait has returned at once had waited for it. Room for output is not evidence that
-/// a client waits for the loop.
+/// Whether the events that an epoll wait has returned at once had waited for it. A single event that only reports room
+/// for output does not show that a client waits.
 #[inline(always)]
 fn epoll_evidence(events: i64, length: u64) -> Evidence {
-    if events <= 0 {
-        return Evidence::Unknown;
+    const EPOLLOUT: u32 = 4;
+    if events != 1 || length < EXAMINED_NS {
+        return wait_evidence(events);
     }
-    if length < EXAMINED_NS {
-        return Evidence::EventsWaited;
-    }
-    let returned = call_in_progress().and_then(|call| call.second());
-    for event in 0..EXAMINED_EVENTS.min(events.cast_unsigned()) {
-        let at = returned.map(|events| events + event * EPOLL_EVENT);
-        let is_output = at.and_then(kernel::read_user::<u32>).is_some_and(|event| event & !EPOLLOUT == 0);
-        if !is_output {
-            return Evidence::EventsWaited;
-        }
-    }
-    Evidence::Unknown
+    // `struct epoll_event` begins with the events.
+    let event = call_in_progress().and_then(|call| call.second()).and_then(kernel::read_user::<u32>);
+    if event == Some(EPOLLOUT) { Evidence::Unknown } else { Evidence::EventsWaited }
 }
 
 /// The result of `io_uring_enter` is the number of submitted requests, not of completions.
@@ -202,15 +188,15 @@ fn return_from_poll_or_select(ctx: &TracePointContext) -> u32 {
         let events = kernel::return_value(ctx).unwrap_or(0);
         if events != ERESTART_RESTARTBLOCK {
             // SAFETY: as above.
-            unsafe { return_from_call(reactor, tid, events, events == 0, |_| poll_evidence(events)) };
+            unsafe { return_from_call(reactor, tid, events, events == 0, |_| wait_evidence(events)) };
         }
     }
     0
 }
 
-/// Whether the events that `poll` or `select` has returned at once had waited for it.
+/// Whether the events that a wait other than of a ring has returned at once had waited for it.
 #[inline(always)]
-const fn poll_evidence(events: i64) -> Evidence {
+const fn wait_evidence(events: i64) -> Evidence {
     if events > 0 { Evidence::EventsWaited } else { Evidence::Unknown }
 }
 

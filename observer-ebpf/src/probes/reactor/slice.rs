@@ -109,7 +109,7 @@ unsafe fn emit_stall(reactor: *mut Reactor, tid: u32, length_ns: u64, evidence: 
         (*stall).longest_queue_after = (*reactor).longest_queue_after;
         (*stall).request = (*reactor).longest_work_for.request;
         (*stall).evidence = evidence as u32;
-        (*stall).kind = (*reactor).pattern.kind;
+        (*stall).reserved = 0;
     }
     // Stalls are rare, and user space reads the ring periodically: a wake-up would cost more than the rest of the
     // program.

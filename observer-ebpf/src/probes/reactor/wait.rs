@@ -3,7 +3,7 @@
 use core::ptr::null_mut;
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use observer_common::reactor::{Call, Evidence, FOREVER, Kind, Phase, Reactor, RunState, WaitPattern};
+use observer_common::reactor::{Call, Evidence, FOREVER, Phase, Reactor, RunState, SetState};
 
 use super::slice::{begin_slice, end_slice, switch_run_state};
 use crate::{
@@ -55,11 +55,8 @@ impl Thread {
         unsafe {
             let before = (*reactor).pattern;
             let since = (*reactor).phase_since_ns;
-            if !(*reactor).pattern.is_wait(call, |pattern| is_in_use(pattern, since)) {
+            if !(*reactor).pattern.is_wait(call, |pattern| set_state(pattern.set, since)) {
                 return;
-            }
-            if (*reactor).pattern.file == 0 && call.kind != Kind::Poll {
-                (*reactor).pattern.file = OpenFile::of(call.set).map_or(0, OpenFile::address);
             }
             if (*reactor).pattern.is_counted == 0 {
                 pools::leave((*reactor).tgid, before);
@@ -80,17 +77,20 @@ impl Thread {
     }
 }
 
-/// Whether the set that the current thread waits on is still open, and it has waited there recently: since
-/// `last_return_ns` it has done other things.
+/// State of an epoll set that the current thread last waited on at `last_return_ns`.
 #[inline(always)]
-fn is_in_use(pattern: &WaitPattern, last_return_ns: u64) -> bool {
-    /// Time without a wait after which a set counts as abandoned. What was taken for the thread's loop may have been the
-    /// set of a library that was used before the loop began.
-    const ABANDONED_NS: u64 = 60_000_000_000;
+fn set_state(set: u32, last_return_ns: u64) -> SetState {
+    /// Time without a wait after which a set counts as abandoned: the one on which the thread waits now may be its loop,
+    /// and the first one that of a program's start. Handlers that run a loop of their own for longer are rare.
+    const ABANDONED_NS: u64 = 2_000_000_000;
+    // An epoll set is an anonymous file.
+    let is_open = OpenFile::of(set).and_then(OpenFile::is_anonymous) == Some(true);
+    if !is_open {
+        return SetState::Closed;
+    }
     // SAFETY: has no preconditions.
     let idle = unsafe { bpf_ktime_get_ns() }.saturating_sub(last_return_ns);
-    let is_same = |file: OpenFile| pattern.file == 0 || file.address() == pattern.file;
-    idle < ABANDONED_NS && OpenFile::of(pattern.set).is_some_and(is_same)
+    if idle < ABANDONED_NS { SetState::InUse } else { SetState::Abandoned }
 }
 
 /// Handles the return of the current thread from a call. If the call was its wait, a slice begins; otherwise the slice

@@ -64,7 +64,7 @@ pub(super) fn not_late(state: &State) -> Finding {
 fn of_loop(row: &LoopRow, target: &Target, reactor: &Reactor, lateness: Lateness) -> Finding {
     let (verdict, waited) = match lateness {
         Lateness::Late => (Verdict::Late, ""),
-        _ => (Verdict::Busy, "; nothing is known to have waited that long"),
+        _ => (Verdict::Busy, "; nothing is known to have waited"),
     };
     let who = loop_name(target, reactor);
     let lag = &row.window.lag;
@@ -184,7 +184,8 @@ mod tests {
         })]);
         let found = findings(&state);
         assert_eq!(found[0].verdict, Verdict::Busy);
-        let what = "reactor (11) of app (10): lag up to 120 ms, mean 64.3 ms; nothing is known to have waited that long";
+        let what =
+            "reactor (11) of app (10): lag up to 120 ms, mean 64.3 ms; nothing is known to have waited";
         assert_eq!(found[0].what, what);
     }
 

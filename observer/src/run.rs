@@ -495,7 +495,7 @@ impl Running<'_> {
                     self.worker.lock().name_new();
                 }
                 _ = watch.tick(), if is_idle => job = self.worker.watch()?,
-                (push, due) = until_due(self.push), if is_idle => match due {
+                (push, due) = until_due(self.push), if is_idle && when_attached.is_none() => match due {
                     Due::Metrics => push.push_metrics(&self.worker.lock().snapshot()?),
                     Due::Traces => push_traces(push, &mut self.worker.lock(), false),
                 },

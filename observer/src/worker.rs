@@ -16,7 +16,8 @@ use crate::{model::snapshot::Snapshot, observation::Observation};
 #[derive(Clone)]
 pub(crate) struct Worker {
     observation: Arc<Mutex<Observation>>,
-    /// A snapshot from before runtimes were attached to, while that goes on.
+    /// A snapshot from before runtimes were attached to, while that goes on at the start. Later, scrapes wait for it: after
+    /// an exec, only attaching ends the metrics of the previous runtime.
     before_attaching: Arc<Mutex<Option<Snapshot>>>,
 }
 
@@ -39,8 +40,7 @@ impl Worker {
         lock(&self.observation)
     }
 
-    /// A snapshot. It may be older than the last refresh only while runtimes are being attached to, which it does not
-    /// wait for.
+    /// A snapshot as of the last refresh; waits for a job to end, except for the first.
     pub(crate) fn snapshot(&self) -> Result<Snapshot> {
         /// How often to try, if another job is at work.
         const PAUSE: Duration = Duration::from_millis(1);
@@ -73,13 +73,13 @@ impl Worker {
         })))
     }
 
-    /// Updates everything, and attaches to new runtimes.
+    /// Updates everything, and attaches to new runtimes, which takes seconds.
     pub(crate) fn refresh(&self) -> Job {
         let Self { observation, before_attaching } = self.clone();
         Job::Running(spawn_blocking(move || {
             let mut observation = lock(&observation);
             observation.refresh()?;
-            if observation.has_new_runtimes() {
+            if observation.is_attaching() {
                 *lock(&before_attaching) = Some(observation.snapshot()?);
             }
             observation.attach_runtimes();

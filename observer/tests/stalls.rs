@@ -74,13 +74,15 @@ fn stalls_without_waiting_events_are_no_evidence() {
     // The client may close its connection before redis looks again.
     let [waited, nothing_waited, unknown] = evidence(stalls);
     assert_eq!((waited, nothing_waited + unknown), (0, 23), "{stalls:#}");
-    assert!(nothing_waited > unknown, "{stalls:#}");
+    assert!(is_emulated() || nothing_waited > unknown, "{stalls:#}");
     assert_eq!(stalls["late"], 0, "{stalls:#}");
 }
 
 /// A second client whose command arrives during the sleep is counted each time.
 #[real_test(quiet, contract)]
 fn events_that_waited_during_stalls_are_counted() {
+    // An emulated observer checks seldom.
+    let seconds = if is_emulated() { 0.6 } else { 0.2 };
     let server = Server::redis();
     let pid = server.pid();
     let mut waiting = BufReader::new(http::connect(server.port));
@@ -92,7 +94,7 @@ fn events_that_waited_during_stalls_are_counted() {
     let observer = Observer::attach(pid);
     for _ in 0..STALLS {
         thread::scope(|scope| {
-            scope.spawn(|| command(&server, ["DEBUG SLEEP 0.2".into()].into_iter()));
+            scope.spawn(|| command(&server, [format!("DEBUG SLEEP {seconds}")].into_iter()));
             wait_for("redis to sleep", || is_asleep(pid, pid).then_some(()));
             ping();
         });

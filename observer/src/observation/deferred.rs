@@ -224,11 +224,6 @@ impl TaskTracker {
         missing
     }
 
-    /// Whether the next refresh looks for runtimes of a process that has started `execs` programs so far.
-    pub(super) fn may_attach(&self, pid: u32, execs: u32) -> bool {
-        self.processes.get(&pid).is_none_or(|process| process.execs != execs || process.attempts < ATTEMPTS)
-    }
-
     /// Stops tracking a process whose hooks fire too often. Returns why.
     fn limit(&mut self, maps: &mut Maps, pid: u32) -> Option<Missing> {
         let process = self.processes.get_mut(&pid).filter(|_| self.is_limited)?;

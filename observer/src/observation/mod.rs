@@ -262,9 +262,9 @@ impl Observation {
         Ok(())
     }
 
-    /// Whether [`attach_runtimes`](Self::attach_runtimes) has processes to look at, which may take seconds.
-    pub(crate) fn has_new_runtimes(&self) -> bool {
-        self.runtimes.may_attach(&self.live)
+    /// Whether the targets of the start have not been attached to yet.
+    pub(crate) const fn is_attaching(&self) -> bool {
+        self.service.is_attaching
     }
 
     /// Attaches to the runtimes of the targets of the last refresh. This takes about 50 ms for each hook, and nothing

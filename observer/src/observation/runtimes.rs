@@ -55,12 +55,6 @@ impl Runtimes {
         self.tasks.adopt_connections(maps);
     }
 
-    /// Whether a runtime of one of these processes, each given with its number of execs, may be attached to at the next
-    /// refresh.
-    pub(super) fn may_attach(&self, live: &[(u32, u32)]) -> bool {
-        live.iter().any(|&(pid, execs)| self.tasks.may_attach(pid, execs))
-    }
-
     /// Processes whose runtimes wait to be attached to.
     pub(super) fn waiting(&self) -> u64 {
         self.limiter.waiting()

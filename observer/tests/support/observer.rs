@@ -1,8 +1,6 @@
 //! Runs the observer binary and parses its report.
 
 use std::{
-    cell::RefCell,
-    collections::VecDeque,
     fs,
     io::{BufRead as _, BufReader, Read as _},
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
@@ -44,8 +42,6 @@ pub(crate) struct Observer {
     process: Process,
     /// Lines on standard error until it was ready.
     pub(crate) announcement: Vec<String>,
-    /// Warnings among them that were not read yet.
-    early: RefCell<VecDeque<String>>,
     /// Later lines on standard error.
     messages: mpsc::Receiver<String>,
 }
@@ -94,27 +90,18 @@ impl Observer {
             let line = messages.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("not ready: {announcement:?}"));
             announcement.push(line);
         }
-        // Warnings may come before the announcement, which waits until observer has attached to runtimes.
-        let early = announcement.iter().filter(|line| line.starts_with("[WARN")).cloned().collect();
-        Self { process, announcement, early: RefCell::new(early), messages }
+        Self { process, announcement, messages }
     }
 
     /// Waits for the next message.
     #[track_caller]
     pub(crate) fn message(&self) -> String {
-        let early = self.early.borrow_mut().pop_front();
-        early.unwrap_or_else(|| self.next_message())
-    }
-
-    #[track_caller]
-    fn next_message(&self) -> String {
         self.messages.recv_timeout(LIMIT).expect("a message")
     }
 
     /// Messages that have arrived and were not read yet.
     pub(crate) fn messages(&self) -> Vec<String> {
-        let early: Vec<_> = self.early.borrow_mut().drain(..).collect();
-        early.into_iter().chain(self.messages.try_iter()).collect()
+        self.messages.try_iter().collect()
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -186,10 +173,9 @@ impl Observer {
 
     /// Interrupts observer and returns its report and all remaining messages.
     pub(crate) fn finish_with_messages(mut self) -> (Report, Vec<String>) {
-        let early = self.early.take();
         let messages = std::mem::replace(&mut self.messages, mpsc::channel().1);
         let report = self.finish();
-        (report, early.into_iter().chain(messages.iter()).collect())
+        (report, messages.iter().collect())
     }
 
     /// Waits until observer ends without a signal, and returns its report.

@@ -70,10 +70,11 @@ fn stalls_without_waiting_events_are_no_evidence() {
     }
     let report = observer.finish();
     let stalls = stalls(&report, pid);
-    assert_eq!(stalls["count"], STALLS, "{stalls:#}");
+    // An emulated redis may be preempted for as long in between.
+    assert_eq!(count_of(stalls, "sleep"), 23, "{stalls:#}");
     // The client may close its connection before redis looks again.
     let [waited, nothing_waited, unknown] = evidence(stalls);
-    assert_eq!((waited, nothing_waited + unknown), (0, 23), "{stalls:#}");
+    assert_eq!(waited, 0, "{stalls:#}");
     assert!(is_emulated() || nothing_waited > unknown, "{stalls:#}");
     assert_eq!(stalls["late"], 0, "{stalls:#}");
 }

@@ -33,7 +33,10 @@ use tokio::{
 };
 
 use super::{gzip, prometheus, series::SeriesLimiter};
-use crate::{heap, model::snapshot::Snapshot};
+use crate::{
+    heap,
+    model::snapshot::{Service, Snapshot},
+};
 
 /// Maximum number of connections. A further one closes the oldest, which has had the most time.
 pub(crate) const MAX_CONNECTIONS: usize = 128;
@@ -69,13 +72,13 @@ pub(crate) async fn serve(
     let routes = routes(move || {
         let snapshot = read()?;
         let mut limiter = limiter.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_off = snapshot.own.service.is_off;
+        let Service { is_off, is_attaching, .. } = snapshot.own.service;
         let text = prometheus::encode(&snapshot, &mut limiter)?;
         drop(snapshot);
         if text.len() > LARGE_PAGE {
             heap::trim();
         }
-        Ok(Page { is_off, ..Page::of(text) })
+        Ok(Page { is_off, is_attaching, ..Page::of(text) })
     });
     let mut open = VecDeque::<JoinHandle<()>>::new();
     loop {
@@ -130,7 +133,7 @@ async fn landing() -> Html<&'static str> {
         "</h1>\n<p>How late event-loop servers are, and which code makes them late.</p>\n<ul>\n",
         "<li><a href=\"/metrics\">/metrics</a>: metrics for Prometheus</li>\n",
         "<li><a href=\"/healthz\">/healthz</a>: liveness: observer is running</li>\n",
-        "<li><a href=\"/readyz\">/readyz</a>: readiness: metrics can be read, or the --kill-switch file turns observer off</li>\n</ul>\n</body></html>\n"
+        "<li><a href=\"/readyz\">/readyz</a>: readiness: observer has attached, or the --kill-switch file turns it off</li>\n</ul>\n</body></html>\n"
     ))
 }
 
@@ -143,6 +146,9 @@ async fn ready(State(cache): State<Arc<PageCache>>) -> Response {
     match page(cache).await {
         // Turned off on purpose, which is no failure: a rollout must neither wait for this instance nor stop because of it.
         Ok(page) if page.is_off => "turned off: the --kill-switch file exists\n".into_response(),
+        Ok(page) if page.is_attaching => {
+            (StatusCode::SERVICE_UNAVAILABLE, "attaching to the runtimes of processes\n").into_response()
+        }
         Ok(_) => "ready\n".into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, error).into_response(),
     }
@@ -187,12 +193,14 @@ pub(crate) struct Page {
     gzip: Arc<OnceLock<Bytes>>,
     /// Whether observer is turned off.
     is_off: bool,
+    /// Whether observer has just started, and is still attaching to runtimes.
+    is_attaching: bool,
 }
 
 impl Page {
     /// The page of an observer that is not turned off.
     pub(crate) fn of(plain: Vec<u8>) -> Self {
-        Self { plain: plain.into(), gzip: Arc::default(), is_off: false }
+        Self { plain: plain.into(), gzip: Arc::default(), is_off: false, is_attaching: false }
     }
 
     fn compressed(&self) -> Bytes {

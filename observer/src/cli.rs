@@ -160,7 +160,7 @@ pub(crate) struct Observe {
     pub(crate) stall_threshold: Duration,
     /// Maximum number of event loops and listeners tracked, with four times as many processes; from 16 to 65536
     ///
-    /// The kernel memory for this (about 49 MiB for 1024) is allocated at the start and never grows. What exceeds the
+    /// The kernel memory for this (about 52 MiB for 1024) is allocated at the start and never grows. What exceeds the
     /// maximum is not observed, but counted (observer_self_lost_total, "Incomplete data" in reports).
     #[arg(help_heading = HEADING, long, value_name = "LOOPS", default_value_t = Capacity::DEFAULT)]
     pub(crate) capacity: Capacity,

@@ -37,6 +37,8 @@ struct Shared<C: Client> {
     added: Notify,
     /// The end was announced.
     ended: Notify,
+    /// Notified when the collector accepts data again.
+    recovered: Notify,
     stats: Arc<ExportStats>,
     client: C,
 }
@@ -65,6 +67,7 @@ impl<C: Client> Queue<C> {
             state: Mutex::default(),
             added: Notify::new(),
             ended: Notify::new(),
+            recovered: Notify::new(),
             stats,
             client,
         });
@@ -145,18 +148,19 @@ impl<C: Client> Shared<C> {
         }
     }
 
-    /// Waits for `pause`. If `may_be_cut`, the wait ends early when the end of the run is announced. Returns whether there is time
-    /// for another attempt.
+    /// Waits for `pause`. If `may_be_cut`, the wait ends early when the end of the run is announced, or when the collector has
+    /// accepted another batch. Returns whether there is time for another attempt.
     async fn pause(&self, pause: Duration, may_be_cut: bool) -> bool {
         let until = Instant::now() + pause;
         loop {
-            let ended = self.ended.notified();
+            let (ended, recovered) = (self.ended.notified(), self.recovered.notified());
             let end = self.lock().end;
             if let Some(end) = end {
                 return may_be_cut || (until < end && timeout_at(end, sleep_until(until)).await.is_ok());
             }
             select! {
                 () = sleep_until(until) => return true,
+                () = recovered, if may_be_cut => return true,
                 () = ended => {}
             }
         }
@@ -170,9 +174,10 @@ impl<C: Client> Shared<C> {
         }
     }
 
-    /// Logs that the collector accepts data again, if the previous attempt failed.
+    /// Logs that the collector accepts data again, if the previous attempt failed. Other batches are retried at once.
     fn recovered(&self) {
         if mem::take(&mut self.lock().is_failing) {
+            self.recovered.notify_waiters();
             log::warn!("{} accepts {} again", self.client.endpoint().uri, C::SIGNAL.name());
         }
     }

@@ -10,6 +10,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     thread,
+    time::Duration,
 };
 
 use nix::sys::signal::Signal;
@@ -44,6 +45,13 @@ fn rounds(by_default: usize) -> usize {
     env::var("OBSERVER_TEST_DETACH").map_or(by_default, |rounds| rounds.parse().unwrap())
 }
 
+/// Pause between two requests. Without one, a server would take all the CPU time of an emulated guest.
+fn pause() {
+    if is_emulated() {
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// A server whose functions observer attaches to.
 trait Target {
     fn pid(&self) -> u32;
@@ -66,6 +74,7 @@ impl Target for DeferringServer {
         while !is_over.load(Relaxed) {
             send_request(&mut connection, "/job/1");
             served.fetch_add(1, Relaxed);
+            pause();
         }
     }
 }
@@ -83,6 +92,7 @@ impl Target for Server {
         while !is_over.load(Relaxed) {
             http::get(port, "/none/0");
             served.fetch_add(1, Relaxed);
+            pause();
         }
     }
 }

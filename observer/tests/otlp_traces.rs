@@ -363,7 +363,8 @@ fn undelivered_spans_are_reported() {
     thread::sleep(Duration::from_secs(1));
     let begin = Instant::now();
     let (report, messages) = observer.finish_with_messages();
-    assert!(begin.elapsed() < Duration::from_secs(5));
+    // Four seconds for the last attempt, and what the removal of the hooks takes. Retries would go on for minutes.
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     assert_eq!(report.0["self"]["otlp"][0]["delivered"], 0);
     let reported = messages
         .iter()

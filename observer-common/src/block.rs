@@ -58,14 +58,7 @@ pub enum SyscallClass {
     /// Depends on the lowest descriptor in the sets that the second and third argument point to (`select`). It is
     /// [`Block::Sleep`] if the first argument says that the sets are empty.
     Select = 18,
-    /// A futex: [`Block::Lock`], or the place where an idle thread is parked. The third argument, the expected value,
-    /// helps to distinguish the two.
-    Futex = 19,
 }
-
-/// Value of the futex of a contended mutex in glibc, Rust's standard library and Go: locked, with waiters. A thread
-/// that parks waits at another value, or at a futex where it has waited at another value before.
-pub const CONTENDED: u32 = 2;
 
 /// Number of system calls that are classified; those with higher numbers are [`SyscallClass::Other`].
 pub const CALLS: usize = 512;

@@ -92,6 +92,7 @@ kernel_layout! {
         address_length = "unix_address"."len";
         address_name = "unix_address"."name";
         iter_file = "bpf_iter__task_file"."file";
+        iter_fd = "bpf_iter__task_file"."fd";
         iter_task = "bpf_iter__task_file"."task";
     }
     optional {

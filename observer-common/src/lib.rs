@@ -15,4 +15,5 @@ pub mod gc;
 pub mod listener;
 pub mod origin;
 pub mod deferred;
+pub mod waiter;
 pub mod reactor;

@@ -38,12 +38,10 @@ pub enum Loss {
     ClassesFull,
     /// `ANSWERS` was full: it is unknown when a request was answered.
     AnswersFull,
-    /// A thread had exited and its ID had been reused before the loader read its counters.
-    ReactorsReplaced,
 }
 
 /// Number of causes: the size of the `LOSSES` map.
-pub const LOSSES: u32 = 18;
+pub const LOSSES: u32 = 17;
 
 impl Loss {
     /// Every cause, in index order, with its name in metrics and reports.
@@ -65,6 +63,5 @@ impl Loss {
         (Self::LinksFull, "links_full"),
         (Self::ClassesFull, "classes_full"),
         (Self::AnswersFull, "answers_full"),
-        (Self::ReactorsReplaced, "reactors_replaced"),
     ];
 }

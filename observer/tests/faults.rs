@@ -379,8 +379,8 @@ fn stalls_lost_in_a_full_ring_buffer_are_counted() {
 /// On request, creates more threads, listeners and processes than the maps can hold.
 const CROWD: &str = "
 import os, select, socket, sys, threading
-epoll = select.epoll(); print(flush=True); sys.stdin.readline()
-for _ in range(40): threading.Thread(target=epoll.poll, daemon=True).start()
+sets = [select.epoll() for _ in range(40)]; print(flush=True); sys.stdin.readline()
+for epoll in sets: threading.Thread(target=epoll.poll, daemon=True).start()
 listeners = [socket.create_server(('127.0.0.1', 0)) for _ in range(40)]
 children = []
 for _ in range(100):

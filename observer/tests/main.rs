@@ -39,6 +39,7 @@ mod rights;
 mod ring;
 mod selection;
 mod servers;
+mod shared_sets;
 mod stacks;
 mod stalls;
 mod support;

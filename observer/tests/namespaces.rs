@@ -244,7 +244,7 @@ rename('second'); print(flush=True); sys.stdin.readline()
     let observer = Observer::start(&["--pid", &pid.to_string(), "--listen", "127.0.0.1:0"]);
     let has_name = |name: &str| {
         let scrape = observer.scrape();
-        scrape.lines().any(|line| line.contains(&format!("tid=\"{tid}\",reactor=\"{name}\"")))
+        scrape.lines().any(|line| line.contains(&format!("loop=\"{tid}\",reactor=\"{name}\"")))
     };
     wait_for("the first name of the thread", || has_name("first").then_some(()));
     process.request("");

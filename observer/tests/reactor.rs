@@ -284,20 +284,28 @@ fn slice_in_progress_is_reported() {
     });
 }
 
-/// More event loops than the capacity: the first ones are reported, and the report says that some are missing.
+/// More threads than the capacity, all in one loop or each in its own: the first ones are reported, and the report says
+/// that some are missing.
 #[real_test]
-fn event_loops_beyond_the_capacity_are_reported_as_missing() {
+fn threads_beyond_the_capacity_are_reported_as_missing() {
     const THREADS: usize = 1100;
-    let script = format!(
-        "import select, threading\n\
-         threading.stack_size(65536); epoll = select.epoll()\n\
-         for _ in range({THREADS}): threading.Thread(target=epoll.poll, daemon=True).start()\n\
-         print(flush=True); input()"
-    );
-    let mut server = Interactive::python(&script);
-    server.next_line();
-    let report = Observer::attach(server.pid()).finish();
-    assert_eq!(report.target(server.pid())["reactors"].as_array().unwrap().len(), 1024);
-    let missing = report.0["self"]["missing"].to_string();
-    assert!(missing.contains(&format!("some threads of process {}", server.pid())), "{missing}");
+    const CAPACITY: u64 = 1024;
+    for (set, loops) in [("shared", 1), ("select.epoll()", CAPACITY)] {
+        let script = format!(
+            "import resource, select, threading\n\
+             resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n\
+             threading.stack_size(65536); shared = select.epoll(); sets = []\n\
+             for _ in range({THREADS}):\n    \
+                 sets.append({set}); threading.Thread(target=sets[-1].poll, daemon=True).start()\n\
+             print(flush=True); input()"
+        );
+        let mut server = Interactive::python(&script);
+        server.next_line();
+        let report = Observer::attach(server.pid()).finish();
+        let reactors = report.target(server.pid())["reactors"].as_array().unwrap();
+        let threads: u64 = reactors.iter().map(|reactor| reactor["threads"].as_u64().unwrap()).sum();
+        assert_eq!((reactors.len() as u64, threads), (loops, CAPACITY), "{set}");
+        let missing = report.0["self"]["missing"].to_string();
+        assert!(missing.contains(&format!("some threads of process {}", server.pid())), "{missing}");
+    }
 }

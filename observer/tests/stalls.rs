@@ -231,8 +231,8 @@ fn stall_threshold_is_respected() {
     }
 }
 
-/// While tokio is idle, one worker waits for events and the others are parked, which delays nothing. Waiting for a
-/// mutex does.
+/// While tokio is idle, one worker waits for events and the others are parked, which delays nothing. While a worker waits
+/// for a mutex, none looks for events.
 #[real_test(quiet)]
 fn tokio_workers_are_blocked_at_a_mutex_but_not_when_parked() {
     const PAUSES: u32 = 8;
@@ -248,20 +248,15 @@ fn tokio_workers_are_blocked_at_a_mutex_but_not_when_parked() {
     let report = observer.finish();
     report.assert_complete();
     let reactors = report.target(server.pid())["reactors"].as_array().unwrap();
-    assert!(reactors.len() > 1, "workers took no turns: {reactors:#?}");
-    let locked: usize = reactors.iter().map(|reactor| count_of(&reactor["stalls"], "lock")).sum();
-    assert_eq!(locked as u64, STALLS, "{reactors:#?}");
-    let sum = |field: fn(&Value) -> &Value| -> f64 {
-        reactors.iter().map(|reactor| field(reactor).as_f64().unwrap()).sum()
-    };
-    let blocked = sum(|reactor| &reactor["split_seconds"]["blocked"]["lock"]);
-    let (least, rest) = (0.15 * STALLS as f64, (PAUSES * pause).as_secs_f64() / 4.0);
-    assert!((least..least + rest).contains(&blocked), "{blocked} s blocked: {reactors:#?}");
-    let waiting = sum(|reactor| &reactor["wait_seconds"]);
-    eprintln!(
-        "{} workers: {blocked:.3} s blocked by a lock for {least} s, {waiting:.3} s waiting",
-        reactors.len()
-    );
+    let [reactor] = &reactors[..] else { panic!("the workers share one loop: {reactors:#?}") };
+    assert!(reactor["threads"].as_u64().unwrap() > 1, "workers took no turns: {reactor:#}");
+    // Now and then tokio has another worker wait meanwhile. Then nobody is delayed, and there is no stall.
+    let locked = count_of(&reactor["stalls"], "lock") as u64;
+    assert!((STALLS / 2..=STALLS).contains(&locked), "{locked} stalls: {reactor:#}");
+    let blocked = reactor["split_seconds"]["blocked"]["lock"].as_f64().unwrap();
+    let (least, rest) = (0.15 * locked as f64, (PAUSES * pause).as_secs_f64() / 4.0);
+    assert!((least..least + rest).contains(&blocked), "{blocked} s blocked: {reactor:#}");
+    eprintln!("{locked} stalls, {blocked:.3} s blocked by a lock for {least} s");
 }
 
 /// A stall of two requests: a known one causes little of it, and one of a connection older than observer causes nearly

@@ -265,7 +265,7 @@ fn faults_with(old: &str, new: &str) -> Vec<String> {
               "query": { "query": "label_values(observer_depth{job=~\"$job\"}, instance)" },
               "current": { "value": ["$__all"] } },
             { "type": "custom", "name": "pid" },
-            { "type": "custom", "name": "tid" }
+            { "type": "custom", "name": "loop" }
         ] },
         "panels": [
             { "id": 1, "type": "row", "title": "Row", "panels": [] },

@@ -64,16 +64,17 @@ impl Sock {
     }
 }
 
-/// The task and the file that an iterator over open files visits; `None` at its end.
+/// The process, the descriptor and the file that an iterator over open files visits; `None` at its end.
 #[inline(always)]
-pub(crate) fn iterated(ctx: *mut c_void) -> Option<(u32, OpenFile)> {
+pub(crate) fn iterated(ctx: *mut c_void) -> Option<(u32, u32, OpenFile)> {
     // The verifier allows direct loads from the context only at constant offsets. The helper has no such limit.
     let task: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_task))?;
     let file: *const u8 = probe(ctx.cast(), offset(&LAYOUT.iter_file))?;
     if task.is_null() || file.is_null() {
         return None;
     }
-    Some((probe(task, offset(&LAYOUT.task_tgid))?, OpenFile(file)))
+    let fd = probe(ctx.cast(), offset(&LAYOUT.iter_fd))?;
+    Some((probe(task, offset(&LAYOUT.task_tgid))?, fd, OpenFile(file)))
 }
 
 /// A file that some process has open.
@@ -107,6 +108,12 @@ impl OpenFile {
             return Some((max as u32, open as *const u8));
         }
         Some((probe(table, max)?, probe(table, open)?))
+    }
+
+    /// The file's address, which identifies it while it is open.
+    #[inline(always)]
+    pub(crate) fn address(self) -> u64 {
+        self.0 as u64
     }
 
     /// Inode number, as in `/proc/PID/fd`.

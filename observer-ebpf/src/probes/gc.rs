@@ -9,7 +9,7 @@ use crate::{
     kernel,
     state::{
         gc::{GC_BEGUN, GC_PAUSES},
-        reactors,
+        waiters,
     },
 };
 
@@ -47,6 +47,6 @@ fn gc_done(_ctx: ProbeContext) -> u32 {
         // SAFETY: a live map value.
         unsafe { record(pauses, now.saturating_sub(since)) };
     }
-    reactors::record_collection(tid, since, now);
+    waiters::record_collection(tid, since, now);
     0
 }

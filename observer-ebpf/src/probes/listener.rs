@@ -16,7 +16,7 @@ use crate::{
     state::{
         accept_queue,
         listeners::{inherit, listener_of, listener_with},
-        targets,
+        reactors, targets,
     },
 };
 
@@ -43,12 +43,14 @@ fn listen_enter(ctx: TracePointContext) -> u32 {
 /// Visits one open file of one process. User space runs the iterator when targets are added.
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
-fn find_listeners(ctx: *mut c_void) -> i32 {
-    if let Some((tgid, file)) = kernel::iterated(ctx)
+fn visit_files(ctx: *mut c_void) -> i32 {
+    if let Some((tgid, fd, file)) = kernel::iterated(ctx)
         && targets::is_target(tgid)
-        && file.socket().is_some_and(Socket::is_listening)
     {
-        inherit(file, tgid);
+        reactors::note_file(tgid, fd, file);
+        if file.socket().is_some_and(Socket::is_listening) {
+            inherit(file, tgid);
+        }
     }
     0
 }

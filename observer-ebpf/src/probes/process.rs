@@ -40,6 +40,8 @@ fn process_fork(ctx: BtfTracePointContext) -> u32 {
 #[btf_tracepoint(function = "sched_process_exec")]
 fn process_exec(ctx: BtfTracePointContext) -> u32 {
     let tgid = Task::argument(&ctx, 0).tgid();
+    // The event loops of the program before have ended. A thread that executes a program takes the ID of its process.
+    reactors::thread_exited(ctx.arg(1));
     let Some(target) = target(tgid) else {
         if selects() {
             let _unknown = REJECTED_PIDS.remove(tgid);

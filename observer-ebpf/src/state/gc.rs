@@ -8,10 +8,10 @@ use observer_common::{
     gc::{GcInProgress, PROCESSES, Totals},
     histogram::Histogram,
     loss::Loss,
-    reactor::{GC_UNKNOWN, Reactor},
+    waiter::{GC_UNKNOWN, Waiter},
 };
 
-use super::reactors;
+use super::waiters;
 use crate::{emit::count_loss, kernel};
 
 /// Lengths of pauses by process ID; the loader makes an entry for each process it attaches to.
@@ -55,31 +55,31 @@ pub(crate) fn process_exited(tgid: u32) {
 /// Called when a slice of a reactor begins.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nothing else writes at present.
+/// `waiter` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn on_slice_begin(reactor: *mut Reactor) {
+pub(crate) unsafe fn on_slice_begin(waiter: *mut Waiter) {
     // SAFETY: by contract.
-    unsafe { (*reactor).gc_before_ns = runtime_total_ns((*reactor).tgid) };
+    unsafe { (*waiter).gc_before_ns = runtime_total_ns((*waiter).tgid) };
 }
 
 /// Called when a slice of a reactor ends. The growth of the totals is part of the slice, whichever thread collected: a
 /// runtime that keeps totals lets no other thread run during a collection.
 ///
 /// # Safety
-/// `reactor` points to a live map value that nothing else writes at present.
+/// `waiter` points to a live map value that nothing else writes at present.
 #[inline(always)]
-pub(crate) unsafe fn on_slice_end(reactor: *mut Reactor, now: u64) {
+pub(crate) unsafe fn on_slice_end(waiter: *mut Waiter, now: u64) {
     // SAFETY: by contract.
     unsafe {
-        let before = (*reactor).gc_before_ns;
+        let before = (*waiter).gc_before_ns;
         if before == GC_UNKNOWN {
             return;
         }
-        let after = runtime_total_ns((*reactor).tgid);
+        let after = runtime_total_ns((*waiter).tgid);
         if after != GC_UNKNOWN {
-            let slice = now.saturating_sub((*reactor).phase_since_ns);
+            let slice = now.saturating_sub((*waiter).phase_since_ns);
             // The runtime uses another clock, so the growth may exceed the slice.
-            reactors::add_gc_time(reactor, after.saturating_sub(before).min(slice));
+            waiters::add_gc_time(waiter, after.saturating_sub(before).min(slice));
         }
     }
 }

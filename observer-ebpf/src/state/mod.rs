@@ -3,7 +3,7 @@
 pub(crate) mod id_filter;
 pub(crate) mod targets;
 pub(crate) mod system_call;
-pub(crate) mod pools;
+pub(crate) mod waiters;
 pub(crate) mod accept_queue;
 pub(crate) mod listeners;
 pub(crate) mod reactors;

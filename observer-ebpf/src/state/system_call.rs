@@ -2,7 +2,7 @@
 //! kernel saves on the thread's stack. Their offset is found by a system call of the loader.
 
 use aya_ebpf::{macros::map, maps::Array, programs::BtfTracePointContext};
-use observer_common::block::{Block, CALLS, CONTENDED, NO_CALL, SyscallClass};
+use observer_common::block::{Block, CALLS, NO_CALL, SyscallClass};
 
 use crate::kernel::{self, CallInProgress, OpenFile};
 
@@ -42,16 +42,11 @@ pub(crate) struct Blocked {
     pub(crate) block: u32,
     /// Frame pointer of the thread in user space; 0 if unknown.
     pub(crate) frame_pointer: u64,
-    /// Address of the futex that the thread waits at; 0 if there is none.
-    pub(crate) futex: u64,
-    /// Whether that futex has the value of a contended mutex.
-    pub(crate) is_contended: bool,
 }
 
 impl Blocked {
     /// Unknown.
-    pub(crate) const UNKNOWN: Self =
-        Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0, futex: 0, is_contended: false };
+    pub(crate) const UNKNOWN: Self = Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0 };
 
     /// The current thread, when `sched_switch` takes it off its CPU.
     #[inline(always)]
@@ -61,13 +56,10 @@ impl Blocked {
         let frame_pointer = registers.frame_pointer().unwrap_or(0);
         match registers.number() {
             // Outside of system calls, a thread blocks only on its own memory.
-            None => Self { block: Block::PageFault as u32, frame_pointer, ..Self::UNKNOWN },
+            None => Self { call: NO_CALL, block: Block::PageFault as u32, frame_pointer },
             Some(call) => {
-                let class = class_of(call);
-                let block = block_of(&registers, class).unwrap_or(Block::Other as u32);
-                let at_futex = if class == SyscallClass::Futex as u8 { futex_wait(&registers) } else { None };
-                let (futex, is_contended) = at_futex.unwrap_or_default();
-                Self { call, block, frame_pointer, futex, is_contended }
+                let block = block_of(&registers, class_of(call)).unwrap_or(Block::Other as u32);
+                Self { call, block, frame_pointer }
             }
         }
     }
@@ -80,20 +72,6 @@ fn class_of(number: u32) -> u8 {
     }
     // SAFETY: in range; only the loader writes the array, before any program runs.
     unsafe { (&raw const SYSCALL_CLASSES).cast::<u8>().add(number as usize).read_volatile() }
-}
-
-/// Address of the futex at which a thread inside `futex` waits, if it does, and whether the futex is contended.
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is undefined")]
-fn futex_wait(call: &CallInProgress) -> Option<(u64, bool)> {
-    /// `FUTEX_WAIT` and `FUTEX_WAIT_BITSET`, and the bits of the argument that hold the command.
-    const WAITS: [u32; 2] = [0, 9];
-    const COMMAND: u32 = 0x7f;
-    let command = call.second()? as u32 & COMMAND;
-    if command != WAITS[0] && command != WAITS[1] {
-        return None;
-    }
-    Some((call.first()?, call.third()? as u32 == CONTENDED))
 }
 
 #[inline(always)]
@@ -114,8 +92,6 @@ fn block_of(call: &CallInProgress, class: u8) -> Option<u32> {
             return Some(Block::Sleep as u32);
         }
         lowest_descriptor(call.second()?, call.third()?)?
-    } else if class == SyscallClass::Futex as u8 {
-        return Some(Block::Lock as u32);
     } else {
         return Some(class.into());
     };

@@ -7,7 +7,7 @@ use observer_common::{
     loss::Loss,
 };
 
-use super::reactors;
+use super::waiters;
 use crate::emit::count_loss;
 
 /// Work by thread ID. An entry stays until its thread exits; it is empty while the thread has no known work.
@@ -28,7 +28,7 @@ pub(crate) fn switch_to(tid: u32, next: &Work, now: u64) {
     if let Some(work) = WORK.get_ptr_mut(tid) {
         // SAFETY: a live map value that only this thread writes.
         unsafe {
-            reactors::account_work(tid, &*work, now, !is_none);
+            waiters::account_work(tid, &*work, now, !is_none);
             *work = *next;
             (*work).since_ns = now;
         }
@@ -38,7 +38,7 @@ pub(crate) fn switch_to(tid: u32, next: &Work, now: u64) {
             count_loss(Loss::WorkFull);
             return;
         }
-        reactors::account_work(tid, &work, now, true);
+        waiters::account_work(tid, &work, now, true);
     }
 }
 

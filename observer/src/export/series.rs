@@ -215,7 +215,10 @@ mod tests {
 
     fn reactor(tid: u32, waits: u64, utilization: f64) -> Reactor {
         Reactor {
+            id: tid.to_string(),
             tid,
+            only_tid: Some(tid),
+            threads: 1,
             name: "loop".into(),
             slices: waits,
             waits,

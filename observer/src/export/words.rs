@@ -14,12 +14,17 @@ use crate::model::{
 /// Digits of a container id that are shown, as many as `docker ps` shows.
 const SHORT_ID: usize = 12;
 
-/// `reactor (thread 16451)`, or `in thread 16451` if the thread has no name.
+/// `reactor (thread 16451)`, or `in thread 16451` if the thread has no name; `reactor (3 threads, first 16451)`.
 pub(crate) fn reactor_name(reactor: &Reactor) -> String {
-    if reactor.name.is_empty() {
-        format!("in thread {}", reactor.tid)
+    let (name, tid) = (&reactor.name, reactor.tid);
+    if reactor.only_tid.is_none() {
+        let threads =
+            if reactor.threads == 1 { "1 thread".into() } else { format!("{} threads", reactor.threads) };
+        format!("{name} ({threads}, first {tid})")
+    } else if name.is_empty() {
+        format!("in thread {tid}")
     } else {
-        format!("{} (thread {})", reactor.name, reactor.tid)
+        format!("{name} (thread {tid})")
     }
 }
 

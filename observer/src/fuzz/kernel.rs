@@ -44,9 +44,11 @@ pub(super) fn record(data: &[u8]) {
     assert!(!listener.address.is_empty());
     let request = origin::decode(&record_of::<Request>(bytes));
     assert!(request.path.is_none_or(|path| !path.contains(['?', '#'])));
-    let raw = Raw { now: record_of(&counters), durations: record_of(&counters) };
-    let _ = reactor::decode("name".into(), &raw, reactor::lag(&raw, &mut Prober::default(), now), now);
-    let _ = reactor::stall_in_progress(&raw, now, now.is_multiple_of(2));
+    let raw =
+        Raw { now: record_of(&counters), waiter: record_of(&counters), durations: record_of(&counters) };
+    let lag = reactor::lag(&raw, &mut Prober::default(), now);
+    let _ = reactor::decode("7".into(), "name".into(), &raw, lag, now);
+    let _ = reactor::stall_in_progress(&raw, raw.now.left_ns, now, now.is_multiple_of(2));
     let _ = reactor::stall(&record_of::<Stall>(&counters), None, now.is_multiple_of(2));
     let _ = deferred::decode("work", true, &record_of(&counters), Some(now));
     if let Some(id) = deferred::request_id(record_of::<[u8; REQUEST_ID]>(bytes)) {

@@ -7,8 +7,7 @@ use crate::arch::syscalls::LEGACY_CLASSES;
 
 /// Classes of system calls; those not listed are [`SyscallClass::Other`].
 const CLASSES: &[(SyscallClass, &[Sysno])] = &[
-    (SyscallClass::Futex, &[Sysno::futex]),
-    (SyscallClass::Lock, &[Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
+    (SyscallClass::Lock, &[Sysno::futex, Sysno::flock, Sysno::fcntl, Sysno::semop, Sysno::semtimedop]),
     // They take the lock of the address space, which other threads hold while they change, copy or read it.
     (
         SyscallClass::Lock,
@@ -121,7 +120,7 @@ mod tests {
     fn calls_have_names_and_classes() {
         let syscall_classes = syscall_classes();
         let class = |call: Sysno| syscall_classes[usize::try_from(call.id()).unwrap()];
-        assert_eq!(class(Sysno::futex), SyscallClass::Futex as u8);
+        assert_eq!(class(Sysno::futex), Block::Lock as u8);
         assert_eq!(class(Sysno::flock), Block::Lock as u8);
         assert_eq!(class(Sysno::madvise), Block::Lock as u8);
         assert_eq!(class(Sysno::read), SyscallClass::File as u8);

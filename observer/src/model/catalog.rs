@@ -187,7 +187,7 @@ const CATALOG: &[Family] = &[
         name: "observer_reactor_wait_seconds_total",
         otlp: "observer.reactor.wait",
         unit: "s",
-        help: "Seconds spent waiting for events, or parked while other threads waited on the same epoll set.",
+        help: "Seconds in which at least one thread of the event loop waited for events.",
         kind: Kind::Counter,
         subject: SubjectKind::Reactor,
         own_labels: &[],

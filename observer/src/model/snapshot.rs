@@ -168,9 +168,18 @@ impl Depths {
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Reactor {
-    /// Thread id.
+    /// Identifies the loop within its process: the id of the thread that waited first, with a number if that thread waited
+    /// first in other loops before.
+    pub(crate) id: String,
+    /// Id of the thread that waited first.
+    #[serde(skip)]
     pub(crate) tid: u32,
-    /// Its name.
+    /// Id of its only thread; `None` if several threads have waited in it.
+    #[serde(rename = "tid")]
+    pub(crate) only_tid: Option<u32>,
+    /// Number of threads that belong to it.
+    pub(crate) threads: u32,
+    /// Name of the thread that waited first.
     pub(crate) name: String,
     /// Finished slices.
     pub(crate) slices: u64,
@@ -180,9 +189,9 @@ pub(crate) struct Reactor {
     pub(crate) events: u64,
     /// Of these, events that were already waiting when the loop looked for them.
     pub(crate) events_delayed: u64,
-    /// Time spent waiting, or parked while other threads waited on the same epoll set, including the wait in progress.
+    /// Time in which at least one thread waited, including the wait in progress.
     pub(crate) wait_seconds: f64,
-    /// Time spent in slices, including the slice in progress.
+    /// Time in slices, that is, while no thread waited, including the slice in progress.
     pub(crate) busy_seconds: f64,
     /// Busy time divided by busy and waiting time; `None` while both are 0.
     pub(crate) utilization: Option<f64>,
@@ -204,7 +213,7 @@ pub(crate) struct Reactor {
     pub(crate) split_seconds: Split,
     /// Slices of the stall threshold or more.
     pub(crate) stalls: Stalls,
-    /// Whether the thread has exited.
+    /// Whether it has ended: its threads have exited, or wait elsewhere.
     pub(crate) exited: bool,
 }
 

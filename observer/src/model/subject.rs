@@ -66,7 +66,7 @@ pub(crate) enum SubjectKind {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Identity {
     Listener(u32, String),
-    Reactor(u32, u32),
+    Reactor(u32, String),
     Task(u32, String),
     Hook(u32, String, &'static str, String),
     Target(u32),
@@ -82,7 +82,7 @@ impl SubjectKind {
     pub(crate) const fn labels(self) -> &'static [&'static str] {
         match self {
             Self::Listener => &["pid", "comm", "container", "pod", "listener"],
-            Self::Reactor => &["pid", "comm", "container", "pod", "tid", "reactor"],
+            Self::Reactor => &["pid", "comm", "container", "pod", "loop", "reactor"],
             Self::Task => &["pid", "comm", "container", "pod", "task"],
             Self::Hook => &["pid", "comm", "container", "pod", "profile", "verb", "place"],
             Self::Target => &["pid", "comm", "container", "pod"],
@@ -127,7 +127,7 @@ impl<'s> Subject<'s> {
     pub(crate) fn identity(self) -> Option<Identity> {
         match self {
             Self::Listener(target, listener) => Some(Identity::Listener(target.pid, listener.name())),
-            Self::Reactor(target, reactor) => Some(Identity::Reactor(target.pid, reactor.tid)),
+            Self::Reactor(target, reactor) => Some(Identity::Reactor(target.pid, reactor.id.clone())),
             Self::Task(target, deferred) => Some(Identity::Task(target.pid, deferred.task.clone())),
             Self::Hook(target, hook) => {
                 Some(Identity::Hook(target.pid, hook.profile.clone(), hook.verb, hook.place.clone()))
@@ -145,7 +145,7 @@ impl<'s> Subject<'s> {
         match self {
             Self::Listener(_, listener) => labels.push(("listener", listener.name().into())),
             Self::Reactor(_, reactor) => labels
-                .extend([("tid", reactor.tid.to_string().into()), ("reactor", reactor.name.as_str().into())]),
+                .extend([("loop", reactor.id.as_str().into()), ("reactor", reactor.name.as_str().into())]),
             Self::Task(_, deferred) => labels.push(("task", deferred.task.as_str().into())),
             Self::Hook(_, hook) => labels.extend([
                 ("profile", hook.profile.as_str().into()),

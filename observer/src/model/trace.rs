@@ -26,8 +26,16 @@ pub(crate) struct Event {
 pub(crate) enum EventKind {
     /// A deferred task with this request as its origin has ended.
     Task(Arc<Request>, FinishedTask),
-    /// A thread stalled: the thread's id, the start of the slice in monotonic nanoseconds, and the stall.
-    Stall(u32, u64, Box<Stall>),
+    /// An event loop stalled.
+    Stall {
+        /// Id of the loop in its process.
+        reactor: Arc<str>,
+        /// The thread.
+        tid: u32,
+        /// Start of the slice, in monotonic nanoseconds.
+        start_ns: u64,
+        stall: Box<Stall>,
+    },
 }
 
 /// A deferred task that has ended. Times are monotonic nanoseconds.

@@ -86,7 +86,7 @@ pub(super) struct Listeners {
     /// The network namespace of each target.
     namespaces: BTreeMap<u32, u32>,
     /// The processes whose namespaces are checked again next.
-    to_recheck: RoundRobin,
+    to_recheck: RoundRobin<u32>,
 }
 
 impl Listeners {
@@ -131,7 +131,7 @@ impl Listeners {
     ) -> Result<()> {
         self.note_namespaces(targets.live());
         if targets_changed {
-            listener::find(ebpf)?;
+            listener::visit_files(ebpf)?;
         }
         for _ in 0..READINGS {
             self.read_queues(ebpf, maps, missing)?;
@@ -142,7 +142,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Reads every accept queue. The programs have added the listeners that targets opened. [`listener::find`] has found
+    /// Reads every accept queue. The programs have added the listeners that targets opened. [`listener::visit_files`] has found
     /// listeners that new targets had open already, and other processes with listeners whose process has exited.
     fn read_queues(&mut self, ebpf: &mut Ebpf, maps: &mut Maps, missing: &mut MissingSources) -> Result<()> {
         for (inode, raw) in entries(&maps.listeners) {

@@ -113,7 +113,8 @@ impl Observation {
         observation.targets.adopt(&mut observation.maps, &mut observation.missing, selected)?;
         observation.refresh()?;
         let pids: Vec<u32> = observation.targets.live().keys().copied().collect();
-        observation.reactors.adopt_calls(&mut observation.maps, &mut observation.missing, pids)?;
+        let Self { reactors, ebpf, maps, missing, .. } = &mut observation;
+        reactors.adopt_calls(ebpf, maps, missing, pids)?;
         observation.facts.unattributed_before = observation.maps.lost(Loss::AcceptUnattributed)?;
         Ok(observation)
     }
@@ -171,7 +172,7 @@ impl Observation {
     /// Changes the selection. Targets that are still selected keep their metrics.
     pub(crate) fn choose(&mut self, choice: Choice) -> Result<()> {
         let (new, released) = self.targets.choose(&mut self.maps, &mut self.missing, choice)?;
-        self.reactors.adopt_calls(&mut self.maps, &mut self.missing, new)?;
+        self.reactors.adopt_calls(&mut self.ebpf, &mut self.maps, &mut self.missing, new)?;
         self.runtimes.release(&mut self.maps, &released);
         self.forget(&released)?;
         // Without delay, because connections that a new target accepts before its listeners are found are not counted.
@@ -248,11 +249,11 @@ impl Observation {
         for &pid in &changes.exited {
             self.runtimes.exited(&mut self.maps, &mut self.missing, &self.targets, pid);
         }
+        self.collect()?;
+        self.reactors.refresh(&mut self.maps, &self.targets, &changes.execed)?;
         for &pid in &changes.execed {
             self.reactors.rename_of(pid);
         }
-        self.collect()?;
-        self.reactors.refresh(&mut self.maps, &self.targets)?;
         self.runtimes.tasks.name_all(&self.maps);
         let (ebpf, maps, missing) = (&mut self.ebpf, &mut self.maps, &mut self.missing);
         self.listeners.refresh(ebpf, maps, missing, &self.targets, changes.has_changed)?;
@@ -309,7 +310,7 @@ impl Observation {
         }
         targets.sort_by_key(|target| target.pid);
         for target in &mut targets {
-            target.reactors.sort_by_key(|reactor| reactor.tid);
+            target.reactors.sort_by(|a, b| (a.tid, &a.id).cmp(&(b.tid, &b.id)));
         }
         Ok(Snapshot {
             schema: SCHEMA,

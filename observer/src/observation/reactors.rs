@@ -2,13 +2,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::Result;
+use aya::Ebpf;
 use observer_common::{
     accept::AcceptCall,
-    reactor::{Phase, Stall as RawStall},
+    reactor::{ABANDONED_NS, Reactor as RawReactor, Stall as RawStall},
 };
 
 use super::{
@@ -27,7 +29,7 @@ use crate::{
         stall::Stalls,
         trace::EventKind,
     },
-    probes::{gc, reactor},
+    probes::{gc, listener, reactor},
     process::{
         self,
         wait_call::{self, Call, WaitCall},
@@ -35,7 +37,7 @@ use crate::{
     read::{
         entries::insert_new,
         maps::Maps,
-        reactors::{InSlice, Raw},
+        reactors::{Adopted, InSlice, Raw, ReactorId},
     },
     stacks::watch::Watcher,
 };
@@ -46,29 +48,38 @@ pub(super) struct Reactors {
     waits: Vec<WaitCall>,
     stall_threshold: Duration,
     watcher: Watcher,
-    /// State of each thread that the programs do not keep, by thread id.
-    threads: BTreeMap<u32, Thread>,
+    /// What the programs do not keep of each loop.
+    loops: BTreeMap<ReactorId, EventLoop>,
+    /// Number of loops so far by process and by the thread that waited first.
+    counts: HashMap<(u32, u32), u32>,
     /// Whose names are read again next.
-    to_rename: RoundRobin,
-    /// Running threads as of the last refresh, each with its lag.
+    to_rename: RoundRobin<ReactorId>,
+    /// Loops as of the last refresh, each with its lag.
     running: Vec<(Raw, Histogram)>,
     /// When that was, in monotonic nanoseconds.
     refreshed_ns: u64,
-    /// Final metrics of exited threads, each with its process id.
+    /// Final metrics of loops that have ended, each with its process id.
     finished: Vec<(u32, Reactor)>,
-    /// Processes whose pools are removed at the next refresh. Until then, their threads may be about to change the
-    /// counters of a pool.
-    orphaned_pools: BTreeSet<u32>,
 }
 
-/// A thread.
-struct Thread {
+/// An event loop.
+struct EventLoop {
     /// Its process.
     pid: u32,
+    /// The thread that waited in it first.
+    tid: u32,
+    /// The id of that thread, with a number if it waited first in other loops before.
+    id: Arc<str>,
+    /// The name of that thread.
     name: String,
     prober: Prober,
+    /// Waiting time so far, in nanoseconds.
+    wait_ns: u64,
     stalls: Stalls,
 }
+
+/// How long a loop is kept whose only thread waits elsewhere, in nanoseconds.
+const AWAY_NS: u64 = 10_000_000_000;
 
 impl Reactors {
     pub(super) fn of(parameters: &Parameters) -> Self {
@@ -76,12 +87,12 @@ impl Reactors {
             waits: parameters.calls.clone(),
             stall_threshold: parameters.stall_threshold,
             watcher: Watcher::new(parameters.stall_threshold),
-            threads: BTreeMap::new(),
+            loops: BTreeMap::new(),
+            counts: HashMap::new(),
             to_rename: RoundRobin::default(),
             running: Vec::new(),
             refreshed_ns: 0,
             finished: Vec::new(),
-            orphaned_pools: BTreeSet::new(),
         }
     }
 
@@ -89,32 +100,39 @@ impl Reactors {
     /// of the programs take precedence.
     pub(super) fn adopt_calls(
         &self,
+        ebpf: &mut Ebpf,
         maps: &mut Maps,
         missing: &mut MissingSources,
         pids: impl IntoIterator<Item = u32>,
     ) -> Result<()> {
+        let mut waiting = Vec::new();
         for pid in pids {
             for (tid, call) in wait_call::blocked_in(pid, &self.waits) {
-                let is_added = match call {
-                    Call::Wait { .. } if maps.reactors.get(tid).is_some() => true,
-                    Call::Wait { kind, set } => {
-                        let entry = reactor::waiting(pid, clock::monotonic_ns(), kind, set);
-                        maps.reactors.adopt(tid, entry)?
+                match call {
+                    Call::Wait { .. } if maps.reactors.is_known(tid) => {}
+                    Call::Wait { kind, set } => waiting.push(Adopted { pid, tid, kind, set }),
+                    Call::Accept { fd } => {
+                        let inode = process::socket_inode(pid, fd);
+                        let call = inode.map(|inode| AcceptCall { inode, ..AcceptCall::default() });
+                        let is_added =
+                            call.map_or(Ok(true), |call| insert_new(&mut maps.accepting, tid, call))?;
+                        note_full(missing, pid, is_added);
                     }
-                    Call::Accept { fd } => match process::socket_inode(pid, fd) {
-                        Some(inode) => {
-                            let call = AcceptCall { inode, ..AcceptCall::default() };
-                            insert_new(&mut maps.accepting, tid, call)?
-                        }
-                        None => true,
-                    },
-                };
-                if !is_added {
-                    missing.add(
-                        format!("some threads of process {pid}"),
-                        "there are more than --capacity allows",
-                    );
                 }
+            }
+        }
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        maps.reactors.ask_for_files(&waiting)?;
+        listener::visit_files(ebpf)?;
+        let now = clock::monotonic_ns();
+        for thread in waiting {
+            let Adopted { pid, tid, kind, set } = thread;
+            let is_added = maps.reactors.adopt(thread, now)?;
+            note_full(missing, pid, is_added);
+            if wait_call::call_of(pid, tid, &self.waits) != Some(Call::Wait { kind, set }) {
+                maps.reactors.correct(thread, process::has_thread(pid, tid));
             }
         }
         Ok(())
@@ -139,15 +157,7 @@ impl Reactors {
     pub(super) fn watch(&mut self, maps: &Maps, targets: &Targets, missing: &mut MissingSources) {
         // Stacks of processes that are not targets are not even read.
         let in_progress = maps.reactors.in_slices().filter(|slice| targets.is_target(maps, slice.pid));
-        let in_progress: Vec<_> = in_progress
-            .map(|slice| InSlice {
-                // Another thread may be about to take the events of a shared set.
-                epoll_set: slice.epoll_set.filter(|&set| !maps.is_shared(slice.pid, set)),
-                ..slice
-            })
-            .collect();
-        self.watcher
-            .check(in_progress.into_iter(), clock::monotonic_ns(), |slice| maps.reactors.is_still_in(slice));
+        self.watcher.check(in_progress, clock::monotonic_ns(), |slice| maps.reactors.is_still_in(slice));
         if self.watcher.may_not_ask() {
             let reason = "pidfd_getfd is refused: no loop is reported as LATE for events that waited during its stalls";
             missing.add("whether events wait for a stalled loop", reason);
@@ -169,77 +179,105 @@ impl Reactors {
             if !targets.is_target(maps, raw.tgid) {
                 continue;
             }
-            links.record_event(raw.tgid, || EventKind::Stall(raw.tid, raw.start_ns, Box::new(stall.clone())));
-            self.thread(raw.tid, raw.tgid).stalls.add(stall, sample);
+            let id = ReactorId { slot: raw.reactor, created_ns: raw.created_ns };
+            let Some(reactor) = maps.reactors.get(id) else { continue };
+            let event_loop = self.event_loop(&reactor);
+            links.record_event(raw.tgid, || EventKind::Stall {
+                reactor: Arc::clone(&event_loop.id),
+                tid: raw.tid,
+                start_ns: raw.start_ns,
+                stall: Box::new(stall.clone()),
+            });
+            event_loop.stalls.add(stall, sample);
         }
     }
 
-    fn thread(&mut self, tid: u32, pid: u32) -> &mut Thread {
-        let threshold = self.stall_threshold;
-        let thread = self.threads.entry(tid).or_insert_with(|| Thread::of(pid, tid, threshold));
-        if thread.pid != pid {
-            // The id was that of another process's thread before.
-            *thread = Thread::of(pid, tid, threshold);
+    /// What is kept of an event loop.
+    fn event_loop(&mut self, reactor: &RawReactor) -> &mut EventLoop {
+        let id = ReactorId::of(reactor);
+        if !self.loops.contains_key(&id) {
+            let count = self.counts.entry((reactor.tgid, reactor.tid)).or_default();
+            *count += 1;
+            self.loops.insert(id, EventLoop::of(reactor, *count, self.stall_threshold));
         }
-        thread
+        self.loops.get_mut(&id).expect("it is there now")
     }
 
-    /// Reads the state of all threads, and removes exited ones from the map.
-    pub(super) fn refresh(&mut self, maps: &mut Maps, targets: &Targets) -> Result<()> {
-        maps.forget_pools(&mut self.orphaned_pools);
-        // Read before the threads, so that no age in progress is overestimated.
+    /// Reads the state of all event loops, and removes those that have ended from the maps. The processes in `execed` have
+    /// begun to run another program since the last call.
+    pub(super) fn refresh(&mut self, maps: &mut Maps, targets: &Targets, execed: &[u32]) -> Result<()> {
+        // Read before the loops, so that no age in progress is overestimated.
         let now = clock::monotonic_ns();
         self.running.clear();
-        for mut raw in maps.reactors.all() {
-            let (tid, pid) = (raw.now.tid, raw.now.tgid);
-            if !targets.is_target(maps, pid) {
-                self.release_rejected(maps, &raw)?;
-                continue;
-            }
-            // Of threads that exit together, the last to exit may be the first whose exit is seen. The exits of the
-            // others are not seen any more once the process is not a target. So all threads of an exited process are
-            // final.
-            let is_process_gone = !targets.live().contains_key(&pid) && maps.targets.get(&pid, 0).is_err();
-            if is_process_gone {
-                self.orphaned_pools.insert(pid);
-            }
-            let thread = self.thread(tid, pid);
-            if is_process_gone || reactor::is_final(&raw) {
-                maps.reactors.release(&raw.now)?;
-                raw.now.phase = Phase::Exited as u32;
-                let lag = reactor::lag(&raw, &mut thread.prober, now);
-                let reactor = thread.decode(&raw, &lag, now);
-                self.threads.remove(&tid);
-                self.finished.push((pid, reactor));
-            } else {
-                raw.now.gc.ns += gc::in_progress(maps, &raw.now, now);
-                let lag = reactor::lag(&raw, &mut thread.prober, now);
-                if let Some(slice) = self.stall_in_progress(&raw, now) {
-                    self.watcher.ensure_read(slice, |slice| maps.reactors.is_still_in(slice));
+        for raw in maps.reactors.all()? {
+            let pid = raw.now.tgid;
+            let is_live = targets.live().contains_key(&pid);
+            // The programs may know a target that is not known here yet.
+            if !is_live && maps.targets.get(&pid, 0).is_err() {
+                maps.reactors.release_process(pid);
+                if maps.reactors.hand_over(&raw.now) {
+                    self.loops.remove(&raw.id());
+                } else {
+                    self.end(maps, raw, now, targets.is_target(maps, pid));
                 }
-                self.running.push((raw, lag));
+            } else if raw.now.members == 0 && execed.contains(&pid) {
+                self.end(maps, raw, now, true);
+            } else if targets.is_target(maps, pid) {
+                self.refresh_loop(maps, raw, now);
             }
         }
+        let pids: BTreeSet<u32> = self.loops.values().map(|event_loop| event_loop.pid).collect();
+        self.counts.retain(|(pid, _), _| pids.contains(pid) || targets.live().contains_key(pid));
         self.refreshed_ns = now;
         let surplus = self.finished.len().saturating_sub(EXITED_LIMIT);
         self.finished.drain(..surplus);
         Ok(())
     }
 
-    /// Removes a thread whose process was rejected. A thread of a candidate is kept until the decision.
-    fn release_rejected(&mut self, maps: &mut Maps, raw: &Raw) -> Result<()> {
-        if maps.targets.get(&raw.now.tgid, 0).is_err() {
-            self.orphaned_pools.insert(raw.now.tgid);
-            maps.reactors.release(&raw.now)?;
+    /// Updates a loop, or ends it if it is over.
+    fn refresh_loop(&mut self, maps: &mut Maps, mut raw: Raw, now: u64) {
+        let since_left = now.saturating_sub(raw.now.left_ns);
+        let is_over = if raw.now.members == 0 {
+            // Its thread may only be elsewhere for a while.
+            !maps.reactors.may_continue(&raw.now) || since_left > AWAY_NS
+        } else {
+            raw.now.inside == 0 && since_left > ABANDONED_NS && maps.reactors.is_replaced(&raw.now)
+        };
+        if is_over {
+            self.end(maps, raw, now, true);
+            return;
         }
-        Ok(())
+        if let Some(since_ns) = raw.slice_since_ns() {
+            raw.waiter.gc_ns += gc::in_progress(maps, raw.waiter.tid, since_ns, now);
+            if now.saturating_sub(since_ns) > ABANDONED_NS / 2 {
+                maps.reactors.look_up_again(&raw);
+            }
+        }
+        let lag = self.event_loop(&raw.now).lag(&mut raw, now);
+        if let Some(slice) = self.stall_in_progress(&raw, now) {
+            self.watcher.ensure_read(slice, |slice| maps.reactors.is_still_in(slice));
+        }
+        self.running.push((raw, lag));
     }
 
-    /// The slice of a thread, if it is already a stall.
+    /// Ends a loop. `is_reported` says whether it belongs to a target.
+    fn end(&mut self, maps: &mut Maps, mut raw: Raw, now: u64, is_reported: bool) {
+        raw.now.members = 0;
+        maps.reactors.end(&raw.now);
+        if is_reported {
+            let lag = self.event_loop(&raw.now).lag(&mut raw, now);
+            let mut finished = self.loops[&raw.id()].decode(&raw, &lag, now);
+            finished.exited = true;
+            self.finished.push((raw.now.tgid, finished));
+        }
+        self.loops.remove(&raw.id());
+    }
+
+    /// The slice of an event loop, if it is already a stall.
     fn stall_in_progress(&self, raw: &Raw, now: u64) -> Option<InSlice> {
-        let age = Duration::from_nanos(now.saturating_sub(raw.now.phase_since_ns));
-        let is_stall = reactor::is_in_slice(raw) && age >= self.stall_threshold;
-        is_stall.then(|| InSlice::of(&raw.now))
+        let slice = InSlice::of(&raw.now, &raw.waiter)?;
+        let age = Duration::from_nanos(now.saturating_sub(slice.since_ns));
+        (age >= self.stall_threshold).then_some(slice)
     }
 
     /// All event loops by process, as of the last refresh.
@@ -249,65 +287,79 @@ impl Reactors {
             reactors.entry(*pid).or_default().push(finished.clone());
         }
         for (raw, lag) in &self.running {
-            let pid = raw.now.tgid;
-            let Some(thread) = self.threads.get(&raw.now.tid).filter(|thread| thread.pid == pid) else {
-                continue;
-            };
-            let mut reactor = thread.decode(raw, lag, self.refreshed_ns);
+            let Some(event_loop) = self.loops.get(&raw.id()) else { continue };
+            let mut reactor = event_loop.decode(raw, lag, self.refreshed_ns);
             if let Some(slice) = self.stall_in_progress(raw, self.refreshed_ns) {
                 let events_seen = self.watcher.events_waited(slice.tid, slice.since_ns);
-                let stall = reactor::stall_in_progress(raw, self.refreshed_ns, events_seen);
+                let stall = reactor::stall_in_progress(raw, slice.since_ns, self.refreshed_ns, events_seen);
                 let sample = self.watcher.stack_so_far(slice, stall.cause.is_blocked());
-                let mut stalls = thread.stalls.clone();
+                let mut stalls = event_loop.stalls.clone();
                 stalls.add_in_progress(&stall, sample.clone());
                 reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));
                 reactor.current_slice_events_wait = stall.events_waited;
                 reactor.current_stack = Some(sample);
             }
-            reactors.entry(pid).or_default().push(reactor);
+            reactors.entry(raw.now.tgid).or_default().push(reactor);
         }
         reactors
     }
 
-    /// Forgets all threads of processes that are not targets.
+    /// Forgets all loops of processes that are not targets.
     pub(super) fn forget(&mut self, pids: &BTreeSet<u32>) {
-        self.threads.retain(|_, thread| !pids.contains(&thread.pid));
+        self.loops.retain(|_, event_loop| !pids.contains(&event_loop.pid));
         self.running.retain(|(raw, _)| !pids.contains(&raw.now.tgid));
     }
 
-    /// Reads the names of a process's threads again.
+    /// Reads the names of a process's loops again.
     pub(super) fn rename_of(&mut self, pid: u32) {
-        for (&tid, thread) in self.threads.iter_mut().filter(|(_, thread)| thread.pid == pid) {
-            thread.rename(tid);
+        for event_loop in self.loops.values_mut().filter(|event_loop| event_loop.pid == pid) {
+            event_loop.rename();
         }
     }
 
     /// Reads some of the names again: a thread may have renamed itself.
     pub(super) fn rename_some(&mut self) {
-        for tid in self.to_rename.next(&self.threads) {
-            if let Some(thread) = self.threads.get_mut(&tid) {
-                thread.rename(tid);
+        for id in self.to_rename.next(&self.loops) {
+            if let Some(event_loop) = self.loops.get_mut(&id) {
+                event_loop.rename();
             }
         }
     }
 
     /// Reads all names again.
     pub(super) fn rename_all(&mut self) {
-        for _ in 0..self.threads.len().div_ceil(BATCH) {
+        for _ in 0..self.loops.len().div_ceil(BATCH) {
             self.rename_some();
         }
     }
 }
 
-impl Thread {
-    fn of(pid: u32, tid: u32, stall_threshold: Duration) -> Self {
-        let stalls = Stalls::over(stall_threshold.as_secs_f64());
-        Self { pid, name: process::thread_name(pid, tid), prober: Prober::default(), stalls }
+impl EventLoop {
+    /// Of the loop with this number among those that its thread waited in first.
+    fn of(reactor: &RawReactor, number: u32, stall_threshold: Duration) -> Self {
+        let (pid, tid) = (reactor.tgid, reactor.tid);
+        Self {
+            pid,
+            tid,
+            id: if number == 1 { tid.to_string() } else { format!("{tid}.{number}") }.into(),
+            name: process::thread_name(pid, tid),
+            prober: Prober::default(),
+            wait_ns: 0,
+            stalls: Stalls::over(stall_threshold.as_secs_f64()),
+        }
     }
 
-    /// Reads its name again. An exited thread keeps its name.
-    fn rename(&mut self, tid: u32) {
-        let now = process::thread_name(self.pid, tid);
+    /// Its lag up to `now`. Its waiting time is corrected so that it never decreases: its entry may have changed since `now`.
+    fn lag(&mut self, raw: &mut Raw, now: u64) -> Histogram {
+        let wait_ns = reactor::wait_ns(raw, now);
+        raw.now.wait_ns += self.wait_ns.saturating_sub(wait_ns);
+        self.wait_ns = self.wait_ns.max(wait_ns);
+        reactor::lag(raw, &mut self.prober, now)
+    }
+
+    /// Reads its name again. The name of an exited thread is kept.
+    fn rename(&mut self) {
+        let now = process::thread_name(self.pid, self.tid);
         if !now.is_empty() {
             self.name = now;
         }
@@ -315,9 +367,16 @@ impl Thread {
 
     /// Its metrics as of `now`, with the stalls that have ended.
     fn decode(&self, raw: &Raw, lag: &Histogram, now: u64) -> Reactor {
-        let mut reactor = reactor::decode(self.name.clone(), raw, lag.clone(), now);
+        let mut reactor = reactor::decode(self.id.to_string(), self.name.clone(), raw, lag.clone(), now);
         reactor.stalls = self.stalls.ranked(lag_weight(&reactor.lag));
         reactor
+    }
+}
+
+/// Reports that there is no room for a thread, unless it has been added.
+fn note_full(missing: &mut MissingSources, pid: u32, is_added: bool) {
+    if !is_added {
+        missing.add(format!("some threads of process {pid}"), "there are more than --capacity allows");
     }
 }
 

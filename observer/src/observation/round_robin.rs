@@ -10,17 +10,17 @@ pub(super) const BATCH: usize = 128;
 
 /// Where the next batch begins.
 #[derive(Default)]
-pub(super) struct RoundRobin {
+pub(super) struct RoundRobin<K> {
     /// The last key of the previous batch.
-    last: u32,
+    last: K,
 }
 
-impl RoundRobin {
+impl<K: Copy + Default + Ord> RoundRobin<K> {
     /// The keys of the next batch; all keys if there are few.
-    pub(super) fn next<V>(&mut self, all: &BTreeMap<u32, V>) -> Vec<u32> {
+    pub(super) fn next<V>(&mut self, all: &BTreeMap<K, V>) -> Vec<K> {
         let after = all.range((Excluded(self.last), Unbounded));
-        let next: Vec<u32> = after.chain(all.range(..=self.last)).take(BATCH).map(|(&id, _)| id).collect();
-        self.last = next.last().copied().unwrap_or(0);
+        let next: Vec<K> = after.chain(all.range(..=self.last)).take(BATCH).map(|(&id, _)| id).collect();
+        self.last = next.last().copied().unwrap_or_default();
         next
     }
 }

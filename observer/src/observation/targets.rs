@@ -35,7 +35,7 @@ pub(super) struct Targets {
     programs: HashMap<u32, Program>,
     exited: Vec<Process>,
     /// Whose names are read again next.
-    to_rename: RoundRobin,
+    to_rename: RoundRobin<u32>,
     is_refreshed: bool,
 }
 

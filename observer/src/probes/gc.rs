@@ -7,7 +7,6 @@ use aya::{Ebpf, programs::UProbe};
 use observer_common::{
     gc::{GcInProgress, Totals},
     histogram::Histogram as RawHistogram,
-    reactor::{Phase, Reactor},
 };
 
 use super::{
@@ -276,11 +275,8 @@ fn read(memory: &ProcessMemory, places: &Totals) -> Option<Sum> {
     Some(Sum { count, ns })
 }
 
-/// Time that the collection in progress has taken of the slice in progress as of `now`, in nanoseconds.
-pub(crate) fn in_progress(maps: &Maps, reactor: &Reactor, now: u64) -> u64 {
-    if reactor.phase != Phase::Slice as u32 {
-        return 0;
-    }
-    let begun = maps.gc_begun.get(&reactor.tid, 0);
-    begun.map_or(0, |GcInProgress { since_ns, .. }| now.saturating_sub(since_ns.max(reactor.phase_since_ns)))
+/// Time that the collection in progress has taken of this thread's slice in progress as of `now`, in nanoseconds.
+pub(crate) fn in_progress(maps: &Maps, tid: u32, slice_since_ns: u64, now: u64) -> u64 {
+    let begun = maps.gc_begun.get(&tid, 0);
+    begun.map_or(0, |GcInProgress { since_ns, .. }| now.saturating_sub(since_ns.max(slice_since_ns)))
 }

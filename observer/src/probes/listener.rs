@@ -18,7 +18,7 @@ use crate::model::{
     snapshot::{Depths, Listener},
 };
 
-const FIND_LISTENERS: &str = "find_listeners";
+const VISIT_FILES: &str = "visit_files";
 const READ_QUEUE: &str = "look";
 const WALK_QUEUE: &str = "walk_queue";
 
@@ -30,16 +30,16 @@ pub(super) const PROBE: Probe = Probe {
     cost: "every listen call on the machine; a walk over all open files when a target comes or goes; each queue is read once a second",
     hooks: &[
         Hook { program: "listen_enter", events: Events::Plain(&[("syscalls", "sys_enter_listen")]) },
-        Hook { program: FIND_LISTENERS, events: Events::Iterator("task_file") },
+        Hook { program: VISIT_FILES, events: Events::Iterator("task_file") },
         Hook { program: READ_QUEUE, events: Events::OnDemand },
         Hook { program: WALK_QUEUE, events: Events::OnDemand },
     ],
 };
 
-/// Adds an entry for each socket of a target that already listens.
-pub(crate) fn find(ebpf: &mut Ebpf) -> Result<()> {
-    let program =
-        ebpf.program_mut(FIND_LISTENERS).context("the eBPF object has no program find_listeners")?;
+/// Visits the open files of targets: adds an entry for each socket that already listens, and notes the files that
+/// [`ask_for_files`](crate::read::reactors::Reactors::ask_for_files) has asked for.
+pub(crate) fn visit_files(ebpf: &mut Ebpf) -> Result<()> {
+    let program = ebpf.program_mut(VISIT_FILES).context("the eBPF object has no program visit_files")?;
     let program: &mut Iter = program.try_into()?;
     let link = program.attach().context("cannot walk over open files")?;
     let mut files = program.take_link(link)?.into_file()?;

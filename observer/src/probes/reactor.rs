@@ -12,9 +12,8 @@ use aya::{
 use nix::libc;
 use observer_common::{
     block::{Block, NO_CALL},
-    reactor::{
-        Evidence, Kind, PARTS, Part, Phase, Reactor as Doing, RunState, Stall as RawStall, WaitPattern,
-    },
+    reactor::{Evidence, Stall as RawStall},
+    waiter::{PARTS, RunState},
 };
 
 use super::probe::{Events, Hook, Probe, When};
@@ -99,40 +98,18 @@ pub(crate) fn find_registers(ebpf: &mut Ebpf, place: &Array<MapData, u32>) -> Re
     Ok(place.get(&0, 0)? != 0)
 }
 
-/// The entry that the programs would have for a thread that is already waiting at `now`, in this kind of wait.
-pub(crate) fn waiting(tgid: u32, now: u64, kind: Kind, set: u32) -> Doing {
-    Doing {
-        tgid,
-        pattern: WaitPattern { kind: kind as u32, set, is_firm: 1, ..WaitPattern::NONE },
-        phase: Phase::Waiting as u32,
-        phase_since_ns: now,
-        run: RunState::Blocked as u32,
-        run_since_ns: now,
-        ..Doing::EMPTY
-    }
-}
-
-/// Whether the thread has exited, so that its metrics are final.
-pub(crate) fn is_final(raw: &Raw) -> bool {
-    raw.now.phase == Phase::Exited as u32
-}
-
 /// The lag of an event loop up to `now`. Must be called regularly, so that waits are attributed to return delays of the
 /// same time.
 pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
-    let waits = raw.now.phase == Phase::Waiting as u32 && raw.now.phase_since_ns != 0;
-    let age = now.saturating_sub(raw.now.phase_since_ns);
-    let (in_progress_ns, wait_ns) = if raw.now.phase == Phase::Slice as u32 {
-        (age, 0)
-    } else if waits && raw.now.run == RunState::Woken as u32 {
-        let delay = now.saturating_sub(raw.now.woken_ns).min(age);
-        (delay, age - delay)
-    } else if waits || raw.now.phase == Phase::Parked as u32 {
-        (0, age)
-    } else {
-        (0, 0)
+    let wait_ns = wait_ns(raw, now);
+    let (in_progress_ns, wait_ns) = match (raw.slice_since_ns(), raw.wait_since_ns()) {
+        (Some(since), _) => (now.saturating_sub(since), wait_ns),
+        (None, Some(since)) if raw.waiter.run == RunState::Woken as u32 => {
+            let delay = now.saturating_sub(raw.waiter.woken_ns.max(since));
+            (delay, wait_ns.saturating_sub(delay))
+        }
+        (None, _) => (0, wait_ns),
     };
-    let wait_ns = raw.now.wait_ns + wait_ns;
     prober.ask(Observed {
         slices: &raw.durations.slice,
         replies: &raw.durations.wait_return_delay,
@@ -141,23 +118,38 @@ pub(crate) fn lag(raw: &Raw, prober: &mut Prober, now: u64) -> Histogram {
     })
 }
 
+/// Time up to `now` in which a thread waited in the loop, in nanoseconds.
+pub(crate) fn wait_ns(raw: &Raw, now: u64) -> u64 {
+    let now = if raw.now.members == 0 { raw.now.left_ns } else { now };
+    let since = |start: u64| now.saturating_sub(start);
+    let present = if raw.now.is_shared == 0 {
+        raw.wait_since_ns().map_or(0, since)
+    } else {
+        let gap_ns = raw.slice_since_ns().map_or(0, since);
+        since(raw.now.shared_since_ns).saturating_sub(raw.now.gaps_ns).saturating_sub(gap_ns)
+    };
+    raw.now.wait_ns + present
+}
+
 /// Metrics of an event loop as of `now`, with its lag up to then. The slice or wait in progress counts up to then.
-pub(crate) fn decode(name: String, raw: &Raw, lag: Histogram, now: u64) -> Reactor {
+pub(crate) fn decode(id: String, name: String, raw: &Raw, lag: Histogram, now: u64) -> Reactor {
     let slice = Histogram::from(&raw.durations.slice);
-    let in_slice = raw.now.phase == Phase::Slice as u32;
-    let in_phase = seconds(now.saturating_sub(raw.now.phase_since_ns));
-    let busy_seconds = slice.sum() + if in_slice { in_phase } else { 0.0 };
-    let waits_now = raw.now.phase == Phase::Parked as u32
-        || (raw.now.phase == Phase::Waiting as u32 && raw.now.phase_since_ns != 0);
-    let wait_seconds = seconds(raw.now.wait_ns) + if waits_now { in_phase } else { 0.0 };
+    let slice_age = raw.slice_since_ns().map(|since| now.saturating_sub(since));
+    let busy_seconds = slice.sum() + seconds(slice_age.unwrap_or(0));
+    let wait_seconds = seconds(wait_ns(raw, now));
     let observed = busy_seconds + wait_seconds;
 
-    let mut parts_ns = raw.now.parts.map(|part| part.ns);
-    if in_slice && let Some(running) = parts_ns.get_mut(raw.now.run.wrapping_add(raw.now.block) as usize) {
-        *running += now.saturating_sub(raw.now.run_since_ns);
+    let mut parts_ns = raw.now.parts_ns;
+    let of_slice = parts_in_progress(raw, now);
+    for (part, of_slice) in parts_ns.iter_mut().zip(of_slice) {
+        *part += of_slice;
     }
+    let gc_ns = if raw.present_part().is_some() { raw.waiter.gc_ns } else { 0 };
     Reactor {
+        id,
         tid: raw.now.tid,
+        only_tid: (raw.now.is_shared == 0).then_some(raw.now.tid),
+        threads: raw.now.members,
         name,
         slices: slice.count(),
         waits: raw.now.waits,
@@ -166,17 +158,32 @@ pub(crate) fn decode(name: String, raw: &Raw, lag: Histogram, now: u64) -> React
         wait_seconds,
         busy_seconds,
         utilization: (observed > 0.0).then(|| busy_seconds / observed),
-        current_slice_seconds: in_slice.then_some(in_phase),
+        current_slice_seconds: slice_age.map(seconds),
         current_slice_events_wait: None,
         current_stack: None,
         lag,
         slice,
         wakeup: Histogram::from(&raw.durations.wakeup),
         event_delay: Histogram::from(&raw.durations.event_delay),
-        split_seconds: split(&parts_ns, raw.now.gc.ns),
+        split_seconds: split(&parts_ns, raw.now.gc_ns + gc_ns),
         stalls: Stalls::default(),
-        exited: is_final(raw),
+        exited: false,
     }
+}
+
+/// The slice in progress by part, in nanoseconds. If its thread has left the loop, the cause is unknown.
+fn parts_in_progress(raw: &Raw, now: u64) -> [u64; PARTS] {
+    let Some(since) = raw.slice_since_ns() else { return [0; PARTS] };
+    let Some(present) = raw.present_part() else {
+        let mut parts = [0; PARTS];
+        parts[RunState::Blocked as usize + Block::Other as usize] = now.saturating_sub(since);
+        return parts;
+    };
+    let mut parts = raw.waiter.parts_ns;
+    if let Some(part) = parts.get_mut(present) {
+        *part += now.saturating_sub(raw.waiter.run_since_ns);
+    }
+    parts
 }
 
 /// Converts times by part, as the programs keep them, and the time of these that collections took.
@@ -222,36 +229,28 @@ pub(crate) fn stall(raw: &RawStall, origin: Option<Arc<Request>>, events_seen: b
     }
 }
 
-/// The slice in progress, as a stall that ends at `now`.
-pub(crate) fn stall_in_progress(raw: &Raw, now: u64, events_seen: bool) -> Stall {
-    let of_slice = |part: Part| part.ns.saturating_sub(part.before_ns);
-    let mut parts_ns = raw.now.parts.map(of_slice);
-    let present_ns = now.saturating_sub(raw.now.run_since_ns);
-    if let Some(running) = parts_ns.get_mut(raw.now.run.wrapping_add(raw.now.block) as usize) {
-        *running += present_ns;
-    }
-    let is_longest = raw.now.run == RunState::Blocked as u32 && present_ns > raw.now.longest_block_ns;
+/// The slice in progress since `since_ns`, as a stall that ends at `now`.
+pub(crate) fn stall_in_progress(raw: &Raw, since_ns: u64, now: u64, events_seen: bool) -> Stall {
+    let waiter = &raw.waiter;
+    let present_ns = now.saturating_sub(waiter.run_since_ns);
+    let is_longest = waiter.run == RunState::Blocked as u32 && present_ns > waiter.longest_block_ns;
     let raw = RawStall {
-        tid: 0,
+        reactor: raw.now.slot,
         tgid: raw.now.tgid,
-        start_ns: raw.now.phase_since_ns,
-        length_ns: now.saturating_sub(raw.now.phase_since_ns),
-        parts_ns,
-        gc_ns: of_slice(raw.now.gc),
-        longest_block_call: if is_longest { raw.now.call } else { raw.now.longest_block_call },
-        longest_queue_after: raw.now.longest_queue_after,
+        created_ns: raw.now.created_ns,
+        start_ns: since_ns,
+        length_ns: now.saturating_sub(since_ns),
+        parts_ns: parts_in_progress(raw, now),
+        gc_ns: waiter.gc_ns,
+        longest_block_call: if is_longest { waiter.call } else { waiter.longest_block_call },
+        longest_queue_after: waiter.longest_queue_after,
         request: 0,
         // It has not ended: events that are there now have waited.
         evidence: if events_seen { Evidence::EventsWaited } else { Evidence::Unknown } as u32,
-        reserved: 0,
+        tid: waiter.tid,
     };
     // Its origin is known only when it ends.
     stall(&raw, None, events_seen)
-}
-
-/// Whether a slice is in progress.
-pub(crate) fn is_in_slice(raw: &Raw) -> bool {
-    raw.now.phase == Phase::Slice as u32
 }
 
 fn call_name(number: u32) -> Option<String> {
@@ -260,51 +259,83 @@ fn call_name(number: u32) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use observer_common::reactor::Durations;
+    use observer_common::{
+        reactor::{Durations, Reactor as Entry},
+        waiter::{Phase, Waiter},
+    };
 
     use super::*;
 
     const SECOND: u64 = 1_000_000_000;
 
-    const fn raw(now: Doing) -> Raw {
-        Raw { now, durations: Durations::NONE }
+    /// A loop with one thread, which does this.
+    const fn raw(waiter: Waiter) -> Raw {
+        let now = Entry { created_ns: 1, tid: 7, tgid: 7, slot: 1, members: 1, waiter: 1, ..Entry::EMPTY };
+        let waiter = Waiter { tid: 7, tgid: 7, slot: 1, reactor: 1, ..waiter };
+        Raw { now, waiter, durations: Durations::NONE }
     }
 
     fn decoded(raw: &Raw, now: u64) -> Reactor {
-        decode(String::new(), raw, lag(raw, &mut Prober::default(), now), now)
+        decode(String::new(), String::new(), raw, lag(raw, &mut Prober::default(), now), now)
     }
 
-    #[test]
-    fn a_slice_in_progress_counts_up_to_now() {
-        let mut parts = [Part::NONE; PARTS];
-        parts[RunState::Cpu as usize].ns = SECOND;
-        let raw = raw(Doing {
+    /// Its thread works for two seconds at 12 s, the second of them asleep.
+    const fn busy() -> Waiter {
+        let mut parts_ns = [0; PARTS];
+        parts_ns[RunState::Cpu as usize] = SECOND;
+        Waiter {
             phase: Phase::Slice as u32,
             phase_since_ns: 10 * SECOND,
             run: RunState::Blocked as u32,
             run_since_ns: 11 * SECOND,
             block: Block::Sleep as u32,
-            parts,
-            wait_ns: 2 * SECOND,
-            ..Doing::EMPTY
-        });
+            parts_ns,
+            ..Waiter::EMPTY
+        }
+    }
+
+    #[test]
+    fn a_slice_in_progress_counts_up_to_now() {
+        let mut raw = raw(busy());
+        raw.now.wait_ns = 2 * SECOND;
         let reactor = decoded(&raw, 12 * SECOND);
         assert_eq!(reactor.current_slice_seconds, Some(2.0));
         assert_eq!((reactor.busy_seconds, reactor.wait_seconds), (2.0, 2.0));
         assert_eq!(reactor.utilization, Some(0.5));
         assert_eq!((reactor.split_seconds.cpu, reactor.split_seconds.blocked.sleep), (1.0, 1.0));
-        assert_eq!(reactor.slices, 0);
+        assert_eq!((reactor.slices, reactor.threads, reactor.only_tid), (0, 1, Some(7)));
         // Four seconds were observed; an event due in half of them would have waited for up to two seconds.
         assert_eq!((reactor.lag.count(), reactor.lag.max()), (4000, 2.0));
     }
 
     #[test]
+    fn a_shared_loop_is_busy_only_while_no_thread_waits() {
+        let mut raw = raw(busy());
+        raw.now = Entry { is_shared: 1, members: 3, shared_since_ns: 2 * SECOND, gaps_ns: SECOND, ..raw.now };
+        let reactor = decoded(&raw, 12 * SECOND);
+        assert_eq!((reactor.busy_seconds, reactor.wait_seconds), (0.0, 9.0));
+        assert_eq!((reactor.current_slice_seconds, reactor.split_seconds.total()), (None, 0.0));
+        assert_eq!((reactor.threads, reactor.only_tid), (3, None));
+
+        raw.now.gap_since_ns = 10 * SECOND;
+        let reactor = decoded(&raw, 12 * SECOND);
+        assert_eq!((reactor.busy_seconds, reactor.wait_seconds), (2.0, 7.0));
+        assert_eq!((reactor.split_seconds.cpu, reactor.split_seconds.blocked.sleep), (1.0, 1.0));
+        assert_eq!((reactor.lag.count(), reactor.lag.max()), (9000, 2.0));
+
+        // The thread with which the gap began has exited.
+        raw.waiter = Waiter::EMPTY;
+        let reactor = decoded(&raw, 12 * SECOND);
+        assert_eq!((reactor.busy_seconds, reactor.split_seconds.blocked.other), (2.0, 2.0));
+    }
+
+    #[test]
     fn a_pending_return_from_a_wait_counts_up_to_now() {
-        let raw = raw(Doing {
+        let raw = raw(Waiter {
             phase_since_ns: 10 * SECOND,
             run: RunState::Woken as u32,
             woken_ns: 13 * SECOND,
-            ..Doing::EMPTY
+            ..Waiter::EMPTY
         });
         let lag = lag(&raw, &mut Prober::default(), 15 * SECOND);
         assert_eq!((lag.count(), lag.max()), (5000, 2.0));
@@ -313,7 +344,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_waits_since_the_start_is_idle() {
-        let raw = raw(waiting(7, SECOND, Kind::Epoll, 3));
+        let raw = raw(Waiter { phase_since_ns: SECOND, run: RunState::Blocked as u32, ..Waiter::EMPTY });
         let reactor = decoded(&raw, 4 * SECOND);
         assert_eq!((reactor.lag.count(), reactor.lag.sum()), (3000, 0.0));
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds), (3.0, 0.0));
@@ -322,10 +353,22 @@ mod tests {
     }
 
     #[test]
-    fn times_of_an_exited_thread_are_final() {
-        let raw = raw(Doing { phase: Phase::Exited as u32, phase_since_ns: SECOND, ..Doing::EMPTY });
+    fn times_of_a_loop_without_threads_are_final() {
+        let mut raw = raw(Waiter::EMPTY);
+        (raw.now.members, raw.waiter) = (0, Waiter::EMPTY);
         let reactor = decoded(&raw, 100 * SECOND);
         assert_eq!((reactor.wait_seconds, reactor.busy_seconds, reactor.utilization), (0.0, 0.0, None));
-        assert!(reactor.exited);
+
+        // With its last return, the last thread of a shared loop opened a gap.
+        raw.now = Entry {
+            is_shared: 1,
+            shared_since_ns: SECOND,
+            left_ns: 5 * SECOND,
+            gaps_ns: SECOND,
+            gap_since_ns: 5 * SECOND,
+            ..raw.now
+        };
+        let reactor = decoded(&raw, 100 * SECOND);
+        assert_eq!((reactor.wait_seconds, reactor.busy_seconds, reactor.lag.max()), (3.0, 0.0, 0.0));
     }
 }

@@ -6,6 +6,7 @@ use std::{
     ffi::OsString,
     iter,
     os::unix::fs::MetadataExt as _,
+    path::Path,
 };
 
 use procfs::{
@@ -89,6 +90,11 @@ pub(crate) fn ensure_observable(pid: u32) -> Result<(), Failure> {
 /// Whether a process is running; a zombie is not.
 pub(crate) fn is_there(pid: u32) -> bool {
     ensure_observable(pid).is_ok()
+}
+
+/// Whether a process has this thread.
+pub(crate) fn has_thread(pid: u32, tid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}/task/{tid}")).exists()
 }
 
 /// All descendants of these processes as of now, without the processes themselves.

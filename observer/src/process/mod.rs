@@ -15,6 +15,6 @@ pub(crate) mod hooks;
 pub(crate) mod check;
 
 pub(crate) use info::{
-    Process, ancestors, descendants, described, ensure_observable, environment, is_there, network_namespace,
-    socket_inode, start_ticks, thread_name,
+    Process, ancestors, descendants, described, ensure_observable, environment, has_thread, is_there,
+    network_namespace, socket_inode, start_ticks, thread_name,
 };

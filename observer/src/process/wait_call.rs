@@ -5,7 +5,7 @@ use std::{fmt, fs::File, os::unix::fs::FileExt as _};
 
 use clap::ValueEnum;
 use nix::libc;
-use observer_common::reactor::Kind;
+use observer_common::waiter::Kind;
 
 use crate::arch::syscalls::newer;
 
@@ -55,15 +55,16 @@ pub(crate) enum Call {
 /// Threads of a process that are blocked in an accept or in one of these waits now, each with its call.
 pub(crate) fn blocked_in(pid: u32, waits: &[WaitCall]) -> Vec<(u32, Call)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    threads
-        .filter_map(|thread| {
-            let call = std::fs::read_to_string(thread.path().join("syscall")).ok()?;
-            let memory = |at, buffer: &mut [u8]| {
-                File::open(format!("/proc/{pid}/mem")).ok()?.read_exact_at(buffer, at).ok()
-            };
-            Some((thread.file_name().to_str()?.parse().ok()?, parse(&call, waits, memory)?))
-        })
-        .collect()
+    let threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+    threads.filter_map(|tid| Some((tid, call_of(pid, tid, waits)?))).collect()
+}
+
+/// The call that a thread is blocked in now, if it is an accept or one of these waits.
+pub(crate) fn call_of(pid: u32, tid: u32, waits: &[WaitCall]) -> Option<Call> {
+    let call = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    let memory =
+        |at, buffer: &mut [u8]| File::open(format!("/proc/{pid}/mem")).ok()?.read_exact_at(buffer, at).ok();
+    parse(&call, waits, memory)
 }
 
 /// Parses `/proc/PID/task/TID/syscall`: the number in decimal, then the arguments in hexadecimal; or `running`.

@@ -25,10 +25,14 @@ const fn size(map: &'static str, entries: u32, loops: u32) -> MapSize {
 const MAP_SIZES: &[MapSize] = &[
     size("THREADS", 1, 1),
     // Slot 0 is never used.
+    MapSize { map: "WAITERS", entries: 1, loops: 1, more: 1 },
+    MapSize { map: "FREE_WAITERS", entries: 1, loops: 1, more: 1 },
     MapSize { map: "REACTORS", entries: 1, loops: 1, more: 1 },
     MapSize { map: "DURATIONS", entries: 1, loops: 1, more: 1 },
-    MapSize { map: "FREE_SLOTS", entries: 1, loops: 1, more: 1 },
-    size("POOLS", 1, 1),
+    MapSize { map: "FREE_REACTORS", entries: 1, loops: 1, more: 1 },
+    size("SETS", 1, 1),
+    size("GAPS", 1, 1),
+    size("SET_FILES", 1, 1),
     size("TARGETS", 4, 1),
     size("REJECTED_PIDS", 16, 1),
     size("LISTENERS", 1, 1),

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Map, MapData};
 use memmap2::{MmapOptions, MmapRaw};
-use observer_common::id_filter::{IdFilter as Words, Seen, place, seen, share};
+use observer_common::id_filter::{IdFilter as Words, place, share};
 
 /// `ID_FILTER`, mapped into memory.
 #[derive(Clone)]
@@ -48,11 +48,6 @@ impl IdFilter {
     /// Uncounts a thread with its slot; must be called after it was removed from `THREADS`, or not added.
     pub(super) fn remove_thread(&self, tid: u32, slot: u32) {
         self.thread(tid).fetch_sub(share(slot), Ordering::SeqCst);
-    }
-
-    /// Which slot a thread may have.
-    pub(super) fn slot_of(&self, tid: u32) -> Seen {
-        seen(self.thread(tid).load(Ordering::SeqCst))
     }
 
     fn process(&self, pid: u32) -> &AtomicU32 {

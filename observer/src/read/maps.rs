@@ -2,7 +2,6 @@
 //! value may be a few events apart, and are never wrong by more than what happens meanwhile.
 
 use std::{
-    collections::BTreeSet,
     io,
     os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
 };
@@ -20,11 +19,10 @@ use observer_common::{
     listener::Listener,
     loss::Loss,
     origin::{Answer, Connection, Descriptor, Request},
-    reactor::{Pool, Stall},
+    reactor::Stall,
 };
 
-use super::{capacity::Capacity, id_filter::IdFilter, reactors::Reactors, targets::Targets};
-use crate::read::entries::entries;
+use super::{capacity::Capacity, id_filter::IdFilter, reactors::Reactors, slots::Slots, targets::Targets};
 
 /// All maps of the programs.
 pub(crate) struct Maps {
@@ -32,10 +30,8 @@ pub(crate) struct Maps {
     pub(crate) targets: Targets,
     /// Processes that selection rejected, by process id.
     pub(crate) rejected: HashMap<MapData, u32, u8>,
-    /// Threads that are event loops.
+    /// Event loops, and the threads that wait in them.
     pub(crate) reactors: Reactors,
-    /// Number of threads that wait on each epoll set.
-    pools: HashMap<MapData, Pool, u32>,
     /// Listeners, by inode number.
     pub(crate) listeners: HashMap<MapData, u64, Listener>,
     /// Ports whose new connections get a time stamp, with the key of the listener, or 0 if there are several listeners.
@@ -83,15 +79,7 @@ impl Maps {
         Ok(Self {
             targets: Targets::of(HashMap::try_from(take(ebpf, "TARGETS")?)?, id_filter.clone()),
             rejected: HashMap::try_from(take(ebpf, "REJECTED_PIDS")?)?,
-            reactors: Reactors::of(
-                take(ebpf, "REACTORS")?,
-                Array::try_from(take(ebpf, "DURATIONS")?)?,
-                HashMap::try_from(take(ebpf, "THREADS")?)?,
-                Stack::try_from(take(ebpf, "FREE_SLOTS")?)?,
-                id_filter,
-                capacity.slots(),
-            )?,
-            pools: HashMap::try_from(take(ebpf, "POOLS")?)?,
+            reactors: Self::take_reactors(ebpf, id_filter, capacity)?,
             listeners: HashMap::try_from(take(ebpf, "LISTENERS")?)?,
             ports: HashMap::try_from(take(ebpf, "PORTS")?)?,
             unix_names: HashMap::try_from(take(ebpf, "UNIX_NAMES")?)?,
@@ -117,24 +105,23 @@ impl Maps {
         })
     }
 
-    /// Whether several threads of a process wait on this epoll set.
-    pub(crate) fn is_shared(&self, tgid: u32, set: u32) -> bool {
-        self.pools.get(&Pool { tgid, set }, 0).is_ok_and(|threads| threads > 1)
-    }
-
-    /// Removes the pools of processes that are not targets any more, or exited unnoticed. Keeps in `pids` those that
-    /// are targets, such as another process with the same id, for a later call.
-    pub(crate) fn forget_pools(&mut self, pids: &mut BTreeSet<u32>) {
-        let (kept, gone) = pids.iter().partition::<BTreeSet<_>, _>(|pid| self.targets.get(pid, 0).is_ok());
-        *pids = kept;
-        if gone.is_empty() {
-            return;
-        }
-        for (pool, _) in entries::<Pool, u32>(&self.pools) {
-            if gone.contains(&pool.tgid) {
-                let _absent = self.pools.remove(&pool);
-            }
-        }
+    fn take_reactors(ebpf: &mut Ebpf, id_filter: IdFilter, capacity: Capacity) -> Result<Reactors> {
+        let mut reactors = Reactors {
+            reactors: Slots::of(take(ebpf, "REACTORS")?, capacity.slots(), "REACTORS")?,
+            waiters: Slots::of(take(ebpf, "WAITERS")?, capacity.slots(), "WAITERS")?,
+            durations: Array::try_from(take(ebpf, "DURATIONS")?)?,
+            threads: HashMap::try_from(take(ebpf, "THREADS")?)?,
+            sets: HashMap::try_from(take(ebpf, "SETS")?)?,
+            gaps: HashMap::try_from(take(ebpf, "GAPS")?)?,
+            set_files: HashMap::try_from(take(ebpf, "SET_FILES")?)?,
+            free_reactors: Stack::try_from(take(ebpf, "FREE_REACTORS")?)?,
+            free_waiters: Stack::try_from(take(ebpf, "FREE_WAITERS")?)?,
+            id_filter,
+            ended: Vec::new(),
+            released: Vec::new(),
+        };
+        reactors.free_all()?;
+        Ok(reactors)
     }
 
     /// Number of programs that a target has executed so far; `None` if it is not a target any more.

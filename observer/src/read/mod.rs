@@ -5,5 +5,6 @@ pub(crate) mod capacity;
 pub(crate) mod entries;
 mod id_filter;
 mod targets;
+mod slots;
 pub(crate) mod reactors;
 pub(crate) mod maps;

@@ -33,7 +33,7 @@ struct io_kiocb { struct file *file; unsigned char opcode; u32 flags; struct io_
 struct io_kiocb___old { u64 user_data; };
 struct io_accept { u32 file_slot; };
 struct io_uring_cqe { u64 user_data; int res; u32 flags; };
-struct bpf_iter__task_file { struct task_struct *task; struct file *file; };
+struct bpf_iter__task_file { struct task_struct *task; u32 fd; struct file *file; };
 #pragma clang attribute pop
 #define READ(field) sink = (u64)(unsigned long)__builtin_preserve_access_index(&field)
 volatile u64 sink;
@@ -49,7 +49,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     READ(k->__sk_common.skc_state); READ(k->__sk_common.skc_rcv_saddr); READ(k->__sk_common.skc_v6_rcv_saddr); READ(k->sk_type);
     READ(k->sk_drops.counter); READ(k->sk_receive_queue.qlen); READ(k->sk_socket); READ(r->dl_next); READ(r->sk);
     READ(ic->icsk_accept_queue.qlen.counter); READ(ic->icsk_accept_queue.rskq_accept_head);
-    READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file);
+    READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file); READ(it->fd);
     READ(us->peer); READ(k->sk_receive_queue.next); READ(b->sk); READ(q->file); READ(q->opcode); READ(q->flags); READ(q->ctx);
     READ(q->cqe.user_data); READ(qo->user_data); READ(q->cqe.fd); READ(ac->file_slot); READ(e->user_data); READ(e->res); READ(e->flags);
     READ(t->stack); READ(i->i_mode); READ(p->orig_ax); READ(p->di); READ(p->si); READ(p->dx); READ(p->bp); READ(t->thread.fsbase);

@@ -228,11 +228,14 @@ impl Report {
         found[0]
     }
 
-    /// The event loop in the main thread of this process.
+    /// The event loop in the main thread of this process: if there were several, the one that has not ended.
     #[track_caller]
     pub(crate) fn reactor(&self, pid: u32) -> &Value {
         let reactors = self.target(pid)["reactors"].as_array().unwrap();
-        let main: Vec<_> = reactors.iter().filter(|reactor| reactor["tid"] == pid).collect();
+        let mut main: Vec<_> = reactors.iter().filter(|reactor| reactor["tid"] == pid).collect();
+        if main.len() > 1 {
+            main.retain(|reactor| reactor["exited"] == false);
+        }
         assert_eq!(main.len(), 1, "main reactors of {pid} in {:#}", self.0);
         main[0]
     }

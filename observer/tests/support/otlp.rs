@@ -256,7 +256,7 @@ fn labels(
     let mut labels = BTreeMap::new();
     for (name, value) in attributes {
         let name = match name.as_str() {
-            "thread.id" => "tid",
+            "observer.loop" => "loop",
             "thread.name" => "reactor",
             "comm" => continue,
             other => other,

@@ -1,17 +1,21 @@
 //! Calls that wait for events. There is one program for each signature, because the arguments differ.
 
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::tracepoint, programs::TracePointContext};
-use observer_common::reactor::{Call, EXAMINED_NS, Evidence, FOREVER, Kind};
+use observer_common::{
+    reactor::{EXAMINED_NS, Evidence},
+    waiter::{Call, FOREVER, Kind, NO_SET},
+};
 
 use super::wait::{Thread, return_from_call};
 use crate::{
     kernel,
-    state::{reactors::find, system_call::call_in_progress},
+    state::{system_call::call_in_progress, waiters::find},
 };
 
-/// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`, and the result of a ring's wait that timed out.
+/// `IORING_ENTER_GETEVENTS`, `IORING_ENTER_EXT_ARG` and `IORING_ENTER_REGISTERED_RING`, and the result of a ring's wait that timed out.
 const GETEVENTS: u32 = 1 << 0;
 const EXT_ARG: u32 = 1 << 3;
+const REGISTERED_RING: u32 = 1 << 4;
 const ETIME: i64 = -62;
 /// Result of an interrupted `poll` that the kernel will restart: the wait is not over.
 const ERESTART_RESTARTBLOCK: i64 = -516;
@@ -65,7 +69,9 @@ fn uring(ctx: &TracePointContext) -> Option<Call> {
     // `struct io_uring_getevents_arg`: a signal mask, its size, padding, and a pointer to a timespec.
     let timeout = if low_half(flags) & EXT_ARG == 0 { None } else { kernel::read_user::<[u64; 3]>(argument) };
     let timeout_ns = timeout.map_or(FOREVER, |[_, _, timeout]| timespec(timeout));
-    Some(Call { kind: Kind::IoUring, set: low_half(ring), is_single: false, timeout_ns })
+    // The number of a registered ring is not a descriptor.
+    let set = if low_half(flags) & REGISTERED_RING == 0 { low_half(ring) } else { NO_SET };
+    Some(Call { kind: Kind::IoUring, set, is_single: false, timeout_ns })
 }
 
 #[tracepoint]
@@ -129,11 +135,11 @@ fn pselect(ctx: &TracePointContext) -> Option<Call> {
 #[tracepoint]
 fn epoll_exit(ctx: TracePointContext) -> u32 {
     let tid = kernel::current().1;
-    if let Some(reactor) = find(tid) {
+    if let Some(waiter) = find(tid) {
         let events = kernel::return_value(&ctx).unwrap_or(0);
         // SAFETY: a live map value that only this thread writes while it runs.
         unsafe {
-            return_from_call(reactor, tid, events, events == 0, |length| epoll_evidence(events, length))
+            return_from_call(waiter, tid, events, events == 0, |length| epoll_evidence(events, length))
         };
     }
     0
@@ -156,10 +162,10 @@ fn epoll_evidence(events: i64, length: u64) -> Evidence {
 #[tracepoint]
 fn uring_exit(ctx: TracePointContext) -> u32 {
     let tid = kernel::current().1;
-    if let Some(reactor) = find(tid) {
+    if let Some(waiter) = find(tid) {
         let result = kernel::return_value(&ctx).unwrap_or(0);
         // SAFETY: as above.
-        unsafe { return_from_call(reactor, tid, 0, result == ETIME, |_| ring_evidence(result)) };
+        unsafe { return_from_call(waiter, tid, 0, result == ETIME, |_| ring_evidence(result)) };
     }
     0
 }
@@ -184,11 +190,11 @@ fn select_exit(ctx: TracePointContext) -> u32 {
 #[inline(always)]
 fn return_from_poll_or_select(ctx: &TracePointContext) -> u32 {
     let tid = kernel::current().1;
-    if let Some(reactor) = find(tid) {
+    if let Some(waiter) = find(tid) {
         let events = kernel::return_value(ctx).unwrap_or(0);
         if events != ERESTART_RESTARTBLOCK {
             // SAFETY: as above.
-            unsafe { return_from_call(reactor, tid, events, events == 0, |_| wait_evidence(events)) };
+            unsafe { return_from_call(waiter, tid, events, events == 0, |_| wait_evidence(events)) };
         }
     }
     0

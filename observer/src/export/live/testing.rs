@@ -94,7 +94,10 @@ pub(crate) fn kind(task: &str, started: u64) -> Deferred {
 /// An event loop that has waited for `seconds` seconds.
 fn idle(seconds: f64) -> Reactor {
     Reactor {
+        id: "11".into(),
         tid: 11,
+        only_tid: Some(11),
+        threads: 1,
         name: "reactor".into(),
         slices: 0,
         waits: 0,

@@ -11,7 +11,7 @@ use crate::model::subject::Subject;
 /// Maximum number of series with an exemplar.
 const SERIES: usize = 4096;
 
-/// Name of a metric, process id, and kind of task or thread id.
+/// Name of a metric, process id, and kind of task or id of an event loop.
 type Key = (&'static str, u32, Arc<str>);
 
 /// Exemplars since the last push of metrics.
@@ -37,7 +37,7 @@ impl Exemplars {
     /// The exemplar of a series of this metric and subject.
     pub(super) fn of(&self, metric: &'static str, subject: Subject<'_>) -> Option<Exemplar> {
         let (target, name) = match subject {
-            Subject::Reactor(target, reactor) => (target, reactor.tid.to_string().into()),
+            Subject::Reactor(target, reactor) => (target, reactor.id.as_str().into()),
             Subject::Task(target, deferred) => (target, deferred.task.as_str().into()),
             _ => return None,
         };

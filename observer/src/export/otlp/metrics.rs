@@ -216,13 +216,13 @@ fn attributes(labels: Labels<'_>) -> Vec<KeyValue> {
 }
 
 fn attribute((name, value): Label<'_>) -> KeyValue {
-    let (key, value) = match (name, value.parse()) {
-        ("tid", Ok(tid)) => ("thread.id", Value::IntValue(tid)),
-        ("tid", Err(_)) => ("thread.id", Value::StringValue(value.into_owned())),
-        ("reactor", _) => ("thread.name", Value::StringValue(value.into_owned())),
-        _ => (name, Value::StringValue(value.into_owned())),
+    let key = match name {
+        "loop" => "observer.loop",
+        "reactor" => "thread.name",
+        _ => name,
     };
-    KeyValue { key: key.into(), value: Some(AnyValue { value: Some(value) }), ..KeyValue::default() }
+    let value = Some(AnyValue { value: Some(Value::StringValue(value.into_owned())) });
+    KeyValue { key: key.into(), value, ..KeyValue::default() }
 }
 
 /// The value of a number. Counts of things are integers.

@@ -108,15 +108,14 @@ impl Tracer {
                     }
                     Some(span)
                 }
-                EventKind::Stall(tid, start_ns, stall) => {
+                EventKind::Stall { reactor, tid, start_ns, stall } => {
                     let context = match &stall.origin {
                         Some(request) => self.remember(pid, request, &mut spans),
                         None => Some(self.ids.own_context(tid, start_ns)),
                     };
                     let Some(context) = context else { continue };
                     let end = clock::wall_time(start_ns) + length(&stall);
-                    let key = (SLICE, pid, tid.to_string().into());
-                    exemplars.add(key, &context.span(context.top), stall.seconds, end);
+                    exemplars.add((SLICE, pid, reactor), &context.span(context.top), stall.seconds, end);
                     let span = stall_span(&self.ids, &context, tid, start_ns, &stall);
                     match stall.origin.as_ref().and_then(|request| self.open(request)) {
                         Some(open) => {
@@ -413,7 +412,15 @@ mod tests {
             origin,
             site: 0,
         };
-        Event { pid: 7, what: EventKind::Stall(9, 3_000_000, Box::new(stall)) }
+        Event {
+            pid: 7,
+            what: EventKind::Stall {
+                reactor: "9".into(),
+                tid: 9,
+                start_ns: 3_000_000,
+                stall: Box::new(stall),
+            },
+        }
     }
 
     fn spans(tracer: &mut Tracer, events: impl IntoIterator<Item = Event>, are_last: bool) -> Vec<SpanData> {

@@ -13,7 +13,6 @@ use crate::shell::{ask, find};
 use crate::workspace::root;
 
 const PROGRAMS: &[&str] = &[
-    "busybox",
     "nginx",
     "redis-server",
     "redis-benchmark",
@@ -59,19 +58,11 @@ nobody:x:65534:65534:nobody:/nonexistent:/bin/false
 
 const GROUP: &str = "root:x:0:\nwww-data:x:33:\nredis:x:110:\nnogroup:x:65534:\n";
 
-/// Builds the image of a guest that boots to a shell; `set_command` makes it run a command instead.
+/// Builds the image of a guest with what tests need. It boots to a shell; `set_command` makes it run a command instead.
 pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
-    let mut image = Image::default();
-    for link in ["/bin", "/sbin", "/lib", "/lib64"] {
-        image.add(Path::new(link));
-    }
+    let mut image = base(observer, kernel)?;
     for program in PROGRAMS {
-        let path = find(program).ok_or_else(|| {
-            anyhow!(
-                "a guest needs {program}, which is not installed\nby hand: install {program}, or put it on PATH"
-            )
-        })?;
-        image.add_program(&path);
+        add_installed(&mut image, program)?;
     }
     add_python(&mut image)?;
     image.add_program(Path::new(RUBY));
@@ -79,14 +70,25 @@ pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
         image.add_tree(Path::new(folder), &[]);
     }
 
+    image.add_tree(root(), &["target", ".git"].map(OsStr::new));
+    for folder in ["/var/log/nginx", "/var/lib/nginx"] {
+        image.add_folder(folder, 0o755);
+    }
+    Ok(image)
+}
+
+/// Builds the image of a guest with observer and a minimal user space.
+pub(crate) fn base(observer: &Path, kernel: &Kernel) -> Result<Image> {
+    let mut image = Image::default();
+    for link in ["/bin", "/sbin", "/lib", "/lib64"] {
+        image.add(Path::new(link));
+    }
+    add_installed(&mut image, "busybox")?;
+    image.add(root());
     image.add_program(observer);
     let call = shlex::try_quote(observer.to_str().context("observer's path is not UTF-8")?)?;
     image.add_text("/usr/bin/observer", 0o755, format!("#!/bin/sh\nexec {call} \"$@\"\n"));
-    image.add_tree(root(), &["target", ".git"].map(OsStr::new));
-
-    for folder in
-        ["/dev", "/proc", "/run", "/sys", "/var", "/var/log", "/var/log/nginx", "/var/lib", "/var/lib/nginx"]
-    {
+    for folder in ["/dev", "/proc", "/run", "/sys", "/var", "/var/log", "/var/lib"] {
         image.add_folder(folder, 0o755);
     }
     for folder in ["/tmp", "/var/tmp"] {
@@ -104,6 +106,17 @@ pub(crate) fn image(observer: &Path, kernel: &Kernel) -> Result<Image> {
     image.add_text("/etc/hosts", 0o644, "127.0.0.1 localhost guest\n::1 localhost\n");
     image.add_text("/init", 0o755, include_str!("init.sh"));
     Ok(image)
+}
+
+/// Adds an installed program.
+fn add_installed(image: &mut Image, program: &str) -> Result<()> {
+    let path = find(program).ok_or_else(|| {
+        anyhow!(
+            "a guest needs {program}, which is not installed\nby hand: install {program}, or put it on PATH"
+        )
+    })?;
+    image.add_program(&path);
+    Ok(())
 }
 
 /// Makes the guest run shell commands, in the repository, instead of a shell. If they write `file`, the guest sends it

@@ -20,6 +20,7 @@ mod image;
 mod kernel;
 mod guest;
 mod vm;
+mod ledger;
 mod nextest;
 mod suite;
 
@@ -72,6 +73,12 @@ enum Command {
         #[arg(long)]
         quick: bool,
     },
+    /// Count the instructions that observer adds to system calls, waits and switches, in an emulated guest.
+    Ledger {
+        /// Write the counts to bench/ledger.json.
+        #[arg(long)]
+        update: bool,
+    },
     /// Fuzz the parsers of untrusted input.
     Fuzz {
         /// Fuzz targets to run; all if omitted.
@@ -111,6 +118,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo { args } => return Err(observer::demo(&args)),
         Command::Docs => documents::write()?,
         Command::Bench { parts, quick } => return Err(bench::run(&parts, quick)),
+        Command::Ledger { update } => ledger::run(update)?,
         Command::Fuzz { targets, seconds } => return fuzz::run(&targets, seconds),
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
         Command::Test { full, soak, machines, names } => {

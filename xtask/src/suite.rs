@@ -18,7 +18,7 @@ use crate::python::{COLLECTOR, TRACER};
 use crate::report::{ConcurrentStage, Findings, Report};
 use crate::results::{Results, Verdict};
 use crate::workspace::{Executable, build, cargo, plain_cargo};
-use crate::{dependencies, guest, manifests, nextest, packages, toolchain, vm};
+use crate::{dependencies, guest, ledger, manifests, nextest, packages, toolchain, vm};
 
 /// Packages whose test executables run in guests.
 const GUEST_PACKAGES: &[&str] = &["observer", "observer-common"];
@@ -136,7 +136,13 @@ fn stages(report: &mut Report, options: &Options) -> Option<()> {
             built.on_guest(series, options, findings)
         })
     });
-    report.run_concurrently(concurrent.into_iter().chain(guests));
+    let counts = (!options.is_partial() && options.machines.is_empty()).then(|| {
+        let built = &built;
+        ConcurrentStage::new("ledger".to_owned(), move |findings| {
+            ledger::check(&built.observer, &built.ledger, findings)
+        })
+    });
+    report.run_concurrently(concurrent.into_iter().chain(guests).chain(counts));
     if has_host {
         for phase in &PHASES[1..] {
             report.stage(phase.name, |findings| built.on_host(phase, options, findings));
@@ -201,6 +207,8 @@ fn check(what: &str, command: &Expression) -> Result<()> {
 /// All executables that tests need, built once for this machine and all guests.
 struct Built {
     observer: PathBuf,
+    /// The program that counts instructions.
+    ledger: PathBuf,
     executables: Vec<Executable>,
     nextest: Nextest,
 }
@@ -210,7 +218,14 @@ impl Built {
         let executables = build("test", &["--workspace", "--exclude", "observer-ebpf", "--no-run"])?;
         let is_observer = |executable: &&Executable| executable.name == "observer" && !executable.is_test;
         let observer = executables.iter().find(is_observer).context("package observer has no binary")?;
-        Ok(Self { observer: observer.path.clone(), nextest: Nextest::build_repository()?, executables })
+        let ledger = executables.iter().find(|executable| executable.name == "ledger");
+        let ledger = ledger.context("package bench has no example ledger")?.path.clone();
+        Ok(Self {
+            observer: observer.path.clone(),
+            ledger,
+            nextest: Nextest::build_repository()?,
+            executables,
+        })
     }
 
     fn on_host(&self, phase: &Phase, options: &Options, findings: &mut Findings) -> Result<()> {
@@ -267,7 +282,7 @@ impl Built {
             .chain([Ok(run)])
             .collect::<Result<String, _>>()?;
         guest::set_command(&mut image, &run, Some(Path::new("target/nextest/guest/junit.xml")))?;
-        let outcome = vm::run(&kernel, &image.write()?, &format!("{series} | "))?;
+        let outcome = vm::run(&kernel, &image.write()?, vm::Clock::Real, &format!("{series} | "))?;
         let Some(status) = outcome.status else {
             bail!("the guest with Linux {series} crashed, hung or timed out, see above")
         };

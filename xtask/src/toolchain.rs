@@ -62,11 +62,16 @@ impl fmt::Display for Toolchain {
     }
 }
 
-/// Version of the compiler for eBPF programs, if it is not the pinned one.
-pub(crate) fn unpinned() -> Option<String> {
+/// Version of the compiler for eBPF programs.
+pub(crate) fn ebpf_compiler() -> Option<String> {
     let toolchain = Toolchain::read(&target_path("ebpf-toolchain"))?;
     let rustc = sysroot(&toolchain.name)?.join("bin/rustc");
-    let version = ask(&cmd!(rustc, "--version"))?;
+    ask(&cmd!(rustc, "--version"))
+}
+
+/// Version of the compiler for eBPF programs, if it is not the pinned one.
+pub(crate) fn unpinned() -> Option<String> {
+    let version = ebpf_compiler()?;
     let is_pinned = version.split(' ').nth(1).is_some_and(|version| version.starts_with(EBPF_RUSTC));
     (!is_pinned).then_some(version)
 }

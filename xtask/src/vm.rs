@@ -18,6 +18,15 @@ const QEMU: &str = "qemu-system-x86_64";
 /// Longer than any test run takes in an emulated guest.
 const LIMIT: Duration = Duration::from_secs(75 * 60);
 
+/// How the clock of a guest advances.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// As fast as the clock of this machine.
+    Real,
+    /// By a nanosecond for each instruction that is emulated on its only CPU.
+    Instructions,
+}
+
 /// Result of running a guest.
 pub(crate) struct Outcome {
     /// Exit status of the command; `None` if the guest crashed, hung or timed out.
@@ -46,10 +55,10 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
     let status = if command.is_empty() {
         eprintln!("vm: Linux {series}; leave with `exit`, or with Ctrl-A X");
         let report = tempfile::tempfile()?;
-        cmd(QEMU, arguments(&kernel, &image, &report, "mon:stdio")).unchecked().run()?;
+        cmd(QEMU, arguments(&kernel, &image, &report, Clock::Real, "mon:stdio")).unchecked().run()?;
         read(report).status
     } else {
-        run(&kernel, &image, "")?.status
+        run(&kernel, &image, Clock::Real, "")?.status
     };
     match status {
         Some(status) => Ok(status.into()),
@@ -58,9 +67,9 @@ pub(crate) fn enter(series: Series, command: &[String]) -> Result<ExitCode> {
 }
 
 /// Boots a guest that runs the command in its image. Its console is shown live, with a prefix for each line.
-pub(crate) fn run(kernel: &Kernel, image: &File, prefix: &str) -> Result<Outcome> {
+pub(crate) fn run(kernel: &Kernel, image: &File, clock: Clock, prefix: &str) -> Result<Outcome> {
     let report = tempfile::tempfile()?;
-    let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, "stdio")), prefix)?;
+    let shown = show(&limited(LIMIT, QEMU, arguments(kernel, image, &report, clock, "stdio")), prefix)?;
     Ok(Outcome { output: shown.output, ..read(report) })
 }
 
@@ -71,11 +80,16 @@ fn read(report: File) -> Outcome {
     Outcome { status: status.trim().parse().ok(), output: String::new(), file: file.to_owned() }
 }
 
-fn arguments(kernel: &Kernel, image: &File, report: &File, console: &str) -> Vec<OsString> {
+fn arguments(kernel: &Kernel, image: &File, report: &File, clock: Clock, console: &str) -> Vec<OsString> {
     // No graphics, network card or disks, because probing each takes boot time.
-    let machine = "-no-user-config -nodefaults -display none -no-reboot -M q35 -cpu max -smp 2 -m 2048";
-    let mut arguments: Vec<OsString> = machine.split(' ').map(Into::into).collect();
-    if has_kvm() {
+    let machine = "-no-user-config -nodefaults -display none -no-reboot -M q35 -cpu max -m 2048";
+    let clock_options = match clock {
+        Clock::Real => " -smp 2",
+        Clock::Instructions => " -smp 1 -icount shift=0,sleep=off",
+    };
+    let mut arguments: Vec<OsString> =
+        machine.split(' ').chain(clock_options.split_whitespace()).map(Into::into).collect();
+    if clock == Clock::Real && has_kvm() {
         arguments.extend(["-accel", "kvm"].map(Into::into));
     }
     // A guest that hangs panics with a stack trace instead of blocking the run until the time limit.

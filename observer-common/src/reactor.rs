@@ -65,8 +65,8 @@ pub struct Reactor {
     pub set: u32,
     /// A [`Kind`](crate::waiter::Kind).
     pub kind: u32,
-    /// Always zero: explicit padding.
-    pub reserved: u32,
+    /// 1 once its last thread has exited or executed another program.
+    pub is_over: u32,
     /// Address of the kernel's `struct file` of the set; 0 if the loop has none.
     pub file: u64,
     /// When a thread last returned from a wait, in monotonic nanoseconds.
@@ -107,7 +107,7 @@ impl Reactor {
         waiter: 0,
         set: 0,
         kind: 0,
-        reserved: 0,
+        is_over: 0,
         file: 0,
         left_ns: 0,
         shared_since_ns: 0,

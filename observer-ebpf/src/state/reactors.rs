@@ -139,7 +139,11 @@ unsafe fn is_in_use(reactor: *const Reactor, tid: u32, now: u64) -> bool {
     // SAFETY: by contract.
     unsafe {
         let is_recent = now.saturating_sub((*reactor).left_ns) < ABANDONED_NS;
-        if (*reactor).members == 0 { (*reactor).tid == tid } else { (*reactor).inside != 0 || is_recent }
+        if (*reactor).members == 0 {
+            (*reactor).tid == tid && (*reactor).is_over == 0
+        } else {
+            (*reactor).inside != 0 || is_recent
+        }
     }
 }
 
@@ -264,7 +268,14 @@ pub(crate) fn thread_exited(tid: u32) {
     {
         // SAFETY: a live map value; its thread is the one that exits.
         unsafe {
+            let slot = (*waiter).reactor;
             leave(waiter, bpf_ktime_get_ns());
+            if slot != 0
+                && let Some(reactor) = REACTORS.get_ptr_mut(slot)
+                && (*reactor).members == 0
+            {
+                (*reactor).is_over = 1;
+            }
             waiters::free(tid, (*waiter).slot);
         }
     }

@@ -250,7 +250,7 @@ impl Observation {
             self.runtimes.exited(&mut self.maps, &mut self.missing, &self.targets, pid);
         }
         self.collect()?;
-        self.reactors.refresh(&mut self.maps, &self.targets, &changes.execed)?;
+        self.reactors.refresh(&mut self.maps, &self.targets)?;
         for &pid in &changes.execed {
             self.reactors.rename_of(pid);
         }

@@ -203,9 +203,8 @@ impl Reactors {
         self.loops.get_mut(&id).expect("it is there now")
     }
 
-    /// Reads the state of all event loops, and removes those that have ended from the maps. The processes in `execed` have
-    /// begun to run another program since the last call.
-    pub(super) fn refresh(&mut self, maps: &mut Maps, targets: &Targets, execed: &[u32]) -> Result<()> {
+    /// Reads the state of all event loops, and removes those that have ended from the maps.
+    pub(super) fn refresh(&mut self, maps: &mut Maps, targets: &Targets) -> Result<()> {
         // Read before the loops, so that no age in progress is overestimated.
         let now = clock::monotonic_ns();
         self.running.clear();
@@ -220,8 +219,6 @@ impl Reactors {
                 } else {
                     self.end(maps, raw, now, targets.is_target(maps, pid));
                 }
-            } else if raw.now.members == 0 && execed.contains(&pid) {
-                self.end(maps, raw, now, true);
             } else if targets.is_target(maps, pid) {
                 self.refresh_loop(maps, raw, now);
             }
@@ -239,7 +236,7 @@ impl Reactors {
         let since_left = now.saturating_sub(raw.now.left_ns);
         let is_over = if raw.now.members == 0 {
             // Its thread may only be elsewhere for a while.
-            !maps.reactors.may_continue(&raw.now) || since_left > AWAY_NS
+            raw.now.is_over != 0 || maps.reactors.is_replaced(&raw.now) || since_left > AWAY_NS
         } else {
             raw.now.inside == 0 && since_left > ABANDONED_NS && maps.reactors.is_replaced(&raw.now)
         };

@@ -335,11 +335,6 @@ impl Reactors {
         true
     }
 
-    /// Whether the first thread of a loop is alive, and another set has not taken the place of the loop's.
-    pub(crate) fn may_continue(&self, reactor: &Reactor) -> bool {
-        self.is_known(reactor.tid) && !self.is_replaced(reactor)
-    }
-
     /// Whether the set of a loop has been given to another loop, because this one seemed to be abandoned.
     pub(crate) fn is_replaced(&self, reactor: &Reactor) -> bool {
         reactor.file != 0 && self.sets.get(&reactor.file, 0).is_ok_and(|slot| slot != reactor.slot)

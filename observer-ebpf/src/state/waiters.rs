@@ -21,7 +21,8 @@ use super::id_filter;
 use crate::emit::count_loss;
 
 /// Only its own thread writes an entry, except for wake-ups. The scheduler orders these between the switch that takes
-/// the thread off its CPU and the one that puts it back. Mapped into user space, which looks for long slices.
+/// the thread off its CPU and the one that puts it back. Mapped into user space, which looks for long slices, marks their
+/// threads as stale, and removes threads of processes that are not targets any more.
 #[map]
 static WAITERS: Array<Waiter> = Array::with_max_entries(SLOTS, BPF_F_MMAPABLE);
 

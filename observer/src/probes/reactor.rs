@@ -1,4 +1,4 @@
-//! *reactor*: event loops: threads that wait for events, and their slices between two waits. Decodes their entries,
+//! *reactor*: event loops: sets that threads wait on for events, and the slices between two waits. Decodes their entries,
 //! from which `model/lag.rs` computes the lag.
 
 use std::sync::Arc;

@@ -20,7 +20,7 @@ use crate::support::{
     deferred::{DeferringServer, send_request},
     example, exit_within, http, is_emulated,
     observer::BINARY,
-    servers::{Runtime, Server},
+    servers::{self, Server},
     text::{KernelLog, altered_code},
     wait_for,
 };
@@ -53,12 +53,14 @@ fn pause() {
 }
 
 /// A server whose functions observer attaches to.
-trait Target {
+trait Target: Send {
     fn pid(&self) -> u32;
     fn port(&self) -> u16;
-    /// Sends requests until `is_over`.
-    fn send_requests(port: u16, is_over: &AtomicBool, served: &AtomicU64);
+    /// A client that sends requests to this port until it is over, and counts them.
+    fn client(&self) -> Client;
 }
+
+type Client = fn(port: u16, is_over: &AtomicBool, served: &AtomicU64);
 
 impl Target for DeferringServer {
     fn pid(&self) -> u32 {
@@ -69,12 +71,14 @@ impl Target for DeferringServer {
         self.port
     }
 
-    fn send_requests(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
-        let mut connection = BufReader::new(http::connect(port));
-        while !is_over.load(Relaxed) {
-            send_request(&mut connection, "/job/1");
-            served.fetch_add(1, Relaxed);
-            pause();
+    fn client(&self) -> Client {
+        |port, is_over, served| {
+            let mut connection = BufReader::new(http::connect(port));
+            while !is_over.load(Relaxed) {
+                send_request(&mut connection, "/job/1");
+                served.fetch_add(1, Relaxed);
+                pause();
+            }
         }
     }
 }
@@ -88,19 +92,53 @@ impl Target for Server {
         self.port
     }
 
-    fn send_requests(port: u16, is_over: &AtomicBool, served: &AtomicU64) {
-        while !is_over.load(Relaxed) {
-            http::get(port, "/none/0");
-            served.fetch_add(1, Relaxed);
-            pause();
+    fn client(&self) -> Client {
+        |port, is_over, served| {
+            while !is_over.load(Relaxed) {
+                http::get(port, "/none/0");
+                served.fetch_add(1, Relaxed);
+                pause();
+            }
         }
     }
 }
 
-/// Starts observer on a process; returns once it has attached. Its messages are shown.
-fn observe(pid: u32, end: End, arguments: &[&str], switch: &Path) -> Process {
+/// How a target is started, and the arguments with which observer attaches to it.
+struct Runtime {
+    start: fn() -> Box<dyn Target>,
+    profile: &'static str,
+}
+
+const PYTHON: Runtime = Runtime {
+    start: || Box::new(DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py")),
+    profile: "asyncio,CPython",
+};
+
+const NODE: Runtime =
+    Runtime { start: || Box::new(DeferringServer::script("node", "deferred_node.js")), profile: "node" };
+
+/// Functions of the interpreter, because Rage is not available.
+const RUBY: Runtime = Runtime {
+    start: || Box::new(Server::causes(servers::Runtime::Ruby)),
+    profile: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/servers/ruby_fibers.toml"),
+};
+
+const TOKIO: Runtime = Runtime {
+    start: || {
+        let mut command = Command::new(example("deferred_tokio"));
+        command.arg("multi");
+        Box::new(DeferringServer::start(command))
+    },
+    profile: "tokio",
+};
+
+/// Starts observer on processes; returns once it has started. Its messages are shown.
+fn observe(pids: &[u32], end: End, profiles: &str, switch: &Path) -> Process {
     let mut command = Command::new(BINARY);
-    command.args(["--pid", &pid.to_string(), "--no-listen", "--format", "json"]).args(arguments);
+    command.args(["--no-listen", "--format", "json", "--profile", profiles]);
+    for pid in pids {
+        command.args(["--pid", &pid.to_string()]);
+    }
     match end {
         // Longer than attaching takes.
         End::Duration => drop(command.args(["--duration", if is_emulated() { "20s" } else { "5s" }])),
@@ -122,15 +160,21 @@ fn wait_for_exit(observer: &mut Child, end: End) {
     assert_eq!((status.success(), is_killed), (end != End::Kill, end == End::Kill), "{end:?}: {status}");
 }
 
-/// Ends one observation of a target, and checks what it left behind. Returns the target unless it has exited.
-fn end_once<T: Target>(target: T, end: End, arguments: &[&str], log: &mut KernelLog) -> Option<T> {
+/// Ends one observation of the targets, and checks what it left behind. They are gone afterwards if the end is their
+/// exit.
+fn end_once(targets: &mut Vec<Box<dyn Target>>, end: End, profiles: &str, log: &mut KernelLog) {
     let folder = tempfile::tempdir().unwrap();
     let switch = folder.path().join("off");
-    let mut observer = observe(target.pid(), end, arguments, &switch);
-    let pid = target.pid();
-    let is_clean = || altered_code(pid).is_empty();
-    wait_for("breakpoints", || (!is_clean()).then_some(()));
-    let mut target = Some(target);
+    let pids: Vec<_> = targets.iter().map(|target| target.pid()).collect();
+    let mut observer = observe(&pids, end, profiles, &switch);
+    let wait_for_removal = || {
+        for &pid in &pids {
+            wait_for("breakpoints to be removed", || altered_code(pid).is_empty().then_some(()));
+        }
+    };
+    for &pid in &pids {
+        wait_for("breakpoints", || (!altered_code(pid).is_empty()).then_some(()));
+    }
     match end {
         End::Duration => {}
         End::Interrupt => observer.signal(Signal::SIGINT),
@@ -138,42 +182,49 @@ fn end_once<T: Target>(target: T, end: End, arguments: &[&str], log: &mut Kernel
         End::Kill => observer.signal(Signal::SIGKILL),
         End::KillSwitch => {
             fs::write(&switch, "").unwrap();
-            wait_for("breakpoints to be removed", || is_clean().then_some(()));
+            wait_for_removal();
             observer.signal(Signal::SIGTERM);
         }
-        End::TargetExits => drop(target.take()),
+        End::TargetExits => targets.clear(),
     }
     wait_for_exit(&mut observer.0, end);
-    if target.is_some() {
-        // observer waits for the removal before it exits. If it is killed, its descriptors are closed after its exit.
-        if end == End::Kill {
-            wait_for("breakpoints to be removed", || is_clean().then_some(()));
-        }
-        assert_eq!(altered_code(pid), Vec::<String>::new(), "{end:?}");
+    // observer waits for the removal before it exits. If it is killed, its descriptors are closed after its exit.
+    if end == End::Kill {
+        wait_for_removal();
+    }
+    for target in targets.iter() {
+        assert_eq!(altered_code(target.pid()), Vec::<String>::new(), "{end:?}");
     }
     let complaints: Vec<_> = log.lines().into_iter().filter(|line| line.contains("uprobe")).collect();
     assert!(complaints.is_empty(), "{end:?}: {complaints:?}");
-    target
 }
 
-/// Tests all kinds of ends on a server that is under load.
-fn assert_code_is_restored<T: Target + Send>(start: impl Fn() -> T, arguments: &[&str], rounds: usize) {
+/// Tests all kinds of ends of one observation of servers that are under load.
+fn assert_code_is_restored(runtimes: &[Runtime], rounds: usize) {
+    let profiles = runtimes.iter().map(|runtime| runtime.profile).collect::<Vec<_>>().join(",");
     let mut log = KernelLog::from_now_on();
     for end in ENDS {
-        let mut target = Some(start());
+        let mut targets = Vec::new();
         for _ in 0..rounds {
-            let server = target.take().unwrap_or_else(&start);
-            let (is_over, served) = (&AtomicBool::new(false), &AtomicU64::new(0));
-            let port = server.port();
-            target = thread::scope(|scope| {
+            if targets.is_empty() {
+                targets.extend(runtimes.iter().map(|runtime| (runtime.start)()));
+            }
+            let is_over = &AtomicBool::new(false);
+            let clients: Vec<_> =
+                targets.iter().map(|target| (target.client(), target.port(), AtomicU64::new(0))).collect();
+            thread::scope(|scope| {
                 let _stop = StopOnDrop(is_over);
                 // A target that exits need not respond.
                 if end != End::TargetExits {
-                    scope.spawn(move || T::send_requests(port, is_over, served));
+                    for (client, port, served) in &clients {
+                        scope.spawn(move || client(*port, is_over, served));
+                    }
                 }
-                end_once(server, end, arguments, &mut log)
+                end_once(&mut targets, end, &profiles, &mut log);
             });
-            assert!(served.load(Relaxed) > 0 || end == End::TargetExits, "nothing was asked");
+            for (_, port, served) in &clients {
+                assert!(served.load(Relaxed) > 0 || end == End::TargetExits, "no request was served at {port}");
+            }
         }
         eprintln!("{end:?}: {rounds} ends");
     }
@@ -188,35 +239,27 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-#[real_test]
+#[real_test(host_only("the guests test all runtimes at once"))]
 fn code_of_python_is_restored() {
-    let start = || DeferringServer::script("/usr/bin/python3", "deferred_asyncio.py");
-    assert_code_is_restored(start, &["--profile", "asyncio,CPython"], rounds(2));
+    assert_code_is_restored(&[PYTHON], rounds(2));
 }
 
-#[real_test]
+#[real_test(host_only("the guests test all runtimes at once"))]
 fn code_of_node_is_restored() {
-    let start = || DeferringServer::script("node", "deferred_node.js");
-    assert_code_is_restored(start, &["--profile", "node"], rounds(1));
+    assert_code_is_restored(&[NODE], rounds(1));
 }
 
-/// Uses functions of the interpreter, because Rage is not available.
-#[real_test]
+#[real_test(host_only("the guests test all runtimes at once"))]
 fn code_of_ruby_is_restored() {
-    let (snapshot, restore) = ("libruby:rb_fiber_new:arg0", "libruby:rb_io_wait:arg0");
-    assert_code_is_restored(
-        || Server::causes(Runtime::Ruby),
-        &["--snapshot", snapshot, "--restore", restore],
-        rounds(1),
-    );
+    assert_code_is_restored(&[RUBY], rounds(1));
+}
+
+#[real_test(host_only("the guests test all runtimes at once"))]
+fn code_of_tokio_is_restored() {
+    assert_code_is_restored(&[TOKIO], rounds(1));
 }
 
 #[real_test]
-fn code_of_tokio_is_restored() {
-    let start = || {
-        let mut command = Command::new(example("deferred_tokio"));
-        command.arg("multi");
-        DeferringServer::start(command)
-    };
-    assert_code_is_restored(start, &["--profile", "tokio"], rounds(1));
+fn code_of_all_runtimes_is_restored() {
+    assert_code_is_restored(&[PYTHON, NODE, RUBY, TOKIO], rounds(1));
 }

@@ -28,7 +28,7 @@ use crate::{
         tasks::{NEW_TASK, TASKS, clear_work, counters, end, end_if_once, parent},
         work,
     },
-    trace_context,
+    trace_context, words,
 };
 
 /// Maps a hook's process and address to the action to take; written by the loader.
@@ -126,10 +126,8 @@ impl ReachedHook<'_> {
         reason = "by value it would be copied to the stack first"
     )]
     fn snapshot(&self, key: TaskKey) -> Option<()> {
-        // A task cannot be enqueued twice, so the key was that of a task whose memory has been reused.
-        if let Some(before) = TASKS.get_ptr_mut(key) {
-            end(before, &key, self.now);
-        }
+        // A task cannot be enqueued twice: a task with this key is one whose memory has been reused.
+        end(&key, self.now);
         if TASKS.insert(key, &NEW_TASK, u64::from(BPF_ANY)).is_err() {
             count_loss(Loss::TasksFull);
             return None;
@@ -203,7 +201,12 @@ impl ReachedHook<'_> {
             // If the task is already current, it must not become its own outer work.
             if before.task != (*task).id {
                 // Work outside of a task ends here: it is unknown what the thread does when it leaves this task.
-                (*task).outer = if before.task == 0 { Work::NONE } else { before };
+                let outer = &raw mut (*task).outer;
+                if before.task == 0 {
+                    words::clear(outer);
+                } else {
+                    words::copy(&raw const before, outer);
+                }
             }
             (*task).once = self.flags & Hook::ONCE;
             let own = requests::resolve_origin(key.tgid, &(*task).origin);
@@ -279,7 +282,7 @@ impl ReachedHook<'_> {
                 work::switch_to(self.tid, &(*task).outer, self.now);
             }
         }
-        end(task, &key, self.now);
+        end(&key, self.now);
         Some(())
     }
 

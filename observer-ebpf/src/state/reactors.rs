@@ -63,7 +63,13 @@ static NONE: Durations = Durations::NONE;
 pub(crate) unsafe fn of(waiter: *const Waiter) -> Option<*mut Reactor> {
     // SAFETY: by contract.
     let slot = unsafe { (*waiter).reactor };
-    if slot == 0 { None } else { REACTORS.get_ptr_mut(slot) }
+    if slot == 0 { None } else { in_slot(slot) }
+}
+
+/// The loop in a slot.
+#[inline(always)]
+pub(crate) fn in_slot(slot: u32) -> Option<*mut Reactor> {
+    REACTORS.get_ptr_mut(slot)
 }
 
 /// Address of the `struct file` that a call of the current thread waits on; 0 if there is none.

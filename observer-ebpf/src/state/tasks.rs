@@ -14,7 +14,10 @@ use observer_common::{
 };
 
 use super::work;
-use crate::emit::{add, count_loss, record};
+use crate::{
+    emit::{add, count_loss, record},
+    words,
+};
 
 /// Deferred tasks in flight.
 #[map]
@@ -54,6 +57,13 @@ pub(crate) fn parent(current: &Work, origin: &Origin) -> u64 {
 /// Clears the work of the current thread: its slice has ended, or the runtime has switched to no task.
 #[inline(always)]
 pub(crate) fn clear_work(tid: u32, now: u64) {
+    global_clear_work(tid, now);
+}
+
+// SAFETY: no other symbol has this name.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn global_clear_work(tid: u32, now: u64) -> u32 {
     let current = work::current(tid);
     if current.task != 0
         && let Some(task) = TASKS.get_ptr_mut(current.key)
@@ -67,6 +77,7 @@ pub(crate) fn clear_work(tid: u32, now: u64) {
     }
     work::switch_to(tid, &Work::NONE, now);
     end_if_once(&current.key, now);
+    0
 }
 
 /// Ends a task whose end no hook marks.
@@ -76,18 +87,39 @@ pub(crate) fn end_if_once(key: &TaskKey, now: u64) {
         // SAFETY: a live map value; only this thread runs the task.
         let is_over = unsafe { (*task).once != 0 && (*task).started_ns != 0 };
         if is_over {
-            end(task, key, now);
+            end(key, now);
         }
     }
 }
 
-/// Ends a task: it has finished or was dropped.
+/// Ends the task with this key, if there is one: it has finished or was dropped.
 #[inline(always)]
-pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
-    // SAFETY: a live map value that no thread works on any more; counters are updated atomically.
+pub(crate) fn end(key: &TaskKey, now: u64) {
+    global_end_task(key.key, key.tgid, key.space, now);
+}
+
+// SAFETY: no other symbol has this name.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn global_end_task(key: u64, tgid: u32, space: u32, now: u64) -> u32 {
+    let key = TaskKey { key, tgid, space };
+    if let Some(task) = TASKS.get_ptr_mut(key) {
+        // SAFETY: a live map value that no thread works on any more.
+        unsafe { record_end(task, now) };
+        let _present = TASKS.remove(key);
+    }
+    0
+}
+
+/// Counts a task that ends, and emits its link.
+///
+/// # Safety
+/// `task` points to a live map value that no thread works on any more.
+#[inline(always)]
+unsafe fn record_end(task: *mut DeferredTask, now: u64) {
+    // SAFETY: by contract; counters are updated atomically.
     unsafe {
         if (*task).class.naming == ClassKey::SAME_WORK {
-            let _present = TASKS.remove(key);
             return;
         }
         let has_started = (*task).started_ns != 0;
@@ -109,19 +141,18 @@ pub(crate) fn end(task: *mut DeferredTask, key: &TaskKey, now: u64) {
                 (*link).id = (*task).id;
                 (*link).parent = (*task).parent;
                 (*link).request = (*task).origin.request;
-                (*link).class = (*task).class;
+                words::copy(&raw const (*task).class, &raw mut (*link).class);
                 (*link).queued_ns = (*task).queued_ns;
                 (*link).started_ns = (*task).started_ns;
                 (*link).ended_ns = if has_started { (*task).left_ns } else { now };
-                (*link).context = (*task).context;
-                (*link).request_id = (*task).request_id;
+                words::copy(&raw const (*task).context, &raw mut (*link).context);
+                words::copy(&raw const (*task).request_id, &raw mut (*link).request_id);
                 entry.submit(u64::from(BPF_RB_NO_WAKEUP));
             } else {
                 count_loss(Loss::LinksFull);
             }
         }
     }
-    let _present = TASKS.remove(key);
 }
 
 /// Counters of a class, which are created if there are none. If there is no space, those for all other kinds.

@@ -18,7 +18,7 @@ use observer_common::{
 };
 
 use super::id_filter;
-use crate::emit::count_loss;
+use crate::{emit::count_loss, words};
 
 /// Only its own thread writes an entry, except for wake-ups. The scheduler orders these between the switch that takes
 /// the thread off its CPU and the one that puts it back. Mapped into user space, which looks for long slices, marks their
@@ -159,7 +159,11 @@ pub(crate) unsafe fn update_longest_work(waiter: *mut Waiter, origin: &Origin, s
         if elapsed > (*waiter).longest_work_ns {
             (*waiter).was_off_cpu = 1;
             (*waiter).longest_work_ns = elapsed;
-            (*waiter).longest_work_for = if origin.request == 0 { Origin::NONE } else { *origin };
+            if origin.request == 0 {
+                words::clear(&raw mut (*waiter).longest_work_for);
+            } else {
+                words::copy(origin, &raw mut (*waiter).longest_work_for);
+            }
         }
     }
 }

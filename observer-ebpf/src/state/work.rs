@@ -1,6 +1,8 @@
 //! What each thread works for now. *origin* sets it when a request arrives, *deferred* when a task starts or continues,
 //! and the end of a slice clears it. *reactor* reads it to attribute stalls.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{bindings::BPF_ANY, macros::map, maps::HashMap};
 use observer_common::{
     deferred::{TaskKey, Work},
@@ -8,7 +10,7 @@ use observer_common::{
 };
 
 use super::waiters;
-use crate::emit::count_loss;
+use crate::{emit::count_loss, words};
 
 /// Work by thread ID. An entry stays until its thread exits; it is empty while the thread has no known work.
 #[map]
@@ -17,8 +19,15 @@ static WORK: HashMap<u32, Work> = HashMap::with_max_entries(10_240, 0);
 /// The current work of this thread.
 #[inline(always)]
 pub(crate) fn current(tid: u32) -> Work {
-    // SAFETY: a live map value that only this thread writes.
-    WORK.get_ptr(tid).map_or(Work::NONE, |work| unsafe { *work })
+    let mut current = MaybeUninit::<Work>::uninit();
+    // SAFETY: either branch writes all words; the entry is a live map value that only this thread writes.
+    unsafe {
+        match WORK.get_ptr(tid) {
+            Some(work) => words::copy(work, current.as_mut_ptr()),
+            None => words::clear(current.as_mut_ptr()),
+        }
+        current.assume_init()
+    }
 }
 
 /// Switches the current thread to other work.
@@ -29,7 +38,7 @@ pub(crate) fn switch_to(tid: u32, next: &Work, now: u64) {
         // SAFETY: a live map value that only this thread writes.
         unsafe {
             waiters::account_work(tid, &*work, now, !is_none);
-            *work = *next;
+            words::copy(next, work);
             (*work).since_ns = now;
         }
     } else if !is_none {

@@ -16,6 +16,7 @@ use crate::{
         reactors::{self, close_gap, record_duration},
         requests, tasks, waiters, work,
     },
+    words,
 };
 
 /// Slices that reached the stall threshold.
@@ -55,8 +56,7 @@ pub(crate) unsafe fn end_slice(
         };
         let length = now.saturating_sub(gap.since_ns);
         let evidence = evidence(length);
-        let first = waiters::in_slot(gap.waiter)?;
-        end_gap(reactor, first, gap.since_ns, now, evidence as u32);
+        end_gap(reactor, gap, now, evidence);
         Some((length, evidence))
     }
 }
@@ -82,9 +82,8 @@ pub(crate) unsafe fn begin_wait(waiter: *mut Waiter, now: u64) {
         }
         if (*waiter).is_shared != 0
             && let Some(gap) = close_gap(reactor)
-            && let Some(first) = waiters::in_slot(gap.waiter)
         {
-            end_gap(reactor, first, gap.since_ns, now, Evidence::Unknown as u32);
+            end_gap(reactor, gap, now, Evidence::Unknown);
         }
     }
 }
@@ -92,12 +91,32 @@ pub(crate) unsafe fn begin_wait(waiter: *mut Waiter, now: u64) {
 /// Counts a slice of a loop that ends at `now`. It began with the slice of the thread `first`, and is its first part, or
 /// all of it. In a shared loop that may be another thread than the current one, and still be running.
 ///
-/// A function of its own, because several places need it and it is large.
-///
+/// # Safety
+/// `reactor` points to a live map value.
+#[inline(always)]
+unsafe fn end_gap(reactor: *const Reactor, gap: Gap, now: u64, evidence: Evidence) {
+    // SAFETY: by contract.
+    let slot = unsafe { (*reactor).slot };
+    global_end_gap(slot, gap.waiter, gap.since_ns, now, evidence as u32);
+}
+
+// SAFETY: no other symbol has this name.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn global_end_gap(reactor: u32, first: u32, since_ns: u64, now: u64, evidence: u32) -> u32 {
+    if let Some(reactor) = reactors::in_slot(reactor)
+        && let Some(first) = waiters::in_slot(first)
+    {
+        // SAFETY: live map values.
+        unsafe { record_gap(reactor, first, since_ns, now, evidence) };
+    }
+    0
+}
+
 /// # Safety
 /// `reactor` and `first` point to live map values.
-#[inline(never)]
-unsafe fn end_gap(reactor: *mut Reactor, first: *mut Waiter, since_ns: u64, now: u64, evidence: u32) -> u64 {
+#[inline(always)]
+unsafe fn record_gap(reactor: *mut Reactor, first: *mut Waiter, since_ns: u64, now: u64, evidence: u32) {
     // SAFETY: by contract.
     unsafe {
         let is_shared = (*reactor).is_shared != 0;
@@ -123,7 +142,6 @@ unsafe fn end_gap(reactor: *mut Reactor, first: *mut Waiter, since_ns: u64, now:
         if length >= core::ptr::read_volatile(&raw const STALL_NS) {
             emit_stall(reactor, first, since_ns, now, evidence);
         }
-        length
     }
 }
 
@@ -131,7 +149,7 @@ unsafe fn end_gap(reactor: *mut Reactor, first: *mut Waiter, since_ns: u64, now:
 /// exited, or wait elsewhere, and another one have its slot.
 ///
 /// # Safety
-/// As for [`end_gap`].
+/// As for [`record_gap`].
 #[inline(always)]
 unsafe fn is_first_part(reactor: *const Reactor, first: *const Waiter, since_ns: u64) -> bool {
     // SAFETY: by contract.
@@ -141,7 +159,7 @@ unsafe fn is_first_part(reactor: *const Reactor, first: *const Waiter, since_ns:
 /// Divides the time of a slice into parts, whose sum is its length.
 ///
 /// # Safety
-/// As for [`end_gap`].
+/// As for [`record_gap`].
 #[inline(always)]
 unsafe fn for_each_part(
     reactor: *const Reactor,
@@ -194,13 +212,13 @@ pub(crate) unsafe fn begin_slice(waiter: *mut Waiter, since_ns: u64) {
         // Most slices never leave their CPU and have no known work, so there is nothing to reset.
         if (*waiter).was_off_cpu != 0 {
             (*waiter).was_off_cpu = 0;
-            (*waiter).parts_ns = [0; PARTS];
+            words::clear(&raw mut (*waiter).parts_ns);
             (*waiter).gc_ns = 0;
             (*waiter).longest_block_ns = 0;
             (*waiter).longest_block_call = NO_CALL;
             (*waiter).longest_queue_ns = 0;
             (*waiter).longest_queue_after = 0;
-            (*waiter).longest_work_for = Origin::NONE;
+            words::clear(&raw mut (*waiter).longest_work_for);
             (*waiter).longest_work_ns = 0;
         }
     }
@@ -209,7 +227,7 @@ pub(crate) unsafe fn begin_slice(waiter: *mut Waiter, since_ns: u64) {
 /// Sends a slice that ends at `now` to user space.
 ///
 /// # Safety
-/// As for [`end_gap`].
+/// As for [`record_gap`].
 #[inline(always)]
 unsafe fn emit_stall(reactor: *mut Reactor, first: *mut Waiter, since_ns: u64, now: u64, evidence: u32) {
     let Some(mut entry) = STALLS.reserve::<Stall>(0) else {
@@ -234,7 +252,7 @@ unsafe fn emit_stall(reactor: *mut Reactor, first: *mut Waiter, since_ns: u64, n
         (*stall).created_ns = (*reactor).created_ns;
         (*stall).start_ns = since_ns;
         (*stall).length_ns = now.saturating_sub(since_ns);
-        (*stall).parts_ns = [0; PARTS];
+        words::clear(&raw mut (*stall).parts_ns);
         let parts = &raw mut (*stall).parts_ns;
         for_each_part(reactor, first, since_ns, now, |part, ns| {
             *parts.cast::<u64>().add(part) += ns;

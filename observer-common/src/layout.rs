@@ -85,6 +85,8 @@ kernel_layout! {
         accept_half_open = "inet_connection_sock"."icsk_accept_queue.qlen.counter";
         /// First of the requests whose handshake is complete: the one that has waited longest.
         accept_head = "inet_connection_sock"."icsk_accept_queue.rskq_accept_head";
+        /// `TCP_DEFER_ACCEPT`, in retransmissions; 0 if it is off.
+        accept_defer = "inet_connection_sock"."icsk_accept_queue.rskq_defer_accept";
         request_next = "request_sock"."dl_next";
         request_sk = "request_sock"."sk";
         unix_address = "unix_sock"."addr";

@@ -48,12 +48,17 @@ pub struct Queue {
     pub limit: u32,
     /// Handshakes in progress.
     pub half_open: u32,
-    /// Connections that the kernel has dropped since the socket was created; wraps around.
+    /// Segments that the kernel has dropped since the socket was created; wraps around.
     pub drops: u32,
     /// 1 if the socket no longer listens.
     pub closed: u32,
+    /// 1 if connections have ever stayed half open until their first data (`TCP_DEFER_ACCEPT`). The kernel counts the
+    /// last segment of such a handshake as dropped.
+    pub defers: u32,
+    /// Always zero: explicit padding.
+    pub reserved: u32,
 }
-crate::shared::shared!(Queue, 56);
+crate::shared::shared!(Queue, 64);
 
 /// Value of `LISTENERS`, whose key is the inode number of the listening socket (as in `/proc/PID/fd`).
 #[repr(C)]
@@ -127,6 +132,8 @@ impl Listener {
             half_open: 0,
             drops: 0,
             closed: 0,
+            defers: 0,
+            reserved: 0,
         },
         wait: Histogram::EMPTY,
     };

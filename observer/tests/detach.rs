@@ -223,7 +223,10 @@ fn assert_code_is_restored(runtimes: &[Runtime], rounds: usize) {
                 end_once(&mut targets, end, &profiles, &mut log);
             });
             for (_, port, served) in &clients {
-                assert!(served.load(Relaxed) > 0 || end == End::TargetExits, "no request was served at {port}");
+                assert!(
+                    served.load(Relaxed) > 0 || end == End::TargetExits,
+                    "no request was served at {port}"
+                );
             }
         }
         eprintln!("{end:?}: {rounds} ends");

@@ -1,7 +1,7 @@
 //! The kernel counts overflows for a whole network namespace: observer reports them for a listener only where that is
 //! certain.
 
-use std::path::Path;
+use std::{path::Path, thread, time::Duration};
 
 use serde_json::Value;
 
@@ -60,14 +60,43 @@ fn overflows_are_exact_if_one_listener_overflows() {
     assert_eq!(listener(&report, &silent)["overflows"], 0);
 }
 
+fn send_stray_segments(acceptor: &Acceptor, count: u32) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/stray_segments.py");
+    acceptor.tool("/usr/bin/python3", &[script.to_str().unwrap(), acceptor.address(), &count.to_string()]);
+}
+
+/// With `TCP_DEFER_ACCEPT`, the kernel counts the last segment of each handshake as dropped, although nobody is turned
+/// away. The connection is queued when its first data arrives.
+#[real_test]
+fn segments_of_deferred_handshakes_are_no_drops() {
+    const CONNECTIONS: u32 = 23;
+    const STRAY: u32 = 5;
+    const PAUSE: Duration = Duration::from_millis(400);
+    let mut acceptor = Acceptor::in_own_namespace_with("deferred", 64);
+    let observer = observe(&[&acceptor]);
+    assert_eq!(acceptor.request(&format!("connect {CONNECTIONS}")), CONNECTIONS);
+    thread::sleep(PAUSE);
+    assert_eq!(acceptor.request("send"), CONNECTIONS);
+    assert_eq!(acceptor.request(&format!("accept {CONNECTIONS}")), CONNECTIONS);
+    assert_eq!(acceptor.nstat("TcpExtTCPDeferAcceptDrop"), u64::from(CONNECTIONS));
+    send_stray_segments(&acceptor, STRAY);
+    let report = observer.finish();
+    let listener = listener(&report, &acceptor);
+    assert_eq!(listener["accepts"], CONNECTIONS, "{listener:#}");
+    assert_eq!(listener["wait"]["count"], CONNECTIONS, "{listener:#}");
+    // A connection has waited at most from the sending on.
+    assert!(listener["wait"]["max"].as_f64().unwrap() < PAUSE.as_secs_f64(), "{listener:#}");
+    assert_eq!(listener["drops"], STRAY, "{listener:#}");
+    assert_eq!(listener["overflows"], 0, "{listener:#}");
+}
+
 /// A listener drops segments that begin no connection. The kernel does not count these as drops of listeners.
 #[real_test]
 fn stray_segments_are_drops_but_not_overflows() {
     const SEGMENTS: u32 = 23;
     let acceptor = Acceptor::in_own_namespace(8);
     let observer = observe(&[&acceptor]);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/stray_segments.py");
-    acceptor.tool("/usr/bin/python3", &[script.to_str().unwrap(), acceptor.address(), &SEGMENTS.to_string()]);
+    send_stray_segments(&acceptor, SEGMENTS);
     let report = observer.finish();
     let listener = listener(&report, &acceptor);
     assert_eq!(acceptor.nstat("TcpExtListenDrops"), 0);

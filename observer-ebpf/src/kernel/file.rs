@@ -289,7 +289,7 @@ impl Socket {
         probe(self.0, offset(&LAYOUT.sock_max_ack_backlog))
     }
 
-    /// Connections that the kernel has dropped since the socket was created.
+    /// Segments that the kernel has dropped since the socket was created.
     #[inline(always)]
     pub(crate) fn drops(self) -> Option<u32> {
         probe(self.0, offset(&LAYOUT.sock_drops))
@@ -299,6 +299,12 @@ impl Socket {
     #[inline(always)]
     pub(crate) fn half_open(self) -> Option<u32> {
         probe(self.0, offset(&LAYOUT.accept_half_open))
+    }
+
+    /// Whether connections stay half open until their first data arrives (`TCP_DEFER_ACCEPT`). TCP only.
+    #[inline(always)]
+    pub(crate) fn defers_accepts(self) -> bool {
+        probe::<u8>(self.0, offset(&LAYOUT.accept_defer)).is_some_and(|retransmissions| retransmissions != 0)
     }
 
     /// First connection in the accept queue of a unix socket: the one that has waited longest.

@@ -110,6 +110,7 @@ unsafe fn read_queue(queue: *mut Queue, socket: Socket, family: u16) -> bool {
             return false;
         }
         (*queue).half_open = socket.half_open().unwrap_or(0);
+        (*queue).defers |= u32::from(socket.defers_accepts());
         (*queue).aborted = 0;
         (*queue).oldest_sk = 0;
         (*queue).oldest_ns = 0;

@@ -111,7 +111,7 @@ const CATALOG: &[Family] = &[
         name: "observer_accept_queue_drops_total",
         otlp: "observer.accept_queue.drops",
         unit: "{segment}",
-        help: "Number of connections and segments that the kernel dropped because of this listener, for any reason.",
+        help: "Number of connections and segments that the kernel dropped because of this listener, for any reason, without those that TCP_DEFER_ACCEPT sets aside.",
         kind: Kind::Counter,
         subject: SubjectKind::Listener,
         own_labels: &[],

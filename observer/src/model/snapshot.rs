@@ -124,7 +124,8 @@ pub(crate) struct Listener {
     pub(crate) accepts_unknown_wait: u64,
     /// Connections that their clients reset while they waited. The kernel keeps them in the queue.
     pub(crate) aborted: u64,
-    /// Connections and segments that the kernel dropped because of this listener, for any reason.
+    /// Connections and segments that the kernel dropped because of this listener, for any reason. Segments that
+    /// `TCP_DEFER_ACCEPT` sets aside are not counted.
     pub(crate) drops: u32,
     /// Of those, connections dropped because the queue was full. `None` where they may be another listener's: the
     /// kernel's counter is of the whole network namespace.

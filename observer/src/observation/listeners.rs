@@ -58,13 +58,15 @@ fn port(listener: &RawListener) -> PortKey {
 struct Tracked {
     raw: RawListener,
     before: Before,
+    /// Connections and segments that the kernel has dropped because of this listener since it is tracked.
+    drops: u32,
     /// Connections that were dropped because its queue was full, where that is certain.
     overflows: Option<u64>,
 }
 
 impl Tracked {
-    /// Connections and segments that the kernel has dropped because of this listener since it is tracked.
-    const fn drops(&self) -> u32 {
+    /// Segments that the kernel counts as dropped by this listener since it is tracked.
+    const fn counted_drops(&self) -> u32 {
         self.raw.queue.drops.wrapping_sub(self.before.drops)
     }
 }
@@ -135,7 +137,7 @@ impl Listeners {
         }
         for _ in 0..READINGS {
             self.read_queues(ebpf, maps, missing)?;
-            if self.attribute_overflows() {
+            if self.attribute_drops() {
                 break;
             }
         }
@@ -164,6 +166,7 @@ impl Listeners {
             let known = self.known.entry(inode).or_insert_with(|| Tracked {
                 raw,
                 before: if is_first_refresh { Before::of(&raw.queue) } else { Before::default() },
+                drops: 0,
                 overflows: None,
             });
             let last = mem::replace(&mut known.raw, raw);
@@ -209,17 +212,17 @@ impl Listeners {
         let mut listeners = HashMap::<u32, Vec<Listener>>::new();
         for known in self.known.values() {
             let decoded = listener::decode(&known.raw, known.before, self.unix_since_ns);
-            let listener = Listener { overflows: known.overflows, ..decoded };
+            let listener = Listener { drops: known.drops, overflows: known.overflows, ..decoded };
             listeners.entry(owner(&known.raw, targets)).or_default().push(listener);
         }
         listeners
     }
 
-    /// Attributes the overflows of namespaces to listeners, where that is certain. Returns whether another reading
-    /// cannot make more of them certain.
-    fn attribute_overflows(&mut self) -> bool {
+    /// Attributes the drops and overflows of namespaces to listeners, where that is certain. Returns whether another
+    /// reading cannot make more of them certain.
+    fn attribute_drops(&mut self) -> bool {
         let mut dropping = HashMap::<u32, u32>::new();
-        for known in self.known.values().filter(|known| known.drops() > 0) {
+        for known in self.known.values().filter(|known| known.counted_drops() > 0) {
             *dropping.entry(known.raw.netns).or_default() += 1;
         }
         let grown: HashMap<u32, ListenDrops> = dropping
@@ -231,7 +234,16 @@ impl Listeners {
             .collect();
         let mut is_final = true;
         for known in self.known.values_mut().filter(|known| i32::from(known.raw.family) != libc::AF_UNIX) {
-            let (netns, drops) = (known.raw.netns, known.drops());
+            let netns = known.raw.netns;
+            let counted = known.counted_drops();
+            let certain = match grown.get(&netns) {
+                _ if known.raw.queue.defers == 0 => counted,
+                Some(grown) if known.raw.queue.closed == 0 => grown.not_deferred(counted),
+                _ => 0,
+            };
+            // What was certain before remains so.
+            known.drops = known.drops.max(certain);
+            let drops = known.drops;
             let others_dropped = dropping.get(&netns).is_some_and(|&count| count > 1);
             known.overflows = match grown.get(&netns) {
                 _ if drops == 0 => Some(0),

@@ -67,7 +67,7 @@ pub(crate) fn look(ebpf: &mut Ebpf, inode: u64) -> Result<()> {
     Ok(())
 }
 
-/// Metrics of a listener as of now, without those from the counters of its namespace. `before` is the queue when it was
+/// Metrics of a listener as of now, without drops and overflows, which depend on the counters of its namespace. `before` is the queue when it was
 /// first read, `unix_since_ns` the time from which unix connections get time stamps.
 ///
 /// Each connection that joined the queue has either been accepted or still waits. So arrivals follow from accepts and
@@ -92,7 +92,7 @@ pub(crate) fn decode(raw: &Raw, before: Before, unix_since_ns: Option<u64>) -> L
         accepts: raw.accepts,
         accepts_unknown_wait: raw.accepts_without_arrival,
         aborted: (raw.accepts_aborted + u64::from(queue.aborted)).saturating_sub(before.aborted.into()),
-        drops: queue.drops.wrapping_sub(before.drops),
+        drops: 0,
         overflows: None,
         wait: Histogram::from(&raw.wait),
         depth_on_accept: Depths { counts: raw.depths, sum: raw.depths_sum },
@@ -107,7 +107,7 @@ pub(crate) struct Before {
     pub(crate) depth: u32,
     /// Of those, connections that their clients had reset.
     pub(crate) aborted: u32,
-    /// Connections that the kernel had dropped.
+    /// Segments that the kernel had dropped.
     pub(crate) drops: u32,
 }
 
@@ -168,7 +168,7 @@ mod tests {
         let raw = Raw { accepts: 10, accepts_aborted: 2, since_ns: 1_000_000_000, queue, ..Raw::EMPTY };
         let before = Before { depth: 3, aborted: 1, drops: 5 };
         let listener = decode(&raw, before, None);
-        assert_eq!((listener.arrivals, listener.aborted, listener.drops), (11, 2, 2));
+        assert_eq!((listener.arrivals, listener.aborted), (11, 2));
         // A connection waits, at least since the listener is observed.
         assert_eq!(listener.oldest_seconds, Some(8.0));
         assert!(listener.oldest_is_lower_bound);

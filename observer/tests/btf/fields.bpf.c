@@ -23,7 +23,7 @@ struct sock { struct sock_common __sk_common; u16 sk_protocol; u16 sk_type; u32 
     struct atomic sk_drops; struct sk_buff_head sk_receive_queue; void *sk_socket; };
 struct socket { struct file *file; struct sock *sk; };
 struct request_sock { struct request_sock *dl_next; struct sock *sk; };
-struct request_sock_queue { struct atomic qlen; struct request_sock *rskq_accept_head; };
+struct request_sock_queue { unsigned char rskq_defer_accept; struct atomic qlen; struct request_sock *rskq_accept_head; };
 struct inet_connection_sock { struct request_sock_queue icsk_accept_queue; };
 struct sockaddr_un { u16 sun_family; };
 struct unix_address { int len; struct sockaddr_un name[0]; };
@@ -49,6 +49,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     READ(k->__sk_common.skc_state); READ(k->__sk_common.skc_rcv_saddr); READ(k->__sk_common.skc_v6_rcv_saddr); READ(k->sk_type);
     READ(k->sk_drops.counter); READ(k->sk_receive_queue.qlen); READ(k->sk_socket); READ(r->dl_next); READ(r->sk);
     READ(ic->icsk_accept_queue.qlen.counter); READ(ic->icsk_accept_queue.rskq_accept_head);
+    READ(ic->icsk_accept_queue.rskq_defer_accept);
     READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file); READ(it->fd);
     READ(us->peer); READ(k->sk_receive_queue.next); READ(b->sk); READ(q->file); READ(q->opcode); READ(q->flags); READ(q->ctx);
     READ(q->cqe.user_data); READ(qo->user_data); READ(q->cqe.fd); READ(ac->file_slot); READ(e->user_data); READ(e->res); READ(e->flags);

@@ -1,8 +1,9 @@
 """Listens in a chosen way, and accepts, connects or resets only on request, so that a test controls the accept queue.
 
-Arguments: KIND (v4, v6, dual, unix, abstract), METHOD (accept4, accept, nonblocking), BACKLOG, MEMBERS of the
-SO_REUSEPORT group. Prints its port or path. Each line of input is a command, answered by one line:
+Arguments: KIND (v4, v6, dual, unix, abstract), METHOD (accept4, accept, nonblocking, or deferred: accept4 with
+TCP_DEFER_ACCEPT), BACKLOG, MEMBERS of the SO_REUSEPORT group. Prints its port or path. Each line of input is a command, answered by one line:
   connect N [FAMILY]   begins N connections to itself and waits for them, for at most 0.2 s; prints how many succeeded
+  send                 sends a byte on each of its own connections
   accept N [MEMBER]    accepts N connections, only from the given member of the group if there is one; prints how many
   reset                resets all of its own connections, accepted or not
   hang_up              closes both ends of all connections
@@ -40,6 +41,8 @@ def listen():
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if kind == "dual":
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            if method == "deferred":
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
             listener.bind(({"v4": "127.0.0.1", "v6": "::1", "dual": "::"}[kind], port))
             port = listener.getsockname()[1]
         listener.listen(backlog)
@@ -111,6 +114,8 @@ for line in sys.stdin:
         answer = connect(int(words[0]), *words[1:])
     elif command == "accept":
         answer = accept(int(words[0]), *words[1:])
+    elif command == "send":
+        answer = sum(client.send(b"x") for client in clients)
     elif command == "reset":
         reset()
     elif command == "hang_up":

@@ -49,9 +49,14 @@ impl Acceptor {
 
     /// Listens in a new network namespace, where nothing else drops connections.
     pub(crate) fn in_own_namespace(backlog: u32) -> Self {
+        Self::in_own_namespace_with("accept4", backlog)
+    }
+
+    /// The same with another method.
+    pub(crate) fn in_own_namespace_with(method: &str, backlog: u32) -> Self {
         let mut command = Command::new("unshare");
         command.args(["-n", "sh", "-c", "ip link set lo up; exec /usr/bin/python3 \"$@\"", "sh"]);
-        let acceptor = Self::start(command, "v4", "accept4", backlog, 1);
+        let acceptor = Self::start(command, "v4", method, backlog, 1);
         Self { in_own_namespace: true, ..acceptor }
     }
 

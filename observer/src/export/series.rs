@@ -256,6 +256,7 @@ mod tests {
             exited: false,
             listeners: Vec::new(),
             reactors,
+            unwatched_waits: None,
             deferred: Vec::new(),
             unmatched: 0,
             hooks: Vec::new(),

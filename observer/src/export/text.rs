@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::words::{
     self, cause_name, counted, for_requests, oldest, percent, reactor_name, request_name, site_cause, span,
-    stack,
+    stack, unwatched,
 };
 use crate::{
     model::{
@@ -115,11 +115,21 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
 fn not_late(targets: &[Target]) -> String {
     if targets.is_empty() {
         "No process was observed: none matched the selection.".into()
+    } else if let Some(unwatched) = unwatched(targets) {
+        format!(
+            "Not known: {unwatched}. Elsewhere, nothing is known to have waited for {} or longer.",
+            span(LATE)
+        )
     } else if targets.iter().all(Target::is_silent) {
         "No lag was measured: the observed processes have no listener and no event loop (see --reactor-calls).".into()
     } else {
         let late = span(LATE);
-        format!("Not late: no event and no connection is known to have waited for {late} or longer.")
+        let nothing = if targets.iter().all(|target| target.reactors.is_empty()) {
+            "no event loop was seen, and no connection"
+        } else {
+            "no event and no connection"
+        };
+        format!("Not late: {nothing} is known to have waited for {late} or longer.")
     }
 }
 
@@ -628,6 +638,11 @@ mod tests {
     fn a_late_listener_shows_its_queue_and_drops() {
         let mut snapshot = testing::snapshot(5.0, |_| {});
         assert!(report(&snapshot).contains("Not late: "));
+        snapshot.targets[0].unwatched_waits = Some("select");
+        let unwatched = report(&snapshot);
+        assert!(!unwatched.contains("Not late"), "{unwatched}");
+        assert!(unwatched.contains("Not known: app (10) waits for events with select"), "{unwatched}");
+        snapshot.targets[0].unwatched_waits = None;
         let listener = &mut snapshot.targets[0].listeners[0];
         (listener.limit, listener.depth, listener.oldest_seconds) = (4, 5, Some(5.5));
         (listener.drops, listener.overflows, listener.oldest_is_lower_bound) = (43, Some(42), true);

@@ -6,7 +6,7 @@ use crate::model::{
     busy::Cause,
     frame::StackSample,
     request::Request,
-    snapshot::{Listener, Reactor},
+    snapshot::{Listener, Reactor, Target},
     stall::Site,
     workload::Workload,
 };
@@ -26,6 +26,21 @@ pub(crate) fn reactor_name(reactor: &Reactor) -> String {
     } else {
         format!("{name} (thread {tid})")
     }
+}
+
+/// What is unknown because some processes wait for events unwatched: `web (10) and 2 more wait for events with select,
+/// which is not watched …`. `None` if there are no such processes.
+pub(crate) fn unwatched(targets: &[Target]) -> Option<String> {
+    let mut unwatched = targets.iter().filter_map(|target| Some((target, target.unwatched_waits?)));
+    let (first, call) = unwatched.next()?;
+    let (more, wait) = match unwatched.count() {
+        0 => (String::new(), "waits"),
+        more => (format!(" and {more} more"), "wait"),
+    };
+    Some(format!(
+        "{} ({}){more} {wait} for events with {call}, which is not watched; --reactor-calls epoll,io_uring,poll,select watches it",
+        first.comm, first.pid
+    ))
 }
 
 /// The container, pod or systemd unit of a process, with a leading comma: `, container 0123456789ab`,

@@ -71,6 +71,8 @@ pub(crate) struct Target {
     pub(crate) listeners: Vec<Listener>,
     /// Its event loops.
     pub(crate) reactors: Vec<Reactor>,
+    /// What its main thread waits for events with, if that is not watched: `poll` or `select`. Its lag is unknown then.
+    pub(crate) unwatched_waits: Option<&'static str>,
     /// Its deferred tasks, by kind.
     pub(crate) deferred: Vec<Deferred>,
     /// How often a task ran without a known enqueue. As a rule, it was enqueued before observer attached.

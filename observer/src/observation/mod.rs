@@ -12,6 +12,7 @@ mod links;
 mod deferred;
 mod runtimes;
 mod reactors;
+mod unwatched;
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -47,6 +48,7 @@ use missing::MissingSources;
 use reactors::Reactors;
 use runtimes::Runtimes;
 use targets::Targets;
+use unwatched::UnwatchedWaits;
 
 pub(crate) static PROGRAMS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/observer-ebpf"));
 
@@ -58,6 +60,7 @@ pub(crate) struct Observation {
     targets: Targets,
     listeners: Listeners,
     reactors: Reactors,
+    unwatched: UnwatchedWaits,
     runtimes: Runtimes,
     facts: Facts,
     service: Service,
@@ -99,6 +102,7 @@ impl Observation {
             targets,
             listeners: Listeners::default(),
             reactors: Reactors::of(parameters),
+            unwatched: UnwatchedWaits::besides(&parameters.calls),
             runtimes: Runtimes::of(parameters),
             facts: Facts {
                 attached_ns: clock::monotonic_ns(),
@@ -251,6 +255,7 @@ impl Observation {
         }
         self.collect()?;
         self.reactors.refresh(&mut self.maps, &self.targets)?;
+        self.unwatched.refresh(self.targets.live(), &self.reactors.pids());
         for &pid in &changes.execed {
             self.reactors.rename_of(pid);
         }
@@ -302,6 +307,7 @@ impl Observation {
                 exited,
                 listeners: numbered(listeners_of_it),
                 reactors: reactors_of_it,
+                unwatched_waits: if exited { None } else { self.unwatched.of(pid) },
                 deferred,
                 unmatched,
                 hooks,

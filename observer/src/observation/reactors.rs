@@ -111,6 +111,7 @@ impl Reactors {
                 match call {
                     Call::Wait { .. } if maps.reactors.is_known(tid) => {}
                     Call::Wait { kind, set } => waiting.push(Adopted { pid, tid, kind, set }),
+                    Call::Unwatched(_) => {}
                     Call::Accept { fd } => {
                         let inode = process::socket_inode(pid, fd);
                         let call = inode.map(|inode| AcceptCall { inode, ..AcceptCall::default() });
@@ -223,7 +224,7 @@ impl Reactors {
                 self.refresh_loop(maps, raw, now);
             }
         }
-        let pids: BTreeSet<u32> = self.loops.values().map(|event_loop| event_loop.pid).collect();
+        let pids = self.pids();
         self.counts.retain(|(pid, _), _| pids.contains(pid) || targets.live().contains_key(pid));
         self.refreshed_ns = now;
         let surplus = self.finished.len().saturating_sub(EXITED_LIMIT);
@@ -275,6 +276,11 @@ impl Reactors {
         let slice = InSlice::of(&raw.now, &raw.waiter)?;
         let age = Duration::from_nanos(now.saturating_sub(slice.since_ns));
         (age >= self.stall_threshold).then_some(slice)
+    }
+
+    /// The processes that have event loops now.
+    pub(super) fn pids(&self) -> BTreeSet<u32> {
+        self.loops.values().map(|event_loop| event_loop.pid).collect()
     }
 
     /// All event loops by process, as of the last refresh.

@@ -28,14 +28,21 @@ impl WaitCall {
     pub(crate) const DEFAULT: [Self; 2] = [Self::Epoll, Self::IoUring];
 }
 
-impl fmt::Display for WaitCall {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl WaitCall {
+    /// Name on the command line.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
             Self::Epoll => "epoll",
             Self::IoUring => "io_uring",
             Self::Poll => "poll",
             Self::Select => "select",
-        })
+        }
+    }
+}
+
+impl fmt::Display for WaitCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 
@@ -48,18 +55,21 @@ pub(crate) enum Call {
     /// A wait for events of this kind, on this epoll set or ring, or on several descriptors of which `set` is the
     /// first.
     Wait { kind: Kind, set: u32 },
+    /// The same, in a call of a family that is not watched.
+    Unwatched(WaitCall),
     /// An accept on this descriptor.
     Accept { fd: u32 },
 }
 
-/// Threads of a process that are blocked in an accept or in one of these waits now, each with its call.
+/// Threads of a process that are blocked in an accept or a wait now, each with its call. `waits` are those that are
+/// watched.
 pub(crate) fn blocked_in(pid: u32, waits: &[WaitCall]) -> Vec<(u32, Call)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
     threads.filter_map(|tid| Some((tid, call_of(pid, tid, waits)?))).collect()
 }
 
-/// The call that a thread is blocked in now, if it is an accept or one of these waits.
+/// The call that a thread is blocked in now, if it is an accept or a wait. `waits` are those that are watched.
 pub(crate) fn call_of(pid: u32, tid: u32, waits: &[WaitCall]) -> Option<Call> {
     let call = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
     let memory =
@@ -92,8 +102,8 @@ pub(crate) fn parse(
         libc::SYS_pselect6 => (WaitCall::Select, select_set(int(first), [second, third, fourth], memory)),
         _ => return None,
     };
-    let (kind, set) = wait.filter(|_| waits.contains(&calls))?;
-    Some(Call::Wait { kind, set })
+    let (kind, set) = wait?;
+    Some(if waits.contains(&calls) { Call::Wait { kind, set } } else { Call::Unwatched(calls) })
 }
 
 /// The first descriptor of a `poll`; `None` if there are fewer than two.
@@ -168,9 +178,9 @@ mod tests {
     }
 
     #[test]
-    fn calls_not_asked_for_are_no_waits() {
+    fn calls_not_asked_for_are_unwatched() {
         let poll = format!("{} 0x100 0x2 0x0 0x0 0x8 0x0 0x7ffd 0x7f\n", libc::SYS_ppoll);
-        assert_eq!(parse(&poll, &WaitCall::DEFAULT, read), None);
+        assert_eq!(parse(&poll, &WaitCall::DEFAULT, read), Some(Call::Unwatched(WaitCall::Poll)));
     }
 
     #[test]

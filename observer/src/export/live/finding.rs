@@ -10,6 +10,8 @@ use crate::{
 pub(super) enum Verdict {
     /// Nothing is late.
     NotLate,
+    /// Nothing is known to be late, but some processes wait for events unwatched.
+    NotKnown,
     /// Something has waited for it.
     Late,
     /// An event loop that does not look for events for long, though nothing is known to wait.

@@ -176,13 +176,18 @@ impl State {
         self.snapshot.as_ref()
     }
 
+    /// The processes on the screen.
+    pub(super) fn targets(&self) -> &[Target] {
+        self.snapshot.as_ref().map_or(&[], |snapshot| &snapshot.targets)
+    }
+
     pub(super) const fn is_paused(&self) -> bool {
         self.paused.is_some()
     }
 
     /// All event loops in the order of the list, without regard to the filter.
     pub(super) fn all_loops(&self) -> impl Iterator<Item = (&LoopRow, &Target, &Reactor)> {
-        let targets = self.snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.targets);
+        let targets = self.targets();
         self.loops.iter().map(|row| {
             let target = &targets[row.target];
             (row, target, &target.reactors[row.reactor])
@@ -191,7 +196,7 @@ impl State {
 
     /// All accept queues in the order of the list, without regard to the filter.
     pub(super) fn all_queues(&self) -> impl Iterator<Item = (&QueueRow, &Target, &Listener)> {
-        let targets = self.snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.targets);
+        let targets = self.targets();
         self.queues.iter().map(|row| {
             let target = &targets[row.target];
             (row, target, &target.listeners[row.listener])
@@ -200,7 +205,7 @@ impl State {
 
     /// All kinds of deferred tasks in the order of the list, without regard to the filter.
     pub(super) fn all_kinds(&self) -> impl Iterator<Item = (&KindRow, &Target, &Deferred)> {
-        let targets = self.snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.targets);
+        let targets = self.targets();
         self.kinds.iter().map(|row| {
             let target = &targets[row.target];
             (row, target, &target.deferred[row.kind])

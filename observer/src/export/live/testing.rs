@@ -151,6 +151,7 @@ pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         exited: false,
         listeners: vec![listener],
         reactors: vec![reactor],
+        unwatched_waits: None,
         deferred: Vec::new(),
         unmatched: 0,
         hooks: Vec::new(),

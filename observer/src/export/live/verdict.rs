@@ -9,7 +9,7 @@ use super::{
 use crate::{
     export::{
         live::finding::{Finding, Verdict, age, rate},
-        words::{cause_name, oldest, percent, site_cause, span, stack},
+        words::{cause_name, oldest, percent, site_cause, span, stack, unwatched},
     },
     model::{
         busy::Cause,
@@ -49,6 +49,9 @@ pub(super) fn findings(state: &State) -> Vec<Finding> {
 
 /// The verdict if nothing is late, with the highest lag since the start.
 pub(super) fn not_late(state: &State) -> Finding {
+    if let Some(what) = unwatched(state.targets()) {
+        return Finding { verdict: Verdict::NotKnown, what, why: "nothing else is known to be late".into() };
+    }
     let seconds = state.all_loops().map(|(row, ..)| row.window.seconds).fold(0.0, f64::max);
     let what =
         if seconds < WINDOW / 2.0 { "so far".to_owned() } else { format!("in the last {seconds:.0} s") };
@@ -198,6 +201,9 @@ mod tests {
         assert!(well.what.starts_with("in the last 10 s: "), "{well:?}");
         assert!(well.what.ends_with("waited for 50.0 ms or longer"), "{well:?}");
         assert_eq!(well.why, "highest lag since the start: 120 ms (reactor (11) of app (10))");
+        let mut snapshot = testing::snapshot(21.0, |_| {});
+        snapshot.targets[0].unwatched_waits = Some("poll");
+        assert_eq!(not_late(&of([snapshot])).verdict, Verdict::NotKnown);
     }
 
     #[test]

@@ -187,8 +187,7 @@ fn verdict(state: &State, most: usize, theme: Theme) -> Vec<Line<'static>> {
     let is_late = findings.iter().any(|finding| finding.verdict == Verdict::Late);
     if !is_late {
         let verdict = not_late(state);
-        let head = Span::styled("NOT LATE ", theme.good());
-        text.push(Line::from(vec![head, Span::raw(verdict.what)]));
+        text.push(Line::from(vec![head(verdict.verdict, theme), Span::raw(verdict.what)]));
         text.push(Line::styled(format!("         {}", verdict.why), theme.quiet()));
     }
     let limit = shown.saturating_sub(usize::from(!is_late));
@@ -201,13 +200,18 @@ fn verdict(state: &State, most: usize, theme: Theme) -> Vec<Line<'static>> {
 }
 
 fn finding_lines(finding: Finding, theme: Theme) -> [Line<'static>; 2] {
-    let head = match finding.verdict {
+    let head = head(finding.verdict, theme);
+    [Line::from(vec![head, Span::raw(finding.what)]), Line::raw(format!("     {}", finding.why))]
+}
+
+fn head(verdict: Verdict, theme: Theme) -> Span<'static> {
+    match verdict {
         Verdict::NotLate => Span::styled("NOT LATE ", theme.good()),
+        Verdict::NotKnown => Span::styled("NOT KNOWN ", theme.heading()),
         Verdict::Late => Span::styled("LATE ", theme.bad()),
         Verdict::Busy => Span::styled("BUSY ", theme.heading()),
         Verdict::Lost => Span::styled("LOST ", theme.bad()),
-    };
-    [Line::from(vec![head, Span::raw(finding.what)]), Line::raw(format!("     {}", finding.why))]
+    }
 }
 
 /// A heading, and the name of the selected row.

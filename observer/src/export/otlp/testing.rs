@@ -52,6 +52,7 @@ pub(super) fn target(pid: u32) -> Target {
         exited: false,
         listeners: Vec::new(),
         reactors: Vec::new(),
+        unwatched_waits: None,
         deferred: Vec::new(),
         unmatched: 0,
         hooks: Vec::new(),

@@ -262,7 +262,7 @@ fn code_of_tokio_is_restored() {
     assert_code_is_restored(&[TOKIO], rounds(1));
 }
 
-#[real_test]
+#[real_test(guest_only("here, each runtime is tested by itself"))]
 fn code_of_all_runtimes_is_restored() {
     assert_code_is_restored(&[PYTHON, NODE, RUBY, TOKIO], rounds(1));
 }

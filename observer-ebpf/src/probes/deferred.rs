@@ -56,11 +56,16 @@ fn deferred(ctx: ProbeContext) -> u32 {
     }
     // SAFETY: as above.
     unsafe { add(&raw mut (*hook).hits, 1) };
-    let key = key.value().map(|(key, _)| TaskKey { key, tgid, space });
+    // Not an option: the compiler would read the key of none, which the verifier of 5.10 rejects.
+    let (key, has_key) = match key {
+        Extracted::Value(key, _) => (key, true),
+        Extracted::Missing | Extracted::Excluded => (0, false),
+    };
+    let key = TaskKey { key, tgid, space };
     // SAFETY: has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
     let reached = ReachedHook { tid, flags, extractor, ctx: &ctx, now };
-    if reached.apply(verb, key).is_some() {
+    if reached.apply(verb, key, has_key).is_some() {
         // SAFETY: as above.
         unsafe { add(&raw mut (*hook).matches, 1) };
     }
@@ -103,15 +108,15 @@ struct ReachedHook<'a> {
 impl ReachedHook<'_> {
     /// Runs the hook's verb. `None` if it had no effect.
     #[inline(always)]
-    fn apply(&self, verb: u32, key: Option<TaskKey>) -> Option<()> {
+    fn apply(&self, verb: u32, key: TaskKey, has_key: bool) -> Option<()> {
         if verb == Verb::Snapshot as u32 {
-            self.snapshot(key?)
+            if has_key { self.snapshot(key) } else { None }
         } else if verb == Verb::Restore as u32 {
-            self.restore(key?)
+            if has_key { self.restore(key) } else { None }
         } else if verb == Verb::Leave as u32 {
-            self.leave(key)
+            self.leave(key, has_key)
         } else if verb == Verb::Forget as u32 {
-            self.forget(key)
+            self.forget(key, has_key)
         } else if verb == Verb::Detach as u32 {
             self.detach()
         } else {
@@ -244,9 +249,9 @@ impl ReachedHook<'_> {
 
     /// Leaves the current task, if it has this key.
     #[inline(always)]
-    fn leave(&self, key: Option<TaskKey>) -> Option<()> {
+    fn leave(&self, key: TaskKey, has_key: bool) -> Option<()> {
         let current = work::current(self.tid);
-        let key = key.unwrap_or(current.key);
+        let key = if has_key { key } else { current.key };
         if key != current.key {
             return None;
         }
@@ -266,10 +271,9 @@ impl ReachedHook<'_> {
     }
 
     #[inline(always)]
-    fn forget(&self, key: Option<TaskKey>) -> Option<()> {
+    fn forget(&self, key: TaskKey, has_key: bool) -> Option<()> {
         let current = work::current(self.tid);
-        let has_key = key.is_some();
-        let key = key.unwrap_or(current.key);
+        let key = if has_key { key } else { current.key };
         let task = TASKS.get_ptr_mut(key)?;
         // SAFETY: a live map value; a destroyed task no longer runs.
         unsafe {

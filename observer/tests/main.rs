@@ -44,6 +44,7 @@ mod stacks;
 mod stalls;
 mod support;
 mod symbols;
+mod zoo;
 
 fn main() -> std::process::ExitCode {
     harness::run()

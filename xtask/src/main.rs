@@ -23,6 +23,7 @@ mod vm;
 mod ledger;
 mod nextest;
 mod suite;
+mod zoo;
 
 use std::process::ExitCode;
 
@@ -92,6 +93,9 @@ enum Command {
         /// Run every test on every kernel, including the newest kernel in Debian.
         #[arg(long)]
         full: bool,
+        /// Run only the zoo, real servers of many kinds, which is installed; write what was seen to docs/servers.md.
+        #[arg(long, conflicts_with_all = ["full", "soak", "machines", "names"])]
+        zoo: bool,
         /// Repeat the tests N times without reruns and print how often each failed.
         #[arg(long, value_name = "N")]
         soak: Option<u32>,
@@ -121,7 +125,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Ledger { update } => ledger::run(update)?,
         Command::Fuzz { targets, seconds } => return fuzz::run(&targets, seconds),
         Command::Vm { kernel, command } => return vm::enter(kernel, &command),
-        Command::Test { full, soak, machines, names } => {
+        Command::Test { zoo: true, .. } => return zoo::run(),
+        Command::Test { full, soak, machines, names, .. } => {
             return Ok(suite::run(&Options { full, soak, machines, names }));
         }
     }

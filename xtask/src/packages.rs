@@ -33,6 +33,42 @@ const TESTS: &[&str] = &[
     "util-linux",
 ];
 
+/// Servers of the zoo that no other test needs.
+const ZOO: &[&str] = &[
+    "apache2-bin",
+    "beanstalkd",
+    "caddy",
+    "dnsmasq-base",
+    "erlang-base",
+    "erlang-inets",
+    "etcd-server",
+    "h2o",
+    "lighttpd",
+    "memcached",
+    "mosquitto",
+    "nats-server",
+    "nghttp2-proxy",
+    "pgbouncer",
+    "postgresql",
+    "puma",
+    "python3-cheroot",
+    "python3-daphne",
+    "python3-gevent",
+    "python3-hypercorn",
+    "python3-tornado",
+    "python3-twisted",
+    "python3-uvicorn",
+    "python3-waitress",
+    "sslh",
+    "stunnel4",
+    "tinyproxy",
+    "unbound",
+    "unicorn",
+    "uwsgi-core",
+    "uwsgi-plugin-python3",
+    "varnish",
+];
+
 /// Tools that only `xtask bench` runs.
 const COMPARISON: &[&str] = &["bpftrace", "libbpf-tools", "bpfcc-tools"];
 
@@ -57,6 +93,10 @@ pub(crate) fn for_tests() -> Vec<String> {
         names.push("nodejs".to_owned());
     }
     names
+}
+
+pub(crate) fn for_zoo() -> Vec<String> {
+    ZOO.iter().map(|&name| name.to_owned()).chain(for_tests()).collect()
 }
 
 pub(crate) fn for_bench() -> Vec<String> {

@@ -114,7 +114,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// A server as `zoo.toml` describes it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Species {
+struct Description {
     name: String,
     command: Vec<String>,
     send: Option<String>,
@@ -135,29 +135,29 @@ const fn yes() -> bool {
 }
 
 #[derive(Deserialize)]
-struct Zoo {
-    server: Vec<Species>,
+struct ZooFile {
+    server: Vec<Description>,
 }
 
 fn folder() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/zoo")
 }
 
-fn species(name: &str) -> Species {
-    let zoo: Zoo = toml::from_str(&fs::read_to_string(folder().join("zoo.toml")).unwrap()).unwrap();
-    zoo.server.into_iter().find(|species| species.name == name).expect("described in zoo.toml")
+fn description(name: &str) -> Description {
+    let file: ZooFile = toml::from_str(&fs::read_to_string(folder().join("zoo.toml")).unwrap()).unwrap();
+    file.server.into_iter().find(|description| description.name == name).expect("described in zoo.toml")
 }
 
 /// A running server.
-struct Animal {
+struct RunningServer {
     process: Process,
     port: u16,
-    species: Species,
+    description: Description,
     _folder: TempDir,
 }
 
-impl Animal {
-    fn start(species: Species) -> Self {
+impl RunningServer {
+    fn start(description: Description) -> Self {
         let files = tempfile::tempdir().unwrap();
         fs::set_permissions(files.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let port = free_port();
@@ -167,26 +167,26 @@ impl Animal {
                 .replace("{port}", &port.to_string())
                 .replace("{servers}", servers.to_str().unwrap())
         };
-        for (name, text) in &species.files {
+        for (name, text) in &description.files {
             fs::write(files.path().join(name), fill(text)).unwrap();
         }
-        if let Some(prepare) = &species.prepare {
+        if let Some(prepare) = &description.prepare {
             let mut shell = Command::new("sh");
             shell.arg("-c").arg(fill(prepare)).current_dir(files.path()).stdout(Stdio::null());
             assert!(shell.status().unwrap().success(), "{prepare}");
         }
-        let words: Vec<_> = species.command.iter().map(|word| fill(word)).collect();
+        let words: Vec<_> = description.command.iter().map(|word| fill(word)).collect();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).current_dir(files.path()).process_group(0);
-        command.envs(species.env.iter().map(|(name, value)| (name, fill(value))));
-        if let Some(user) = &species.user {
+        command.envs(description.env.iter().map(|(name, value)| (name, fill(value))));
+        if let Some(user) = &description.user {
             let user = nix::unistd::User::from_name(user).unwrap().expect("its package creates it");
             command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let animal = Self { process: Process(child), port, species, _folder: files };
-        wait_for("the server", || animal.try_ask("/"));
-        animal
+        let server = Self { process: Process(child), port, description, _folder: files };
+        wait_for("the server", || server.try_ask("/"));
+        server
     }
 
     /// Sends a request on a new connection, and waits for the response.
@@ -197,7 +197,7 @@ impl Animal {
 
     fn try_send(&self, mut connection: TcpStream, path: &str) -> Option<TcpStream> {
         connection.set_read_timeout(Some(LIMIT)).unwrap();
-        match &self.species.send {
+        match &self.description.send {
             Some(words) => connection.write_all(words.as_bytes()).ok()?,
             None => {
                 write!(connection, "GET {path} HTTP/1.1\r\nHost: zoo\r\nConnection: close\r\n\r\n").ok()?
@@ -207,7 +207,7 @@ impl Animal {
     }
 
     fn try_receive(&self, mut connection: TcpStream) -> Option<()> {
-        let has_answered = match self.species.send.as_deref() {
+        let has_answered = match self.description.send.as_deref() {
             Some("") => true,
             Some(_) => connection.read(&mut [0; 512]).ok()? > 0,
             None => {
@@ -245,7 +245,7 @@ impl Animal {
 
     /// Blocks the server for a while, in a handler or by a signal, while a client waits.
     fn stall(&self) {
-        if let Some(path) = &self.species.stall {
+        if let Some(path) = &self.description.stall {
             self.ask(path);
             return;
         }
@@ -262,7 +262,7 @@ impl Animal {
     }
 }
 
-impl Drop for Animal {
+impl Drop for RunningServer {
     fn drop(&mut self) {
         let group = Pid::from_raw(i32::try_from(self.process.pid()).unwrap());
         let _gone = killpg(group, Signal::SIGKILL);
@@ -297,28 +297,28 @@ fn held_up(listener: &Value) -> u64 {
 }
 
 fn check(name: &str) {
-    let species = species(name);
-    if let Some(module) = &species.module {
+    let description = description(name);
+    if let Some(module) = &description.module {
         let import = Command::new("/usr/bin/python3").args(["-c", &format!("import {module}")]).output();
         if !import.unwrap().status.success() {
             skip(format!("Debian's Python has no module {module}"));
         }
     }
-    let animal = Animal::start(species);
-    let quiet = animal.observe(|| {
+    let server = RunningServer::start(description);
+    let quiet = server.observe(|| {
         for _ in 0..CONNECTIONS {
-            animal.ask("/");
+            server.ask("/");
             thread::sleep(PAUSE);
         }
     });
-    assert_no_false_alarm(&quiet, animal.port);
-    let planted = animal.observe(|| {
+    assert_no_false_alarm(&quiet, server.port);
+    let planted = server.observe(|| {
         for _ in 0..STALLS {
-            animal.stall();
+            server.stall();
             thread::sleep(PAUSE);
         }
     });
-    let seen = stalls_seen(&planted, &animal);
+    let seen = stalls_seen(&planted, &server);
     // `cargo xtask test --zoo` makes a table of these.
     let rows = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/zoo");
     if rows.exists() {
@@ -340,21 +340,21 @@ fn assert_no_false_alarm(report: &Report, port: u16) {
 
 /// Checks that each planted stall was seen once. Returns where.
 #[track_caller]
-fn stalls_seen(report: &Report, animal: &Animal) -> String {
+fn stalls_seen(report: &Report, server: &RunningServer) -> String {
     let count = |reactor: &Value| reactor["stalls"]["count"].as_u64().unwrap();
-    let Some(_) = &animal.species.stall else {
+    let Some(_) = &server.description.stall else {
         // All processes were stopped, so every loop has stalled.
         let most = reactors(report).map(count).max();
-        assert_eq!(most, animal.species.loops.then_some(STALLS), "{:#}", report.0);
-        let listener = listener(report, animal.port);
+        assert_eq!(most, server.description.loops.then_some(STALLS), "{:#}", report.0);
+        let listener = listener(report, server.port);
         assert_eq!(held_up(listener), STALLS, "{listener:#}");
         return "20 of 20 stops, in the accept queue".to_owned()
-            + if animal.species.loops { " and the loops" } else { "" };
+            + if server.description.loops { " and the loops" } else { "" };
     };
     let total: u64 = reactors(report).map(count).sum();
-    assert_eq!(total, if animal.species.loops { STALLS } else { 0 }, "{:#}", report.0);
-    if !animal.species.loops {
-        return "handlers run outside of any event loop".into();
+    assert_eq!(total, if server.description.loops { STALLS } else { 0 }, "{:#}", report.0);
+    if !server.description.loops {
+        return "the handler blocks no event loop".into();
     }
     let mut causes: Vec<_> = reactors(report)
         .flat_map(|reactor| reactor["stalls"]["sites"].as_array().unwrap())

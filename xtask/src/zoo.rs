@@ -19,7 +19,7 @@ What observer shows of servers as Debian packages them, without any option. Each
 this page: with 40 connections and nothing planted, each connection was counted and nothing was reported as late or dropped. Then it
 was blocked 20 times for 150 ms, by a handler that blocks or by a signal that stops all of its processes.
 
-Servers whose handlers run outside of any event loop show lateness in the accept queue only. How a server waits can depend on its
+Servers whose handlers block no event loop (threads, processes, green threads) show lateness in the accept queue only. How a server waits can depend on its
 configuration.
 
 | server | processes | lag | planted stalls seen |

@@ -1,7 +1,7 @@
 //! The zoo: servers as people run them, each under light load. Nothing planted: no false alarm, and every connection is
-//! counted. Then 20 planted stalls, which are counted and attributed. `servers/zoo/zoo.toml` describes the servers. `cargo xtask
-//! test --zoo` installs all of them, and writes what was seen to `docs/servers.md`; the tests of a usual run are those whose servers
-//! other tests need as well.
+//! counted. Then 20 planted stalls, which are counted and attributed. `servers/zoo/zoo.toml` describes the servers.
+//! `cargo xtask test --zoo` installs all of them, and writes what was seen to `docs/servers.md`; the tests of a usual run
+//! are those whose servers other tests need as well.
 
 use std::{
     collections::BTreeMap,

@@ -116,10 +116,7 @@ fn not_late(targets: &[Target]) -> String {
     if targets.is_empty() {
         "No process was observed: none matched the selection.".into()
     } else if let Some(unwatched) = unwatched(targets) {
-        format!(
-            "Not known: {unwatched}. Elsewhere, nothing is known to have waited for {} or longer.",
-            span(LATE)
-        )
+        format!("Not known: {unwatched}. Nothing else is known to have waited for {} or longer.", span(LATE))
     } else if targets.iter().all(Target::is_silent) {
         "No lag was measured: the observed processes have no listener and no event loop (see --reactor-calls).".into()
     } else {

@@ -255,7 +255,7 @@ impl Observation {
         }
         self.collect()?;
         self.reactors.refresh(&mut self.maps, &self.targets)?;
-        self.unwatched.refresh(self.targets.live(), &self.reactors.pids());
+        self.unwatched.refresh(&self.targets, &self.reactors.pids());
         for &pid in &changes.execed {
             self.reactors.rename_of(pid);
         }
@@ -307,7 +307,7 @@ impl Observation {
                 exited,
                 listeners: numbered(listeners_of_it),
                 reactors: reactors_of_it,
-                unwatched_waits: if exited { None } else { self.unwatched.of(pid) },
+                unwatched_waits: self.unwatched.of(pid),
                 deferred,
                 unmatched,
                 hooks,

@@ -3,11 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::round_robin::RoundRobin;
-use crate::process::{
-    Process,
-    wait_call::{self, Call, WaitCall},
-};
+use super::{round_robin::RoundRobin, targets::Targets};
+use crate::process::wait_call::{self, Call, WaitCall};
 
 /// What the main threads of targets without an event loop wait in.
 pub(super) struct UnwatchedWaits {
@@ -23,10 +20,11 @@ impl UnwatchedWaits {
         Self { watched: watched.to_vec(), found: BTreeMap::new(), to_check: RoundRobin::default() }
     }
 
-    /// Checks what some of the processes wait in. `with_loops` are those whose waits are watched.
-    pub(super) fn refresh(&mut self, live: &BTreeMap<u32, Process>, with_loops: &BTreeSet<u32>) {
-        self.found.retain(|pid, _| live.contains_key(pid) && !with_loops.contains(pid));
-        for pid in self.to_check.next(live) {
+    /// Checks what some of the targets wait in. `with_loops` are those whose waits are watched. What an exited process
+    /// waited in remains known.
+    pub(super) fn refresh(&mut self, targets: &Targets, with_loops: &BTreeSet<u32>) {
+        self.found.retain(|&pid, _| targets.get(pid).is_some() && !with_loops.contains(&pid));
+        for pid in self.to_check.next(targets.live()) {
             if !with_loops.contains(&pid)
                 && let Some(Call::Unwatched(call)) = wait_call::call_of(pid, pid, &self.watched)
             {

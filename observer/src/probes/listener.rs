@@ -67,8 +67,8 @@ pub(crate) fn look(ebpf: &mut Ebpf, inode: u64) -> Result<()> {
     Ok(())
 }
 
-/// Metrics of a listener as of now, without drops and overflows, which depend on the counters of its namespace. `before` is the queue when it was
-/// first read, `unix_since_ns` the time from which unix connections get time stamps.
+/// Metrics of a listener as of now, without drops and overflows, which depend on the counters of its namespace. `before`
+/// is the queue when it was first read, `unix_since_ns` the time from which unix connections get time stamps.
 ///
 /// Each connection that joined the queue has either been accepted or still waits. So arrivals follow from accepts and
 /// depths on every kernel, without a hook on arrivals.

@@ -143,6 +143,13 @@ impl WaitPattern {
         }
         true
     }
+
+    /// Whether a blocking call that polls this descriptor alone is the wait of the thread's event loop: it polls its epoll
+    /// set, which it otherwise never blocks in, as EventMachine does to wait without Ruby's lock.
+    #[inline(always)]
+    pub const fn is_polled(&self, descriptor: u32) -> bool {
+        self.kind == Kind::Epoll as u32 && self.is_firm == 0 && self.set == descriptor
+    }
 }
 
 /// Value of `WAITERS`: a thread that waits for events, in a slot that is mapped into user space. The fields that every wait
@@ -329,6 +336,21 @@ mod tests {
         assert_eq!(waits([call(Epoll, 3, 0), poll, call(Epoll, 3, 0), poll]), [true, true, false, true]);
         // An epoll call that may block makes it an epoll loop.
         assert_eq!(waits([poll, call(Epoll, 3, 100), poll]), [true, true, false]);
+    }
+
+    #[test]
+    fn a_poll_of_a_set_that_the_thread_never_blocks_in_is_a_wait() {
+        use Kind::{Epoll, Poll};
+        let mut pattern = WaitPattern::NONE;
+        assert!(!pattern.is_polled(0));
+        assert!(pattern.is_wait(call(Epoll, 3, 0), |_| SetState::InUse));
+        assert!(pattern.is_polled(3));
+        assert!(!pattern.is_polled(4) && !pattern.is_polled(NO_SET));
+        assert!(pattern.is_wait(call(Epoll, 3, 10), |_| SetState::InUse));
+        assert!(!pattern.is_polled(3));
+        let mut polls = WaitPattern::NONE;
+        assert!(polls.is_wait(call(Poll, 3, 0), |_| SetState::InUse));
+        assert!(!polls.is_polled(3));
     }
 
     #[test]

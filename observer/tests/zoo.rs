@@ -86,6 +86,7 @@ zoo! {
         puma_cluster "puma"
         sslh_select "sslh-select"
         stunnel "stunnel4"
+        thin "thin"
         tinyproxy "tinyproxy"
         tornado "python3"
         twisted_web "python3"

@@ -63,6 +63,7 @@ const ZOO: &[&str] = &[
     "stunnel4",
     "tinyproxy",
     "unbound",
+    "thin",
     "unicorn",
     "uwsgi-core",
     "uwsgi-plugin-python3",

@@ -2,7 +2,10 @@
 //! kernel saves on the thread's stack. Their offset is found by a system call of the loader.
 
 use aya_ebpf::{macros::map, maps::Array, programs::BtfTracePointContext};
-use observer_common::block::{Block, CALLS, NO_CALL, SyscallClass};
+use observer_common::{
+    block::{Block, CALLS, NO_CALL, SyscallClass},
+    waiter::NO_SET,
+};
 
 use crate::kernel::{self, CallInProgress, OpenFile};
 
@@ -42,11 +45,14 @@ pub(crate) struct Blocked {
     pub(crate) block: u32,
     /// Frame pointer of the thread in user space; 0 if unknown.
     pub(crate) frame_pointer: u64,
+    /// The descriptor that the thread polls or selects, if it is the only one; otherwise [`NO_SET`].
+    pub(crate) polled: u32,
 }
 
 impl Blocked {
     /// Unknown.
-    pub(crate) const UNKNOWN: Self = Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0 };
+    pub(crate) const UNKNOWN: Self =
+        Self { call: NO_CALL, block: Block::Other as u32, frame_pointer: 0, polled: NO_SET };
 
     /// The current thread, when `sched_switch` takes it off its CPU.
     #[inline(always)]
@@ -56,12 +62,50 @@ impl Blocked {
         let frame_pointer = registers.frame_pointer().unwrap_or(0);
         match registers.number() {
             // Outside of system calls, a thread blocks only on its own memory.
-            None => Self { call: NO_CALL, block: Block::PageFault as u32, frame_pointer },
+            None => Self { block: Block::PageFault as u32, frame_pointer, ..Self::UNKNOWN },
             Some(call) => {
-                let block = block_of(&registers, class_of(call)).unwrap_or(Block::Other as u32);
-                Self { call, block, frame_pointer }
+                let mut blocked = Self { call, frame_pointer, ..Self::UNKNOWN };
+                if let Some(block) = blocked.block_of(&registers, class_of(call)) {
+                    blocked.block = block;
+                }
+                blocked
             }
         }
+    }
+
+    /// What a call of this class waits for. Notes the descriptor that it polls.
+    #[inline(always)]
+    fn block_of(&mut self, call: &CallInProgress, class: u8) -> Option<u32> {
+        let descriptor = if class == SyscallClass::File as u8 {
+            low_half(call.first()?)
+        } else if class == SyscallClass::Poll as u8 {
+            let count = low_half(call.second()?);
+            if count == 0 {
+                return Some(Block::Sleep as u32);
+            }
+            let descriptor = kernel::read_user::<u32>(call.first()?)?;
+            if count == 1 {
+                self.polled = descriptor;
+            }
+            let file = OpenFile::of(descriptor)?;
+            if file.is_anonymous()? {
+                return Some(if is_timeout(call.third()?) { Block::Sleep } else { Block::Lock } as u32);
+            }
+            return Some(file.block()? as u32);
+        } else if class == SyscallClass::Select as u8 {
+            let limit = low_half(call.first()?);
+            if limit == 0 {
+                return Some(Block::Sleep as u32);
+            }
+            let lowest = lowest_descriptor(call.second()?, call.third()?)?;
+            if lowest + 1 == limit {
+                self.polled = lowest;
+            }
+            lowest
+        } else {
+            return Some(class.into());
+        };
+        Some(OpenFile::of(descriptor)?.block()? as u32)
     }
 }
 
@@ -74,41 +118,23 @@ fn class_of(number: u32) -> u8 {
     unsafe { (&raw const SYSCALL_CLASSES).cast::<u8>().add(number as usize).read_volatile() }
 }
 
-#[inline(always)]
-fn block_of(call: &CallInProgress, class: u8) -> Option<u32> {
-    let descriptor = if class == SyscallClass::File as u8 {
-        call.first()?
-    } else if class == SyscallClass::Poll as u8 {
-        if call.second()? == 0 {
-            return Some(Block::Sleep as u32);
-        }
-        let file = OpenFile::of(kernel::read_user::<u32>(call.first()?)?)?;
-        if file.is_anonymous()? {
-            return Some(if is_timeout(call.third()?) { Block::Sleep } else { Block::Lock } as u32);
-        }
-        return Some(file.block()? as u32);
-    } else if class == SyscallClass::Select as u8 {
-        if call.first()? == 0 {
-            return Some(Block::Sleep as u32);
-        }
-        lowest_descriptor(call.second()?, call.third()?)?
-    } else {
-        return Some(class.into());
-    };
-    Some(OpenFile::of(u32::try_from(descriptor).ok()?)?.block()? as u32)
-}
-
 /// Whether a timeout argument, in milliseconds or as a pointer, is a timeout: neither negative nor null.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the upper half of an `int` argument is undefined")]
 const fn is_timeout(argument: u64) -> bool {
-    argument != 0 && argument as u32 != u32::MAX
+    argument != 0 && low_half(argument) != u32::MAX
+}
+
+/// An `int` argument: the upper half of its register is undefined.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "drops the upper half on purpose")]
+const fn low_half(argument: u64) -> u32 {
+    argument as u32
 }
 
 /// The lowest descriptor in two sets, among the first 64 descriptors.
 #[inline(always)]
-fn lowest_descriptor(first: u64, second: u64) -> Option<u64> {
+fn lowest_descriptor(first: u64, second: u64) -> Option<u32> {
     let set = |address: u64| if address == 0 { None } else { kernel::read_user::<u64>(address) };
     let members = set(first).unwrap_or(0) | set(second).unwrap_or(0);
-    if members == 0 { None } else { Some(members.trailing_zeros().into()) }
+    if members == 0 { None } else { Some(members.trailing_zeros()) }
 }

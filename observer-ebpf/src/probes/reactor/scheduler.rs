@@ -3,7 +3,7 @@
 use aya_ebpf::{helpers::bpf_ktime_get_ns, macros::btf_tracepoint, programs::BtfTracePointContext};
 use observer_common::{
     reactor::Evidence,
-    waiter::{Phase, RunState},
+    waiter::{FOREVER, Phase, RunState},
 };
 
 use super::slice::{end_slice, switch_run_state};
@@ -25,15 +25,21 @@ fn sched_switch(ctx: BtfTracePointContext) -> u32 {
             switched_ns = now;
             switch_run_state(waiter, run, now);
             if (*waiter).phase == Phase::Slice as u32 {
+                let is_in_wait = (*waiter).is_in_wait != 0;
+                // A stopped thread does not wait for what its system call waits for.
+                let is_blocked = reason == OffCpuReason::Blocked && !is_in_wait;
+                let blocked = if is_blocked { Blocked::current(&ctx) } else { Blocked::UNKNOWN };
+                let polls_its_set = (*waiter).pattern.is_polled(blocked.polled);
                 // A thread that is preempted in its wait call is still runnable: it may already have found an event.
-                if (*waiter).is_in_wait != 0 && reason != OffCpuReason::Preempted {
+                if (is_in_wait && reason != OffCpuReason::Preempted) || polls_its_set {
                     end_slice(waiter, previous, now, |_| Evidence::NothingWaited);
                     (*waiter).phase = Phase::Waiting as u32;
                     (*waiter).phase_since_ns = now;
+                    if polls_its_set {
+                        (*waiter).timeout_ns = FOREVER;
+                        (*waiter).woken_ns = 0;
+                    }
                 } else {
-                    // A stopped thread does not wait for what its system call waits for.
-                    let is_blocked = reason == OffCpuReason::Blocked;
-                    let blocked = if is_blocked { Blocked::current(&ctx) } else { Blocked::UNKNOWN };
                     (*waiter).call = blocked.call;
                     (*waiter).block = blocked.block;
                     (*waiter).frame_pointer = blocked.frame_pointer;

@@ -44,6 +44,7 @@ mod stacks;
 mod stalls;
 mod support;
 mod symbols;
+mod workers;
 mod zoo;
 
 fn main() -> std::process::ExitCode {

@@ -323,7 +323,7 @@ fn check(name: &str) {
     // `cargo xtask test --zoo` makes a table of these.
     let rows = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/zoo");
     if rows.exists() {
-        let row = format!("| {} | {} | {seen} |\n", name.replace('_', " "), what_is_known(&quiet));
+        let row = format!("| {} | {} | {seen} |\n", name.replace('_', " "), what_is_known(&planted));
         fs::write(rows.join(name), row).unwrap();
     }
 }
@@ -373,7 +373,9 @@ fn stalls_seen(report: &Report, server: &RunningServer) -> String {
 /// Which parts of the server are watched.
 fn what_is_known(report: &Report) -> String {
     let targets = report.0["targets"].as_array().unwrap();
-    let loops = reactors(report).count();
+    let loops = reactors(report).filter(|reactor| reactor["is_worker"] == false).count();
+    let workers: u64 =
+        report.0["workers"].as_array().unwrap().iter().filter_map(|group| group["running"].as_u64()).sum();
     let unwatched = targets.iter().find_map(|target| target["unwatched_waits"].as_str());
     let lag = match (loops, unwatched) {
         (0, None) => "no event loop".to_owned(),
@@ -381,6 +383,7 @@ fn what_is_known(report: &Report) -> String {
         (1, _) => "1 event loop".to_owned(),
         (loops, _) => format!("{loops} event loops"),
     };
+    let lag = if workers > 0 { format!("{lag}, {workers} workers") } else { lag };
     let processes =
         if targets.len() == 1 { "1 process".to_owned() } else { format!("{} processes", targets.len()) };
     format!("{processes} | {lag}")

@@ -209,6 +209,7 @@ mod tests {
             deferred::HookCounters,
             snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
             subject::OTHER,
+            workers::Duty,
             workload::Workload,
         },
     };
@@ -237,6 +238,8 @@ mod tests {
             split_seconds: Split::default(),
             stalls: crate::model::stall::Stalls::over(0.05),
             exited: false,
+            duty: Duty::default(),
+            is_worker: false,
         }
     }
 
@@ -252,6 +255,7 @@ mod tests {
             pid: 1,
             comm: "server".into(),
             exe: "/server".into(),
+            parent: 1,
             workload: Workload::default(),
             exited: false,
             listeners: Vec::new(),
@@ -263,7 +267,14 @@ mod tests {
             gc: None,
         };
         let own = Own { version: "0", kernel: "0".into(), ..Own::default() };
-        Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets: vec![target], own }
+        Snapshot {
+            schema: SCHEMA,
+            started: String::new(),
+            duration_seconds: 1.0,
+            targets: vec![target],
+            workers: Vec::new(),
+            own,
+        }
     }
 
     /// The label values and the sample of each series of a family, the aggregated ones last.

@@ -11,13 +11,14 @@ use super::words::{
 };
 use crate::{
     model::{
-        busy::Cause,
+        busy::{Cause, Split},
         deferred::{Deferred, is_held_up},
         frame::StackSample,
         histogram::Histogram,
         late::{LATE, Lateness},
         snapshot::{Gc, Listener, Reactor, Snapshot, Target},
         stall::Stalls,
+        workers::Workers,
     },
     sanitize::Lines,
 };
@@ -82,24 +83,27 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
         finding.write("LATE:", out)?;
     }
     write_busy(&snapshot.targets, out)?;
+    for group in busiest(&snapshot.workers) {
+        writeln!(out, "WORKERS: {}", words::workers(group))?;
+    }
     for finding in snapshot.targets.iter().flat_map(dropped_tasks) {
         finding.write("LOST:", out)?;
     }
-    let (silent, others): (Vec<_>, Vec<_>) = snapshot.targets.iter().partition(|target| target.is_silent());
+    for group in &snapshot.workers {
+        write_workers(group, out)?;
+    }
+    let others = snapshot.targets.iter().filter(|target| !target.is_only_worker());
+    let (brief, others): (Vec<_>, Vec<_>) = others.partition(|target| is_folded(target, snapshot));
+    let (silent, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|target| target.is_silent());
     for target in others {
         write_target(target, out)?;
     }
-    if !silent.is_empty() {
-        let names: BTreeSet<&str> = silent.iter().map(|target| target.comm.as_str()).collect();
-        let names: Vec<&str> = names.into_iter().take(4).collect();
-        writeln!(out)?;
-        writeln!(
-            out,
-            "Also observed, without an event loop or a listener: {} ({})",
-            silent.len(),
-            names.join(", ")
-        )?;
-    }
+    write_names("without an event loop or a listener", &silent, out)?;
+    write_names(
+        "not late, of the programs of the workers or with a life of less than a second",
+        &brief,
+        out,
+    )?;
     for lost in own.lost.iter().filter(|lost| lost.count > 0) {
         writeln!(out)?;
         writeln!(out, "Incomplete data: {} ({} times)", lost.cause, lost.count)?;
@@ -108,6 +112,32 @@ pub(crate) fn write(snapshot: &Snapshot, out: &mut impl Write) -> Result<()> {
         writeln!(out)?;
         writeln!(out, "Not observed: {} ({})", missing.source, missing.reason)?;
     }
+    Ok(())
+}
+
+/// Life of a process in seconds below which it is not reported by itself.
+const BRIEF: f64 = 1.0;
+
+/// Whether a process is only counted: another process of a group of workers, or a child that exited at once. Nothing
+/// that was late or dropped is left out.
+fn is_folded(target: &Target, snapshot: &Snapshot) -> bool {
+    let is_calm = target.loops().all(|reactor| reactor.lateness() == Lateness::InTime);
+    let is_child = || snapshot.targets.iter().any(|other| other.pid == target.parent);
+    let was_brief = |reactor: &Reactor| reactor.busy_seconds + reactor.wait_seconds < BRIEF;
+    let is_of_workers = snapshot.workers.iter().any(|workers| workers.has(target));
+    let is_brief = target.exited && target.reactors.iter().all(was_brief) && is_child();
+    is_calm && target.listeners.is_empty() && target.deferred.is_empty() && (is_of_workers || is_brief)
+}
+
+/// Writes how many processes there are that have no part of their own, and the names of some.
+fn write_names(which: &str, targets: &[&Target], out: &mut Lines<'_>) -> Result<()> {
+    if targets.is_empty() {
+        return Ok(());
+    }
+    let names: BTreeSet<&str> = targets.iter().map(|target| target.comm.as_str()).collect();
+    let names: Vec<&str> = names.into_iter().take(4).collect();
+    writeln!(out)?;
+    writeln!(out, "Also observed, {which}: {} ({})", targets.len(), names.join(", "))?;
     Ok(())
 }
 
@@ -151,6 +181,13 @@ fn write_busy(targets: &[Target], out: &mut Lines<'_>) -> Result<()> {
         writeln!(out, "BUSY: {more} more event loops")?;
     }
     Ok(())
+}
+
+/// The groups of workers with the highest utilization, highest first.
+fn busiest(workers: &[Workers]) -> impl Iterator<Item = &Workers> {
+    let mut workers: Vec<_> = workers.iter().collect();
+    workers.sort_by(|a, b| b.utilization.unwrap_or(0.0).total_cmp(&a.utilization.unwrap_or(0.0)));
+    workers.into_iter().take(BUSY_LOOPS)
 }
 
 /// What is late in a target: event loops, listeners, deferred tasks.
@@ -259,12 +296,25 @@ fn dropped_tasks(target: &Target) -> impl Iterator<Item = Finding> + '_ {
     })
 }
 
+fn write_workers(workers: &Workers, out: &mut Lines<'_>) -> Result<()> {
+    writeln!(out)?;
+    writeln!(out, "workers of {} ({})  {}", workers.comm, workers.parent, workers.exe)?;
+    let exited = if workers.exited > 0 { format!("; {} exited", workers.exited) } else { String::new() };
+    writeln!(out, "    processes   {} running, {} busy{exited}", workers.running, workers.busy)?;
+    if let Some(utilization) = workers.utilization {
+        let shares: Vec<_> = shares(&workers.split_seconds).into_iter().map(share_of).collect();
+        writeln!(out, "    busy        {} of their time: {}", percent(utilization), shares.join(", "))?;
+    }
+    writeln!(out, "    slices      {}", count_and_quantiles(&workers.slice))?;
+    write_stalls(&workers.stalls, "their stalls", out)
+}
+
 fn write_target(target: &Target, out: &mut Lines<'_>) -> Result<()> {
     let exited = if target.exited { ", exited" } else { "" };
     let workload = words::workload(&target.workload);
     writeln!(out)?;
     writeln!(out, "process {}{workload}{exited}  {}", process_name(target), target.exe)?;
-    for reactor in &target.reactors {
+    for reactor in target.loops() {
         write_reactor(reactor, out)?;
     }
     if let Some(gc) = target.gc.as_ref().filter(|gc| gc.count > 0) {
@@ -360,9 +410,9 @@ fn write_reactor(reactor: &Reactor, out: &mut Lines<'_>) -> Result<()> {
     if let Some(sample) = &reactor.current_stack {
         write_stack(sample, FRAMES, out)?;
     }
-    write_stalls(&reactor.stalls, out)?;
+    write_stalls(&reactor.stalls, "the lag", out)?;
     if let Some(utilization) = reactor.utilization {
-        let shares: Vec<_> = shares(reactor).into_iter().map(share_of).collect();
+        let shares: Vec<_> = shares(&reactor.split_seconds).into_iter().map(share_of).collect();
         writeln!(
             out,
             "    busy        {} of the time: {}{}",
@@ -451,8 +501,7 @@ fn overflows(listener: &Listener) -> String {
 }
 
 /// Shares of busy time, in the order in which they are shown. Causes of blocking with no time are left out.
-fn shares(reactor: &Reactor) -> Vec<(Cause, f64)> {
-    let split = &reactor.split_seconds;
+fn shares(split: &Split) -> Vec<(Cause, f64)> {
     let total = split.total().max(f64::MIN_POSITIVE);
     let all = Cause::PARTS.into_iter().map(|cause| (cause, split.of(cause) / total));
     all.filter(|(cause, share)| *share >= 0.0005 || !matches!(cause, Cause::Blocked(_))).collect()
@@ -465,7 +514,7 @@ fn share_of((cause, share): (Cause, f64)) -> String {
 
 /// The causes that take at least a tenth of the busy time, largest first.
 fn main_causes(reactor: &Reactor) -> String {
-    let mut parts = shares(reactor);
+    let mut parts = shares(&reactor.split_seconds);
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
     let parts: Vec<_> = parts.into_iter().filter(|(_, share)| *share >= 0.1).map(share_of).collect();
     parts.join(", ")
@@ -485,8 +534,8 @@ fn of_which_gc(reactor: &Reactor) -> String {
     if gc > 0.0 { format!("; of which GC {}", percent(gc / reactor.busy_seconds)) } else { String::new() }
 }
 
-/// Writes the sites with the largest shares of the lag, each with its stack.
-fn write_stalls(stalls: &Stalls, out: &mut Lines<'_>) -> Result<()> {
+/// Writes the sites with the largest shares of `whole`, each with its stack.
+fn write_stalls(stalls: &Stalls, whole: &str, out: &mut Lines<'_>) -> Result<()> {
     if stalls.count > 0 {
         writeln!(
             out,
@@ -499,7 +548,7 @@ fn write_stalls(stalls: &Stalls, out: &mut Lines<'_>) -> Result<()> {
     for (index, site) in stalls.sites.iter().enumerate().take(SITES) {
         writeln!(
             out,
-            "      {} of the lag: {}, {} in total, {}{}",
+            "      {} of {whole}: {}, {} in total, {}{}",
             percent(site.lag_share),
             counted(site.count, "stall"),
             span(site.seconds),
@@ -511,7 +560,7 @@ fn write_stalls(stalls: &Stalls, out: &mut Lines<'_>) -> Result<()> {
     let others = stalls.sites.iter().skip(SITES);
     let (count, share) = others.fold((0, 0.0), |sum, site| (sum.0 + site.count, sum.1 + site.lag_share));
     if count > 0 {
-        writeln!(out, "      {} of the lag: {} at other sites", percent(share), counted(count, "stall"))?;
+        writeln!(out, "      {} of {whole}: {} at other sites", percent(share), counted(count, "stall"))?;
     }
     Ok(())
 }
@@ -531,7 +580,14 @@ fn quantiles(histogram: &Histogram) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{export::live::testing, model::snapshot::Missing, sanitize::is_shown};
+    use crate::{
+        export::live::testing,
+        model::{
+            snapshot::Missing,
+            workers::{self, Duty},
+        },
+        sanitize::is_shown,
+    };
 
     fn report(snapshot: &Snapshot) -> String {
         let mut text = Vec::new();
@@ -544,6 +600,32 @@ mod tests {
         let text = report(&testing::snapshot(5.0, |reactor| testing::slept(reactor, 3)));
         assert!(
             text.contains("3 stalls, 360 ms in total, asleep (clock_nanosleep) for GET /job/7\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn workers_are_one_group_and_brief_processes_one_line() {
+        let mut snapshot = testing::snapshot(5.0, |reactor| testing::slept(reactor, 3));
+        let mut worker = snapshot.targets.remove(0);
+        worker.listeners.clear();
+        worker.parent = 7;
+        worker.reactors[0].duty = Duty::OneConnection;
+        let mut idle = worker.clone();
+        idle.reactors = testing::snapshot(5.0, |_| {}).targets.remove(0).reactors;
+        let processes = [(10, &worker), (11, &worker), (12, &idle)];
+        snapshot.targets = processes.map(|(pid, target)| Target { pid, ..target.clone() }).into();
+        snapshot.workers = workers::group(&mut snapshot.targets);
+        let text = report(&snapshot);
+        assert!(text.contains("\nNot late: "), "{text}");
+        assert!(text.contains("\nWORKERS: app (7): 0 of 2 busy now; busy 8.3 % of the time\n"), "{text}");
+        assert!(
+            text.contains("\nworkers of app (7)  /usr/bin/app\n    processes   2 running, 0 busy\n"),
+            "{text}"
+        );
+        assert!(text.contains(" of their stalls: 6 stalls, 720 ms in total, asleep"), "{text}");
+        assert!(
+            !text.contains("event loop reactor") && text.contains("less than a second: 1 (app)"),
             "{text}"
         );
     }

@@ -8,6 +8,7 @@ use crate::model::{
     request::Request,
     snapshot::{Listener, Reactor, Target},
     stall::Site,
+    workers::Workers,
     workload::Workload,
 };
 
@@ -26,6 +27,15 @@ pub(crate) fn reactor_name(reactor: &Reactor) -> String {
     } else {
         format!("{name} (thread {tid})")
     }
+}
+
+/// `uwsgi (10): 3 of 4 busy now; busy 48.0 % of the time`.
+pub(crate) fn workers(workers: &Workers) -> String {
+    let Workers { comm, parent, running, busy, exited, .. } = workers;
+    let now =
+        if *running == 0 { format!("{exited} exited") } else { format!("{busy} of {running} busy now") };
+    let share = workers.utilization.map(|share| format!("; busy {} of the time", percent(share)));
+    format!("{comm} ({parent}): {now}{}", share.unwrap_or_default())
 }
 
 /// What is unknown because some processes wait for events unwatched: `web (10) and 2 more wait for events with select,

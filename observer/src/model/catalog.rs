@@ -7,7 +7,8 @@ use super::{
     deferred::{Deferred, HookCounters},
     own::OWN,
     snapshot::{Gc, Listener, Reactor, Snapshot},
-    subject::{Subject, SubjectKind, live, live_listeners, live_reactors},
+    subject::{Subject, SubjectKind, live, live_listeners, live_reactors, live_workers},
+    workers::Workers,
 };
 use crate::model::family::{Aggregation, Family, Kind, Sink, Value, count};
 
@@ -305,6 +306,26 @@ const CATALOG: &[Family] = &[
         },
     },
     Family {
+        name: "observer_workers",
+        otlp: "observer.workers",
+        unit: "{process}",
+        help: "Number of processes with the same parent and program that serve one connection at a time each. Their loops have no series of their own.",
+        kind: Kind::Gauge(Aggregation::Sum),
+        subject: SubjectKind::Workers,
+        own_labels: &[],
+        collect: |s, sink| workers(s, sink, |w| count(w.running as u64)),
+    },
+    Family {
+        name: "observer_workers_busy",
+        otlp: "observer.workers.busy",
+        unit: "{process}",
+        help: "Number of these workers that serve a connection now, rather than wait for one or for the next request.",
+        kind: Kind::Gauge(Aggregation::Sum),
+        subject: SubjectKind::Workers,
+        own_labels: &[],
+        collect: |s, sink| workers(s, sink, |w| count(w.busy as u64)),
+    },
+    Family {
         name: "observer_deferred_enqueued_total",
         otlp: "observer.deferred.enqueued",
         unit: "{task}",
@@ -491,6 +512,12 @@ fn hooks<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, counter: fn(&HookCo
 fn reactors<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, value: fn(&'s Reactor) -> Value<'s>) {
     for (target, reactor) in live_reactors(snapshot) {
         sink.add(Subject::Reactor(target, reactor), value(reactor));
+    }
+}
+
+fn workers<'s>(snapshot: &'s Snapshot, mut sink: Sink<'_, 's>, value: fn(&'s Workers) -> Value<'s>) {
+    for (target, workers) in live_workers(snapshot) {
+        sink.add(Subject::Workers(target, workers), value(workers));
     }
 }
 

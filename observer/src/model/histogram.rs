@@ -136,6 +136,22 @@ impl Histogram {
     }
 }
 
+impl Histogram {
+    /// Adds another's durations.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.min_ns = match (self.count(), other.count()) {
+            (_, 0) => self.min_ns,
+            (0, _) => other.min_ns,
+            _ => self.min_ns.min(other.min_ns),
+        };
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count = count.saturating_add(*more);
+        }
+        self.sum_ns = self.sum_ns.saturating_add(other.sum_ns);
+        self.max_ns = self.max_ns.max(other.max_ns);
+    }
+}
+
 impl From<&kernel::Histogram> for Histogram {
     fn from(raw: &kernel::Histogram) -> Self {
         Self {

@@ -16,6 +16,12 @@ pub(crate) enum Lateness {
 }
 
 impl Lateness {
+    /// Of a worker whose wake-ups took up to this many seconds. That it is busy keeps nobody waiting; connections that no
+    /// worker has accepted are in the accept queue.
+    pub(crate) fn of_worker(wakeup: f64) -> Self {
+        if wakeup < LATE { Self::InTime } else { Self::Late }
+    }
+
     /// Of a loop with this lag in seconds. `has_waited` says whether something is known to have waited for it: events
     /// during a stall, or the loop for a CPU after an event.
     pub(crate) fn of(lag: f64, has_waited: bool) -> Self {

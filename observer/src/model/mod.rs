@@ -11,6 +11,7 @@ pub(crate) mod request;
 pub(crate) mod stall;
 pub(crate) mod deferred;
 pub(crate) mod trace;
+pub(crate) mod workers;
 pub(crate) mod snapshot;
 pub(crate) mod subject;
 pub(crate) mod family;

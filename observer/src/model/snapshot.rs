@@ -11,6 +11,7 @@ use super::{
     histogram::Histogram,
     late::{LATE, Lateness},
     stall::Stalls,
+    workers::{Duty, Workers},
     workload::Workload,
 };
 
@@ -29,6 +30,8 @@ pub(crate) struct Snapshot {
     pub(crate) duration_seconds: f64,
     /// Sorted by process id.
     pub(crate) targets: Vec<Target>,
+    /// Groups of processes that serve one connection at a time each. Sorted by the id of the parent.
+    pub(crate) workers: Vec<Workers>,
     /// observer itself.
     #[serde(rename = "self")]
     pub(crate) own: Own,
@@ -42,6 +45,7 @@ impl Snapshot {
             started: String::new(),
             duration_seconds: 0.0,
             targets: Vec::new(),
+            workers: Vec::new(),
             own: Own {
                 version: env!("CARGO_PKG_VERSION"),
                 service: Service { is_off: true, ..Service::default() },
@@ -61,6 +65,8 @@ pub(crate) struct Target {
     pub(crate) comm: String,
     /// Path of its executable.
     pub(crate) exe: String,
+    /// Id of the process that started it; 0 if unknown.
+    pub(crate) parent: u32,
     /// Its container, pod or service.
     #[serde(flatten)]
     pub(crate) workload: Workload,
@@ -218,11 +224,19 @@ pub(crate) struct Reactor {
     pub(crate) stalls: Stalls,
     /// Whether it has ended: its threads have exited, or wait elsewhere.
     pub(crate) exited: bool,
+    /// What it serves.
+    #[serde(skip)]
+    pub(crate) duty: Duty,
+    /// Whether it is no event loop but a worker, see `workers`: it keeps nobody waiting but the client that it serves.
+    pub(crate) is_worker: bool,
 }
 
 impl Reactor {
     /// Whether it was late since the start.
     pub(crate) fn lateness(&self) -> Lateness {
+        if self.is_worker {
+            return Lateness::of_worker(self.wakeup.max());
+        }
         let has_waited = self.stalls.late > 0 || self.wakeup.max() >= LATE || self.is_awaited();
         Lateness::of(self.lag.max(), has_waited)
     }
@@ -303,8 +317,18 @@ impl Listener {
 }
 
 impl Target {
-    /// Whether there is nothing to report about it.
+    /// Its event loops that are not workers.
+    pub(crate) fn loops(&self) -> impl Iterator<Item = &Reactor> {
+        self.reactors.iter().filter(|reactor| !reactor.is_worker)
+    }
+
+    /// Whether all that there is to report about it is part of its group of workers.
+    pub(crate) fn is_only_worker(&self) -> bool {
+        !self.reactors.is_empty() && self.is_silent()
+    }
+
+    /// Whether there is nothing to report about it, or only as a worker.
     pub(crate) fn is_silent(&self) -> bool {
-        self.listeners.is_empty() && self.reactors.is_empty() && self.deferred.is_empty()
+        self.listeners.is_empty() && self.loops().next().is_none() && self.deferred.is_empty()
     }
 }

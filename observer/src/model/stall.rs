@@ -70,10 +70,25 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    fn is_of(&self, stall: &Stall, sample: &StackSample) -> bool {
+    /// A site without stalls yet.
+    fn of(cause: Cause, syscall: Option<String>, sample: StackSample) -> Self {
+        Self {
+            count: 0,
+            seconds: 0.0,
+            lag_share: 0.0,
+            cause,
+            syscall,
+            behind: None,
+            split_seconds: Split::default(),
+            sample,
+            weight: 0.0,
+        }
+    }
+
+    fn is_of(&self, cause: Cause, syscall: Option<&str>, sample: &StackSample) -> bool {
         let is_seen = !sample.frames.is_empty();
         self.sample.has_same_functions(sample)
-            && (is_seen || (self.cause == stall.cause && self.syscall == stall.syscall))
+            && (is_seen || (self.cause == cause && self.syscall.as_deref() == syscall))
     }
 }
 
@@ -133,9 +148,39 @@ impl Stalls {
         self.add_to_site(stall, sample);
     }
 
-    fn add_to_site(&mut self, stall: &Stall, sample: StackSample) -> usize {
-        let known = self.sites.iter().position(|site| site.is_of(stall, &sample));
-        let place = known.unwrap_or_else(|| {
+    /// Adds the stalls of another loop. Of the latest stalls, its own come last.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.threshold_seconds = other.threshold_seconds;
+        self.count += other.count;
+        self.late += other.late;
+        self.seconds += other.seconds;
+        for (count, more) in self.counts.iter_mut().zip(other.counts) {
+            *count += more;
+        }
+        let mut places = Vec::new();
+        for of_other in &other.sites {
+            let place = self.site_of(of_other.cause, of_other.syscall.as_deref(), of_other.sample.clone());
+            let site = &mut self.sites[place];
+            site.count += of_other.count;
+            site.seconds += of_other.seconds;
+            site.weight += of_other.weight;
+            site.split_seconds.add(&of_other.split_seconds);
+            site.cause = Cause::of(&site.split_seconds);
+            if of_other.behind.is_some() {
+                site.behind.clone_from(&of_other.behind);
+            }
+            places.push(place);
+        }
+        self.recent
+            .extend(other.recent.iter().map(|stall| Stall { site: places[stall.site], ..stall.clone() }));
+        let surplus = self.recent.len().saturating_sub(RECENT);
+        self.recent.drain(..surplus);
+    }
+
+    /// Index of the site with this stack, or of one for too many sites.
+    fn site_of(&mut self, cause: Cause, syscall: Option<&str>, sample: StackSample) -> usize {
+        let known = self.sites.iter().position(|site| site.is_of(cause, syscall, &sample));
+        known.unwrap_or_else(|| {
             let is_last = self.sites.len() >= SITES - 1;
             let sample = if is_last {
                 StackSample::missing("too many different stacks to report each")
@@ -143,21 +188,14 @@ impl Stalls {
                 sample
             };
             if self.sites.len() < SITES {
-                let (cause, syscall) = (stall.cause, stall.syscall.clone());
-                self.sites.push(Site {
-                    count: 0,
-                    seconds: 0.0,
-                    lag_share: 0.0,
-                    cause,
-                    syscall,
-                    behind: None,
-                    split_seconds: Split::default(),
-                    sample,
-                    weight: 0.0,
-                });
+                self.sites.push(Site::of(cause, syscall.map(Into::into), sample));
             }
             self.sites.len() - 1
-        });
+        })
+    }
+
+    fn add_to_site(&mut self, stall: &Stall, sample: StackSample) -> usize {
+        let place = self.site_of(stall.cause, stall.syscall.as_deref(), sample);
         let site = &mut self.sites[place];
         site.count += 1;
         site.seconds += stall.seconds;
@@ -176,17 +214,27 @@ impl Stalls {
     /// A copy with the share of each site in a total lag of `lag_weight` seconds squared, largest share first.
     pub(crate) fn ranked(&self, lag_weight: f64) -> Self {
         let mut ranked = self.clone();
-        for site in &mut ranked.sites {
-            site.lag_share = if lag_weight > 0.0 { (site.weight / lag_weight).min(1.0) } else { 0.0 };
+        ranked.rank(|site| if lag_weight > 0.0 { (site.weight / lag_weight).min(1.0) } else { 0.0 });
+        ranked
+    }
+
+    /// Sets the share of each site to its share of the time of all, and sorts them by it.
+    pub(crate) fn rank_by_time(&mut self) {
+        let total: f64 = self.sites.iter().map(|site| site.seconds).sum();
+        self.rank(|site| if total > 0.0 { site.seconds / total } else { 0.0 });
+    }
+
+    fn rank(&mut self, share: impl Fn(&Site) -> f64) {
+        for site in &mut self.sites {
+            site.lag_share = share(site);
         }
-        let mut order: Vec<usize> = (0..ranked.sites.len()).collect();
-        order.sort_by(|a, b| self.sites[*b].weight.total_cmp(&self.sites[*a].weight));
-        ranked.sites = order.iter().map(|&place| ranked.sites[place].clone()).collect();
-        for stall in &mut ranked.recent {
+        let mut order: Vec<usize> = (0..self.sites.len()).collect();
+        order.sort_by(|a, b| self.sites[*b].lag_share.total_cmp(&self.sites[*a].lag_share));
+        self.sites = order.iter().map(|&place| self.sites[place].clone()).collect();
+        for stall in &mut self.recent {
             stall.site =
                 order.iter().position(|&place| place == stall.site).expect("each place is in the order");
         }
-        ranked
     }
 }
 

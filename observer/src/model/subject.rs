@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use super::{
     deferred::{Deferred, HookCounters},
     snapshot::{Listener, Missing, Reactor, Snapshot, Target},
+    workers::Workers,
     workload::Workload,
 };
 
@@ -33,6 +34,8 @@ pub(crate) enum Subject<'s> {
     Listener(&'s Target, &'s Listener),
     /// An event loop.
     Reactor(&'s Target, &'s Reactor),
+    /// A group of workers, with their parent, or one of them if the parent is not observed.
+    Workers(&'s Target, &'s Workers),
     /// A kind of deferred tasks.
     Task(&'s Target, &'s Deferred),
     /// A hook in a runtime.
@@ -54,6 +57,7 @@ pub(crate) enum Subject<'s> {
 pub(crate) enum SubjectKind {
     Listener,
     Reactor,
+    Workers,
     Task,
     Hook,
     Target,
@@ -67,6 +71,7 @@ pub(crate) enum SubjectKind {
 pub(crate) enum Identity {
     Listener(u32, String),
     Reactor(u32, String),
+    Workers(u32, String),
     Task(u32, String),
     Hook(u32, String, &'static str, String),
     Target(u32),
@@ -83,6 +88,7 @@ impl SubjectKind {
         match self {
             Self::Listener => &["pid", "comm", "container", "pod", "listener"],
             Self::Reactor => &["pid", "comm", "container", "pod", "loop", "reactor"],
+            Self::Workers => &["pid", "comm", "container", "pod", "exe"],
             Self::Task => &["pid", "comm", "container", "pod", "task"],
             Self::Hook => &["pid", "comm", "container", "pod", "profile", "verb", "place"],
             Self::Target => &["pid", "comm", "container", "pod"],
@@ -100,6 +106,7 @@ impl<'s> Subject<'s> {
         match self {
             Self::Listener(..) => SubjectKind::Listener,
             Self::Reactor(..) => SubjectKind::Reactor,
+            Self::Workers(..) => SubjectKind::Workers,
             Self::Task(..) => SubjectKind::Task,
             Self::Hook(..) => SubjectKind::Hook,
             Self::Target(_) => SubjectKind::Target,
@@ -115,6 +122,7 @@ impl<'s> Subject<'s> {
         match self {
             Self::Listener(target, _)
             | Self::Reactor(target, _)
+            | Self::Workers(target, _)
             | Self::Task(target, _)
             | Self::Hook(target, _)
             | Self::Target(target)
@@ -128,6 +136,7 @@ impl<'s> Subject<'s> {
         match self {
             Self::Listener(target, listener) => Some(Identity::Listener(target.pid, listener.name())),
             Self::Reactor(target, reactor) => Some(Identity::Reactor(target.pid, reactor.id.clone())),
+            Self::Workers(_, workers) => Some(Identity::Workers(workers.parent, workers.exe.clone())),
             Self::Task(target, deferred) => Some(Identity::Task(target.pid, deferred.task.clone())),
             Self::Hook(target, hook) => {
                 Some(Identity::Hook(target.pid, hook.profile.clone(), hook.verb, hook.place.clone()))
@@ -146,6 +155,7 @@ impl<'s> Subject<'s> {
             Self::Listener(_, listener) => labels.push(("listener", listener.name().into())),
             Self::Reactor(_, reactor) => labels
                 .extend([("loop", reactor.id.as_str().into()), ("reactor", reactor.name.as_str().into())]),
+            Self::Workers(_, workers) => labels.push(("exe", workers.exe.as_str().into())),
             Self::Task(_, deferred) => labels.push(("task", deferred.task.as_str().into())),
             Self::Hook(_, hook) => labels.extend([
                 ("profile", hook.profile.as_str().into()),
@@ -194,7 +204,8 @@ pub(crate) fn subjects(snapshot: &Snapshot) -> impl Iterator<Item = Subject<'_>>
     let listeners = live_listeners(snapshot).map(|(target, listener)| Subject::Listener(target, listener));
     let reactors = live_reactors(snapshot).map(|(target, reactor)| Subject::Reactor(target, reactor));
     let sources = snapshot.own.missing.iter().map(Subject::Source);
-    listeners.chain(reactors).chain(live(snapshot).flat_map(subjects_of_target)).chain(sources)
+    let workers = live_workers(snapshot).map(|(target, workers)| Subject::Workers(target, workers));
+    listeners.chain(reactors).chain(workers).chain(live(snapshot).flat_map(subjects_of_target)).chain(sources)
 }
 
 fn subjects_of_target(target: &Target) -> impl Iterator<Item = Subject<'_>> {
@@ -212,7 +223,16 @@ pub(super) fn live(snapshot: &Snapshot) -> impl Iterator<Item = &Target> {
 
 pub(super) fn live_reactors(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Reactor)> {
     live(snapshot)
-        .flat_map(|target| target.reactors.iter().filter(|reactor| !reactor.exited).map(move |r| (target, r)))
+        .flat_map(|target| target.loops().filter(|reactor| !reactor.exited).map(move |r| (target, r)))
+}
+
+/// Groups with at least one running worker.
+pub(super) fn live_workers(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Workers)> {
+    snapshot.workers.iter().filter_map(|workers| {
+        let parent = live(snapshot).find(|target| target.pid == workers.parent);
+        let worker = || live(snapshot).find(|target| workers.has(target));
+        Some((parent.or_else(worker)?, workers))
+    })
 }
 
 pub(super) fn live_listeners(snapshot: &Snapshot) -> impl Iterator<Item = (&Target, &Listener)> {

@@ -92,6 +92,11 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
+    /// Whether the socket with this inode number is a listener of a target.
+    pub(super) fn is_known(&self, inode: u64) -> bool {
+        self.known.contains_key(&inode)
+    }
+
     /// Records the counters of the first targets' network namespaces, and forgets namespaces that targets have left:
     /// the kernel reuses their numbers.
     fn note_namespaces(&mut self, live: &BTreeMap<u32, Process>) {

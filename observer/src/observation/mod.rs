@@ -34,6 +34,7 @@ use crate::{
         histogram::seconds,
         snapshot::{Lost, Own, SCHEMA, Service, Snapshot, Target},
         trace::{Event, Events},
+        workers,
     },
     probes::{self, Types, When, listener, reactor},
     process::{Process, choice::Choice},
@@ -211,9 +212,10 @@ impl Observation {
         self.reactors.has_long_slices(&self.maps)
     }
 
-    /// Reads the stacks of slices that may become stalls.
+    /// Reads the stacks of slices that may become stalls, and what their threads serve.
     pub(crate) fn watch(&mut self) {
         self.reactors.watch(&self.maps, &self.targets, &mut self.missing);
+        self.reactors.examine_busy(&self.maps, |inode| self.listeners.is_known(inode));
     }
 
     /// Collects what the programs have emitted: stalls that have ended, requests and tasks. Must be called at the watch
@@ -263,6 +265,7 @@ impl Observation {
         let (ebpf, maps, missing) = (&mut self.ebpf, &mut self.maps, &mut self.missing);
         self.listeners.refresh(ebpf, maps, missing, &self.targets, changes.has_changed)?;
         let refreshed = clock::wall_time(self.reactors.refreshed_ns()).duration_since(UNIX_EPOCH);
+        self.reactors.examine_some(&self.maps, |inode| self.listeners.is_known(inode));
         self.service.refreshed = refreshed.ok().map(|since| since.as_secs_f64());
         self.live = changes.live;
         Ok(())
@@ -303,6 +306,7 @@ impl Observation {
                 pid,
                 comm: process.comm.clone(),
                 exe: process.exe.clone(),
+                parent: process.parent,
                 workload: process.workload.clone(),
                 exited,
                 listeners: numbered(listeners_of_it),
@@ -318,11 +322,13 @@ impl Observation {
         for target in &mut targets {
             target.reactors.sort_by(|a, b| (a.tid, &a.id).cmp(&(b.tid, &b.id)));
         }
+        let workers = workers::group(&mut targets);
         Ok(Snapshot {
             schema: SCHEMA,
             started: clock::written(self.facts.attached_ns),
             duration_seconds: seconds(clock::monotonic_ns() - self.facts.attached_ns),
             targets,
+            workers,
             own: self.own()?,
         })
     }

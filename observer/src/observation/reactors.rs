@@ -10,7 +10,7 @@ use anyhow::Result;
 use aya::Ebpf;
 use observer_common::{
     accept::AcceptCall,
-    reactor::{ABANDONED_NS, Reactor as RawReactor, Stall as RawStall},
+    reactor::{ABANDONED_NS, EXAMINED_NS, Reactor as RawReactor, Stall as RawStall},
 };
 
 use super::{
@@ -28,10 +28,12 @@ use crate::{
         snapshot::Reactor,
         stall::Stalls,
         trace::EventKind,
+        workers::Duty,
     },
     probes::{gc, listener, reactor},
     process::{
         self,
+        epoll_set::{self, Served},
         wait_call::{self, Call, WaitCall},
     },
     read::{
@@ -54,6 +56,8 @@ pub(super) struct Reactors {
     counts: HashMap<(u32, u32), u32>,
     /// Whose names are read again next.
     to_rename: RoundRobin<ReactorId>,
+    /// Whose sets are examined next.
+    to_examine: RoundRobin<ReactorId>,
     /// Loops as of the last refresh, each with its lag.
     running: Vec<(Raw, Histogram)>,
     /// When that was, in monotonic nanoseconds.
@@ -76,6 +80,10 @@ struct EventLoop {
     /// Waiting time so far, in nanoseconds.
     wait_ns: u64,
     stalls: Stalls,
+    /// What it serves; `None` before anything is known.
+    duty: Option<Duty>,
+    /// Start of the latest slice in which its set was examined, in monotonic nanoseconds.
+    examined_ns: u64,
 }
 
 /// How long a loop is kept whose only thread waits elsewhere, in nanoseconds.
@@ -90,6 +98,7 @@ impl Reactors {
             loops: BTreeMap::new(),
             counts: HashMap::new(),
             to_rename: RoundRobin::default(),
+            to_examine: RoundRobin::default(),
             running: Vec::new(),
             refreshed_ns: 0,
             finished: Vec::new(),
@@ -162,6 +171,36 @@ impl Reactors {
         if self.watcher.may_not_ask() {
             let reason = "pidfd_getfd is refused: no loop is reported as LATE for events that waited during its stalls";
             missing.add("whether events wait for a stalled loop", reason);
+        }
+    }
+
+    /// Examines the sets of some loops that may be those of workers.
+    pub(super) fn examine_some(&mut self, maps: &Maps, is_listener: impl Fn(u64) -> bool) {
+        for id in self.to_examine.next(&self.loops) {
+            let event_loop = self.loops.get_mut(&id).filter(|event_loop| event_loop.is_undecided());
+            if let Some((event_loop, set)) = event_loop.zip(maps.reactors.epoll_set(id))
+                && let Some(served) = epoll_set::served(event_loop.pid, set, &is_listener)
+            {
+                event_loop.note_served(served, false);
+            }
+        }
+    }
+
+    /// Examines the sets of such loops during long slices, once in each.
+    pub(super) fn examine_busy(&mut self, maps: &Maps, is_listener: impl Fn(u64) -> bool) {
+        let now = clock::monotonic_ns();
+        for slice in maps.reactors.in_slices() {
+            let is_long = now.saturating_sub(slice.since_ns) >= EXAMINED_NS;
+            let event_loop = self.loops.get_mut(&slice.reactor).filter(|event_loop| {
+                is_long && event_loop.is_undecided() && event_loop.examined_ns != slice.since_ns
+            });
+            if let Some((event_loop, set)) = event_loop.zip(slice.epoll_set) {
+                event_loop.examined_ns = slice.since_ns;
+                let served = epoll_set::served(slice.pid, set, &is_listener);
+                if let Some(served) = served.filter(|_| maps.reactors.is_still_in(&slice)) {
+                    event_loop.note_served(served, true);
+                }
+            }
         }
     }
 
@@ -349,6 +388,24 @@ impl EventLoop {
             prober: Prober::default(),
             wait_ns: 0,
             stalls: Stalls::over(stall_threshold.as_secs_f64()),
+            duty: None,
+            examined_ns: 0,
+        }
+    }
+
+    /// Whether another look at its set may show that it is a worker, or none.
+    fn is_undecided(&self) -> bool {
+        self.duty != Some(Duty::Several)
+    }
+
+    /// Adds what its epoll set was seen to hold. `in_slice` says whether that was during a slice.
+    fn note_served(&mut self, served: Served, in_slice: bool) {
+        match served {
+            Served::Several => self.duty = Some(Duty::Several),
+            Served::OneConnection if self.duty.is_none() => self.duty = Some(Duty::OneConnection),
+            // A server without connections waits in the same way.
+            Served::Listeners if in_slice && self.duty.is_none() => self.duty = Some(Duty::OneAtATime),
+            Served::Listeners | Served::OneConnection | Served::Other => {}
         }
     }
 
@@ -372,6 +429,7 @@ impl EventLoop {
     fn decode(&self, raw: &Raw, lag: &Histogram, now: u64) -> Reactor {
         let mut reactor = reactor::decode(self.id.to_string(), self.name.clone(), raw, lag.clone(), now);
         reactor.stalls = self.stalls.ranked(lag_weight(&reactor.lag));
+        reactor.duty = self.duty.unwrap_or_default();
         reactor
     }
 }

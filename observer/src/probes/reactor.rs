@@ -26,6 +26,7 @@ use crate::{
         request::Request,
         snapshot::Reactor,
         stall::{Stall, Stalls},
+        workers::Duty,
     },
     process::{self, wait_call::WaitCall},
     read::reactors::Raw,
@@ -168,6 +169,8 @@ pub(crate) fn decode(id: String, name: String, raw: &Raw, lag: Histogram, now: u
         split_seconds: split(&parts_ns, raw.now.gc_ns + gc_ns),
         stalls: Stalls::default(),
         exited: false,
+        duty: Duty::default(),
+        is_worker: false,
     }
 }
 

@@ -26,6 +26,8 @@ pub(crate) struct Process {
     pub(crate) comm: String,
     /// Path of the executable; empty if the process was gone before it could be read.
     pub(crate) exe: String,
+    /// Its parent when it was first seen; 0 if the process was gone before it could be read.
+    pub(crate) parent: u32,
     /// Container, pod or service.
     pub(crate) workload: Workload,
 }
@@ -33,7 +35,8 @@ pub(crate) struct Process {
 impl Process {
     /// Reads the identity of a process. If the process is gone, only its id is set.
     pub(crate) fn of(pid: u32) -> Self {
-        let mut process = Self { pid, comm: "?".into(), exe: String::new(), workload: Workload::default() };
+        let mut process =
+            Self { pid, comm: "?".into(), exe: String::new(), parent: 0, workload: Workload::default() };
         process.refresh();
         process
     }
@@ -44,6 +47,9 @@ impl Process {
         let Ok(proc) = open(self.pid) else { return };
         if let Ok(stat) = proc.stat() {
             self.comm = stat.comm;
+            if self.parent == 0 {
+                self.parent = u32::try_from(stat.ppid).unwrap_or(0);
+            }
         }
         if let Ok(exe) = proc.exe() {
             self.exe = exe.display().to_string();

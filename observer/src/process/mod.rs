@@ -10,6 +10,7 @@ pub(crate) mod connections;
 pub(crate) mod trace_context;
 pub(crate) mod drops;
 pub(crate) mod wait_call;
+pub(crate) mod epoll_set;
 pub(crate) mod runtime;
 pub(crate) mod hooks;
 pub(crate) mod check;

@@ -196,6 +196,12 @@ impl Reactors {
         self.reactors.get(id.slot).filter(is_it).filter(|_| !self.ended.contains(&id.slot))
     }
 
+    /// Descriptor of the epoll set of a loop, in the process that waited on it first; `None` if it is no epoll loop.
+    pub(crate) fn epoll_set(&self, id: ReactorId) -> Option<u32> {
+        let reactor = self.get(id)?;
+        (reactor.kind == Kind::Epoll as u32).then_some(reactor.set)
+    }
+
     /// Whether an event loop is still in the same slice.
     pub(crate) fn is_still_in(&self, slice: &InSlice) -> bool {
         let now = self.with_waiter(slice.reactor.slot);

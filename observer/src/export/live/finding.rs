@@ -16,6 +16,8 @@ pub(super) enum Verdict {
     Late,
     /// An event loop that does not look for events for long, though nothing is known to wait.
     Busy,
+    /// A group of workers.
+    Workers,
     /// Tasks were dropped.
     Lost,
 }

@@ -233,7 +233,7 @@ impl Recent {
         let seconds = (snapshot.duration_seconds - self.last_seconds).max(0.0);
         self.last_seconds = snapshot.duration_seconds;
         for target in &snapshot.targets {
-            for reactor in target.reactors.iter().filter(|reactor| !reactor.exited) {
+            for reactor in target.loops().filter(|reactor| !reactor.exited) {
                 let counters = LoopGrowth {
                     busy: reactor.busy_seconds,
                     wait: reactor.wait_seconds,

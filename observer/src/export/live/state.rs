@@ -146,7 +146,7 @@ impl State {
         let targets = || snapshot.targets.iter().enumerate();
         self.loops = targets()
             .flat_map(|(target, t)| (0..t.reactors.len()).map(move |reactor| (target, t, reactor)))
-            .filter(|(_, t, reactor)| !t.reactors[*reactor].exited)
+            .filter(|(_, t, reactor)| !t.reactors[*reactor].exited && !t.reactors[*reactor].is_worker)
             .map(|(target, t, reactor)| {
                 let window = self.recent.of_loop(t.pid, &t.reactors[reactor]);
                 LoopRow { target, reactor, window }

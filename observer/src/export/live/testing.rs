@@ -10,6 +10,7 @@ use crate::model::{
     request::Request,
     snapshot::{Depths, Listener, Own, Reactor, SCHEMA, Snapshot, Target},
     stall::{Stall, Stalls},
+    workers::Duty,
     workload::Workload,
 };
 use observer_common::{block::Block, histogram as kernel, listener::DEPTHS};
@@ -116,6 +117,8 @@ fn idle(seconds: f64) -> Reactor {
         split_seconds: Split::default(),
         stalls: Stalls::over(0.05),
         exited: false,
+        duty: Duty::default(),
+        is_worker: false,
     }
 }
 
@@ -147,6 +150,7 @@ pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         pid: 10,
         comm: "app".into(),
         exe: "/usr/bin/app".into(),
+        parent: 1,
         workload: Workload::default(),
         exited: false,
         listeners: vec![listener],
@@ -162,6 +166,7 @@ pub(crate) fn snapshot(seconds: f64, change: impl FnOnce(&mut Reactor)) -> Snaps
         started: "2026-11-24T12:00:00Z".into(),
         duration_seconds: seconds,
         targets: vec![target],
+        workers: Vec::new(),
         own: Own { version: "0", kernel: "6.1".into(), ..Own::default() },
     }
 }

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     export::{
         live::finding::{Finding, Verdict, age, rate},
-        words::{cause_name, oldest, percent, site_cause, span, stack, unwatched},
+        words::{self, cause_name, oldest, percent, site_cause, span, stack, unwatched},
     },
     model::{
         busy::Cause,
@@ -44,7 +44,21 @@ pub(super) fn findings(state: &State) -> Vec<Finding> {
     let mut queues = queues.into_iter().map(|(row, target, listener)| of_queue(row, target, listener));
     let mut kinds = tasks::late(state).into_iter();
     let worst = late.next().into_iter().chain(queues.next()).chain(kinds.next());
-    worst.chain(late).chain(queues).chain(kinds).chain(busy).chain(tasks::dropped(state)).collect()
+    let others = late.chain(queues).chain(kinds).chain(busy).chain(of_workers(state));
+    worst.chain(others).chain(tasks::dropped(state)).collect()
+}
+
+/// The groups of workers that are running.
+fn of_workers(state: &State) -> impl Iterator<Item = Finding> {
+    let all = state.snapshot().map_or(&[][..], |snapshot| &snapshot.workers);
+    all.iter().filter(|group| group.running > 0).map(|group| {
+        let site = group.stalls.sites.first();
+        let why = site.map(|site| {
+            let stack = stack(&site.sample, usize::MAX);
+            format!("{} of their stalls: {} {stack}", percent(site.lag_share), site_cause(site))
+        });
+        Finding { verdict: Verdict::Workers, what: words::workers(group), why: why.unwrap_or_default() }
+    })
 }
 
 /// The verdict if nothing is late, with the highest lag since the start.

@@ -210,6 +210,7 @@ fn head(verdict: Verdict, theme: Theme) -> Span<'static> {
         Verdict::NotKnown => Span::styled("NOT KNOWN ", theme.heading()),
         Verdict::Late => Span::styled("LATE ", theme.bad()),
         Verdict::Busy => Span::styled("BUSY ", theme.heading()),
+        Verdict::Workers => Span::styled("WORKERS ", theme.heading()),
         Verdict::Lost => Span::styled("LOST ", theme.bad()),
     }
 }

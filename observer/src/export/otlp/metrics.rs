@@ -131,8 +131,8 @@ fn message(resource: &Resource) -> resource::v1::Resource {
 }
 
 fn process(target: &Target) -> Process {
-    let Target { pid, comm, exe, workload, .. } = target;
-    Process { pid: *pid, comm: comm.clone(), exe: exe.clone(), workload: workload.clone() }
+    let Target { pid, comm, exe, parent, workload, .. } = target;
+    Process { pid: *pid, comm: comm.clone(), exe: exe.clone(), parent: *parent, workload: workload.clone() }
 }
 
 /// Makes the data points of one resource.

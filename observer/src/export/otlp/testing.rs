@@ -39,7 +39,7 @@ pub(super) fn settings() -> Settings {
 
 /// A process with this id.
 pub(super) fn process(pid: u32) -> Process {
-    Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), workload: Workload::default() }
+    Process { pid, comm: "app".into(), exe: "/usr/bin/app".into(), parent: 1, workload: Workload::default() }
 }
 
 /// A process without listeners, event loops and tasks.
@@ -48,6 +48,7 @@ pub(super) fn target(pid: u32) -> Target {
         pid,
         comm: "app".into(),
         exe: "/usr/bin/app".into(),
+        parent: 1,
         workload: Workload::default(),
         exited: false,
         listeners: Vec::new(),
@@ -63,5 +64,12 @@ pub(super) fn target(pid: u32) -> Target {
 /// A snapshot with these processes.
 pub(super) fn snapshot(targets: Vec<Target>) -> Snapshot {
     let own = Own { version: "0", kernel: "0".into(), ..Own::default() };
-    Snapshot { schema: SCHEMA, started: String::new(), duration_seconds: 1.0, targets, own }
+    Snapshot {
+        schema: SCHEMA,
+        started: String::new(),
+        duration_seconds: 1.0,
+        targets,
+        workers: Vec::new(),
+        own,
+    }
 }

@@ -42,11 +42,19 @@ pub(crate) fn is_full() -> bool {
     std::env::var_os("OBSERVER_TEST_FULL").is_some()
 }
 
-/// Polls until there is a result. Panics with `what` after the time limit.
+/// Length of a wait from which on it is reported: in a slow test it shows what it waited for.
+const LONG: Duration = Duration::from_secs(5);
+
+/// Polls until there is a result. Panics with `what` after the time limit, and reports a long wait.
 pub(crate) fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + LIMIT;
+    let begin = Instant::now();
+    let end = begin + LIMIT;
     loop {
         if let Some(result) = poll() {
+            let waited = begin.elapsed();
+            if waited > LONG {
+                eprintln!("waited {waited:.1?} for {what}");
+            }
             return result;
         }
         assert!(Instant::now() < end, "waited too long for {what}");

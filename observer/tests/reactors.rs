@@ -129,7 +129,7 @@ fn uvloop_has_one_event_loop() {
 /// The workers take turns in waiting for events, so they are one loop. The pool for blocking calls waits for work.
 #[real_test]
 fn tokio_workers_share_one_event_loop() {
-    let server = Server::tokio();
+    let server = Server::tokio(3);
     let mut blocking = BTreeSet::new();
     let report = observe(&server, || {
         for _ in 0..ROUNDS {

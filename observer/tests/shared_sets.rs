@@ -8,10 +8,11 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    assert_close, example,
+    assert_close, example, http,
     interactive::Interactive,
     is_emulated,
     observer::{Observer, Report},
+    servers::Server,
 };
 
 /// Number of times that all threads are busy.
@@ -139,4 +140,24 @@ fn a_set_of_two_processes_is_one_event_loop() {
     let reactor = only_loop(&report);
     assert_eq!((&reactor["threads"], &reactor["stalls"]["count"]), (&2.into(), &0.into()), "{reactor:#}");
     assert_adds_up(reactor, &report);
+}
+
+/// With `block_in_place`, the thread that waited on the set sleeps, but another one has taken its place. The same sleep
+/// without it keeps everybody waiting.
+#[real_test]
+fn a_tokio_worker_that_hands_its_place_on_delays_nobody() {
+    let server = Server::tokio(1);
+    let observer = Observer::attach(server.pid());
+    for _ in 0..STALLS {
+        http::get(server.port, "/handed-over/150");
+    }
+    for _ in 0..STALLS {
+        http::get(server.port, "/sleep/150");
+    }
+    let report = observer.finish();
+    report.assert_complete();
+    let reactor = only_loop(&report);
+    assert_eq!(reactor["stalls"]["count"], STALLS, "{reactor:#}");
+    let sites = reactor["stalls"]["sites"].as_array().unwrap();
+    assert!(sites.iter().all(|site| site["cause"] == "sleep"), "{reactor:#}");
 }

@@ -240,7 +240,7 @@ fn stall_threshold_is_respected() {
 fn tokio_workers_are_blocked_at_a_mutex_but_not_when_parked() {
     const PAUSES: u32 = 8;
     let pause = Duration::from_millis(300);
-    let server = Server::tokio();
+    let server = Server::tokio(3);
     let observer = Observer::attach(server.pid());
     for _ in 0..PAUSES {
         // Several at once, so that different workers run.

@@ -68,6 +68,7 @@ zoo! {
         dnsmasq "dnsmasq"
         erlang "erl"
         etcd "etcd"
+        go "go"
         gunicorn_gevent "python3"
         gunicorn_tornado "python3"
         h2o "h2o"

@@ -1,9 +1,12 @@
 //! A server on tokio's multi-threaded runtime. The response is JSON with the ids of two threads: the worker that served
 //! the request, and a thread of the pool for blocking calls that did part of the work. `/lock/N` first makes the worker
-//! wait for a mutex that another thread holds for N milliseconds. Prints its port.
+//! wait for a mutex that another thread holds for N milliseconds. `/sleep/N` makes it sleep, and `/handed-over/N` makes it
+//! sleep after it has handed its place on to another thread (`block_in_place`). Prints its port.
+//!
+//! Usage: `tokio_server [WORKERS]`, 3 by default
 
 use std::{
-    fs, io,
+    env, fs, io,
     net::Ipv4Addr,
     sync::{
         Mutex,
@@ -18,7 +21,8 @@ use nix::unistd::{Pid, gettid};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
-    task::spawn_blocking,
+    runtime::Builder,
+    task::{block_in_place, spawn_blocking},
 };
 
 /// Waits for a mutex that another thread holds for this time after the waiting thread has blocked.
@@ -58,9 +62,16 @@ async fn serve(client: TcpStream) -> io::Result<()> {
         if client.read_line(&mut line).await? == 0 {
             return Ok(());
         }
-        let time = line.strip_prefix("GET /lock/").and_then(|rest| rest.split(' ').next()?.parse().ok());
-        if let Some(milliseconds) = time {
-            wait_for_a_lock(Duration::from_millis(milliseconds));
+        let time = |path: &str| {
+            let time = line.strip_prefix("GET /")?.strip_prefix(path)?.split(' ').next()?.parse().ok()?;
+            Some(Duration::from_millis(time))
+        };
+        if let Some(time) = time("lock/") {
+            wait_for_a_lock(time);
+        } else if let Some(time) = time("sleep/") {
+            thread::sleep(time);
+        } else if let Some(time) = time("handed-over/") {
+            block_in_place(|| thread::sleep(time));
         }
     }
     let blocking = spawn_blocking(gettid).await?;
@@ -69,8 +80,12 @@ async fn serve(client: TcpStream) -> io::Result<()> {
     client.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).await
 }
 
-#[tokio::main(worker_threads = 3)]
-async fn main() -> io::Result<()> {
+fn main() -> io::Result<()> {
+    let workers = env::args().nth(1).map_or(3, |workers| workers.parse().expect("a number of workers"));
+    Builder::new_multi_thread().worker_threads(workers).enable_all().build()?.block_on(run())
+}
+
+async fn run() -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     println!("{}", listener.local_addr()?.port());
     // In a task, as in servers: the future of `main` runs in its own thread, which is not a worker.

@@ -310,9 +310,11 @@ impl Server {
         Self::script(command, "causes_server.py", &[])
     }
 
-    /// A tokio server; see `servers/tokio_server.rs`.
-    pub(crate) fn tokio() -> Self {
-        Self::spawn_server(Command::new(example("tokio_server")))
+    /// A tokio server with so many workers; see `servers/tokio_server.rs`.
+    pub(crate) fn tokio(workers: u32) -> Self {
+        let mut command = Command::new(example("tokio_server"));
+        command.arg(workers.to_string());
+        Self::spawn_server(command)
     }
 
     /// Starts a script of this repository.

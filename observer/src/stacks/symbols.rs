@@ -168,13 +168,27 @@ fn frames(map: Option<&MemoryMap>, address: u64, found: &Symbolized<'_>) -> Vec<
         return vec![Frame::unknown(address, module)];
     };
     let frame = |name: &str, code: Option<&CodeInfo<'_>>| Frame {
-        function: name.to_owned(),
+        function: demangle(name),
         module: module.clone(),
         file: code.map(|code| code.to_path().to_string_lossy().into_owned()),
         line: code.and_then(|code| code.line),
     };
     let inlined = symbol.inlined.iter().rev().map(|inlined| frame(&inlined.name, inlined.code_info.as_ref()));
     inlined.chain([frame(&symbol.name, symbol.code_info.as_deref())]).collect()
+}
+
+/// Decodes a mangled Rust or C++ name; any other name stays as it is. The crate that symbolizes would decode every name,
+/// and the name of a C function may happen to be that of a C++ type: `rd` is `double restrict`.
+fn demangle(name: &str) -> String {
+    if !name.starts_with('_') {
+        return name.to_owned();
+    }
+    if let Ok(rust) = rustc_demangle::try_demangle(name) {
+        return format!("{rust:#}");
+    }
+    let is_cpp = ["_Z", "__Z", "___Z"].iter().any(|prefix| name.starts_with(prefix));
+    let cpp = is_cpp.then(|| cpp_demangle::Symbol::new(name).ok()?.demangle().ok()).flatten();
+    cpp.unwrap_or_else(|| name.to_owned())
 }
 
 /// Returns the memory of the dropped tables to the system; the allocator would keep it.
@@ -193,6 +207,16 @@ mod tests {
     #[inline(never)]
     fn a_function_of_this_test() -> u64 {
         a_function_of_this_test as *const () as u64
+    }
+
+    #[test]
+    fn only_mangled_names_are_demangled() {
+        for name in ["rd", "i", "v", "PKc", "Rd", "_start", "__libc_start_main", "_Zz", "main", "_R"] {
+            assert_eq!(demangle(name), name);
+        }
+        assert_eq!(demangle("_ZN3app6server6handle17h0123456789abcdefE"), "app::server::handle");
+        assert_eq!(demangle("_RNvC6_123foo3bar"), "123foo::bar");
+        assert_eq!(demangle("_ZN2v85Value3GetEi"), "v8::Value::Get(int)");
     }
 
     #[test]

@@ -27,6 +27,11 @@ impl Frame {
     pub(crate) fn unknown(address: u64, module: Option<String>) -> Self {
         Self { function: format!("{address:#x}"), module, file: None, line: None }
     }
+
+    /// Whether it is code outside of any file, without a known name.
+    pub(crate) fn is_unnamed_jit(&self) -> bool {
+        self.module.is_none() && self.file.is_none() && self.function.starts_with("0x")
+    }
 }
 
 /// `function (folder/file:line)`, or `function [module]` where the source is unknown.

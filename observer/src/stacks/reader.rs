@@ -68,10 +68,11 @@ impl StackReader {
             (unwinder.unwind(registers, stack, &mappings), kernel.to_vec())
         })?;
         let frames = symbols.of_process(&mappings, &stack.addresses);
+        let problem = symbols.take_problem(&frames);
         Some(StackSample {
             frames,
             kernel: symbols.of_kernel(&kernel),
-            missing: stack.truncated,
+            missing: problem.or(stack.truncated),
             is_on_cpu: true,
         })
     }
@@ -128,7 +129,9 @@ impl StackReader {
             let stack = self.unwinder.unwind(blocked, &memory, &mappings);
             let after = registers()?;
             if after == before {
-                return Ok(Some((self.symbols.of_process(&mappings, &stack.addresses), stack.truncated)));
+                let frames = self.symbols.of_process(&mappings, &stack.addresses);
+                let problem = self.symbols.take_problem(&frames);
+                return Ok(Some((frames, problem.or(stack.truncated))));
             }
             before = after;
         }

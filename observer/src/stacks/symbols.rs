@@ -38,6 +38,8 @@ pub(crate) struct Symbols {
     files: HashMap<FilePosition, Vec<Frame>>,
     /// Kernel functions, by address.
     kernel: HashMap<u64, String>,
+    /// Why names of JIT-compiled functions may be missing from the last stack.
+    perf_map_problem: Option<String>,
 }
 
 impl Symbols {
@@ -71,7 +73,8 @@ impl Symbols {
         if !missing.is_empty() {
             let queried: Vec<u64> = missing.iter().map(|&index| addresses[index]).collect();
             evict(&mut self.files, queried.len());
-            let symbolized = symbolize(mappings, &queried, mappings.can_open_map_files());
+            let (symbolized, problem) = symbolize(mappings, &queried, mappings.can_open_map_files());
+            self.perf_map_problem = problem;
             for (&index, frames) in missing.iter().zip(symbolized) {
                 // JIT-compiled code is in no file and not cached: other code may replace it.
                 if let Some(position) = positions[index] {
@@ -82,6 +85,12 @@ impl Symbols {
             trim();
         }
         found.into_iter().flatten().flatten().collect()
+    }
+
+    /// Why names of JIT-compiled functions are missing from these frames, which [`of_process`](Self::of_process) has just
+    /// returned; `None` if all have names, or the process has no perf map.
+    pub(super) fn take_problem(&mut self, frames: &[Frame]) -> Option<String> {
+        self.perf_map_problem.take().filter(|_| frames.iter().any(Frame::is_unnamed_jit))
     }
 }
 
@@ -98,9 +107,13 @@ fn evict<K: Hash + Eq, V>(cache: &mut HashMap<K, V>, more: usize) {
     }
 }
 
-/// Frames at each of the addresses. `use_map_files` opens files through `/proc/PID/map_files`, which works whatever their
-/// names are now; otherwise by name.
-fn symbolize(mappings: &Mappings, addresses: &[u64], use_map_files: bool) -> Vec<Vec<Frame>> {
+/// Frames at each of the addresses, and the problem with the process's perf map. `use_map_files` opens files through
+/// `/proc/PID/map_files`, which works whatever their names are now; otherwise by name.
+fn symbolize(
+    mappings: &Mappings,
+    addresses: &[u64],
+    use_map_files: bool,
+) -> (Vec<Vec<Frame>>, Option<String>) {
     let pid = mappings.pid;
     let symbolizer = Symbolizer::builder()
         .set_process_dispatcher(move |member| match member.member_entry {
@@ -129,11 +142,11 @@ fn symbolize(mappings: &Mappings, addresses: &[u64], use_map_files: bool) -> Vec
     };
     let jit: Vec<u64> = addresses.iter().copied().filter(is_jit).collect();
     let jit = perf_map::functions(pid, &jit);
-    let frames = addresses.iter().zip(found).map(|(&address, found)| match jit.get(&address) {
+    let frames = addresses.iter().zip(found).map(|(&address, found)| match jit.functions.get(&address) {
         Some(function) => vec![Frame { function: function.clone(), module: None, file: None, line: None }],
         None => frames(mappings.find(address), address, &found),
     });
-    frames.collect()
+    (frames.collect(), jit.problem)
 }
 
 /// The symbol resolver of a mapped file, if the file is safe to symbolize. It reads the file that is open, whatever its
@@ -224,7 +237,7 @@ mod tests {
         let mappings = Mappings::of(std::process::id()).unwrap();
         let address = a_function_of_this_test();
         for use_map_files in [true, false] {
-            let frames = symbolize(&mappings, &[address], use_map_files).concat();
+            let frames = symbolize(&mappings, &[address], use_map_files).0.concat();
             let last = frames.last().unwrap();
             assert!(last.function.ends_with("a_function_of_this_test"), "{last}");
             assert!(last.module.as_ref().unwrap().starts_with("observer"), "{last}");

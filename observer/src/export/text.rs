@@ -6,8 +6,8 @@ use std::{cmp::Reverse, collections::BTreeSet, io::Write};
 use anyhow::Result;
 
 use super::words::{
-    self, cause_name, counted, for_requests, oldest, percent, reactor_name, request_name, site_cause, span,
-    stack, unwatched,
+    self, cause_name, counted, for_requests, main_culprit, oldest, percent, reactor_name, request_name,
+    site_cause, span, stack, unwatched,
 };
 use crate::{
     model::{
@@ -26,6 +26,9 @@ use crate::{
 /// Functions shown of the current stack, and of the stack of each stall site, innermost first.
 const FRAMES: usize = 8;
 const FRAMES_OF_SITE: usize = 4;
+
+/// Functions shown of a stack if the function to blame is further out than the others that are shown.
+const FRAMES_MAX: usize = 16;
 
 /// Functions shown of the stack that a finding blames, innermost first.
 const FRAMES_OF_FINDING: usize = 3;
@@ -168,11 +171,12 @@ fn write_busy(targets: &[Target], out: &mut Lines<'_>) -> Result<()> {
     busy.sort_by(|(_, a), (_, b)| b.lag.mean().total_cmp(&a.lag.mean()));
     for (target, reactor) in busy.iter().take(BUSY_LOOPS) {
         let summary = format!(
-            "event loop {} of {}: lag up to {}, mean {}; nothing is known to have waited",
+            "event loop {} of {}: lag up to {}, mean {}{}; nothing is known to have waited",
             reactor_name(reactor),
             process_name(target),
             span(reactor.lag.max()),
             span(reactor.lag.mean()),
+            main_culprit(&reactor.stalls),
         );
         Finding { summary, details: reasons(reactor) }.write("BUSY:", out)?;
     }
@@ -205,11 +209,12 @@ fn process_name(target: &Target) -> String {
 
 fn late_loop(target: &Target, reactor: &Reactor) -> Finding {
     let summary = format!(
-        "event loop {} of {}: lag up to {}, mean {}",
+        "event loop {} of {}: lag up to {}, mean {}{}",
         reactor_name(reactor),
         process_name(target),
         span(reactor.lag.max()),
         span(reactor.lag.mean()),
+        main_culprit(&reactor.stalls),
     );
     Finding { summary, details: reasons(reactor) }
 }
@@ -453,11 +458,19 @@ fn write_gc(gc: &Gc, out: &mut Lines<'_>) -> Result<()> {
 
 /// Writes a stack, one function a line, at most `limit` of them.
 fn write_stack(sample: &StackSample, limit: usize, out: &mut Lines<'_>) -> Result<()> {
-    for (n, frame) in sample.frames.iter().take(limit).enumerate() {
+    let culprit = sample.culprit().unwrap_or(0);
+    let shown = limit.max(culprit + 1).min(FRAMES_MAX);
+    for (n, frame) in sample.frames.iter().take(shown).enumerate() {
         let relation = if n == 0 { "in " } else { "by " };
         writeln!(out, "                {relation} {frame}")?;
     }
-    let more = sample.frames.len().saturating_sub(limit);
+    if culprit > shown {
+        writeln!(out, "                ...")?;
+    }
+    if let Some(frame) = sample.frames.get(culprit).filter(|_| culprit >= shown) {
+        writeln!(out, "                by  {frame}")?;
+    }
+    let more = sample.frames.len().saturating_sub(shown.max(culprit + 1));
     if more > 0 {
         writeln!(out, "                and {more} more")?;
     }
@@ -634,14 +647,19 @@ mod tests {
     fn a_busy_loop_is_late_only_if_something_waited() {
         let head = "event loop reactor (thread 11) of app (10): lag up to 120 ms, mean 64.3 ms";
         let late = report(&testing::snapshot(5.0, |reactor| testing::slept(reactor, 3)));
-        assert!(late.contains(&format!("\nLATE: {head}\n")) && !late.contains("Not late"), "{late}");
+        assert!(
+            late.contains(&format!("\nLATE: {head}, 80.0 % in sleep (app/db.py:12)\n"))
+                && !late.contains("Not late"),
+            "{late}"
+        );
         let busy = report(&testing::snapshot(5.0, |reactor| {
             testing::slept(reactor, 3);
             reactor.stalls.late = 0;
         }));
         assert!(busy.contains("\nNot late: ") && !busy.contains("LATE: "), "{busy}");
-        let lines =
-            format!("\nBUSY: {head}; nothing is known to have waited\n      80.0 % of the lag: asleep");
+        let lines = format!(
+            "\nBUSY: {head}, 80.0 % in sleep (app/db.py:12); nothing is known to have waited\n      80.0 % of the lag: asleep"
+        );
         assert!(busy.contains(&lines), "{busy}");
     }
 

@@ -4,10 +4,10 @@ use observer_common::block::Block;
 
 use crate::model::{
     busy::Cause,
-    frame::StackSample,
+    frame::{RuntimeLock, StackSample},
     request::Request,
     snapshot::{Listener, Reactor, Target},
-    stall::Site,
+    stall::{Site, Stalls},
     workers::Workers,
     workload::Workload,
 };
@@ -100,9 +100,12 @@ pub(crate) fn for_requests(requests: &[&Request]) -> String {
 }
 
 /// `asleep (clock_nanosleep)`, `waiting for a CPU (behind stress (thread 4242))`: the cause of a site's stalls, with the
-/// system call or the thread that had the CPU, where it is known.
+/// system call or the thread that had the CPU, where it is known. `blocked by a lock (GIL, held in crunch (app/jobs.py:7))`.
 pub(crate) fn site_cause(site: &Site) -> String {
     let name = cause_name(site.cause);
+    if let (Cause::Blocked(Block::Lock), Some(lock)) = (site.cause, &site.sample.lock) {
+        return format!("{name} ({})", runtime_lock(lock));
+    }
     let detail = match site.cause {
         Cause::Blocked(_) => site.syscall.clone(),
         Cause::Runqueue => site.behind.as_ref().map(|thread| format!("behind {thread}")),
@@ -111,13 +114,42 @@ pub(crate) fn site_cause(site: &Site) -> String {
     detail.map_or_else(|| name.into(), |detail| format!("{name} ({detail})"))
 }
 
+/// `GIL, held in crunch (app/jobs.py:7)`; `GIL` if the holder is unknown.
+fn runtime_lock(lock: &RuntimeLock) -> String {
+    let holder = lock.holder.as_ref().map(|frame| format!(", held in {frame}"));
+    format!("{}{}", lock.name, holder.unwrap_or_default())
+}
+
+/// What is to blame for most of the lag of an event loop, to follow its lag: `, 80.0 % in handle (app/server.py:40)` or
+/// `, 91.0 % waiting for the GIL, held in crunch (app/jobs.py:7)`. Empty if it is unknown, or no code of the user's own.
+pub(crate) fn main_culprit(stalls: &Stalls) -> String {
+    let Some(site) = stalls.sites.first() else { return String::new() };
+    let share = percent(site.lag_share);
+    match (&site.sample.lock, site.sample.own_culprit()) {
+        (Some(lock), _) if site.cause == Cause::Blocked(Block::Lock) => {
+            format!(", {share} waiting for the {}", runtime_lock(lock))
+        }
+        (_, Some(culprit)) => format!(", {share} in {culprit}"),
+        _ => String::new(),
+    }
+}
+
 /// A stack on one line, innermost function first: `in sleep (app/db.py:12) < handle (app/server.py:40)`. Shows at most
-/// `limit` functions, `...` for those left out, and `?` where the rest of the stack is unknown. Without any function it
-/// says why the stack is unknown.
+/// `limit` functions, and the one to blame if it is not among them, `...` for those left out, and `?` where the rest of the
+/// stack is unknown. Without any function it says why the stack is unknown.
 pub(crate) fn stack(sample: &StackSample, limit: usize) -> String {
     let mut frames: Vec<String> = sample.frames.iter().take(limit).map(ToString::to_string).collect();
     match &sample.missing {
         Some(why) if frames.is_empty() => return format!("(stack unknown: {why})"),
+        _ if let Some(culprit) = sample.culprit().filter(|&culprit| culprit >= limit) => {
+            if culprit > limit {
+                frames.push("...".into());
+            }
+            frames.push(sample.frames[culprit].to_string());
+            if culprit + 1 < sample.frames.len() {
+                frames.push("...".into());
+            }
+        }
         _ if sample.frames.len() > limit => frames.push("...".into()),
         Some(_) => frames.push("?".into()),
         None => {}

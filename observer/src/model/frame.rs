@@ -53,8 +53,18 @@ fn short(path: &str) -> &str {
     &path[cut..]
 }
 
-/// A sample of a thread's stack.
+/// The lock with which a runtime lets one thread at a time run its code.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(crate) struct RuntimeLock {
+    /// Name of the lock: `GIL`.
+    pub(crate) name: &'static str,
+    /// The function that the thread with the lock was in, innermost of the user's own code; `None` if it is unknown.
+    pub(crate) holder: Option<Frame>,
+}
+
+/// A sample of a thread's stack.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct StackSample {
     /// Functions of user space, innermost first.
@@ -63,6 +73,9 @@ pub(crate) struct StackSample {
     pub(crate) kernel: Vec<String>,
     /// Why some or all frames are missing; `None` if none is.
     pub(crate) missing: Option<String>,
+    /// The lock of its runtime that the thread waited for; left out if it did not wait for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) lock: Option<RuntimeLock>,
     /// Whether the thread was on a CPU.
     #[serde(skip)]
     pub(crate) is_on_cpu: bool,
@@ -71,7 +84,7 @@ pub(crate) struct StackSample {
 impl StackSample {
     /// A sample without frames, and why.
     pub(crate) fn missing(why: impl Into<String>) -> Self {
-        Self { frames: Vec::new(), kernel: Vec::new(), missing: Some(why.into()), is_on_cpu: false }
+        Self { missing: Some(why.into()), ..Self::default() }
     }
 
     /// The sample as evidence for a stall that was blocked most of the time. One taken on a CPU is marked as
@@ -83,16 +96,10 @@ impl StackSample {
         self
     }
 
-    /// Whether another sample has the same functions, on any lines.
-    pub(crate) fn has_same_functions(&self, other: &Self) -> bool {
-        are_alike(&self.frames, &other.frames) && self.missing == other.missing
+    /// Name of the lock of its runtime that the thread waited for.
+    pub(super) fn lock_name(&self) -> Option<&'static str> {
+        self.lock.as_ref().map(|lock| lock.name)
     }
-}
-
-/// Whether two stacks have the same functions. Samples of a loop differ in their lines.
-fn are_alike(one: &[Frame], other: &[Frame]) -> bool {
-    let parts = |frame: &Frame| (frame.function.clone(), frame.module.clone(), frame.file.clone());
-    one.len() == other.len() && one.iter().zip(other).all(|(a, b)| parts(a) == parts(b))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ pub(crate) mod histogram;
 pub(crate) mod workload;
 pub(crate) mod delivery;
 pub(crate) mod frame;
+mod culprit;
 pub(crate) mod lag;
 pub(crate) mod late;
 pub(crate) mod busy;

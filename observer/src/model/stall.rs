@@ -43,7 +43,8 @@ pub(crate) struct Stall {
     pub(crate) site: usize,
 }
 
-/// A site: stalls with the same stack. Stalls without a stack are grouped by cause and system call.
+/// A site: stalls with the same stack, or for which the same function of the user's own code is to blame. Stalls without a
+/// stack are grouped by cause and system call.
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Site {
@@ -85,10 +86,13 @@ impl Site {
         }
     }
 
+    /// Whether a stall belongs to the site: its stack has the same functions, or the same function of the user's own code
+    /// is to blame for the same kind of stall.
     fn is_of(&self, cause: Cause, syscall: Option<&str>, sample: &StackSample) -> bool {
         let is_seen = !sample.frames.is_empty();
-        self.sample.has_same_functions(sample)
-            && (is_seen || (self.cause == cause && self.syscall.as_deref() == syscall))
+        let has_same_cause = self.cause == cause && self.syscall.as_deref() == syscall;
+        (self.sample.has_same_functions(sample) && (is_seen || has_same_cause))
+            || (has_same_cause && self.sample.has_same_culprit(sample))
     }
 }
 
@@ -260,7 +264,7 @@ mod tests {
 
     fn sample(function: &str, line: u32) -> StackSample {
         let frame = Frame { function: function.into(), module: None, file: None, line: Some(line) };
-        StackSample { frames: vec![frame], kernel: Vec::new(), missing: None, is_on_cpu: false }
+        StackSample { frames: vec![frame], ..StackSample::default() }
     }
 
     #[test]

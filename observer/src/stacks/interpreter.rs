@@ -3,6 +3,7 @@
 use std::{fs, io};
 
 use anyhow::{Result, anyhow, bail};
+use nix::libc;
 use procfs::process::MemoryMap;
 
 use super::{
@@ -11,8 +12,12 @@ use super::{
     ruby::{self, Ruby},
 };
 use crate::{
-    binary::{elf::Elf, mappings::Mappings, memory::ProcessMemory},
-    model::frame::Frame,
+    binary::{
+        elf::Elf,
+        mappings::{Mappings, module_name},
+        memory::ProcessMemory,
+    },
+    model::frame::{Frame, RuntimeLock},
 };
 
 /// An interpreter in a process. It belongs to the program that the process ran when it was detected: after an `exec`
@@ -20,6 +25,8 @@ use crate::{
 pub(crate) struct Interpreter {
     /// Name, with the version where that is known: `CPython 3.11.2`.
     pub(crate) name: String,
+    /// Base name of the file that it is in.
+    module: String,
     pid: u32,
     memory: ProcessMemory,
     /// Reads its frames; else why they cannot be read.
@@ -39,7 +46,8 @@ impl Interpreter {
             let Some(elf) = mappings.open(map).ok().and_then(|file| Elf::open(&file).ok()) else { continue };
             if let Some((name, reader)) = detect(&elf, map, &memory) {
                 let reader = reader.map_err(|why| format!("{why:#}"));
-                return Ok(Some(Self { name, pid, memory, reader }));
+                let module = module_name(map).unwrap_or_default();
+                return Ok(Some(Self { name, module, pid, memory, reader }));
             }
         }
         Ok(None)
@@ -56,11 +64,45 @@ impl Interpreter {
             self.reader.as_ref().map_err(|why| anyhow!("frames of {} cannot be read: {why}", self.name))?;
         let own_tid = namespaced_tid(self.pid, tid)?;
         let frames = match reader {
-            Reader::Python(python) => python.frames(&self.memory, own_tid),
+            Reader::Python(python) => {
+                let frames = python.frames(&self.memory, own_tid);
+                // Only the first thread of a process can have come from its parent.
+                frames.or_else(|error| if tid == self.pid { self.forked_frames(python) } else { Err(error) })
+            }
             Reader::Ruby(ruby) => ruby.frames(&self.memory, own_tid, tid == self.pid),
         };
         frames.map_err(|error| error.context(format!("frames of {} cannot be read", self.name)))
     }
+
+    fn forked_frames(&self, python: &Python) -> Result<Vec<Frame>> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid))?;
+        let ids = threads.filter_map(|thread| thread.ok()?.file_name().to_str()?.parse().ok());
+        let own: Vec<u32> = ids.filter_map(|tid| namespaced_tid(self.pid, tid).ok()).collect();
+        python.forked_frames(&self.memory, |id| own.contains(&id))
+    }
+
+    /// The function in which threads wait for the interpreter's lock. Builds without symbols do not name it.
+    pub(crate) fn lock_frame(&self) -> Frame {
+        Frame { function: "take_gil".into(), module: Some(self.module.clone()), file: None, line: None }
+    }
+
+    /// The lock of the interpreter that a thread waits for, with the function of the thread that has it; `None` if it does
+    /// not wait for one, or that is unknown.
+    pub(crate) fn awaited_lock(&self, tid: u32) -> Option<RuntimeLock> {
+        let Ok(Reader::Python(python)) = &self.reader else { return None };
+        let futex =
+            || awaited_futex(&fs::read_to_string(format!("/proc/{}/task/{tid}/syscall", self.pid)).ok()?);
+        let before = futex()?;
+        let lock = python.awaited_lock(&self.memory, namespaced_tid(self.pid, tid).ok()?, before).ok()??;
+        (futex() == Some(before)).then_some(lock)
+    }
+}
+
+/// The address of the futex that a thread waits for, from `/proc/PID/task/TID/syscall`.
+fn awaited_futex(call: &str) -> Option<u64> {
+    let mut words = call.split_whitespace();
+    let is_futex = words.next()?.parse() == Ok(libc::SYS_futex);
+    u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok().filter(|_| is_futex)
 }
 
 impl Interpreter {

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     binary::memory::{ProcessMemory, checked_length, text, u32_in, word_in},
-    model::frame::Frame,
+    model::frame::{Frame, RuntimeLock, StackSample},
 };
 
 /// Maximum number of interpreters, and of threads of all interpreters together, that are searched.
@@ -24,12 +24,28 @@ const TABLE_MAX: u64 = 1 << 20;
 /// `owner` of a frame that stands for a part of the C stack and has no code.
 const OWNED_BY_C_STACK: u8 = 3;
 
+/// Where the GIL is: in `_PyRuntime`, or behind a pointer in each interpreter.
+#[derive(Clone, Copy, Debug)]
+enum Gil {
+    Runtime(u64),
+    Interpreter(u64),
+}
+
+/// Offsets in `struct _gil_runtime_state`, and its size; 3.11 to 3.13 do not differ. A thread that waits for the GIL waits
+/// for a condition variable in it.
+const GIL_HOLDER: u64 = 0x8;
+const GIL_LOCKED: u64 = 0x10;
+const GIL_SIZE: u64 = 0xd0;
+
 /// Offsets into CPython's structures, in bytes.
 ///
 /// Those of 3.11 and 3.12 were printed by gdb from the debug information of x86-64 release builds (3.11.7, 3.12.1);
-/// patch releases keep them. From 3.13 on the interpreter has a table of them (`_Py_DebugOffsets`).
+/// patch releases keep them. From 3.13 on the interpreter has a table of them (`_Py_DebugOffsets`). Those of the GIL were
+/// printed by programs compiled with CPython's internal headers (3.11.2, 3.11.7, 3.12.1, 3.13.0).
 #[derive(Clone, Copy, Debug)]
 struct Offsets {
+    gil: Gil,
+    thread_interpreter: u64,
     runtime_interpreters: u64,
     interpreter_next: u64,
     interpreter_threads: u64,
@@ -60,6 +76,8 @@ struct Offsets {
 }
 
 const V3_11: Offsets = Offsets {
+    gil: Gil::Runtime(0x168),
+    thread_interpreter: 0x10,
     runtime_interpreters: 0x28,
     interpreter_next: 0,
     interpreter_threads: 0x10,
@@ -87,6 +105,7 @@ const V3_11: Offsets = Offsets {
 };
 
 const V3_12: Offsets = Offsets {
+    gil: Gil::Interpreter(0x180),
     interpreter_threads: 0x48,
     thread_native_id: 0x90,
     cframe_frame: Some(0),
@@ -140,13 +159,95 @@ impl Python {
 
     /// Reads the frames of a thread, innermost first. `tid` is its id in the process's own PID namespace.
     pub(crate) fn frames(&self, memory: &ProcessMemory, tid: u32) -> Result<Vec<Frame>> {
-        let thread = self.find_thread(memory, tid)?;
+        self.frames_of(memory, self.find_thread(memory, tid)?)
+    }
+
+    /// Reads the frames of the thread with this `PyThreadState`.
+    fn frames_of(&self, memory: &ProcessMemory, thread: u64) -> Result<Vec<Frame>> {
         let raw = raw_frames::read_consistent(|| self.raw_frames(memory, thread))?;
         raw.iter().take(DEPTH_MAX).map(|raw| self.resolve(memory, raw)).collect()
     }
 
+    /// Reads the frames of the only thread that a forked process has brought along. The ids that Python keeps are those of
+    /// the parent if the program forked without Python's knowledge, as uWSGI does. `is_alive` says whether an id is that of
+    /// a thread of the process.
+    pub(crate) fn forked_frames(
+        &self,
+        memory: &ProcessMemory,
+        is_alive: impl Fn(u32) -> bool,
+    ) -> Result<Vec<Frame>> {
+        let mut found = Vec::new();
+        self.search_threads(memory, |thread, id| {
+            if !u32::try_from(id).is_ok_and(&is_alive) {
+                found.push(thread);
+            }
+            false
+        })?;
+        let thread = match found[..] {
+            [only] => only,
+            _ => {
+                let first = *found.first().context("all threads of Python have an id")?;
+                let holder = memory.field(self.gil(memory, first)?, GIL_HOLDER, "holder of the GIL")?;
+                ensure!(found.contains(&holder), "several threads of Python have no id");
+                holder
+            }
+        };
+        self.frames_of(memory, thread)
+    }
+
+    /// The GIL, if a thread waits for it in a futex call, and what the thread that has it does.
+    pub(crate) fn awaited_lock(
+        &self,
+        memory: &ProcessMemory,
+        tid: u32,
+        futex: u64,
+    ) -> Result<Option<RuntimeLock>> {
+        let thread = self.find_thread(memory, tid)?;
+        let gil = self.gil(memory, thread)?;
+        if !futex.checked_sub(gil).is_some_and(|offset| offset < GIL_SIZE) {
+            return Ok(None);
+        }
+        let holder = || {
+            let is_locked =
+                memory.field(gil, GIL_LOCKED, "state of the GIL").ok()? & u64::from(u32::MAX) == 1;
+            memory
+                .field(gil, GIL_HOLDER, "holder of the GIL")
+                .ok()
+                .filter(|&other| is_locked && other != thread)
+        };
+        let before = holder();
+        let frames = before.and_then(|holder| self.frames_of(memory, holder).ok()).unwrap_or_default();
+        // It had the lock during the read, or had it again.
+        let frames = if holder() == before { frames } else { Vec::new() };
+        let sample = StackSample { frames, ..StackSample::default() };
+        let holder = sample.culprit().map(|at| sample.frames[at].clone());
+        Ok(Some(RuntimeLock { name: "GIL", holder }))
+    }
+
+    /// Address of the GIL of a thread.
+    fn gil(&self, memory: &ProcessMemory, thread: u64) -> Result<u64> {
+        match self.offsets.gil {
+            Gil::Runtime(offset) => Ok(self.runtime.wrapping_add(offset)),
+            Gil::Interpreter(offset) => {
+                let interpreter = memory.field(thread, self.offsets.thread_interpreter, "interpreter")?;
+                memory.field(interpreter, offset, "GIL")
+            }
+        }
+    }
+
     /// Finds the address of a thread's `PyThreadState`.
     fn find_thread(&self, memory: &ProcessMemory, tid: u32) -> Result<u64> {
+        let found = self.search_threads(memory, |_, id| id == u64::from(tid))?;
+        found.with_context(|| format!("thread {tid} has never run Python"))
+    }
+
+    /// Finds the address of the first `PyThreadState` for which `is_wanted`, which gets the address and the thread id, is
+    /// true.
+    fn search_threads(
+        &self,
+        memory: &ProcessMemory,
+        mut is_wanted: impl FnMut(u64, u64) -> bool,
+    ) -> Result<Option<u64>> {
         let at = &self.offsets;
         let mut interpreter = memory.field(self.runtime, at.runtime_interpreters, "list of interpreters")?;
         let mut left = LIST_MAX;
@@ -157,14 +258,14 @@ impl Python {
             let mut thread = memory.field(interpreter, at.interpreter_threads, "list of threads")?;
             while thread != 0 {
                 left = left.checked_sub(1).context("its list of threads is too long or cyclic")?;
-                if memory.field(thread, at.thread_native_id, "thread id")? == u64::from(tid) {
-                    return Ok(thread);
+                if is_wanted(thread, memory.field(thread, at.thread_native_id, "thread id")?) {
+                    return Ok(Some(thread));
                 }
                 thread = memory.field(thread, at.thread_next, "next thread")?;
             }
             interpreter = memory.field(interpreter, at.interpreter_next, "next interpreter")?;
         }
-        bail!("thread {tid} has never run Python")
+        Ok(None)
     }
 
     /// Reads a thread's frames as addresses, innermost first.
@@ -287,6 +388,8 @@ fn debug_offsets(memory: &ProcessMemory, runtime: u64) -> Result<Offsets> {
     ensure!(offset(16)? == 0, "free-threaded builds are not supported");
     let ascii = offset(560)?;
     let offsets = Offsets {
+        gil: Gil::Interpreter(0x10),
+        thread_interpreter: 0x10,
         runtime_interpreters: offset(40)?,
         interpreter_next: offset(64)?,
         interpreter_threads: offset(72)?,

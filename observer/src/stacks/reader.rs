@@ -13,7 +13,7 @@ use super::{interpreter::Interpreter, sampler::Sampler, symbols::Symbols, unwind
 use crate::{
     arch::registers::Registers,
     binary::{mappings::Mappings, memory::ProcessMemory},
-    model::frame::{Frame, StackSample},
+    model::frame::{Frame, RuntimeLock, StackSample},
     read::reactors::InSlice,
 };
 
@@ -49,11 +49,11 @@ impl StackReader {
     pub(super) fn read(&mut self, slice: InSlice) -> ThreadState {
         let InSlice { pid, tid, .. } = slice;
         match self.interpreter_frames(pid, tid) {
-            Ok(Some(frames)) => ThreadState::Stack(StackSample {
+            Ok(Some((frames, lock))) => ThreadState::Stack(StackSample {
                 frames,
                 kernel: kernel_functions(pid, tid),
-                missing: None,
-                is_on_cpu: false,
+                lock,
+                ..StackSample::default()
             }),
             Ok(None) => self.native(slice, None),
             Err(why) => self.native(slice, Some(format!("{why:#}"))),
@@ -74,21 +74,36 @@ impl StackReader {
             kernel: symbols.of_kernel(&kernel),
             missing: problem.or(stack.truncated),
             is_on_cpu: true,
+            lock: None,
         })
     }
 
-    /// Frames from the process's interpreter, innermost first; `None` if it has no interpreter.
-    fn interpreter_frames(&mut self, pid: u32, tid: u32) -> Result<Option<Vec<Frame>>> {
+    /// Frames from the process's interpreter, innermost first, and the lock of the interpreter that the thread waits for;
+    /// `None` if it has no interpreter.
+    fn interpreter_frames(
+        &mut self,
+        pid: u32,
+        tid: u32,
+    ) -> Result<Option<(Vec<Frame>, Option<RuntimeLock>)>> {
+        let read = |interpreter: &Interpreter| {
+            let lock = interpreter.awaited_lock(tid);
+            let mut frames = interpreter.frames(tid)?;
+            if lock.is_some() {
+                // Python's innermost function is the last one that ran.
+                frames.insert(0, interpreter.lock_frame());
+            }
+            anyhow::Ok((frames, lock))
+        };
         if let Some((found, known)) = self.interpreters.get(&pid)
             && found.elapsed() < INTERPRETER_TTL
         {
             let Some(interpreter) = known else { return Ok(None) };
-            if let Ok(frames) = interpreter.frames(tid) {
-                return Ok(Some(frames));
+            if let Ok(found) = read(interpreter) {
+                return Ok(Some(found));
             }
         }
         let interpreter = Interpreter::of(pid).context("the process's memory cannot be read")?;
-        let frames = interpreter.as_ref().map(|interpreter| interpreter.frames(tid)).transpose();
+        let frames = interpreter.as_ref().map(read).transpose();
         if self.interpreters.len() == INTERPRETERS_MAX {
             self.interpreters.clear();
         }
@@ -98,7 +113,7 @@ impl StackReader {
 
     /// Reads the native stack of a thread. `interpreter_error` is why its interpreter's frames could not be read.
     fn native(&mut self, slice: InSlice, interpreter_error: Option<String>) -> ThreadState {
-        let (frames, truncated) = match self.blocked_frames(slice) {
+        let (frames, missing) = match self.blocked_frames(slice) {
             Ok(Some(unwound)) => unwound,
             Ok(None) => return ThreadState::Running(interpreter_error),
             Err(why) => (Vec::new(), Some(format!("{why:#}"))),
@@ -106,8 +121,9 @@ impl StackReader {
         ThreadState::Stack(StackSample {
             frames,
             kernel: kernel_functions(slice.pid, slice.tid),
-            missing: interpreter_error.or(truncated),
+            missing: interpreter_error.or(missing),
             is_on_cpu: false,
+            lock: None,
         })
     }
 

@@ -159,7 +159,7 @@ fn example(seconds: u32) -> Snapshot {
 
 fn stack(functions: [(&str, u32); 2]) -> StackSample {
     let frames = functions.map(|(function, line)| frame(function, "/srv/shop/app.py", line));
-    StackSample { frames: frames.into(), kernel: Vec::new(), missing: None, is_on_cpu: false }
+    StackSample { frames: frames.into(), ..StackSample::default() }
 }
 
 fn stall(seconds: f64, cause: Cause, syscall: Option<&str>) -> Stall {

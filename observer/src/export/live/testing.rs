@@ -39,8 +39,7 @@ pub(crate) fn slept(reactor: &mut Reactor, times: u32) {
     let sample = StackSample {
         frames: vec![frame("sleep", "/app/db.py", 12), frame("handle", "/app/server.py", 40)],
         kernel: vec!["do_nanosleep".into()],
-        missing: None,
-        is_on_cpu: false,
+        ..StackSample::default()
     };
     let mut stalls = Stalls::over(0.05);
     for _ in 0..times {

@@ -11,6 +11,9 @@ pub struct PortKey {
 }
 crate::shared::shared!(PortKey, 8);
 
+/// Flag in a value of `PORTS`: a listener of the port accepts Multipath TCP. Inode numbers of sockets have 32 bits.
+pub const MULTIPATH: u64 = 1 << 63;
+
 /// Value of `QUEUED`: when a connection was queued. The key is the address of the connection's `struct sock`, or of the
 /// client's for a unix connection.
 #[repr(C)]

@@ -118,6 +118,12 @@ kernel_layout! {
         completion_flags = "io_uring_cqe"."flags";
         /// Base address of a thread's local storage, on x86-64.
         task_thread_pointer = "task_struct"."thread.fsbase";
+        /// First TCP connection or TCP listener of a Multipath TCP socket.
+        multipath_first = "mptcp_sock"."first";
+        /// Data of the protocol on top of TCP, for Multipath TCP its `mptcp_subflow_context`.
+        sock_upper = "inet_connection_sock"."icsk_ulp_data";
+        /// The Multipath TCP socket that a TCP connection belongs to.
+        subflow_parent = "mptcp_subflow_context"."conn";
     }
 }
 

@@ -64,8 +64,11 @@ crate::shared::shared!(Queue, 64);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
-    /// Address of its `struct sock`.
+    /// Address of the `struct sock` with the accept queue.
     pub sk: u64,
+    /// Address of the `struct sock` behind the descriptor. It differs from `sk` for Multipath TCP, whose socket owns a
+    /// TCP listener.
+    pub file_sk: u64,
     /// When the listener was found, in monotonic nanoseconds. Connections that arrived earlier have no timestamp.
     pub since_ns: u64,
     /// Address of the socket's name in the kernel, for a unix socket; connections made to it share that name. 0 for
@@ -101,12 +104,19 @@ pub struct Listener {
     /// Time from the end of the handshake to the return of accept.
     pub wait: Histogram,
 }
-crate::shared::shared!(Listener, 152 + 24 + 8 * DEPTHS + 8 + size_of::<Queue>() + size_of::<Histogram>());
+crate::shared::shared!(Listener, 160 + 24 + 8 * DEPTHS + 8 + size_of::<Queue>() + size_of::<Histogram>());
 
 impl Listener {
+    /// Whether it accepts Multipath TCP.
+    #[inline(always)]
+    pub const fn is_multipath(&self) -> bool {
+        self.sk != self.file_sk
+    }
+
     /// An empty entry.
     pub const EMPTY: Self = Self {
         sk: 0,
+        file_sk: 0,
         since_ns: 0,
         unix_name: 0,
         owner: 0,

@@ -28,6 +28,7 @@ mod harness;
 mod lag;
 mod listener;
 mod live;
+mod multipath;
 mod namespaces;
 mod otlp;
 mod otlp_traces;

@@ -6,11 +6,13 @@ use aya_ebpf::{
     helpers::{bpf_get_current_task, bpf_probe_read_kernel_buf},
     programs::BtfTracePointContext,
 };
-use observer_common::{block::Block, listener::NAME};
+use observer_common::{block::Block, layout::ABSENT, listener::NAME};
 
 use super::access::{LAYOUT, load, offset, probe};
 
 const TCP: u16 = 6;
+/// `IPPROTO_MPTCP`.
+const MULTIPATH_TCP: u16 = 262;
 pub(crate) const AF_UNIX: u16 = 1;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
@@ -53,6 +55,17 @@ impl Sock {
         unsafe { load(self.0, offset(&LAYOUT.sock_port)) }
     }
 
+    /// Whether this TCP connection is a further path of a Multipath TCP connection. Such a path is never accepted.
+    #[inline(always)]
+    pub(crate) fn is_further_path(&self) -> bool {
+        let first = || {
+            let context: *const u8 = probe(self.0, offset(&LAYOUT.sock_upper))?;
+            first_path(probe(context, offset(&LAYOUT.subflow_parent))?)
+        };
+        // Old kernels set the first path of a new connection when it is accepted.
+        first().is_some_and(|first| first != self.0)
+    }
+
     /// Inode number of its network namespace.
     #[inline(always)]
     pub(crate) fn netns(&self) -> u32 {
@@ -62,6 +75,17 @@ impl Sock {
             load(net, offset(&LAYOUT.net_inum))
         }
     }
+}
+
+/// The first TCP connection, or the TCP listener, of a Multipath TCP socket; `None` if it has none.
+#[inline(always)]
+fn first_path(sk: *const u8) -> Option<*const u8> {
+    let field = offset(&LAYOUT.multipath_first);
+    if field == ABSENT as usize {
+        return None;
+    }
+    let first: *const u8 = probe(sk, field)?;
+    if first.is_null() { None } else { Some(first) }
 }
 
 /// The process, the descriptor and the file that an iterator over open files visits; `None` at its end.
@@ -154,7 +178,7 @@ impl OpenFile {
         if socket.is_unix() { Socket::from_stream_sock(socket.0) } else { None }
     }
 
-    /// The stream socket behind the file; `None` if it is anything else.
+    /// The stream socket behind the file, for Multipath TCP its first TCP socket; `None` if it is anything else.
     #[inline(always)]
     pub(crate) fn socket(self) -> Option<Socket> {
         let socket: *const u8 = probe(self.0, offset(&LAYOUT.file_private_data))?;
@@ -178,7 +202,11 @@ impl Socket {
         let kind: u16 = probe(sk, offset(&LAYOUT.sock_type))?;
         let is_tcp = (family == AF_INET || family == AF_INET6) && protocol == TCP;
         let is_stream = family == AF_UNIX && (kind == SOCK_STREAM || kind == SOCK_SEQPACKET);
-        if is_tcp || is_stream { Some(Self(sk)) } else { None }
+        if is_tcp || is_stream {
+            return Some(Self(sk));
+        }
+        let is_multipath = (family == AF_INET || family == AF_INET6) && protocol == MULTIPATH_TCP;
+        if is_multipath { first_path(sk).map(Self) } else { None }
     }
 
     /// The socket at this address, which the caller knows to be open.
@@ -187,7 +215,19 @@ impl Socket {
         Self(address as *const u8)
     }
 
-    /// The socket that was at this address, if it still is there: it may have been freed since.
+    /// The first TCP connection of a Multipath TCP connection; any other socket itself.
+    #[inline(always)]
+    pub(crate) fn first_path(self) -> Self {
+        if probe::<u16>(self.0, offset(&LAYOUT.sock_protocol)) == Some(MULTIPATH_TCP)
+            && let Some(first) = first_path(self.0)
+        {
+            return Self(first);
+        }
+        self
+    }
+
+    /// The socket that was at this address, the one behind a descriptor, if it still is there: it may have been freed
+    /// since.
     #[inline(always)]
     pub(crate) fn still_at(address: u64, inode: u64) -> Option<Self> {
         let sk = address as *const u8;

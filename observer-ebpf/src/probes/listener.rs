@@ -63,7 +63,7 @@ fn look(ctx: RawTracePointContext) -> i32 {
         // SAFETY: a live map value; only this program and `walk_queue` write `queue`, and the loader reads one queue at
         // a time.
         unsafe {
-            match Socket::still_at((*listener).sk, inode) {
+            match Socket::still_at((*listener).file_sk, inode) {
                 Some(socket) if socket.is_listening() => {
                     if read_queue(&raw mut (*listener).queue, socket, (*listener).family) {
                         TAIL_CALLS.tail_call(&ctx, 0);

@@ -7,7 +7,7 @@ use aya_ebpf::{
     maps::HashMap,
 };
 use observer_common::{
-    accept::{AcceptCall, Arrival, PortKey, SEVERAL_PROCESSES},
+    accept::{AcceptCall, Arrival, MULTIPATH, PortKey, SEVERAL_PROCESSES},
     listener::{DEPTHS, Listener, depth_bucket},
 };
 
@@ -16,8 +16,8 @@ use crate::{
     kernel::{AF_UNIX, Sock, Socket},
 };
 
-/// Ports of targets' listeners, each with the key of its listener, or 0 if it has several. Connections to other ports
-/// get no timestamp.
+/// Ports of targets' listeners, each with the key of its listener, or 0 if it has several, and the flag [`MULTIPATH`].
+/// Connections to other ports get no timestamp.
 #[map]
 static PORTS: HashMap<PortKey, u64> = HashMap::with_max_entries(4096, 0);
 
@@ -65,6 +65,8 @@ pub(crate) unsafe fn count_accept(
             _ => {}
         }
         let family = (*listener).family;
+        let connection =
+            if (*listener).is_multipath() { connection.map(Socket::first_path) } else { connection };
         if let Some(address) = connection.and_then(|connection| queued_key(connection, family))
             && let Some(arrival) = QUEUED.get_ptr(address)
         {
@@ -108,18 +110,25 @@ pub(crate) fn arrival_of(address: u64) -> Option<u64> {
     })
 }
 
-/// Whether a target may accept a connection to this socket's port.
+/// Whether a target may accept this connection.
 #[inline(always)]
 pub(crate) fn is_tracked(sock: &Sock) -> bool {
-    PORTS.get_ptr(PortKey { netns: sock.netns(), port: u32::from(sock.port()) }).is_some()
+    let port = PORTS.get_ptr(PortKey { netns: sock.netns(), port: u32::from(sock.port()) });
+    // SAFETY: a live map value; eight bytes are read atomically.
+    port.is_some_and(|value| unsafe { *value } & MULTIPATH == 0 || !sock.is_further_path())
 }
 
 /// Records timestamps of connections to this listener's port from now on.
 #[inline(always)]
-pub(crate) fn track_port(netns: u32, port: u16, inode: u64) {
-    let key = PortKey { netns, port: u32::from(port) };
-    let only = if PORTS.get_ptr(key).is_some() { 0 } else { inode };
-    let _full_means_unknown_waits = PORTS.insert(key, only, u64::from(BPF_ANY));
+pub(crate) fn track_port(listener: &Listener, inode: u64) {
+    let key = PortKey { netns: listener.netns, port: u32::from(listener.port) };
+    let flag = if listener.is_multipath() { MULTIPATH } else { 0 };
+    let value = match PORTS.get_ptr(key) {
+        // SAFETY: a live map value; eight bytes are read atomically.
+        Some(known) => (unsafe { *known } & MULTIPATH) | flag,
+        None => inode | flag,
+    };
+    let _full_means_unknown_waits = PORTS.insert(key, value, u64::from(BPF_ANY));
 }
 
 /// Records timestamps of connections to the unix listener of this name from now on.
@@ -140,7 +149,7 @@ pub(crate) fn listener_on_port_of(connection: Socket) -> Option<u64> {
     let key = PortKey { netns: connection.netns()?, port: u32::from(connection.port()?) };
     PORTS.get_ptr(key).map(|inode| {
         // SAFETY: a live map value; eight bytes are read atomically.
-        unsafe { *inode }
+        unsafe { *inode & !MULTIPATH }
     })
 }
 

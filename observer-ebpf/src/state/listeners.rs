@@ -41,6 +41,7 @@ pub(crate) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
     unsafe {
         (*listener).family = socket.family()?;
         (*listener).sk = socket.address();
+        (*listener).file_sk = file.socket_unchecked()?.address();
         (*listener).owner = tgid;
         (*listener).since_ns = bpf_ktime_get_ns();
         (*listener).netns = socket.netns()?;
@@ -51,7 +52,7 @@ pub(crate) fn listener_of(file: OpenFile, tgid: u32) -> Option<(u64, *mut Listen
             accept_queue::track_unix((*listener).unix_name);
         } else {
             (*listener).port = socket.port()?;
-            accept_queue::track_port((*listener).netns, (*listener).port, inode);
+            accept_queue::track_port(&*listener, inode);
         }
     }
     Some((inode, listener))

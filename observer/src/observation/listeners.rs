@@ -10,7 +10,7 @@ use anyhow::Result;
 use aya::Ebpf;
 use nix::libc;
 use observer_common::{
-    accept::PortKey,
+    accept::{MULTIPATH, PortKey},
     listener::{Listener as RawListener, Queue},
 };
 
@@ -39,9 +39,6 @@ use crate::{
 /// Maximum number of readings of all queues in a refresh. They are repeated while a listener drops connections between
 /// its reading and that of its namespace's counters.
 const READINGS: usize = 4;
-
-/// Inode number that stands for several listeners on one port.
-const SEVERAL_LISTENERS: u64 = 0;
 
 /// The address of a listener: network namespace and port, or the name of a unix socket.
 type Address = (u32, u16, u64);
@@ -292,11 +289,12 @@ fn end_time_stamps(maps: &mut Maps, closed: &[RawListener]) -> Result<()> {
             (0, []) => {}
             (0, &[only]) => {
                 let _already_present = maps.ports.insert(port(listener), only, NO_EXIST);
-                if maps.ports.get(&port(listener), 0).is_ok_and(|present| present != only) {
-                    maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?;
+                let present = maps.ports.get(&port(listener), 0).ok();
+                if let Some(present) = present.filter(|&present| present != only) {
+                    maps.ports.insert(port(listener), several(&[present, only]), 0)?;
                 }
             }
-            (0, _) => maps.ports.insert(port(listener), SEVERAL_LISTENERS, 0)?,
+            (0, open) => maps.ports.insert(port(listener), several(open), 0)?,
             (name, []) => forget_queued(maps, name),
             (name, _) => maps.unix_names.insert(name, 1, 0)?,
         }
@@ -304,12 +302,21 @@ fn end_time_stamps(maps: &mut Maps, closed: &[RawListener]) -> Result<()> {
     Ok(())
 }
 
-/// Inode numbers of the open listeners in the map of listeners, by address.
+/// Value in the map of ports for a port with these listeners, more than one.
+fn several(listeners: &[u64]) -> u64 {
+    listeners.iter().fold(0, |value, listener| value | listener & MULTIPATH)
+}
+
+/// Inode numbers of the open listeners in the map of listeners, by address, with the flag of the map of ports.
 fn open_listeners(maps: &Maps) -> HashMap<Address, Vec<u64>> {
     let mut open = HashMap::<_, Vec<u64>>::new();
     for (inode, raw) in entries(&maps.listeners) {
         if raw.queue.closed == 0 {
-            open.entry(address(&raw)).or_default().push(inode);
+            open.entry(address(&raw)).or_default().push(if raw.is_multipath() {
+                inode | MULTIPATH
+            } else {
+                inode
+            });
         }
     }
     open

@@ -24,7 +24,8 @@ struct sock { struct sock_common __sk_common; u16 sk_protocol; u16 sk_type; u32 
 struct socket { struct file *file; struct sock *sk; };
 struct request_sock { struct request_sock *dl_next; struct sock *sk; };
 struct request_sock_queue { unsigned char rskq_defer_accept; struct atomic qlen; struct request_sock *rskq_accept_head; };
-struct inet_connection_sock { struct request_sock_queue icsk_accept_queue; };
+struct inet_connection_sock { struct request_sock_queue icsk_accept_queue; void *icsk_ulp_data; };
+struct mptcp_sock { struct sock *first; }; struct mptcp_subflow_context { struct sock *conn; };
 struct sockaddr_un { u16 sun_family; };
 struct unix_address { int len; struct sockaddr_un name[0]; };
 struct unix_sock { struct unix_address *addr; struct sock *peer; };
@@ -42,6 +43,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     struct signal_struct *s = ctx; struct inode *i = ctx; struct file *f = ctx; struct net *n = ctx; struct sock *k = ctx; struct socket *c = ctx;
     struct request_sock *r = ctx; struct inet_connection_sock *ic = ctx; struct unix_address *ua = ctx; struct unix_sock *us = ctx; struct bpf_iter__task_file *it = ctx;
     struct sk_buff *b = ctx; struct io_kiocb *q = ctx; struct io_kiocb___old *qo = ctx; struct io_accept *ac = ctx; struct io_uring_cqe *e = ctx;
+    struct mptcp_sock *ms = ctx; struct mptcp_subflow_context *mc = ctx;
     READ(t->pid); READ(t->tgid); READ(t->files); READ(t->signal); READ(t->__state); READ(o->state);
     READ(fs->fdt); READ(ft->max_fds); READ(ft->fd); READ(s->live.counter); READ(i->i_ino); READ(f->private_data); READ(f->f_inode);
     READ(n->ns.inum); READ(k->__sk_common.skc_family); READ(k->__sk_common.skc_num); READ(k->__sk_common.skc_net.net);
@@ -53,6 +55,7 @@ __attribute__((section("raw_tp/x"), used)) int fields(void *ctx) {
     READ(ua->len); READ(ua->name[0].sun_family); READ(us->addr); READ(it->task); READ(it->file); READ(it->fd);
     READ(us->peer); READ(k->sk_receive_queue.next); READ(b->sk); READ(q->file); READ(q->opcode); READ(q->flags); READ(q->ctx);
     READ(q->cqe.user_data); READ(qo->user_data); READ(q->cqe.fd); READ(ac->file_slot); READ(e->user_data); READ(e->res); READ(e->flags);
+    READ(ic->icsk_ulp_data); READ(ms->first); READ(mc->conn);
     READ(t->stack); READ(i->i_mode); READ(p->orig_ax); READ(p->di); READ(p->si); READ(p->dx); READ(p->bp); READ(t->thread.fsbase);
     return 0;
 }

@@ -1,8 +1,9 @@
 """Listens in a chosen way, and accepts, connects or resets only on request, so that a test controls the accept queue.
 
-Arguments: KIND (v4, v6, dual, unix, abstract), METHOD (accept4, accept, nonblocking, or deferred: accept4 with
-TCP_DEFER_ACCEPT), BACKLOG, MEMBERS of the SO_REUSEPORT group. Prints its port or path. Each line of input is a command, answered by one line:
-  connect N [FAMILY]   begins N connections to itself and waits for them, for at most 0.2 s; prints how many succeeded
+Arguments: KIND (v4, v6, dual, unix, abstract), METHOD (accept4, accept, nonblocking, deferred: accept4 with
+TCP_DEFER_ACCEPT, or multipath: accept4 with Multipath TCP), BACKLOG, MEMBERS of the SO_REUSEPORT group. Prints its port or path. Each line of input is a command, answered by one line:
+  connect N [FAMILY]   begins N connections to itself and waits for them, for at most 0.2 s; prints how many succeeded.
+                       FAMILY is v4, v6, or multipath for Multipath TCP over IPv4
   send                 sends a byte on each of its own connections
   accept N [MEMBER]    accepts N connections, only from the given member of the group if there is one; prints how many
   reset                resets all of its own connections, accepted or not
@@ -22,6 +23,7 @@ import time
 kind, method, backlog, members = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 libc = ctypes.CDLL(None, use_errno=True)
 listeners, clients, accepted = [], [], []
+MULTIPATH = 262
 path = {"unix": os.path.join(tempfile.mkdtemp(), "socket"), "abstract": f"\0observer-test-{os.getpid()}"}.get(kind)
 port = 0
 
@@ -35,7 +37,8 @@ def listen():
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(path)
         else:
-            listener = socket.socket(socket.AF_INET if kind == "v4" else socket.AF_INET6)
+            family = socket.AF_INET if kind == "v4" else socket.AF_INET6
+            listener = socket.socket(family, socket.SOCK_STREAM, MULTIPATH if method == "multipath" else 0)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if members > 1:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -57,8 +60,9 @@ def connect(count, family=None):
             client = socket.socket(socket.AF_UNIX)
             client.connect(path)
         else:
-            to_v4 = (family or kind) == "v4"
-            client = socket.socket(socket.AF_INET if to_v4 else socket.AF_INET6)
+            to_v4 = (family or kind) in ("v4", "multipath")
+            protocol = MULTIPATH if family == "multipath" else 0
+            client = socket.socket(socket.AF_INET if to_v4 else socket.AF_INET6, socket.SOCK_STREAM, protocol)
             client.setblocking(False)
             client.connect_ex(("127.0.0.1" if to_v4 else "::1", port))
         new.append(client)

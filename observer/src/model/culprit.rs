@@ -125,6 +125,17 @@ impl StackSample {
         (author_of(frame) == Author::User).then_some(frame)
     }
 
+    /// Whether the thread slept in a function of its runtime that waits for a lock with a timeout: `Thread.sleep` of Java, or
+    /// `sleep` of Ruby.
+    pub(super) fn is_sleep_of_runtime(&self) -> bool {
+        let is_of_ruby = |frame: &Frame| *frame == Frame::in_c("sleep");
+        let is_of_java = |frame: &Frame| {
+            let is_jvm = frame.module.as_ref().is_some_and(|module| module.starts_with("libjvm"));
+            is_jvm && frame.function.starts_with("JVM_Sleep")
+        };
+        !self.is_on_cpu && (self.frames.first().is_some_and(is_of_ruby) || self.frames.iter().any(is_of_java))
+    }
+
     /// Whether the same function of the user's own code is to blame for both, whatever it has called.
     pub(crate) fn has_same_culprit(&self, other: &Self) -> bool {
         let callers = |sample: &Self| sample.own_culprit().and(sample.culprit());

@@ -28,6 +28,11 @@ impl Frame {
         Self { function: format!("{address:#x}"), module, file: None, line: None }
     }
 
+    /// A method of an interpreted language that is written in C.
+    pub(crate) fn in_c(name: impl Into<String>) -> Self {
+        Self { function: name.into(), module: None, file: None, line: None }
+    }
+
     /// Whether it is code outside of any file, without a known name.
     pub(crate) fn is_unnamed_jit(&self) -> bool {
         self.module.is_none() && self.file.is_none() && self.function.starts_with("0x")

@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use observer_common::block::Block;
 use serde::Serialize;
 
 use super::{
@@ -41,6 +42,18 @@ pub(crate) struct Stall {
     pub(crate) origin: Option<Arc<Request>>,
     /// Index of its site.
     pub(crate) site: usize,
+}
+
+impl Stall {
+    /// Corrects its cause by its stack: a runtime may sleep by waiting for a lock with a timeout.
+    pub(crate) fn corrected_by(mut self, sample: &StackSample) -> Self {
+        if self.cause == Cause::Blocked(Block::Lock) && sample.is_sleep_of_runtime() {
+            let blocked = &mut self.split_seconds.blocked;
+            blocked.sleep += std::mem::take(&mut blocked.lock);
+            self.cause = Cause::of(&self.split_seconds);
+        }
+        self
+    }
 }
 
 /// A site: stalls with the same stack, or for which the same function of the user's own code is to blame. Stalls without a
@@ -275,6 +288,47 @@ mod tests {
         assert_eq!(Cause::of(&split).name(), "disk");
         split.gc = 0.5;
         assert_eq!(Cause::of(&split), Cause::Gc);
+    }
+
+    #[test]
+    fn sleeps_of_a_runtime_are_no_locks() {
+        let mut split = Split { cpu: 0.1, ..Split::default() };
+        split.blocked.lock = 0.4;
+        let corrected = |frames: Vec<Frame>| {
+            let sample = StackSample { frames, ..StackSample::default() };
+            stall(0.5, split.clone()).corrected_by(&sample)
+        };
+        let jvm = |name: &str| Frame { module: Some("libjvm.so".into()), ..Frame::in_c(name) };
+        let user = || Frame { file: Some("/srv/app.rb".into()), ..Frame::in_c("sleep") };
+        for frames in [vec![Frame::in_c("sleep"), user()], vec![jvm("0x7f"), jvm("JVM_Sleep")]] {
+            let stall = corrected(frames);
+            assert_eq!(stall.cause.name(), "sleep");
+            let seconds = &stall.split_seconds;
+            assert_eq!((seconds.blocked.lock, seconds.blocked.sleep, seconds.cpu), (0.0, 0.4, 0.1));
+        }
+        for frames in [
+            vec![user()],
+            vec![Frame::in_c("synchronize"), Frame::in_c("sleep")],
+            vec![jvm("JVM_MonitorWait")],
+        ] {
+            assert_eq!(corrected(frames).cause.name(), "lock");
+        }
+    }
+
+    #[test]
+    fn one_culprit_is_one_site_for_each_kind_of_stall() {
+        let mut stalls = Stalls::over(0.05);
+        let in_libc = |address| Frame::unknown(address, Some("libc.so.6".into()));
+        let user = Frame { module: Some("server".into()), ..Frame::in_c("handle") };
+        let cpu = || stall(0.1, Split { cpu: 0.1, ..Split::default() });
+        for address in 0..10 {
+            let frames = vec![in_libc(address), user.clone()];
+            stalls.add(cpu(), StackSample { frames, ..StackSample::default() });
+        }
+        assert_eq!((stalls.sites.len(), stalls.sites[0].count), (1, 10));
+        let blocked = stall(0.1, Split { runqueue: 0.1, ..Split::default() });
+        stalls.add(blocked, StackSample { frames: vec![in_libc(77), user], ..StackSample::default() });
+        assert_eq!(stalls.sites.len(), 2);
     }
 
     #[test]

@@ -216,6 +216,7 @@ impl Reactors {
             let events_seen = self.watcher.events_waited(raw.tid, raw.start_ns);
             let stall = reactor::stall(&raw, links.request(raw.request), events_seen);
             let sample = self.watcher.seen(raw.tid, raw.start_ns, stall.cause.is_blocked());
+            let stall = stall.corrected_by(&sample);
             if !targets.is_target(maps, raw.tgid) {
                 continue;
             }
@@ -335,6 +336,7 @@ impl Reactors {
                 let events_seen = self.watcher.events_waited(slice.tid, slice.since_ns);
                 let stall = reactor::stall_in_progress(raw, slice.since_ns, self.refreshed_ns, events_seen);
                 let sample = self.watcher.stack_so_far(slice, stall.cause.is_blocked());
+                let stall = stall.corrected_by(&sample);
                 let mut stalls = event_loop.stalls.clone();
                 stalls.add_in_progress(&stall, sample.clone());
                 reactor.stalls = stalls.ranked(lag_weight(&reactor.lag));

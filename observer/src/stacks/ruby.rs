@@ -330,7 +330,7 @@ impl Ruby {
             Some(names) => self.name(memory, names, id)?,
             None => "(method in C)".into(),
         };
-        Ok(Some(Frame { function, module: None, file: None, line: None }))
+        Ok(Some(Frame::in_c(function)))
     }
 
     /// Resolves an id to its name.

@@ -139,7 +139,10 @@ fn text_report_names_the_late_loop() {
     let output = observer.wait_with_output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let mut lines = text.lines().skip(2);
-    assert!(lines.next().unwrap().starts_with("LATE: event loop python3"), "{text}");
+    let first = lines.next().unwrap();
+    assert!(first.starts_with("LATE: event loop python3"), "{text}");
+    // It names the function that slept.
+    assert!(first.contains(" % in block (servers/asyncio_server.py:"), "{text}");
     // The finding goes on in the indented lines.
     let details: Vec<_> = lines.take_while(|line| line.starts_with("      ")).collect();
     let has = |parts: [&str; 2]| details.iter().any(|line| parts.iter().all(|part| line.contains(part)));

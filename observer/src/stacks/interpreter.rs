@@ -36,7 +36,12 @@ pub(crate) struct Interpreter {
 enum Reader {
     Python(Python),
     Ruby(Ruby),
+    /// The functions are among the native frames, and the process's perf map names them.
+    Native,
 }
+
+/// Begins the reason why only some functions of V8 have names: those that it interprets share their native code.
+const INTERPRETED: &str = "functions that V8 interprets";
 
 impl Interpreter {
     /// Detects the interpreter of a process; `None` if it runs native code only.
@@ -44,7 +49,7 @@ impl Interpreter {
         let (mappings, memory) = (Mappings::of(pid)?, ProcessMemory::of(pid)?);
         for map in mappings.modules() {
             let Some(elf) = mappings.open(map).ok().and_then(|file| Elf::open(&file).ok()) else { continue };
-            if let Some((name, reader)) = detect(&elf, map, &memory) {
+            if let Some((name, reader)) = detect(pid, &elf, map, &memory) {
                 let reader = reader.map_err(|why| format!("{why:#}"));
                 let module = module_name(map).unwrap_or_default();
                 return Ok(Some(Self { name, module, pid, memory, reader }));
@@ -70,8 +75,14 @@ impl Interpreter {
                 frames.or_else(|error| if tid == self.pid { self.forked_frames(python) } else { Err(error) })
             }
             Reader::Ruby(ruby) => ruby.frames(&self.memory, own_tid, tid == self.pid),
+            Reader::Native => bail!("{} has native frames only", self.name),
         };
         frames.map_err(|error| error.context(format!("frames of {} cannot be read", self.name)))
+    }
+
+    /// Whether all its functions are among the native frames.
+    pub(crate) const fn is_native(&self) -> bool {
+        matches!(self.reader, Ok(Reader::Native))
     }
 
     fn forked_frames(&self, python: &Python) -> Result<Vec<Frame>> {
@@ -120,7 +131,7 @@ impl Interpreter {
 }
 
 /// Name and reader of the interpreter that a file is; `None` for any other file.
-fn detect(elf: &Elf, map: &MemoryMap, memory: &ProcessMemory) -> Option<(String, Result<Reader>)> {
+fn detect(pid: u32, elf: &Elf, map: &MemoryMap, memory: &ProcessMemory) -> Option<(String, Result<Reader>)> {
     let [python, python_version, ruby, v8] =
         elf.symbols(["_PyRuntime", "Py_Version", "ruby_version", "_ZN2v82V810GetVersionEv"]);
     let bias = elf.bias(map)?;
@@ -144,9 +155,43 @@ fn detect(elf: &Elf, map: &MemoryMap, memory: &ProcessMemory) -> Option<(String,
             Err(error) => ("Ruby".into(), Err(error)),
         });
     }
-    let why = "V8 moves its objects in memory; start it with --perf-basic-prof to have its functions named among \
-               the native frames";
-    v8.map(|_| ("V8".into(), Err(anyhow!(why))))
+    v8.map(|_| {
+        let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        ("V8".into(), v8_reader(&v8_options(&read("cmdline"), &read("environ"))))
+    })
+}
+
+/// The options with which V8 was started, from `cmdline` and `environ`; in the spelling with hyphens.
+fn v8_options(arguments: &[u8], environment: &[u8]) -> Vec<String> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace('_', "-");
+    let variables = environment.split(|&byte| byte == 0);
+    let from_variables = variables.filter_map(|variable| variable.strip_prefix(b"NODE_OPTIONS="));
+    let from_variables = from_variables.flat_map(|options| options.split(u8::is_ascii_whitespace));
+    let options = arguments.split(|&byte| byte == 0).chain(from_variables).map(text);
+    options.filter(|option| option.starts_with("--")).collect()
+}
+
+/// How functions of V8 get names, else which option is missing for that.
+fn v8_reader(options: &[String]) -> Result<Reader> {
+    let has = |names: &[&str]| options.iter().any(|option| names.contains(&option.as_str()));
+    if !has(&["--perf-basic-prof", "--perf-basic-prof-only-functions"]) {
+        bail!(
+            "V8 moves its objects in memory; start it with --perf-basic-prof to have its functions named among the \
+             native frames"
+        );
+    }
+    if !has(&["--interpreted-frames-native-stack"]) {
+        bail!(
+            "{INTERPRETED} have no native code of their own; --interpreted-frames-native-stack gives it to them"
+        );
+    }
+    Ok(Reader::Native)
+}
+
+/// Whether a reason why frames of an interpreter are missing applies to these native frames.
+pub(crate) fn is_incomplete(why: &str, frames: &[Frame]) -> bool {
+    let is_interpreted = |frame: &Frame| frame.function.contains("InterpreterEntryTrampoline");
+    !why.contains(INTERPRETED) || frames.is_empty() || frames.iter().any(is_interpreted)
 }
 
 /// Id of a thread in its own PID namespace, as the process itself knows it. In a container it differs from `tid`.
@@ -387,6 +432,104 @@ sleep
         assert_eq!(interpreter.name, "V8");
         let why = interpreter.frames(program.pid()).unwrap_err().to_string();
         assert!(why.contains("--perf-basic-prof"), "{why}");
+    }
+
+    #[test]
+    fn only_the_missing_option_of_v8_is_suggested() {
+        let missing = |arguments: &[u8], environment: &[u8]| {
+            v8_reader(&v8_options(arguments, environment)).err().map(|why| why.to_string())
+        };
+        let has = |why: Option<String>, part: &str| why.is_some_and(|why| why.contains(part));
+        assert!(has(missing(b"node\0app.js\0", b""), "--perf-basic-prof"));
+        assert!(has(missing(b"node\0--interpreted-frames-native-stack\0app.js\0", b""), "--perf-basic-prof"));
+        for environment in
+            [&b"A=b\0NODE_OPTIONS=--no-warnings --perf-basic-prof\0"[..], b"NODE_OPTIONS=--perf_basic_prof"]
+        {
+            let why = missing(b"node\0app.js\0", environment).unwrap();
+            assert!(
+                why.contains("--interpreted-frames-native-stack") && !why.contains("--perf-basic-prof"),
+                "{why}"
+            );
+            let frame = |function: &str| Frame { function: function.into(), ..Frame::unknown(0, None) };
+            assert!(is_incomplete(
+                &why,
+                &[frame("Builtin:InterpreterEntryTrampoline"), frame("JS:*f /a.js:1:1")]
+            ));
+            assert!(!is_incomplete(&why, &[frame("JS:*f /a.js:1:1")]));
+        }
+        let both = b"node\0--perf-basic-prof-only-functions\0--interpreted_frames_native_stack\0app.js\0";
+        assert_eq!(missing(both, b""), None);
+        assert!(is_incomplete("it is older than 3.11", &[]));
+    }
+
+    /// A thread that keeps the GIL for as long as it computes, and the main thread, which has to wait for it after each
+    /// sleep.
+    const CONVOY: &str = "import sys, threading, time
+def crunch():
+    while True:
+        sum(range(100))
+def serve():
+    while True:
+        time.sleep(0.001)
+sys.setswitchinterval(30)
+threading.Thread(target=crunch, daemon=True).start()
+serve()
+";
+
+    #[test]
+    fn the_gil_and_its_holder_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = source(folder.path(), "convoy.py", CONVOY);
+        for python in interpreters("the_gil_and_its_holder", "python3", "OBSERVER_TEST_PYTHONS") {
+            let program = Program::start(Command::new(&python).arg(&script));
+            let pid = program.pid();
+            let lock = wait_for("a wait for the GIL", || {
+                Interpreter::of(pid).ok()??.awaited_lock(pid).filter(|lock| lock.holder.is_some())
+            });
+            let holder = lock.holder.unwrap();
+            assert_eq!((lock.name, holder.function.as_str()), ("GIL", "crunch"));
+            let other = threads(pid).into_iter().find(|&tid| tid != pid).unwrap();
+            assert_eq!(Interpreter::of(pid).unwrap().unwrap().awaited_lock(other), None);
+        }
+        // A thread that waits for another lock does not wait for the GIL.
+        for python in interpreters("the_gil_and_its_holder", "python3", "OBSERVER_TEST_PYTHONS") {
+            let other = "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()";
+            let program = Program::start(Command::new(&python).args(["-c", other]));
+            let pid = program.pid();
+            let interpreter = wait_for("the lock", || {
+                is_asleep(pid, pid)?;
+                let interpreter = Interpreter::of(pid).ok()??;
+                awaited_futex(&fs::read_to_string(format!("/proc/{pid}/syscall")).ok()?)?;
+                Some(interpreter)
+            });
+            assert_eq!(interpreter.awaited_lock(pid), None);
+        }
+    }
+
+    /// A process that was forked without Python's knowledge, as uWSGI forks its workers.
+    #[test]
+    fn a_process_forked_by_native_code_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let fork = "import ctypes, os, time
+def planted():
+    time.sleep(600)
+if ctypes.PyDLL(None).fork():
+    os.wait()
+else:
+    planted()
+";
+        let script = source(folder.path(), "fork.py", fork);
+        for python in interpreters("a_process_forked_by_native", "python3", "OBSERVER_TEST_PYTHONS") {
+            let program = Program::start(Command::new(&python).arg(&script));
+            let (child, _) = worker(&program, "fork");
+            let frames = wait_for("the sleep", || {
+                is_asleep(child, child)?;
+                let frames = Interpreter::of(child).ok()??.frames(child).ok()?;
+                frames.first().is_some_and(|first| first.function == "planted").then_some(frames)
+            });
+            assert_eq!((frames[0].function.as_str(), frames[0].line), ("planted", Some(3)));
+            kill_forked(child, &program);
+        }
     }
 
     #[test]

@@ -123,11 +123,12 @@ fn parse_line(line: &[u8]) -> Option<(u64, u64, &[u8])> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{os::unix::fs::symlink, process::Command};
 
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
     use super::*;
+    use crate::binary::testing::{Program, find, source, wait_for};
 
     #[test]
     fn the_last_entry_for_an_address_wins() {
@@ -156,6 +157,35 @@ mod tests {
         }
         assert_eq!(parse_line(b"0x 10 a"), None);
         assert_eq!(parse_line(b"0x0x10 10 a"), None);
+    }
+
+    #[test]
+    fn maps_of_the_jdk_are_read() {
+        const SPIN: &str = "public class Main {
+            static long work(long n) { long sum = 0; for (long i = 0; i < n; i++) sum += i % 7; return sum; }
+            public static void main(String[] arguments) { while (work(1000000) > 0); }
+        }";
+        let (Some(java), Some(jcmd)) = (find("maps_of_the_jdk", "java"), find("maps_of_the_jdk", "jcmd"))
+        else {
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let script = source(folder.path(), "Main.java", SPIN);
+        let program = Program::start(Command::new(java).arg(script));
+        let pid = program.pid();
+        let path = format!("/tmp/perf-{pid}.map");
+        let line = wait_for("the function in the map", || {
+            let done = Command::new(&jcmd).args([&pid.to_string(), "Compiler.perfmap"]).output().ok()?;
+            assert!(!String::from_utf8_lossy(&done.stdout).contains("Unknown"), "{done:?}");
+            let map = fs::read_to_string(&path).ok()?;
+            Some(map.lines().find(|line| line.ends_with(" long Main.work(long)"))?.to_owned())
+        });
+        let address =
+            u64::from_str_radix(line.split(' ').next().unwrap().trim_start_matches("0x"), 16).unwrap();
+        let names = functions(pid, &[address + 1]);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(names.functions[&(address + 1)], "long Main.work(long)");
+        assert_eq!(names.problem, None);
     }
 
     #[test]

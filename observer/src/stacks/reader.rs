@@ -9,7 +9,12 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{interpreter::Interpreter, sampler::Sampler, symbols::Symbols, unwind::Unwinder};
+use super::{
+    interpreter::{Interpreter, is_incomplete},
+    sampler::Sampler,
+    symbols::Symbols,
+    unwind::Unwinder,
+};
 use crate::{
     arch::registers::Registers,
     binary::{mappings::Mappings, memory::ProcessMemory},
@@ -97,13 +102,15 @@ impl StackReader {
         if let Some((found, known)) = self.interpreters.get(&pid)
             && found.elapsed() < INTERPRETER_TTL
         {
-            let Some(interpreter) = known else { return Ok(None) };
+            let Some(interpreter) = known.as_ref().filter(|known| !known.is_native()) else {
+                return Ok(None);
+            };
             if let Ok(found) = read(interpreter) {
                 return Ok(Some(found));
             }
         }
         let interpreter = Interpreter::of(pid).context("the process's memory cannot be read")?;
-        let frames = interpreter.as_ref().map(read).transpose();
+        let frames = interpreter.as_ref().filter(|found| !found.is_native()).map(read).transpose();
         if self.interpreters.len() == INTERPRETERS_MAX {
             self.interpreters.clear();
         }
@@ -118,10 +125,11 @@ impl StackReader {
             Ok(None) => return ThreadState::Running(interpreter_error),
             Err(why) => (Vec::new(), Some(format!("{why:#}"))),
         };
+        let missing = interpreter_error.filter(|why| is_incomplete(why, &frames)).or(missing);
         ThreadState::Stack(StackSample {
             frames,
             kernel: kernel_functions(slice.pid, slice.tid),
-            missing: interpreter_error.or(missing),
+            missing,
             is_on_cpu: false,
             lock: None,
         })

@@ -9,6 +9,7 @@ use std::{
 use rustix::io::Errno;
 
 use super::{
+    interpreter::is_incomplete,
     reader::{StackReader, ThreadState},
     readiness,
     sampler::Sampler,
@@ -245,7 +246,8 @@ impl SlowSlice {
         let pid = self.slice.pid;
         let latest = self.sampler.as_mut().and_then(|sampler| reader.sampled(pid, sampler));
         if let Some(mut sample) = latest {
-            sample.missing = sample.missing.or_else(|| self.interpreter_error.clone());
+            let applies = |why: &&String| is_incomplete(why, &sample.frames);
+            sample.missing = sample.missing.or(self.interpreter_error.as_ref().filter(applies).cloned());
             self.add(sample);
         }
     }

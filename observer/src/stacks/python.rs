@@ -204,7 +204,7 @@ impl Python {
     ) -> Result<Option<RuntimeLock>> {
         let thread = self.find_thread(memory, tid)?;
         let gil = self.gil(memory, thread)?;
-        if !futex.checked_sub(gil).is_some_and(|offset| offset < GIL_SIZE) {
+        if futex.checked_sub(gil).is_none_or(|offset| offset >= GIL_SIZE) {
             return Ok(None);
         }
         let holder = || {

@@ -83,12 +83,16 @@ fn stalled_loops(report: &Report) -> usize {
     loops.filter(|reactor| reactor["is_worker"] == false && reactor["stalls"]["count"] != 0).count()
 }
 
+/// Asserts that each planted stall is counted once. A busy machine may delay a worker of its own accord.
 #[track_caller]
 fn assert_stalls(group: &Value) {
-    assert_eq!(group["stalls"]["count"], STALLS, "{group:#}");
-    let sites = group["stalls"]["sites"].as_array().unwrap();
-    assert_eq!(sites.iter().map(|site| site["count"].as_u64().unwrap()).sum::<u64>(), STALLS as u64);
-    assert!(sites.iter().all(|site| site["cause"] == "sleep"), "{group:#}");
+    let of_cause = |cause: &str| {
+        let recent = group["stalls"]["recent"].as_array().unwrap().iter();
+        recent.filter(|stall| stall["cause"] == cause).count()
+    };
+    assert_eq!(of_cause("sleep"), STALLS, "{group:#}");
+    let delayed = of_cause("runqueue") + of_cause("network");
+    assert_eq!(group["stalls"]["count"], STALLS + delayed, "{group:#}");
 }
 
 /// Like uWSGI: three of four workers are busy, and each connection finds the fourth.
@@ -105,7 +109,7 @@ fn workers_that_share_a_listener_are_a_group() {
     let group = only_group(&report);
     assert_eq!(group["parent"], server.program.pid(), "{group:#}");
     assert_eq!((&group["running"], &group["exited"]), (&4.into(), &0.into()), "{group:#}");
-    assert_eq!(group["stalls"]["count"], STALLS + 4, "{group:#}");
+    assert_stalls(group);
     assert_eq!(stalled_loops(&report), 0, "{:#}", report.0["targets"]);
     assert_eq!(report.listener(server.port)["accepts"], STALLS + 4);
 }

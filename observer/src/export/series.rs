@@ -207,9 +207,8 @@ mod tests {
         model::{
             busy::Split,
             deferred::HookCounters,
-            snapshot::{Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
+            snapshot::{Duty, Gc, Missing, Own, Reactor, SCHEMA, Snapshot, Target},
             subject::OTHER,
-            workers::Duty,
             workload::Workload,
         },
     };

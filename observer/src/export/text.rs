@@ -16,9 +16,8 @@ use crate::{
         frame::StackSample,
         histogram::Histogram,
         late::{LATE, Lateness},
-        snapshot::{Gc, Listener, Reactor, Snapshot, Target},
+        snapshot::{Gc, Listener, Reactor, Snapshot, Target, Workers},
         stall::Stalls,
-        workers::Workers,
     },
     sanitize::Lines,
 };
@@ -596,8 +595,8 @@ mod tests {
     use crate::{
         export::live::testing,
         model::{
-            snapshot::Missing,
-            workers::{self, Duty},
+            snapshot::{Duty, Missing},
+            workers,
         },
         sanitize::is_shown,
     };

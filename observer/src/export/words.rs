@@ -6,9 +6,8 @@ use crate::model::{
     busy::Cause,
     frame::{RuntimeLock, StackSample},
     request::Request,
-    snapshot::{Listener, Reactor, Target},
+    snapshot::{Listener, Reactor, Target, Workers},
     stall::{Site, Stalls},
-    workers::Workers,
     workload::Workload,
 };
 

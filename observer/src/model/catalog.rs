@@ -6,9 +6,8 @@ use super::{
     busy::Cause,
     deferred::{Deferred, HookCounters},
     own::OWN,
-    snapshot::{Gc, Listener, Reactor, Snapshot},
+    snapshot::{Gc, Listener, Reactor, Snapshot, Workers},
     subject::{Subject, SubjectKind, live, live_listeners, live_reactors, live_workers},
-    workers::Workers,
 };
 use crate::model::family::{Aggregation, Family, Kind, Sink, Value, count};
 

@@ -5,8 +5,7 @@ use std::borrow::Cow;
 
 use super::{
     deferred::{Deferred, HookCounters},
-    snapshot::{Listener, Missing, Reactor, Snapshot, Target},
-    workers::Workers,
+    snapshot::{Listener, Missing, Reactor, Snapshot, Target, Workers},
     workload::Workload,
 };
 

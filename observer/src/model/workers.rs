@@ -4,56 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
-
 use super::{
     busy::Split,
     histogram::Histogram,
-    snapshot::{Reactor, Target},
+    snapshot::{Duty, Reactor, Target, Workers},
     stall::Stalls,
 };
-
-/// What the thread that waits on a set serves, as far as the set shows it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Duty {
-    /// Several clients, or unknown.
-    #[default]
-    Several,
-    /// One connection, for as long as it lasts.
-    OneConnection,
-    /// The connections of a listener, one after another: while it serves one, its set holds only the listener.
-    OneAtATime,
-}
-
-/// A group of workers: processes with the same parent and the same executable.
-#[derive(Clone, Debug, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub(crate) struct Workers {
-    /// Process id of their parent.
-    pub(crate) parent: u32,
-    /// Name of the parent, or of the first worker if the parent is not observed.
-    pub(crate) comm: String,
-    /// Path of their executable.
-    pub(crate) exe: String,
-    /// Workers that are running.
-    pub(crate) running: usize,
-    /// Of those, workers that are busy now.
-    pub(crate) busy: usize,
-    /// Workers that have exited, as far as they are still known: see `targets`.
-    pub(crate) exited: usize,
-    /// Time in which they were busy, in seconds, including slices in progress.
-    pub(crate) busy_seconds: f64,
-    /// Time in which they waited for work, in seconds.
-    pub(crate) wait_seconds: f64,
-    /// Busy time divided by busy and waiting time; `None` while both are 0.
-    pub(crate) utilization: Option<f64>,
-    /// Lengths of finished slices, in seconds.
-    pub(crate) slice: Histogram,
-    /// Busy time by state and cause.
-    pub(crate) split_seconds: Split,
-    /// Slices of the stall threshold or more. The share of a site is its share of their time.
-    pub(crate) stalls: Stalls,
-}
 
 impl Workers {
     fn of(parent: u32, comm: &str, exe: &str) -> Self {

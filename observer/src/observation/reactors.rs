@@ -25,10 +25,9 @@ use crate::{
     model::{
         histogram::Histogram,
         lag::{PROBE_SECONDS, Prober},
-        snapshot::Reactor,
+        snapshot::{Duty, Reactor},
         stall::Stalls,
         trace::EventKind,
-        workers::Duty,
     },
     probes::{gc, listener, reactor},
     process::{

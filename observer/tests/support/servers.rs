@@ -4,11 +4,12 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    mem,
+    iter, mem,
     net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{self, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
 };
@@ -18,9 +19,15 @@ use tempfile::TempDir;
 
 use super::{Process, example, http, is_asleep, wait_for};
 
-/// A port that is currently free.
+/// A port that is currently free. The kernel assigns none of these to other sockets, and other tests are given others.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    const FIRST: u32 = 10_000;
+    const OF_EACH_TEST: u32 = 10;
+    let of_this_test = FIRST + process::id() % 2_000 * OF_EACH_TEST;
+    let mut ports = iter::repeat_with(|| of_this_test + TAKEN.fetch_add(1, Ordering::Relaxed));
+    let mut ports = ports.by_ref().take(1_000).filter_map(|port| u16::try_from(port).ok());
+    ports.find(|&port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()).expect("a free port")
 }
 
 /// Name of the file in which an asyncio server counts its waits.

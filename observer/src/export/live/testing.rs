@@ -8,9 +8,8 @@ use crate::model::{
     frame::{Frame, StackSample},
     histogram::Histogram,
     request::Request,
-    snapshot::{Depths, Listener, Own, Reactor, SCHEMA, Snapshot, Target},
+    snapshot::{Depths, Duty, Listener, Own, Reactor, SCHEMA, Snapshot, Target},
     stall::{Stall, Stalls},
-    workers::Duty,
     workload::Workload,
 };
 use observer_common::{block::Block, histogram as kernel, listener::DEPTHS};

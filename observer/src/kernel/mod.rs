@@ -3,6 +3,7 @@
 pub(crate) mod btf;
 pub(crate) mod syscalls;
 pub(crate) mod clock;
+pub(crate) mod descriptor;
 pub(crate) mod detach;
 pub(crate) mod memory;
 pub(crate) mod tracefs;

@@ -14,7 +14,7 @@ enum Author {
     User,
 }
 
-/// Beginnings of the file names of libraries and programs that are a runtime.
+/// Beginnings of the file names of libraries that are a runtime.
 const RUNTIME_MODULES: &[&str] = &[
     "ld-linux",
     "ld-musl",
@@ -41,12 +41,11 @@ const RUNTIME_MODULES: &[&str] = &[
     "liburing",
     "libuv.",
     "libv8",
-    "node",
-    "php",
-    "python",
-    "ruby",
     "vdso",
 ];
+
+/// Names of runtimes' programs, which a version may follow: `python3.11`, but not `node_exporter`.
+const RUNTIME_PROGRAMS: &[&str] = &["node", "nodejs", "php", "php-fpm", "python", "ruby"];
 
 /// Parts of the paths of a runtime's source files.
 const RUNTIME_FILES: &[&str] = &[
@@ -180,7 +179,12 @@ fn author_of(frame: &Frame) -> Author {
         }
     };
     if let Some(module) = module {
-        if starts(module, RUNTIME_MODULES) || starts(function, RUNTIME_FUNCTIONS) {
+        let is_version = |rest: &str| rest.chars().all(|c| c.is_ascii_digit() || c == '.');
+        let is_program = |name: &&str| module.strip_prefix(*name).is_some_and(is_version);
+        if starts(module, RUNTIME_MODULES)
+            || RUNTIME_PROGRAMS.iter().any(is_program)
+            || starts(function, RUNTIME_FUNCTIONS)
+        {
             return Author::Runtime;
         }
         let is_library = module.contains(".so");
@@ -277,7 +281,7 @@ mod tests {
             frame(
                 "read_entropy",
                 Some("server"),
-                Some("/root/.cargo/registry/src/index/rand-0.8/src/lib.rs"),
+                Some("/home/me/.cargo/registry/src/index/rand-0.8/src/lib.rs"),
             ),
             frame("time.Sleep", Some("server"), Some("/usr/local/go/src/runtime/time.go")),
             frame("node::fs::Read", Some("node"), None),
@@ -297,6 +301,7 @@ mod tests {
         }
         for own in [
             frame("rd", Some("redis-server"), None),
+            frame("main.collect", Some("node_exporter"), None),
             frame("JS:~handle /srv/app.js:3:1", None, None),
             frame("LazyCompile:*inner [eval]:1:16", None, None),
             frame("void app.Main.work(int)", None, None),

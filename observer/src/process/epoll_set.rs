@@ -1,20 +1,15 @@
 //! What an epoll set holds. It shows whether the thread that waits on it serves several clients, for which it is an event
 //! loop, or one connection at a time.
 
-use std::{
-    fs,
-    os::fd::{AsRawFd as _, OwnedFd},
-    path::Path,
-};
+use std::{fs, os::fd::AsRawFd as _, path::Path};
 
 use nix::sys::{
     socket::{UnixAddr, getpeername, getsockname},
     stat::stat,
 };
-use rustix::{
-    fs::getxattr,
-    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
-};
+use rustix::fs::getxattr;
+
+use crate::kernel::descriptor::duplicate;
 
 /// What the sockets in an epoll set are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,15 +90,11 @@ fn is_pair(pid: u32, fd: u32) -> bool {
     let is_unnamed = |address: nix::Result<UnixAddr>| {
         address.is_ok_and(|address| address.path().is_none() && address.as_abstract().is_none())
     };
-    duplicate(pid, fd).is_some_and(|socket| {
+    let is_unix = |path: &str| protocol(path).is_some_and(|name| name.starts_with("UNIX"));
+    duplicate(pid, fd, is_unix).ok().flatten().is_some_and(|socket| {
         let socket = socket.as_raw_fd();
         is_unnamed(getsockname(socket)) && is_unnamed(getpeername(socket))
     })
-}
-
-fn duplicate(pid: u32, fd: u32) -> Option<OwnedFd> {
-    let process = pidfd_open(Pid::from_raw(pid.try_into().ok()?)?, PidfdFlags::empty()).ok()?;
-    pidfd_getfd(process, fd.try_into().ok()?, PidfdGetfdFlags::empty()).ok()
 }
 
 #[cfg(test)]

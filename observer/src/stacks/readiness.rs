@@ -7,10 +7,9 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::{
-    io::Errno,
-    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
-};
+use rustix::io::Errno;
+
+use crate::kernel::descriptor::duplicate;
 
 /// Whether the epoll set behind a descriptor of a process has events now; `None` if there is no such set. An error means
 /// that observer may not ask.
@@ -18,18 +17,7 @@ use rustix::{
 /// The descriptor is duplicated for a moment. Nothing else than an epoll set is: closing the duplicate of another file
 /// may have effects on its owner.
 pub(super) fn has_events(pid: u32, descriptor: u32) -> Result<Option<bool>, Errno> {
-    let numbers = i32::try_from(pid).ok().and_then(Pid::from_raw).zip(descriptor.try_into().ok());
-    let Some((leader, number)) = numbers else { return Ok(None) };
-    let Ok(process) = pidfd_open(leader, PidfdFlags::empty()) else { return Ok(None) };
-    if !is_epoll_set(&format!("/proc/{pid}/fd/{descriptor}")) {
-        return Ok(None);
-    }
-    let set = match pidfd_getfd(process, number, PidfdGetfdFlags::empty()) {
-        Ok(set) => set,
-        Err(Errno::PERM | Errno::NOSYS) => return Err(Errno::PERM),
-        // Gone.
-        Err(_) => return Ok(None),
-    };
+    let Some(set) = duplicate(pid, descriptor, is_epoll_set)? else { return Ok(None) };
     if !is_epoll_set(&format!("/proc/self/fd/{}", set.as_raw_fd())) {
         return Ok(None);
     }

@@ -106,10 +106,12 @@ fn workers_that_share_a_listener_are_a_group() {
     server.stall(3);
     // Workers that are idle until then are known by their first slice.
     let held: Vec<_> = (0..4).map(|_| server.connect()).collect();
-    wait_for("all workers to be busy", || (observer.metric("observer_workers_busy") == 4.0).then_some(()));
+    let are_busy = |workers| (observer.metric("observer_workers_busy") == workers).then_some(());
+    wait_for("all workers to be busy", || are_busy(4.0));
     // The last one may have become busy just now.
     thread::sleep(HELD);
     drop(held);
+    wait_for("all workers to be idle", || are_busy(0.0));
     let report = observer.finish();
     let group = only_group(&report);
     assert_eq!(group["parent"], server.program.pid(), "{group:#}");
